@@ -1,0 +1,109 @@
+"""Do the demo's effects hold on more than one seed?
+
+    python -m benchmarks.demo_seeds --out benchmarks/results [--seeds 0 1 2]
+
+Runs `lopd demo --online` once a seed, writes one JSON line for every seed and stage to
+`demo_seeds.jsonl`, and fails unless on every seed the distilled student (top-8, tail
+bucket) samples at least 5 points better than the fine-tuned one and at least 0.93, has at
+most 0.35 of its KL to the teacher, and is within 4 points of the online run.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from lopd.demo import DISTILLED, FINE_TUNED, ONLINE, DemoConfig, main
+
+NAME = "demo_seeds.jsonl"
+
+
+def run(seeds: list[int], out: Path) -> list[dict[str, Any]]:
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    rows: list[dict[str, Any]] = []
+    out.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            main(DemoConfig(out=f"{folder}/demo", seed=seed, online=True))
+            results = json.loads(Path(folder, "demo/results.json").read_text(encoding="utf-8"))
+        rows += [{"seed": seed, **row, **versions} for row in results["rows"]]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (out / NAME).write_text(text, encoding="utf-8")
+    return rows
+
+
+def by_stage(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        stages.setdefault(row["stage"], []).append(row)
+    return stages
+
+
+def missed(rows: list[dict[str, Any]]) -> list[str]:
+    """The bars that some seed does not clear."""
+    stages, failures = by_stage(rows), []
+    triples = zip(stages[FINE_TUNED], stages[DISTILLED], stages[ONLINE], strict=True)
+    for start, end, online in triples:
+        bars = {
+            "5 points above fine-tuned": end["sampled"] >= start["sampled"] + 0.05,
+            "at least 0.93": end["sampled"] >= 0.93,
+            "at most 0.35 of its KL": end["kl"] <= 0.35 * start["kl"],
+            "within 4 points of online": abs(end["sampled"] - online["sampled"]) <= 0.04,
+        }
+        failures += [f"seed {start['seed']}: {bar}" for bar, met in bars.items() if not met]
+    return failures
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: means over seeds, and the sampled accuracy of each seed."""
+    seeds = sorted({row["seed"] for row in rows})
+    lines = [
+        "| model | pass@1 greedy | pass@1 sampled | of each seed | KL to teacher, nat/token |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for stage, found in by_stage(rows).items():
+        if "sampled" in found[0]:
+            means = {
+                key: np.mean([row[key] for row in found]) for key in ("greedy", "sampled", "kl")
+            }
+            each = " / ".join(f"{row['sampled']:.3f}" for row in found)
+            cells = [
+                f"{means['greedy']:.3f}",
+                f"{means['sampled']:.3f}",
+                each,
+                f"{means['kl']:.4f}",
+            ]
+            lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Means over seeds {', '.join(map(str, seeds))}."])
+
+
+def training_ratio(rows: list[dict[str, Any]]) -> float:
+    """Seconds of the online run over those of rollouts, scores and offline training together."""
+    stages = by_stage(rows)
+    offline = ("student's rollouts", "teacher's scores", DISTILLED)
+    seconds = sum(row["seconds"] for stage in offline for row in stages[stage])
+    return sum(row["seconds"] for row in stages[ONLINE]) / seconds
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    measured = run(arguments.seeds, arguments.out)
+    print(table(measured))
+    failures = missed(measured)
+    print("\n".join(failures) if failures else "every bar is met on every seed")
+    sys.exit(bool(failures))

@@ -1,0 +1,41 @@
+"""Write the tables of README.md from the committed rows: `python -m benchmarks.readme`."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks import demo_seeds
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read_rows(name: str) -> list[dict[str, Any]]:
+    text = (RESULTS / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def demo_block() -> str:
+    rows = read_rows(demo_seeds.NAME)
+    ratio = demo_seeds.training_ratio(rows)
+    return (
+        f"{demo_seeds.table(rows)} At {demo_seeds.OPD_STEPS} steps each, the online run took "
+        f"{ratio:.1f} times as long as rollouts, scoring and offline training together (same "
+        "machine, CPU, toy models: not a statement about real ones)."
+    )
+
+
+def rendered(readme: str) -> str:
+    """README.md with every generated block replaced."""
+    blocks = {"demo table": demo_block()}
+    for name, block in blocks.items():
+        pattern = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end -->)", re.DOTALL)
+        readme, count = pattern.subn(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", readme)
+        assert count == 1, f"README.md has {count} blocks '{name}'"
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")

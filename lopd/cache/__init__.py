@@ -1,0 +1,25 @@
+"""On-disk sequences: a teacher's answers, a student's rollouts, and the teacher's scores.
+
+One mechanism for all three. A folder holds `manifest.json` (recipe and shard plan, written
+once), `shard-00000.safetensors` (flat arrays, ragged by offsets) and `shard-00000.json`
+(receipt: counts, bytes, sha256, recipe digest). A shard is finished when its receipt is
+there and matches; resuming writes what is missing.
+"""
+
+from lopd.cache.codec import CODECS
+from lopd.cache.reader import SUPPORTS, RolloutStore, TeacherCache, scored_sequence
+from lopd.cache.records import Rollout, TeacherScores, TeacherSequence
+from lopd.cache.writer import CacheWriter, RolloutWriter
+
+__all__ = [
+    "CODECS",
+    "SUPPORTS",
+    "CacheWriter",
+    "Rollout",
+    "RolloutStore",
+    "RolloutWriter",
+    "TeacherCache",
+    "TeacherScores",
+    "TeacherSequence",
+    "scored_sequence",
+]

@@ -1,0 +1,87 @@
+"""The `lopd` command: one sub-command a stage, flags or YAML, errors in one line."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lopd import __version__
+from lopd.errors import ConfigError, LopdError
+from lopd.settings import build_config, check_keys, load_yaml
+
+# name: (module, config class, one line)
+COMMANDS = {
+    "sft-data": ("sft_data", "SftDataConfig", "sample the teacher's answers to prompts"),
+    "sft": ("sft", "SftConfig", "fine-tune the student on those answers"),
+    "rollout": ("rollout", "RolloutConfig", "sample the fine-tuned student, once"),
+    "score": ("score", "ScoreConfig", "score the rollouts with the teacher, once"),
+    "distill": ("distill", "DistillConfig", "train the student on the cache, no teacher"),
+    "eval": ("evaluate", "EvalConfig", "accuracy on prompts, KL to a teacher"),
+    "inspect": ("inspection", "InspectConfig", "totals of an artefact; --verify checks its hashes"),
+    "declare": ("declare", "DeclareConfig", "admit a checkpoint fine-tuned elsewhere"),
+    "run": ("recipe", "RunConfig", "every missing stage of a recipe, in order"),
+    "demo": ("demo", "DemoConfig", "the whole pipeline at toy scale, in about three minutes"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, _, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"lopd {__version__}: offline on-policy distillation",
+            "",
+            "usage: lopd COMMAND [--config FILE.yaml] [--flag value ...]",
+            "",
+            *lines,
+            "",
+            "`lopd COMMAND --help` lists a command's flags; a YAML file holds the same names.",
+        ]
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    command, *rest = argv
+    if command not in COMMANDS:
+        check_keys([command], list(COMMANDS), "lopd")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    module_name, class_name, _ = COMMANDS[command]
+    module = importlib.import_module(f"lopd.{module_name}")
+    settings: dict[str, Any] = {}
+    where = f"lopd {command}"
+    if rest and command == "run" and not rest[0].startswith("-"):
+        rest = ["--recipe", *rest]
+    if "--config" in rest:
+        place = rest.index("--config")
+        if place + 1 == len(rest):
+            raise ConfigError(f"lopd {command}: --config needs a file")
+        where = rest[place + 1]
+        settings = load_yaml(where)
+        rest = rest[:place] + rest[place + 2 :]
+    config = build_config(getattr(module, class_name), settings, rest, where, f"lopd {command}")
+    done = module.main(config)
+    if done is not None:
+        print(f"lopd {command}: wrote {done}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: 0 when done, 2 with one line on stderr for every error of a caller."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        run(argv)
+    except LopdError as error:
+        print(f"lopd {argv[0]}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""From stored sequences to batches.
+
+A batch is right-padded, and the rows that bear loss are chosen here, on the CPU, as an
+index into the flattened `[B * T]` hidden states: row n is the hidden state at position
+t - 1, which predicts token t. Prompts, padding and masked tokens never reach the LM head.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from lopd.cache import Rollout, TeacherSequence
+from lopd.errors import ConfigError, DataError, ModelError
+from lopd.prompts import encode_prompt, read_jsonl
+
+logger = logging.getLogger(__name__)
+
+LOSS_AGGREGATIONS = ("token_mean", "sequence_mean")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A given answer to a prompt: a rollout without log-probs, because nobody sampled it."""
+
+    prompt_id: str
+    sample: int
+    tokens: np.ndarray  # [T] int32, prompt, answer, end-of-sequence token
+    prompt_length: int
+    finish_reason: str
+    loss_mask: np.ndarray  # [T] bool
+
+
+Item = Rollout | Demonstration | TeacherSequence
+Batch = dict[str, Any]
+
+
+class Source(Protocol):
+    """A TeacherCache, a RolloutStore or a list of items."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def sequence_of(item: Item) -> Rollout | Demonstration:
+    return item.rollout if isinstance(item, TeacherSequence) else item
+
+
+def sequence_name(item: Item) -> str:
+    sequence = sequence_of(item)
+    return f"{sequence.prompt_id}/{sequence.sample}"
+
+
+class SequenceDataset(torch.utils.data.Dataset):
+    """Map-style view of a source, checked once against the model that will read it.
+
+    Args:
+        context: longest sequence that the model takes; None for no bound.
+        vocab_size: rows of the model's embedding.
+        drop_truncated: leave out sequences whose finish reason is "length".
+
+    Raises:
+        DataError: a sequence is longer than the context or holds an id beyond the vocabulary,
+            or nothing is left to train on.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        context: int | None = None,
+        vocab_size: int | None = None,
+        drop_truncated: bool = False,
+    ) -> None:
+        self.source = source
+        self.indices: list[int] = []
+        for index in range(len(source)):
+            sequence = sequence_of(source[index])
+            if drop_truncated and sequence.finish_reason == "length":
+                continue
+            _check_sequence(sequence, context, vocab_size)
+            self.indices.append(index)
+        self.dropped_share = 1.0 - len(self.indices) / max(len(source), 1)
+        if drop_truncated:
+            logger.info(
+                "drop_truncated: left out %d of %d sequences (%.1f %%)",
+                len(source) - len(self.indices),
+                len(source),
+                100 * self.dropped_share,
+            )
+        if not self.indices:
+            left = " is left once truncated ones are dropped" if self.dropped_share else ""
+            raise DataError(
+                f"training data: no sequence of {len(source)}{left}; expected at least one"
+            )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.source[self.indices[index]]
+
+
+def _check_sequence(
+    sequence: Rollout | Demonstration, context: int | None, vocab_size: int | None
+) -> None:
+    name, length = sequence_name(sequence), len(sequence.tokens)
+    if context is not None and length > context:
+        raise DataError(
+            f"sequence {name}: {length} tokens; the model's context holds {context}; use a model "
+            "with a longer context, or roll out with fewer --max_new_tokens"
+        )
+    if vocab_size is not None and (largest := int(sequence.tokens.max())) >= vocab_size:
+        raise DataError(
+            f"sequence {name}: token id {largest}; the model's vocabulary ends at "
+            f"{vocab_size - 1}; use the model and tokenizer that the data were made with"
+        )
+    if not sequence.loss_mask.any():
+        raise DataError(
+            f"sequence {name}: its loss mask is empty; expected at least one loss token"
+        )
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Items of one kind to a right-padded batch of CPU tensors.
+
+    With B sequences of at most T tokens, N loss tokens and K teacher ids:
+
+        input_ids, attention_mask                                   [B, T] int64
+        loss_index, labels, sequence_index                          [N] int64
+        row_weights                                                 [N] fp32
+        rollout_logprobs (not for demonstrations)                   [N] fp32
+        topk_ids [N, K] int32, topk_logprobs [N, K] fp32            with a teacher
+        tail_logprobs, teacher_logprobs, teacher_entropy            [N] fp32, with a teacher
+        sequence_names                                              list of B strings
+
+    `row_weights` are 1 (`token_mean`) or one over the sequence's loss tokens (`sequence_mean`);
+    a loss is `sum_n row_weights[n] * L[n] / num_items`, with `num_items` the sum of `row_weights`
+    over the whole optimizer step.
+    """
+
+    loss_aggregation: str = "token_mean"
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss_aggregation not in LOSS_AGGREGATIONS:
+            raise ConfigError(
+                f"loss_aggregation: found '{self.loss_aggregation}'; expected one of "
+                f"{', '.join(LOSS_AGGREGATIONS)}"
+            )
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        sequences = [sequence_of(item) for item in items]
+        width = max(len(sequence.tokens) for sequence in sequences)
+        input_ids = np.full((len(items), width), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros((len(items), width), dtype=np.int64)
+        columns: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("loss_index", "labels", "row_weights", "sequence_index")
+        }
+        offsets = []
+        for row, sequence in enumerate(sequences):
+            length = len(sequence.tokens)
+            input_ids[row, :length], attention_mask[row, :length] = sequence.tokens, 1
+            positions = np.flatnonzero(sequence.loss_mask)
+            offsets.append(positions - sequence.prompt_length)
+            weight = 1.0 if self.loss_aggregation == "token_mean" else 1.0 / len(positions)
+            columns["loss_index"].append(row * width + positions - 1)
+            columns["labels"].append(sequence.tokens[positions].astype(np.int64))
+            columns["row_weights"].append(np.full(len(positions), weight, dtype=np.float32))
+            columns["sequence_index"].append(np.full(len(positions), row, dtype=np.int64))
+        if not any(isinstance(sequence, Demonstration) for sequence in sequences):
+            columns["rollout_logprobs"] = [
+                sequence.rollout_logprobs[offset]  # type: ignore[union-attr]
+                for sequence, offset in zip(sequences, offsets, strict=True)
+            ]
+        arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+        if isinstance(items[0], TeacherSequence):
+            arrays.update(_teacher_columns(items, offsets))
+        batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch["input_ids"] = torch.from_numpy(input_ids)
+        batch["attention_mask"] = torch.from_numpy(attention_mask)
+        batch["sequence_names"] = [sequence_name(item) for item in items]
+        return batch
+
+
+def _teacher_columns(items: Sequence[Any], offsets: list[np.ndarray]) -> dict[str, np.ndarray]:
+    names = ("tail_logprobs", "teacher_logprobs", "teacher_entropy")
+    arrays = {
+        name: np.concatenate(
+            [getattr(item, name)[offset] for item, offset in zip(items, offsets, strict=True)]
+        )
+        for name in names
+    }
+    rows, width = sum(map(len, offsets)), max(item.topk_ids.shape[1] for item in items)
+    ids = np.full((rows, width), -1, dtype=np.int32)
+    logprobs = np.full((rows, width), -np.inf, dtype=np.float32)
+    start = 0
+    for item, offset in zip(items, offsets, strict=True):
+        end, k = start + len(offset), item.topk_ids.shape[1]
+        ids[start:end, :k] = item.topk_ids[offset]
+        logprobs[start:end, :k] = item.topk_logprobs[offset]
+        start = end
+    return {**arrays, "topk_ids": ids, "topk_logprobs": logprobs}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; names stay what they are."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def load_sft_jsonl(path: str | Path, tokenizer: Any) -> list[Demonstration]:
+    """Demonstrations from JSONL, tokenised once: prompt, answer, end-of-sequence token.
+
+    A line is `{"prompt": ..., "completion": "text"}` or `{"messages": [..., {"role":
+    "assistant", "content": "text"}]}`. The prompt is encoded as for rollouts, so that the
+    answer begins where generation will.
+
+    Raises:
+        DataError: naming file and line, for a record without a prompt or an answer, or when the
+            file holds none.
+        ModelError: the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{path}: answers end with an end-of-sequence token, and the tokenizer has none; "
+            "set tokenizer.eos_token and save the folder again"
+        )
+    records = list(read_jsonl(path))
+    prompts = [encode_prompt(tokenizer, record, where) for where, record in records]
+    texts = [_answer(record, where) for where, record in records]
+    answers = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    demonstrations = []
+    for (where, record), prompt, answer in zip(records, prompts, answers, strict=True):
+        tokens = np.array([*prompt, *answer, tokenizer.eos_token_id], dtype=np.int32)
+        demonstrations.append(
+            Demonstration(
+                prompt_id=str(record.get("id", where)),
+                sample=0,
+                tokens=tokens,
+                prompt_length=len(prompt),
+                finish_reason="stop",
+                loss_mask=np.arange(len(tokens)) >= len(prompt),
+            )
+        )
+    if not demonstrations:
+        raise DataError(f"{path}: holds no demonstrations; expected one JSON object a line")
+    return demonstrations
+
+
+def _answer(record: dict[str, Any], where: str) -> str:
+    if "completion" in record:
+        answer = record["completion"]
+    else:
+        value = record.get("messages", record.get("prompt"))
+        last = value[-1] if isinstance(value, list) else {}
+        answer = last.get("content") if last.get("role") == "assistant" else None
+    if not isinstance(answer, str) or not answer:
+        raise DataError(
+            f"{where}: found no answer text; expected 'completion', or messages that end with the "
+            "assistant's"
+        )
+    return answer

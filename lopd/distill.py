@@ -1,0 +1,151 @@
+"""Distil a teacher into a student from the cache alone (`lopd distill`).
+
+Whether teacher, cache, rollouts and student belong together is checked first, from files,
+before any model is built. Overrides given by flags are recorded in the result's manifest.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lopd import runs
+from lopd.cache import TeacherCache
+from lopd.errors import ConfigError, ProvenanceError
+from lopd.models import check_model_folder
+from lopd.options import TrainOptions
+from lopd.provenance import (
+    OVERRIDES,
+    build_manifest,
+    check_distill,
+    describe_model,
+    lineage_of,
+    vocab_size_of,
+    write_manifest,
+)
+from lopd.step import Objective
+
+
+@dataclass(kw_only=True)
+class DistillConfig(TrainOptions):
+    """Train a student on a teacher cache (`lopd distill`)."""
+
+    student: str = field(metadata={"help": "The model that made the rollouts."})
+    cache: str = field(metadata={"help": "Folder that `lopd score` wrote."})
+    out: str = field(metadata={"help": "Folder to write; an interrupted run is continued."})
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = field(
+        default="reverse_kl", metadata={"help": "What is minimised at every response token."}
+    )
+    tail: Literal["bucket", "renormalize", "truncate"] = field(
+        default="bucket", metadata={"help": "The mass outside the teacher's list."}
+    )
+    beta: float = field(default=0.5, metadata={"help": "jsd's mixture, strictly inside (0, 1)."})
+    advantage_clip: float | None = field(
+        default=None, metadata={"help": "policy_gradient: bound on |log q - log p|; None: none."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Divides the student's logits; None takes the cache's."}
+    )
+    support: Literal["list+sampled", "list"] = field(
+        default="list+sampled", metadata={"help": "Whether lists gain the sampled token."}
+    )
+    verify: bool = field(default=True, metadata={"help": "Hash the cache before training."})
+    allow_teacher_mismatch: bool = field(
+        default=False, metadata={"help": "Train although another teacher made the SFT answers."}
+    )
+    allow_student_mismatch: bool = field(
+        default=False, metadata={"help": "Train although another model made the rollouts."}
+    )
+    allow_tokenizer_mismatch: bool = field(
+        default=False, metadata={"help": "Train although ids mean different tokens."}
+    )
+    allow_incomplete_cache: bool = field(
+        default=False, metadata={"help": "Train on the shards that are there."}
+    )
+    learning_rate: float = field(default=2e-6, metadata={"help": "Peak of the schedule (AdamW)."})
+    lr_scheduler_type: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"
+    ] = field(default="constant", metadata={"help": "Schedule, by its name in transformers."})
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "Decoupled decay of matrices; norms and biases have none."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objective_at(1.0)
+
+    def objective_at(self, cache_temperature: float) -> Objective:
+        """The objective on a cache that was scored at this temperature."""
+        temperature = cache_temperature if self.temperature is None else self.temperature
+        return Objective(self.objective, self.tail, self.beta, self.advantage_clip, temperature)
+
+    def allowed(self) -> frozenset[str]:
+        flags = {name: getattr(self, f"allow_{name.replace('-', '_')}") for name in OVERRIDES}
+        return frozenset(name for name, given in flags.items() if given)
+
+
+def main(config: DistillConfig) -> Path:
+    """Check, train, save, and write the manifest last. Returns the model's folder.
+
+    Raises:
+        ProvenanceError: artefacts that do not belong together.
+        ShardError: a shard is altered.
+        ConfigError: `out` holds a finished run or another recipe, or another temperature than
+            the cache's is asked for.
+        MissingFileError, DataError, ModelError: student or cache that cannot be used.
+    """
+    check_model_folder(config.student)
+    cache, overrides = open_cache(config)
+    temperature = cache.manifest["temperature"]
+    objective = config.objective_at(temperature)
+    if objective.temperature != temperature:
+        raise ConfigError(
+            f"temperature: found {objective.temperature}, but {config.cache} was scored at "
+            f"{temperature}; leave it out, or score the rollouts again at that temperature"
+        )
+    base = describe_model(config.student, dtype=config.dtype, engine="transformers")
+    inputs = {"cache": {"digest": cache.digest(), "model": cache.manifest["model"]}}
+    checkpoint = runs.begin(config, cache=inputs["cache"]["digest"], base=base)
+    trained = runs.train(config, cache, objective, model_path=config.student, checkpoint=checkpoint)
+    manifest = build_manifest(
+        "checkpoint",
+        stage="distill",
+        config=asdict(config),
+        model=describe_model(config.out, dtype=config.dtype, engine="transformers"),
+        base=base,
+        inputs=inputs,
+        lineage={**_lineage(config.student), "initial_student": base["weights"]},
+        overrides=overrides,
+        objective=asdict(objective),
+        training=trained,
+    )
+    write_manifest(config.out, manifest)
+    return Path(config.out)
+
+
+def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]]]:
+    """The cache as the student will read it, and the overrides that admitted it."""
+    cache = TeacherCache.open(
+        config.cache,
+        support=config.support,
+        vocab_size=vocab_size_of(config.student),
+        allow_incomplete=True,
+    )
+    overrides = check_distill(
+        config.student,
+        cache.manifest,
+        used_ids=cache.used_ids,
+        cache_path=config.cache,
+        missing_shards=cache.missing_shards,
+        allow=config.allowed(),
+    )
+    if config.verify and not cache.missing_shards:
+        cache.verify()
+    return cache, overrides
+
+
+def _lineage(student: str) -> dict[str, Any]:
+    """The student's lineage; unknown where an override admitted one that contradicts itself."""
+    try:
+        return lineage_of(student)
+    except ProvenanceError:
+        return {"sft_teacher": None, "declared": False}

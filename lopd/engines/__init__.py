@@ -1,0 +1,1 @@
+"""Engines that generate and score, behind the protocol of `lopd.engines.base`."""

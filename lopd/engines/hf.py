@@ -1,0 +1,286 @@
+"""The transformers engine: batched generation with a KV cache, scoring without logits."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lopd.cache import TeacherScores
+from lopd.engines.base import Generation, Sampling
+from lopd.errors import ConfigError, DataError, ModelError
+from lopd.heads import HeadOptions, check_head, run_with_loss
+from lopd.models import eos_token_ids, load_model, load_tokenizer
+from lopd_kernels import TopK, linear_topk
+
+Progress = Callable[[int], object]
+
+
+class HfEngine:
+    """One `transformers` causal LM that generates and scores.
+
+    `batch_size` bounds the sequences decoded together, `tokens_per_batch` the padded tokens
+    scored together. The LM head is checked once against the model's own logits, so that a head
+    with an unknown scale or cap is refused before anything is scored with it.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int = 64, tokens_per_batch: int = 16384
+    ) -> None:
+        if batch_size < 1 or tokens_per_batch < 1:
+            raise ConfigError(
+                f"batch_size={batch_size}, tokens_per_batch={tokens_per_batch}; "
+                "expected positive numbers"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.context: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.eos_ids = eos_token_ids(model, tokenizer)
+        check_head(model)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, dtype: str, device: str = "auto", **limits: int
+    ) -> "HfEngine":
+        return cls(load_model(path, dtype=dtype, device=device), load_tokenizer(path), **limits)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        progress: Progress | None = None,
+    ) -> list[Generation]:
+        """See `Engine.generate`. Prompts of similar length are decoded together."""
+        if len(prompts) != len(seeds):
+            raise ConfigError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds")
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        results: dict[int, Generation] = {}
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = self._generate_batch(
+                [prompts[i] for i in rows], sampling, [seeds[i] for i in rows]
+            )
+            results.update(zip(rows, batch, strict=True))
+            if progress is not None:
+                progress(len(rows))
+        return [results[i] for i in range(len(prompts))]
+
+    def _generate_batch(
+        self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]
+    ) -> list[Generation]:
+        from transformers import DynamicCache
+
+        device, steps = self.device, sampling.max_new_tokens
+        uniforms = torch.from_numpy(
+            np.stack([np.random.default_rng(seed).random(steps) for seed in seeds])
+        ).to(device)
+        inputs, mask = _left_pad(prompts, device)
+        eos = torch.tensor(self.eos_ids, device=device)
+        past = DynamicCache(config=self.model.config)
+        alive = torch.arange(len(prompts), device=device)
+        tokens = torch.full((len(prompts), steps), -1, dtype=torch.int64, device=device)
+        logprobs = torch.zeros((2, len(prompts), steps), device=device)
+        position = mask.cumsum(1) - 1
+        for step in range(steps):
+            logits = self.model(
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=position.clamp(min=0),
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            token, sampled, raw = draw(logits.float(), sampling, uniforms[alive, step])
+            tokens[alive, step], logprobs[0, alive, step], logprobs[1, alive, step] = (
+                token,
+                sampled,
+                raw,
+            )
+            keep = torch.isin(token, eos, invert=True)
+            if not keep.any():
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            inputs, position = token[:, None], position[:, -1:] + 1
+            if not keep.all():
+                rows = keep.nonzero().squeeze(1)
+                past.batch_select_indices(rows)
+                alive, mask = alive[rows], mask[rows]
+                inputs, position = inputs[rows], position[rows]
+        return _collect(tokens.cpu(), logprobs.cpu(), self.eos_ids, sampling)
+
+    @torch.no_grad()
+    def score(
+        self,
+        sequences: Sequence[np.ndarray],
+        prompt_lengths: Sequence[int],
+        k: int,
+        *,
+        temperature: float = 1.0,
+        progress: Progress | None = None,
+    ) -> list[TeacherScores]:
+        """See `Engine.score`. Memory does not depend on the vocabulary times the tokens."""
+        if not 1 <= k <= self.vocab_size:
+            raise ConfigError(
+                f"k: found {k}; expected 1 to the scoring model's vocabulary of {self.vocab_size}"
+            )
+        self._check_sequences(sequences, prompt_lengths)
+        results: dict[int, TeacherScores] = {}
+        for rows in _by_tokens(sequences, self.tokens_per_batch):
+            batch = self._score_batch(
+                [sequences[i] for i in rows], [prompt_lengths[i] for i in rows], k, temperature
+            )
+            results.update(zip(rows, batch, strict=True))
+            if progress is not None:
+                progress(len(rows))
+        return [results[i] for i in range(len(sequences))]
+
+    def _check_sequences(
+        self, sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int]
+    ) -> None:
+        for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+            if not 1 <= prompt_length < len(tokens):
+                raise DataError(
+                    f"sequence {i}: {prompt_length} of {len(tokens)} tokens are the prompt; "
+                    "expected at least one prompt token and one response token"
+                )
+            if self.context is not None and len(tokens) > self.context:
+                raise DataError(
+                    f"sequence {i}: {len(tokens)} tokens; the scoring model's context holds "
+                    f"{self.context}; roll out with fewer --max_new_tokens"
+                )
+            if (largest := int(np.max(tokens))) >= self.vocab_size:
+                raise DataError(
+                    f"sequence {i}: token id {largest}; the scoring model's vocabulary ends at "
+                    f"{self.vocab_size - 1}: the two models do not share a tokenizer"
+                )
+
+    def _score_batch(
+        self, sequences: list[np.ndarray], prompt_lengths: list[int], k: int, temperature: float
+    ) -> list[TeacherScores]:
+        width = max(map(len, sequences))
+        ids = np.zeros((len(sequences), width), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, tokens in enumerate(sequences):
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        spans = [
+            (row * width + prompt_length - 1, row * width + len(tokens) - 1)
+            for row, (tokens, prompt_length) in enumerate(
+                zip(sequences, prompt_lengths, strict=True)
+            )
+        ]
+        index = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in spans])).to(
+            self.device
+        )
+        input_ids = torch.from_numpy(ids).to(self.device)
+        labels = input_ids.flatten()[index + 1]
+
+        def topk(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions) -> TopK:
+            return linear_topk(
+                hidden.flatten(0, 1)[index],
+                weight,
+                k,
+                extra_ids=labels[:, None],
+                bias=bias,
+                temperature=temperature,
+                **head.kwargs(),
+            )
+
+        inputs = {"input_ids": input_ids, "attention_mask": torch.from_numpy(mask).to(self.device)}
+        top = run_with_loss(self.model, inputs, topk)
+        assert top.extra_logprobs is not None
+        columns = (
+            top.extra_logprobs[:, 0].float().cpu().numpy(),
+            top.entropy.float().cpu().numpy(),
+            top.ids.to(torch.int32).cpu().numpy(),
+            top.logprobs.float().cpu().numpy(),
+            top.tail_logprobs.float().cpu().numpy(),
+        )
+        ends = np.cumsum([b - a for a, b in spans])[:-1]
+        return [
+            TeacherScores(*parts)
+            for parts in zip(*(np.split(c, ends) for c in columns), strict=True)
+        ]
+
+
+def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pick one token a row by inverse CDF.
+
+    Args: logits [B, V] fp32, uniforms [B] in [0, 1).
+    Returns: token ids, their log-probs under the sampling distribution, and at temperature 1
+    with top_p 1. Greedy decoding reports the raw log-prob twice.
+    """
+    raw = torch.log_softmax(logits, dim=-1)
+    if sampling.temperature == 0:
+        token = raw.argmax(-1)
+        picked = raw.gather(1, token[:, None]).squeeze(1)
+        return token, picked, picked
+    sampled = raw
+    if not sampling.is_raw:
+        sampled = torch.log_softmax(logits / sampling.temperature, dim=-1)
+        if sampling.top_p < 1:
+            ordered, ids = sampled.sort(dim=-1, descending=True)
+            mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+            dropped = torch.zeros_like(sampled, dtype=torch.bool)
+            dropped.scatter_(1, ids, mass_before >= sampling.top_p)
+            sampled = torch.log_softmax(sampled.masked_fill(dropped, -torch.inf), dim=-1)
+    cdf = sampled.double().exp().cumsum(-1)
+    if not torch.isfinite(cdf[:, -1]).all():
+        raise ModelError(
+            "generate: the model returned NaN or infinite logits; check its weights, or use a "
+            "wider --dtype"
+        )
+    target = (uniforms * cdf[:, -1]).unsqueeze(1)
+    token = torch.searchsorted(cdf, target, right=True).squeeze(1)
+    return (
+        token,
+        sampled.gather(1, token[:, None]).squeeze(1),
+        raw.gather(1, token[:, None]).squeeze(1),
+    )
+
+
+def _left_pad(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), width), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _collect(
+    tokens: Tensor, logprobs: Tensor, eos_ids: list[int], sampling: Sampling
+) -> list[Generation]:
+    generations = []
+    for row in range(len(tokens)):
+        length = int((tokens[row] >= 0).sum())
+        answer = tokens[row, :length].to(torch.int32).numpy()
+        picked, raw = logprobs[:, row, :length].numpy()
+        reason = "stop" if int(answer[-1]) in eos_ids else "length"
+        generations.append(Generation(answer, reason, picked, picked if sampling.is_raw else raw))
+    return generations
+
+
+def _by_tokens(sequences: Sequence[np.ndarray], budget: int) -> Iterator[list[int]]:
+    """Indices grouped by similar length, each group at most `budget` padded tokens (or one row)."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    group: list[int] = []
+    for i in order:
+        if group and (len(group) + 1) * len(sequences[i]) > budget:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group

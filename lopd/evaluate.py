@@ -1,0 +1,223 @@
+"""Measure a model on prompts with answers (`lopd eval`).
+
+Greedy accuracy, and over n sampled answers avg@n and the unbiased
+pass@k = 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374), each the mean over
+prompts with a 95 % interval: Wilson's, at the number of independent trials that the
+prompts' spread is worth. With a teacher, also the on-policy reverse KL: nats per token of
+the model's own samples, K+1 buckets, the same quantity that `lopd distill` descends. It is
+exact when k covers the vocabulary and a lower bound otherwise.
+"""
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lopd.cache import scored_sequence
+from lopd.data import Collator, to_device
+from lopd.engines.base import Generation, Sampling, sequence_seed, to_rollout
+from lopd.engines.hf import HfEngine
+from lopd.errors import ConfigError, DataError
+from lopd.models import resolve_device, resolve_dtype
+from lopd.prompts import Prompt, check_context, load_prompts
+from lopd.provenance import build_manifest, describe_file, describe_model, write_manifest
+from lopd.step import Objective, step
+
+Z95 = 1.959964
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Accuracy on prompts with answers, and the KL to a teacher (`lopd eval`)."""
+
+    model: str = field(metadata={"help": "Model folder to evaluate."})
+    prompts: str = field(metadata={"help": "JSONL with 'prompt' or 'messages', and 'answer'."})
+    out: str = field(metadata={"help": "Folder for results.json and the answers."})
+    teacher: str | None = field(default=None, metadata={"help": "Model folder for the KL."})
+    kl_k: int = field(default=64, metadata={"help": "Teacher tokens in the KL's buckets."})
+    num_samples: int = field(default=4, metadata={"help": "Sampled answers to each prompt (n)."})
+    limit: int | None = field(default=None, metadata={"help": "Use the first so many prompts."})
+    max_new_tokens: int = field(default=4096, metadata={"help": "Longest answer, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
+    top_p: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
+    answer_regex: str = field(
+        default=r"#+\s*(\S[^#\n]*)",
+        metadata={"help": "Its last match's one group is the model's answer."},
+    )
+    batch_size: int = field(default=64, metadata={"help": "Sequences decoded together."})
+    tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens in a forward."})
+    dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N."})
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ConfigError(f"num_samples: found {self.num_samples}; expected at least 1")
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"temperature: found {self.temperature}; expected a positive number (greedy "
+                "answers are evaluated besides)"
+            )
+        resolve_dtype(self.dtype)
+        resolve_device(self.device)
+        try:
+            groups = re.compile(self.answer_regex).groups
+        except re.error as error:
+            raise ConfigError(f"answer_regex: {error}; expected a regular expression") from None
+        if groups != 1:
+            raise ConfigError(f"answer_regex: found {groups} groups; expected exactly one")
+
+
+def main(config: EvalConfig) -> Path:
+    engine = _load(config, config.model)
+    prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
+    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
+    if unanswered:
+        raise DataError(
+            f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
+            f"(first: '{unanswered[0]}'); expected one in each line"
+        )
+    check_context(prompts, engine.context, config.max_new_tokens, config.prompts)
+    results, sampled = measure(engine, prompts, config)
+    if config.teacher is not None:
+        teacher = _load(config, config.teacher)
+        results["kl"] = on_policy_kl(engine, teacher, prompts, sampled, config.kl_k)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    describe = {"dtype": config.dtype, "engine": HfEngine.name}
+    inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
+    if config.teacher is not None:
+        inputs["teacher"] = describe_model(config.teacher, **describe)
+    write_manifest(
+        out,
+        build_manifest(
+            "evaluation",
+            stage="eval",
+            config=asdict(config),
+            model=describe_model(config.model, **describe),
+            inputs=inputs,
+        ),
+    )
+    for line in table(results):
+        print(line)
+    return out
+
+
+def _load(config: EvalConfig, path: str) -> HfEngine:
+    return HfEngine.load(
+        path,
+        dtype=config.dtype,
+        device=config.device,
+        batch_size=config.batch_size,
+        tokens_per_batch=config.tokens_per_batch,
+    )
+
+
+def measure(
+    engine: HfEngine, prompts: list[Prompt], config: EvalConfig
+) -> tuple[dict[str, Any], list[Generation]]:
+    """Greedy and sampled accuracies; the sampled answers, prompt by prompt."""
+    greedy = Sampling(config.max_new_tokens, temperature=0.0)
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    n, tokens = config.num_samples, [prompt.tokens for prompt in prompts]
+    with tqdm(total=len(prompts) * (1 + n), unit="seq", desc="evaluating") as bar:
+        first = engine.generate(tokens, greedy, [0] * len(prompts), progress=bar.update)
+        sampled = engine.generate(
+            [prompt.tokens for prompt in prompts for _ in range(n)],
+            sampling,
+            [sequence_seed(config.seed, prompt.id, i) for prompt in prompts for i in range(n)],
+            progress=bar.update,
+        )
+
+    def right(prompt: Prompt, answer: Generation) -> bool:
+        text = engine.tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True)
+        found = re.findall(config.answer_regex, text)
+        return (
+            answer.finish_reason == "stop"
+            and bool(found)
+            and found[-1].strip() == str(prompt.answer).strip()
+        )
+
+    pairs = zip([prompt for prompt in prompts for _ in range(n)], sampled, strict=True)
+    correct = np.array([right(*pair) for pair in pairs]).reshape(len(prompts), n)
+    greedy_correct = np.array([right(*pair) for pair in zip(prompts, first, strict=True)])
+    results: dict[str, Any] = {
+        "prompts": len(prompts),
+        "samples": n,
+        "greedy": estimate(greedy_correct.astype(float)),
+        f"avg@{n}": estimate(correct.mean(1)),
+        "truncated": float(np.mean([answer.finish_reason == "length" for answer in sampled])),
+        "mean_tokens": float(np.mean([len(answer.tokens) for answer in sampled])),
+    }
+    for k in sorted({1 << i for i in range(n.bit_length())} | {n}):
+        results[f"pass@{k}"] = estimate(pass_at_k(correct.sum(1), n, k))
+    return results, sampled
+
+
+def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
+    """Chance that k answers drawn from n, c of them right, hold a right one; per prompt."""
+    if not 1 <= k <= n:
+        raise ConfigError(f"pass@k: found k={k}; expected 1 to the {n} samples")
+    return np.array([1.0 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct])
+
+
+def estimate(per_prompt: np.ndarray) -> dict[str, float]:
+    """Mean over prompts and its 95 % Wilson interval.
+
+    The spread of the prompts fixes the number of 0/1 trials with the same standard error,
+    at least one a prompt; so the interval keeps a width when all prompts agree.
+    """
+    count, mean = len(per_prompt), float(per_prompt.mean())
+    variance = float(per_prompt.var(ddof=1)) / count if count > 1 else 0.0
+    trials = max(count, mean * (1 - mean) / variance) if variance > 0 else count
+    centre = (mean + Z95**2 / (2 * trials)) / (1 + Z95**2 / trials)
+    spread = mean * (1 - mean) / trials + Z95**2 / (4 * trials**2)
+    half = Z95 * math.sqrt(spread) / (1 + Z95**2 / trials)
+    return {"mean": mean, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
+
+
+@torch.no_grad()
+def on_policy_kl(
+    student: HfEngine, teacher: HfEngine, prompts: list[Prompt], sampled: list[Generation], k: int
+) -> dict[str, float]:
+    """KL(student || teacher) in nats per token of the student's samples, K+1 buckets."""
+    repeats = len(sampled) // len(prompts)
+    jobs = [(prompt, i) for prompt in prompts for i in range(repeats)]
+    rollouts = [to_rollout(*job, answer) for job, answer in zip(jobs, sampled, strict=True)]
+    k = min(k, teacher.vocab_size)
+    scores = teacher.score(
+        [rollout.tokens for rollout in rollouts], [rollout.prompt_length for rollout in rollouts], k
+    )
+    records = [
+        scored_sequence(*pair, support="list", vocab_size=student.vocab_size)
+        for pair in zip(rollouts, scores, strict=True)
+    ]
+    collate = Collator()
+    total, tokens = 0.0, 0
+    for start in range(0, len(records), student.batch_size):
+        batch = to_device(collate(records[start : start + student.batch_size]), student.device)
+        loss, _ = step(student.model, batch, Objective("reverse_kl"), num_items=1.0)
+        total += float(loss)
+        tokens += len(batch["labels"])
+    return {"nats_per_token": total / tokens, "tokens": tokens, "k": k}
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    lines = [f"{results['prompts']} prompts, {results['samples']} sampled answers each"]
+    for name, value in results.items():
+        if isinstance(value, dict) and "low" in value:
+            lines.append(
+                f"{name:>8}  {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
+            )
+    lines.append(f"truncated {results['truncated']:.3f}, mean tokens {results['mean_tokens']:.1f}")
+    if "kl" in results:
+        kl = results["kl"]
+        lines.append(f"KL to the teacher {kl['nats_per_token']:.4f} nat/token (k={kl['k']})")
+    return lines

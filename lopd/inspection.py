@@ -1,0 +1,43 @@
+"""Totals of an artefact folder, and on demand a check of its hashes (`lopd inspect`)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lopd.cache import RolloutStore, TeacherCache
+from lopd.provenance import read_manifest
+
+
+@dataclass(kw_only=True)
+class InspectConfig:
+    """Print what an artefact folder holds (`lopd inspect`)."""
+
+    path: str = field(metadata={"help": "Folder of answers, rollouts, a cache or a checkpoint."})
+    verify: bool = field(default=False, metadata={"help": "Hash every shard against its receipt."})
+
+
+def main(config: InspectConfig) -> None:
+    manifest = read_manifest(Path(config.path))
+    kind = manifest["kind"]
+    rows: dict[str, Any] = {"kind": kind, "stage": manifest["stage"]}
+    for role in ("model", "base"):
+        if manifest.get(role):
+            rows[role] = f"{manifest[role]['path']} ({manifest[role]['weights'][:12]})"
+    teacher = (manifest.get("lineage") or {}).get("sft_teacher")
+    if teacher:
+        rows["fine-tuned on"] = f"{teacher.get('path')} ({teacher['weights'][:12]})"
+    if manifest.get("overrides"):
+        rows["overrides"] = ", ".join(item["name"] for item in manifest["overrides"])
+    store: RolloutStore | TeacherCache | None = None
+    if kind == "cache":
+        store = TeacherCache.open(config.path)
+    elif kind in ("rollouts", "sft_data"):
+        store = RolloutStore.open(config.path, kind=kind)
+    if store is not None:
+        rows.update(store.summary())
+        if config.verify:
+            store.verify()
+            rows["verified"] = "every shard matches its receipt"
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")

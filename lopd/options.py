@@ -1,0 +1,146 @@
+"""Settings of a training run, shared by the stages that train."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lopd.data import LOSS_AGGREGATIONS
+from lopd.errors import ConfigError
+from lopd.models import resolve_device, resolve_dtype
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """Settings of a training run, shared by `lopd sft` and `lopd distill`."""
+
+    max_steps: int = field(
+        default=-1, metadata={"help": "Optimizer steps; -1 leaves it to num_epochs."}
+    )
+    num_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences in a micro-batch."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Micro-batches in an optimizer step."}
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak of the schedule (AdamW)."})
+    lr_scheduler_type: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"
+    ] = field(default="cosine", metadata={"help": "Schedule, by its name in transformers."})
+    min_lr_ratio: float = field(
+        default=0.0, metadata={"help": "End of cosine_with_min_lr, as a share of the peak."}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "Linear warm-up from 0."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Decoupled decay of matrices; norms and biases have none."}
+    )
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradients are scaled down to this norm; 0 leaves them."}
+    )
+    loss_aggregation: Literal["token_mean", "sequence_mean"] = field(
+        default="token_mean",
+        metadata={"help": "Mean over the step's tokens, or over its sequences' means."},
+    )
+    drop_truncated: bool = field(
+        default=False, metadata={"help": "Leave out sequences cut off at their length limit."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Of weights, gradients and optimizer: float32 or bfloat16."},
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
+    seed: int = field(default=0, metadata={"help": "Seed of the shuffling and of dropout."})
+    save_every: int = field(default=500, metadata={"help": "Steps between checkpoints; 0: none."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept."})
+    log_every: int = field(default=10, metadata={"help": "Steps between log lines."})
+    report_to: str = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
+
+    def __post_init__(self) -> None:
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ConfigError(f"max_steps: found {self.max_steps}; expected at least 1, or -1")
+        for name in ("batch_size", "gradient_accumulation_steps", "log_every", "save_total_limit"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: found {getattr(self, name)}; expected at least 1")
+        for name in ("num_epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(
+                    f"{name}: found {getattr(self, name)}; expected a positive number"
+                )
+        for name in ("warmup_steps", "save_every", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: found {getattr(self, name)}; expected 0 or more")
+        if self.loss_aggregation not in LOSS_AGGREGATIONS:
+            raise ConfigError(
+                f"loss_aggregation: found '{self.loss_aggregation}'; expected one of "
+                f"{', '.join(LOSS_AGGREGATIONS)}"
+            )
+        if resolve_dtype(self.dtype) == torch.float16:
+            raise ConfigError(
+                "dtype: float16 weights cannot be trained without loss scaling; use float32 or "
+                "bfloat16"
+            )
+        self.schedule()
+
+    def schedule(self) -> tuple[str, dict[str, float]]:
+        """Name and extra arguments for `transformers.get_scheduler`."""
+        kind = self.lr_scheduler_type
+        if kind == "cosine_with_min_lr":
+            if not 0 < self.min_lr_ratio <= 1:
+                raise ConfigError(
+                    f"min_lr_ratio: found {self.min_lr_ratio}; {kind} expects a number in (0, 1]; "
+                    "for 0 use cosine"
+                )
+            return kind, {"min_lr_rate": self.min_lr_ratio}
+        if self.min_lr_ratio:
+            raise ConfigError(f"min_lr_ratio: {kind} does not use it; choose cosine_with_min_lr")
+        if kind == "constant" and self.warmup_steps:
+            raise ConfigError("warmup_steps: constant has none; choose constant_with_warmup")
+        return kind, {}
+
+    def training_arguments(self, out: str | Path) -> Any:
+        """The same as `transformers.TrainingArguments`, with checkpoints under `out`."""
+        from transformers import TrainingArguments
+
+        device = resolve_device(self.device)
+        if device.index:
+            raise ConfigError(
+                f"device: found '{self.device}'; choose a GPU for training by CUDA_VISIBLE_DEVICES"
+            )
+        kind, schedule = self.schedule()
+        args = TrainingArguments(
+            output_dir=str(out),
+            max_steps=self.max_steps,
+            num_train_epochs=self.num_epochs,
+            per_device_train_batch_size=self.batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type=kind,
+            lr_scheduler_kwargs=schedule,
+            warmup_steps=self.warmup_steps,
+            adam_beta1=self.adam_beta1,
+            adam_beta2=self.adam_beta2,
+            adam_epsilon=self.adam_epsilon,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            gradient_checkpointing=self.gradient_checkpointing,
+            use_cpu=device.type == "cpu",
+            seed=self.seed,
+            save_strategy="steps" if self.save_every else "no",
+            save_steps=self.save_every or 1,
+            save_total_limit=self.save_total_limit,
+            logging_steps=self.log_every,
+            logging_nan_inf_filter=False,
+            report_to=self.report_to,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=device.type == "cuda",
+        )
+        assert args.device.type == device.type
+        args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would mean DataParallel
+        return args

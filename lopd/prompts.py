@@ -1,0 +1,148 @@
+"""Prompts from JSONL, in the field's formats, as token ids.
+
+A line is `{"prompt": "text"}`, `{"prompt": [messages]}` or `{"messages": [messages]}`,
+with an optional `id` and, for evaluation, an `answer`. Where the tokenizer has a chat
+template it is applied (a plain string becomes one user message); where it has none, a
+string is tokenised as it is and messages are refused. A trailing assistant message is
+the answer, not part of the prompt.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopd.errors import DataError, MissingFileError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: an id that does not depend on its place in the file, and its tokens."""
+
+    id: str
+    tokens: list[int]
+    answer: str | None
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `("file:line", record)` for every non-blank line of a JSONL file.
+
+    Raises MissingFileError when the file is absent, DataError for a line that is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; expected a JSONL file, one record a line")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{where}: not JSON ({error}); expected one object a line"
+                ) from None
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"{where}: found a {type(record).__name__}; expected an object with "
+                    "'prompt' or 'messages'"
+                )
+            yield where, record
+
+
+def prompt_messages(record: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
+    """The prompt of a record: a string, or messages without a trailing assistant turn."""
+    given = [key for key in ("prompt", "messages") if key in record]
+    if len(given) != 1:
+        found = " and ".join(given) or f"keys {sorted(record)}"
+        raise DataError(f"{where}: found {found}; expected exactly one of 'prompt', 'messages'")
+    value = record[given[0]]
+    if isinstance(value, str) and given[0] == "prompt":
+        if not value:
+            raise DataError(f"{where}: 'prompt' is empty; expected text or a list of messages")
+        return value
+    if not isinstance(value, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value
+    ):
+        raise DataError(
+            f"{where}: '{given[0]}' is not a list of {{'role', 'content'}} objects; "
+            "expected the chat format"
+        )
+    messages = value[:-1] if value and value[-1]["role"] == "assistant" else value
+    if not messages:
+        raise DataError(f"{where}: '{given[0]}' holds no message before the assistant's")
+    return messages
+
+
+def encode_prompt(tokenizer: Any, record: dict[str, Any], where: str) -> list[int]:
+    """Token ids of a record's prompt, up to where the model begins to answer.
+
+    Raises DataError, naming `where`, for a record that has no usable prompt.
+    """
+    prompt = prompt_messages(record, where)
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    elif isinstance(prompt, str):
+        tokens = tokenizer(prompt)["input_ids"]
+    else:
+        raise DataError(
+            f"{where}: found messages, but the tokenizer has no chat template; give 'prompt' as "
+            "text, or a model folder whose tokenizer has a template"
+        )
+    if not tokens:
+        raise DataError(f"{where}: the prompt has no tokens; expected at least one")
+    return [int(token) for token in tokens]
+
+
+def load_prompts(path: str | Path, tokenizer: Any, *, limit: int | None = None) -> list[Prompt]:
+    """Read and tokenise a prompt file.
+
+    The id is the record's own `id`, or a digest of the prompt; a repeated digest gets `#1`,
+    `#2`, ... so that reordering the file permutes ids and prompts alike.
+
+    Raises DataError for an empty set or two records that claim one `id`.
+    """
+    prompts: list[Prompt] = []
+    given: dict[str, str] = {}
+    repeats: Counter[str] = Counter()
+    for where, record in read_jsonl(path):
+        tokens = encode_prompt(tokenizer, record, where)
+        if "id" in record:
+            name = str(record["id"])
+            if name in given:
+                raise DataError(f"{where}: id '{name}' was used at {given[name]}; ids are unique")
+            given[name] = where
+        else:
+            text = json.dumps(prompt_messages(record, where), sort_keys=True)
+            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+            name = f"{digest}#{repeats[digest]}" if repeats[digest] else digest
+            repeats[digest] += 1
+        answer = record.get("answer")
+        prompts.append(Prompt(name, tokens, None if answer is None else str(answer)))
+        if limit is not None and len(prompts) == limit:
+            break
+    if not prompts:
+        raise DataError(f"{path}: holds no prompts; expected one JSON object a line")
+    return prompts
+
+
+def check_context(
+    prompts: list[Prompt], context: int | None, max_new_tokens: int, source: str | Path
+) -> None:
+    """Refuse prompts that leave no room for `max_new_tokens` in the model's context."""
+    if context is None:
+        return
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    if len(longest.tokens) + max_new_tokens > context:
+        raise DataError(
+            f"{source}: prompt '{longest.id}' has {len(longest.tokens)} tokens, with "
+            f"max_new_tokens={max_new_tokens} that passes the model's context of {context}; "
+            "lower --max_new_tokens or remove long prompts"
+        )

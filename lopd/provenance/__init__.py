@@ -1,0 +1,49 @@
+"""What made an artefact, and whether two artefacts belong together.
+
+Every artefact folder (`sft_data`, `checkpoint`, `rollouts`, `cache`, `evaluation`) has a
+`manifest.json` with the content fingerprints of the models and inputs that made it.
+`check_distill` compares them before a model is built. Nothing here builds a model.
+"""
+
+from lopd.provenance.fingerprint import (
+    chat_template_digest,
+    config_digest,
+    describe_file,
+    describe_model,
+    fingerprint_weights,
+    load_vocab,
+    save_vocab,
+    tokenizer_digest,
+    vocab_size_of,
+)
+from lopd.provenance.gate import OVERRIDES, check_distill
+from lopd.provenance.manifest import (
+    MANIFEST_NAME,
+    build_manifest,
+    declare,
+    lineage_of,
+    manifest_digest,
+    read_manifest,
+    write_manifest,
+)
+
+__all__ = [
+    "MANIFEST_NAME",
+    "OVERRIDES",
+    "build_manifest",
+    "chat_template_digest",
+    "check_distill",
+    "config_digest",
+    "declare",
+    "describe_file",
+    "describe_model",
+    "fingerprint_weights",
+    "lineage_of",
+    "load_vocab",
+    "manifest_digest",
+    "read_manifest",
+    "save_vocab",
+    "tokenizer_digest",
+    "vocab_size_of",
+    "write_manifest",
+]

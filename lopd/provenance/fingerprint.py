@@ -1,0 +1,287 @@
+"""Content fingerprints of a Hugging Face model folder, read from its files alone."""
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lopd.errors import DataError, MissingFileError, ModelError
+from lopd.files import canonical_json, json_digest, sha256_file, write_atomic
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+VOCAB_NAME = "teacher_vocab.json"
+VOLATILE_CONFIG = frozenset(
+    {"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"}
+)
+# A file changed this recently could change again without its time stamp moving.
+_RACY_NS = 2_000_000_000
+
+
+def fingerprint_weights(path: str | Path, *, rehash: bool = False) -> str:
+    """sha256, in hex, of a checkpoint's weights, independent of how files shard them.
+
+    Per tensor sha256 over (name, dtype, shape) and bytes; then sha256 over the sorted list of
+    (name, digest). The result is remembered under the user's cache folder by path, size,
+    modification time and inode of every weight file; `rehash` reads the bytes regardless.
+
+    Raises:
+        MissingFileError: no such folder, or no safetensors weights in it.
+        ModelError: a weight file is truncated or does not hold what the index says.
+    """
+    folder = _model_folder(path)
+    files = weight_files(folder)
+    key, state = str(folder.resolve()), _file_states(files)
+    memo = _read_memo()
+    known = memo.get(key)
+    if not rehash and isinstance(known, dict) and known.get("files") == state:
+        return str(known["weights"])
+    tensors: dict[str, str] = {}
+    for file in files:
+        for name, digest in _tensor_digests(file).items():
+            if name in tensors:
+                raise ModelError(f"{folder}: tensor '{name}' is in two weight files; keep one")
+            tensors[name] = digest
+    _check_index(folder, tensors)
+    weights = json_digest(sorted(tensors.items()))
+    newest = max(int(entry[2]) for entry in state)
+    if time.time_ns() - newest > _RACY_NS and _file_states(files) == state:
+        _write_memo({**_read_memo(), key: {"files": state, "weights": weights}})
+    return weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a model folder's weights, sorted by name."""
+    if (folder / INDEX_NAME).exists():
+        names = sorted(set(_weight_map(folder).values()))
+    elif (folder / WEIGHTS_NAME).exists():
+        names = [WEIGHTS_NAME]
+    elif any(folder.glob("*.bin")):
+        raise MissingFileError(
+            f"{folder}: weights only as .bin (pickle); load the model once and save it with "
+            "save_pretrained(folder, safe_serialization=True)"
+        )
+    else:
+        raise MissingFileError(
+            f"{folder}: neither {WEIGHTS_NAME} nor {INDEX_NAME}; name the folder of a full "
+            "Hugging Face checkpoint (merge adapters first)"
+        )
+    for name in names:
+        if not (folder / name).exists():
+            raise MissingFileError(f"{folder}: {INDEX_NAME} names {name}, which is not there")
+    return [folder / name for name in names]
+
+
+def config_digest(path: str | Path) -> str:
+    """sha256 of config.json without the keys that say how it was loaded or by whom saved."""
+    return json_digest(_without_volatile(read_config(path)))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    file = _model_folder(path) / "config.json"
+    if not file.exists():
+        raise MissingFileError(f"{file} does not exist; name the folder of a Hugging Face model")
+    return _read_json_object(file)
+
+
+def vocab_size_of(path: str | Path) -> int:
+    """Rows of the LM head by config.json, padding rows included."""
+    config = read_config(path)
+    for part in (config, config.get("text_config") or {}):
+        if isinstance(part.get("vocab_size"), int):
+            return int(part["vocab_size"])
+    raise ModelError(f"{path}/config.json has no vocab_size; name a causal language model")
+
+
+def read_vocab(path: str | Path) -> dict[str, int]:
+    """token -> id of a model folder's tokenizer, added tokens included."""
+    folder = _model_folder(path)
+    file = folder / "tokenizer.json"
+    if file.exists():
+        from tokenizers import Tokenizer
+
+        try:
+            return dict(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{file} is not a tokenizer: {error}; save it again") from error
+    if not (folder / "tokenizer_config.json").exists():
+        raise MissingFileError(
+            f"{folder}: no tokenizer.json; save the model's tokenizer into the same folder"
+        )
+    from transformers import AutoTokenizer
+
+    return dict(AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab())
+
+
+def tokenizer_digest(path: str | Path) -> str:
+    """sha256 of the token -> id map; merges and normalisers are not part of it."""
+    return json_digest(read_vocab(path))
+
+
+def chat_template_digest(path: str | Path) -> str | None:
+    """sha256 of the chat template, None where the tokenizer has none."""
+    folder = _model_folder(path)
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    settings = folder / "tokenizer_config.json"
+    template = _read_json_object(settings).get("chat_template") if settings.exists() else None
+    if template is None:
+        return None
+    if isinstance(template, str):
+        return hashlib.sha256(template.encode("utf-8")).hexdigest()
+    return json_digest(template)
+
+
+def describe_model(
+    path: str | Path, *, dtype: str, engine: str, rehash: bool = False
+) -> dict[str, Any]:
+    """What a manifest says of a model: where it was, what it is, how it was run.
+
+    `weights`, `config`, `tokenizer` and `chat_template` are sha256 digests in hex (the last
+    may be None); `dtype` and `engine` are the caller's, for they decide the numerics.
+    """
+    return {
+        "path": str(_model_folder(path).resolve()),
+        "weights": fingerprint_weights(path, rehash=rehash),
+        "config": config_digest(path),
+        "tokenizer": tokenizer_digest(path),
+        "chat_template": chat_template_digest(path),
+        "vocab_size": vocab_size_of(path),
+        "dtype": dtype,
+        "engine": engine,
+    }
+
+
+def describe_file(path: str | Path) -> dict[str, Any]:
+    """What a manifest says of an input file: where it was, its size and its sha256."""
+    file = Path(path)
+    if not file.is_file():
+        raise MissingFileError(f"{file} is not a file; name an existing one")
+    return {
+        "path": str(file.resolve()),
+        "bytes": file.stat().st_size,
+        "sha256": sha256_file(file),
+    }
+
+
+def save_vocab(model_path: str | Path, folder: str | Path) -> Path:
+    """Store a teacher's token -> id map beside its scores, for the gate to compare ids by."""
+    file = Path(folder) / VOCAB_NAME
+    write_atomic(file, canonical_json(read_vocab(model_path)) + b"\n")
+    return file
+
+
+def load_vocab(folder: str | Path) -> dict[str, int]:
+    """The map that `save_vocab` stored."""
+    file = Path(folder) / VOCAB_NAME
+    if not file.exists():
+        raise MissingFileError(f"{file} does not exist; run 'lopd score' again to write it")
+    return {str(token): int(index) for token, index in _read_json_object(file).items()}
+
+
+def _model_folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise MissingFileError(f"{folder} is not a folder; name a local Hugging Face model folder")
+    return folder
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}); restore it") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file} holds a {type(value).__name__}, expected an object; restore it")
+    return value
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_volatile(v) for k, v in value.items() if k not in VOLATILE_CONFIG}
+    if isinstance(value, list):
+        return [_without_volatile(item) for item in value]
+    return value
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    weight_map = _read_json_object(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{folder / INDEX_NAME} has no weight_map; save the model again")
+    return weight_map
+
+
+def _check_index(folder: Path, tensors: dict[str, str]) -> None:
+    if not (folder / INDEX_NAME).exists():
+        return
+    expected = set(_weight_map(folder))
+    if expected != set(tensors):
+        odd = sorted(expected ^ set(tensors))[0]
+        raise ModelError(
+            f"{folder}: tensor '{odd}' is in only one of {INDEX_NAME} and the weight files; "
+            "save the model again"
+        )
+
+
+def _tensor_digests(file: Path) -> dict[str, str]:
+    """tensor name -> sha256 over (name, dtype, shape) and bytes, from one safetensors file."""
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ModelError(f"{file} is truncated or altered ({error}); copy or save it again") from (
+            error
+        )
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        with (
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as view,
+            view[8 + length :] as data,
+        ):
+            return {name: _tensor_digest(name, spec, data) for name, spec in header.items()}
+
+
+def _tensor_digest(name: str, spec: dict[str, Any], data: memoryview) -> str:
+    start, end = spec["data_offsets"]
+    digest = hashlib.sha256(canonical_json([name, spec["dtype"], spec["shape"]]))
+    with data[start:end] as tensor:
+        digest.update(tensor)
+    return digest.hexdigest()
+
+
+def _file_states(files: list[Path]) -> list[list[Any]]:
+    """[name, size, modification time in ns, inode] of every file."""
+    states = ((file, file.stat()) for file in files)
+    return [[file.name, s.st_size, s.st_mtime_ns, s.st_ino] for file, s in states]
+
+
+def _memo_path() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lopd" / "fingerprints.json"
+
+
+def _read_memo() -> dict[str, Any]:
+    """What was remembered; a memo that cannot be read only costs the hashing."""
+    try:
+        value = json.loads(_memo_path().read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write_memo(memo: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        _memo_path().parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(_memo_path(), canonical_json(memo))

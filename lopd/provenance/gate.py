@@ -1,0 +1,190 @@
+"""The gate before distillation: do teacher, cache, rollouts and student belong together?"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lopd.errors import ConfigError, MissingFileError, ProvenanceError
+from lopd.provenance.fingerprint import (
+    load_vocab,
+    read_vocab,
+    tokenizer_digest,
+    vocab_size_of,
+)
+from lopd.provenance.manifest import lineage_of, short, weights_of
+
+OVERRIDES = ("teacher-mismatch", "student-mismatch", "tokenizer-mismatch", "incomplete-cache")
+
+
+def check_distill(
+    student: str | Path,
+    cache_manifest: Mapping[str, Any],
+    *,
+    initial_student: str | Path | None = None,
+    used_ids: Callable[[], np.ndarray] | np.ndarray | None = None,
+    cache_path: str | Path | None = None,
+    missing_shards: Sequence[int] = (),
+    allow: Collection[str] = frozenset(),
+) -> list[dict[str, Any]]:
+    """Refuse artefacts that do not belong together; return the overrides that were needed.
+
+    Four comparisons, in this order: the cache is complete; the teacher that scored it is the
+    one whose answers the student was fine-tuned on; the rollouts were made by the student
+    (when resuming, by `initial_student`: a weights fingerprint or a folder); no id that the
+    data uses means different tokens to teacher and student, or lies beyond the student's head
+    though the tokenizer has it. Reads files only.
+
+    Args:
+        used_ids: the distinct ids of the cache, or a function that finds them; called only
+            where the tokenizers differ or the student's head is short.
+        cache_path: where the cache and its copy of the teacher's vocabulary are.
+        allow: names out of `OVERRIDES`; one per flag `--allow-<name>`.
+
+    Raises:
+        ProvenanceError: found, expected, remedy, and the flag that overrides.
+        ConfigError: an unknown name in `allow`.
+    """
+    unknown = sorted(set(allow) - set(OVERRIDES))
+    if unknown:
+        raise ConfigError(f"override '{unknown[0]}' is unknown; use one of {', '.join(OVERRIDES)}")
+    findings = [
+        _check_complete(missing_shards),
+        _check_teacher(student, cache_manifest),
+        _check_rollouts(student, cache_manifest, initial_student),
+        _check_tokenizer(student, cache_manifest, used_ids, cache_path),
+    ]
+    overrides = []
+    for finding in findings:
+        if finding is None:
+            continue
+        if finding["name"] not in allow:
+            raise ProvenanceError(
+                f"{finding['name']}: found {finding['found']}, expected "
+                f"{finding['expected']}; {finding['remedy']}, or pass "
+                f"--allow-{finding['name']}"
+            )
+        overrides.append({key: finding[key] for key in ("name", "found", "expected")})
+    return overrides
+
+
+def _finding(name: str, found: str, expected: str, remedy: str) -> dict[str, str]:
+    return {"name": name, "found": found, "expected": expected, "remedy": remedy}
+
+
+def _check_complete(missing_shards: Sequence[int]) -> dict[str, str] | None:
+    if not missing_shards:
+        return None
+    return _finding(
+        "incomplete-cache",
+        f"{len(missing_shards)} unfinished shards (the first is {min(missing_shards)})",
+        "every shard of the plan",
+        "run the same 'lopd score' again to finish them",
+    )
+
+
+def _check_teacher(student: str | Path, cache_manifest: Mapping[str, Any]) -> dict[str, str] | None:
+    scorer = cache_manifest["model"]
+    found = f"a cache scored by {_name(scorer)}"
+    remedy = "name its teacher with 'lopd declare'"
+    try:
+        lineage = lineage_of(student)
+    except ProvenanceError as error:
+        return _finding("teacher-mismatch", found, "a student of known origin", str(error))
+    teacher = lineage["sft_teacher"]
+    if teacher is None:
+        return _finding(
+            "teacher-mismatch",
+            f"{found} and a student ({student}) that nothing says the SFT teacher of",
+            "a student fine-tuned on that teacher's answers",
+            remedy,
+        )
+    if teacher["weights"] == scorer["weights"]:
+        return None
+    return _finding(
+        "teacher-mismatch",
+        found,
+        f"{_name(teacher)}, whose answers the student was fine-tuned on",
+        "another teacher costs accuracy at a finite budget: score with that teacher "
+        "('lopd score'), or fine-tune on this one's answers",
+    )
+
+
+def _check_rollouts(
+    student: str | Path,
+    cache_manifest: Mapping[str, Any],
+    initial_student: str | Path | None,
+) -> dict[str, str] | None:
+    maker = cache_manifest["inputs"]["rollouts"]["model"]
+    expected = weights_of(student if initial_student is None else initial_student)
+    if maker["weights"] == expected:
+        return None
+    whose = f"the student {student}" if initial_student is None else "the initial student"
+    return _finding(
+        "student-mismatch",
+        f"rollouts made by {_name(maker)}",
+        f"rollouts of {whose} (weights {short(expected)})",
+        "sample rollouts from that student ('lopd rollout') and score them ('lopd score')",
+    )
+
+
+def _check_tokenizer(
+    student: str | Path,
+    cache_manifest: Mapping[str, Any],
+    used_ids: Callable[[], np.ndarray] | np.ndarray | None,
+    cache_path: str | Path | None,
+) -> dict[str, str] | None:
+    student_vocab = read_vocab(student)
+    same = tokenizer_digest(student) == cache_manifest["model"]["tokenizer"]
+    rows = vocab_size_of(student)
+    if same and rows > max(student_vocab.values(), default=-1):
+        return None
+    remedy = "use a student and a teacher with the same tokenizer"
+    try:
+        teacher_vocab = student_vocab if same or cache_path is None else load_vocab(cache_path)
+    except MissingFileError as error:
+        return _finding("tokenizer-mismatch", str(error), "the teacher's vocabulary", remedy)
+    if (not same and cache_path is None) or used_ids is None:
+        return _finding(
+            "tokenizer-mismatch",
+            "tokenizers or heads that differ and no record of the ids that the data uses",
+            "equal tokenizers, or both records to compare by",
+            remedy,
+        )
+    ids = np.asarray(used_ids() if callable(used_ids) else used_ids)
+    return _compare_tokens(ids, student_vocab, teacher_vocab, rows, remedy)
+
+
+def _compare_tokens(
+    ids: np.ndarray,
+    student_vocab: Mapping[str, int],
+    teacher_vocab: Mapping[str, int],
+    rows: int,
+    remedy: str,
+) -> dict[str, str] | None:
+    """The first used id that means different things, or that the student's head lacks."""
+    student_tokens = {index: token for token, index in student_vocab.items()}
+    teacher_tokens = {index: token for token, index in teacher_vocab.items()}
+    for index in (int(value) for value in ids):
+        ours, theirs = student_tokens.get(index), teacher_tokens.get(index)
+        if index >= rows and (ours is not None or theirs is not None):
+            return _finding(
+                "tokenizer-mismatch",
+                f"id {index} ({theirs or ours!r}) in the data",
+                f"ids that the student's {rows} vocabulary rows can produce",
+                remedy,
+            )
+        if ours != theirs:
+            return _finding(
+                "tokenizer-mismatch",
+                f"id {index} is {theirs!r} to the teacher and {ours!r} to the student",
+                "one meaning for every id that the data uses",
+                remedy,
+            )
+    return None
+
+
+def _name(model: Mapping[str, Any]) -> str:
+    path = model.get("path")
+    return f"{path or 'a model'} (weights {short(model.get('weights'))})"

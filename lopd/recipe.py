@@ -1,0 +1,126 @@
+"""Run the missing stages of a recipe, in order (`lopd run recipe.yaml`).
+
+    out: runs/mine            # every stage writes a folder of its own name here
+    teacher: models/teacher   # answers the prompts, and scores the rollouts
+    student: models/base      # what is fine-tuned
+    dtype: bfloat16           # settings that several stages share: dtype, device, seed
+    stages:
+      sft-data: {prompts: sft.jsonl}
+      sft: {learning_rate: 8.0e-5}
+      rollout: {prompts: opd.jsonl}
+      score: {k: 64}
+      distill: {}
+      eval: {prompts: test.jsonl}
+
+A stage's folder, model and data follow from the stages before it and can be set by hand.
+Without `sft`, `student` is the fine-tuned one. What is finished is left alone; a finished
+stage whose settings or inputs have changed since is refused, never reused or overwritten.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lopd import distill, evaluate, rollout, score, sft, sft_data
+from lopd.errors import ConfigError
+from lopd.provenance import MANIFEST_NAME, read_manifest
+from lopd.settings import build_config, check_keys, load_yaml
+
+STAGES: dict[str, tuple[Any, type]] = {
+    "sft-data": (sft_data, sft_data.SftDataConfig),
+    "sft": (sft, sft.SftConfig),
+    "rollout": (rollout, rollout.RolloutConfig),
+    "score": (score, score.ScoreConfig),
+    "distill": (distill, distill.DistillConfig),
+    "eval": (evaluate, evaluate.EvalConfig),
+}
+SHARED = ["dtype", "device", "seed"]
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Run a recipe's missing stages (`lopd run recipe.yaml`)."""
+
+    recipe: str = field(metadata={"help": "YAML file; see lopd/recipe.py for its keys."})
+
+
+def main(config: RunConfig) -> Path:
+    recipe = load_yaml(config.recipe)
+    configs = plan(recipe, config.recipe)
+    for name, settings in configs.items():
+        module, _ = STAGES[name]
+        if finished(settings):
+            print(f"{name}: done, {settings.out}")
+        else:
+            print(f"{name}: running, {settings.out}")
+            module.main(settings)
+    return Path(recipe["out"])
+
+
+def plan(recipe: dict[str, Any], where: str) -> dict[str, Any]:
+    """The config of every stage that the recipe names, checked before anything runs."""
+    check_keys(recipe, ["out", "teacher", "student", *SHARED, "stages"], where)
+    for key in ("out", "teacher", "student", "stages"):
+        if key not in recipe:
+            raise ConfigError(f"{where}: '{key}' is missing; see the head of lopd/recipe.py")
+    given = recipe["stages"]
+    if not isinstance(given, dict) or not given:
+        raise ConfigError(f"{where}: 'stages' is empty; expected some of {', '.join(STAGES)}")
+    check_keys(given, list(STAGES), f"{where}: stages")
+    configs = {}
+    for name in STAGES:
+        if name in given:
+            settings = given[name] or {}
+            if not isinstance(settings, dict):
+                raise ConfigError(f"{where}: stages: {name}: expected a mapping of settings")
+            _, config_class = STAGES[name]
+            known = {item.name for item in fields(config_class)}
+            implied = wiring(name, recipe) | {key: recipe[key] for key in SHARED if key in recipe}
+            chosen = {key: value for key, value in implied.items() if key in known} | settings
+            configs[name] = build_config(
+                config_class, chosen, [], f"{where}: stages: {name}", f"lopd {name}"
+            )
+    return configs
+
+
+def wiring(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The inputs and the folder that a stage gets from the recipe's other stages."""
+
+    def out(of: str) -> str:
+        return str((recipe["stages"].get(of) or {}).get("out", Path(recipe["out"]) / of))
+
+    student = out("sft") if "sft" in recipe["stages"] else recipe["student"]
+    return {"out": out(name)} | {
+        "sft-data": {"teacher": recipe["teacher"]},
+        "sft": {"model": recipe["student"], "data": out("sft-data")},
+        "rollout": {"student": student},
+        "score": {"teacher": recipe["teacher"], "rollouts": out("rollout")},
+        "distill": {"student": student, "cache": out("score")},
+        "eval": {
+            "model": out("distill") if "distill" in recipe["stages"] else student,
+            "teacher": recipe["teacher"],
+        },
+    }[name]
+
+
+def finished(config: Any) -> bool:
+    """Whether a stage's product is there, whole, and made with these very settings.
+
+    Stores of sequences count their shards themselves when their stage is called, so only
+    stages whose manifest is their last file are judged here.
+    """
+    out = Path(config.out)
+    if not (out / MANIFEST_NAME).is_file():
+        return False
+    manifest = read_manifest(out)
+    if manifest["kind"] not in ("checkpoint", "evaluation"):
+        return False
+    wanted, found = asdict(config), manifest["config"]
+    changed = sorted(key for key in wanted if found.get(key) != wanted[key])
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{out}: finished with {key}={found.get(key)!r}, the recipe now says {wanted[key]!r}; "
+            "restore the setting, or choose another 'out' for what follows"
+        )
+    return True

@@ -1,0 +1,131 @@
+"""Sample a model's answers to prompts, once, into a crash-safe store.
+
+`lopd rollout` samples the fine-tuned student; `lopd sft-data` (lopd/sft_data.py) samples
+the teacher by the same road. Token ids are the product: text is never stored, the
+end-of-sequence token is kept, and log-probs are those of the sampling distribution, with
+those at temperature 1 beside them where the two differ.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lopd.cache import RolloutWriter
+from lopd.engines.base import Sampling, sequence_seed, to_rollout
+from lopd.engines.hf import HfEngine
+from lopd.errors import ConfigError
+from lopd.models import (
+    check_model_folder,
+    context_of,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from lopd.prompts import Prompt, check_context, load_prompts
+from lopd.provenance import (
+    build_manifest,
+    describe_file,
+    describe_model,
+    lineage_of,
+    save_vocab,
+)
+
+
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """What `sft-data` and `rollout` share."""
+
+    prompts: str = field(metadata={"help": "JSONL with 'prompt' or 'messages' in each line."})
+    out: str = field(metadata={"help": "Folder to write; an interrupted one is continued."})
+    num_samples: int = field(default=1, metadata={"help": "Answers to each prompt."})
+    limit: int | None = field(default=None, metadata={"help": "Use the first so many prompts."})
+    max_new_tokens: int = field(default=4096, metadata={"help": "Longest answer, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling distribution."})
+    seed: int = field(default=0, metadata={"help": "Seed of every sequence's own random stream."})
+    batch_size: int = field(default=64, metadata={"help": "Sequences decoded together."})
+    shard_size: int = field(default=1024, metadata={"help": "Sequences in a shard file."})
+    dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: found {getattr(self, name)}; expected at least 1")
+        self.sampling()
+        resolve_dtype(self.dtype)
+        resolve_device(self.device)
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(SamplingOptions):
+    """Sample the student's answers to prompts (`lopd rollout`)."""
+
+    student: str = field(metadata={"help": "Fine-tuned student, a model folder."})
+
+
+def main(config: RolloutConfig) -> Path:
+    return sample_to_store(config, model=config.student, kind="rollouts", stage="rollout")
+
+
+def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: str) -> Path:
+    """Sample what is missing of a store of answers; returns its folder.
+
+    Sequences are numbered prompt by prompt, sample by sample; shard i holds the i-th run of
+    `shard_size` of them, so an interrupted run continues with the shards it lacks.
+    """
+    check_model_folder(model)
+    tokenizer = load_tokenizer(model)
+    prompts = load_prompts(config.prompts, tokenizer, limit=config.limit)
+    check_context(prompts, context_of(model), config.max_new_tokens, config.prompts)
+    jobs = [(prompt, sample) for prompt in prompts for sample in range(config.num_samples)]
+    shards = [jobs[i : i + config.shard_size] for i in range(0, len(jobs), config.shard_size)]
+    manifest = build_manifest(
+        kind,
+        stage=stage,
+        config=asdict(config),
+        model=describe_model(model, dtype=config.dtype, engine=HfEngine.name),
+        sampling={
+            **asdict(config.sampling()),
+            "seed": config.seed,
+            "num_samples": config.num_samples,
+        },
+        inputs={"prompts": describe_file(config.prompts)},
+        lineage=lineage_of(model),
+        plan={"shards": [len(shard) for shard in shards]},
+    )
+    with RolloutWriter.create(config.out, manifest) as writer:
+        missing = writer.missing()
+        if missing:
+            save_vocab(model, config.out)
+            _fill(writer, missing, shards, config, model)
+        writer.finish()
+    return Path(config.out)
+
+
+def _fill(
+    writer: RolloutWriter,
+    missing: list[int],
+    shards: list[list[tuple[Prompt, int]]],
+    config: SamplingOptions,
+    model: str,
+) -> None:
+    engine = HfEngine.load(
+        model, dtype=config.dtype, device=config.device, batch_size=config.batch_size
+    )
+    total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
+    with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
+        for index in missing:
+            jobs = shards[index]
+            generations = engine.generate(
+                [prompt.tokens for prompt, _ in jobs],
+                config.sampling(),
+                [sequence_seed(config.seed, prompt.id, sample) for prompt, sample in jobs],
+                progress=bar.update,
+            )
+            pairs = zip(jobs, generations, strict=True)
+            writer.write(index, [to_rollout(*job, generation) for job, generation in pairs])

@@ -1,0 +1,142 @@
+"""A thin `transformers.Trainer` over `lopd.step`.
+
+It adds what a run needs: accumulation, schedule, logging, checkpoints, resume.
+`lopd.loop.train_loop` is the same in a plain loop.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from lopd.data import Batch, Collator
+from lopd.errors import ConfigError, DataError
+from lopd.files import write_atomic
+from lopd.heads import check_head, check_trainable
+from lopd.options import TrainOptions
+from lopd.step import Objective, StatsWindow, check_finite, step
+
+__all__ = ["LOG_NAME", "LopdTrainer", "Objective", "TrainOptions", "step"]
+
+LOG_NAME = "train_log.jsonl"
+
+
+class LopdTrainer(Trainer):
+    """`transformers.Trainer` that minimises an `Objective`.
+
+    Normalises by `num_items` over all micro-batches of an optimizer step, so accumulation
+    changes nothing but memory; stops on a loss or gradient that is not finite; logs what
+    `step` reports, also as JSON lines in `out/train_log.jsonl`.
+
+    Args:
+        args: from `TrainOptions.training_arguments`.
+        train_dataset: map-style, items of `lopd.data`.
+
+    Raises:
+        ModelError: `check_head` or `check_trainable` refuses the model.
+        ConfigError: more than one process.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        objective: Objective,
+        train_dataset: torch.utils.data.Dataset,
+        data_collator: Collator | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.world_size > 1:
+            raise ConfigError(
+                f"{args.world_size} processes: training runs in one; launch it without torchrun"
+            )
+        check_trainable(model)
+        use_cache = model.config.use_cache
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator or Collator(),
+            **kwargs,
+        )
+        model.config.use_cache = use_cache  # Trainer's would be saved with the result
+        self.model_accepts_loss_kwargs = True  # losses come normalised by num_items
+        self.objective = objective
+        self._window = StatsWindow()
+        self.pop_callback(PrinterCallback)
+        self.add_callback(_Reporter(Path(args.output_dir)))
+        check_head(model)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], float]:
+        self._window.begin_step()
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        return batches, sum(batch["row_weights"].sum().item() for batch in batches)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: float | None = None,
+    ) -> Any:
+        assert num_items_in_batch is not None
+        loss, stats = step(model, inputs, self.objective, num_items_in_batch)
+        check_finite(loss, inputs, self.state.global_step + 1)
+        self._window.add(stats, len(inputs["labels"]))
+        return (loss, stats) if return_outputs else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(norm):
+            raise DataError(
+                f"step {self.state.global_step + 1}: the gradient's norm is {float(norm)} though "
+                "the loss is finite; lower the learning rate and resume from the last checkpoint"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._window.pop())
+        super().log(logs, start_time)
+
+
+class _Reporter(TrainerCallback):
+    """A progress bar on stderr, and the log file."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, unit="step", desc="training"
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update()
+        if state.global_step == state.max_steps:
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+        self._write(state)
+
+    def _write(self, state: Any) -> None:
+        records = [record for record in state.log_history if "loss" in record]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomic(self.out / LOG_NAME, lines.encode())

@@ -1,0 +1,17 @@
+"""Distillation losses fused into the LM head: the [N, V] logits never exist in memory."""
+
+from lopd_kernels.losses import SparseStats, linear_sparse_divergence, sparse_divergence
+from lopd_kernels.readout import TopK, linear_logprobs, linear_topk
+from lopd_kernels.sampled import PolicyStats, linear_cross_entropy, linear_policy_gradient
+
+__all__ = [
+    "PolicyStats",
+    "SparseStats",
+    "TopK",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "linear_policy_gradient",
+    "linear_sparse_divergence",
+    "linear_topk",
+    "sparse_divergence",
+]

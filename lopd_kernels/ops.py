@@ -1,0 +1,300 @@
+"""torch.library operators `lopd::*`: schema, shapes under tracing, gradients.
+
+`fused_loss` computes value and gradients in one go and keeps the gradients for its
+backward, which only scales and casts them, out of place. `row_losses` returns one loss
+per row: the upstream gradient of each row is not known in the forward, so its backward
+runs the sweep again with that gradient in the row weights. `fused_loss_into_` adds dW
+into a caller's buffer and has no autograd of its own; `into_buffer` calls it.
+
+An operator cannot return None: what was not asked for comes back with no elements.
+All of them can be differentiated once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopd_kernels import engine, sparse
+from lopd_kernels.engine import Linear, Needs, Result
+from lopd_kernels.matmul import compute_dtype
+from lopd_kernels.rowpass import STATS, Head
+
+GradTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _sweep(
+    linear: Linear,
+    ids: Tensor,
+    target: Tensor,
+    row_weights: Tensor | None,
+    rule: str,
+    options: list[float],
+    needs: Needs,
+    want_entropy: bool,
+    workspace_bytes: int | None,
+    accumulator: Tensor | None = None,
+) -> Result:
+    """The schedule that a rule asks for."""
+    if rule.endswith(":renormalize"):
+        return sparse.renormalized_loss(
+            linear, ids, target, row_weights, rule, options, needs, workspace_bytes, accumulator
+        )
+    return engine.fused_loss(
+        linear, ids, target, row_weights, rule, options, needs, want_entropy, workspace_bytes,
+        accumulator,
+    )  # fmt: skip
+
+
+def stats_width(rule: str) -> int:
+    return len(STATS) + len(engine.row_rule(rule, [1.0, 1.0, 1.0]).extras)
+
+
+def _once(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} can be differentiated once: its backward was called with "
+            "create_graph=True; use lopd_kernels.reference for second derivatives"
+        )
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * grad in `dtype`, rounded once and out of place."""
+    out = torch.empty_like(grad, dtype=dtype)
+    return torch.mul(grad, factor, out=out)
+
+
+def _input_grads(ctx: Any, grads: GradTensors, factor: Tensor) -> list[Tensor | None]:
+    """Gradients for (hidden, weight, bias) from what `needs` made of them."""
+    hidden, weight, bias, scale = grads
+    wanted = ctx.needs_input_grad[:3]
+    factor = (factor * scale).to(scale.dtype)
+    return [
+        _scaled(grad, factor, dtype) if want else None
+        for grad, dtype, want in zip((hidden, weight, bias), ctx.dtypes, wanted, strict=True)
+    ]
+
+
+@torch.library.custom_op("lopd::fused_loss", mutates_args=())
+def fused_loss(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    ids: Tensor,  # [N, K]
+    target: Tensor,  # [N, M]
+    row_weights: Tensor | None,  # [N]
+    rule: str,
+    options: list[float],
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    want_entropy: bool,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(sum_n w_n L_n, stats, dhidden, dweight, dbias, scale); gradients short of `scale`."""
+    result = _sweep(
+        Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature)),
+        ids,
+        target,
+        row_weights,
+        rule,
+        options,
+        Needs(need_hidden, need_weight, need_bias),
+        want_entropy=want_entropy,
+        workspace_bytes=workspace_bytes,
+    )
+    grads = result.grads
+    return result.loss, result.stats, grads.hidden, grads.weight, grads.bias, grads.scale
+
+
+@fused_loss.register_fake
+def _(
+    hidden, weight, bias, ids, target, row_weights, rule, options, logit_scale, softcap,
+    temperature, need_hidden, need_weight, need_bias, want_entropy, workspace_bytes,
+):  # fmt: skip
+    dtype = compute_dtype(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty((hidden.shape[0], stats_width(rule)), dtype=dtype),
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
+        hidden.new_empty((weight.shape[0],) if need_bias else (0,), dtype=dtype),
+        hidden.new_empty((), dtype=dtype),
+    )
+
+
+def _fused_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    for x, needed in zip(inputs[:3], inputs[11:14], strict=True):
+        assert needed or x is None or not x.requires_grad, "a gradient that need_* left out"
+
+
+def _fused_loss_backward(ctx: Any, upstream: Tensor | None, *rest: None) -> tuple[Any, ...]:
+    _once("lopd::fused_loss")
+    if upstream is None:
+        return (None,) * 16
+    return (*_input_grads(ctx, ctx.saved_tensors, upstream), *(None,) * 13)
+
+
+fused_loss.register_autograd(_fused_loss_backward, setup_context=_fused_loss_setup)
+
+
+@torch.library.custom_op("lopd::row_losses", mutates_args=())
+def row_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    target: Tensor,
+    row_weights: Tensor | None,
+    rule: str,
+    options: list[float],
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    want_entropy: bool,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(w_n L_n [N], stats)."""
+    result = _sweep(
+        Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature)),
+        ids,
+        target,
+        row_weights,
+        rule,
+        options,
+        Needs(),
+        want_entropy=want_entropy,
+        workspace_bytes=workspace_bytes,
+    )
+    return engine.weigh(result.stats[:, 0], row_weights), result.stats
+
+
+@row_losses.register_fake
+def _(
+    hidden, weight, bias, ids, target, row_weights, rule, options, logit_scale, softcap,
+    temperature, want_entropy, workspace_bytes,
+):  # fmt: skip
+    n, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
+    return (
+        hidden.new_empty((n,), dtype=dtype),
+        hidden.new_empty((n, stats_width(rule)), dtype=dtype),
+    )
+
+
+def _row_losses_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:6])
+    ctx.constants = inputs[6:11]
+    ctx.workspace_bytes = inputs[12]
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+
+
+def _row_losses_backward(ctx: Any, upstream: Tensor | None, *rest: None) -> tuple[Any, ...]:
+    _once("lopd::row_losses")
+    if upstream is None:
+        return (None,) * 13
+    *inputs, row_weights = ctx.saved_tensors
+    weights = upstream if row_weights is None else engine.weigh(upstream, row_weights)
+    _, _, *grads = fused_loss(
+        *inputs, weights, *ctx.constants, *ctx.needs_input_grad[:3], False, ctx.workspace_bytes
+    )
+    hidden, weight, bias, scale = grads
+    one = torch.ones_like(scale)
+    return (*_input_grads(ctx, (hidden, weight, bias, scale), one), *(None,) * 10)
+
+
+row_losses.register_autograd(_row_losses_backward, setup_context=_row_losses_setup)
+
+
+@torch.library.custom_op("lopd::fused_loss_into_", mutates_args=("weight_grad",))
+def fused_loss_into_(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    target: Tensor,
+    row_weights: Tensor | None,
+    weight_grad: Tensor,  # [V, D] compute dtype; dW is added to it
+    rule: str,
+    options: list[float],
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    need_hidden: bool,
+    need_bias: bool,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(dhidden, dbias), complete, in the compute dtype; weight_grad += dW."""
+    result = _sweep(
+        Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature)),
+        ids,
+        target,
+        row_weights,
+        rule,
+        options,
+        Needs(need_hidden, True, need_bias),
+        want_entropy=False,
+        workspace_bytes=workspace_bytes,
+        accumulator=weight_grad,
+    )
+    return result.grads.hidden, result.grads.bias
+
+
+@fused_loss_into_.register_fake
+def _(
+    hidden, weight, bias, ids, target, row_weights, weight_grad, rule, options, logit_scale,
+    softcap, temperature, need_hidden, need_bias, workspace_bytes,
+):  # fmt: skip
+    dtype = compute_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
+        hidden.new_empty((weight.shape[0],) if need_bias else (0,), dtype=dtype),
+    )
+
+
+class _IntoBuffer(torch.autograd.Function):
+    """`row_losses` whose backward leaves dW in a buffer instead of returning it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, target, row_weights, buffer, constants, entropy,
+                workspace_bytes):  # fmt: skip
+        rows, stats = row_losses(
+            hidden, weight, bias, ids, target, row_weights, *constants, entropy, workspace_bytes
+        )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(hidden, weight, bias, ids, target, row_weights)
+        ctx.buffer, ctx.constants, ctx.workspace_bytes = buffer, constants, workspace_bytes
+        return rows, stats
+
+    @staticmethod
+    def backward(ctx, upstream, stats_upstream):
+        _once("the loss with weight_grad_buffer")
+        if upstream is None:
+            return (None,) * 10
+        hidden, weight, bias, ids, target, row_weights = ctx.saved_tensors
+        weights = upstream if row_weights is None else engine.weigh(upstream, row_weights)
+        need_hidden, _, need_bias = ctx.needs_input_grad[:3]
+        dhidden, dbias = fused_loss_into_(
+            hidden, weight, bias, ids, target, weights, ctx.buffer, *ctx.constants,
+            need_hidden, need_bias, ctx.workspace_bytes,
+        )  # fmt: skip
+        return (
+            dhidden.to(hidden.dtype) if need_hidden else None,
+            None,
+            dbias.to(bias.dtype) if need_bias else None,
+            *(None,) * 7,
+        )
+
+
+def into_buffer(*args: Any) -> tuple[Tensor, Tensor]:
+    """(w_n L_n [N], stats), with dW added to a buffer by the backward."""
+    return _IntoBuffer.apply(*args)

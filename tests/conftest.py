@@ -1,0 +1,96 @@
+"""Models, tokenizers and prompts that the tests make for themselves."""
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TEXT = "the cat sat on a mat and the dog ran to the red house while it was raining again"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _private_fingerprint_memo(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "memo"))
+
+
+def train_bpe(chat_template: str | None = None):
+    """A byte-level BPE tokenizer, trained here and now."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<eos>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = chat_template
+    return fast
+
+
+def save_qwen3(
+    folder: Path, seed: int, *, chat_template: str | None = None, scale: float = 0.2, **changes
+) -> Path:
+    """A randomly initialised Qwen3 folder; `scale` large enough for answers that vary."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = train_bpe(chat_template)
+    settings = {
+        "vocab_size": len(tokenizer) + 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "initializer_range": scale,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **changes,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(Qwen3Config(**settings))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory) -> Path:
+    return save_qwen3(tmp_path_factory.mktemp("teacher"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory) -> Path:
+    return save_qwen3(tmp_path_factory.mktemp("student"), seed=2, num_hidden_layers=2)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    def write(records, name="prompts.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def prompt_file(write_jsonl) -> Path:
+    return write_jsonl([{"prompt": f"{a} {b}", "answer": b} for a, b in pairwise(TEXT.split()[:8])])

@@ -1,0 +1,90 @@
+"""Small artefact folders for the tests of the training stages, made without an engine."""
+
+import numpy as np
+from helpers_training import make_rollouts
+
+from lopd import toy
+from lopd.cache import CacheWriter, RolloutStore, RolloutWriter, TeacherScores
+from lopd.provenance import build_manifest, declare, describe_model, lineage_of, save_vocab
+
+SIZE = {"hidden_size": 32, "intermediate_size": 32}
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 9, "seed": 0}
+COUNT = 12
+VOCAB = len(toy.build_tokenizer())
+
+
+def describe(model):
+    return describe_model(model, dtype="float32", engine="transformers")
+
+
+def write_model(folder, seed=0):
+    return toy.write_model(folder, SIZE, seed=seed)
+
+
+def write_sequences(folder, model, kind="rollouts", seed=0, truncated=(), vocab=VOCAB):
+    """Random sequences in two shards, as if `model` had sampled them."""
+    manifest = build_manifest(
+        kind,
+        stage="test",
+        config={},
+        model=describe(model),
+        sampling=SAMPLING,
+        lineage=lineage_of(model),
+        plan={"shards": [COUNT - 4, 4]},
+    )
+    sequences = make_rollouts(COUNT, seed=seed, vocab=vocab, truncated=truncated)
+    with RolloutWriter.create(folder, manifest) as writer:
+        writer.write(0, sequences[:-4])
+        writer.write(1, sequences[-4:])
+        writer.finish()
+    return folder
+
+
+def write_cache(folder, teacher, rollouts, temperature=1.0, shards=(0, 1)):
+    """Scores of a random teacher, as if `teacher` had given them."""
+    store = RolloutStore.open(rollouts)
+    source = {key: store.manifest[key] for key in ("model", "lineage", "sampling")}
+    manifest = build_manifest(
+        "cache",
+        stage="test",
+        config={},
+        model=describe(teacher),
+        inputs={"rollouts": {"digest": store.digest(), **source}},
+        plan=store.manifest["plan"],
+        k=4,
+        top_p=1.0,
+        codec="exact",
+        temperature=temperature,
+        vocab_size=VOCAB,
+    )
+    rng = np.random.default_rng(5)
+    with CacheWriter.create(folder, manifest) as writer:
+        save_vocab(teacher, folder)
+        for shard in shards:
+            writer.write(shard, [(rollout, score(rollout, rng)) for rollout in store.shard(shard)])
+    return folder
+
+
+def score(rollout, rng, k=4):
+    length = len(rollout.tokens) - rollout.prompt_length
+    logits = rng.normal(0, 2, (length, VOCAB))
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    ids = np.argsort(-logprobs, axis=1)[:, :k]
+    listed = np.take_along_axis(logprobs, ids, 1)
+    return TeacherScores(
+        logprobs=logprobs[np.arange(length), rollout.tokens[rollout.prompt_length :]].astype("f4"),
+        entropy=-(np.exp(logprobs) * logprobs).sum(1).astype("f4"),
+        topk_ids=ids.astype(np.int32),
+        topk_logprobs=listed.astype("f4"),
+        tail_logprobs=np.log1p(-np.exp(listed).sum(1)).astype("f4"),
+    )
+
+
+def write_pipeline(folder):
+    """Teacher, declared student, its rollouts and their scores: what `lopd distill` reads."""
+    teacher = write_model(folder / "teacher", seed=1)
+    student = write_model(folder / "student", seed=2)
+    declare(student, teacher=teacher)
+    rollouts = write_sequences(folder / "rollouts", student)
+    write_cache(folder / "cache", teacher, rollouts)
+    return folder

@@ -1,0 +1,111 @@
+"""Rollouts, scores and folders for the tests of lopd.cache."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lopd.cache import CacheWriter, Rollout, RolloutWriter, TeacherScores
+from lopd.provenance import build_manifest
+
+SHARDS = [f"shard-{i:05d}.safetensors" for i in range(3)]
+RECEIPTS = [f"shard-{i:05d}.json" for i in range(3)]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def make_pair(
+    index: int,
+    *,
+    vocab_size: int = 40,
+    k: int = 8,
+    prompt_length: int = 3,
+    length: int = 6,
+    spread: float = 2.0,
+    raw_differs: bool = False,
+    seed: int = 0,
+) -> tuple[Rollout, TeacherScores, np.ndarray]:  # , the teacher's [R, V] fp64 log-probs
+    """One rollout of uniform tokens and the scores of a random teacher, exact to fp32."""
+    rng = np.random.default_rng([seed, index])
+    dense = log_softmax(rng.normal(size=(length, vocab_size)) * spread)
+    order = np.argsort(-dense, axis=1, kind="stable")
+    ranked = np.take_along_axis(dense, order, axis=1)
+    tokens = rng.integers(0, vocab_size, prompt_length + length).astype(np.int32)
+    own = np.take_along_axis(dense, tokens[prompt_length:, None], axis=1)[:, 0]
+    sampled = (own + 0.01).clip(max=0).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.exp(ranked[:, k:]).sum(axis=1))
+    rollout = Rollout(
+        prompt_id=f"prompt-{index}",
+        sample=index % 3,
+        tokens=tokens,
+        prompt_length=prompt_length,
+        finish_reason="stop" if index % 2 else "length",
+        loss_mask=np.arange(prompt_length + length) >= prompt_length,
+        rollout_logprobs=sampled,
+        rollout_logprobs_raw=(sampled * 2).astype(np.float32) if raw_differs else sampled,
+    )
+    scores = TeacherScores(
+        logprobs=own.astype(np.float32),
+        entropy=(-(np.exp(dense) * dense).sum(axis=1)).astype(np.float32),
+        topk_ids=order[:, :k].astype(np.int32),
+        topk_logprobs=ranked[:, :k].astype(np.float32),
+        tail_logprobs=tail.astype(np.float32),
+    )
+    return rollout, scores, dense
+
+
+def make_manifest(
+    kind: str = "cache", *, plan: Sequence[int] = (2, 1, 2), vocab_size: int = 40, **extra: Any
+) -> dict[str, Any]:
+    settings = {"k": 8, "top_p": 1.0, "codec": "exact", "temperature": 1.0}
+    extra = {**settings, **extra} if kind == "cache" else extra
+    model = {"path": "/models/m", "weights": "a" * 64, "vocab_size": vocab_size}
+    return build_manifest(
+        kind,
+        stage="test",
+        config={},
+        model=model,
+        plan={"shards": list(plan)},
+        **extra,
+    )
+
+
+def shards_of(plan: Sequence[int], make: Callable[[int], Any]) -> list[list[Any]]:
+    """The plan's sequences, numbered through."""
+    ends = np.cumsum(plan)
+    return [[make(i) for i in range(end - n, end)] for n, end in zip(plan, ends, strict=True)]
+
+
+def write_cache(folder: Path, manifest: dict[str, Any], **pair: Any) -> None:
+    """Write what is missing of a cache whose sequence i is `make_pair(i)`."""
+    pair = {"vocab_size": manifest["model"]["vocab_size"], "k": manifest["k"], **pair}
+    shards = shards_of(manifest["plan"]["shards"], lambda i: make_pair(i, **pair)[:2])
+    with CacheWriter.create(folder, manifest) as writer:
+        for shard in writer.missing():
+            writer.write(shard, shards[shard])
+        writer.finish()
+
+
+def write_rollouts(folder: Path, manifest: dict[str, Any], **pair: Any) -> None:
+    shards = shards_of(manifest["plan"]["shards"], lambda i: make_pair(i, **pair)[0])
+    with RolloutWriter.create(folder, manifest) as writer:
+        for shard in writer.missing():
+            writer.write(shard, shards[shard])
+        writer.finish()
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The shards and receipts of a folder, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}

@@ -1,0 +1,134 @@
+"""Tiny models and made-up data for the tests of training."""
+
+import numpy as np
+import torch
+
+from lopd.cache import Rollout, TeacherSequence
+from lopd.options import TrainOptions
+
+VOCAB = 40
+SIZE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny_model(family="qwen3", seed=0, spread=1.0):
+    """A random causal LM; `spread` multiplies its embeddings, so that soft caps bite."""
+    import transformers as t
+
+    kv = {"num_key_value_heads": 1, "head_dim": 16}
+    torch.manual_seed(seed)
+    model = {
+        "qwen3": lambda: t.Qwen3ForCausalLM(
+            t.Qwen3Config(**SIZE, **kv, tie_word_embeddings=False, initializer_range=0.1)
+        ),
+        "qwen3-tied": lambda: t.Qwen3ForCausalLM(
+            t.Qwen3Config(**SIZE, **kv, tie_word_embeddings=True, initializer_range=0.1)
+        ),
+        "gemma2": lambda: t.Gemma2ForCausalLM(
+            t.Gemma2Config(**SIZE, **kv, final_logit_softcapping=3.0, initializer_range=0.1)
+        ),
+        "gemma3": lambda: t.Gemma3ForCausalLM(
+            t.Gemma3TextConfig(**SIZE, **kv, final_logit_softcapping=2.0, initializer_range=0.1)
+        ),
+        "cohere": lambda: t.CohereForCausalLM(
+            t.CohereConfig(**SIZE, logit_scale=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        ),
+        "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**SIZE, logits_scaling=4.0)),
+        "phi": lambda: t.PhiForCausalLM(t.PhiConfig(**SIZE, initializer_range=0.1)),
+        "opt": lambda: t.OPTForCausalLM(
+            t.OPTConfig(
+                vocab_size=VOCAB,
+                hidden_size=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=64,
+                word_embed_proj_dim=16,
+                dropout=0.0,
+            )
+        ),
+    }[family]()
+    with torch.no_grad():
+        if (bias := model.get_output_embeddings().bias) is not None:
+            bias.normal_()
+        model.get_output_embeddings().weight.mul_(spread)
+    return model.eval()
+
+
+def make_rollouts(count=12, seed=0, shortest=3, longest=9, truncated=(), vocab=VOCAB):
+    """Rollouts of random tokens, of prompts and answers of different lengths."""
+    rng = np.random.default_rng(seed)
+    rollouts = []
+    for number in range(count):
+        prompt, response = rng.integers(2, 5), rng.integers(shortest, longest + 1)
+        tokens = rng.integers(0, vocab, prompt + response).astype(np.int32)
+        logprobs = -rng.exponential(1.0, response).astype(np.float32)
+        rollouts.append(
+            Rollout(
+                prompt_id=f"p{number}",
+                sample=0,
+                tokens=tokens,
+                prompt_length=int(prompt),
+                finish_reason="length" if number in truncated else "stop",
+                loss_mask=np.arange(prompt + response) >= prompt,
+                rollout_logprobs=logprobs,
+                rollout_logprobs_raw=logprobs,
+            )
+        )
+    return rollouts
+
+
+def make_scored(rollouts, k=4, seed=1):
+    """The rollouts with the top k of a random teacher; lists of the first sequence are shorter."""
+    rng = np.random.default_rng(seed)
+    scored = []
+    for number, rollout in enumerate(rollouts):
+        length = len(rollout.tokens) - rollout.prompt_length
+        logits = rng.normal(0, 2, (length, VOCAB))
+        logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        width = k - 1 if number == 0 else k
+        ids = np.argsort(-logprobs, axis=1)[:, :width]
+        listed = np.take_along_axis(logprobs, ids, 1)
+        own = logprobs[np.arange(length), rollout.tokens[rollout.prompt_length :]]
+        scored.append(
+            TeacherSequence(
+                rollout=rollout,
+                teacher_logprobs=own.astype(np.float32),
+                teacher_entropy=-(np.exp(logprobs) * logprobs).sum(1).astype(np.float32),
+                topk_ids=ids.astype(np.int32),
+                topk_logprobs=listed.astype(np.float32),
+                tail_logprobs=np.log1p(-np.exp(listed).sum(1)).astype(np.float32),
+            )
+        )
+    return scored
+
+
+def options(**changes):
+    defaults = {
+        "batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "min_lr_ratio": 0.1,
+        "warmup_steps": 2,
+        "weight_decay": 0.05,
+        "device": "cpu",
+        "save_every": 0,
+        "log_every": 1,
+    }
+    return TrainOptions(**{**defaults, **changes})
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def largest_difference(first, second):
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)

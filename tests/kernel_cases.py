@@ -1,0 +1,88 @@
+"""Problems, oracles and the accuracy gate that the kernel tests share."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lopd_kernels import reference
+
+HEAD = {"logit_scale": 1.3, "softcap": 4.0, "temperature": 0.7}
+GATES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor  # [V]
+    ids: Tensor  # [N, K], ragged
+    logprobs: Tensor  # [N, K]
+    tail: Tensor  # [N]
+
+    @property
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        return self.ids, self.logprobs
+
+    def double(self) -> "Case":
+        return replace(self, **{k: v.double() for k, v in vars(self).items() if k != "ids"})
+
+
+def make_case(
+    regime: str = "far",
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: int = 20,
+    vocab: int = 211,
+    width: int = 24,
+    k: int = 6,
+    seed: int = 0,
+    **head,
+) -> Case:
+    """`far`: a teacher of its own; `near`: the student's logits plus 0.25 nat of noise."""
+    torch.manual_seed(seed)
+    hidden = torch.randn(rows, width).to(dtype)
+    weight = (torch.randn(vocab, width) * 2.0 * width**-0.5).to(dtype)
+    bias = torch.randn(vocab).to(dtype)
+    used = {**head, "bias": bias.double()} if head.pop("with_bias", False) else head
+    used.pop("with_bias", None)
+    student = reference.linear_logits(hidden.double(), weight.double(), **used)
+    noise = torch.randn(rows, vocab, dtype=torch.float64)
+    teacher = (student + 0.25 * noise if regime == "near" else 3.0 * noise).log_softmax(1)
+    logprobs, ids = teacher.topk(k, 1)
+    counts = torch.arange(rows) % k + 1
+    padded = torch.arange(k) >= counts.unsqueeze(1)
+    ids = ids.masked_fill(padded, -1)
+    logprobs = logprobs.masked_fill(padded, -math.inf)
+    listed = torch.zeros(rows, vocab + 1, dtype=torch.bool).scatter(1, ids % (vocab + 1), True)
+    tail = teacher.masked_fill(listed[:, :vocab], -math.inf).logsumexp(1)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    return Case(hidden, weight, bias, ids, logprobs.to(real), tail.to(real))
+
+
+def gradients(loss, *parameters: Tensor, upstream: float = 1.0) -> tuple[Tensor, ...]:
+    """(value, gradient of each parameter); loss is called on leaves made of `parameters`."""
+    leaves = [p.detach().clone().requires_grad_() for p in parameters]
+    value = loss(*leaves)
+    (value.sum() * upstream).backward()
+    return (value.detach(), *(leaf.grad for leaf in leaves))
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Frobenius; 0 when both are zero."""
+    exact = exact.double()
+    difference, size = (found.double() - exact).norm(), exact.norm()
+    return float(difference / size) if size > 0 else float(difference)
+
+
+def assert_close(found, exact, dtype: torch.dtype) -> None:
+    """The gate: gradients by relative Frobenius error, values within 1e-5 (1 + |L|)."""
+    value, *grads = found
+    exact_value, *exact_grads = exact
+    slack = 1e-5 * (1.0 + exact_value.abs())
+    assert ((value.double() - exact_value).abs() <= slack).all(), (value, exact_value)
+    bound = 3e-3 if dtype == torch.bfloat16 else GATES[dtype]
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == dtype
+        assert relative_error(grad, exact_grad) <= bound, relative_error(grad, exact_grad)

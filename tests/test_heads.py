@@ -1,0 +1,197 @@
+"""Losses run inside a model see what the model's own head would see."""
+
+import pytest
+import torch
+from helpers_training import SIZE, VOCAB, tiny_model, weights
+from torch import nn
+
+from lopd.errors import ModelError
+from lopd.heads import HeadOptions, check_head, check_trainable, head_options, run_with_loss
+
+FAMILIES = ("qwen3", "qwen3-tied", "gemma2", "gemma3", "cohere", "granite", "phi", "opt")
+
+
+def batch(rows=2, length=5):
+    ids = torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def dense_logits(hidden, weight, bias, head):
+    z = nn.functional.linear(hidden, weight, bias) * head.logit_scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def grads(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_value_and_every_gradient_equal_those_of_the_models_logits(family):
+    model, inputs = tiny_model(family, spread=5.0), batch()
+    labels = inputs["input_ids"].flatten()
+
+    def nll(logits):
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels)
+
+    expected = nll(model(**inputs).logits)
+    found = run_with_loss(model, inputs, lambda *head: nll(dense_logits(*head)))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    expected_grads, found_grads = grads(model, expected), grads(model, found)
+    assert expected_grads.keys() == found_grads.keys() == weights(model).keys()
+    for name, value in expected_grads.items():
+        assert torch.allclose(found_grads[name], value, rtol=1e-4, atol=1e-6), name
+    check_head(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounding_in_half_precision_is_not_taken_for_an_unknown_head(family, dtype):
+    check_head(tiny_model(family, spread=3.0).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("qwen3", HeadOptions()),
+        ("gemma2", HeadOptions(softcap=3.0)),
+        ("gemma3", HeadOptions(softcap=2.0)),
+        ("cohere", HeadOptions(logit_scale=0.3)),
+        ("granite", HeadOptions(logit_scale=0.25)),
+    ],
+)
+def test_head_options_come_from_the_config(family, expected):
+    assert head_options(tiny_model(family)) == expected
+
+
+@pytest.mark.parametrize("value", [0, -1.0])
+def test_a_scale_that_is_no_positive_number_is_refused(value):
+    model = tiny_model("granite")
+    model.config.logits_scaling = value
+    with pytest.raises(ModelError, match="logits_scaling"):
+        head_options(model)
+
+
+def patch_logits(monkeypatch, model, change):
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    monkeypatch.setattr(model, "forward", changed)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits * 1.001,
+        lambda logits: logits + torch.linspace(0, 1, VOCAB),
+        lambda logits: 40 * torch.tanh(logits / 40),
+        lambda logits: logits[..., :-1],
+    ],
+    ids=["scale", "bias", "softcap that small logits hide", "narrower"],
+)
+def test_a_head_with_an_unknown_transform_is_refused(monkeypatch, change):
+    model = tiny_model("qwen3", spread=1e-3)
+    patch_logits(monkeypatch, model, change)
+    with pytest.raises(ModelError, match="Qwen3ForCausalLM"):
+        check_head(model)
+
+
+def test_a_config_that_hides_the_scale_is_refused():
+    model = tiny_model("granite")
+    model.config.get_text_config().model_type = "hyperclovax"  # where the name multiplies
+    with pytest.raises(ModelError, match="does something"):
+        check_head(model)
+
+
+def test_check_head_leaves_mode_forwards_and_gradients_alone():
+    model = tiny_model().train()
+    check_head(model)
+    assert model.training
+    assert "forward" not in vars(model) and "forward" not in vars(model.lm_head)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_swaps_are_undone_when_the_loss_raises():
+    model, inputs = tiny_model(), batch()
+    before = model(**inputs).logits
+
+    def own_forward(hidden):
+        return nn.functional.linear(hidden, model.lm_head.weight)
+
+    model.lm_head.forward = own_forward
+
+    def broken(*head):
+        raise RuntimeError("no loss today")
+
+    with pytest.raises(RuntimeError, match="no loss today"):
+        run_with_loss(model, inputs, broken)
+    assert "forward" not in vars(model)
+    assert vars(model.lm_head)["forward"] is own_forward
+    assert torch.equal(model(**inputs).logits, before)
+
+
+def test_hooks_on_the_root_see_inputs_and_loss_and_the_backbone_no_cache():
+    model, inputs, seen = tiny_model(), batch(), {}
+
+    def root_hook(module, args, kwargs, output):
+        seen["inputs"], seen["output"] = kwargs, output
+
+    def backbone_hook(module, args, kwargs):
+        seen["use_cache"] = kwargs["use_cache"]
+
+    model.register_forward_hook(root_hook, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(backbone_hook, with_kwargs=True)
+    loss = run_with_loss(model, inputs, lambda hidden, *rest: hidden.sum())
+    assert seen["output"] is loss
+    assert seen["inputs"].keys() == inputs.keys()
+    assert seen["use_cache"] is False
+
+
+class Adapter(nn.Module):
+    """Shaped like a PEFT model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base, self.config = model, model.config
+
+    def get_base_model(self):
+        return self.base
+
+
+def test_adapters_wrappers_and_strange_heads_are_refused():
+    model = tiny_model()
+    with pytest.raises(ModelError, match="merge"):
+        run_with_loss(Adapter(model), batch(), dense_logits)
+    with pytest.raises(ModelError, match="not wrapped"):
+        run_with_loss(nn.Sequential(model), batch(), dense_logits)
+    with pytest.raises(ModelError, match="head is NoneType"):
+        run_with_loss(model.base_model, batch(), dense_logits)
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(ModelError, match="head is Sequential"):
+        run_with_loss(model, batch(), dense_logits)
+
+
+def test_a_routers_auxiliary_loss_is_refused_until_it_is_switched_off():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **{**SIZE, "num_hidden_layers": 1},
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    with pytest.raises(ModelError, match="router_aux_loss_coef is 0.001"):
+        check_trainable(model)
+    model.config.router_aux_loss_coef = 0.0
+    check_trainable(model)
+    model.config.output_router_logits = True
+    with pytest.raises(ModelError, match="output_router_logits"):
+        check_trainable(model)

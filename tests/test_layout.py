@@ -1,0 +1,73 @@
+"""The direction of dependency, and imports without side effects."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A module may import from the layers to its left, and from its own.
+LAYERS = [
+    {"errors", "files"},
+    {"models", "prompts", "settings", "heads", "cache", "provenance"},
+    {"data", "engines", "options", "step"},
+    {"trainer", "loop", "runs"},
+    {"rollout", "sft_data", "score", "sft", "distill", "evaluate", "inspection", "declare", "toy"},
+    {"recipe", "demo"},
+    {"cli"},
+]
+USES_KERNELS = {"step", "engines"}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(path for path in (ROOT / "lopd").rglob("*.py") if path.name != "__init__.py")
+
+
+def top(path: Path) -> str:
+    return path.relative_to(ROOT / "lopd").parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of every absolute import in a file, wherever it stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    own = top(path)
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "lopd" and len(parts) > 1 and parts[1] in LEVEL:
+            assert LEVEL[parts[1]] <= LEVEL[own], f"{own} imports {name}"
+        if parts[0] == "lopd_kernels":
+            assert own in USES_KERNELS, f"{own} imports {name}"
+
+
+def test_every_module_has_its_layer():
+    assert {top(path) for path in (ROOT / "lopd").rglob("*.py")} - {"__init__"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lopd_kernels").rglob("*.py")), ids=str)
+def test_the_kernels_stand_alone(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert not roots & {"lopd", "transformers", "accelerate"}
+
+
+def test_importing_is_inert():
+    code = (
+        "import sys, logging, torch\n"
+        "before = (torch.get_num_threads(), torch.is_grad_enabled(), len(logging.root.handlers))\n"
+        "import lopd, lopd.cli, lopd_kernels\n"
+        "after = (torch.get_num_threads(), torch.is_grad_enabled(), len(logging.root.handlers))\n"
+        "assert before == after, (before, after)\n"
+        "assert not {'transformers', 'triton', 'matplotlib', 'vllm'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,223 @@
+"""The operators: opcheck, gradcheck, full graphs, and what autograd may ask of them."""
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import HEAD, assert_close, gradients, make_case, relative_error
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+from lopd_kernels import (
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_policy_gradient,
+    linear_sparse_divergence,
+    linear_topk,
+    ops,
+    query_ops,
+    sparse_divergence,
+)
+from lopd_kernels.divergence import DIVERGENCES, TAILS, teacher_buckets
+
+FORMS = list(itertools.product(DIVERGENCES, TAILS))
+
+
+def operator_args(rule="reverse_kl:bucket"):
+    case = make_case(rows=5, vocab=30, width=6, k=3)
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    target = teacher_buckets(case.ids, case.logprobs, case.tail, 30).logprobs
+    weights = torch.linspace(0.5, 2.0, 5)
+    return (*leaves, case.ids, target, weights), (rule, [0.5]), (1.3, 4.0, 0.7)
+
+
+@pytest.mark.parametrize("rule", ["reverse_kl:bucket", "jsd:renormalize"])
+def test_opcheck_losses(rule):
+    tensors, constants, head = operator_args(rule)
+    opcheck(ops.fused_loss, (*tensors, *constants, *head, True, True, True, True, None))
+    opcheck(ops.row_losses, (*tensors, *constants, *head, False, None))
+    plain = tuple(x.detach() for x in tensors)
+    buffer = torch.zeros_like(plain[1])
+    opcheck(ops.fused_loss_into_, (*plain, buffer, *constants, *head, True, True, None))
+    frozen = (plain[0], tensors[1], None, *plain[3:])
+    opcheck(ops.fused_loss, (*frozen, *constants, *head, False, True, False, False, None))
+
+
+def test_opcheck_queries():
+    tensors, constants, head = operator_args()
+    hidden, weight, bias, ids, target, weights = tensors
+    opcheck(query_ops.logprobs, (hidden, weight, bias, ids, *head, True, None))
+    opcheck(query_ops.logprobs, (hidden, weight, None, ids, *head, False, None))
+    with torch.no_grad():
+        opcheck(query_ops.topk, (hidden.detach(), weight.detach(), None, 3, ids, *head, None))
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    opcheck(query_ops.logits_losses, (logits, ids, target, weights, *constants, 0.7, True))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize(("divergence", "tail"), FORMS)
+def test_gradcheck_divergences(divergence, tail, reduction):
+    case = make_case(rows=4, vocab=17, width=5, k=3, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+    options = dict(divergence=divergence, tail=tail, beta=0.3, reduction=reduction, **HEAD)
+    assert gradcheck(
+        lambda h, w, b: linear_sparse_divergence(
+            h, w, *case.teacher, bias=b, row_weights=weights, **options
+        ),
+        leaves,
+    )
+    logits = torch.randn(4, 17, dtype=torch.float64, requires_grad=True)
+    options = dict(divergence=divergence, tail=tail, reduction=reduction, temperature=0.7)
+    assert gradcheck(lambda z: sparse_divergence(z, *case.teacher, **options), (logits,))
+
+
+def test_gradcheck_of_the_others():
+    case = make_case(rows=4, vocab=17, width=5, k=3, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    ids = case.ids[:, 0]
+    repeated = torch.tensor([[1, 2, 1], [3, -1, 0], [5, 5, 5], [16, 0, 1]])
+    advantages = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    assert gradcheck(lambda h, w, b: linear_cross_entropy(h, w, ids, bias=b, **HEAD), leaves)
+    assert gradcheck(
+        lambda h, w, b: linear_policy_gradient(
+            h, w, ids, None, advantages=advantages, bias=b, reduction="none", **HEAD
+        ),
+        leaves,
+    )
+
+    def finite_logprobs(h, w, b):
+        logprobs, entropy = linear_logprobs(h, w, repeated, return_entropy=True, bias=b, **HEAD)
+        return logprobs.masked_fill(repeated < 0, 0.0), entropy
+
+    assert gradcheck(finite_logprobs, leaves)
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_full_graph(tail, reduction):
+    case = make_case()
+
+    def loss(h, w):
+        total, stats = linear_sparse_divergence(
+            h, w, *case.teacher, tail=tail, reduction=reduction, return_stats=True
+        )
+        return total.sum() + stats.loss.sum() * 0.0
+
+    graph = gradients(compiled(loss), case.hidden, case.weight)
+    assert_close(
+        graph, [x.double() for x in gradients(loss, case.hidden, case.weight)], torch.float32
+    )
+
+
+def test_full_graph_of_the_others():
+    case = make_case()
+    ids = case.ids[:, 0]
+
+    def everything(h, w):
+        scores = linear_topk(h, w, 3, extra_ids=case.ids)
+        logprobs, entropy = linear_logprobs(h, w, ids.unsqueeze(1), return_entropy=True)
+        policy = linear_policy_gradient(h, w, ids, scores.logprobs[:, 0], advantage_clip=1.0)
+        logits = sparse_divergence(h @ w.t(), *case.teacher)
+        return linear_cross_entropy(h, w, ids) + logprobs.sum() + entropy.sum() + policy + logits
+
+    graph = gradients(compiled(everything), case.hidden, case.weight)
+    eager = gradients(everything, case.hidden, case.weight)
+    assert_close(graph, [x.double() for x in eager], torch.float32)
+
+
+def losses_of(case, **options):
+    return {
+        "fused": lambda h, w: linear_sparse_divergence(h, w, *case.teacher, **options),
+        "rows": lambda h, w: linear_sparse_divergence(
+            h, w, *case.teacher, reduction="none", **options
+        ).sum(),
+        "logprobs": lambda h, w: linear_logprobs(h, w, case.ids[:, :1]).sum(),
+        "logits": lambda h, w: sparse_divergence(h @ w.t(), *case.teacher, **options),
+    }
+
+
+@pytest.mark.parametrize("name", ["fused", "rows", "logprobs", "logits"])
+def test_a_second_derivative_raises(name):
+    case = make_case()
+    hidden = case.hidden.requires_grad_()
+    loss = losses_of(case)[name](hidden, case.weight.requires_grad_())
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss**2, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["fused", "rows", "logprobs", "logits"])
+def test_a_retained_graph_and_an_existing_grad_add_up(name):
+    case = make_case()
+    loss_of = losses_of(case)[name]
+    _, once, weight_once = gradients(loss_of, case.hidden, case.weight)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    hidden.grad = torch.ones_like(hidden)
+    loss = loss_of(hidden, weight)
+    loss.backward(retain_graph=True)
+    (2.0 * loss).backward()
+    torch.testing.assert_close(hidden.grad, 1.0 + 3.0 * once, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.grad, 3.0 * weight_once, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_weight_gets_both_gradients():
+    case = make_case()
+    ids = torch.arange(20)
+
+    def tied(w):
+        return linear_cross_entropy(w[ids], w, ids)
+
+    def parts(h, w):
+        return linear_cross_entropy(h, w, ids)
+
+    _, found = gradients(tied, case.weight)
+    _, dhidden, dweight = gradients(parts, case.weight[ids], case.weight)
+    dweight[ids] += dhidden
+    assert relative_error(found, dweight) < 1e-5
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weight_grad_buffer_takes_the_weights_gradient(dtype, tail, reduction):
+    case = make_case(dtype=dtype)
+    options = dict(tail=tail, reduction=reduction, row_weights=torch.linspace(0.1, 1.0, 20))
+    buffer = torch.ones(211, 24)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    bias = case.bias.clone().requires_grad_()
+    loss = linear_sparse_divergence(
+        hidden, weight, *case.teacher, bias=bias, weight_grad_buffer=buffer, **options
+    ).sum()
+    assert (buffer == 1.0).all()
+    (3.0 * loss).backward(retain_graph=True)
+    value, dhidden, dweight, dbias = gradients(
+        lambda h, w, b: linear_sparse_divergence(h, w, *case.teacher, bias=b, **options),
+        case.hidden,
+        case.weight,
+        case.bias,
+        upstream=3.0,
+    )
+    bound = 1e-5 if dtype == torch.float32 else 3e-3
+    assert weight.grad is None
+    assert relative_error(buffer - 1.0, dweight) < bound
+    assert relative_error(hidden.grad, dhidden) < bound
+    assert relative_error(bias.grad, dbias) < bound
+    torch.testing.assert_close(loss, value.sum())
+    (3.0 * loss).backward()
+    assert relative_error(buffer - 1.0, 2.0 * dweight.double()) < bound
+
+
+def test_layouts_do_not_matter():
+    case = make_case()
+    strided = case.hidden.t().contiguous().t()
+    turned = case.weight.t().contiguous().t()
+
+    def loss(h, w):
+        return linear_sparse_divergence(h, w, *case.teacher)
+
+    torch.testing.assert_close(loss(strided, turned), loss(case.hidden, case.weight))

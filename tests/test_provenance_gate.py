@@ -1,0 +1,206 @@
+"""The gate before distillation: each refusal, each override, and nothing else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_provenance import VOCAB, make_model, weights_of_model, write_weights
+
+from lopd.errors import ConfigError, ProvenanceError
+from lopd.provenance import (
+    build_manifest,
+    check_distill,
+    declare,
+    describe_model,
+    fingerprint_weights,
+    lineage_of,
+    save_vocab,
+)
+
+EVERY = frozenset(
+    {"teacher-mismatch", "student-mismatch", "tokenizer-mismatch", "incomplete-cache"}
+)
+
+
+class World:
+    """A teacher, its student, and the manifest of a cache made by the two."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.teacher = make_model(root / "teacher", seed=1)
+        self.student = make_model(root / "student", seed=2)
+        self.cache = root / "cache"
+        self.cache.mkdir()
+        declare(self.student, teacher=self.teacher)
+
+    def manifest(self, teacher: Path | None = None, student: Path | None = None) -> dict:
+        teacher, student = teacher or self.teacher, student or self.student
+        save_vocab(teacher, self.cache)
+        return build_manifest(
+            "cache",
+            stage="score",
+            config={},
+            model=describe_model(teacher, dtype="float32", engine="hf"),
+            inputs={
+                "rollouts": {
+                    "digest": "0" * 64,
+                    "model": describe_model(student, dtype="float32", engine="hf"),
+                    "lineage": lineage_of(student),
+                    "sampling": {},
+                }
+            },
+        )
+
+    def check(self, manifest: dict | None = None, **options) -> list[dict]:
+        options = {"cache_path": self.cache, "used_ids": np.arange(8), **options}
+        return check_distill(self.student, manifest or self.manifest(), **options)
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def refused(world, name, message, manifest=None, **options):
+    """The gate refuses for `name` alone, says so, and lets the flag through."""
+    others = EVERY - {name}
+    with pytest.raises(ProvenanceError, match=rf"(?s)^{name}: .*{message}") as caught:
+        world.check(manifest, allow=others, **options)
+    text = str(caught.value)
+    assert "\n" not in text and f"or pass --allow-{name}" in text
+    assert "found" in text and "expected" in text
+    (override,) = world.check(manifest, allow={name}, **options)
+    assert override["name"] == name and override["found"] and override["expected"]
+    return text
+
+
+def test_what_belongs_together_passes_without_reading_the_ids(world):
+    def unexpected():
+        raise AssertionError("scanned")
+
+    assert world.check(used_ids=unexpected) == []
+    assert world.check(allow=EVERY) == []
+
+
+def test_another_teacher_is_refused(world):
+    other = make_model(world.root / "other", seed=3)
+    text = refused(
+        world, "teacher-mismatch", "costs accuracy at a finite budget", world.manifest(other)
+    )
+    for model in (other, world.teacher):
+        assert str(model) in text and fingerprint_weights(model)[:12] in text
+    assert "irreducible" not in text
+
+
+def test_an_unknown_sft_teacher_is_refused_and_points_at_declare(world):
+    (world.student / "manifest.json").unlink()
+    refused(world, "teacher-mismatch", "'lopd declare'")
+
+
+def test_a_stale_manifest_beside_the_student_is_refused(world):
+    manifest = world.manifest()
+    write_weights(world.student, weights_of_model(seed=9))
+    with pytest.raises(ProvenanceError, match="describes weights .*'lopd declare'"):
+        world.check(manifest, allow={"student-mismatch"})
+    names = [o["name"] for o in world.check(manifest, allow=EVERY)]
+    assert names == ["teacher-mismatch", "student-mismatch"]
+
+
+def test_another_students_rollouts_are_refused(world):
+    other = make_model(world.root / "other", seed=3)
+    declare(other, teacher=world.teacher)
+    text = refused(world, "student-mismatch", "'lopd rollout'", world.manifest(student=other))
+    assert str(other) in text and fingerprint_weights(world.student)[:12] in text
+
+
+def test_resuming_compares_with_the_initial_student(world):
+    manifest = world.manifest()
+    initial = fingerprint_weights(world.student)
+    trained = make_model(world.root / "trained", seed=4)
+    declare(trained, teacher=world.teacher)
+    world.student, first = trained, world.student
+    refused(world, "student-mismatch", "rollouts of the student", manifest)
+    assert world.check(manifest, initial_student=initial) == []
+    assert world.check(manifest, initial_student=first) == []
+    refused(world, "student-mismatch", "the initial student", manifest, initial_student=trained)
+
+
+def retokenised(world, vocab=None, **options):
+    """The same weights with another tokenizer, as the scoring teacher."""
+    folder = make_model(world.root / "retokenised", seed=1, vocab=vocab, **options)
+    return world.manifest(folder)
+
+
+def test_an_id_of_two_meanings_is_refused_if_used(world):
+    moved = VOCAB | {"x": VOCAB["y"], "y": VOCAB["x"]}
+    manifest = retokenised(world, moved)
+    refused(world, "tokenizer-mismatch", "id 5 is 'y' to the teacher and 'x'", manifest)
+    assert world.check(manifest, used_ids=np.array([0, 1, 2, 7])) == []
+    assert world.check(manifest, used_ids=lambda: np.array([3])) == []
+
+
+def test_a_token_that_only_one_side_has_is_refused_if_used(world):
+    manifest = retokenised(world, added=["<think>"])
+    text = "id 8 is '<think>' to the teacher and None to the student"
+    refused(world, "tokenizer-mismatch", text, manifest, used_ids=np.array([8]))
+    assert world.check(manifest) == []
+    assert world.check(manifest, used_ids=np.array([15, 400])) == []
+
+
+def test_an_id_beyond_the_students_rows_that_the_tokenizer_has_is_refused(tmp_path):
+    world = World(tmp_path)
+    short = make_model(tmp_path / "short", seed=2, rows=6)
+    declare(short, teacher=world.teacher)
+    world.student = short
+    message = r"id 7 \('z'\) in the data, expected ids that the student's 6 vocabulary rows"
+    refused(world, "tokenizer-mismatch", message, used_ids=np.array([7]))
+    assert world.check(used_ids=np.array([5, 9])) == []
+
+
+def test_differing_tokenizers_without_records_are_refused(world):
+    manifest = retokenised(world, added=["<think>"])
+    refused(world, "tokenizer-mismatch", "no record of the ids", manifest, used_ids=None)
+    refused(world, "tokenizer-mismatch", "no record of the ids", manifest, cache_path=None)
+    (world.cache / "teacher_vocab.json").unlink()
+    refused(world, "tokenizer-mismatch", "teacher_vocab.json does not exist", manifest)
+
+
+def test_an_incomplete_cache_is_refused(world):
+    refused(world, "incomplete-cache", "2 unfinished shards .*is 4", missing_shards=[7, 4])
+
+
+def test_every_override_that_was_needed_is_recorded_in_order(world):
+    other = make_model(world.root / "other", seed=3, added=["<think>"])
+    manifest = world.manifest(other, student=other)
+    found = world.check(manifest, allow=EVERY, missing_shards=[0], used_ids=np.array([8]))
+    assert [item["name"] for item in found] == [
+        "incomplete-cache",
+        "teacher-mismatch",
+        "student-mismatch",
+        "tokenizer-mismatch",
+    ]
+    assert all(set(item) == {"name", "found", "expected"} for item in found)
+
+
+def test_unknown_overrides_are_refused(world):
+    with pytest.raises(ConfigError, match="override 'teacher' is unknown; use one of"):
+        world.check(allow={"teacher"})
+
+
+def test_the_gate_builds_no_model(world):
+    manifest = world.manifest()
+    code = (
+        "import json, sys; from lopd.provenance import check_distill; "
+        "check_distill(sys.argv[1], json.loads(sys.argv[2])); "
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, world.student, json.dumps(manifest)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
