@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import transformers
 
-from lopd.demo import DISTILLED, FINE_TUNED, ONLINE, DemoConfig, main
+from lopd.demo import DemoConfig, main
+from lopd.report import DISTILLED, FINE_TUNED, ONLINE
 
 NAME = "demo_seeds.jsonl"
 

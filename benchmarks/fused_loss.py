@@ -17,7 +17,6 @@ import argparse
 import datetime
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,6 @@ from lopd_kernels import linear_sparse_divergence, reference
 TIME_BAR = 1.0
 MEMORY_BAR = 0.25
 ERROR_BAR = 1e-5
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -112,14 +110,17 @@ def peak_mib(variant: str, shape: Shape) -> float:
 def measure_peak(variant: str, shape: Shape) -> float:
     inputs = shape.inputs()
     gradients(VARIANTS[variant], QUICK.inputs())
-    before = resident_bytes()
+    before = resident_mib("VmRSS")
     step(variant, inputs)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / MIB
+    return resident_mib("VmHWM") - before
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident_mib(field: str) -> float:
+    """VmRSS, the resident size now, or VmHWM, its maximum so far."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}; the memory is measured on Linux only")
 
 
 def measure(shape: Shape, repeats: int) -> dict:

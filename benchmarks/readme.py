@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import demo_seeds
+from lopd.demo import OPD_STEPS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,7 +21,7 @@ def demo_block() -> str:
     rows = read_rows(demo_seeds.NAME)
     ratio = demo_seeds.training_ratio(rows)
     return (
-        f"{demo_seeds.table(rows)} At {demo_seeds.OPD_STEPS} steps each, the online run took "
+        f"{demo_seeds.table(rows)} At {OPD_STEPS} steps each, the online run took "
         f"{ratio:.1f} times as long as rollouts, scoring and offline training together (same "
         "machine, CPU, toy models: not a statement about real ones)."
     )

@@ -37,24 +37,35 @@ from lopd.provenance import (
     write_manifest,
 )
 from lopd.recipe import finished
+from lopd.report import (
+    CLIPPED,
+    DISTILLED,
+    FINE_TUNED,
+    MORE,
+    ONLINE,
+    SAMPLED,
+    conclusion,
+    draw_curves,
+    format_table,
+)
 from lopd.step import Objective
 from lopd.trainer import LOG_NAME
 
-SFT_SETTINGS = {
+SFT_SETTINGS: dict[str, Any] = {
     "batch_size": 64,
     "learning_rate": 3e-3,
     "warmup_steps": 20,
     "weight_decay": 0.01,
 }
 OPD_STEPS = 300
-OPD_SETTINGS = {
+OPD_SETTINGS: dict[str, Any] = {
     "max_steps": OPD_STEPS,
     "batch_size": 64,
     "learning_rate": 1e-3,
     "warmup_steps": 10,
     "weight_decay": 0.0,
 }
-COMMON = {
+COMMON: dict[str, Any] = {
     "adam_beta1": 0.9,
     "adam_beta2": 0.98,
     "max_grad_norm": 1.0,
@@ -65,19 +76,13 @@ COMMON = {
     "dtype": "float32",
     "device": "cpu",
 }
-SAMPLING = {
+SAMPLING: dict[str, Any] = {
     "max_new_tokens": toy.MAX_NEW_TOKENS,
     "batch_size": 512,
     "dtype": "float32",
     "device": "cpu",
 }
 TOP_K = 8
-FINE_TUNED = "student, fine-tuned"
-DISTILLED = "distilled, top-8 + tail"
-SAMPLED = "distilled, sampled token"
-CLIPPED = "distilled, sampled token, clip 1"
-MORE = "control: more fine-tuning"
-ONLINE = "online, live teacher, top-8"
 EVAL_PROMPTS = 1024
 
 
@@ -121,7 +126,7 @@ def main(config: DemoConfig) -> Path:
     print()
     print(format_table(rows))
     print()
-    print(conclusion(rows))
+    print(conclusion(rows, OPD_STEPS))
     print(f"\n{results_file}, {out / 'curves.png'}; total {results['total_seconds']:.0f} s")
     return out
 
@@ -154,7 +159,7 @@ class Demo:
 
     def entries(self, online: bool) -> list[Entry]:
         """Every stage, in order."""
-        clipped = {"objective": "policy_gradient", "advantage_clip": 1.0}
+        clipped: dict[str, Any] = {"objective": "policy_gradient", "advantage_clip": 1.0}
         entries = [
             Entry("teacher", "teacher", self.train_teacher, True),
             Entry("teacher's answers", "sft-data", lambda: self.answers("sft-data", "sft"), False),
@@ -199,7 +204,7 @@ class Demo:
         self.fine_tune("teacher-init", str(self.prompts["demonstrations"]), "teacher", 600)
 
     def train_student(self) -> None:
-        self.fine_tune("student-init", self.path("sft-data"), "sft", 450)
+        self.fine_tune("student-init", self.path("sft-data"), "sft", 400)
 
     def train_more(self) -> None:
         config = sft.SftConfig(
@@ -303,13 +308,12 @@ class Demo:
         student.tokenizer.save_pretrained(out)
         lines = "".join(json.dumps(record) + "\n" for record in log)
         (out / LOG_NAME).write_text(lines, encoding="utf-8")
-        description = {"dtype": "float32", "engine": HfEngine.name}
         manifest = build_manifest(
             "checkpoint",
             stage="demo --online",
             config=options,
-            model=describe_model(out, **description),
-            base=describe_model(self.path("sft"), **description),
+            model=describe_model(out, dtype="float32", engine=HfEngine.name),
+            base=describe_model(self.path("sft"), dtype="float32", engine=HfEngine.name),
             lineage=lineage_of(self.path("sft")),
         )
         write_manifest(out, manifest)
@@ -334,63 +338,3 @@ def live_batches(
             TOP_K,
         )
         yield [collate([scored_sequence(*pair) for pair in zip(rollouts, scores, strict=True)])]
-
-
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """The demo's one table, as aligned Markdown."""
-    header = ["stage", "pass@1 greedy", "pass@1 sampled", "KL to teacher", "seconds"]
-    formats = {"greedy": ".3f", "sampled": ".3f", "kl": ".4f", "seconds": ".0f"}
-    lines = [
-        [row["stage"], *(format(row[k], f) if k in row else "" for k, f in formats.items())]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        padded = [f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(line(cells) for cells in [header, rule, *lines])
-
-
-def conclusion(rows: list[dict[str, Any]]) -> str:
-    """What the reader has just seen, from the numbers of this run."""
-    by_name = {row["stage"]: row for row in rows}
-    start, end = by_name[FINE_TUNED], by_name[DISTILLED]
-    plain, clipped, more = by_name[SAMPLED], by_name[CLIPPED], by_name[MORE]
-    return (
-        f"A student fine-tuned to {start['sampled']:.3f} sampled pass@1 was distilled on its own "
-        f"answers, scored once, to {end['sampled']:.3f} (KL to the teacher {start['kl']:.4f} -> "
-        f"{end['kl']:.4f}) with no teacher in memory; {OPD_STEPS} more steps of fine-tuning give "
-        f"{more['sampled']:.3f} ({more['kl']:.4f}). The sampled-token objective is fragile on one "
-        f"frozen set of rollouts, where it is a squared log-ratio fit that a few unlikely tokens "
-        f"dominate: {plain['sampled']:.3f} plain, {clipped['sampled']:.3f} with its advantage "
-        "clipped."
-    )
-
-
-def draw_curves(out: Path) -> None:
-    """Training curves of every run, from their logs, as `curves.png`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    panels = [
-        (left, "cross-entropy, nat/token", "loss", ["teacher", "sft", "more-sft"]),
-        (middle, "reverse KL, nat/token", "loss", ["distill", "online"]),
-        (right, "-advantage: log p - log q", "advantage", ["distill-sampled", "distill-clipped"]),
-    ]
-    for axes, title, key, names in panels:
-        for name in names:
-            file = out / name / LOG_NAME
-            if file.is_file():
-                log = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-                sign = -1 if key == "advantage" else 1
-                axes.plot([r["step"] for r in log], [sign * r[key] for r in log], label=name)
-        axes.set(title=title, xlabel="step")
-        axes.legend()
-    left.set_yscale("log")
-    middle.set_yscale("log")
-    figure.savefig(out / "curves.png", dpi=120)

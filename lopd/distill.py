@@ -138,7 +138,7 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]
         missing_shards=cache.missing_shards,
         allow=config.allowed(),
     )
-    if config.verify and not cache.missing_shards:
+    if config.verify:
         cache.verify()
     return cache, overrides
 

@@ -91,17 +91,17 @@ def main(config: EvalConfig) -> Path:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    describe = {"dtype": config.dtype, "engine": HfEngine.name}
+    dtype, name = config.dtype, HfEngine.name
     inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
     if config.teacher is not None:
-        inputs["teacher"] = describe_model(config.teacher, **describe)
+        inputs["teacher"] = describe_model(config.teacher, dtype=dtype, engine=name)
     write_manifest(
         out,
         build_manifest(
             "evaluation",
             stage="eval",
             config=asdict(config),
-            model=describe_model(config.model, **describe),
+            model=describe_model(config.model, dtype=dtype, engine=name),
             inputs=inputs,
         ),
     )

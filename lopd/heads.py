@@ -36,7 +36,7 @@ class HeadOptions:
     logit_scale: float = 1.0
     softcap: float | None = None
 
-    def kwargs(self) -> dict[str, float | None]:
+    def kwargs(self) -> dict[str, Any]:
         """The keyword arguments that every `lopd_kernels.linear_*` function takes."""
         return asdict(self)
 

@@ -30,7 +30,7 @@ def main(config: InspectConfig) -> None:
         rows["overrides"] = ", ".join(item["name"] for item in manifest["overrides"])
     store: RolloutStore | TeacherCache | None = None
     if kind == "cache":
-        store = TeacherCache.open(config.path)
+        store = TeacherCache.open(config.path, allow_incomplete=True)
     elif kind in ("rollouts", "sft_data"):
         store = RolloutStore.open(config.path, kind=kind)
     if store is not None:

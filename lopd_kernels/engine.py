@@ -31,7 +31,7 @@ from lopd_kernels.matmul import (
 )
 from lopd_kernels.rowpass import STATS, Head, block_rows, locate, row_pass
 
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES = 256 << 20
 
 
 class Linear(NamedTuple):

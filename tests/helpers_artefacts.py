@@ -40,7 +40,7 @@ def write_sequences(folder, model, kind="rollouts", seed=0, truncated=(), vocab=
     return folder
 
 
-def write_cache(folder, teacher, rollouts, temperature=1.0, shards=(0, 1)):
+def write_cache(folder, teacher, rollouts, temperature=1.0, shards=(0, 1), vocab=VOCAB):
     """Scores of a random teacher, as if `teacher` had given them."""
     store = RolloutStore.open(rollouts)
     source = {key: store.manifest[key] for key in ("model", "lineage", "sampling")}
@@ -55,19 +55,21 @@ def write_cache(folder, teacher, rollouts, temperature=1.0, shards=(0, 1)):
         top_p=1.0,
         codec="exact",
         temperature=temperature,
-        vocab_size=VOCAB,
+        vocab_size=vocab,
     )
     rng = np.random.default_rng(5)
     with CacheWriter.create(folder, manifest) as writer:
         save_vocab(teacher, folder)
         for shard in shards:
-            writer.write(shard, [(rollout, score(rollout, rng)) for rollout in store.shard(shard)])
+            writer.write(
+                shard, [(rollout, score(rollout, rng, vocab)) for rollout in store.shard(shard)]
+            )
     return folder
 
 
-def score(rollout, rng, k=4):
+def score(rollout, rng, vocab, k=4):
     length = len(rollout.tokens) - rollout.prompt_length
-    logits = rng.normal(0, 2, (length, VOCAB))
+    logits = rng.normal(0, 2, (length, vocab))
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     ids = np.argsort(-logprobs, axis=1)[:, :k]
     listed = np.take_along_axis(logprobs, ids, 1)

@@ -7,7 +7,7 @@ import pytest
 
 from lopd import toy
 from lopd.cli import main
-from lopd.demo import CLIPPED, DISTILLED, FINE_TUNED, MORE, SAMPLED, format_table
+from lopd.report import CLIPPED, DISTILLED, FINE_TUNED, MORE, SAMPLED, format_table
 
 
 def test_the_task_is_what_it_says():

@@ -6,10 +6,18 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers_artefacts import describe, write_cache, write_model, write_pipeline, write_sequences
+from helpers_artefacts import (
+    VOCAB,
+    describe,
+    write_cache,
+    write_model,
+    write_pipeline,
+    write_sequences,
+)
 from helpers_training import largest_difference, weights
 
 from lopd import distill, runs
+from lopd.cache import TeacherCache
 from lopd.errors import ConfigError, DataError, MissingFileError, ProvenanceError, ShardError
 from lopd.models import load_model
 from lopd.provenance import MANIFEST_NAME, declare, manifest_digest, read_manifest
@@ -66,16 +74,43 @@ def test_distill_trains_and_its_manifest_says_from_what(pipeline, tmp_path, obje
     assert manifest["objective"]["name"] == objective.get("objective", "reverse_kl")
     assert manifest["overrides"] == []
     assert manifest["training"] == {"sequences": 12, "dropped_share": 0.0}
-    log = [json.loads(line) for line in (out / LOG_NAME).read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [2, 4, 5]
+    assert [entry["step"] for entry in logged(out)] == [2, 4, 5]
     assert json.loads((out / "config.json").read_text())["use_cache"] is True
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines()]
+
+
+def test_settings_reach_the_training(pipeline, tmp_path):
+    def first(name, **changes):
+        settings = {"max_steps": 1, "batch_size": 12, **changes}
+        return logged(distill.main(config(pipeline, tmp_path / name, **settings)))[0]
+
+    plain, by_sequence = first("plain"), first("mean", loss_aggregation="sequence_mean")
+    stored = first("stored", support="list")
+    assert plain["loss"] != pytest.approx(by_sequence["loss"], rel=1e-4)
+    assert plain["teacher_tail"] < 0.95 * stored["teacher_tail"]
+
+
+def test_ids_beyond_the_students_head_go_to_the_tail(tmp_path):
+    teacher = write_model(tmp_path / "teacher", seed=1)
+    settings = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(settings | {"vocab_size": 60}))
+    student = write_model(tmp_path / "student", seed=2)
+    declare(student, teacher=teacher)
+    rollouts = write_sequences(tmp_path / "rollouts", student)
+    cache = write_cache(tmp_path / "cache", teacher, rollouts, vocab=60)
+    assert TeacherCache.open(cache).used_ids().max() >= VOCAB
+    out = distill.main(config(tmp_path, tmp_path / "out", max_steps=1))
+    assert logged(out)[0]["loss"] > 0
 
 
 def test_the_loss_on_a_small_cache_falls(pipeline, tmp_path):
     settings = {"max_steps": 60, "batch_size": 12, "learning_rate": 1e-2, "log_every": 10}
     out = distill.main(config(pipeline, tmp_path / "out", **settings))
-    log = [json.loads(line)["loss"] for line in (out / LOG_NAME).read_text().splitlines()]
-    assert log[-1] < 0.5 * log[0]
+    losses = [entry["loss"] for entry in logged(out)]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_killed_run_continues_to_the_same_weights(pipeline, tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def cache(teacher_folder, rollouts, tmp_path_factory):
 
 def one_line(capsys) -> str:
     error = capsys.readouterr().err.strip().splitlines()
-    lines = [line for line in error if line.startswith("lopd ")]
+    lines = [line for line in error if line.startswith("lopd ") and " error: " in line]
     assert len(lines) == 1, error
     return lines[0]
 
@@ -206,14 +206,13 @@ def test_every_objective_trains(tuned, cache, tmp_path, flags):
     assert lineage["sft_teacher"] == tuned_lineage["sft_teacher"]
 
 
-@pytest.fixture
-def no_models(monkeypatch):
+def refuse_models(patch):
     from transformers import AutoModelForCausalLM
 
     def refuse(*args, **kwargs):
         raise AssertionError("a model was built before the gate")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    patch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
 
 
 def test_another_teachers_scores_are_refused_before_a_model_is_built(
@@ -222,9 +221,7 @@ def test_another_teachers_scores_are_refused_before_a_model_is_built(
     other = save_qwen3(tmp_path / "other", seed=9)
     assert score(other, rollouts, tmp_path / "cache") == 0
     with monkeypatch.context() as patch:
-        from transformers import AutoModelForCausalLM
-
-        patch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+        refuse_models(patch)
         assert distill(tuned, tmp_path / "cache", tmp_path / "out") == 2
     assert "--allow" in one_line(capsys) and not (tmp_path / "out/manifest.json").exists()
     assert distill(tuned, tmp_path / "cache", tmp_path / "out", "--allow_teacher_mismatch") == 0
@@ -232,7 +229,10 @@ def test_another_teachers_scores_are_refused_before_a_model_is_built(
     assert [item["name"] for item in overrides] == ["teacher-mismatch"]
 
 
-def test_another_students_rollouts_are_refused(student_folder, cache, tmp_path, no_models, capsys):
+def test_another_students_rollouts_are_refused(
+    student_folder, cache, tmp_path, monkeypatch, capsys
+):
+    refuse_models(monkeypatch)
     assert distill(student_folder, cache, tmp_path / "out") == 2
     assert "lopd declare" in one_line(capsys)
 

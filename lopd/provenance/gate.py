@@ -78,7 +78,7 @@ def _check_complete(missing_shards: Sequence[int]) -> dict[str, str] | None:
         return None
     return _finding(
         "incomplete-cache",
-        f"{len(missing_shards)} unfinished shards (the first is {min(missing_shards)})",
+        f"{len(missing_shards)} unfinished shards (the first is shard-{min(missing_shards):05d})",
         "every shard of the plan",
         "run the same 'lopd score' again to finish them",
     )
