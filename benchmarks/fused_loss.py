@@ -91,11 +91,11 @@ def worst_error() -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
 
 
-def step(variant: str, inputs: tuple[Tensor, ...]) -> float:
-    """Seconds of one forward and backward that leaves fresh gradients."""
-    start = time.perf_counter()
+def step(variant: str, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
+    """(wall, processor) seconds of one forward and backward that leaves fresh gradients."""
+    start, busy = time.perf_counter(), time.process_time()
     gradients(VARIANTS[variant], inputs)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 def peak_mib(variant: str, shape: Shape) -> float:
@@ -125,7 +125,7 @@ def resident_mib(field: str) -> float:
 
 def measure(shape: Shape, repeats: int) -> dict:
     inputs = shape.inputs()
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     for repeat in range(repeats + 1):
         for name in VARIANTS:
             took = step(name, inputs)
@@ -143,10 +143,13 @@ def measure(shape: Shape, repeats: int) -> dict:
         "repeats": repeats,
     }
     for name in VARIANTS:
-        row[f"{name}_median_s"] = round(statistics.median(seconds[name]), 4)
-        row[f"{name}_min_s"] = round(min(seconds[name]), 4)
+        wall, busy = zip(*seconds[name], strict=True)
+        row[f"{name}_median_s"] = round(statistics.median(wall), 4)
+        row[f"{name}_min_s"] = round(min(wall), 4)
+        row[f"{name}_cpu_median_s"] = round(statistics.median(busy), 4)
         row[f"{name}_peak_mib"] = round(peak_mib(name, shape), 1)
     row["time_ratio"] = round(row["fused_median_s"] / row["eager_median_s"], 4)
+    row["cpu_time_ratio"] = round(row["fused_cpu_median_s"] / row["eager_cpu_median_s"], 4)
     row["memory_ratio"] = round(row["fused_peak_mib"] / row["eager_peak_mib"], 4)
     return row
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.cache import RolloutStore, TeacherCache
+from lopd.errors import ShardError
 from lopd.provenance import read_manifest
 
 
@@ -36,6 +37,12 @@ def main(config: InspectConfig) -> None:
     if store is not None:
         rows.update(store.summary())
         if config.verify:
+            if store.missing_shards:
+                raise ShardError(
+                    f"{config.path}: {len(store.missing_shards)} of {store.num_shards} shards are "
+                    f"unfinished or damaged, the first is shard-{store.missing_shards[0]:05d}; run "
+                    f"'lopd {manifest['stage']}' again to write them"
+                )
             store.verify()
             rows["verified"] = "every shard matches its receipt"
     width = max(map(len, rows))

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from lopd import distill, evaluate, rollout, score, sft, sft_data
+from lopd.cache import RolloutStore, TeacherCache
 from lopd.errors import ConfigError
-from lopd.provenance import MANIFEST_NAME, read_manifest
+from lopd.provenance import MANIFEST_NAME, describe_file, fingerprint_weights, read_manifest
 from lopd.settings import build_config, check_keys, load_yaml
 
 STAGES: dict[str, tuple[Any, type]] = {
@@ -104,10 +105,13 @@ def wiring(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def finished(config: Any) -> bool:
-    """Whether a stage's product is there, whole, and made with these very settings.
+    """Whether a stage's product is there, whole, made with these settings from these inputs.
 
     Stores of sequences count their shards themselves when their stage is called, so only
     stages whose manifest is their last file are judged here.
+
+    Raises:
+        ConfigError: a finished product whose settings or inputs have changed since.
     """
     out = Path(config.out)
     if not (out / MANIFEST_NAME).is_file():
@@ -123,4 +127,40 @@ def finished(config: Any) -> bool:
             f"{out}: finished with {key}={found.get(key)!r}, the recipe now says {wanted[key]!r}; "
             "restore the setting, or choose another 'out' for what follows"
         )
+    for place, now in inputs_now(config).items():
+        then: Any = manifest
+        for key in place:
+            then = then[key]
+        if then != now:
+            raise ConfigError(
+                f"{out}: finished with another {' '.join(place[:-1])} ({then[:12]}) than is there "
+                f"now ({now[:12]}); restore it, or choose another 'out' for what follows"
+            )
     return True
+
+
+def inputs_now(config: Any) -> dict[tuple[str, ...], str]:
+    """Content digests of what a stage reads, by where its manifest keeps them."""
+    inputs: dict[tuple[str, ...], str]
+    if isinstance(config, sft.SftConfig):
+        inputs = {("base", "weights"): fingerprint_weights(config.model)}
+        if Path(config.data).is_file():
+            inputs["inputs", "demonstrations", "sha256"] = describe_file(config.data)["sha256"]
+        else:
+            store = RolloutStore.open(config.data, kind="sft_data")
+            inputs["inputs", "sft_data", "digest"] = store.digest()
+        return inputs
+    if isinstance(config, distill.DistillConfig):
+        cache = TeacherCache.open(config.cache, allow_incomplete=True)
+        return {
+            ("base", "weights"): fingerprint_weights(config.student),
+            ("inputs", "cache", "digest"): cache.digest(),
+        }
+    assert isinstance(config, evaluate.EvalConfig)
+    inputs = {
+        ("model", "weights"): fingerprint_weights(config.model),
+        ("inputs", "prompts", "sha256"): describe_file(config.prompts)["sha256"],
+    }
+    if config.teacher is not None:
+        inputs["inputs", "teacher", "weights"] = fingerprint_weights(config.teacher)
+    return inputs

@@ -89,9 +89,9 @@ def workspace(linear: Linear, needs: Needs, width: int, rows: int) -> int:
     (n, d), (v, _) = linear.hidden.shape, linear.weight.shape
     size = torch.empty((), dtype=linear.dtype).element_size()
     held = n * d * needs.hidden + v * d * needs.weight + v * needs.bias
-    blocks = 2 * min(rows, block_rows(v, size)) * (v + 16 * width)
+    blocks = 4 * min(rows, block_rows(v, size)) * (v + 16 * width)
     per_row = v + 2 * d + 4 * width
-    fixed = held + blocks + panel_rows(linear.weight) * d + 2 * v + 32 * n * width
+    fixed = held + blocks + panel_rows(linear.weight) * d + 2 * v + 64 * n * (width + 2)
     return size * (fixed + rows * per_row)
 
 

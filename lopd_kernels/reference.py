@@ -158,7 +158,8 @@ def linear_policy_gradient(
         bounded = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
         losses = -torch.minimum(ratio * advantages, bounded * advantages)
     else:
-        losses = -ratio.detach().clamp(max=importance_cap) * advantages * logprobs
+        cap = math.inf if importance_cap is None else importance_cap
+        losses = -ratio.detach().clamp(max=cap) * advantages * logprobs
     return reduce(losses, row_weights, reduction)
 
 

@@ -33,7 +33,7 @@ def gathered_rows(linear: Linear, width: int, workspace_bytes: int | None, needs
     per_row = size * width * (3 * d + 16)
     if workspace_bytes is None:
         return max(1, GATHER_BYTES // per_row)
-    held = size * (n * d * needs.hidden + v * d * needs.weight + 2 * v + 32 * n * width)
+    held = size * (n * d * needs.hidden + v * d * needs.weight + 2 * v + 64 * n * (width + 2))
     smallest = held + per_row
     if workspace_bytes < smallest:
         raise ValueError(

@@ -90,7 +90,7 @@ def test_settings_reach_the_training(pipeline, tmp_path):
     plain, by_sequence = first("plain"), first("mean", loss_aggregation="sequence_mean")
     stored = first("stored", support="list")
     assert plain["loss"] != pytest.approx(by_sequence["loss"], rel=1e-4)
-    assert plain["teacher_tail"] < 0.95 * stored["teacher_tail"]
+    assert plain["teacher_tail"] < 0.99 * stored["teacher_tail"]
 
 
 def test_ids_beyond_the_students_head_go_to_the_tail(tmp_path):

@@ -169,7 +169,8 @@ def test_differing_tokenizers_without_records_are_refused(world):
 
 
 def test_an_incomplete_cache_is_refused(world):
-    refused(world, "incomplete-cache", "2 unfinished shards .*is 4", missing_shards=[7, 4])
+    message = "2 unfinished shards .*is shard-00004"
+    refused(world, "incomplete-cache", message, missing_shards=[7, 4])
 
 
 def test_every_override_that_was_needed_is_recorded_in_order(world):

@@ -1,5 +1,6 @@
 """Recipes: what follows from what, what is skipped, what is refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -132,6 +133,40 @@ def test_a_changed_setting_of_a_finished_stage_is_refused(finished_run, tmp_path
     changed.write_text(yaml.safe_dump(values | {"stages": stages}))
     assert main(["run", str(changed)]) == 2
     assert "finished with max_steps=2, the recipe now says 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "named"),
+    [
+        ("sft", {"model": "teacher"}, "base"),
+        ("sft", {"data": "rollout"}, "holds 'rollouts', expected 'sft_data'"),
+        ("distill", {"student": "student"}, "base"),
+        ("eval", {"model": "sft"}, "model"),
+        ("eval", {"prompts": "prompts"}, "prompts"),
+        ("eval", {"teacher": "sft"}, "teacher"),
+    ],
+)
+def test_a_finished_stage_whose_inputs_changed_is_refused(
+    finished_run, tmp_path, stage, changes, named
+):
+    """The folder's contents change under the same name: settings agree, digests do not."""
+    path, values = finished_run
+    other = tmp_path / "prompts.jsonl"
+    other.write_text('{"prompt": "a", "answer": "1"}\n')
+    out = Path(values["out"])
+    paths = {"teacher": values["teacher"], "student": values["student"], "prompts": str(other)}
+    paths |= {name: str(out / name) for name in ("sft", "rollout")}
+    config = recipe.plan(values, str(path))[stage]
+    assert recipe.finished(config)
+    copy = tmp_path / stage
+    shutil.copytree(out / stage, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    ((key, name),) = changes.items()
+    manifest["config"] |= {"out": str(copy), key: paths[name]}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    changed = dataclasses.replace(config, out=str(copy), **{key: paths[name]})
+    with pytest.raises(ConfigError, match=named):
+        recipe.finished(changed)
 
 
 def test_the_products_can_be_inspected(finished_run, capsys):

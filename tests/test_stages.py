@@ -8,11 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TEMPLATE, TEXT, save_qwen3
 from safetensors.numpy import load_file, save_file
 
-from lopd.cache import RolloutStore, TeacherCache
+from lopd.cache import RolloutStore, TeacherCache, scored_sequence
 from lopd.cli import main
+from lopd.data import Collator
+from lopd.engines.hf import HfEngine
+from lopd.models import load_model
+from lopd.step import Objective, step
 
 COMMON = ["--dtype", "float32", "--device", "cpu"]
 
@@ -162,10 +167,6 @@ def test_a_killed_score_resumes_to_the_same_bytes(teacher_folder, rollouts, tmp_
 
 
 def test_the_cache_agrees_with_the_teacher(cache, teacher_folder):
-    import torch
-
-    from lopd.models import load_model
-
     model = load_model(teacher_folder, dtype="float32", device="cpu")
     items = TeacherCache.open(cache)
     for i in (0, 7, 19):
@@ -176,6 +177,32 @@ def test_the_cache_agrees_with_the_teacher(cache, teacher_folder):
         length = item.rollout.prompt_length
         expected = rows[np.arange(length - 1, tokens.shape[1] - 1), item.rollout.tokens[length:]]
         np.testing.assert_allclose(item.teacher_logprobs, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("objective", ["reverse_kl", "policy_gradient"])
+def test_offline_and_live_gradients_agree_at_the_student_that_rolled_out(
+    teacher_folder, tuned, rollouts, tmp_path, objective
+):
+    """The cache written to disk and a teacher asked there and then give the same gradient."""
+    assert score(teacher_folder, rollouts, tmp_path / "cache", "--top_p", "1") == 0
+    stored = TeacherCache.open(tmp_path / "cache")
+    items = [stored[i] for i in range(8)]
+    teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    scores = teacher.score(
+        [item.rollout.tokens for item in items], [item.rollout.prompt_length for item in items], 6
+    )
+    live = [scored_sequence(i.rollout, s) for i, s in zip(items, scores, strict=True)]
+    student = load_model(tuned, dtype="float32", device="cpu")
+    gradients = []
+    for records in (items, live):
+        batch = Collator()(records)
+        student.zero_grad()
+        loss, _ = step(student, batch, Objective(objective), batch["row_weights"].sum().item())
+        loss.backward()
+        gradients.append([p.grad.clone() for p in student.parameters()])
+    assert max(g.abs().max() for g in gradients[0]) > 1e-4
+    for offline, online in zip(*gradients, strict=True):
+        torch.testing.assert_close(offline, online, rtol=1e-4, atol=1e-7)
 
 
 DISTILL = ["--max_steps", "2", "--batch_size", "4", "--save_every", "0", *COMMON]

@@ -1,0 +1,142 @@
+"""Every argument error: the type, and a message that names the argument."""
+
+import math
+
+import pytest
+import torch
+
+from lopd_kernels import (
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_policy_gradient,
+    linear_sparse_divergence,
+    linear_topk,
+    sparse_divergence,
+)
+
+HIDDEN, WEIGHT = torch.randn(3, 4), torch.randn(10, 4)
+IDS = torch.tensor([[0, 1], [2, 3], [4, -1]])
+LOGPROBS = torch.full((3, 2), 0.25).log()
+LABELS, ROW = torch.tensor([1, 2, 3]), torch.tensor([-1.0, -2.0, -3.0])
+
+
+def changed(tensor, row, value):
+    tensor = tensor.clone()
+    tensor[row] = value
+    return tensor
+
+
+SPARSE = [
+    (dict(hidden=HIDDEN[None]), "hidden has shape"),
+    (dict(hidden=HIDDEN.int()), "hidden is torch.int32"),
+    (dict(hidden=torch.randn(3, 5)), "last dimension"),
+    (dict(hidden=HIDDEN.bfloat16()), "cast one"),
+    (dict(weight=WEIGHT[:0]), "no rows"),
+    (dict(weight=WEIGHT.to("meta")), "weight is on meta"),
+    (dict(bias=torch.zeros(9)), "bias has shape"),
+    (dict(bias=torch.zeros(10).bfloat16()), "bias is"),
+    (dict(bias=torch.zeros(10, dtype=torch.int64)), "bias is torch.int64"),
+    (dict(topk_ids=IDS[:2]), "topk_ids has shape"),
+    (dict(topk_ids=IDS[:, :0], topk_logprobs=LOGPROBS[:, :0]), "at least one column"),
+    (dict(topk_ids=IDS.float()), "topk_ids is torch.float32"),
+    (dict(topk_ids=changed(IDS, (1, 0), 10)), "topk_ids has 10 in row 1"),
+    (dict(topk_ids=changed(IDS, (1, 0), -2)), "topk_ids has -2 in row 1"),
+    (dict(topk_ids=changed(IDS, (1, 0), 3)), "id 3 twice in row 1"),
+    (dict(topk_logprobs=LOGPROBS[:, :1]), "topk_logprobs has shape"),
+    (dict(topk_logprobs=changed(LOGPROBS, (0, 1), math.nan)), "topk_logprobs is nan in row 0"),
+    (dict(topk_logprobs=changed(LOGPROBS, (0, 1), -math.inf)), "drop ids without mass"),
+    (dict(topk_logprobs=changed(LOGPROBS, (0, 1), 0.0)), "sum to 1.25 in row 0"),
+    (dict(topk_logprobs=LOGPROBS.clone().requires_grad_()), "requires grad"),
+    (dict(tail_logprobs=ROW[:2]), "tail_logprobs has shape"),
+    (dict(tail_logprobs=changed(ROW, 2, math.nan)), "tail_logprobs is nan in row 2"),
+    (dict(tail_logprobs=changed(ROW, 0, 0.0)), "sum to 1.5 in row 0"),
+    (dict(tail_logprobs=ROW.clone().requires_grad_()), "tail_logprobs requires grad"),
+    (dict(divergence="kl"), "divergence is 'kl'"),
+    (dict(tail="drop"), "tail is 'drop'"),
+    (dict(divergence="jsd", beta=0.0), "'forward_kl' or 'reverse_kl'"),
+    (dict(divergence="jsd", beta=1.0), "'forward_kl' or 'reverse_kl'"),
+    (dict(reduction="average"), "reduction is 'average'"),
+    (dict(row_weights=ROW[:2]), "row_weights has shape"),
+    (dict(row_weights=ROW, reduction="mean"), "negative"),
+    (dict(row_weights=changed(ROW, 1, math.inf)), "row_weights is inf in row 1"),
+    (dict(row_weights=ROW.clone().requires_grad_()), "row_weights requires grad"),
+    (dict(temperature=0.0), "temperature is 0.0"),
+    (dict(temperature=math.inf), "temperature is inf"),
+    (dict(softcap=-1.0), "softcap is -1.0"),
+    (dict(logit_scale=math.nan), "logit_scale is nan"),
+    (dict(tolerance=1e-3), "not available in this version"),
+    (dict(workspace_bytes=0), "workspace_bytes is 0"),
+    (dict(workspace_bytes=10, tail="renormalize"), "needs at least"),
+    (dict(weight_grad_buffer=torch.zeros(4, 10)), "weight_grad_buffer has shape"),
+    (dict(weight_grad_buffer=torch.zeros(10, 4).half()), "expected torch.float32"),
+    (dict(weight_grad_buffer=torch.zeros(10, 4)), "does not require grad"),
+    (
+        dict(weight=WEIGHT.clone().requires_grad_(),
+             weight_grad_buffer=torch.zeros(10, 4).requires_grad_()),
+        "weight_grad_buffer requires grad",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "message"), SPARSE, ids=[m for _, m in SPARSE])
+def test_sparse_divergence(wrong, message):
+    right = dict(hidden=HIDDEN, weight=WEIGHT, topk_ids=IDS, topk_logprobs=LOGPROBS)
+    linear_sparse_divergence(**right)
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        linear_sparse_divergence(**{**right, **wrong})
+    assert "\n" not in str(error.value)
+
+
+POLICY = [
+    (dict(sampled_ids=IDS), "sampled_ids has shape"),
+    (dict(sampled_ids=changed(LABELS, 1, -1)), "sampled_ids has -1 in row 1"),
+    (dict(sampled_ids=changed(LABELS, 2, 10)), "sampled_ids has 10 in row 2"),
+    (dict(teacher_logprobs=None), "both None"),
+    (dict(teacher_logprobs=ROW[:1]), "teacher_logprobs has shape"),
+    (dict(teacher_logprobs=changed(ROW, 1, math.nan)), "teacher_logprobs is nan in row 1"),
+    (dict(advantages=ROW, advantage_clip=1.0), "clip yours before"),
+    (dict(advantages=ROW.clone().requires_grad_()), "advantages requires grad"),
+    (dict(advantage_clip=0.0), "advantage_clip is 0.0"),
+    (dict(importance="sequence"), "importance is 'sequence'"),
+    (dict(importance="token"), "rollout_logprobs is None"),
+    (dict(clip_range=0.2), "rollout_logprobs is None"),
+    (dict(importance="token_truncated", rollout_logprobs=ROW), "importance_cap is None"),
+    (dict(importance_cap=2.0), "belongs to 'token_truncated'"),
+    (dict(importance="token", clip_range=0.2, rollout_logprobs=ROW), "its own ratio"),
+    (dict(clip_range=-0.2, rollout_logprobs=ROW), "clip_range is -0.2"),
+    (dict(reduction="average"), "reduction is 'average'"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), POLICY, ids=[m for _, m in POLICY])
+def test_policy_gradient(wrong, message):
+    right = dict(hidden=HIDDEN, weight=WEIGHT, sampled_ids=LABELS, teacher_logprobs=ROW)
+    linear_policy_gradient(**right)
+    with pytest.raises((ValueError, TypeError), match=message):
+        linear_policy_gradient(**{**right, **wrong})
+
+
+def test_the_other_functions():
+    with pytest.raises(ValueError, match="labels has -5 in row 0"):
+        linear_cross_entropy(HIDDEN, WEIGHT, changed(LABELS, 0, -5))
+    with pytest.raises(ValueError, match="logits are"):
+        sparse_divergence(HIDDEN[0], IDS, LOGPROBS)
+    with pytest.raises(ValueError, match="ids has 12 in row 0"):
+        linear_logprobs(HIDDEN, WEIGHT, changed(IDS, (0, 0), 12))
+    for k in (0, 11):
+        with pytest.raises(ValueError, match=f"k is {k}, expected 1 to the vocabulary size 10"):
+            linear_topk(HIDDEN, WEIGHT, k)
+    with pytest.raises(ValueError, match="extra_ids has -2 in row 0"):
+        linear_topk(HIDDEN, WEIGHT, 2, extra_ids=changed(IDS, (0, 0), -2))
+
+
+def test_validate_chooses_who_looks_at_values():
+    wrong = changed(IDS, (0, 0), 10)
+    with pytest.raises(ValueError, match="topk_ids has 10"):
+        linear_sparse_divergence(HIDDEN, WEIGHT, wrong, LOGPROBS, validate=True)
+    linear_sparse_divergence(HIDDEN, WEIGHT, wrong, LOGPROBS, validate=False)
+    with pytest.raises(ValueError, match="topk_ids has shape"):
+        linear_sparse_divergence(HIDDEN, WEIGHT, wrong[:1], LOGPROBS, validate=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_sparse_divergence, fullgraph=True, backend="aot_eager")
+    assert compiled(HIDDEN, WEIGHT, wrong, LOGPROBS).isnan()

@@ -1,0 +1,63 @@
+"""The definitions against PyTorch's own losses, where it has them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import make_case
+
+from lopd_kernels import reference
+
+
+def test_cross_entropy_is_torchs():
+    case = make_case(dtype=torch.float64)
+    labels = torch.randint(0, 211, (20,))
+    labels[3] = -100
+    expected = F.cross_entropy(case.hidden @ case.weight.t() / 0.7 + case.bias / 0.7, labels)
+    found = reference.linear_cross_entropy(
+        case.hidden, case.weight, labels, bias=case.bias, temperature=0.7
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_full_lists_are_torchs_kl(divergence):
+    student = torch.randn(5, 9, dtype=torch.float64).log_softmax(1)
+    teacher = torch.randn(5, 9, dtype=torch.float64).log_softmax(1)
+    found = reference.sparse_divergence(
+        student, torch.arange(9).repeat(5, 1), teacher, divergence=divergence
+    )
+    pair = (teacher, student) if divergence == "reverse_kl" else (student, teacher)
+    torch.testing.assert_close(found, F.kl_div(*pair, log_target=True, reduction="sum"))
+
+
+def test_jsd_leans_to_its_ends():
+    student = torch.randn(5, 9, dtype=torch.float64).log_softmax(1)
+    teacher = torch.randn(5, 9, dtype=torch.float64).log_softmax(1)
+    ids = torch.arange(9).repeat(5, 1)
+
+    def value(**options):
+        return reference.sparse_divergence(student, ids, teacher, **options)
+
+    small = value(divergence="jsd", beta=1e-6) / 1e-6
+    torch.testing.assert_close(small, value(divergence="forward_kl"), rtol=1e-4, atol=0)
+    large = value(divergence="jsd", beta=1 - 1e-6) / 1e-6
+    torch.testing.assert_close(large, value(divergence="reverse_kl"), rtol=1e-4, atol=0)
+
+
+def test_the_bucket_is_a_lower_bound_that_grows_with_the_list():
+    student = torch.randn(5, 30, dtype=torch.float64)
+    teacher = torch.randn(5, 30, dtype=torch.float64).log_softmax(1)
+    values = []
+    for k in (1, 5, 20, 30):
+        logprobs, ids = teacher.topk(k, 1)
+        values.append(float(reference.sparse_divergence(student, ids, logprobs)))
+    assert values == sorted(values)
+    assert values[0] > 0
+
+
+def test_head_options_in_order():
+    z = reference.linear_logits(
+        torch.ones(1, 1), torch.tensor([[2.0]]), torch.tensor([1.0]), 0.5, 1.2, 0.7
+    )
+    expected = 1.2 * torch.tanh(torch.tensor(1.5 / 1.2)) / 0.7
+    torch.testing.assert_close(z[0, 0], expected)
