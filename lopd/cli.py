@@ -3,7 +3,6 @@
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from lopd import __version__
 from lopd.errors import ConfigError, LopdError
@@ -49,21 +48,30 @@ def run(argv: Sequence[str]) -> None:
     logging.disable_progress_bar()
     module_name, class_name, _ = COMMANDS[command]
     module = importlib.import_module(f"lopd.{module_name}")
-    settings: dict[str, Any] = {}
-    where = f"lopd {command}"
     if rest and command == "run" and not rest[0].startswith("-"):
         rest = ["--recipe", *rest]
-    if "--config" in rest:
-        place = rest.index("--config")
-        if place + 1 == len(rest):
-            raise ConfigError(f"lopd {command}: --config needs a file")
-        where = rest[place + 1]
-        settings = load_yaml(where)
-        rest = rest[:place] + rest[place + 2 :]
-    config = build_config(getattr(module, class_name), settings, rest, where, f"lopd {command}")
+    file, flags = split_config(rest, command)
+    settings = {} if file is None else load_yaml(file)
+    where = file or f"lopd {command}"
+    config = build_config(getattr(module, class_name), settings, flags, where, f"lopd {command}")
     done = module.main(config)
     if done is not None:
         print(f"lopd {command}: wrote {done}", file=sys.stderr)
+
+
+def split_config(words: Sequence[str], command: str) -> tuple[str | None, list[str]]:
+    """The file of `--config FILE` or `--config=FILE`, and the other words."""
+    file, flags = None, []
+    rest = iter(words)
+    for word in rest:
+        name, _, value = word.partition("=")
+        if name == "--config":
+            file = value or next(rest, None)
+            if file is None:
+                raise ConfigError(f"lopd {command}: --config needs a file")
+        else:
+            flags.append(word)
+    return file, flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -110,7 +110,17 @@ def main(config: DemoConfig) -> Path:
     results_file = out / "results.json"
     if results_file.is_file():
         raise ConfigError(f"{results_file}: a finished demo is there; remove it or choose --out")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny models; and the numbers do not depend on the machine's cores
+    try:
+        return run(config, results_file)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run(config: DemoConfig, results_file: Path) -> Path:
+    """Every stage in order, then table, figure and `results.json`."""
+    out = Path(config.out)
     began = time.perf_counter()
     demo = Demo(out, config.seed)
     entries = demo.entries(config.online)
@@ -123,10 +133,7 @@ def main(config: DemoConfig) -> Path:
     }
     draw_curves(out)
     results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print()
-    print(format_table(rows))
-    print()
-    print(conclusion(rows, OPD_STEPS))
+    print(f"\n{format_table(rows)}\n\n{conclusion(rows, OPD_STEPS)}")
     print(f"\n{results_file}, {out / 'curves.png'}; total {results['total_seconds']:.0f} s")
     return out
 

@@ -3,7 +3,8 @@
     out: runs/mine            # every stage writes a folder of its own name here
     teacher: models/teacher   # answers the prompts, and scores the rollouts
     student: models/base      # what is fine-tuned
-    dtype: bfloat16           # settings that several stages share: dtype, device, seed
+    device: cuda              # settings that several stages share: device, seed, and
+    dtype: bfloat16           # the dtype of sampling, scoring and evaluation
     stages:
       sft-data: {prompts: sft.jsonl}
       sft: {learning_rate: 8.0e-5}
@@ -36,6 +37,8 @@ STAGES: dict[str, tuple[Any, type]] = {
     "eval": (evaluate, evaluate.EvalConfig),
 }
 SHARED = ["dtype", "device", "seed"]
+# Their dtype is that of weights and optimizer, which wants more bits than inference does.
+TRAINING = ("sft", "distill")
 
 
 @dataclass(kw_only=True)
@@ -76,7 +79,10 @@ def plan(recipe: dict[str, Any], where: str) -> dict[str, Any]:
                 raise ConfigError(f"{where}: stages: {name}: expected a mapping of settings")
             _, config_class = STAGES[name]
             known = {item.name for item in fields(config_class)}
-            implied = wiring(name, recipe) | {key: recipe[key] for key in SHARED if key in recipe}
+            shared = {key: recipe[key] for key in SHARED if key in recipe}
+            if name in TRAINING:
+                shared.pop("dtype", None)
+            implied = wiring(name, recipe) | shared
             chosen = {key: value for key, value in implied.items() if key in known} | settings
             configs[name] = build_config(
                 config_class, chosen, [], f"{where}: stages: {name}", f"lopd {name}"

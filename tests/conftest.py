@@ -9,6 +9,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other are slow
 
 TEXT = "the cat sat on a mat and the dog ran to the red house while it was raining again"
 TEMPLATE = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lopd.cli import COMMANDS, main
+from lopd.cli import COMMANDS, main, split_config
 from lopd.errors import ConfigError, MissingFileError
 from lopd.rollout import RolloutConfig
 from lopd.settings import build_config, load_yaml
@@ -55,6 +55,18 @@ def test_yaml_that_cannot_be_read(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="found list; expected a mapping"):
         load_yaml(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--a", "1"], (None, ["--a", "1"])),
+        (["--a", "1", "--config", "f.yaml", "--b"], ("f.yaml", ["--a", "1", "--b"])),
+        (["--config=f.yaml", "--b=2"], ("f.yaml", ["--b=2"])),
+    ],
+)
+def test_the_config_file_may_stand_anywhere(words, expected):
+    assert split_config(words, "sft") == expected
 
 
 def test_help_names_every_command(capsys):

@@ -364,9 +364,13 @@ def test_declared_checkpoints_have_a_lineage(tmp_path):
 def test_declare_does_not_replace_what_a_stage_wrote(tmp_path):
     student = make_model(tmp_path / "s")
     described = describe_model(student, dtype="float32", engine="hf")
-    write_manifest(student, build_manifest("checkpoint", stage="sft", config={}, model=described))
+    said = {"kind": "checkpoint", "stage": "sft", "config": {}, "model": described}
+    write_manifest(student, build_manifest(**said, lineage={"sft_teacher": {"weights": "cd" * 32}}))
     with pytest.raises(ProvenanceError, match="a stage wrote"):
         declare(student, teacher="ab" * 32)
+    # fine-tuned on demonstrations of unknown origin: a declaration says more than that
+    write_manifest(student, build_manifest(**said, lineage={"sft_teacher": None}))
+    assert declare(student, teacher="ab" * 32)["lineage"]["declared"] is True
     with pytest.raises(MissingFileError, match="is not a folder"):
         declare(make_model(tmp_path / "new"), teacher="nowhere")
 

@@ -20,7 +20,7 @@ STAGES = {
     "distill": {"max_steps": 3},
     "eval": {"prompts": "c.jsonl"},
 }
-BASE = {"out": "runs/x", "teacher": "T", "student": "S", "dtype": "float32", "stages": STAGES}
+BASE = {"out": "runs/x", "teacher": "T", "student": "S", "dtype": "float16", "stages": STAGES}
 
 
 def test_each_stage_takes_up_what_the_one_before_it_wrote():
@@ -32,7 +32,14 @@ def test_each_stage_takes_up_what_the_one_before_it_wrote():
     assert plan["score"].rollouts == "runs/x/rollout"
     assert plan["distill"].cache == "runs/x/score"
     assert plan["eval"].model == "runs/x/distill"
-    assert {config.dtype for config in plan.values()} == {"float32"}
+    assert {name: config.dtype for name, config in plan.items()} == {
+        "sft-data": "float16",
+        "sft": "float32",
+        "rollout": "float16",
+        "score": "float16",
+        "distill": "float32",
+        "eval": "float16",
+    }
     assert plan["score"].k == 5 and plan["distill"].max_steps == 3
 
 

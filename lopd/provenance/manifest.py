@@ -147,11 +147,11 @@ def declare(model: str | Path, *, teacher: str | Path) -> dict[str, Any]:
     person's word, which every later manifest repeats.
 
     Raises:
-        ProvenanceError: a stage of lopd has already written the manifest.
+        ProvenanceError: a stage of lopd has written whose answers they were.
     """
     if (Path(model) / MANIFEST_NAME).exists():
         known = read_manifest(model, kind="checkpoint").get("lineage") or {}
-        if not known.get("declared"):
+        if known.get("sft_teacher") and not known.get("declared"):
             raise ProvenanceError(
                 f"{model} already has a {MANIFEST_NAME} that a stage wrote; it says more than "
                 "a declaration could, so remove it first if it is wrong"
