@@ -26,6 +26,7 @@ from lopd.data import Batch, Collator
 from lopd.engines.base import Sampling, sequence_seed, to_rollout
 from lopd.engines.hf import HfEngine
 from lopd.errors import ConfigError
+from lopd.files import pretty_json, write_atomic
 from lopd.loop import train_loop
 from lopd.options import TrainOptions
 from lopd.prompts import Prompt, load_prompts
@@ -106,35 +107,34 @@ class Entry:
 
 
 def main(config: DemoConfig) -> Path:
+    """Every stage in order, continuing where it stopped; then table, figure, `results.json`."""
     out = Path(config.out)
-    results_file = out / "results.json"
+    results_file, progress_file = out / "results.json", out / "progress.json"
     if results_file.is_file():
         raise ConfigError(f"{results_file}: a finished demo is there; remove it or choose --out")
+    progress: dict[str, Any] = {"seed": config.seed, "steps": OPD_STEPS, "rows": []}
+    if progress_file.is_file():
+        progress = json.loads(progress_file.read_text(encoding="utf-8"))
+        if progress["seed"] != config.seed:
+            raise ConfigError(
+                f"{out}: holds an unfinished demo of seed {progress['seed']}, found --seed "
+                f"{config.seed}; continue that one, or choose another --out"
+            )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny models; and the numbers do not depend on the machine's cores
     try:
-        return run(config, results_file)
+        demo = Demo(out, config.seed)
+        entries, rows = demo.entries(config.online), progress["rows"]
+        for number in range(len(rows), len(entries)):
+            print(f"[{number + 1}/{len(entries)}] {entries[number].name}", flush=True)
+            rows.append(demo.row(entries[number]))
+            write_atomic(progress_file, pretty_json(progress))
     finally:
         torch.set_num_threads(threads)
-
-
-def run(config: DemoConfig, results_file: Path) -> Path:
-    """Every stage in order, then table, figure and `results.json`."""
-    out = Path(config.out)
-    began = time.perf_counter()
-    demo = Demo(out, config.seed)
-    entries = demo.entries(config.online)
-    rows = [demo.row(number, len(entries), entry) for number, entry in enumerate(entries, 1)]
-    results = {
-        "seed": config.seed,
-        "steps": OPD_STEPS,
-        "rows": rows,
-        "total_seconds": time.perf_counter() - began,
-    }
     draw_curves(out)
-    results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_atomic(results_file, pretty_json(progress))
     print(f"\n{format_table(rows)}\n\n{conclusion(rows, OPD_STEPS)}")
-    print(f"\n{results_file}, {out / 'curves.png'}; total {results['total_seconds']:.0f} s")
+    print(f"\n{results_file}, {out / 'curves.png'}")
     return out
 
 
@@ -193,9 +193,8 @@ class Demo:
             entries.append(Entry(ONLINE, "online", self.online, True))
         return entries
 
-    def row(self, number: int, total: int, entry: Entry) -> dict[str, Any]:
+    def row(self, entry: Entry) -> dict[str, Any]:
         """Run a stage, evaluate its model, and report both."""
-        print(f"[{number}/{total}] {entry.name}", flush=True)
         began = time.perf_counter()
         entry.run()
         row: dict[str, Any] = {"stage": entry.name, "seconds": time.perf_counter() - began}
