@@ -62,12 +62,13 @@ def write_prompts(path: Path, prompts: list[str], *, completions: bool = False) 
 
 def build_tokenizer() -> Any:
     """A tokenizer of one token a character."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocab = {token: i for i, token in enumerate([PAD, EOS, *SYMBOLS, *SPARES])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 

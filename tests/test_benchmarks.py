@@ -1,0 +1,55 @@
+"""Every benchmark at toy size: it runs, and its bars can be missed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import demo_seeds
+from lopd.report import DISTILLED, FINE_TUNED, ONLINE
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_fused_loss_is_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.fused_loss", "--quick", "--repeats", "1"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    row = json.loads(done.stdout)
+    assert json.loads((tmp_path / "fused_loss_cpu.jsonl").read_text()) == row
+    assert row["gradient_error"] < 1e-5
+    assert row["time_ratio"] > 0 and row["fused_peak_mib"] > 0
+
+
+def rows_of(start, end, online):
+    names = {FINE_TUNED: start, DISTILLED: end, ONLINE: online}
+    rows = [
+        {"seed": 0, "stage": name, "greedy": 1.0, "sampled": sampled, "kl": kl, "seconds": 2.0}
+        for name, (sampled, kl) in names.items()
+    ]
+    extra = ("student's rollouts", "teacher's scores")
+    return [*rows, *({"seed": 0, "stage": name, "seconds": 1.0} for name in extra)]
+
+
+def test_bars_that_are_met():
+    rows = rows_of((0.8, 0.1), (0.95, 0.01), (0.96, 0.01))
+    assert demo_seeds.missed(rows) == []
+    assert demo_seeds.training_ratio(rows) == 0.5
+    assert "| 1.000 | 0.950 | 0.950 | 0.0100 |" in demo_seeds.table(rows)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "online", "bar"),
+    [
+        ((0.91, 0.1), (0.95, 0.01), (0.95, 0.01), "5 points"),
+        ((0.8, 0.1), (0.92, 0.01), (0.92, 0.01), "at least 0.93"),
+        ((0.8, 0.1), (0.95, 0.04), (0.95, 0.01), "0.35"),
+        ((0.8, 0.1), (0.94, 0.01), (0.99, 0.01), "within 4"),
+    ],
+)
+def test_each_bar_can_be_missed(start, end, online, bar):
+    (failure,) = demo_seeds.missed(rows_of(start, end, online))
+    assert bar in failure
