@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["transformers>=5.16,<6", "accelerate>=1.15", "tqdm>=4.66", "PyYAML>=6.0"]
+TRAIN = ["transformers>=5.16,<6", "accelerate>=1.15", "tqdm>=4.66", "PyYAML>=6.0", "jinja2>=3.1"]
 BENCH = ["matplotlib>=3.9"]
 
 setup(
@@ -29,7 +29,6 @@ setup(
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
-            "jinja2>=3.1",
             "ruff>=0.12",
             "mypy>=1.15",
             "types-PyYAML",

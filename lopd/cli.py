@@ -85,9 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         run(argv)
-    except LopdError as error:
-        print(f"lopd {argv[0]}: error: {error}", file=sys.stderr)
+    except (LopdError, OSError, ModuleNotFoundError) as error:
+        print(f"lopd {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"lopd {argv[0]}: interrupted; the same command continues it", file=sys.stderr)
+        return 130
     return 0
 
 

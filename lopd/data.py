@@ -5,7 +5,7 @@ index into the flattened `[B * T]` hidden states: row n is the hidden state at p
 t - 1, which predicts token t. Prompts, padding and masked tokens never reach the LM head.
 """
 
-import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,6 @@ import torch
 from lopd.cache import Rollout, TeacherSequence
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.prompts import encode_prompt, read_jsonl
-
-logger = logging.getLogger(__name__)
 
 LOSS_AGGREGATIONS = ("token_mean", "sequence_mean")
 
@@ -62,7 +60,7 @@ class SequenceDataset(torch.utils.data.Dataset):
     Args:
         context: longest sequence that the model takes; None for no bound.
         vocab_size: rows of the model's embedding.
-        drop_truncated: leave out sequences whose finish reason is "length".
+        drop_truncated: leave out sequences whose finish reason is "length"; prints their share.
 
     Raises:
         DataError: a sequence is longer than the context or holds an id beyond the vocabulary,
@@ -87,11 +85,10 @@ class SequenceDataset(torch.utils.data.Dataset):
             self.indices.append(index)
         self.dropped_share = 1.0 - len(self.indices) / max(len(source), 1)
         if drop_truncated:
-            logger.info(
-                "drop_truncated: left out %d of %d sequences (%.1f %%)",
-                len(source) - len(self.indices),
-                len(source),
-                100 * self.dropped_share,
+            print(
+                f"drop_truncated: left out {len(source) - len(self.indices)} of {len(source)} "
+                f"sequences ({100 * self.dropped_share:.1f} %)",
+                file=sys.stderr,
             )
         if not self.indices:
             left = " is left once truncated ones are dropped" if self.dropped_share else ""

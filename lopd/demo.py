@@ -10,6 +10,7 @@ run that samples and scores at every step with a live teacher.
 Every artefact stays under `--out`, and every stage command can be run on it again.
 """
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -120,6 +121,8 @@ def main(config: DemoConfig) -> Path:
                 f"{out}: holds an unfinished demo of seed {progress['seed']}, found --seed "
                 f"{config.seed}; continue that one, or choose another --out"
             )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("matplotlib: not installed, and the demo draws curves; pip install it")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny models; and the numbers do not depend on the machine's cores
     try:
@@ -131,8 +134,8 @@ def main(config: DemoConfig) -> Path:
             write_atomic(progress_file, pretty_json(progress))
     finally:
         torch.set_num_threads(threads)
-    draw_curves(out)
     write_atomic(results_file, pretty_json(progress))
+    draw_curves(out)
     print(f"\n{format_table(rows)}\n\n{conclusion(rows, OPD_STEPS)}")
     print(f"\n{results_file}, {out / 'curves.png'}")
     return out
@@ -158,7 +161,7 @@ class Demo:
         for number, (name, size) in enumerate(
             {"teacher-init": toy.TEACHER_SIZE, "student-init": toy.STUDENT_SIZE}.items()
         ):
-            if not (out / name / "config.json").is_file():
+            if not (out / name).exists():
                 toy.write_model(out / name, size, seed=10 * seed + number)
 
     def path(self, name: str) -> str:
@@ -194,10 +197,11 @@ class Demo:
         return entries
 
     def row(self, entry: Entry) -> dict[str, Any]:
-        """Run a stage, evaluate its model, and report both."""
-        began = time.perf_counter()
+        """Run a stage, evaluate its model, and report both; a continued stage has no time."""
+        continued, began = (self.out / entry.folder).exists(), time.perf_counter()
         entry.run()
-        row: dict[str, Any] = {"stage": entry.name, "seconds": time.perf_counter() - began}
+        seconds = None if continued else time.perf_counter() - began
+        row: dict[str, Any] = {"stage": entry.name, "seconds": seconds}
         if entry.model:
             row |= self.evaluate(entry.folder)
         return row

@@ -38,7 +38,9 @@ class DistillConfig(TrainOptions):
     tail: Literal["bucket", "renormalize", "truncate"] = field(
         default="bucket", metadata={"help": "The mass outside the teacher's list."}
     )
-    beta: float = field(default=0.5, metadata={"help": "jsd's mixture, strictly inside (0, 1)."})
+    beta: float | None = field(
+        default=None, metadata={"help": "jsd: its mixture, strictly inside (0, 1); None: 0.5."}
+    )
     advantage_clip: float | None = field(
         default=None, metadata={"help": "policy_gradient: bound on |log q - log p|; None: none."}
     )

@@ -19,14 +19,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lopd.cache import scored_sequence
+from lopd.cache import TeacherSequence, scored_sequence
 from lopd.data import Collator, to_device
 from lopd.engines.base import Generation, Sampling, sequence_seed, to_rollout
 from lopd.engines.hf import HfEngine
-from lopd.errors import ConfigError, DataError
+from lopd.errors import ConfigError, DataError, ProvenanceError
+from lopd.files import pretty_json, write_atomic
 from lopd.models import resolve_device, resolve_dtype
-from lopd.prompts import Prompt, check_context, load_prompts
-from lopd.provenance import build_manifest, describe_file, describe_model, write_manifest
+from lopd.prompts import Prompt, check_prompts, load_prompts
+from lopd.provenance import (
+    MANIFEST_NAME,
+    build_manifest,
+    describe_file,
+    describe_model,
+    differing_token,
+    write_manifest,
+)
 from lopd.step import Objective, step
 
 Z95 = 1.959964
@@ -59,11 +67,14 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise ConfigError(f"num_samples: found {self.num_samples}; expected at least 1")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(
                 f"temperature: found {self.temperature}; expected a positive number (greedy "
                 "answers are evaluated besides)"
             )
+        if self.kl_k < 1:
+            raise ConfigError(f"kl_k: found {self.kl_k}; expected at least 1")
+        self.sampling()
         resolve_dtype(self.dtype)
         resolve_device(self.device)
         try:
@@ -73,8 +84,19 @@ class EvalConfig:
         if groups != 1:
             raise ConfigError(f"answer_regex: found {groups} groups; expected exactly one")
 
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+
 
 def main(config: EvalConfig) -> Path:
+    """Evaluate, write answers, results and, last, the manifest; returns the folder.
+
+    Raises:
+        ConfigError: `out` holds something already.
+        ProvenanceError: model and teacher do not mean the same by the ids that occur.
+        DataError: prompts without answers, or that the model has no room for.
+    """
+    out = claim(config.out)
     engine = _load(config, config.model)
     prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
@@ -83,30 +105,49 @@ def main(config: EvalConfig) -> Path:
             f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
             f"(first: '{unanswered[0]}'); expected one in each line"
         )
-    check_context(prompts, engine.context, config.max_new_tokens, config.prompts)
-    results, sampled = measure(engine, prompts, config)
-    if config.teacher is not None:
-        teacher = _load(config, config.teacher)
-        results["kl"] = on_policy_kl(engine, teacher, prompts, sampled, config.kl_k)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    check_prompts(
+        prompts,
+        config.prompts,
+        context=engine.context,
+        vocab_size=engine.vocab_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    results, answers, sampled = measure(engine, prompts, config)
     dtype, name = config.dtype, HfEngine.name
     inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
     if config.teacher is not None:
         inputs["teacher"] = describe_model(config.teacher, dtype=dtype, engine=name)
-    write_manifest(
-        out,
-        build_manifest(
-            "evaluation",
-            stage="eval",
-            config=asdict(config),
-            model=describe_model(config.model, dtype=dtype, engine=name),
-            inputs=inputs,
-        ),
+        teacher = _load(config, config.teacher)
+        if not config.sampling().is_raw:
+            sampled = sample(engine, prompts, Sampling(config.max_new_tokens), 1, config.seed)
+        results["kl"] = on_policy_kl(engine, teacher, prompts, sampled, config.kl_k)
+    manifest = build_manifest(
+        "evaluation",
+        stage="eval",
+        config=asdict(config),
+        model=describe_model(config.model, dtype=dtype, engine=name),
+        inputs=inputs,
     )
+    out.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(answer) + "\n" for answer in answers)
+    write_atomic(out / "answers.jsonl", lines.encode())
+    write_atomic(out / "results.json", pretty_json(results))
+    write_manifest(out, manifest)
     for line in table(results):
         print(line)
+    return out
+
+
+def claim(folder: str) -> Path:
+    """The folder to write to, refused where an evaluation or anything else is in it."""
+    out = Path(folder)
+    if not folder or (out.exists() and not out.is_dir()):
+        raise ConfigError(f"out: found '{folder}'; expected the name of a new folder")
+    if (out / MANIFEST_NAME).exists():
+        raise ConfigError(f"{out}: holds a finished artefact; choose another --out, or remove it")
+    strangers = sorted({file.name for file in out.glob("*")} - {"answers.jsonl", "results.json"})
+    if strangers:
+        raise ConfigError(f"{out}: holds {strangers[0]}; choose another --out")
     return out
 
 
@@ -120,45 +161,56 @@ def _load(config: EvalConfig, path: str) -> HfEngine:
     )
 
 
-def measure(
-    engine: HfEngine, prompts: list[Prompt], config: EvalConfig
-) -> tuple[dict[str, Any], list[Generation]]:
-    """Greedy and sampled accuracies; the sampled answers, prompt by prompt."""
-    greedy = Sampling(config.max_new_tokens, temperature=0.0)
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    n, tokens = config.num_samples, [prompt.tokens for prompt in prompts]
-    with tqdm(total=len(prompts) * (1 + n), unit="seq", desc="evaluating") as bar:
-        first = engine.generate(tokens, greedy, [0] * len(prompts), progress=bar.update)
-        sampled = engine.generate(
+def sample(
+    engine: HfEngine, prompts: list[Prompt], sampling: Sampling, n: int, seed: int
+) -> list[Generation]:
+    """n answers to every prompt, prompt by prompt."""
+    with tqdm(total=len(prompts) * n, unit="seq", desc="answering") as bar:
+        return engine.generate(
             [prompt.tokens for prompt in prompts for _ in range(n)],
             sampling,
-            [sequence_seed(config.seed, prompt.id, i) for prompt in prompts for i in range(n)],
+            [sequence_seed(seed, prompt.id, i) for prompt in prompts for i in range(n)],
             progress=bar.update,
         )
 
-    def right(prompt: Prompt, answer: Generation) -> bool:
+
+def measure(
+    engine: HfEngine, prompts: list[Prompt], config: EvalConfig
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[Generation]]:
+    """Accuracies; every answer as a record; the sampled answers as tokens, prompt by prompt."""
+    n = config.num_samples
+    first = sample(engine, prompts, Sampling(config.max_new_tokens, temperature=0.0), 1, 0)
+    sampled = sample(engine, prompts, config.sampling(), n, config.seed)
+
+    def record(prompt: Prompt, answer: Generation, number: int | None) -> dict[str, Any]:
         text = engine.tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True)
         found = re.findall(config.answer_regex, text)
-        return (
-            answer.finish_reason == "stop"
-            and bool(found)
-            and found[-1].strip() == str(prompt.answer).strip()
-        )
+        stopped = answer.finish_reason == "stop"
+        given = found[-1].strip() if found else None
+        return {
+            "id": prompt.id,
+            "sample": number,
+            "text": text,
+            "finish_reason": answer.finish_reason,
+            "answer": given,
+            "correct": stopped and given == str(prompt.answer).strip(),
+        }
 
-    pairs = zip([prompt for prompt in prompts for _ in range(n)], sampled, strict=True)
-    correct = np.array([right(*pair) for pair in pairs]).reshape(len(prompts), n)
-    greedy_correct = np.array([right(*pair) for pair in zip(prompts, first, strict=True)])
+    jobs = [(prompt, number) for prompt in prompts for number in range(n)]
+    greedy = [record(*pair, None) for pair in zip(prompts, first, strict=True)]
+    drawn = [record(p, answer, i) for (p, i), answer in zip(jobs, sampled, strict=True)]
+    correct = np.array([answer["correct"] for answer in drawn]).reshape(len(prompts), n)
     results: dict[str, Any] = {
         "prompts": len(prompts),
         "samples": n,
-        "greedy": estimate(greedy_correct.astype(float)),
+        "greedy": estimate(np.array([answer["correct"] for answer in greedy], dtype=float)),
         f"avg@{n}": estimate(correct.mean(1)),
         "truncated": float(np.mean([answer.finish_reason == "length" for answer in sampled])),
         "mean_tokens": float(np.mean([len(answer.tokens) for answer in sampled])),
     }
     for k in sorted({1 << i for i in range(n.bit_length())} | {n}):
         results[f"pass@{k}"] = estimate(pass_at_k(correct.sum(1), n, k))
-    return results, sampled
+    return results, greedy + drawn, sampled
 
 
 def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
@@ -187,7 +239,13 @@ def estimate(per_prompt: np.ndarray) -> dict[str, float]:
 def on_policy_kl(
     student: HfEngine, teacher: HfEngine, prompts: list[Prompt], sampled: list[Generation], k: int
 ) -> dict[str, float]:
-    """KL(student || teacher) in nats per token of the student's samples, K+1 buckets."""
+    """KL(student || teacher) in nats per token of the student's samples, K+1 buckets.
+
+    The samples are the student's own at temperature 1 and top_p 1; k is at most the vocabulary,
+    and what was used is in the result.
+
+    Raises ProvenanceError where an id that occurs means different tokens to the two.
+    """
     repeats = len(sampled) // len(prompts)
     jobs = [(prompt, i) for prompt in prompts for i in range(repeats)]
     rollouts = [to_rollout(*job, answer) for job, answer in zip(jobs, sampled, strict=True)]
@@ -199,6 +257,7 @@ def on_policy_kl(
         scored_sequence(*pair, support="list", vocab_size=student.vocab_size)
         for pair in zip(rollouts, scores, strict=True)
     ]
+    check_same_tokens(student, teacher, records)
     collate = Collator()
     total, tokens = 0.0, 0
     for start in range(0, len(records), student.batch_size):
@@ -207,6 +266,21 @@ def on_policy_kl(
         total += float(loss)
         tokens += len(batch["labels"])
     return {"nats_per_token": total / tokens, "tokens": tokens, "k": k}
+
+
+def check_same_tokens(student: HfEngine, teacher: HfEngine, records: list[TeacherSequence]) -> None:
+    used = np.unique(
+        np.concatenate(
+            [part for r in records for part in (r.rollout.tokens, r.topk_ids[r.topk_ids >= 0])]
+        )
+    )
+    vocabularies = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    if found := differing_token(*vocabularies, used):
+        index, ours, theirs = found
+        raise ProvenanceError(
+            f"teacher: id {index} is {theirs!r} to it and {ours!r} to the model; a KL needs one "
+            "tokenizer, leave --teacher out"
+        )
 
 
 def table(results: dict[str, Any]) -> list[str]:

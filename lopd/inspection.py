@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lopd.cache import RolloutStore, TeacherCache
-from lopd.errors import ShardError
-from lopd.provenance import read_manifest
+from lopd.errors import ConfigError, ProvenanceError, ShardError
+from lopd.provenance import fingerprint_weights, read_manifest
 
 
 @dataclass(kw_only=True)
@@ -14,7 +14,7 @@ class InspectConfig:
     """Print what an artefact folder holds (`lopd inspect`)."""
 
     path: str = field(metadata={"help": "Folder of answers, rollouts, a cache or a checkpoint."})
-    verify: bool = field(default=False, metadata={"help": "Hash every shard against its receipt."})
+    verify: bool = field(default=False, metadata={"help": "Hash every shard, or the weights."})
 
 
 def main(config: InspectConfig) -> None:
@@ -34,6 +34,15 @@ def main(config: InspectConfig) -> None:
         store = TeacherCache.open(config.path, allow_incomplete=True)
     elif kind in ("rollouts", "sft_data"):
         store = RolloutStore.open(config.path, kind=kind)
+    if store is None and config.verify:
+        if kind != "checkpoint":
+            raise ConfigError(f"{config.path}: holds '{kind}', which has no hashes to verify")
+        if fingerprint_weights(config.path, rehash=True) != manifest["model"]["weights"]:
+            raise ProvenanceError(
+                f"{config.path}: its weights are not those that its manifest describes; restore "
+                "them, or make the checkpoint again"
+            )
+        rows["verified"] = "the weights are those that the manifest describes"
     if store is not None:
         rows.update(store.summary())
         if config.verify:

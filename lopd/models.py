@@ -1,5 +1,7 @@
 """Loading local Hugging Face folders, and the words for devices and dtypes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from lopd.errors import ConfigError, MissingFileError, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -43,7 +46,8 @@ def context_of(path: str | Path) -> int | None:
     from transformers import AutoConfig
 
     folder = check_model_folder(path)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    with _loading(folder, "its config cannot be read; restore config.json"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -51,36 +55,55 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = check_model_folder(path)
-    try:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise MissingFileError(
+            f"{folder}: has no tokenizer; save it there with tokenizer.save_pretrained"
+        )
+    with _loading(folder, "its tokenizer cannot be loaded; save it there again"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{folder}: its tokenizer cannot be loaded ({first_line}); save one there with "
-            "tokenizer.save_pretrained"
-        ) from error
 
 
 def load_model(path: str | Path, *, dtype: str, device: str = "auto") -> Any:
-    """A causal LM from a local folder, in eval mode, on its device."""
+    """A causal LM from a local folder, in eval mode, on its device.
+
+    Raises:
+        ModelError: the folder is not loadable, or its weights are not exactly the model's, so
+            that some would be left at their random initialisation.
+    """
     from transformers import AutoModelForCausalLM
 
-    folder, torch_dtype, where = (
-        check_model_folder(path),
-        resolve_dtype(dtype),
-        resolve_device(device),
-    )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype, local_files_only=True, attn_implementation="sdpa"
+    folder, torch_dtype = check_model_folder(path), resolve_dtype(dtype)
+    where = resolve_device(device)
+    with _loading(
+        folder,
+        "not loadable as a causal language model with scaled-dot-product attention; expected "
+        "config.json and *.safetensors of such an architecture",
+    ):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{folder}: not loadable as a causal language model ({first_line}); expected "
-            "config.json and *.safetensors of an architecture that the installed transformers knows"
-        ) from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            raise ModelError(
+                f"{folder}: {len(report[what])} {what.replace('_', ' ')} in its weights (such as "
+                f"{min(map(str, report[what]))}); expected exactly the model's own; save it again"
+            )
     return model.to(where).eval()
+
+
+@contextmanager
+def _loading(folder: Path, problem: str) -> Iterator[None]:
+    """Any failure of transformers to read a folder, as one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder}: {problem} ({found})") from error
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -1,5 +1,7 @@
 """Settings of a training run, shared by the stages that train."""
 
+import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +11,30 @@ import torch
 from lopd.data import LOSS_AGGREGATIONS
 from lopd.errors import ConfigError
 from lopd.models import resolve_device, resolve_dtype
+
+# name: (lowest, highest, in words)
+_LARGEST = sys.float_info.max
+_POSITIVE = (math.ulp(0.0), _LARGEST, "a positive number")
+_NOT_NEGATIVE = (0, _LARGEST, "0 or a positive number")
+_AT_LEAST_ONE = (1, sys.maxsize, "at least 1")
+_BELOW_ONE = (0, math.nextafter(1.0, 0.0), "a number in [0, 1)")
+RANGES: dict[str, tuple[float, float, str]] = {
+    "batch_size": _AT_LEAST_ONE,
+    "gradient_accumulation_steps": _AT_LEAST_ONE,
+    "log_every": _AT_LEAST_ONE,
+    "save_total_limit": _AT_LEAST_ONE,
+    "num_epochs": _POSITIVE,
+    "learning_rate": _POSITIVE,
+    "adam_epsilon": _POSITIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "save_every": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "adam_beta1": _BELOW_ONE,
+    "adam_beta2": _BELOW_ONE,
+    "min_lr_ratio": (0, 1, "a number in [0, 1]"),
+    "seed": (0, 2**32 - 1, "an integer in [0, 2**32)"),
+}
 
 
 @dataclass(kw_only=True)
@@ -62,19 +88,17 @@ class TrainOptions:
     report_to: str = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
 
     def __post_init__(self) -> None:
+        for name, (low, high, expected) in RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # which NaN fails too
+                raise ConfigError(f"{name}: found {value}; expected {expected}")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ConfigError(f"max_steps: found {self.max_steps}; expected at least 1, or -1")
-        for name in ("batch_size", "gradient_accumulation_steps", "log_every", "save_total_limit"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: found {getattr(self, name)}; expected at least 1")
-        for name in ("num_epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(
-                    f"{name}: found {getattr(self, name)}; expected a positive number"
-                )
-        for name in ("warmup_steps", "save_every", "weight_decay", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: found {getattr(self, name)}; expected 0 or more")
+        if self.max_steps != -1 and self.warmup_steps > self.max_steps:
+            raise ConfigError(
+                f"warmup_steps: found {self.warmup_steps}; the run ends at max_steps="
+                f"{self.max_steps}, before the peak is reached; expected no more than that"
+            )
         if self.loss_aggregation not in LOSS_AGGREGATIONS:
             raise ConfigError(
                 f"loss_aggregation: found '{self.loss_aggregation}'; expected one of "
@@ -85,7 +109,10 @@ class TrainOptions:
                 "dtype: float16 weights cannot be trained without loss scaling; use float32 or "
                 "bfloat16"
             )
+        if resolve_device(self.device).type not in ("cpu", "cuda"):
+            raise ConfigError(f"device: found '{self.device}'; training runs on auto, cpu or cuda")
         self.schedule()
+        _check_report_to(self.report_to)
 
     def schedule(self) -> tuple[str, dict[str, float]]:
         """Name and extra arguments for `transformers.get_scheduler`."""
@@ -144,3 +171,16 @@ class TrainOptions:
         assert args.device.type == device.type
         args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would mean DataParallel
         return args
+
+
+def _check_report_to(name: str) -> None:
+    """Refuse a tracker that transformers does not know or that is not installed."""
+    if name == "none":
+        return
+    from transformers.integrations import integration_utils
+
+    if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+        known = ", ".join(["none", *sorted(integration_utils.INTEGRATION_TO_CALLBACK)])
+        raise ConfigError(f"report_to: found '{name}'; expected one of {known}")
+    if name not in integration_utils.get_available_reporting_integrations():
+        raise ConfigError(f"report_to: '{name}' is not installed; install it, or use none")

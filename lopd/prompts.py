@@ -4,7 +4,7 @@ A line is `{"prompt": "text"}`, `{"prompt": [messages]}` or `{"messages": [messa
 with an optional `id` and, for evaluation, an `answer`. Where the tokenizer has a chat
 template it is applied (a plain string becomes one user message); where it has none, a
 string is tokenised as it is and messages are refused. A trailing assistant message is
-the answer, not part of the prompt.
+what `lopd sft` trains on; it is not part of the prompt.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.errors import DataError, MissingFileError
+from lopd.errors import ConfigError, DataError, MissingFileError
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file; expected a JSONL file, one record a line")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+                record = json.loads(line.decode("utf-8"))
+            except ValueError as error:
                 raise DataError(
-                    f"{where}: not JSON ({error}); expected one object a line"
+                    f"{where}: not JSON in UTF-8 ({error}); expected one object a line"
                 ) from None
             if not isinstance(record, dict):
                 raise DataError(
@@ -66,11 +66,14 @@ def prompt_messages(record: dict[str, Any], where: str) -> str | list[dict[str, 
             raise DataError(f"{where}: 'prompt' is empty; expected text or a list of messages")
         return value
     if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value
+        isinstance(m, dict)
+        and isinstance(m.get("role"), str)
+        and isinstance(m.get("content"), str | list)
+        for m in value
     ):
         raise DataError(
-            f"{where}: '{given[0]}' is not a list of {{'role', 'content'}} objects; "
-            "expected the chat format"
+            f"{where}: '{given[0]}' is not a list of messages, each with 'role' and 'content' "
+            "as text; expected the chat format"
         )
     messages = value[:-1] if value and value[-1]["role"] == "assistant" else value
     if not messages:
@@ -86,9 +89,15 @@ def encode_prompt(tokenizer: Any, record: dict[str, Any], where: str) -> list[in
     prompt = prompt_messages(record, where)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        tokens = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        try:
+            tokens = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:
+            found = " ".join(str(error).split())
+            raise DataError(
+                f"{where}: the tokenizer's chat template refuses it ({found})"
+            ) from error
     elif isinstance(prompt, str):
         tokens = tokenizer(prompt)["input_ids"]
     else:
@@ -109,19 +118,23 @@ def load_prompts(path: str | Path, tokenizer: Any, *, limit: int | None = None) 
 
     Raises DataError for an empty set or two records that claim one `id`.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit: found {limit}; expected at least 1")
     prompts: list[Prompt] = []
     given: dict[str, str] = {}
     repeats: Counter[str] = Counter()
     for where, record in read_jsonl(path):
         tokens = encode_prompt(tokenizer, record, where)
         if "id" in record:
+            if not isinstance(record["id"], str | int):
+                raise DataError(f"{where}: id is {record['id']!r}; expected a string or a number")
             name = str(record["id"])
             if name in given:
                 raise DataError(f"{where}: id '{name}' was used at {given[name]}; ids are unique")
             given[name] = where
         else:
             text = json.dumps(prompt_messages(record, where), sort_keys=True)
-            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
             name = f"{digest}#{repeats[digest]}" if repeats[digest] else digest
             repeats[digest] += 1
         answer = record.get("answer")
@@ -133,16 +146,29 @@ def load_prompts(path: str | Path, tokenizer: Any, *, limit: int | None = None) 
     return prompts
 
 
-def check_context(
-    prompts: list[Prompt], context: int | None, max_new_tokens: int, source: str | Path
+def check_prompts(
+    prompts: list[Prompt],
+    source: str | Path,
+    *,
+    context: int | None,
+    vocab_size: int,
+    max_new_tokens: int,
 ) -> None:
-    """Refuse prompts that leave no room for `max_new_tokens` in the model's context."""
-    if context is None:
-        return
+    """Refuse prompts that the model has no room or no embedding for.
+
+    Raises DataError, naming the prompt: with `max_new_tokens` it passes the context, or a token
+    id is beyond the model's rows.
+    """
     longest = max(prompts, key=lambda prompt: len(prompt.tokens))
-    if len(longest.tokens) + max_new_tokens > context:
+    if context is not None and len(longest.tokens) + max_new_tokens > context:
         raise DataError(
             f"{source}: prompt '{longest.id}' has {len(longest.tokens)} tokens, with "
             f"max_new_tokens={max_new_tokens} that passes the model's context of {context}; "
             "lower --max_new_tokens or remove long prompts"
+        )
+    largest = max(prompts, key=lambda prompt: max(prompt.tokens))
+    if max(largest.tokens) >= vocab_size:
+        raise DataError(
+            f"{source}: prompt '{largest.id}' has token id {max(largest.tokens)}, the model's "
+            f"vocabulary ends at {vocab_size - 1}; its tokenizer belongs to another model"
         )

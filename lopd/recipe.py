@@ -26,6 +26,7 @@ from lopd import distill, evaluate, rollout, score, sft, sft_data
 from lopd.cache import RolloutStore, TeacherCache
 from lopd.errors import ConfigError
 from lopd.provenance import MANIFEST_NAME, describe_file, fingerprint_weights, read_manifest
+from lopd.runs import NOT_RECIPE
 from lopd.settings import build_config, check_keys, load_yaml
 
 STAGES: dict[str, tuple[Any, type]] = {
@@ -39,6 +40,8 @@ STAGES: dict[str, tuple[Any, type]] = {
 SHARED = ["dtype", "device", "seed"]
 # Their dtype is that of weights and optimizer, which wants more bits than inference does.
 TRAINING = ("sft", "distill")
+# What leaves an evaluation as it is; its inputs count by their digests.
+EVAL_FREE = frozenset({"prompts", "teacher", "batch_size", "tokens_per_batch"})
 
 
 @dataclass(kw_only=True)
@@ -67,16 +70,24 @@ def plan(recipe: dict[str, Any], where: str) -> dict[str, Any]:
     for key in ("out", "teacher", "student", "stages"):
         if key not in recipe:
             raise ConfigError(f"{where}: '{key}' is missing; see the head of lopd/recipe.py")
+    for key in ("out", "teacher", "student"):
+        if not isinstance(recipe[key], str) or not recipe[key]:
+            raise ConfigError(f"{where}: '{key}' is {recipe[key]!r}; expected a folder's name")
     given = recipe["stages"]
     if not isinstance(given, dict) or not given:
-        raise ConfigError(f"{where}: 'stages' is empty; expected some of {', '.join(STAGES)}")
+        raise ConfigError(
+            f"{where}: 'stages' is {given!r}; expected a mapping of some of {', '.join(STAGES)}"
+        )
     check_keys(given, list(STAGES), f"{where}: stages")
+    for name, settings in given.items():
+        if not isinstance(settings, dict | None):
+            raise ConfigError(f"{where}: stages: {name}: expected a mapping of settings")
+        if settings and not isinstance(settings.get("out", ""), str):
+            raise ConfigError(f"{where}: stages: {name}: 'out' is not a folder's name")
     configs = {}
     for name in STAGES:
         if name in given:
             settings = given[name] or {}
-            if not isinstance(settings, dict):
-                raise ConfigError(f"{where}: stages: {name}: expected a mapping of settings")
             _, config_class = STAGES[name]
             known = {item.name for item in fields(config_class)}
             shared = {key: recipe[key] for key in SHARED if key in recipe}
@@ -126,7 +137,8 @@ def finished(config: Any) -> bool:
     if manifest["kind"] not in ("checkpoint", "evaluation"):
         return False
     wanted, found = asdict(config), manifest["config"]
-    changed = sorted(key for key in wanted if found.get(key) != wanted[key])
+    free = NOT_RECIPE if manifest["kind"] == "checkpoint" else NOT_RECIPE | EVAL_FREE
+    changed = sorted(key for key in wanted.keys() - free if found.get(key) != wanted[key])
     if changed:
         key = changed[0]
         raise ConfigError(
@@ -136,11 +148,11 @@ def finished(config: Any) -> bool:
     for place, now in inputs_now(config).items():
         then: Any = manifest
         for key in place:
-            then = then[key]
+            then = (then or {}).get(key)
         if then != now:
             raise ConfigError(
-                f"{out}: finished with another {' '.join(place[:-1])} ({then[:12]}) than is there "
-                f"now ({now[:12]}); restore it, or choose another 'out' for what follows"
+                f"{out}: finished with {' '.join(place[:-1])} {str(then)[:12]}, found {now[:12]}; "
+                "restore it, or choose another 'out' for what follows"
             )
     return True
 

@@ -19,7 +19,10 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     header = ["stage", "pass@1 greedy", "pass@1 sampled", "KL to teacher", "seconds"]
     formats = {"greedy": ".3f", "sampled": ".3f", "kl": ".4f", "seconds": ".0f"}
     lines = [
-        [row["stage"], *(format(row[k], f) if k in row else "" for k, f in formats.items())]
+        [
+            row["stage"],
+            *("" if row.get(k) is None else format(row[k], f) for k, f in formats.items()),
+        ]
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]

@@ -22,13 +22,14 @@ from lopd.models import (
     resolve_device,
     resolve_dtype,
 )
-from lopd.prompts import Prompt, check_context, load_prompts
+from lopd.prompts import Prompt, check_prompts, load_prompts
 from lopd.provenance import (
     build_manifest,
     describe_file,
     describe_model,
     lineage_of,
     save_vocab,
+    vocab_size_of,
 )
 
 
@@ -81,7 +82,13 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     check_model_folder(model)
     tokenizer = load_tokenizer(model)
     prompts = load_prompts(config.prompts, tokenizer, limit=config.limit)
-    check_context(prompts, context_of(model), config.max_new_tokens, config.prompts)
+    check_prompts(
+        prompts,
+        config.prompts,
+        context=context_of(model),
+        vocab_size=vocab_size_of(model),
+        max_new_tokens=config.max_new_tokens,
+    )
     jobs = [(prompt, sample) for prompt in prompts for sample in range(config.num_samples)]
     shards = [jobs[i : i + config.shard_size] for i in range(0, len(jobs), config.shard_size)]
     manifest = build_manifest(

@@ -2,26 +2,32 @@
 
 A run's folder holds `recipe.json` from the start, `checkpoint-N` while it trains, then the
 model, its tokenizer and `train_log.jsonl`, and at last `manifest.json`, which marks it as
-finished. Calling a stage again continues the run from its last whole checkpoint; a
-checkpoint of another recipe, or a finished run, is refused.
+finished. Calling a stage again continues the run from its last whole checkpoint, putting
+torn ones aside; a checkpoint of another recipe, or a finished run, is refused.
 """
 
 import json
-import logging
+import re
+import shutil
+import sys
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from lopd.cache.shards import LOCK_NAME, FolderLock
 from lopd.data import Collator, SequenceDataset, Source
-from lopd.errors import ConfigError
+from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import TEMP_SUFFIX, pretty_json, write_atomic
-from lopd.models import load_model, load_tokenizer
+from lopd.models import context_of, load_model, load_tokenizer
 from lopd.provenance import MANIFEST_NAME
+from lopd.provenance.fingerprint import weight_files
 from lopd.step import Objective
 
-logger = logging.getLogger(__name__)
-
 RECIPE_NAME = "recipe.json"
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 # How a run is carried out and where things are; inputs count by their digests.
 NOT_RECIPE = frozenset(
     {
@@ -49,17 +55,22 @@ def begin(config: Any, *, base: dict[str, Any], **inputs: str) -> Path | None:
 
     Raises:
         ConfigError: the folder holds a finished run, a checkpoint of another recipe, or
-            something else.
+            something else, or is a file.
+        DataError: `recipe.json` is torn.
+        ShardError: another process trains there, or the folder cannot be written.
     """
     out = Path(config.out)
     settings = {key: value for key, value in asdict(config).items() if key not in NOT_RECIPE}
     identity = {key: base[key] for key in ("weights", "config", "tokenizer")}
     recipe = json.loads(json.dumps({**settings, **inputs, "base": identity}))
-    checkpoint, file = last_checkpoint(out), out / RECIPE_NAME
+    file = out / RECIPE_NAME
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; choose another --out, a folder")
+    checkpoint = last_checkpoint(out)
     if (out / MANIFEST_NAME).exists():
         raise ConfigError(f"{out}: holds a finished run; choose another --out, or remove it")
     if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = _read_recipe(file)
         changed = sorted(k for k in found.keys() | recipe.keys() if found.get(k) != recipe.get(k))
         if changed and checkpoint is not None:
             key = changed[0]
@@ -67,17 +78,88 @@ def begin(config: Any, *, base: dict[str, Any], **inputs: str) -> Path | None:
                 f"{out}: holds {checkpoint.name} of another recipe ({key} was {found.get(key)!r}, "
                 f"is {recipe.get(key)!r}); choose another --out, or remove the folder"
             )
-    elif out.is_dir() and any(item.suffix != TEMP_SUFFIX for item in out.iterdir()):
+    elif out.is_dir() and any(
+        item.suffix != TEMP_SUFFIX and item.name != LOCK_NAME for item in out.iterdir()
+    ):
         raise ConfigError(f"{out}: is not empty and holds no {RECIPE_NAME}; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, pretty_json(recipe))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(out)
+        try:
+            write_atomic(file, pretty_json(recipe))
+        finally:
+            lock.release()
+    except LopdError:
+        raise
+    except OSError as error:
+        raise ShardError(
+            f"{out}: cannot be made or written ({error.strerror or error}); choose another --out"
+        ) from error
     return checkpoint
+
+
+def _read_recipe(file: Path) -> dict[str, Any]:
+    try:
+        recipe = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file}: torn or altered ({error}); restore it, or remove the folder to begin again"
+        ) from error
+    if not isinstance(recipe, dict):
+        raise DataError(f"{file}: holds no settings; restore it, or remove the folder")
+    return recipe
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Every `checkpoint-N` of a run, the latest first, torn ones too."""
+    found = [item for item in out.glob("checkpoint-*") if item.is_dir()]
+    numbered = [item for item in found if re.fullmatch(r"checkpoint-\d+", item.name)]
+    return sorted(numbered, key=_step_of, reverse=True)
 
 
 def last_checkpoint(out: Path) -> Path | None:
     """The latest `checkpoint-N` that was written to its end."""
-    whole = [state.parent for state in out.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+    return next((folder for folder in checkpoints(out) if is_whole(folder)), None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file that resuming reads is there and not cut short.
+
+    Reads the headers of the weights and the directories at the end of torch's zip files.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+        if not isinstance(state, dict) or state.get("global_step") != _step_of(checkpoint):
+            return False
+        for name in STATE_FILES:
+            with zipfile.ZipFile(checkpoint / name):
+                pass
+        for file in weight_files(checkpoint):
+            with safe_open(file, framework="numpy"):
+                pass
+    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError, LopdError):
+        return False
+    return True
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _put_torn_aside(out: Path, checkpoint: Path | None) -> None:
+    """Say where the run continues; rename later, torn checkpoints.
+
+    Otherwise the next rotation would take them for the newest and remove whole ones.
+    """
+    for torn in checkpoints(out):
+        if torn == checkpoint:
+            break
+        aside = out / f"torn-{torn.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        torn.rename(aside)
+        print(f"{out}: {torn.name} is torn, put aside as {aside.name}", file=sys.stderr)
+    if checkpoint is not None:
+        print(f"{out}: continues from {checkpoint.name}", file=sys.stderr)
 
 
 def train(
@@ -86,14 +168,37 @@ def train(
     """Train the model at `model_path`, save it with its tokenizer to `config.out`.
 
     Returns what the manifest says of the data: sequences trained on, share dropped.
+
+    Raises:
+        ShardError: another process trains there, or the disk is full, and the like.
     """
+    from lopd.trainer import saving
+
+    lock = FolderLock(Path(config.out))
+    try:
+        trainer, tokenizer, dataset = _trainer(config, source, objective, model_path)
+        with saving(config.out):
+            _put_torn_aside(Path(config.out), checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with saving(config.out):
+            trainer.model.save_pretrained(config.out)
+            tokenizer.save_pretrained(config.out)
+    finally:
+        lock.release()
+    return {"sequences": len(dataset), "dropped_share": dataset.dropped_share}
+
+
+def _trainer(
+    config: Any, source: Source, objective: Objective, model_path: str
+) -> tuple[Any, Any, SequenceDataset]:
+    """The trainer of the model at `model_path`, its tokenizer and its data."""
     from lopd.trainer import LopdTrainer
 
     model = load_model(model_path, dtype=config.dtype, device=config.device)
     tokenizer = load_tokenizer(model_path)
     dataset = SequenceDataset(
         source,
-        context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        context=context_of(model_path),
         vocab_size=model.get_input_embeddings().weight.shape[0],
         drop_truncated=config.drop_truncated,
     )
@@ -104,9 +209,4 @@ def train(
         dataset,
         Collator(config.loss_aggregation, pad_token_id=tokenizer.pad_token_id or 0),
     )
-    if checkpoint is not None:
-        logger.info("%s: continues from %s", config.out, checkpoint.name)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.model.save_pretrained(config.out)
-    tokenizer.save_pretrained(config.out)
-    return {"sequences": len(dataset), "dropped_share": dataset.dropped_share}
+    return trainer, tokenizer, dataset

@@ -5,6 +5,7 @@ that the cache is complete without them. The teacher must tokenise as the studen
 its vocabulary is stored beside the shards for the check that `lopd distill` makes.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -37,15 +38,20 @@ class ScoreConfig:
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N."})
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
         resolve_dtype(self.dtype)
         resolve_device(self.device)
 
 
 def main(config: ScoreConfig) -> Path:
+    """Score what is missing of the cache; returns its folder.
+
+    Raises ShardError for rollouts that are altered: what is trained on is hashed first.
+    """
     check_model_folder(config.teacher)
     rollouts = RolloutStore.open(config.rollouts, kind="rollouts")
+    rollouts.verify()
     source = rollouts.manifest
     model = describe_model(config.teacher, dtype=config.dtype, engine=HfEngine.name)
     if not 1 <= config.k <= model["vocab_size"]:

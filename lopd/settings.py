@@ -18,7 +18,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise MissingFileError(f"{path}: no such file; expected YAML")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{path}: not YAML ({text})") from None
     if not isinstance(values, dict):

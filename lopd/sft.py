@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lopd import runs
 from lopd.cache import RolloutStore
 from lopd.data import Source, load_sft_jsonl
@@ -20,6 +18,7 @@ from lopd.provenance import (
     build_manifest,
     describe_file,
     describe_model,
+    differing_token,
     load_vocab,
     tokenizer_digest,
     write_manifest,
@@ -75,6 +74,7 @@ def open_data(data: str, model: str) -> tuple[Source, dict[str, Any], dict[str, 
     if Path(data).is_file():
         return load_sft_jsonl(data, tokenizer), {"demonstrations": describe_file(data)}, None
     store = RolloutStore.open(data, kind="sft_data")
+    store.verify()
     teacher = store.manifest["model"]
     check_tokenizer(store, tokenizer, model)
     inputs = {"sft_data": {"digest": store.digest(), "model": teacher}}
@@ -92,19 +92,18 @@ def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
         return
     remedy = "fine-tune a model with the teacher's tokenizer"
     try:
-        theirs = {index: token for token, index in load_vocab(store.path).items()}
+        theirs = load_vocab(store.path)
     except MissingFileError:
         raise ProvenanceError(
             f"{store.path}: its answers were sampled with another tokenizer than that of {model}, "
             f"and the folder has no copy of it to compare ids by; {remedy}"
         ) from None
-    ours = {index: token for token, index in tokenizer.get_vocab().items()}
-    for index in np.asarray(store.used_ids()).tolist():
-        if ours.get(index) != theirs.get(index):
-            raise ProvenanceError(
-                f"{store.path}: id {index} is {theirs.get(index)!r} to the teacher and "
-                f"{ours.get(index)!r} to {model}; {remedy}"
-            )
+    if found := differing_token(tokenizer.get_vocab(), theirs, store.used_ids()):
+        index, ours, other = found
+        raise ProvenanceError(
+            f"{store.path}: id {index} is {other!r} to the teacher and {ours!r} to {model}; "
+            f"{remedy}"
+        )
 
 
 def _digest(inputs: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Nothing here knows of a Trainer: `lopd.trainer` and `lopd.loop` are two ways to call `step`.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class Objective:
 
     name: str
     tail: str = "bucket"
-    beta: float = 0.5
+    beta: float | None = None  # 0.5 for jsd, which alone has one
     advantage_clip: float | None = None
     temperature: float = 1.0
 
@@ -44,7 +45,11 @@ class Objective:
             raise ConfigError(f"objective: found '{self.name}'; expected one of {known}")
         if self.tail not in TAILS:
             raise ConfigError(f"tail: found '{self.tail}'; expected one of {', '.join(TAILS)}")
-        if not 0 < self.beta < 1:
+        if self.name == "jsd" and self.beta is None:
+            object.__setattr__(self, "beta", 0.5)
+        if self.beta is not None and self.name != "jsd":
+            raise ConfigError(f"beta: {self.name} has no mixture; only jsd does")
+        if self.beta is not None and not 0 < self.beta < 1:
             raise ConfigError(
                 f"beta: found {self.beta}; expected strictly between 0 and 1; at the ends use "
                 "forward_kl or reverse_kl"
@@ -53,11 +58,11 @@ class Objective:
             raise ConfigError(f"tail: {self.name} has none; only {', '.join(SPARSE)} do")
         if self.advantage_clip is not None and self.name != "policy_gradient":
             raise ConfigError(f"advantage_clip: {self.name} has no advantage; use policy_gradient")
-        if self.advantage_clip is not None and not self.advantage_clip > 0:
+        if self.advantage_clip is not None and not 0 < self.advantage_clip < math.inf:
             raise ConfigError(
                 f"advantage_clip: found {self.advantage_clip}; expected a positive number"
             )
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
 
     @property
@@ -121,13 +126,14 @@ def _sparse_divergence(
     rows: Tensor, weight: Tensor, batch: Batch, objective: Objective, options: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     form: dict[str, Any] = {"divergence": objective.name, "tail": objective.tail}
+    if objective.beta is not None:
+        form["beta"] = objective.beta
     result: Any = linear_sparse_divergence(
         rows,
         weight,
         batch["topk_ids"],
         batch["topk_logprobs"],
         tail_logprobs=batch["tail_logprobs"],
-        beta=objective.beta,
         return_stats=True,
         **form,
         **options,

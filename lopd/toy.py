@@ -94,6 +94,7 @@ def write_model(folder: Path, size: dict[str, int], seed: int) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    unfinished = folder.with_name(folder.name + ".tmp")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    return unfinished.rename(folder)

@@ -4,6 +4,7 @@ It adds what a run needs: accumulation, schedule, logging, checkpoints, resume.
 `lopd.loop.train_loop` is the same in a plain loop.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -12,20 +13,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lopd.data import Batch, Collator
-from lopd.errors import ConfigError, DataError
+from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import write_atomic
 from lopd.heads import check_head, check_trainable
 from lopd.options import TrainOptions
 from lopd.step import Objective, StatsWindow, check_finite, step
 
-__all__ = ["LOG_NAME", "LopdTrainer", "Objective", "TrainOptions", "step"]
+__all__ = ["LOG_NAME", "LopdTrainer", "Objective", "TrainOptions", "saving", "step"]
 
 LOG_NAME = "train_log.jsonl"
+
+
+@contextlib.contextmanager
+def saving(path: str | Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into a ShardError that names `path`.
+
+    safetensors and torch.save report it by exceptions of their own.
+    """
+    try:
+        yield
+    except LopdError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ShardError(
+            f"{path}: not written ({what}); finished checkpoints are intact: mend that and run "
+            "the same command again"
+        ) from error
 
 
 class LopdTrainer(Trainer):
@@ -42,6 +62,7 @@ class LopdTrainer(Trainer):
     Raises:
         ModelError: `check_head` or `check_trainable` refuses the model.
         ConfigError: more than one process.
+        ShardError: a checkpoint or the log cannot be written.
     """
 
     def __init__(
@@ -94,6 +115,10 @@ class LopdTrainer(Trainer):
         self._window.add(stats, len(inputs["labels"]))
         return (loss, stats) if return_outputs else loss
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with saving(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(norm):
@@ -139,4 +164,5 @@ class _Reporter(TrainerCallback):
     def _write(self, state: Any) -> None:
         records = [record for record in state.log_history if "loss" in record]
         lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomic(self.out / LOG_NAME, lines.encode())
+        with saving(self.out / LOG_NAME):
+            write_atomic(self.out / LOG_NAME, lines.encode())

@@ -64,12 +64,19 @@ def make_manifest(
 ) -> dict[str, Any]:
     settings = {"k": 8, "top_p": 1.0, "codec": "exact", "temperature": 1.0}
     extra = {**settings, **extra} if kind == "cache" else extra
-    model = {"path": "/models/m", "weights": "a" * 64, "vocab_size": vocab_size}
+    model = {
+        "path": "/models/m",
+        "weights": "a" * 64,
+        "tokenizer": "b" * 64,
+        "vocab_size": vocab_size,
+    }
+    rollouts = {"digest": "c" * 64, "model": {"weights": "d" * 64}}
     return build_manifest(
         kind,
         stage="test",
         config={},
         model=model,
+        inputs={"rollouts": rollouts} if kind == "cache" else None,
         plan={"shards": list(plan)},
         **extra,
     )

@@ -1,13 +1,15 @@
 """What writers refuse: each bad value named by sequence and token, and nothing written."""
 
 import dataclasses
+import errno
 
 import numpy as np
 import pytest
 from helpers_cache import make_manifest, make_pair
 
 from lopd.cache import CacheWriter, RolloutWriter
-from lopd.errors import ConfigError, DataError
+from lopd.cache import writer as cache_writer
+from lopd.errors import ConfigError, DataError, LopdError, ShardError
 
 BAD_ROLLOUTS = {
     "no response": ({"prompt_length": 9}, "leave no response"),
@@ -152,3 +154,50 @@ def test_bad_manifests_are_refused(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         CacheWriter.create(tmp_path / "new", make_manifest(**change))
     assert not (tmp_path / "new").exists()
+
+
+MODEL_FILES = {"config.json": "{}", "model.safetensors": "weights", ".gitattributes": ""}
+
+
+@pytest.mark.parametrize("name", [*MODEL_FILES, "notes.tmp"])
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path, name):
+    (tmp_path / name).write_text(MODEL_FILES.get(name, ""))
+    with pytest.raises(ShardError, match=f"holds {name} and no manifest.json"):
+        RolloutWriter.create(tmp_path, make_manifest("rollouts"))
+    assert [item.name for item in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"kind": "cache", "schema": 1}', "{"])
+def test_a_foreign_manifest_is_left_as_it_is(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match="manifest.json"):
+        RolloutWriter.create(tmp_path, make_manifest("rollouts"))
+    assert [item.name for item in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_what_a_killed_writer_left_is_no_obstacle(tmp_path):
+    for name in (".lock", ".manifest.json.123.tmp", "teacher_vocab.json"):
+        (tmp_path / name).write_text("")
+    with RolloutWriter.create(tmp_path, make_manifest("rollouts", plan=[1])) as writer:
+        assert writer.missing() == [0]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    for out in (tmp_path / "out", tmp_path / "out" / "below"):
+        with pytest.raises(ShardError, match="out.*: cannot be made or written"):
+            RolloutWriter.create(out, make_manifest("rollouts"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["remove_temporaries", "_require_ours"])
+def test_a_folder_that_cannot_be_written_is_refused_and_given_back(tmp_path, monkeypatch, where):
+    def denied(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer, where, denied)
+        with pytest.raises(LopdError, match=r"cannot be made or written \(Permission denied\)"):
+            RolloutWriter.create(tmp_path, make_manifest("rollouts"))
+    RolloutWriter.create(tmp_path, make_manifest("rollouts")).close()

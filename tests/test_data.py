@@ -76,14 +76,15 @@ def test_an_unknown_aggregation_is_refused():
         Collator("mean")
 
 
-def test_dataset_drops_truncated_sequences_and_tells_the_share(caplog):
+def test_dataset_drops_truncated_sequences_and_tells_the_share(capsys):
     rollouts = make_rollouts(8, truncated=(1, 5))
-    with caplog.at_level("INFO", logger="lopd.data"):
-        dataset = SequenceDataset(rollouts, drop_truncated=True)
+    dataset = SequenceDataset(rollouts, drop_truncated=True)
+    told = "drop_truncated: left out 2 of 8 sequences (25.0 %)\n"
+    assert capsys.readouterr().err == told
     assert [item.prompt_id for item in dataset] == ["p0", "p2", "p3", "p4", "p6", "p7"]
     assert dataset.dropped_share == pytest.approx(0.25)
-    assert "2 of 8 sequences (25.0 %)" in caplog.text
     assert len(SequenceDataset(rollouts)) == 8
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

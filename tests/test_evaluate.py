@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,9 +10,8 @@ import torch
 
 from lopd.engines.base import Sampling
 from lopd.engines.hf import HfEngine
-from lopd.errors import ConfigError, DataError
+from lopd.errors import ConfigError, DataError, ProvenanceError
 from lopd.evaluate import EvalConfig, estimate, main, measure, on_policy_kl, pass_at_k
-from lopd.models import load_model
 from lopd.prompts import Prompt
 
 
@@ -94,7 +94,9 @@ class Scripted:
 )
 def test_an_answer_is_right_when_its_last_match_is(text, reason, right):
     prompt = Prompt("a", [1], "2")
-    results, _ = measure(Scripted((text, reason)), [prompt], settings(num_samples=2))
+    results, answers, _ = measure(Scripted((text, reason)), [prompt], settings(num_samples=2))
+    assert [answer["correct"] for answer in answers] == [right] * 3
+    assert answers[0]["text"] == text and answers[0]["sample"] is None
     assert results["greedy"]["mean"] == results["avg@2"]["mean"] == float(right)
     assert results["truncated"] == float(reason == "length")
 
@@ -102,7 +104,7 @@ def test_an_answer_is_right_when_its_last_match_is(text, reason, right):
 def test_avg_and_pass_differ_when_half_the_samples_are_right():
     prompts = [Prompt("a", [1], "2"), Prompt("b", [1], "2")]
     engine = Scripted(("#2", "stop"), ("#3", "stop"))
-    results, _ = measure(engine, prompts, settings(num_samples=4))
+    results, _, _ = measure(engine, prompts, settings(num_samples=4))
     assert results["avg@4"]["mean"] == 0.5
     assert results["pass@1"]["mean"] == 0.5
     assert results["pass@2"]["mean"] == pytest.approx(1 - 1 / 6)
@@ -151,6 +153,8 @@ def test_the_command_writes_results_and_a_manifest(
     out = main(settings(prompts=str(prompt_file), out=str(tmp_path / "e"), **changes))
     results = json.loads((out / "results.json").read_text())
     assert {"greedy", "avg@4", "pass@1", "pass@4", "kl"} <= set(results)
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 7 * 5 and {answer["sample"] for answer in answers} == {None, 0, 1, 2, 3}
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["kind"] == "evaluation"
     assert "KL to the teacher" in capsys.readouterr().out
@@ -168,10 +172,47 @@ def test_a_pattern_without_its_one_group_is_refused(pattern):
         settings(answer_regex=pattern)
 
 
-def test_evaluation_leaves_the_model_as_it_was(student_folder):
-    model = load_model(student_folder, dtype="float32", device="cpu")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    engine = HfEngine(model, HfEngine.load(student_folder, dtype="float32").tokenizer)
-    engine.generate([[5, 6]], Sampling(4), [0])
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert "forward" not in vars(model)
+def test_the_kl_is_on_samples_at_temperature_1_whatever_is_evaluated(
+    teacher_folder, student_folder, prompt_file, tmp_path
+):
+    def kl(**changes):
+        name = f"e{len(list(tmp_path.iterdir()))}"
+        given = {"model": str(student_folder), "teacher": str(teacher_folder), "num_samples": 1}
+        given |= {"prompts": str(prompt_file), "out": str(tmp_path / name), **changes}
+        return json.loads((main(settings(**given)) / "results.json").read_text())["kl"]
+
+    assert kl(temperature=0.3) == kl(top_p=0.5) == kl()
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(student_folder, prompt_file, tmp_path):
+    other = tmp_path / "teacher"
+    shutil.copytree(student_folder, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = dict(
+        zip(vocab, [*list(vocab.values())[:4], *list(vocab.values())[:3:-1]], strict=True)
+    )
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    changes = {"model": str(student_folder), "teacher": str(other), "prompts": str(prompt_file)}
+    with pytest.raises(ProvenanceError, match=r"id \d+ is .* to it and .* to the model"):
+        main(settings(out=str(tmp_path / "out"), **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "file", "model", "finished"])
+def test_a_folder_that_holds_something_is_not_written_to(
+    student_folder, prompt_file, tmp_path, name
+):
+    (tmp_path / "file").write_text("x")
+    shutil.copytree(student_folder, tmp_path / "model")
+    given = {"model": str(student_folder), "prompts": str(prompt_file), "num_samples": 1}
+    main(settings(out=str(tmp_path / "finished"), **given))
+    with pytest.raises(ConfigError, match="out|another --out"):
+        main(settings(out=str(tmp_path / name) if name else "", **given))
+    assert not (tmp_path / "model/manifest.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{"temperature": float("nan")}, {"kl_k": 0}, {"top_p": 0.0}])
+def test_settings_out_of_range(changes):
+    with pytest.raises(ConfigError, match=f"{next(iter(changes))}: found"):
+        settings(**changes)

@@ -3,8 +3,8 @@
 import pytest
 from conftest import TEMPLATE, train_bpe
 
-from lopd.errors import DataError, MissingFileError
-from lopd.prompts import Prompt, check_context, encode_prompt, load_prompts
+from lopd.errors import ConfigError, DataError, MissingFileError
+from lopd.prompts import Prompt, check_prompts, encode_prompt, load_prompts
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,8 @@ def test_limit_takes_the_first(plain, write_jsonl):
         ([{"prompt": "a", "messages": []}], "found prompt and messages"),
         ([{"prompt": "a"}, {"prompt": ""}], "prompts.jsonl:2: 'prompt' is empty"),
         ([{"messages": [{"role": "user"}]}], "not a list of"),
+        ([{"messages": [{"role": "user", "content": None}]}], "'content' as text"),
+        ([{"id": None, "prompt": "a"}], "id is None; expected a string"),
         ([{"messages": [{"role": "assistant", "content": "a"}]}], "no message before"),
         ([{"id": 1, "prompt": "a"}, {"id": "1", "prompt": "b"}], "id '1' was used at"),
         ([["prompt"]], "found a list"),
@@ -80,16 +82,41 @@ def test_a_line_that_is_not_json(plain, tmp_path):
         load_prompts(tmp_path / "p.jsonl", plain)
 
 
+def test_a_file_that_is_not_utf8(plain, tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match="p.jsonl:1: not JSON in UTF-8"):
+        load_prompts(tmp_path / "p.jsonl", plain)
+
+
 def test_a_missing_file(plain, tmp_path):
     with pytest.raises(MissingFileError, match="absent.jsonl: no such file"):
         load_prompts(tmp_path / "absent.jsonl", plain)
 
 
-def test_a_prompt_that_leaves_no_room_is_refused():
-    prompts = [Prompt("short", [1], None), Prompt("long", [1] * 10, None)]
-    check_context(prompts, 18, 8, "p.jsonl")
+def test_prompts_that_the_model_cannot_take_are_refused():
+    prompts = [Prompt("short", [7], None), Prompt("long", [1] * 10, None)]
+    fits = {"context": 18, "vocab_size": 8, "max_new_tokens": 8}
+    check_prompts(prompts, "p.jsonl", **fits)
+    check_prompts(prompts, "p.jsonl", **fits | {"context": None})
     with pytest.raises(DataError, match=r"prompt 'long' has 10 tokens.*context of 17"):
-        check_context(prompts, 17, 8, "p.jsonl")
+        check_prompts(prompts, "p.jsonl", **fits | {"context": 17})
+    with pytest.raises(DataError, match=r"prompt 'short' has token id 7.*ends at 6"):
+        check_prompts(prompts, "p.jsonl", **fits | {"vocab_size": 7})
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_limit_below_one_is_refused(plain, write_jsonl, limit):
+    with pytest.raises(ConfigError, match=f"limit: found {limit}"):
+        load_prompts(write_jsonl([{"prompt": "a"}]), plain, limit=limit)
+
+
+def test_a_template_that_refuses_is_named(chat, write_jsonl):
+    template, chat.chat_template = chat.chat_template, "{{ raise_exception('roles alternate') }}"
+    try:
+        with pytest.raises(DataError, match=r"prompts.jsonl:1: .*roles alternate"):
+            load_prompts(write_jsonl([{"prompt": "a"}]), chat)
+    finally:
+        chat.chat_template = template
 
 
 def test_encode_prompt_returns_plain_ints(chat):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,17 @@ import time
 
 import numpy as np
 import pytest
+from helpers_cache import make_manifest
 from helpers_provenance import VOCAB, make_model, weights_of_model, write_weights
 
-from lopd.errors import ConfigError, DataError, MissingFileError, ModelError, ProvenanceError
+from lopd.errors import (
+    ConfigError,
+    DataError,
+    MissingFileError,
+    ModelError,
+    ProvenanceError,
+    ShardError,
+)
 from lopd.provenance import (
     build_manifest,
     chat_template_digest,
@@ -291,7 +300,12 @@ class Config:
 
 def test_manifests_come_back(tmp_path):
     manifest = build_manifest(
-        "rollouts", stage="rollout", config=Config(), plan={"shards": (1, 2)}, seed=3
+        "rollouts",
+        stage="rollout",
+        config=Config(),
+        model={"path": "p", "weights": "w", "tokenizer": "t", "vocab_size": 4},
+        plan={"shards": (1, 2)},
+        seed=3,
     )
     write_manifest(tmp_path / "new", manifest)
     assert read_manifest(tmp_path / "new", kind="rollouts") == manifest
@@ -311,6 +325,52 @@ def test_broken_manifests_are_refused(tmp_path, text, message):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=message):
         read_manifest(tmp_path)
+
+
+def without(key):
+    def change(manifest):
+        *parents, last = key.split(".")
+        for part in parents:
+            manifest = manifest[part]
+        del manifest[last]
+
+    return key, change
+
+
+@pytest.mark.parametrize(
+    "key, change",
+    [
+        *map(without, ("base", "k", "temperature", "plan.shards", "model.weights")),
+        *map(without, ("model.tokenizer", "inputs.rollouts.model.weights")),
+        ("model.path", lambda manifest: manifest.update(model=["a list"])),
+        ("plan.shards", lambda manifest: manifest.update(plan=None)),
+        ("lineage.sft_teacher", lambda manifest: manifest.update(lineage=["a list"])),
+        ("config", lambda manifest: (manifest.clear(), manifest.update(kind="cache", schema=1))),
+    ],
+)
+def test_manifests_without_what_their_kind_needs_are_refused(tmp_path, key, change):
+    manifest = make_manifest()
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    change(manifest)
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(DataError, match=rf"manifest\.json has no {re.escape(key)}, which"):
+        read_manifest(tmp_path)
+
+
+def test_a_folder_in_place_of_a_manifest_is_refused(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read \(Is a directory\)"):
+        read_manifest(tmp_path)
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    model = make_model(tmp_path / "m")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShardError, match=r"manifest\.json: not written \("):
+        write_manifest(tmp_path / "file", make_manifest())
+    with pytest.raises(ShardError, match=r"teacher_vocab\.json: not written \("):
+        save_vocab(model, tmp_path / "file")
 
 
 def test_newer_manifests_are_refused(tmp_path):

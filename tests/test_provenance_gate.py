@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from helpers_provenance import VOCAB, make_model, weights_of_model, write_weights
 
-from lopd.errors import ConfigError, ProvenanceError
+from lopd.errors import ConfigError, DataError, ProvenanceError
 from lopd.provenance import (
     build_manifest,
     check_distill,
     declare,
     describe_model,
+    differing_token,
     fingerprint_weights,
     lineage_of,
     save_vocab,
@@ -116,16 +117,22 @@ def test_another_students_rollouts_are_refused(world):
     assert str(other) in text and fingerprint_weights(world.student)[:12] in text
 
 
-def test_resuming_compares_with_the_initial_student(world):
-    manifest = world.manifest()
-    initial = fingerprint_weights(world.student)
-    trained = make_model(world.root / "trained", seed=4)
-    declare(trained, teacher=world.teacher)
-    world.student, first = trained, world.student
-    refused(world, "student-mismatch", "rollouts of the student", manifest)
-    assert world.check(manifest, initial_student=initial) == []
-    assert world.check(manifest, initial_student=first) == []
-    refused(world, "student-mismatch", "the initial student", manifest, initial_student=trained)
+@pytest.mark.parametrize("teacher", [{}, {"tokenizer": "t"}, {"weights": 3}, "someone", []])
+def test_a_lineage_that_names_no_weights_is_refused_whatever_is_allowed(world, teacher):
+    cache = world.manifest()
+    manifest = json.loads((world.student / "manifest.json").read_text())
+    manifest["lineage"]["sft_teacher"] = teacher
+    (world.student / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"has no lineage\.sft_teacher\.weights, which"):
+        world.check(cache, allow=EVERY)
+
+
+def test_differing_token_names_the_first_id_in_the_order_given():
+    ours, theirs = {"a": 0, "b": 1, "c": 2}, {"a": 0, "x": 1, "y": 2, "z": 3}
+    assert differing_token(ours, theirs, np.array([0, 2, 1])) == (2, "c", "y")
+    assert differing_token(ours, theirs, np.array([[0], [3]])) == (3, None, "z")
+    assert differing_token(ours, theirs, np.array([0, 9])) is None
+    assert differing_token(ours, theirs, np.array([], np.int64)) is None
 
 
 def retokenised(world, vocab=None, **options):

@@ -58,10 +58,15 @@ def test_a_folder_set_by_hand_is_followed():
     ("changes", "message"),
     [
         ({"stagse": {}}, "r.yaml: unknown setting 'stagse'; did you mean 'stages'"),
-        ({"stages": {}}, "'stages' is empty"),
+        ({"stages": {}}, "'stages' is {}; expected a mapping"),
         ({"stages": {"rolout": {}}}, "unknown setting 'rolout'; did you mean 'rollout'"),
         ({"stages": {"score": {"top_q": 1}}}, "stages: score: unknown setting 'top_q'"),
         ({"stages": {"score": 3}}, "stages: score: expected a mapping"),
+        ({"stages": {"sft-data": {"prompts": "p"}, "rollout": 3}}, "rollout: expected a mapping"),
+        ({"stages": ["rollout"]}, "'stages' is .'rollout'.; expected a mapping"),
+        ({"stages": {"score": {"out": 3}}}, "score: 'out' is not a folder"),
+        ({"out": 5}, "'out' is 5; expected a folder"),
+        ({"teacher": None}, "'teacher' is None; expected a folder"),
         ({"stages": {"rollout": {}}}, "required: --prompts"),
     ],
 )
@@ -174,6 +179,48 @@ def test_a_finished_stage_whose_inputs_changed_is_refused(
     changed = dataclasses.replace(config, out=str(copy), **{key: paths[name]})
     with pytest.raises(ConfigError, match=named):
         recipe.finished(changed)
+
+
+@pytest.mark.parametrize("stage", ["sft", "distill", "eval"])
+def test_settings_that_do_not_change_the_product_may_change(finished_run, stage):
+    path, values = finished_run
+    config = recipe.plan(values, str(path))[stage]
+    assert recipe.finished(dataclasses.replace(config, device="auto"))
+    if stage == "eval":
+        assert recipe.finished(dataclasses.replace(config, batch_size=3))
+    else:
+        assert recipe.finished(dataclasses.replace(config, log_every=7))
+        with pytest.raises(ConfigError, match="batch_size"):
+            recipe.finished(dataclasses.replace(config, batch_size=3))
+
+
+def test_a_teacher_that_was_not_evaluated_against_is_missed(finished_run):
+    path, values = finished_run
+    config = recipe.plan(values, str(path))["eval"]
+    copy = Path(config.out).parent / "eval-alone"
+    shutil.copytree(config.out, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["inputs"]["teacher"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        with pytest.raises(ConfigError, match="finished with inputs teacher None"):
+            recipe.finished(dataclasses.replace(config, out=str(copy)))
+    finally:
+        shutil.rmtree(copy)
+
+
+def test_weights_that_were_changed_are_found(finished_run, tmp_path, capsys):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(Path(finished_run[1]["out"]) / "sft", copy)
+    assert main(["inspect", "--path", str(copy), "--verify"]) == 0
+    file = copy / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert main(["inspect", "--path", str(copy), "--verify"]) == 2
+    assert "its weights are not those" in capsys.readouterr().err
+    evaluation = str(Path(finished_run[1]["out"]) / "eval")
+    assert main(["inspect", "--path", evaluation, "--verify"]) == 2
 
 
 def test_the_products_can_be_inspected(finished_run, capsys):

@@ -345,6 +345,55 @@ def test_prompts_that_cannot_be_used(tuned, tmp_path, capsys, content, flags, me
     assert message in one_line(capsys)
 
 
+def test_altered_inputs_are_found_before_they_are_used(
+    tuned, teacher_folder, student_folder, rollouts, tmp_path, capsys
+):
+    """The last bytes of a shard are token ids or log-probs: whatever it is, it is hashed."""
+    data = tuned.parent / "data"
+    for name, folder in (("rollouts", rollouts), ("data", data)):
+        shutil.copytree(folder, tmp_path / name)
+        shard = tmp_path / name / "shard-00000.safetensors"
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    assert score(teacher_folder, tmp_path / "rollouts", tmp_path / "cache") == 2
+    assert "shard-00000" in one_line(capsys)
+    argv = ["--model", str(student_folder), "--data", str(tmp_path / "data"), *DISTILL]
+    assert main(["sft", *argv, "--out", str(tmp_path / "sft")]) == 2
+    assert "shard-00000" in one_line(capsys)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "config", "tokenizer", "embedding"])
+def test_a_damaged_model_folder_is_refused(student_folder, prompts, tmp_path, capsys, damage):
+    model = tmp_path / "model"
+    shutil.copytree(student_folder, model)
+    weights = load_file(model / "model.safetensors")
+    if damage == "missing":
+        del weights["model.layers.0.mlp.up_proj.weight"]
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    elif damage == "truncated":
+        (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-9])
+    elif damage == "config":
+        (model / "config.json").write_text("{}")
+    elif damage == "tokenizer":
+        (model / "tokenizer.json").unlink()
+    else:
+        save_qwen3(tmp_path / "small", seed=1, vocab_size=40)
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(tmp_path / "small" / name, model / name)
+    assert roll_out(model, prompts, tmp_path / "out") == 2
+    assert str(model) in one_line(capsys) or damage == "embedding"
+
+
+def test_an_interrupted_command_says_so(tuned, prompts, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HfEngine, "generate", interrupt)
+    assert roll_out(tuned, prompts, tmp_path / "out") == 130
+    assert "interrupted; the same command continues it" in capsys.readouterr().err
+
+
 def test_a_chat_model_goes_through_its_template(tmp_path, write_jsonl, teacher_folder):
     student = save_qwen3(tmp_path / "chat", seed=4, chat_template=TEMPLATE)
     path = write_jsonl([{"messages": [{"role": "user", "content": "the cat"}]}])

@@ -10,6 +10,7 @@ from lopd.cache.codec import CODECS, build_lists, check_packable
 from lopd.cache.layout import Scored, rollout_arrays, rollout_counts, score_arrays, score_counts
 from lopd.cache.records import Rollout, TeacherScores, check_rollout, check_scores, name_of
 from lopd.cache.shards import (
+    LOCK_NAME,
     FolderLock,
     check_hash,
     head_rows,
@@ -18,10 +19,16 @@ from lopd.cache.shards import (
     require_kind,
     write_shard,
 )
-from lopd.errors import ConfigError, DataError, ShardError
-from lopd.files import remove_temporaries
-from lopd.provenance import MANIFEST_NAME, manifest_digest, read_manifest, write_manifest
-from lopd.provenance.manifest import recipe_of
+from lopd.errors import ConfigError, DataError, LopdError, ShardError
+from lopd.files import TEMP_SUFFIX, remove_temporaries
+from lopd.provenance import (
+    MANIFEST_NAME,
+    VOCAB_NAME,
+    manifest_digest,
+    read_manifest,
+    recipe_of,
+    write_manifest,
+)
 
 
 class _ShardWriter:
@@ -47,19 +54,26 @@ class _ShardWriter:
         head_rows(manifest)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _require_ours(folder, manifest)
+            return cls._claim(folder, manifest)
+        except LopdError:
+            raise
         except OSError as error:
             raise ShardError(
-                f"{folder}: cannot be made a folder ({error.strerror}); name another"
+                f"{folder}: cannot be made or written ({error.strerror or error}); name another "
+                "folder"
             ) from error
+
+    @classmethod
+    def _claim(cls, folder: Path, manifest: Mapping[str, Any]) -> Any:
         lock = FolderLock(folder)
         try:
             remove_temporaries(folder)
+            _require_ours(folder, manifest)  # again: another writer may have begun since
             if (folder / MANIFEST_NAME).exists():
-                _require_same_recipe(folder, manifest)
                 manifest = read_manifest(folder)
             else:
-                _require_no_shards(folder)
-                _write_manifest(folder, manifest)
+                write_manifest(folder, manifest)
             return cls(folder, manifest, lock)
         except BaseException:
             lock.release()
@@ -151,7 +165,9 @@ class RolloutWriter(_ShardWriter):
 
         Raises:
             ConfigError: the folder holds another recipe; the message names what differs.
-            ShardError: another process is writing there.
+            DataError: its manifest is none of lopd's.
+            ShardError: another process is writing there, or the folder holds something else,
+                is a file, or cannot be written.
         """
         return cls._open(path, manifest)
 
@@ -218,14 +234,28 @@ def _cache_settings(manifest: Mapping[str, Any]) -> tuple[int, float, Any]:
     return k, float(top_p), codec
 
 
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    try:
-        write_manifest(folder, manifest)
-    except OSError as error:
+def _require_ours(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a folder with another recipe, or that something else has filled."""
+    if (folder / MANIFEST_NAME).exists():
+        _require_same_recipe(folder, manifest)
+        return
+    ours = {LOCK_NAME, VOCAB_NAME}
+    stray = sorted(
+        item
+        for item in folder.iterdir()
+        if item.name not in ours and not (item.name[0] == "." and item.suffix == TEMP_SUFFIX)
+    )
+    shards = [item for item in stray if item.match("shard-*")]
+    if shards:
         raise ShardError(
-            f"{folder / MANIFEST_NAME}: not written ({error.strerror or error}); mend that and "
-            "run the same command again"
-        ) from error
+            f"{shards[0]}: a shard in a folder without {MANIFEST_NAME}; restore the manifest, or "
+            "name an empty folder"
+        )
+    if stray:
+        raise ShardError(
+            f"{folder}: holds {stray[0].name} and no {MANIFEST_NAME}, so it is not of this stage; "
+            "name a new or empty folder"
+        )
 
 
 def _require_same_recipe(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -239,12 +269,3 @@ def _require_same_recipe(folder: Path, manifest: Mapping[str, Any]) -> None:
         f"{folder} holds another recipe (it differs in {', '.join(differing)}); name another "
         "folder, or remove this one to redo it"
     )
-
-
-def _require_no_shards(folder: Path) -> None:
-    stray = sorted(folder.glob("shard-*"))
-    if stray:
-        raise ShardError(
-            f"{stray[0]}: a shard in a folder without {MANIFEST_NAME}; restore the manifest, or "
-            "name an empty folder"
-        )

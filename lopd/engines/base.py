@@ -7,6 +7,7 @@ depend on its neighbours in a batch, on the shard it falls into or on the prompt
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens: found {self.max_new_tokens}; expected at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(
                 f"temperature: found {self.temperature}; expected 0 (greedy) or a positive number"
             )

@@ -39,7 +39,8 @@ class HfEngine:
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.context: int | None = getattr(model.config, "max_position_embeddings", None)
+        config = model.config.get_text_config()
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
         self.eos_ids = eos_token_ids(model, tokenizer)
         check_head(model)
 

@@ -6,17 +6,19 @@ Every artefact folder (`sft_data`, `checkpoint`, `rollouts`, `cache`, `evaluatio
 """
 
 from lopd.provenance.fingerprint import (
+    VOCAB_NAME,
     chat_template_digest,
     config_digest,
     describe_file,
     describe_model,
     fingerprint_weights,
     load_vocab,
+    read_vocab,
     save_vocab,
     tokenizer_digest,
     vocab_size_of,
 )
-from lopd.provenance.gate import OVERRIDES, check_distill
+from lopd.provenance.gate import OVERRIDES, check_distill, differing_token
 from lopd.provenance.manifest import (
     MANIFEST_NAME,
     build_manifest,
@@ -24,12 +26,14 @@ from lopd.provenance.manifest import (
     lineage_of,
     manifest_digest,
     read_manifest,
+    recipe_of,
     write_manifest,
 )
 
 __all__ = [
     "MANIFEST_NAME",
     "OVERRIDES",
+    "VOCAB_NAME",
     "build_manifest",
     "chat_template_digest",
     "check_distill",
@@ -37,11 +41,14 @@ __all__ = [
     "declare",
     "describe_file",
     "describe_model",
+    "differing_token",
     "fingerprint_weights",
     "lineage_of",
     "load_vocab",
     "manifest_digest",
     "read_manifest",
+    "read_vocab",
+    "recipe_of",
     "save_vocab",
     "tokenizer_digest",
     "vocab_size_of",

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lopd.errors import DataError, MissingFileError, ModelError
+from lopd.errors import DataError, MissingFileError, ModelError, ShardError
 from lopd.files import canonical_json, json_digest, sha256_file, write_atomic
 
 WEIGHTS_NAME = "model.safetensors"
@@ -174,9 +174,20 @@ def describe_file(path: str | Path) -> dict[str, Any]:
 
 
 def save_vocab(model_path: str | Path, folder: str | Path) -> Path:
-    """Store a teacher's token -> id map beside its scores, for the gate to compare ids by."""
+    """Store a teacher's token -> id map beside its scores, for the gate to compare ids by.
+
+    Raises:
+        ShardError: the disk is full, and the like.
+    """
     file = Path(folder) / VOCAB_NAME
-    write_atomic(file, canonical_json(read_vocab(model_path)) + b"\n")
+    vocab = canonical_json(read_vocab(model_path)) + b"\n"
+    try:
+        write_atomic(file, vocab)
+    except OSError as error:
+        raise ShardError(
+            f"{file}: not written ({error.strerror or error}); mend that and run the same "
+            "command again"
+        ) from error
     return file
 
 

@@ -8,12 +8,13 @@ import numpy as np
 
 from lopd.errors import ConfigError, MissingFileError, ProvenanceError
 from lopd.provenance.fingerprint import (
+    fingerprint_weights,
     load_vocab,
     read_vocab,
     tokenizer_digest,
     vocab_size_of,
 )
-from lopd.provenance.manifest import lineage_of, short, weights_of
+from lopd.provenance.manifest import lineage_of, short
 
 OVERRIDES = ("teacher-mismatch", "student-mismatch", "tokenizer-mismatch", "incomplete-cache")
 
@@ -22,7 +23,6 @@ def check_distill(
     student: str | Path,
     cache_manifest: Mapping[str, Any],
     *,
-    initial_student: str | Path | None = None,
     used_ids: Callable[[], np.ndarray] | np.ndarray | None = None,
     cache_path: str | Path | None = None,
     missing_shards: Sequence[int] = (),
@@ -31,10 +31,9 @@ def check_distill(
     """Refuse artefacts that do not belong together; return the overrides that were needed.
 
     Four comparisons, in this order: the cache is complete; the teacher that scored it is the
-    one whose answers the student was fine-tuned on; the rollouts were made by the student
-    (when resuming, by `initial_student`: a weights fingerprint or a folder); no id that the
-    data uses means different tokens to teacher and student, or lies beyond the student's head
-    though the tokenizer has it. Reads files only.
+    one whose answers the student was fine-tuned on; the rollouts were made by the student; no
+    id that the data uses means different tokens to teacher and student, or lies beyond the
+    student's head though the tokenizer has it. Reads files only.
 
     Args:
         used_ids: the distinct ids of the cache, or a function that finds them; called only
@@ -45,6 +44,7 @@ def check_distill(
     Raises:
         ProvenanceError: found, expected, remedy, and the flag that overrides.
         ConfigError: an unknown name in `allow`.
+        DataError: the student's manifest is no manifest.
     """
     unknown = sorted(set(allow) - set(OVERRIDES))
     if unknown:
@@ -52,7 +52,7 @@ def check_distill(
     findings = [
         _check_complete(missing_shards),
         _check_teacher(student, cache_manifest),
-        _check_rollouts(student, cache_manifest, initial_student),
+        _check_rollouts(student, cache_manifest),
         _check_tokenizer(student, cache_manifest, used_ids, cache_path),
     ]
     overrides = []
@@ -112,19 +112,16 @@ def _check_teacher(student: str | Path, cache_manifest: Mapping[str, Any]) -> di
 
 
 def _check_rollouts(
-    student: str | Path,
-    cache_manifest: Mapping[str, Any],
-    initial_student: str | Path | None,
+    student: str | Path, cache_manifest: Mapping[str, Any]
 ) -> dict[str, str] | None:
     maker = cache_manifest["inputs"]["rollouts"]["model"]
-    expected = weights_of(student if initial_student is None else initial_student)
+    expected = fingerprint_weights(student)
     if maker["weights"] == expected:
         return None
-    whose = f"the student {student}" if initial_student is None else "the initial student"
     return _finding(
         "student-mismatch",
         f"rollouts made by {_name(maker)}",
-        f"rollouts of {whose} (weights {short(expected)})",
+        f"rollouts of the student {student} (weights {short(expected)})",
         "sample rollouts from that student ('lopd rollout') and score them ('lopd score')",
     )
 
@@ -156,6 +153,22 @@ def _check_tokenizer(
     return _compare_tokens(ids, student_vocab, teacher_vocab, rows, remedy)
 
 
+def differing_token(
+    ours: Mapping[str, int], theirs: Mapping[str, int], ids: np.ndarray
+) -> tuple[int, str | None, str | None] | None:
+    """The first of `ids` [N] that two token -> id maps give different meanings.
+
+    Returns (id, our token, their token), a token being None where a map lacks the id; None
+    where every id means the same to both. An id that both lack counts as the same.
+    """
+    our_tokens = {index: token for token, index in ours.items()}
+    their_tokens = {index: token for token, index in theirs.items()}
+    for index in np.asarray(ids).ravel().tolist():
+        if our_tokens.get(index) != their_tokens.get(index):
+            return index, our_tokens.get(index), their_tokens.get(index)
+    return None
+
+
 def _compare_tokens(
     ids: np.ndarray,
     student_vocab: Mapping[str, int],
@@ -163,26 +176,26 @@ def _compare_tokens(
     rows: int,
     remedy: str,
 ) -> dict[str, str] | None:
-    """The first used id that means different things, or that the student's head lacks."""
-    student_tokens = {index: token for token, index in student_vocab.items()}
-    teacher_tokens = {index: token for token, index in teacher_vocab.items()}
-    for index in (int(value) for value in ids):
-        ours, theirs = student_tokens.get(index), teacher_tokens.get(index)
-        if index >= rows and (ours is not None or theirs is not None):
-            return _finding(
-                "tokenizer-mismatch",
-                f"id {index} ({theirs or ours!r}) in the data",
-                f"ids that the student's {rows} vocabulary rows can produce",
-                remedy,
-            )
-        if ours != theirs:
-            return _finding(
-                "tokenizer-mismatch",
-                f"id {index} is {theirs!r} to the teacher and {ours!r} to the student",
-                "one meaning for every id that the data uses",
-                remedy,
-            )
-    return None
+    """The first used id that the student's head lacks, or that means different things."""
+    beyond = differing_token({}, {**student_vocab, **teacher_vocab}, ids[ids >= rows])
+    if beyond is not None:
+        index, _, token = beyond
+        return _finding(
+            "tokenizer-mismatch",
+            f"id {index} ({token!r}) in the data",
+            f"ids that the student's {rows} vocabulary rows can produce",
+            remedy,
+        )
+    differing = differing_token(student_vocab, teacher_vocab, ids)
+    if differing is None:
+        return None
+    index, student_token, teacher_token = differing
+    return _finding(
+        "tokenizer-mismatch",
+        f"id {index} is {teacher_token!r} to the teacher and {student_token!r} to the student",
+        "one meaning for every id that the data uses",
+        remedy,
+    )
 
 
 def _name(model: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lopd.errors import ConfigError, DataError, MissingFileError, ProvenanceError
+from lopd.errors import ConfigError, DataError, MissingFileError, ProvenanceError, ShardError
 from lopd.files import json_digest, pretty_json, write_atomic
 from lopd.provenance.fingerprint import describe_model, fingerprint_weights, read_config
 
@@ -19,6 +19,25 @@ SCHEMA = 1
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
 # How and when a stage was called; everything else is the recipe.
 NOT_RECIPE = frozenset({"config", "created", "environment"})
+_MODEL = ("model.path", "model.weights", "model.tokenizer", "model.vocab_size")
+# What readers of a kind rely on; "a.b" is key b of the object under a.
+REQUIRED = {
+    "sft_data": (*_MODEL, "plan.shards"),
+    "checkpoint": ("model.weights",),
+    "rollouts": (*_MODEL, "plan.shards"),
+    "cache": (
+        *_MODEL,
+        "plan.shards",
+        "inputs.rollouts.digest",
+        "inputs.rollouts.model.weights",
+        "k",
+        "top_p",
+        "codec",
+        "temperature",
+    ),
+    "evaluation": ("model.weights", "inputs.prompts.sha256"),
+}
+KEYS = ("config", "model", "base", "sampling", "inputs", "lineage", "overrides", "plan")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PACKAGES = ("lopd", "torch", "transformers", "numpy", "safetensors")
 
@@ -68,10 +87,20 @@ def build_manifest(
 
 
 def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> Path:
-    """Write `manifest.json` into `folder`, which is made if need be."""
+    """Write `manifest.json` into `folder`, which is made if need be.
+
+    Raises:
+        ShardError: the disk is full, the folder is read-only, and the like.
+    """
     file = Path(folder) / MANIFEST_NAME
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, pretty_json(manifest))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, pretty_json(manifest))
+    except OSError as error:
+        raise ShardError(
+            f"{file}: not written ({error.strerror or error}); mend that and run the same "
+            "command again"
+        ) from error
     return file
 
 
@@ -80,7 +109,8 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
 
     Raises:
         MissingFileError: no such folder or no manifest in it.
-        DataError: not a manifest, or one of a newer version of lopd.
+        DataError: not a manifest, one without what its kind needs, or one of a newer version
+            of lopd.
         ConfigError: an artefact of another kind.
     """
     file = Path(folder) / MANIFEST_NAME
@@ -91,6 +121,8 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
         manifest = json.loads(file.read_bytes())
     except ValueError as error:
         raise DataError(f"{file} is not JSON ({error}); restore it or redo the stage") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); restore it") from error
     if not isinstance(manifest, dict) or manifest.get("kind") not in KINDS:
         raise DataError(f"{file} is not a lopd manifest; restore it or redo the stage")
     if manifest.get("schema") != SCHEMA:
@@ -100,6 +132,7 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
         )
     if kind is not None and manifest["kind"] != kind:
         raise ConfigError(f"{folder} holds '{manifest['kind']}', expected '{kind}'; name another")
+    _check_content(file, manifest)
     return manifest
 
 
@@ -173,14 +206,33 @@ def declare(model: str | Path, *, teacher: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def weights_of(model: str | Path) -> str:
-    """The weights fingerprint of a model folder, or the 64 hex digits given in its place."""
-    return str(model) if _DIGEST.fullmatch(str(model)) else fingerprint_weights(model)
-
-
 def short(digest: Any) -> str:
     """The first 12 hex digits, which is what messages show."""
     return str(digest)[:12] if digest else "unknown"
+
+
+def _check_content(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest without what readers of its kind rely on."""
+    absent = [key for key in KEYS if key not in manifest]
+    absent += [key for key in REQUIRED[manifest["kind"]] if _at(manifest, key) is None]
+    lineage = manifest.get("lineage")
+    if lineage is not None and not isinstance(lineage, dict):
+        absent.append("lineage.sft_teacher")
+    teacher = _at(manifest, "lineage.sft_teacher")
+    if teacher is not None and not isinstance(_at(teacher, "weights"), str):
+        absent.append("lineage.sft_teacher.weights")
+    if absent:
+        raise DataError(
+            f"{file} has no {absent[0]}, which a manifest of '{manifest['kind']}' needs; restore "
+            "it or redo the stage"
+        )
+
+
+def _at(value: Any, key: str) -> Any:
+    """The value under a dotted key, None where there is none."""
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _describe_teacher(teacher: str | Path) -> dict[str, Any]:
