@@ -35,6 +35,7 @@ def usage() -> str:
             *lines,
             "",
             "`lopd COMMAND --help` lists a command's flags; a YAML file holds the same names.",
+            "--rehash, with any command: fingerprint models anew, whatever is remembered of them.",
         ]
     )
 
@@ -45,11 +46,16 @@ def run(argv: Sequence[str]) -> None:
         check_keys([command], list(COMMANDS), "lopd")
     from transformers.utils import logging
 
+    from lopd.provenance import forget_fingerprints
+
     logging.disable_progress_bar()
     module_name, class_name, _ = COMMANDS[command]
     module = importlib.import_module(f"lopd.{module_name}")
     if rest and command == "run" and not rest[0].startswith("-"):
         rest = ["--recipe", *rest]
+    if "--rehash" in rest:
+        rest.remove("--rehash")
+        forget_fingerprints()
     file, flags = split_config(rest, command)
     settings = {} if file is None else load_yaml(file)
     where = file or f"lopd {command}"

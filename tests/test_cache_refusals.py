@@ -186,7 +186,7 @@ def test_what_a_killed_writer_left_is_no_obstacle(tmp_path):
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "out").write_text("mine")
     for out in (tmp_path / "out", tmp_path / "out" / "below"):
-        with pytest.raises(ShardError, match="out.*: cannot be made or written"):
+        with pytest.raises(ShardError, match="out.*: cannot be made a folder"):
             RolloutWriter.create(out, make_manifest("rollouts"))
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -198,6 +198,6 @@ def test_a_folder_that_cannot_be_written_is_refused_and_given_back(tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_writer, where, denied)
-        with pytest.raises(LopdError, match=r"cannot be made or written \(Permission denied\)"):
+        with pytest.raises(LopdError, match=r"cannot be used \(Permission denied\)"):
             RolloutWriter.create(tmp_path, make_manifest("rollouts"))
     RolloutWriter.create(tmp_path, make_manifest("rollouts")).close()

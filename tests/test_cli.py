@@ -1,5 +1,7 @@
 """The command line: settings from YAML and flags, and one line for every error of a caller."""
 
+import os
+
 import pytest
 
 from lopd.cli import COMMANDS, main, split_config
@@ -99,3 +101,17 @@ def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):
     assert main(argv) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_rehash_forgets_what_is_remembered_of_models(teacher_folder, tmp_path, monkeypatch):
+    from lopd.provenance import fingerprint_weights
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    os.utime(teacher_folder / "model.safetensors", (1e9, 1e9))
+    fingerprint_weights(teacher_folder)
+    (memo,) = (file for file in tmp_path.rglob("*") if file.is_file())
+    memo.write_text(memo.read_text().replace(fingerprint_weights(teacher_folder), "0" * 64))
+    assert fingerprint_weights(teacher_folder) == "0" * 64
+    declared = ["declare", "--model", str(teacher_folder), "--teacher", "absent"]
+    assert main([*declared, "--rehash"]) == 2
+    assert fingerprint_weights(teacher_folder) != "0" * 64

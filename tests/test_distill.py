@@ -1,6 +1,7 @@
 """The gate before the model, runs that resume, and what the manifest says at the end."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -18,6 +19,7 @@ from helpers_training import largest_difference, weights
 
 from lopd import distill, runs
 from lopd.cache import TeacherCache
+from lopd.cache.shards import FolderLock
 from lopd.errors import ConfigError, DataError, MissingFileError, ProvenanceError, ShardError
 from lopd.models import load_model
 from lopd.provenance import MANIFEST_NAME, declare, manifest_digest, read_manifest
@@ -72,6 +74,7 @@ def test_distill_trains_and_its_manifest_says_from_what(pipeline, tmp_path, obje
     assert manifest["lineage"]["declared"] is True
     assert manifest["lineage"]["initial_student"] == student["weights"]
     assert manifest["objective"]["name"] == objective.get("objective", "reverse_kl")
+    assert manifest["objective"]["beta"] == (0.5 if objective.get("objective") == "jsd" else None)
     assert manifest["overrides"] == []
     assert manifest["training"] == {"sequences": 12, "dropped_share": 0.0}
     assert [entry["step"] for entry in logged(out)] == [2, 4, 5]
@@ -161,15 +164,13 @@ def test_a_finished_run_and_foreign_folders_are_left_alone(pipeline, tmp_path, n
     assert [file.name for file in other.iterdir()] == ["notes.txt"]
 
 
-def test_a_run_without_a_checkpoint_has_nothing_to_lose(pipeline, tmp_path):
+def test_a_run_without_a_checkpoint_has_nothing_to_lose(pipeline, checkpoints, tmp_path):
     (tmp_path / ".recipe.json.1.tmp").write_text("{")
     base = describe(pipeline / "student")
     assert runs.begin(config(pipeline, tmp_path), base=base, cache="c") is None
     changed = config(pipeline, tmp_path, drop_truncated=True)
     assert runs.begin(changed, base=base, cache="d") is None
-    checkpoint = tmp_path / "checkpoint-2"
-    checkpoint.mkdir()
-    (checkpoint / "trainer_state.json").write_text("{}")
+    checkpoint = shutil.copytree(checkpoints / "checkpoint-2", tmp_path / "checkpoint-2")
     assert runs.begin(changed, base=base, cache="d") == checkpoint
     with pytest.raises(
         ConfigError, match=r"checkpoint-2 of another recipe \(cache was 'd', is 'e'"
@@ -179,13 +180,105 @@ def test_a_run_without_a_checkpoint_has_nothing_to_lose(pipeline, tmp_path):
         runs.begin(changed, base={**base, "weights": "0"}, cache="d")
 
 
-def test_resuming_takes_the_last_checkpoint_that_is_whole(tmp_path):
-    assert runs.last_checkpoint(tmp_path) is None
-    for number in (9, 10, 11):
-        (tmp_path / f"checkpoint-{number}").mkdir()
-    for number in (9, 10):
-        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
-    assert runs.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+@pytest.fixture(scope="module")
+def checkpoints(pipeline, tmp_path_factory):
+    """A run that was killed after its last checkpoint: 2, 4 and 6 are whole."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    settings = {"max_steps": 6, "save_every": 2, "save_total_limit": 3}
+    distill.main(config(pipeline, out, **settings))
+    (out / MANIFEST_NAME).unlink()
+    return out
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+TORN = {
+    "nothing": shutil.rmtree,
+    "an empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "no state": lambda folder: (folder / "trainer_state.json").unlink(),
+    "torn state": lambda folder: os.truncate(folder / "trainer_state.json", 40),
+    "another state": lambda folder: (folder / "trainer_state.json").write_text("{}"),
+    "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+    "torn optimizer": lambda folder: truncate(folder / "optimizer.pt"),
+    "torn scheduler": lambda folder: truncate(folder / "scheduler.pt"),
+    "torn random state": lambda folder: os.truncate(folder / "rng_state.pth", 0),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "torn weights": lambda folder: truncate(folder / "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
+def test_resuming_takes_the_last_checkpoint_that_is_whole(checkpoints, tmp_path, tear):
+    assert runs.last_checkpoint(tmp_path / "nowhere") is None
+    out = shutil.copytree(checkpoints, tmp_path / "out")
+    (out / "checkpoint-bak").mkdir()
+    (out / "checkpoint-7").write_text("a file")
+    shutil.copytree(out / "checkpoint-6", out / "checkpoint-10")  # which says step 6
+    assert runs.last_checkpoint(out) == out / "checkpoint-6"
+    tear(out / "checkpoint-6")
+    assert runs.last_checkpoint(out) == out / "checkpoint-4"
+
+
+def test_a_torn_checkpoint_is_put_aside_and_the_run_says_so(
+    pipeline, checkpoints, tmp_path, capsys
+):
+    out = shutil.copytree(checkpoints, tmp_path / "out")
+    truncate(out / "checkpoint-6" / "optimizer.pt")
+    (out / "checkpoint-bak").mkdir()
+    settings = {"max_steps": 6, "save_every": 1, "save_total_limit": 1}
+    distill.main(config(pipeline, out, **settings))
+    told = capsys.readouterr().err
+    assert f"{out}: checkpoint-6 is torn, put aside as torn-checkpoint-6\n" in told
+    assert f"{out}: continues from checkpoint-4\n" in told
+    assert runs.is_whole(out / "checkpoint-6") and (out / "torn-checkpoint-6").is_dir()
+    assert largest_difference(trained_weights(out), trained_weights(checkpoints)) == 0.0
+
+
+def test_a_run_in_progress_is_not_disturbed(pipeline, tmp_path, no_model):
+    first = config(pipeline, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    lock = FolderLock(tmp_path / "out")
+    with pytest.raises(ShardError, match="another process is writing there"):
+        distill.main(first)
+    with pytest.raises(ShardError, match="another process is writing there"):
+        runs.train(first, [], None, model_path=first.student, checkpoint=None)
+    lock.release()
+
+
+def test_an_out_that_cannot_be_a_folder_is_refused(pipeline, tmp_path, no_model):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="file: is a file"):
+        distill.main(config(pipeline, tmp_path / "file"))
+    with pytest.raises(ShardError, match="file/below: cannot be made or written"):
+        distill.main(config(pipeline, tmp_path / "file" / "below"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_torn_recipe_is_named(pipeline, tmp_path, no_model, text):
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(DataError, match=r"recipe\.json: (torn|holds no settings)"):
+        distill.main(config(pipeline, tmp_path))
+
+
+def test_a_model_that_cannot_be_saved_is_named_and_the_checkpoint_stays(
+    pipeline, tmp_path, monkeypatch
+):
+    settings = {"max_steps": 2, "save_every": 2}
+    save, out = transformers.PreTrainedModel.save_pretrained, tmp_path / "out"
+
+    def full(self, folder, *args, **kwargs):
+        if "checkpoint" not in str(folder):
+            raise OSError(28, "No space left on device")
+        return save(self, folder, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+        with pytest.raises(ShardError, match=r"out: not written .*No space left"):
+            distill.main(config(pipeline, out, **settings))
+    assert runs.last_checkpoint(out) == out / "checkpoint-2"
+    assert read_manifest(distill.main(config(pipeline, out, **settings)))["stage"] == "distill"
 
 
 def test_a_cache_of_another_teacher_is_refused_before_a_model_is_built(
@@ -285,5 +378,7 @@ def test_seed_and_only_the_seed_decides_the_result(pipeline, tmp_path):
 def test_config_checks_the_objective():
     with pytest.raises(ConfigError, match="beta"):
         distill.DistillConfig(student="s", cache="c", out="o", objective="jsd", beta=0.0)
+    with pytest.raises(ConfigError, match="beta: forward_kl has no mixture"):
+        distill.DistillConfig(student="s", cache="c", out="o", objective="forward_kl", beta=0.3)
     with pytest.raises(ConfigError, match="advantage_clip"):
         distill.DistillConfig(student="s", cache="c", out="o", advantage_clip=1.0)

@@ -88,6 +88,12 @@ def test_the_end_of_sequence_token_is_kept_and_ends_the_answer(engine):
     np.testing.assert_allclose(longest.logprobs, expected, atol=2e-5)
 
 
+def test_progress_counts_every_answer_as_it_ends(engine):
+    reports = []
+    engine.generate([[5, 6]] * 200, Sampling(30), list(range(200)), progress=reports.append)
+    assert sum(reports) == 200 and len(reports) > 10 and min(reports) > 0
+
+
 def test_greedy_takes_the_largest_logit(engine):
     (answer,) = engine.generate([PROMPTS[2]], Sampling(6, temperature=0), [0])
     tokens = [*PROMPTS[2], *answer.tokens]

@@ -52,16 +52,17 @@ class _ShardWriter:
         require_kind(manifest, cls.kinds)
         plan_of(manifest)
         head_rows(manifest)
+        what = "made a folder"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            what = "used"
             _require_ours(folder, manifest)
             return cls._claim(folder, manifest)
         except LopdError:
             raise
         except OSError as error:
             raise ShardError(
-                f"{folder}: cannot be made or written ({error.strerror or error}); name another "
-                "folder"
+                f"{folder}: cannot be {what} ({error.strerror or error}); name another folder"
             ) from error
 
     @classmethod

@@ -71,15 +71,17 @@ class HfEngine:
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             batch = self._generate_batch(
-                [prompts[i] for i in rows], sampling, [seeds[i] for i in rows]
+                [prompts[i] for i in rows], sampling, [seeds[i] for i in rows], progress
             )
             results.update(zip(rows, batch, strict=True))
-            if progress is not None:
-                progress(len(rows))
         return [results[i] for i in range(len(prompts))]
 
     def _generate_batch(
-        self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]
+        self,
+        prompts: list[Sequence[int]],
+        sampling: Sampling,
+        seeds: list[int],
+        progress: Progress | None,
     ) -> list[Generation]:
         from transformers import DynamicCache
 
@@ -110,11 +112,14 @@ class HfEngine:
                 raw,
             )
             keep = torch.isin(token, eos, invert=True)
-            if not keep.any():
+            left = int(keep.sum()) if step + 1 < steps else 0
+            if progress is not None and left < len(keep):
+                progress(len(keep) - left)
+            if not left:
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             inputs, position = token[:, None], position[:, -1:] + 1
-            if not keep.all():
+            if left < len(keep):
                 rows = keep.nonzero().squeeze(1)
                 past.batch_select_indices(rows)
                 alive, mask = alive[rows], mask[rows]

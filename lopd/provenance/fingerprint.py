@@ -278,6 +278,11 @@ def _file_states(files: list[Path]) -> list[list[Any]]:
     return [[file.name, s.st_size, s.st_mtime_ns, s.st_ino] for file, s in states]
 
 
+def forget_fingerprints() -> None:
+    """Drop what is remembered of every model, so that the next look at it hashes its weights."""
+    _memo_path().unlink(missing_ok=True)
+
+
 def _memo_path() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "lopd" / "fingerprints.json"
