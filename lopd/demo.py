@@ -214,7 +214,7 @@ class Demo:
         self.fine_tune("teacher-init", str(self.prompts["demonstrations"]), "teacher", 600)
 
     def train_student(self) -> None:
-        self.fine_tune("student-init", self.path("sft-data"), "sft", 400)
+        self.fine_tune("student-init", self.path("sft-data"), "sft", 440)
 
     def train_more(self) -> None:
         config = sft.SftConfig(

@@ -122,6 +122,8 @@ def options(**changes):
         "save_every": 0,
         "log_every": 1,
     }
+    if 0 < changes.get("max_steps", 6) < defaults["warmup_steps"]:
+        defaults["warmup_steps"] = 0
     return TrainOptions(**{**defaults, **changes})
 
 

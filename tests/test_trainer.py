@@ -62,8 +62,8 @@ def dense_loss(model, batch, objective):
         batch["topk_logprobs"],
         tail_logprobs=batch["tail_logprobs"],
         divergence=objective.name,
+        tail=objective.tail,
         **({} if objective.beta is None else {"beta": objective.beta}),
-        beta=objective.beta,
         reduction="sum",
         **shared,
     )
