@@ -47,8 +47,8 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"hidden {_shape(hidden)} and weight {_shape(weight)} differ in their last dimension; "
             "pass the lm_head weight as [V, D]"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight {_shape(weight)} has no rows; expected one per vocabulary entry")
+    if 0 in weight.shape:
+        raise ValueError(f"weight {_shape(weight)} has no rows or columns; expected [V, D]")
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"hidden is {hidden.dtype} and weight is {weight.dtype}; cast one to the other"
@@ -145,7 +145,10 @@ def check_weights_values(row_weights: Tensor | None, reduction: str) -> None:
         )
 
 
-def check_teacher_values(ids: Tensor, logprobs: Tensor, tail_logprobs: Tensor | None) -> None:
+def check_teacher_values(
+    ids: Tensor, logprobs: Tensor, tail_logprobs: Tensor | None, vocab: int
+) -> None:
+    """tail_logprobs: None where the loss uses none; a row that lists every id has none either."""
     listed = ids >= 0
     bad = listed & ~logprobs.isfinite()
     if bad.any():
@@ -156,14 +159,16 @@ def check_teacher_values(ids: Tensor, logprobs: Tensor, tail_logprobs: Tensor | 
         )
     mass = logprobs.masked_fill(~listed, -math.inf).double().logsumexp(1)
     if tail_logprobs is not None:
-        bad = (tail_logprobs.isnan() | (tail_logprobs == math.inf)) & listed.any(1)
+        counts = listed.sum(1)
+        used = (counts > 0) & (counts < vocab)
+        bad = (tail_logprobs.isnan() | (tail_logprobs == math.inf)) & used
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(
                 f"tail_logprobs is {float(tail_logprobs[row])} in row {row}, expected a log-prob "
                 "(-inf where no mass is left)"
             )
-        mass = torch.where(listed.any(1), torch.logaddexp(mass, tail_logprobs.double()), mass)
+        mass = torch.where(used, torch.logaddexp(mass, tail_logprobs.double()), mass)
     over = mass > math.log1p(MASS_SLACK)
     if over.any():
         row = int(over.nonzero()[0])
@@ -189,7 +194,7 @@ def check_divergence(divergence: str, tail: str, beta: float) -> None:
 
 
 def check_positive(name: str, value: float | None) -> None:
-    if value is not None and not (value > 0.0 and math.isfinite(value)):
+    if value is not None and not 0.0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number above 0")
 
 

@@ -61,10 +61,12 @@ def _forward_kl(lp: Tensor, lq: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _jsd(lp: Tensor, lq: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    mix = torch.logaddexp(lq + math.log(beta), lp + math.log1p(-beta))
-    student = torch.where(lp == -math.inf, 0.0, (1.0 - beta) * lp.exp() * (lp - mix))
-    teacher = torch.where(lq == -math.inf, 0.0, beta * lq.exp() * (lq - mix))
-    return student + teacher, student
+    # p or q is below e^-80 where the bound acts, and so is what it changes.
+    ratio = (lq - lp).clamp(-80.0, 80.0)
+    student = (beta - 1.0) * lp.exp() * torch.log1p(beta * torch.expm1(ratio))
+    teacher = -beta * lq.exp() * torch.log1p((1.0 - beta) * torch.expm1(-ratio))
+    student = torch.where(lp == -math.inf, 0.0, student)
+    return student + torch.where(lq == -math.inf, 0.0, teacher), student
 
 
 DIVERGENCES = {
@@ -153,17 +155,17 @@ def teacher_buckets(
 ) -> TeacherBuckets:
     """The teacher's K + 1 buckets; a missing tail is `log(1 - sum_k q_k)`.
 
-    Derived tails are floored at log 2^-23, the rounding of an fp32 mass near one. A row
+    Derived tails are taken in fp64 and floored at log 2^-23, the rounding of fp32 near one. A row
     that lists the whole vocabulary has no tail: its bucket is -inf.
     """
     listed = topk_ids >= 0
     kept = topk_logprobs.masked_fill(~listed, -math.inf)
     if tail_logprobs is None:
-        mass = kept.logsumexp(1)
+        mass = kept.double().logsumexp(1)
         near_one = torch.log(-torch.expm1(mass.clamp(max=0.0)))
         tail = torch.where(mass > -math.log(2.0), near_one, torch.log1p(-torch.exp(mass)))
         floored = tail < TAIL_FLOOR
-        tail = tail.clamp(min=TAIL_FLOOR)
+        tail = tail.clamp(min=TAIL_FLOOR).to(kept.dtype)
     else:
         tail = tail_logprobs
         floored = torch.zeros_like(tail, dtype=torch.bool)

@@ -13,6 +13,7 @@ equal bits. A gradient that nobody asked for costs no GEMM.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -116,6 +117,19 @@ def chunk_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int | 
     return low
 
 
+def spoilt_rows(linear: Linear) -> Tensor:
+    """[N] rows that something not finite enters, which may leave their logits finite.
+
+    A softcap maps +-inf to +-cap, and a weight of inf may give a logit of -inf, which reads
+    as an id without mass. A bias of -inf does mean that, where there is no softcap.
+    """
+    size = torch.linalg.vector_norm
+    finite = size(linear.hidden, math.inf, 1).isfinite() & size(linear.weight, math.inf).isfinite()
+    if linear.bias is not None and linear.head.softcap is not None:
+        finite = finite & linear.bias.isfinite().all()
+    return ~finite
+
+
 def sweep(
     linear: Linear,
     rows: int,
@@ -126,13 +140,15 @@ def sweep(
     """Run `visit` over the logits, `rows` rows at a time, and GEMMs 2 and 3 after each."""
     n = linear.hidden.shape[0]
     panels = Panels(linear.weight)
+    spoilt = spoilt_rows(linear).unsqueeze(1)
     bias = None if linear.bias is None else linear.bias.to(linear.dtype)
     buffer = linear.hidden.new_empty((min(rows, n), linear.weight.shape[0]), dtype=linear.dtype)
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
-        hidden = linear.hidden[part].to(linear.dtype)
-        if active is not None:
-            hidden = hidden.masked_fill(~active[part].unsqueeze(1), 0.0)
+        hidden = linear.hidden[part].to(linear.dtype).masked_fill(spoilt[part], math.nan)
+        idle = None if active is None else ~active[part].unsqueeze(1)
+        if idle is not None:
+            hidden.masked_fill_(idle, 0.0)
         logits = buffer[: part.stop - start]
         project(hidden, panels, bias, linear.head.gain, out=logits)
         visit(logits, part)
@@ -140,6 +156,8 @@ def sweep(
             continue
         if grads.hidden.numel():
             hidden_grad(logits, panels, out=grads.hidden[part])
+            if idle is not None:
+                grads.hidden[part].masked_fill_(idle, 0.0)
         if grads.weight.numel():
             weight_grad(logits, hidden, grads.weight)
         if grads.bias.numel():
@@ -151,7 +169,7 @@ def start_grads(
 ) -> tuple[Grads, Tensor]:
     """Gradients to add to, and the weight [N] of each row in them.
 
-    The weights are w / max|w| and `scale` makes up for it; with an `accumulator`, which
+    The weights are w over the largest finite |w| and `scale` makes up for it; with an `accumulator`, which
     starts the sum of dW, they are complete and `scale` is one.
     """
     own = needs._replace(weight=needs.weight and accumulator is None)
@@ -159,8 +177,8 @@ def start_grads(
     n = linear.hidden.shape[0]
     weights, largest = grads.scale.new_ones(n), grads.scale
     if row_weights is not None and n > 0:
-        largest = row_weights.abs().amax().to(linear.dtype)
-        largest = torch.where(largest == 0.0, 1.0, largest)
+        largest = torch.where(row_weights.isfinite(), row_weights, 0.0).abs().amax()
+        largest = torch.where(largest == 0.0, 1.0, largest).to(linear.dtype)
         weights = row_weights.to(linear.dtype) / largest
     scale = largest * linear.head.slope
     if accumulator is None:

@@ -51,22 +51,31 @@ def run(
     buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(reduced loss, stats)"""
-    tracks = torch.is_grad_enabled()
-    if buffer is not None and tracks:
+    needs = tracked(hidden, weight, bias)
+    if buffer is not None and torch.is_grad_enabled():
         losses, stats = ops.into_buffer(
-            hidden, weight, bias, *rows[:3], buffer, (*rows[3:], *head), want_entropy,
+            hidden, weight, bias, *rows[:3], buffer, (*rows[3:], *head), needs, want_entropy,
             workspace_bytes,
         )  # fmt: skip
     elif reduction == "none":
         losses, stats = ops.row_losses(
-            hidden, weight, bias, *rows, *head, want_entropy, workspace_bytes
+            hidden, weight, bias, *rows, *head, *needs, want_entropy, workspace_bytes
         )
     else:
-        needs = (x is not None and tracks and x.requires_grad for x in (hidden, weight, bias))
         losses, stats, *_ = ops.fused_loss(
             hidden, weight, bias, *rows, *head, *needs, want_entropy, workspace_bytes
         )
     return reduce(losses, rows.row_weights, reduction, hidden.shape[0]), stats
+
+
+def tracked(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    """Which of them the backward will be asked for."""
+    tracks = torch.is_grad_enabled()
+    return (
+        tracks and hidden.requires_grad,
+        tracks and weight.requires_grad,
+        tracks and bias is not None and bias.requires_grad,
+    )
 
 
 def reduce(losses: Tensor, row_weights: Tensor | None, reduction: str, n: int) -> Tensor:
@@ -109,7 +118,8 @@ def _sparse_rows(
     if checks.checks_values(validate, like):
         ids = checks.where_weighted(topk_ids, row_weights, -1)
         checks.check_ids_values("topk_ids", ids, vocab)
-        checks.check_teacher_values(ids, topk_logprobs, tail_logprobs)
+        used = tail_logprobs if tail == "bucket" else None
+        checks.check_teacher_values(ids, topk_logprobs, used, vocab)
         checks.check_weights_values(row_weights, reduction)
     dtype = compute_dtype(like.dtype)
     explicit = None if tail_logprobs is None else tail_logprobs.to(dtype)
@@ -120,7 +130,10 @@ def _sparse_rows(
 
 def _sparse_stats(stats: Tensor, rows: Rows, floored: Tensor) -> SparseStats:
     loss, lse, tail, entropy = stats.unbind(1)
-    teacher_tail = rows.target[:, -1]
+    active = (rows.ids != -1).any(1)
+    if rows.row_weights is not None:
+        active = active & (rows.row_weights != 0)
+    teacher_tail, floored = torch.where(active, rows.target[:, -1], 0.0), floored & active
     if rows.rule.endswith(":renormalize"):
         return SparseStats(loss, None, None, teacher_tail, None, floored)
     return SparseStats(loss, lse, tail, teacher_tail, entropy, floored)

@@ -120,35 +120,65 @@ def _row_block(
     stats: Tensor,
 ) -> None:
     slope = head.finish(x, want_slope=weights is not None)
-    z_on = x.gather(1, support.ids).masked_fill(~support.listed, -math.inf)
-    slope_on = None if slope is None else slope.gather(1, support.ids)
-    x.scatter_(1, support.ids, -math.inf)
-    top = x.amax(1, keepdim=True)
-    top = top.masked_fill(top == -math.inf, 0.0)
-    off = x.sub_(top).exp_()
-    total = off.sum(1, keepdim=True)
-    lse_off = top + total.log()
-    lse = torch.logaddexp(lse_off, z_on.logsumexp(1, keepdim=True))
-    buckets = torch.cat([z_on, lse_off], 1) - lse
-
-    loss, g, extras = rule.apply(buckets, target)
+    seen = reduce_rows(x, support.ids, support.listed)
+    loss, g, extras = rule.apply(seen.buckets, target)
     loss = loss.masked_fill(support.broken, math.nan)
-    entropy = torch.zeros_like(loss)
-    if want_entropy:
-        entropy = _entropy(off, top, lse, buckets)
-    rows = torch.stack([loss, lse[:, 0], buckets[:, -1], entropy, *extras], 1)
+    entropy = seen.entropy() if want_entropy else torch.zeros_like(loss)
+    lse = (seen.top + seen.lse)[:, 0]
+    rows = torch.stack([loss, lse, seen.buckets[:, -1], entropy, *extras], 1)
     stats.copy_(torch.where(support.active.unsqueeze(1), rows, 0.0))
     if weights is None:
         return
 
-    grad = centred(g, buckets.exp()) * weights.unsqueeze(1)
+    grad = centred(g, seen.buckets.exp()) * weights.unsqueeze(1)
     grad = grad.masked_fill(support.broken.unsqueeze(1), math.nan)
     grad = torch.where(support.active.unsqueeze(1), grad, 0.0)
-    off.mul_(torch.where(total == 0.0, 0.0, grad[:, -1:] / total))
-    on = grad[:, :-1]
-    if slope is not None and slope_on is not None:
+    seen.off.mul_(torch.where(seen.total == 0.0, 0.0, grad[:, -1:] / seen.total))
+    overwrite(seen.off, grad[:, :-1], support, slope)
+
+
+class Reduced(NamedTuple):
+    """A block of logits [R, V] reduced to buckets. `own` and `lse` are less `top`.
+
+    An offset that all logits of a row share would cost the log-probs digits; it stays in `top`.
+    """
+
+    off: Tensor  # [R, V] exp(z - top - own), 0 on the support; lies where the logits lay
+    total: Tensor  # [R, 1] sum of `off`
+    own: Tensor  # [R, 1] largest logit off the support
+    lse: Tensor  # [R, 1]
+    top: Tensor  # [R, 1] largest logit of the row
+    buckets: Tensor  # [R, K+1] log-probs, -inf on pads
+
+    def entropy(self) -> Tensor:
+        """-sum_j p_j log p_j [R]"""
+        shift, on = (self.own - self.lse)[:, 0], self.buckets[:, :-1]
+        spread = shift.exp() * torch.special.entr(self.off).sum(1)
+        listed = (on.exp() * on).masked_fill(on == -math.inf, 0.0).sum(1)
+        return spread - self.buckets[:, -1].exp() * shift - listed
+
+
+def reduce_rows(z: Tensor, ids: Tensor, listed: Tensor) -> Reduced:
+    """Buckets of z [R, V] at ids [R, K] and off them; z is overwritten."""
+    z_on = z.gather(1, ids).masked_fill(~listed, -math.inf)
+    z.scatter_(1, ids, -math.inf)
+    own = z.amax(1, keepdim=True)
+    top = torch.maximum(own, z_on.amax(1, keepdim=True))
+    top = top.masked_fill(top == -math.inf, 0.0)
+    own = torch.where(own == -math.inf, top, own)
+    off = z.sub_(own).exp_()
+    total = off.sum(1, keepdim=True)
+    own, z_on = own - top, z_on - top
+    lse_off = own + total.log()
+    lse = torch.logaddexp(lse_off, z_on.logsumexp(1, keepdim=True))
+    return Reduced(off, total, own, lse, top, torch.cat([z_on, lse_off], 1) - lse)
+
+
+def overwrite(off: Tensor, on: Tensor, support: Support, slope: Tensor | None) -> None:
+    """Put the gradient `on` [R, K] of the support into that of the other ids, `off` [R, V]."""
+    if slope is not None:
         off.mul_(slope)
-        on = on * slope_on
+        on = on * slope.gather(1, support.ids)
     on = torch.where(support.listed, on, on.gather(1, support.anchor))
     off.scatter_(1, support.ids, on)
 
@@ -165,13 +195,6 @@ def centred(g: Tensor, p: Tensor) -> Tensor:
     other_p = p.scatter(1, largest, 0.0).sum(1, keepdim=True)
     plain = g - p * (own_g + other_g)
     return plain.scatter(1, largest, own_g * other_p - own_p * other_g)
-
-
-def _entropy(off: Tensor, top: Tensor, lse: Tensor, buckets: Tensor) -> Tensor:
-    """-sum_j p_j log p_j from exp(z - top) off the support and the log-probs on it."""
-    spread = torch.special.entr(off).sum(1)
-    tail = (top - lse).exp()[:, 0] * spread - buckets[:, -1].exp() * (top - lse)[:, 0]
-    return tail + torch.special.entr(buckets[:, :-1].exp()).sum(1)
 
 
 def support_pass(

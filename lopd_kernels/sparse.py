@@ -8,6 +8,8 @@ give equal bits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,8 @@ def renormalized_loss(
     support = locate(ids, row_weights, vocab)
     target = target.to(linear.dtype)
     stats = linear.hidden.new_zeros((n, len(STATS)), dtype=linear.dtype)
-    rows = gathered_rows(linear, ids.shape[1], workspace_bytes, needs)
+    counted = needs._replace(weight=needs.weight and accumulator is None)
+    rows = gathered_rows(linear, ids.shape[1], workspace_bytes, counted)
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         _block(
@@ -90,10 +93,13 @@ def _block(
     active = support.active.unsqueeze(1)
     hidden = hidden.to(linear.dtype).masked_fill(~active, 0.0)
     picked = linear.weight[support.ids].to(linear.dtype)
-    x = torch.einsum("nkd,nd->nk", picked, hidden)
+    x = torch.bmm(picked, hidden.unsqueeze(2))[:, :, 0]
+    x = x.masked_fill(x.isinf(), math.nan)
     if linear.bias is not None:
         x = x + linear.bias[support.ids].to(linear.dtype)
     x = x * linear.head.gain
+    if linear.head.softcap is not None:
+        x = x.masked_fill(x.isinf(), math.nan)
     slope = linear.head.finish(x, want_slope=weights is not None)
     grad = support_pass(x, support, target, weights, rule, stats)
     if grad is None:
@@ -101,7 +107,8 @@ def _block(
     if slope is not None:
         grad = grad * slope
     if grads.hidden.numel():
-        grads.hidden.copy_(torch.einsum("nk,nkd->nd", grad, picked))
+        torch.bmm(grad.unsqueeze(1), picked, out=grads.hidden.unsqueeze(1))
+        grads.hidden.masked_fill_(~active, 0.0)
     del picked
     if grads.weight.numel():
         outer = (grad.unsqueeze(2) * hidden.unsqueeze(1)).flatten(0, 1)
