@@ -35,7 +35,7 @@ def operator_args(rule="reverse_kl:bucket"):
 def test_opcheck_losses(rule):
     tensors, constants, head = operator_args(rule)
     opcheck(ops.fused_loss, (*tensors, *constants, *head, True, True, True, True, None))
-    opcheck(ops.row_losses, (*tensors, *constants, *head, False, None))
+    opcheck(ops.row_losses, (*tensors, *constants, *head, True, True, True, False, None))
     plain = tuple(x.detach() for x in tensors)
     buffer = torch.zeros_like(plain[1])
     opcheck(ops.fused_loss_into_, (*plain, buffer, *constants, *head, True, True, None))
@@ -46,8 +46,9 @@ def test_opcheck_losses(rule):
 def test_opcheck_queries():
     tensors, constants, head = operator_args()
     hidden, weight, bias, ids, target, weights = tensors
-    opcheck(query_ops.logprobs, (hidden, weight, bias, ids, *head, True, None))
-    opcheck(query_ops.logprobs, (hidden, weight, None, ids, *head, False, None))
+    needs = (True, True, True)
+    opcheck(query_ops.logprobs, (hidden, weight, bias, ids, *head, *needs, True, None))
+    opcheck(query_ops.logprobs, (hidden, weight, None, ids, *head, *needs, False, None))
     with torch.no_grad():
         opcheck(query_ops.topk, (hidden.detach(), weight.detach(), None, 3, ids, *head, None))
     logits = (hidden @ weight.t()).detach().requires_grad_()

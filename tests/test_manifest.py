@@ -1,0 +1,178 @@
+"""Manifests, their digests, and the lineage of checkpoints."""
+
+import dataclasses
+import re
+
+import pytest
+from helpers_cache import make_manifest
+from helpers_provenance import make_model, weights_of_model, write_weights
+
+from lopd.errors import (
+    ConfigError,
+    DataError,
+    MissingFileError,
+    ProvenanceError,
+    ShardError,
+)
+from lopd.provenance import (
+    build_manifest,
+    declare,
+    describe_model,
+    fingerprint_weights,
+    lineage_of,
+    manifest_digest,
+    read_manifest,
+    save_vocab,
+    tokenizer_digest,
+    write_manifest,
+)
+
+
+@dataclasses.dataclass
+class Config:
+    out: str = "x"
+
+
+def test_manifests_come_back(tmp_path):
+    manifest = build_manifest(
+        "rollouts",
+        stage="rollout",
+        config=Config(),
+        model={"path": "p", "weights": "w", "tokenizer": "t", "vocab_size": 4},
+        plan={"shards": (1, 2)},
+        seed=3,
+    )
+    write_manifest(tmp_path / "new", manifest)
+    assert read_manifest(tmp_path / "new", kind="rollouts") == manifest
+    assert manifest["config"] == {"out": "x"} and manifest["seed"] == 3
+    assert manifest["plan"]["shards"] == [1, 2]
+    with pytest.raises(ConfigError, match="holds 'rollouts', expected 'cache'"):
+        read_manifest(tmp_path / "new", kind="cache")
+    with pytest.raises(MissingFileError, match=r"has no manifest\.json"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("{", "is not JSON"), ("[]", "not a lopd manifest"), ('{"kind": "x"}', "not a lopd")],
+)
+def test_broken_manifests_are_refused(tmp_path, text, message):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_manifest(tmp_path)
+
+
+def without(key):
+    def change(manifest):
+        *parents, last = key.split(".")
+        for part in parents:
+            manifest = manifest[part]
+        del manifest[last]
+
+    return key, change
+
+
+@pytest.mark.parametrize(
+    "key, change",
+    [
+        *map(without, ("base", "k", "temperature", "plan.shards", "model.weights")),
+        *map(without, ("model.tokenizer", "inputs.rollouts.model.weights")),
+        ("model.path", lambda manifest: manifest.update(model=["a list"])),
+        ("plan.shards", lambda manifest: manifest.update(plan=None)),
+        ("lineage.sft_teacher", lambda manifest: manifest.update(lineage=["a list"])),
+        ("config", lambda manifest: (manifest.clear(), manifest.update(kind="cache", schema=1))),
+    ],
+)
+def test_manifests_without_what_their_kind_needs_are_refused(tmp_path, key, change):
+    manifest = make_manifest()
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    change(manifest)
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(DataError, match=rf"manifest\.json has no {re.escape(key)}, which"):
+        read_manifest(tmp_path)
+
+
+def test_a_folder_in_place_of_a_manifest_is_refused(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read \(Is a directory\)"):
+        read_manifest(tmp_path)
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    model = make_model(tmp_path / "m")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShardError, match=r"manifest\.json: not written \("):
+        write_manifest(tmp_path / "file", make_manifest())
+    with pytest.raises(ShardError, match=r"teacher_vocab\.json: not written \("):
+        save_vocab(model, tmp_path / "file")
+
+
+def test_newer_manifests_are_refused(tmp_path):
+    manifest = build_manifest("cache", stage="score", config={}) | {"schema": 99}
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(DataError, match="schema 99, expected 1"):
+        read_manifest(tmp_path)
+
+
+def test_manifest_arguments_are_checked():
+    with pytest.raises(ConfigError, match="kind 'cashe' is unknown"):
+        build_manifest("cashe", stage="score", config={})
+    with pytest.raises(ConfigError, match="manifest key 'created' is taken"):
+        build_manifest("cache", stage="score", config={}, created="now")
+
+
+def test_manifest_digests_are_of_the_recipe():
+    def digest(path="/a", weights="w", config=None, created=None, **extra):
+        manifest = build_manifest(
+            "cache",
+            stage="score",
+            config=config or {},
+            model={"path": path, "weights": weights, "config": "c"},
+            inputs={"rollouts": {"model": {"path": path, "weights": "s"}}},
+            **extra,
+        )
+        return manifest_digest(manifest | {"created": created or manifest["created"]})
+
+    assert digest() == digest(path="/b", config={"out": "/c"}, created="later")
+    assert len({digest(), digest(weights="v"), digest(k=4), digest(sampling={"seed": 1})}) == 4
+
+
+def test_declared_checkpoints_have_a_lineage(tmp_path):
+    student, teacher = make_model(tmp_path / "s", seed=1), make_model(tmp_path / "t", seed=2)
+    nothing = {"sft_teacher": None, "declared": False, "initial_student": None}
+    assert lineage_of(student) == nothing
+    manifest = declare(student, teacher=teacher)
+    assert read_manifest(student, kind="checkpoint") == manifest
+    assert manifest["model"]["weights"] == fingerprint_weights(student)
+    lineage = lineage_of(student)
+    assert lineage["declared"] is True
+    assert lineage["sft_teacher"] == {
+        "weights": fingerprint_weights(teacher),
+        "tokenizer": tokenizer_digest(teacher),
+        "path": str(teacher),
+    }
+    declare(student, teacher="ab" * 32)
+    assert lineage_of(student)["sft_teacher"]["weights"] == "ab" * 32
+
+
+def test_declare_does_not_replace_what_a_stage_wrote(tmp_path):
+    student = make_model(tmp_path / "s")
+    described = describe_model(student, dtype="float32", engine="hf")
+    said = {"kind": "checkpoint", "stage": "sft", "config": {}, "model": described}
+    write_manifest(student, build_manifest(**said, lineage={"sft_teacher": {"weights": "cd" * 32}}))
+    with pytest.raises(ProvenanceError, match="a stage wrote"):
+        declare(student, teacher="ab" * 32)
+    # fine-tuned on demonstrations of unknown origin: a declaration says more than that
+    write_manifest(student, build_manifest(**said, lineage={"sft_teacher": None}))
+    assert declare(student, teacher="ab" * 32)["lineage"]["declared"] is True
+    with pytest.raises(MissingFileError, match="is not a folder"):
+        declare(make_model(tmp_path / "new"), teacher="nowhere")
+
+
+def test_a_manifest_of_other_weights_is_no_lineage(tmp_path):
+    student = make_model(tmp_path / "s", seed=1)
+    declare(student, teacher="ab" * 32)
+    write_weights(student, weights_of_model(seed=5))
+    with pytest.raises(ProvenanceError, match="describes weights .* the folder holds"):
+        lineage_of(student)
