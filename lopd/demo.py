@@ -63,7 +63,7 @@ OPD_STEPS = 300
 OPD_SETTINGS: dict[str, Any] = {
     "max_steps": OPD_STEPS,
     "batch_size": 64,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "warmup_steps": 10,
     "weight_decay": 0.0,
 }
@@ -214,7 +214,7 @@ class Demo:
         self.fine_tune("teacher-init", str(self.prompts["demonstrations"]), "teacher", 600)
 
     def train_student(self) -> None:
-        self.fine_tune("student-init", self.path("sft-data"), "sft", 440)
+        self.fine_tune("student-init", self.path("sft-data"), "sft", 420)
 
     def train_more(self) -> None:
         config = sft.SftConfig(

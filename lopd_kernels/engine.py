@@ -33,6 +33,7 @@ from lopd_kernels.matmul import (
 from lopd_kernels.rowpass import STATS, Head, block_rows, locate, row_pass
 
 CHUNK_BYTES = 256 << 20
+BOOKKEEPING = 12  # words per row and bucket for sorted ids, targets and statistics; measured
 
 
 class Linear(NamedTuple):
@@ -90,9 +91,9 @@ def workspace(linear: Linear, needs: Needs, width: int, rows: int) -> int:
     (n, d), (v, _) = linear.hidden.shape, linear.weight.shape
     size = torch.empty((), dtype=linear.dtype).element_size()
     held = n * d * needs.hidden + v * d * needs.weight + v * needs.bias
-    blocks = 4 * min(rows, block_rows(v, size)) * (v + 16 * width)
+    blocks = min(rows, block_rows(v, size)) * (2 * v + 24 * width)
     per_row = v + 2 * d + 4 * width
-    fixed = held + blocks + panel_rows(linear.weight) * d + 2 * v + 64 * n * (width + 2)
+    fixed = held + blocks + panel_rows(linear.weight) * d + 2 * v + BOOKKEEPING * n * (width + 2)
     return size * (fixed + rows * per_row)
 
 
@@ -123,8 +124,9 @@ def spoilt_rows(linear: Linear) -> Tensor:
     A softcap maps +-inf to +-cap, and a weight of inf may give a logit of -inf, which reads
     as an id without mass. A bias of -inf does mean that, where there is no softcap.
     """
-    size = torch.linalg.vector_norm
-    finite = size(linear.hidden, math.inf, 1).isfinite() & size(linear.weight, math.inf).isfinite()
+    finite = torch.linalg.vector_norm(linear.hidden, math.inf, 1).isfinite()
+    low, high = linear.weight.aminmax()
+    finite = finite & low.isfinite() & high.isfinite()
     if linear.bias is not None and linear.head.softcap is not None:
         finite = finite & linear.bias.isfinite().all()
     return ~finite
@@ -169,8 +171,8 @@ def start_grads(
 ) -> tuple[Grads, Tensor]:
     """Gradients to add to, and the weight [N] of each row in them.
 
-    The weights are w over the largest finite |w| and `scale` makes up for it; with an `accumulator`, which
-    starts the sum of dW, they are complete and `scale` is one.
+    The weights are w over the largest finite |w| and `scale` makes up for it; with an
+    `accumulator`, which starts the sum of dW, they are complete and `scale` is one.
     """
     own = needs._replace(weight=needs.weight and accumulator is None)
     grads = Grads.zeros(linear, own)

@@ -6,12 +6,16 @@ panel of rows at a time into a buffer, so that logits never pass through 16 bits
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 PANEL_BYTES = 16 << 20
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,6 +27,19 @@ def panel_rows(weight: Tensor) -> int:
     if weight.dtype == compute_dtype(weight.dtype):
         return 0
     return min(weight.shape[0], max(1, PANEL_BYTES // (4 * max(1, weight.shape[1]))))
+
+
+def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, whose first argument is a tensor, in the dtypes that it chooses itself."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        like = args[0]
+        assert isinstance(like, Tensor)
+        with torch.autocast(like.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 class Panels:

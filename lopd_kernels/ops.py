@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lopd_kernels import engine, sparse
 from lopd_kernels.engine import Linear, Needs, Result
-from lopd_kernels.matmul import compute_dtype
+from lopd_kernels.matmul import compute_dtype, without_autocast
 from lopd_kernels.rowpass import STATS, Head
 
 GradTensors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -76,6 +76,7 @@ def _input_grads(ctx: Any, grads: GradTensors, factor: Tensor) -> list[Tensor | 
 
 
 @torch.library.custom_op("lopd::fused_loss", mutates_args=())
+@without_autocast
 def fused_loss(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -146,6 +147,7 @@ fused_loss.register_autograd(_fused_loss_backward, setup_context=_fused_loss_set
 
 
 @torch.library.custom_op("lopd::row_losses", mutates_args=())
+@without_autocast
 def row_losses(
     hidden: Tensor,
     weight: Tensor,
@@ -158,12 +160,19 @@ def row_losses(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
     want_entropy: bool,
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """(w_n L_n [N], stats)."""
+    """(w_n L_n [N], stats); need_* tells what the backward will hold, for the workspace's check."""
+    linear = Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature))
+    needs = Needs(need_hidden, need_weight, need_bias)
+    schedule = sparse.gathered_rows if rule.endswith(":renormalize") else engine.chunk_rows
+    schedule(linear, needs, ids.shape[1], workspace_bytes)
     result = _sweep(
-        Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature)),
+        linear,
         ids,
         target,
         row_weights,
@@ -179,7 +188,7 @@ def row_losses(
 @row_losses.register_fake
 def _(
     hidden, weight, bias, ids, target, row_weights, rule, options, logit_scale, softcap,
-    temperature, want_entropy, workspace_bytes,
+    temperature, need_hidden, need_weight, need_bias, want_entropy, workspace_bytes,
 ):  # fmt: skip
     n, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
     return (
@@ -193,14 +202,14 @@ def _row_losses_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:6])
     ctx.constants = inputs[6:11]
-    ctx.workspace_bytes = inputs[12]
+    ctx.workspace_bytes = inputs[15]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
 
 def _row_losses_backward(ctx: Any, upstream: Tensor | None, *rest: None) -> tuple[Any, ...]:
     _once("lopd::row_losses")
     if upstream is None:
-        return (None,) * 13
+        return (None,) * 16
     *inputs, row_weights = ctx.saved_tensors
     weights = upstream if row_weights is None else engine.weigh(upstream, row_weights)
     _, _, *grads = fused_loss(
@@ -208,13 +217,14 @@ def _row_losses_backward(ctx: Any, upstream: Tensor | None, *rest: None) -> tupl
     )
     hidden, weight, bias, scale = grads
     one = torch.ones_like(scale)
-    return (*_input_grads(ctx, (hidden, weight, bias, scale), one), *(None,) * 10)
+    return (*_input_grads(ctx, (hidden, weight, bias, scale), one), *(None,) * 13)
 
 
 row_losses.register_autograd(_row_losses_backward, setup_context=_row_losses_setup)
 
 
 @torch.library.custom_op("lopd::fused_loss_into_", mutates_args=("weight_grad",))
+@without_autocast
 def fused_loss_into_(
     hidden: Tensor,
     weight: Tensor,
@@ -264,11 +274,12 @@ class _IntoBuffer(torch.autograd.Function):
     """`row_losses` whose backward leaves dW in a buffer instead of returning it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, target, row_weights, buffer, constants, entropy,
-                workspace_bytes):  # fmt: skip
+    def forward(ctx, hidden, weight, bias, ids, target, row_weights, buffer, constants, needs,
+                entropy, workspace_bytes):  # fmt: skip
         rows, stats = row_losses(
-            hidden, weight, bias, ids, target, row_weights, *constants, entropy, workspace_bytes
-        )
+            hidden, weight, bias, ids, target, row_weights, *constants, needs[0], False, needs[2],
+            entropy, workspace_bytes,
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats)
         ctx.save_for_backward(hidden, weight, bias, ids, target, row_weights)
@@ -279,7 +290,7 @@ class _IntoBuffer(torch.autograd.Function):
     def backward(ctx, upstream, stats_upstream):
         _once("the loss with weight_grad_buffer")
         if upstream is None:
-            return (None,) * 10
+            return (None,) * 11
         hidden, weight, bias, ids, target, row_weights = ctx.saved_tensors
         weights = upstream if row_weights is None else engine.weigh(upstream, row_weights)
         need_hidden, _, need_bias = ctx.needs_input_grad[:3]
@@ -291,7 +302,7 @@ class _IntoBuffer(torch.autograd.Function):
             dhidden.to(hidden.dtype) if need_hidden else None,
             None,
             dbias.to(bias.dtype) if need_bias else None,
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 

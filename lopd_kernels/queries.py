@@ -11,7 +11,18 @@ from torch import Tensor
 from lopd_kernels.divergence import row_rule
 from lopd_kernels.engine import Grads, Linear, Needs, chunk_rows, sweep
 from lopd_kernels.matmul import compute_dtype
-from lopd_kernels.rowpass import STATS, Head, block_rows, locate, row_pass, support_pass
+from lopd_kernels.rowpass import (
+    STATS,
+    Head,
+    Support,
+    block_rows,
+    centred,
+    locate,
+    overwrite,
+    reduce_rows,
+    row_pass,
+    support_pass,
+)
 
 WIDE = 4
 
@@ -37,40 +48,72 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(i, i + size) for i in range(0, logits.shape[0], size)]
 
 
+def _needed_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int | None) -> int:
+    return chunk_rows(linear, needs, 2 * width + WIDE, workspace_bytes)
+
+
 def logprobs(
-    linear: Linear, ids: Tensor, want_entropy: bool, workspace_bytes: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p at ids [N, K], entropy [N] or [0], lse [N]); -inf at ids of -1."""
+    linear: Linear,
+    ids: Tensor,
+    want_entropy: bool,
+    needs: Needs,  # of the backward, whose workspace is checked here
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(log p at ids [N, K], entropy [N] or [0]); -inf at ids of -1."""
     n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
     index, pads, broken = _safe(ids, vocab)
     out = linear.hidden.new_empty(ids.shape, dtype=linear.dtype)
-    lse = linear.hidden.new_empty(n, dtype=linear.dtype)
     entropy = linear.hidden.new_empty(n if want_entropy else 0, dtype=linear.dtype)
 
     def visit(chunk: Tensor, part: slice) -> None:
         for block in _blocks(chunk):
             z = chunk[block]
             linear.head.finish(z, want_slope=False)
+            z.sub_(z.amax(1, keepdim=True))
             picked = z.gather(1, index[part][block])
-            top = z.amax(1, keepdim=True)
-            e = z.sub_(top).exp_()
+            e = z.exp_()
             total = e.sum(1)
-            norm = top[:, 0] + total.log()
-            lse[part][block] = norm
-            out[part][block] = picked - norm.unsqueeze(1)
+            out[part][block] = picked - total.log().unsqueeze(1)
             if want_entropy:
                 entropy[part][block] = torch.special.entr(e).sum(1) / total + total.log()
 
-    rows = chunk_rows(linear, Needs(), ids.shape[1] + WIDE, workspace_bytes)
+    _needed_rows(linear, needs, ids.shape[1], workspace_bytes)
+    rows = _needed_rows(linear, Needs(), ids.shape[1], workspace_bytes)
     sweep(linear, rows, None, visit, None)
-    out = out.masked_fill(pads, -math.inf).masked_fill(broken, math.nan)
-    return out, entropy, lse
+    out = out.masked_fill(pads, -math.inf).masked_fill(broken.any(1, keepdim=True), math.nan)
+    if want_entropy:
+        entropy.masked_fill_(broken.any(1), math.nan)
+    return out, entropy
+
+
+def _first_columns(ids: Tensor) -> Tensor:
+    """[N, K] the column at which each id stands first in its row."""
+    ordered, order = ids.sort(dim=1, stable=True)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    begin = torch.where(new, columns, 0).cummax(1).values
+    return torch.empty_like(order).scatter_(1, order, order.gather(1, begin))
+
+
+def _merged(ids: Tensor, upstream: Tensor, vocab: int) -> tuple[Support, Tensor]:
+    """Each row's distinct ids and, in the column of each, the sum of its upstream gradients.
+
+    A row of pads gets id 0 with no upstream gradient.
+    """
+    ids = ids.long()
+    first = _first_columns(ids)
+    total = torch.zeros_like(upstream)
+    _add_at(total, first, upstream.masked_fill(ids == -1, 0.0))
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    ids = ids.masked_fill(first != columns, -1)
+    ids[:, 0] = torch.where((ids == -1).all(1), 0, ids[:, 0])
+    return locate(ids, None, vocab), total
 
 
 def logprobs_grads(
     linear: Linear,
     ids: Tensor,  # [N, K]
-    lse: Tensor,  # [N]
     entropy: Tensor,  # [N] or [0]
     grad_logprobs: Tensor,  # [N, K]
     grad_entropy: Tensor,  # [N] or [0]
@@ -78,30 +121,35 @@ def logprobs_grads(
     workspace_bytes: int | None,
 ) -> Grads:
     """dz_j = sum_k g_k ([j = id_k] - p_j) - g_H p_j (log p_j + H); repeated ids add up."""
-    index, pads, _ = _safe(ids, linear.weight.shape[0])
+    support, g_on = _merged(ids, grad_logprobs.to(linear.dtype), linear.weight.shape[0])
+    g_on = g_on.masked_fill(support.broken.unsqueeze(1), math.nan)
+    g = torch.cat([g_on, torch.zeros_like(g_on[:, :1])], 1)
     grads = Grads.zeros(linear, needs)
     grads.scale = grads.scale * linear.head.slope
-    g_on = grad_logprobs.to(linear.dtype).masked_fill(pads, 0.0)
 
     def visit(chunk: Tensor, part: slice) -> None:
         for block in _blocks(chunk):
-            z, on = chunk[block], g_on[part][block]
+            z, here = chunk[block], support.rows(part).rows(block)
             slope = linear.head.finish(z, want_slope=True)
-            z.sub_(lse[part][block].unsqueeze(1))
-            off = -on.sum(1, keepdim=True)
+            seen = reduce_rows(z, here.ids, here.listed)
+            grad = centred(g[part][block], seen.buckets.exp())
+            on, factor = (
+                grad[:, :-1],
+                torch.where(seen.total == 0.0, 0.0, grad[:, -1:] / seen.total),
+            )
             if grad_entropy.numel():
                 pull = grad_entropy[part][block].to(z.dtype).unsqueeze(1)
-                p = z.exp()
-                z.masked_fill_(p == 0.0, 0.0)
-                off = off - pull * entropy[part][block].unsqueeze(1)
-                z.mul_(-pull).add_(off).mul_(p)
+                mean = entropy[part][block].unsqueeze(1)
+                shift = seen.own - seen.lse
+                spread = torch.special.entr(seen.off).mul_(pull * shift.exp())
+                seen.off.mul_(factor - pull * shift.exp() * (shift + mean)).add_(spread)
+                lp = seen.buckets[:, :-1]
+                on = on - pull * (lp.exp() * (lp + mean)).masked_fill(lp == -math.inf, 0.0)
             else:
-                z.exp_().mul_(off)
-            _add_at(z, index[part][block], on)
-            if slope is not None:
-                z.mul_(slope)
+                seen.off.mul_(factor)
+            overwrite(seen.off, on, here, slope)
 
-    rows = chunk_rows(linear, needs, ids.shape[1] + WIDE, workspace_bytes)
+    rows = _needed_rows(linear, needs, ids.shape[1], workspace_bytes)
     sweep(linear, rows, None, visit, grads)
     return grads
 
@@ -134,27 +182,19 @@ def topk(linear: Linear, k: int, extra_ids: Tensor | None, workspace_bytes: int 
             z = chunk[block]
             linear.head.finish(z, want_slope=False)
             extra = z.gather(1, index[part][block])
-            values, ids = z.topk(k, 1)
-            z.scatter_(1, ids, -math.inf)
-            rest = z.amax(1, keepdim=True)
-            rest = rest.masked_fill(rest == -math.inf, 0.0)
-            e = z.sub_(rest).exp_()
-            lse_off = rest + e.sum(1, keepdim=True).log()
-            lse = torch.logaddexp(lse_off, values.logsumexp(1, keepdim=True))
-            kept, tail = values - lse, (lse_off - lse)[:, 0]
+            ids = z.topk(k, 1).indices
+            seen = reduce_rows(z, ids, torch.ones_like(ids, dtype=torch.bool))
             found.ids[part][block] = ids
-            found.logprobs[part][block] = kept
-            found.tail_logprobs[part][block] = tail
-            found.extra_logprobs[part][block] = extra - lse
-            off = (rest - lse).exp()[:, 0] * torch.special.entr(e).sum(1)
-            listed = torch.special.entr(kept.exp()).sum(1)
-            weight = torch.where(tail == -math.inf, 0.0, tail.exp() * (rest - lse)[:, 0])
-            found.entropy[part][block] = listed + off - weight
+            found.logprobs[part][block] = seen.buckets[:, :-1]
+            found.tail_logprobs[part][block] = seen.buckets[:, -1]
+            found.extra_logprobs[part][block] = extra - seen.top - seen.lse
+            found.entropy[part][block] = seen.entropy()
 
-    rows = chunk_rows(linear, Needs(), 2 * k + extra_ids.shape[1] + WIDE, workspace_bytes)
+    rows = chunk_rows(linear, Needs(), k + extra_ids.shape[1] + WIDE, workspace_bytes)
     sweep(linear, rows, None, visit, None)
-    extra = found.extra_logprobs.masked_fill_(pads, -math.inf).masked_fill_(broken, math.nan)
-    return found._replace(extra_logprobs=extra)
+    extra = found.extra_logprobs.masked_fill_(pads, -math.inf)
+    extra.masked_fill_(broken.any(1, keepdim=True), math.nan)
+    return found
 
 
 def logits_loss(
@@ -188,7 +228,8 @@ def logits_loss(
             on = support_pass(z, here, target[part], factor, rule, stats[part])
             if on is not None:
                 grad[part] = 0.0
-                grad[part].scatter_(1, here.ids, on.gather(1, here.anchor).where(~here.listed, on))
+                on = torch.where(here.listed, on, on.gather(1, here.anchor))
+                grad[part].scatter_(1, here.ids, on.to(grad.dtype))
             continue
         z = logits[part].to(dtype).mul(head.gain)
         z.masked_fill_(~here.active.unsqueeze(1), 0.0)

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from lopd_kernels import engine, queries
 from lopd_kernels.engine import Linear, Needs
-from lopd_kernels.matmul import compute_dtype
+from lopd_kernels.matmul import compute_dtype, without_autocast
 from lopd_kernels.ops import _input_grads, _once, stats_width
 from lopd_kernels.rowpass import Head
 
 
 @torch.library.custom_op("lopd::logprobs", mutates_args=())
+@without_autocast
 def logprobs(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -21,31 +22,37 @@ def logprobs(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
     want_entropy: bool,
     workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p at ids [N, K], entropy [N] or [0], lse [N])."""
+) -> tuple[Tensor, Tensor]:
+    """(log p at ids [N, K], entropy [N] or [0]); need_* as in `lopd::row_losses`."""
     linear = Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature))
-    return queries.logprobs(linear, ids, want_entropy, workspace_bytes)
+    needs = Needs(need_hidden, need_weight, need_bias)
+    return queries.logprobs(linear, ids, want_entropy, needs, workspace_bytes)
 
 
 @logprobs.register_fake
-def _(hidden, weight, bias, ids, logit_scale, softcap, temperature, want_entropy, workspace_bytes):
+def _(
+    hidden, weight, bias, ids, logit_scale, softcap, temperature, need_hidden, need_weight,
+    need_bias, want_entropy, workspace_bytes,
+):  # fmt: skip
     n, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
     return (
         hidden.new_empty(ids.shape, dtype=dtype),
         hidden.new_empty((n if want_entropy else 0,), dtype=dtype),
-        hidden.new_empty((n,), dtype=dtype),
     )
 
 
 @torch.library.custom_op("lopd::logprobs_grads", mutates_args=())
+@without_autocast
 def logprobs_grads(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
-    lse: Tensor,
     entropy: Tensor,
     grad_logprobs: Tensor,  # [N, K]
     grad_entropy: Tensor,  # [N] or [0]
@@ -61,14 +68,14 @@ def logprobs_grads(
     linear = Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature))
     needs = Needs(need_hidden, need_weight, need_bias)
     grads = queries.logprobs_grads(
-        linear, ids, lse, entropy, grad_logprobs, grad_entropy, needs, workspace_bytes
+        linear, ids, entropy, grad_logprobs, grad_entropy, needs, workspace_bytes
     )
     return grads.hidden, grads.weight, grads.bias, grads.scale
 
 
 @logprobs_grads.register_fake
 def _(
-    hidden, weight, bias, ids, lse, entropy, grad_logprobs, grad_entropy, logit_scale, softcap,
+    hidden, weight, bias, ids, entropy, grad_logprobs, grad_entropy, logit_scale, softcap,
     temperature, need_hidden, need_weight, need_bias, workspace_bytes,
 ):  # fmt: skip
     dtype = compute_dtype(hidden.dtype)
@@ -82,31 +89,31 @@ def _(
 
 def _logprobs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*inputs[:4], output[2], output[1])
+    ctx.save_for_backward(*inputs[:4], output[1])
     ctx.head = inputs[4:7]
-    ctx.workspace_bytes = inputs[8]
+    ctx.workspace_bytes = inputs[11]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
 
-def _logprobs_backward(ctx: Any, grad: Any, grad_entropy: Any, _: None) -> tuple[Any, ...]:
+def _logprobs_backward(ctx: Any, grad: Any, grad_entropy: Any) -> tuple[Any, ...]:
     _once("lopd::logprobs")
-    hidden, weight, bias, ids, lse, entropy = ctx.saved_tensors
+    hidden, weight, bias, ids, entropy = ctx.saved_tensors
     if grad is None:
-        grad = lse.new_zeros(ids.shape)
+        grad = entropy.new_zeros(ids.shape)
     if grad_entropy is None:
-        grad_entropy = lse.new_zeros(0)
+        grad_entropy = entropy.new_zeros(0)
     grads = logprobs_grads(
-        hidden, weight, bias, ids, lse, entropy.detach(), grad, grad_entropy, *ctx.head,
+        hidden, weight, bias, ids, entropy.detach(), grad, grad_entropy, *ctx.head,
         *ctx.needs_input_grad[:3], ctx.workspace_bytes,
     )  # fmt: skip
-    return (*_input_grads(ctx, grads, torch.ones_like(grads[3])), *(None,) * 6)
+    return (*_input_grads(ctx, grads, torch.ones_like(grads[3])), *(None,) * 9)
 
 
 logprobs.register_autograd(_logprobs_backward, setup_context=_logprobs_setup)
 
 
 @torch.library.custom_op("lopd::topk", mutates_args=())
+@without_autocast
 def topk(
     hidden: Tensor,
     weight: Tensor,
@@ -137,6 +144,7 @@ def _(hidden, weight, bias, k, extra_ids, logit_scale, softcap, temperature, wor
 
 
 @torch.library.custom_op("lopd::logits_losses", mutates_args=())
+@without_autocast
 def logits_losses(
     logits: Tensor,  # [N, V]
     ids: Tensor,
@@ -164,6 +172,7 @@ def _(logits, ids, target, row_weights, rule, options, temperature, want_entropy
 
 
 @torch.library.custom_op("lopd::logits_grad", mutates_args=())
+@without_autocast
 def logits_grad(
     logits: Tensor,
     ids: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lopd_kernels import checks, query_ops
+from lopd_kernels.losses import tracked
 
 
 class TopK(NamedTuple):
@@ -44,9 +45,9 @@ def linear_logprobs(
     checks.check_ids("ids", ids, hidden.shape[0], hidden)
     if checks.checks_values(validate, hidden):
         checks.check_ids_values("ids", ids, weight.shape[0], distinct=False)
-    logprobs, entropy, _ = query_ops.logprobs(
-        hidden, weight, bias, ids, logit_scale, softcap, temperature, return_entropy,
-        workspace_bytes,
+    logprobs, entropy = query_ops.logprobs(
+        hidden, weight, bias, ids, logit_scale, softcap, temperature,
+        *tracked(hidden, weight, bias), return_entropy, workspace_bytes,
     )  # fmt: skip
     return (logprobs, entropy) if return_entropy else logprobs
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lopd_kernels.divergence import RowRule, row_rule
-from lopd_kernels.engine import Grads, Linear, Needs, Result, start_grads, weighted_sum
+from lopd_kernels.engine import BOOKKEEPING, Grads, Linear, Needs, Result, start_grads, weighted_sum
 from lopd_kernels.rowpass import STATS, Support, locate, support_pass
 
 GATHER_BYTES = 32 << 20
@@ -28,14 +28,16 @@ def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
         total.index_add_(0, ids, rows)
 
 
-def gathered_rows(linear: Linear, width: int, workspace_bytes: int | None, needs: Needs) -> int:
+def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int | None) -> int:
     """Rows of hidden whose K gathered rows of the weight are held at a time."""
     (n, d), v = linear.hidden.shape, linear.weight.shape[0]
     size = torch.empty((), dtype=linear.dtype).element_size()
     per_row = size * width * (3 * d + 16)
     if workspace_bytes is None:
         return max(1, GATHER_BYTES // per_row)
-    held = size * (n * d * needs.hidden + v * d * needs.weight + 2 * v + 64 * n * (width + 2))
+    held = size * (
+        n * d * needs.hidden + v * d * needs.weight + 2 * v + BOOKKEEPING * n * (width + 2)
+    )
     smallest = held + per_row
     if workspace_bytes < smallest:
         raise ValueError(
@@ -64,7 +66,7 @@ def renormalized_loss(
     target = target.to(linear.dtype)
     stats = linear.hidden.new_zeros((n, len(STATS)), dtype=linear.dtype)
     counted = needs._replace(weight=needs.weight and accumulator is None)
-    rows = gathered_rows(linear, ids.shape[1], workspace_bytes, counted)
+    rows = gathered_rows(linear, counted, ids.shape[1], workspace_bytes)
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         _block(

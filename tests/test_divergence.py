@@ -114,3 +114,41 @@ def test_teacher_buckets():
     assert not full.floored.any()
     given = teacher_buckets(ids, logprobs, torch.tensor([-1.0, -2.0, -3.0, -4.0]), 3)
     assert given.logprobs[:, 2].tolist() == [-1.0, -2.0, -3.0, -4.0]
+
+
+@pytest.mark.parametrize("missing", [1e-3, 1e-4, 1e-5, 1e-6])
+def test_a_derived_tail_keeps_its_digits(missing):
+    torch.manual_seed(0)
+    shares = torch.randn(50, 4, dtype=torch.float64).softmax(1) * (1.0 - missing)
+    logprobs = shares.log().float()
+    exact = torch.log1p(-logprobs.double().exp().sum(1))
+    found = teacher_buckets(torch.arange(4).repeat(50, 1), logprobs, None, 100)
+    torch.testing.assert_close(found.logprobs[:, -1].double(), exact, rtol=0, atol=2e-6)
+    assert not found.floored.any()
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 0.9])
+@pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0])
+def test_jsd_keeps_its_digits_near_the_teacher(distance, beta):
+    lp = buckets(40).float()
+    lq = (lp + distance * torch.randn(40, 5)).float()
+    apply = row_rule("jsd:bucket", [beta]).apply
+    p, q = lp.double(), lq.double()
+    mix = torch.log1p(beta * torch.expm1(q - p))
+    exact = -(1.0 - beta) * p.exp() * mix
+    g = apply(lp, lq)[1]
+    assert (g - exact).norm() / exact.norm() < 2e-6
+    far = torch.tensor([[-1e-3, -200.0]])
+    loss = apply(far, far.flip(1))[0]
+    expected = -(beta * math.log(beta) + (1.0 - beta) * math.log(1.0 - beta))
+    assert abs(float(loss) / expected - 1.0) < 2e-2
+
+
+def test_the_clipped_policy_rule_passes_nan_on():
+    target = torch.tensor([[1.0, -1.0]])
+    lp = torch.tensor([[math.nan, math.nan]])
+    loss, g, _ = row_rule("policy_gradient:given:clipped", [math.inf, math.inf, 0.2]).apply(
+        lp, target
+    )
+    assert loss.isnan().all()
+    assert g[:, 0].isnan().all()

@@ -58,7 +58,7 @@ def test_opcheck_queries():
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize(("divergence", "tail"), FORMS)
 def test_gradcheck_divergences(divergence, tail, reduction):
-    case = make_case(rows=4, vocab=17, width=5, k=3, dtype=torch.float64)
+    case = make_case(rows=4, vocab=11, width=4, k=3, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     weights = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
     options = dict(divergence=divergence, tail=tail, beta=0.3, reduction=reduction, **HEAD)
@@ -68,7 +68,7 @@ def test_gradcheck_divergences(divergence, tail, reduction):
         ),
         leaves,
     )
-    logits = torch.randn(4, 17, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
     options = dict(divergence=divergence, tail=tail, reduction=reduction, temperature=0.7)
     assert gradcheck(lambda z: sparse_divergence(z, *case.teacher, **options), (logits,))
 
@@ -130,6 +130,72 @@ def test_full_graph_of_the_others():
     graph = gradients(compiled(everything), case.hidden, case.weight)
     eager = gradients(everything, case.hidden, case.weight)
     assert_close(graph, [x.double() for x in eager], torch.float32)
+
+
+def test_full_graph_with_a_weight_grad_buffer():
+    case = make_case()
+
+    def run(function):
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        buffer = torch.zeros_like(case.weight)
+        loss = function(hidden, weight, buffer)
+        loss.backward()
+        return loss.detach(), hidden.grad, buffer
+
+    def loss(h, w, buffer):
+        return linear_sparse_divergence(h, w, *case.teacher, weight_grad_buffer=buffer)
+
+    graph, eager = run(compiled(loss)), run(loss)
+    assert_close(graph, [x.double() for x in eager], torch.float32)
+
+
+def test_one_full_graph_serves_changing_numbers_and_sizes():
+    case = make_case()
+    torch._dynamo.reset()
+    graph = torch.compile(
+        linear_sparse_divergence, fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for rows, temperature in ((20, 1.0), (20, 0.9), (12, 0.7)):
+        args = case.hidden[:rows], case.weight, case.ids[:rows], case.logprobs[:rows]
+        options = {"temperature": temperature, "softcap": 5.0 + temperature}
+        torch.testing.assert_close(
+            graph(*args, **options), linear_sparse_divergence(*args, **options)
+        )
+    torch._dynamo.reset()
+    graph = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for temperature in (1.0, 0.9, 0.8):
+        args = case.hidden, case.weight, torch.arange(20)
+        torch.testing.assert_close(
+            graph(*args, temperature=temperature),
+            linear_cross_entropy(*args, temperature=temperature),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tail", [*TAILS, "logprobs", "cross_entropy", "buffer"])
+def test_autocast_changes_nothing(tail, dtype):
+    case = make_case("near", dtype)
+    buffer = torch.zeros(211, 24)
+
+    def loss(h, w):
+        if tail == "logprobs":
+            return linear_logprobs(h, w, case.ids[:, :1], return_entropy=True)[1]
+        if tail == "cross_entropy":
+            return linear_cross_entropy(h, w, torch.arange(20), bias=case.bias)
+        if tail == "buffer":
+            options = {"weight_grad_buffer": buffer, "tail": "renormalize"}
+            return linear_sparse_divergence(h, w, *case.teacher, **options) + 0.0 * w.sum()
+        return linear_sparse_divergence(h, w, *case.teacher, tail=tail)
+
+    plain = gradients(loss, case.hidden, case.weight)
+    added = buffer.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = gradients(loss, case.hidden, case.weight)
+        top = linear_topk(case.hidden, case.weight, 3)
+    for found, expected in zip(cast, plain, strict=True):
+        assert torch.equal(found, expected)
+    assert relative_error(buffer, 2.0 * added) < 1e-6
+    assert torch.equal(top.logprobs, linear_topk(case.hidden, case.weight, 3).logprobs)
 
 
 def losses_of(case, **options):

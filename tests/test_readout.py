@@ -40,8 +40,85 @@ def test_pads_give_minus_infinity_and_no_gradient():
     padded = gradients(lambda h: linear_logprobs(h, case.weight, ids)[:, 0], case.hidden)
     plain = gradients(lambda h: linear_logprobs(h, case.weight, ids[:, :1])[:, 0], case.hidden)
     torch.testing.assert_close(padded[1], plain[1])
-    wrong = linear_logprobs(case.hidden, case.weight, ids + 300, validate=False)
-    assert wrong.isnan().all()
+    whole = gradients(lambda h: linear_logprobs(h, case.weight, ids).sum(1), case.hidden)
+    torch.testing.assert_close(whole[1], plain[1])
+
+
+@pytest.mark.parametrize("bad", [-2, 211])
+def test_an_unchecked_bad_id_makes_its_row_nan_and_no_other(bad):
+    case = make_case()
+    ids = torch.tensor([[3, 5, -1, 5]]).repeat(20, 1)
+    ids[4, 1] = bad
+    others = torch.arange(20) != 4
+
+    def both(h):
+        return linear_logprobs(h, case.weight, ids, return_entropy=True, validate=False)
+
+    logprobs, entropy = both(case.hidden)
+    assert logprobs[4].isnan().all()
+    assert entropy[4].isnan()
+    assert entropy[others].isfinite().all()
+    assert not logprobs[others].isnan().any()
+    for which in (0, 1):
+        _, dhidden = gradients(lambda h, which=which: both(h)[which][..., None][:, :1], case.hidden)
+        assert dhidden[4].isnan().all()
+        assert dhidden[others].isfinite().all()
+    top = linear_topk(case.hidden, case.weight, 2, extra_ids=ids, validate=False)
+    assert top.extra_logprobs[4].isnan().all()
+    assert not top.extra_logprobs[others].isnan().any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_nan_and_inf_in_a_row_stay_there_as_nan(softcap, value):
+    case = make_case()
+    hidden = case.hidden.clone()
+    hidden[2, 0] = value
+    others = torch.arange(20) != 2
+    ids = torch.randint(0, 211, (20, 3))
+    found = linear_topk(hidden, case.weight, 4, extra_ids=ids, softcap=softcap)
+    for rows in found[1:]:
+        assert rows[2].isnan().all()
+        assert rows[others].isfinite().all()
+    value, dhidden = gradients(
+        lambda h: linear_logprobs(h, case.weight, ids, softcap=softcap), hidden
+    )
+    assert value[2].isnan().all()
+    assert dhidden[2].isnan().all()
+    assert dhidden[others].isfinite().all()
+
+
+def test_confident_tokens_keep_the_digits_of_their_gradient():
+    weight = torch.zeros(30, 2)
+    weight[0] = torch.tensor([16.0, 1.0])
+    hidden = torch.tensor([[1.0, 0.5]])
+    ids = torch.tensor([[0, -1, 0, 3]])
+
+    def loss(function):
+        def run(h, w):
+            logprobs, entropy = function(h, w, ids, return_entropy=True)
+            return logprobs[:, 0] + 2.0 * logprobs[:, 2] + 0.0 * entropy
+
+        return run
+
+    ours = gradients(loss(linear_logprobs), hidden, weight)
+    exact = gradients(loss(reference.linear_logprobs), hidden.double(), weight.double())
+    assert relative_error(ours[1], exact[1]) < 1e-5
+    assert relative_error(ours[2], exact[2]) < 1e-5
+
+
+def test_the_entropy_of_rows_of_pads_has_a_gradient():
+    case = make_case()
+    ids = torch.full((20, 2), -1)
+    ours = gradients(
+        lambda h: linear_logprobs(h, case.weight, ids, return_entropy=True)[1], case.hidden
+    )
+    exact = gradients(
+        lambda h: reference.linear_logprobs(h, case.weight.double(), ids, return_entropy=True)[1],
+        case.hidden.double(),
+    )
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-5)
+    assert relative_error(ours[1], exact[1]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -163,3 +163,23 @@ def test_unchecked_bad_ids_come_out_nan(bad):
         linear_policy_gradient(case.hidden, case.weight, ids, torch.zeros(20), **options),
     ):
         assert losses.isnan().nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("options", [{}, {"clip_range": 0.2}], ids=str)
+def test_nan_and_inf_in_a_row_stay_there_as_nan(options, softcap):
+    case, ids, teacher, rollout = sampled(torch.float32, {})
+    hidden = case.hidden.clone()
+    hidden[2, 0], hidden[5, 1] = math.inf, math.nan
+    spoilt = torch.zeros(20, dtype=torch.bool).index_fill(0, torch.tensor([2, 5]), True)
+    common = {"softcap": softcap, "reduction": "none"}
+    for loss in (
+        lambda h: linear_cross_entropy(h, case.weight, ids, **common),
+        lambda h: linear_policy_gradient(
+            h, case.weight, ids, teacher, rollout_logprobs=rollout, **options, **common
+        ),
+    ):
+        value, dhidden = gradients(loss, hidden)
+        assert torch.equal(value.isnan(), spoilt)
+        assert dhidden[spoilt].isnan().all()
+        assert dhidden[~spoilt].isfinite().all()
