@@ -59,7 +59,7 @@ SFT_SETTINGS: dict[str, Any] = {
     "warmup_steps": 20,
     "weight_decay": 0.01,
 }
-OPD_STEPS = 300
+OPD_STEPS = 400
 OPD_SETTINGS: dict[str, Any] = {
     "max_steps": OPD_STEPS,
     "batch_size": 64,
@@ -214,7 +214,7 @@ class Demo:
         self.fine_tune("teacher-init", str(self.prompts["demonstrations"]), "teacher", 600)
 
     def train_student(self) -> None:
-        self.fine_tune("student-init", self.path("sft-data"), "sft", 420)
+        self.fine_tune("student-init", self.path("sft-data"), "sft", 430)
 
     def train_more(self) -> None:
         config = sft.SftConfig(
