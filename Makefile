@@ -1,4 +1,4 @@
-# make demo      set up, then run the whole pipeline at toy scale (about three minutes)
+# make demo      set up, then run the whole pipeline at toy scale (a few minutes)
 # make test      set up, then run the tests
 # make test-all  the slow tests too
 # make lint      ruff and mypy

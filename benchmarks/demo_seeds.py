@@ -90,14 +90,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Means over seeds {', '.join(map(str, seeds))}."])
 
 
-def training_ratio(rows: list[dict[str, Any]]) -> float:
-    """Seconds of the online run over those of rollouts, scores and offline training together."""
-    stages = by_stage(rows)
-    offline = ("student's rollouts", "teacher's scores", DISTILLED)
-    seconds = sum(row["seconds"] for stage in offline for row in stages[stage])
-    return sum(row["seconds"] for row in stages[ONLINE]) / seconds
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))

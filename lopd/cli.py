@@ -19,7 +19,7 @@ COMMANDS = {
     "inspect": ("inspection", "InspectConfig", "totals of an artefact; --verify checks its hashes"),
     "declare": ("declare", "DeclareConfig", "admit a checkpoint fine-tuned elsewhere"),
     "run": ("recipe", "RunConfig", "every missing stage of a recipe, in order"),
-    "demo": ("demo", "DemoConfig", "the whole pipeline at toy scale, in about three minutes"),
+    "demo": ("demo", "DemoConfig", "the whole pipeline at toy scale, in a few minutes"),
 }
 
 
