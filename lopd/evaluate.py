@@ -10,6 +10,7 @@ exact when k covers the vocabulary and a lower bound otherwise.
 
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -145,6 +146,9 @@ def claim(folder: str) -> Path:
         raise ConfigError(f"out: found '{folder}'; expected the name of a new folder")
     if (out / MANIFEST_NAME).exists():
         raise ConfigError(f"{out}: holds a finished artefact; choose another --out, or remove it")
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"{out}: {parent} is not a folder that can be written to")
     strangers = sorted({file.name for file in out.glob("*")} - {"answers.jsonl", "results.json"})
     if strangers:
         raise ConfigError(f"{out}: holds {strangers[0]}; choose another --out")

@@ -199,7 +199,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(student_folder, prompt_file
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["", "file", "model", "finished"])
+@pytest.mark.parametrize("name", ["", "file", "file/under", "model", "finished"])
 def test_a_folder_that_holds_something_is_not_written_to(
     student_folder, prompt_file, tmp_path, name
 ):
@@ -207,7 +207,7 @@ def test_a_folder_that_holds_something_is_not_written_to(
     shutil.copytree(student_folder, tmp_path / "model")
     given = {"model": str(student_folder), "prompts": str(prompt_file), "num_samples": 1}
     main(settings(out=str(tmp_path / "finished"), **given))
-    with pytest.raises(ConfigError, match="out|another --out"):
+    with pytest.raises(ConfigError, match="out: found|another --out|file is not a folder"):
         main(settings(out=str(tmp_path / name) if name else "", **given))
     assert not (tmp_path / "model/manifest.json").exists()
 
