@@ -26,6 +26,7 @@ setup(
         "test": [
             *TRAIN,
             *BENCH,
+            "triton>=3.6; platform_system == 'Linux'",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

@@ -34,6 +34,8 @@ class RowRule(NamedTuple):
     """
 
     apply: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
+    name: str
+    options: tuple[float, ...]
     extras: tuple[str, ...] = ()
 
 
@@ -76,7 +78,9 @@ DIVERGENCES = {
 }
 
 
-def _divergence_rule(divergence: Divergence, tail: str, beta: float) -> RowRule:
+def _divergence_rule(name: str, tail: str, options: tuple[float, ...]) -> RowRule:
+    divergence, beta = DIVERGENCES[name], options[0]
+
     def bucket(lp: Tensor, target: Tensor):
         phi, g = divergence.phi(lp, target, beta)
         return phi.sum(1), g, ()
@@ -90,10 +94,11 @@ def _divergence_rule(divergence: Divergence, tail: str, beta: float) -> RowRule:
         kept = target[:, :-1]
         return bucket(lp, torch.cat([kept - kept.logsumexp(1, keepdim=True), target[:, -1:]], 1))
 
-    return RowRule({"bucket": bucket, "truncate": truncate, "renormalize": renormalize}[tail])
+    forms = {"bucket": bucket, "truncate": truncate, "renormalize": renormalize}
+    return RowRule(forms[tail], f"{name}:{tail}", options)
 
 
-def _policy_gradient_rule(source: str, importance: str, options: list[float]) -> RowRule:
+def _policy_gradient_rule(source: str, importance: str, options: tuple[float, ...]) -> RowRule:
     advantage_clip, importance_cap, clip_range = options
 
     def apply(lp: Tensor, target: Tensor):
@@ -117,7 +122,8 @@ def _policy_gradient_rule(source: str, importance: str, options: list[float]) ->
         g = torch.stack([slope, torch.zeros_like(slope)], 1)
         return loss, g, (logprob, advantage, ratio)
 
-    return RowRule(apply, ("logprobs", "advantages", "importance"))
+    name = f"policy_gradient:{source}:{importance}"
+    return RowRule(apply, name, options, ("logprobs", "advantages", "importance"))
 
 
 def _cross_entropy_rule() -> RowRule:
@@ -126,7 +132,7 @@ def _cross_entropy_rule() -> RowRule:
         g[:, 0] = -1.0
         return -lp[:, 0], g, ()
 
-    return RowRule(apply)
+    return RowRule(apply, "cross_entropy", ())
 
 
 def row_rule(name: str, options: list[float]) -> RowRule:
@@ -141,8 +147,8 @@ def row_rule(name: str, options: list[float]) -> RowRule:
     if head == "cross_entropy":
         return _cross_entropy_rule()
     if head == "policy_gradient":
-        return _policy_gradient_rule(rest[0], rest[1], options)
-    return _divergence_rule(DIVERGENCES[head], rest[0], options[0])
+        return _policy_gradient_rule(rest[0], rest[1], tuple(options))
+    return _divergence_rule(head, rest[0], tuple(options))
 
 
 class TeacherBuckets(NamedTuple):

@@ -1,14 +1,27 @@
-"""The row-chunk schedule: logits of a few rows at a time, gradient in the forward.
+"""The two schedules: what happens between a head's inputs and its gradients.
 
-    per chunk of rows    z = H_c W^T      GEMM 1, compute dtype
-                         dz               the row pass, in place in z
+Row chunks, gradient in the forward (`fused_loss`):
+
+    per chunk of rows    u = H_c W^T      GEMM 1, fp32
+                         dz               the row pass, in place of u
                          dH_c = dz W      GEMM 2
-                         dW += dz^T H_c   GEMM 3, accumulated in the compute dtype
+                         dW += dz^T H_c   GEMM 3, accumulated in fp32; one GEMM at the end
+                                          where dz of all rows is kept
 
 dz carries w_n / max|w| only; max|w|, the constant slope of the head and the upstream
 gradient multiply once, in the last pass over the finished gradients (`Grads.scale`).
-Whole chunks are visited in order and nothing is summed out of order: equal inputs give
-equal bits. A gradient that nobody asked for costs no GEMM.
+
+Panels of the vocabulary, gradient in the backward (`reduce_rows`, `row_grads`):
+
+    forward, per panel   u = H W_p^T      GEMM 1, fp32
+                         state            running log-sum-exp of each row, support taken out
+    backward, per panel  u = H W_p^T      GEMM 2
+                         dz               the gradient, in place of u
+                         dW_p = dz^T H    GEMM 3, the panel's rows of dW, once
+                         dH += dz W_p     GEMM 4, accumulated in fp32
+
+Chunks and panels are visited in order and nothing is summed out of order: equal inputs
+give equal bits. A gradient that nobody asked for costs no GEMM.
 """
 
 from __future__ import annotations
@@ -21,173 +34,87 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopd_kernels.divergence import row_rule
+from lopd_kernels.divergence import RowRule
 from lopd_kernels.matmul import (
     Panels,
     compute_dtype,
     hidden_grad,
-    panel_rows,
+    is_mixed,
+    new_weight_grad,
+    operand_dtype,
     project,
     weight_grad,
 )
-from lopd_kernels.rowpass import STATS, Head, block_rows, locate, row_pass
+from lopd_kernels.rowpass import (
+    STATS,
+    Coefficients,
+    Head,
+    Reduction,
+    RowFunctions,
+    Settled,
+    Support,
+    coefficients,
+    row_functions,
+    settle,
+)
+from lopd_kernels.schedule import Needs, Sizes, chunk_rows, padded, panel_columns
 
-CHUNK_BYTES = 256 << 20
-BOOKKEEPING = 12  # words per row and bucket for sorted ids, targets and statistics; measured
+FP16_SCALE = 256.0  # of dz: its small entries would be subnormal
 
 
 class Linear(NamedTuple):
-    """The LM head: u = hidden weight^T + bias, then `head`."""
+    """The LM head: u = hidden weight^T, then `head`."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
     head: Head
 
     @property
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.hidden.dtype)
 
+    @property
+    def functions(self) -> RowFunctions:
+        return row_functions(self.hidden)
 
-class Needs(NamedTuple):
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
+    def sizes(self, width: int) -> Sizes:
+        return Sizes.of(self.hidden, self.weight, width)
+
+    def operand(self, active: Tensor | None) -> Tensor:
+        """hidden [N, D] as the GEMMs take it: zeros in inactive rows, NaN in spoilt ones."""
+        hidden = self.hidden.to(operand_dtype(self.hidden))
+        spoilt = self.functions.spoilt(self.hidden, self.weight, self.head)
+        if spoilt is not None:
+            hidden = hidden.masked_fill(spoilt.unsqueeze(1), math.nan)
+        return hidden if active is None else hidden.masked_fill(~active.unsqueeze(1), 0.0)
+
+
+def make_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Linear:
+    bias = None if bias is None else bias.to(compute_dtype(hidden.dtype))
+    return Linear(hidden, weight, Head(logit_scale, softcap, temperature, bias))
 
 
 @dataclass
 class Grads:
-    """Gradients in the compute dtype, short of a factor `scale`; empty where not needed."""
+    """Gradients short of a factor `scale`; empty where not needed."""
 
-    hidden: Tensor  # [N, D] or [0]
-    weight: Tensor  # [V, D] or [0]
-    bias: Tensor  # [V] or [0]
+    hidden: Tensor  # [N, D] or [0], compute dtype
+    weight: Tensor  # [V, D] or [0], compute dtype, or weight's own where dz was kept
+    bias: Tensor  # [V] or [0], compute dtype
     scale: Tensor  # []
-
-    @classmethod
-    def zeros(cls, linear: Linear, needs: Needs) -> Grads:
-        (n, d), (v, _) = linear.hidden.shape, linear.weight.shape
-        like = linear.hidden
-        return cls(
-            hidden=like.new_zeros((n, d) if needs.hidden else 0, dtype=linear.dtype),
-            weight=like.new_zeros((v, d) if needs.weight else 0, dtype=linear.dtype),
-            bias=like.new_zeros(v if needs.bias else 0, dtype=linear.dtype),
-            scale=like.new_ones((), dtype=linear.dtype),
-        )
 
 
 class Result(NamedTuple):
     loss: Tensor  # [] sum_n w_n L_n
     stats: Tensor  # [N, 4 + extras]
     grads: Grads
-
-
-def workspace(linear: Linear, needs: Needs, width: int, rows: int) -> int:
-    """Bytes that a call with chunks of `rows` rows holds beyond inputs and outputs.
-
-    Counted: the accumulators, the logits chunk, the chunk's hidden states, the row pass's
-    blocks and small per-bucket tensors, the panel of a weight that has to be widened.
-    """
-    (n, d), (v, _) = linear.hidden.shape, linear.weight.shape
-    size = torch.empty((), dtype=linear.dtype).element_size()
-    held = n * d * needs.hidden + v * d * needs.weight + v * needs.bias
-    blocks = min(rows, block_rows(v, size)) * (2 * v + 24 * width)
-    per_row = v + 2 * d + 4 * width
-    fixed = held + blocks + panel_rows(linear.weight) * d + 2 * v + BOOKKEEPING * n * (width + 2)
-    return size * (fixed + rows * per_row)
-
-
-def chunk_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int | None) -> int:
-    """Rows of a chunk: as many as the bound admits, or about CHUNK_BYTES of logits."""
-    n, v = max(1, linear.hidden.shape[0]), linear.weight.shape[0]
-    if workspace_bytes is None:
-        size = torch.empty((), dtype=linear.dtype).element_size()
-        return min(n, max(1, CHUNK_BYTES // (v * size)))
-    smallest = workspace(linear, needs, width, 1)
-    if workspace_bytes < smallest:
-        raise ValueError(
-            f"workspace_bytes is {workspace_bytes}, but hidden {list(linear.hidden.shape)} and "
-            f"weight {list(linear.weight.shape)} need at least {smallest} with chunks of one row; "
-            f"pass workspace_bytes={smallest} or more"
-        )
-    low, high = 1, n
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = workspace(linear, needs, width, middle) <= workspace_bytes
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
-
-
-def spoilt_rows(linear: Linear) -> Tensor:
-    """[N] rows that something not finite enters, which may leave their logits finite.
-
-    A softcap maps +-inf to +-cap, and a weight of inf may give a logit of -inf, which reads
-    as an id without mass. A bias of -inf does mean that, where there is no softcap.
-    """
-    finite = torch.linalg.vector_norm(linear.hidden, math.inf, 1).isfinite()
-    low, high = linear.weight.aminmax()
-    finite = finite & low.isfinite() & high.isfinite()
-    if linear.bias is not None and linear.head.softcap is not None:
-        finite = finite & linear.bias.isfinite().all()
-    return ~finite
-
-
-def sweep(
-    linear: Linear,
-    rows: int,
-    active: Tensor | None,  # [N] bool; hidden states of the other rows are read as zeros
-    visit: Callable[[Tensor, slice], None],  # logits chunk [R, V] -> gradient, in place
-    grads: Grads | None,
-) -> None:
-    """Run `visit` over the logits, `rows` rows at a time, and GEMMs 2 and 3 after each."""
-    n = linear.hidden.shape[0]
-    panels = Panels(linear.weight)
-    spoilt = spoilt_rows(linear).unsqueeze(1)
-    bias = None if linear.bias is None else linear.bias.to(linear.dtype)
-    buffer = linear.hidden.new_empty((min(rows, n), linear.weight.shape[0]), dtype=linear.dtype)
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        hidden = linear.hidden[part].to(linear.dtype).masked_fill(spoilt[part], math.nan)
-        idle = None if active is None else ~active[part].unsqueeze(1)
-        if idle is not None:
-            hidden.masked_fill_(idle, 0.0)
-        logits = buffer[: part.stop - start]
-        project(hidden, panels, bias, linear.head.gain, out=logits)
-        visit(logits, part)
-        if grads is None:
-            continue
-        if grads.hidden.numel():
-            hidden_grad(logits, panels, out=grads.hidden[part])
-            if idle is not None:
-                grads.hidden[part].masked_fill_(idle, 0.0)
-        if grads.weight.numel():
-            weight_grad(logits, hidden, grads.weight)
-        if grads.bias.numel():
-            grads.bias.add_(logits.sum(0))
-
-
-def start_grads(
-    linear: Linear, needs: Needs, row_weights: Tensor | None, accumulator: Tensor | None
-) -> tuple[Grads, Tensor]:
-    """Gradients to add to, and the weight [N] of each row in them.
-
-    The weights are w over the largest finite |w| and `scale` makes up for it; with an
-    `accumulator`, which starts the sum of dW, they are complete and `scale` is one.
-    """
-    own = needs._replace(weight=needs.weight and accumulator is None)
-    grads = Grads.zeros(linear, own)
-    n = linear.hidden.shape[0]
-    weights, largest = grads.scale.new_ones(n), grads.scale
-    if row_weights is not None and n > 0:
-        largest = torch.where(row_weights.isfinite(), row_weights, 0.0).abs().amax()
-        largest = torch.where(largest == 0.0, 1.0, largest).to(linear.dtype)
-        weights = row_weights.to(linear.dtype) / largest
-    scale = largest * linear.head.slope
-    if accumulator is None:
-        grads.scale = scale
-    else:
-        grads.weight, weights = accumulator, weights * scale
-    return grads, weights
 
 
 def weighted_sum(losses: Tensor, row_weights: Tensor | None) -> Tensor:
@@ -201,40 +128,220 @@ def weigh(losses: Tensor, row_weights: Tensor | None) -> Tensor:
     return torch.where(row_weights == 0, 0.0, losses * row_weights.to(losses.dtype))
 
 
+def normalised(linear: Linear, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(w over the largest finite |w| [N], the factor that makes up for it and for the head)."""
+    n = linear.hidden.shape[0]
+    weights = linear.hidden.new_ones(n, dtype=linear.dtype)
+    largest = linear.hidden.new_ones((), dtype=linear.dtype)
+    if row_weights is not None and n > 0:
+        largest = torch.where(row_weights.isfinite(), row_weights, 0.0).abs().amax()
+        largest = torch.where(largest == 0.0, 1.0, largest).to(linear.dtype)
+        weights = row_weights.to(linear.dtype) / largest
+    scale = largest * linear.head.slope
+    if is_mixed(linear.hidden) and linear.hidden.dtype == torch.float16:
+        return weights * FP16_SCALE, scale / FP16_SCALE
+    return weights, scale
+
+
+def in_place(u: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the gradient of u [R, V] in `dtype`, in the first part of each row of u."""
+    return u if dtype == u.dtype else u.view(dtype)[:, : u.shape[1]]
+
+
+def row_chunks(
+    linear: Linear,
+    rows: int,
+    hidden: Tensor,  # [N, D] operand
+    visit: Callable[[Tensor, slice], None],
+) -> None:
+    """Call `visit` with the logits u [R, V] of `rows` rows at a time."""
+    n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
+    panels = Panels(linear.weight)
+    buffer = hidden.new_empty((min(rows, n), padded(vocab)), dtype=linear.dtype)
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        u = buffer[: part.stop - start, :vocab]
+        project(hidden[part], panels, 0, u)
+        visit(u, part)
+
+
 def fused_loss(
     linear: Linear,
     ids: Tensor,  # [N, K]
     target: Tensor,  # [N, M]
     row_weights: Tensor | None,  # [N]
-    rule_name: str,
-    options: list[float],
+    rule: RowRule,
     needs: Needs,
     want_entropy: bool,
+    keeps_dz: bool,
     workspace_bytes: int | None,
-    accumulator: Tensor | None = None,  # [V, D] starts the sum of dW; then scale is folded in
 ) -> Result:
-    """Value, row statistics and the gradients that `needs` names, in one sweep."""
+    """Value, row statistics and the gradients that `needs` names, in one sweep of row chunks."""
     n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
-    rule = row_rule(rule_name, options)
-    grads, weights = start_grads(linear, needs, row_weights, accumulator)
-    support = locate(ids, row_weights, vocab)
+    like, functions = linear.hidden, linear.functions
+    weights, scale = normalised(linear, row_weights)
+    support = functions.locate(ids, row_weights, vocab)
     target = target.to(linear.dtype)
-    stats = linear.hidden.new_zeros((n, len(STATS) + len(rule.extras)), dtype=linear.dtype)
-    wanted = grads if any(needs) else None
+    stats = like.new_zeros((n, len(STATS) + len(rule.extras)), dtype=linear.dtype)
+    hidden = linear.operand(support.active)
+    panels = Panels(linear.weight)
+    own = linear.weight.dtype if keeps_dz else linear.dtype
+    grads = Grads(
+        like.new_zeros(0, dtype=linear.dtype),
+        like.new_zeros(0 if keeps_dz or not needs.weight else linear.weight.shape, dtype=own),
+        like.new_zeros(vocab if needs.bias else 0, dtype=linear.dtype),
+        scale,
+    )
+    if needs.hidden and not keeps_dz:
+        grads.hidden = like.new_empty(like.shape, dtype=linear.dtype)
+    kept = like.new_empty((n if keeps_dz else 0, padded(vocab)), dtype=hidden.dtype)[:, :vocab]
 
-    def visit(logits: Tensor, part: slice) -> None:
-        row_pass(
-            logits,
-            support.rows(part),
-            target[part],
-            weights[part] if wanted is not None else None,
-            rule,
-            linear.head,
-            want_entropy,
-            stats[part],
-        )
+    def visit(u: Tensor, part: slice) -> None:
+        dz = kept[part] if keeps_dz else in_place(u, hidden.dtype)
+        functions.row_pass(
+            u, support.rows(part), target[part], weights[part] if any(needs) else None, rule,
+            linear.head, want_entropy, stats[part], dz,
+        )  # fmt: skip
+        if needs.bias:
+            grads.bias.add_(dz.sum(0, dtype=linear.dtype))
+        if keeps_dz:
+            return
+        if needs.hidden:
+            hidden_grad(dz, panels, 0, grads.hidden[part], fresh=True)
+        if needs.weight:
+            weight_grad(dz, hidden[part], grads.weight)
 
-    counted = needs._replace(weight=needs.weight and accumulator is None)
-    rows = chunk_rows(linear, counted, ids.shape[1], workspace_bytes)
-    sweep(linear, rows, support.active, visit, wanted)
+    sizes = linear.sizes(ids.shape[1])
+    row_chunks(linear, chunk_rows(sizes, needs, keeps_dz, workspace_bytes), hidden, visit)
+    if keeps_dz and needs.hidden:
+        grads.hidden = like.new_empty(like.shape, dtype=linear.dtype)
+        hidden_grad(kept, panels, 0, grads.hidden, fresh=True)
+    if keeps_dz and needs.weight:
+        grads.weight = torch.empty_like(linear.weight)
+        new_weight_grad(kept, hidden, grads.weight)
+    if needs.hidden:
+        grads.hidden.masked_fill_(~support.active.unsqueeze(1), 0.0)
     return Result(weighted_sum(stats[:, 0], row_weights), stats, grads)
+
+
+def reduce_rows(
+    linear: Linear, support: Support, width: int, want_spread: bool, columns: int
+) -> Reduction:
+    """All rows reduced to the `width` ids of `support` and the rest, panel by panel."""
+    n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
+    functions, panels = linear.functions, Panels(linear.weight)
+    reduction = Reduction.start(linear.hidden, n, width, linear.dtype)
+    hidden = linear.operand(support.active)
+    buffer = hidden.new_empty((n, padded(columns)), dtype=linear.dtype)
+    for first in range(0, vocab, columns):
+        u = buffer[:, : min(columns, vocab - first)]
+        project(hidden, panels, first, u)
+        functions.reduce(u, first, support, linear.head, want_spread, reduction)
+    return reduction
+
+
+def panel_grads(
+    linear: Linear,
+    support: Support,
+    on: Tensor,  # [N, K] z at the ids
+    slopes: Coefficients,
+    scale: Tensor | None,  # [] of dz, to be made up for
+    needs: Needs,
+    columns: int,
+    accumulator: Tensor | None = None,  # [V, D] compute dtype; dW is added to it
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias), complete and in the inputs' dtypes; empty where not needed."""
+    n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
+    like, weight = linear.hidden, linear.weight
+    functions, panels = linear.functions, Panels(weight)
+    hidden = linear.operand(support.active)
+    dhidden = like.new_zeros(like.shape if needs.hidden else (0,), dtype=linear.dtype)
+    own = needs.weight and accumulator is None
+    dweight = weight.new_empty(weight.shape if own else (0,))
+    dbias = like.new_empty(vocab if needs.bias else 0, dtype=linear.dtype)
+    buffer = hidden.new_empty((n, padded(columns)), dtype=linear.dtype)
+    for first in range(0, vocab, columns):
+        part = slice(first, min(first + columns, vocab))
+        u = buffer[:, : part.stop - first]
+        project(hidden, panels, first, u)
+        dz = in_place(u, hidden.dtype)
+        functions.write(u, first, support, linear.head, slopes, on, dz)
+        if needs.bias:
+            torch.sum(dz, 0, dtype=linear.dtype, out=dbias[part])
+        if own:
+            new_weight_grad(dz, hidden, dweight[part], scale)
+        elif accumulator is not None and scale is None:
+            weight_grad(dz, hidden, accumulator[part])
+        elif accumulator is not None:
+            piece = torch.empty_like(accumulator[part])
+            new_weight_grad(dz, hidden, piece, scale)
+            accumulator[part].add_(piece)
+        if needs.hidden:
+            hidden_grad(dz, panels, first, dhidden, fresh=False)
+    if needs.hidden:
+        dhidden.masked_fill_(~support.active.unsqueeze(1), 0.0)
+    if scale is not None:
+        dhidden, dbias = dhidden * scale, dbias * scale
+    return dhidden.to(like.dtype), dweight, dbias
+
+
+def complete(linear: Linear, row_weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(weights of dz, scale) for `panel_grads`: fp16 alone needs a scale that dz leaves out."""
+    weights, scale = normalised(linear, row_weights)
+    if is_mixed(linear.hidden) and linear.hidden.dtype == torch.float16:
+        return weights, scale
+    return weights * scale, None
+
+
+class RowLosses(NamedTuple):
+    stats: Tensor  # [N, 4 + extras]
+    reduction: Reduction
+
+
+def row_losses(
+    linear: Linear,
+    ids: Tensor,
+    target: Tensor,
+    row_weights: Tensor | None,
+    rule: RowRule,
+    needs: Needs,  # of the backward, whose workspace is checked here
+    want_entropy: bool,
+    workspace_bytes: int | None,
+) -> RowLosses:
+    sizes, vocab = linear.sizes(ids.shape[1]), linear.weight.shape[0]
+    panel_columns(sizes, needs, workspace_bytes)
+    columns = panel_columns(sizes, Needs(), workspace_bytes)
+    support = linear.functions.locate(ids, row_weights, vocab)
+    reduction = reduce_rows(linear, support, ids.shape[1], want_entropy, columns)
+    seen = settle(reduction)
+    loss, _, extras = rule.apply(seen.buckets, target.to(linear.dtype))
+    rows = torch.stack([loss, *statistics(seen, want_entropy), *extras], 1)
+    stats = torch.where(support.active.unsqueeze(1), rows, 0.0)
+    return RowLosses(stats, reduction)
+
+
+def statistics(seen: Settled, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse, log of the mass off the support, entropy), [N] each."""
+    entropy = seen.entropy if want_entropy else torch.zeros_like(seen.entropy)
+    return (seen.top + seen.lse)[:, 0], seen.buckets[:, -1], entropy
+
+
+def row_grads(
+    linear: Linear,
+    ids: Tensor,
+    target: Tensor,
+    weights: Tensor | None,  # [N] upstream gradient times the row's weight
+    reduction: Reduction,
+    rule: RowRule,
+    needs: Needs,
+    workspace_bytes: int | None,
+    accumulator: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `row_losses`, see `panel_grads`."""
+    support = linear.functions.locate(ids, weights, linear.weight.shape[0])
+    buckets = settle(reduction).buckets
+    _, g, _ = rule.apply(buckets, target.to(linear.dtype))
+    factors, scale = complete(linear, weights)
+    slopes = coefficients(reduction, g, buckets.exp(), factors)
+    columns = panel_columns(linear.sizes(ids.shape[1]), needs, workspace_bytes)
+    return panel_grads(linear, support, reduction.on, slopes, scale, needs, columns, accumulator)

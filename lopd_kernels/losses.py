@@ -10,6 +10,7 @@ from torch import Tensor
 from lopd_kernels import checks, ops, query_ops
 from lopd_kernels.divergence import teacher_buckets
 from lopd_kernels.matmul import compute_dtype
+from lopd_kernels.schedule import Needs, Sizes, in_forward, keeps_dz
 
 Reduction = Literal["sum", "mean", "none"]
 Head = tuple[float, float | None, float]
@@ -52,26 +53,29 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """(reduced loss, stats)"""
     needs = tracked(hidden, weight, bias)
+    sizes = Sizes.of(hidden, weight, rows.ids.shape[1])
+    listed = rows.rule.endswith(":renormalize")
     if buffer is not None and torch.is_grad_enabled():
         losses, stats = ops.into_buffer(
             hidden, weight, bias, *rows[:3], buffer, (*rows[3:], *head), needs, want_entropy,
             workspace_bytes,
         )  # fmt: skip
-    elif reduction == "none":
-        losses, stats = ops.row_losses(
+    elif listed or reduction == "none" or not in_forward(sizes, needs, workspace_bytes):
+        losses, stats, *_ = ops.row_losses(
             hidden, weight, bias, *rows, *head, *needs, want_entropy, workspace_bytes
         )
     else:
+        keeps = keeps_dz(sizes, needs, workspace_bytes)
         losses, stats, *_ = ops.fused_loss(
-            hidden, weight, bias, *rows, *head, *needs, want_entropy, workspace_bytes
+            hidden, weight, bias, *rows, *head, *needs, want_entropy, keeps, workspace_bytes
         )
     return reduce(losses, rows.row_weights, reduction, hidden.shape[0]), stats
 
 
-def tracked(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+def tracked(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
     """Which of them the backward will be asked for."""
     tracks = torch.is_grad_enabled()
-    return (
+    return Needs(
         tracks and hidden.requires_grad,
         tracks and weight.requires_grad,
         tracks and bias is not None and bias.requires_grad,

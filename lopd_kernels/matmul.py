@@ -1,7 +1,8 @@
-"""The three GEMMs of a chunk, with results in the compute dtype whatever the operands are.
+"""The three GEMMs, with sums in the compute dtype whatever the operands are.
 
-fp32 and fp64 weights are used where they lie. bf16 and fp16 weights are widened one
-panel of rows at a time into a buffer, so that logits never pass through 16 bits.
+On CUDA, 16-bit operands go in as they are and fp32 comes out. On a CPU, fp32 and fp64
+weights are used where they lie; 16-bit weights are widened one panel of rows at a time into a
+buffer, so that logits never pass through 16 bits.
 """
 
 from __future__ import annotations
@@ -22,9 +23,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_mixed(like: Tensor) -> bool:
+    """Whether GEMMs take 16-bit operands, and so want dz in 16 bits."""
+    return like.is_cuda and like.dtype in (torch.bfloat16, torch.float16)
+
+
+def operand_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of hidden and dz in the GEMMs."""
+    return like.dtype if is_mixed(like) else compute_dtype(like.dtype)
+
+
 def panel_rows(weight: Tensor) -> int:
     """Rows of `weight` that are widened at a time; 0 when it needs no widening."""
-    if weight.dtype == compute_dtype(weight.dtype):
+    if weight.dtype == operand_dtype(weight):
         return 0
     return min(weight.shape[0], max(1, PANEL_BYTES // (4 * max(1, weight.shape[1]))))
 
@@ -43,49 +54,70 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class Panels:
-    """The rows of a weight in its compute dtype, in order, one buffer for all."""
+    """The rows of a weight as the GEMMs take them, in order, one buffer for all."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self.rows = panel_rows(weight)
         shape = (self.rows, weight.shape[1])
-        self.buffer = weight.new_empty(shape, dtype=compute_dtype(weight.dtype))
+        self.buffer = weight.new_empty(shape, dtype=operand_dtype(weight))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        vocab = self.weight.shape[0]
+        return self.between(0, self.weight.shape[0])
+
+    def between(self, first: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
+        """(columns from `first` on, rows of the weight) for its rows first to stop."""
         if not self.rows:
-            yield slice(0, vocab), self.weight
+            yield slice(0, stop - first), self.weight[first:stop]
             return
-        for start in range(0, vocab, self.rows):
-            part = slice(start, min(start + self.rows, vocab))
-            panel = self.buffer[: part.stop - start]
-            panel.copy_(self.weight[part])
-            yield part, panel
+        for start in range(first, stop, self.rows):
+            end = min(start + self.rows, stop)
+            panel = self.buffer[: end - start]
+            panel.copy_(self.weight[start:end])
+            yield slice(start - first, end - first), panel
 
 
-def project(
-    hidden: Tensor,  # [R, D] compute dtype
-    panels: Panels,  # of [V, D]
-    bias: Tensor | None,  # [V] compute dtype
-    gain: float,
-    out: Tensor,  # [R, V] compute dtype
-) -> None:
-    """out = gain * (hidden W^T + bias)."""
-    for part, panel in panels:
-        piece = out[:, part]
-        if bias is None:
-            torch.addmm(piece, hidden, panel.t(), beta=0.0, alpha=gain, out=piece)
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _addmm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+def project(hidden: Tensor, panels: Panels, first: int, out: Tensor) -> None:
+    """out [R, P] = hidden [R, D] W^T, for rows first to first + P of W [V, D]."""
+    for part, panel in panels.between(first, first + out.shape[1]):
+        _mm(hidden, panel.t(), out[:, part])
+
+
+def hidden_grad(dz: Tensor, panels: Panels, first: int, total: Tensor, fresh: bool) -> None:
+    """total [R, D] += dz [R, P] W, for rows first to first + P of W; `fresh` starts at 0."""
+    for part, panel in panels.between(first, first + dz.shape[1]):
+        if fresh:
+            _mm(dz[:, part], panel, total)
         else:
-            torch.addmm(bias[part], hidden, panel.t(), beta=gain, alpha=gain, out=piece)
+            _addmm(total, dz[:, part], panel)
+        fresh = False
 
 
-def hidden_grad(grad: Tensor, panels: Panels, out: Tensor) -> None:
-    """out [R, D] = grad [R, V] W."""
-    out.zero_()
-    for part, panel in panels:
-        out.addmm_(grad[:, part], panel)
+def weight_grad(dz: Tensor, hidden: Tensor, total: Tensor) -> None:
+    """total [P, D] += dz^T [P, R] hidden [R, D]."""
+    _addmm(total, dz.t(), hidden)
 
 
-def weight_grad(grad: Tensor, hidden: Tensor, total: Tensor) -> None:
-    """total [V, D] += grad^T [V, R] hidden [R, D]."""
-    total.addmm_(grad.t(), hidden)
+def new_weight_grad(dz: Tensor, hidden: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
+    """out [P, D] = scale dz^T [P, R] hidden [R, D], rounded once unless scaled on CUDA."""
+    plain = scale is None and (out.dtype == dz.dtype)
+    if plain:
+        torch.mm(dz.t(), hidden, out=out)
+        return
+    wide = out.new_empty(out.shape, dtype=compute_dtype(out.dtype))
+    _mm(dz.t(), hidden, wide)
+    out.copy_(wide if scale is None else wide * scale)

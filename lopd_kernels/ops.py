@@ -2,9 +2,10 @@
 
 `fused_loss` computes value and gradients in one go and keeps the gradients for its
 backward, which only scales and casts them, out of place. `row_losses` returns one loss
-per row: the upstream gradient of each row is not known in the forward, so its backward
-runs the sweep again with that gradient in the row weights. `fused_loss_into_` adds dW
-into a caller's buffer and has no autograd of its own; `into_buffer` calls it.
+per row and what its backward needs, a few numbers a row: the upstream gradient of each
+row is not known in the forward, or the memory for the gradients is not there.
+`row_grads_into_` adds dW into a caller's buffer and has no autograd of its own;
+`into_buffer` calls it.
 
 An operator cannot return None: what was not asked for comes back with no elements.
 All of them can be differentiated once.
@@ -16,41 +17,23 @@ import torch
 from torch import Tensor
 
 from lopd_kernels import engine, sparse
-from lopd_kernels.engine import Linear, Needs, Result
+from lopd_kernels.divergence import row_rule
+from lopd_kernels.engine import make_linear
 from lopd_kernels.matmul import compute_dtype, without_autocast
-from lopd_kernels.rowpass import STATS, Head
+from lopd_kernels.rowpass import STATS, Reduction
+from lopd_kernels.schedule import Needs
 
-GradTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
-
-def _sweep(
-    linear: Linear,
-    ids: Tensor,
-    target: Tensor,
-    row_weights: Tensor | None,
-    rule: str,
-    options: list[float],
-    needs: Needs,
-    want_entropy: bool,
-    workspace_bytes: int | None,
-    accumulator: Tensor | None = None,
-) -> Result:
-    """The schedule that a rule asks for."""
-    if rule.endswith(":renormalize"):
-        return sparse.renormalized_loss(
-            linear, ids, target, row_weights, rule, options, needs, workspace_bytes, accumulator
-        )
-    return engine.fused_loss(
-        linear, ids, target, row_weights, rule, options, needs, want_entropy, workspace_bytes,
-        accumulator,
-    )  # fmt: skip
+def _is_listed(rule: str) -> bool:
+    """Whether a rule looks at the list alone and needs no LM head."""
+    return rule.endswith(":renormalize")
 
 
 def stats_width(rule: str) -> int:
-    return len(STATS) + len(engine.row_rule(rule, [1.0, 1.0, 1.0]).extras)
+    return len(STATS) + len(row_rule(rule, [1.0, 1.0, 1.0]).extras)
 
 
-def _once(name: str) -> None:
+def differentiated_once(name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} can be differentiated once: its backward was called with "
@@ -64,14 +47,12 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(grad, factor, out=out)
 
 
-def _input_grads(ctx: Any, grads: GradTensors, factor: Tensor) -> list[Tensor | None]:
-    """Gradients for (hidden, weight, bias) from what `needs` made of them."""
-    hidden, weight, bias, scale = grads
+def asked(ctx: Any, grads: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Gradients for (hidden, weight, bias), None where autograd did not ask."""
     wanted = ctx.needs_input_grad[:3]
-    factor = (factor * scale).to(scale.dtype)
     return [
-        _scaled(grad, factor, dtype) if want else None
-        for grad, dtype, want in zip((hidden, weight, bias), ctx.dtypes, wanted, strict=True)
+        grad.to(dtype) if want else None
+        for grad, dtype, want in zip(grads, ctx.dtypes, wanted, strict=True)
     ]
 
 
@@ -93,19 +74,20 @@ def fused_loss(
     need_weight: bool,
     need_bias: bool,
     want_entropy: bool,
+    keeps_dz: bool,
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum_n w_n L_n, stats, dhidden, dweight, dbias, scale); gradients short of `scale`."""
-    result = _sweep(
-        Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature)),
+    result = engine.fused_loss(
+        make_linear(hidden, weight, bias, logit_scale, softcap, temperature),
         ids,
         target,
         row_weights,
-        rule,
-        options,
+        row_rule(rule, options),
         Needs(need_hidden, need_weight, need_bias),
-        want_entropy=want_entropy,
-        workspace_bytes=workspace_bytes,
+        want_entropy,
+        keeps_dz,
+        workspace_bytes,
     )
     grads = result.grads
     return result.loss, result.stats, grads.hidden, grads.weight, grads.bias, grads.scale
@@ -114,14 +96,15 @@ def fused_loss(
 @fused_loss.register_fake
 def _(
     hidden, weight, bias, ids, target, row_weights, rule, options, logit_scale, softcap,
-    temperature, need_hidden, need_weight, need_bias, want_entropy, workspace_bytes,
+    temperature, need_hidden, need_weight, need_bias, want_entropy, keeps_dz, workspace_bytes,
 ):  # fmt: skip
     dtype = compute_dtype(hidden.dtype)
+    kept = weight.dtype if keeps_dz else dtype
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty((hidden.shape[0], stats_width(rule)), dtype=dtype),
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
-        hidden.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=kept),
         hidden.new_empty((weight.shape[0],) if need_bias else (0,), dtype=dtype),
         hidden.new_empty((), dtype=dtype),
     )
@@ -137,10 +120,17 @@ def _fused_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _fused_loss_backward(ctx: Any, upstream: Tensor | None, *rest: None) -> tuple[Any, ...]:
-    _once("lopd::fused_loss")
+    differentiated_once("lopd::fused_loss")
     if upstream is None:
-        return (None,) * 16
-    return (*_input_grads(ctx, ctx.saved_tensors, upstream), *(None,) * 13)
+        return (None,) * 17
+    *grads, scale = ctx.saved_tensors
+    factor = (upstream * scale).to(scale.dtype)
+    wanted = ctx.needs_input_grad[:3]
+    scaled = [
+        _scaled(grad, factor, dtype) if want else None
+        for grad, dtype, want in zip(grads, ctx.dtypes, wanted, strict=True)
+    ]
+    return (*scaled, *(None,) * 14)
 
 
 fused_loss.register_autograd(_fused_loss_backward, setup_context=_fused_loss_setup)
@@ -165,24 +155,23 @@ def row_losses(
     need_bias: bool,
     want_entropy: bool,
     workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor]:
-    """(w_n L_n [N], stats); need_* tells what the backward will hold, for the workspace's check."""
-    linear = Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(w_n L_n [N], stats, state, on): the last two are `rowpass.Reduction`.
+
+    need_* tells what the backward will hold, for the workspace's check.
+    """
+    linear = make_linear(hidden, weight, bias, logit_scale, softcap, temperature)
     needs = Needs(need_hidden, need_weight, need_bias)
-    schedule = sparse.gathered_rows if rule.endswith(":renormalize") else engine.chunk_rows
-    schedule(linear, needs, ids.shape[1], workspace_bytes)
-    result = _sweep(
-        linear,
-        ids,
-        target,
-        row_weights,
-        rule,
-        options,
-        Needs(),
-        want_entropy=want_entropy,
-        workspace_bytes=workspace_bytes,
-    )
-    return engine.weigh(result.stats[:, 0], row_weights), result.stats
+    if _is_listed(rule):
+        found = sparse.support_losses(
+            linear, ids, target, row_weights, row_rule(rule, options), needs, workspace_bytes
+        )
+    else:
+        found = engine.row_losses(
+            linear, ids, target, row_weights, row_rule(rule, options), needs, want_entropy,
+            workspace_bytes,
+        )  # fmt: skip
+    return engine.weigh(found.stats[:, 0], row_weights), found.stats, *found.reduction
 
 
 @row_losses.register_fake
@@ -194,44 +183,113 @@ def _(
     return (
         hidden.new_empty((n,), dtype=dtype),
         hidden.new_empty((n, stats_width(rule)), dtype=dtype),
+        hidden.new_empty((0 if _is_listed(rule) else n, 4), dtype=dtype),
+        hidden.new_empty(ids.shape, dtype=dtype),
     )
 
 
-def _row_losses_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _row_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    state: Tensor,
+    on: Tensor,
+    rule: str,
+    options: list[float],
+    head: tuple[float, float | None, float],
+    needs: Needs,
+    workspace_bytes: int | None,
+    accumulator: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = sparse.support_grads if _is_listed(rule) else engine.row_grads
+    return grads(
+        make_linear(hidden, weight, bias, *head), ids, target, weights, Reduction(state, on),
+        row_rule(rule, options), needs, workspace_bytes, accumulator,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("lopd::row_grads", mutates_args=())
+@without_autocast
+def row_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    target: Tensor,
+    weights: Tensor,  # [N] upstream gradient times the row's weight
+    state: Tensor,
+    on: Tensor,
+    rule: str,
+    options: list[float],
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias) of `row_losses`, complete; dbias in the compute dtype."""
+    return _row_grads(
+        hidden, weight, bias, ids, target, weights, state, on, rule, options,
+        (logit_scale, softcap, temperature), Needs(need_hidden, need_weight, need_bias),
+        workspace_bytes,
+    )  # fmt: skip
+
+
+@row_grads.register_fake
+def _(
+    hidden, weight, bias, ids, target, weights, state, on, rule, options, logit_scale, softcap,
+    temperature, need_hidden, need_weight, need_bias, workspace_bytes,
+):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        hidden.new_empty(
+            (weight.shape[0],) if need_bias else (0,), dtype=compute_dtype(hidden.dtype)
+        ),
+    )
+
+
+def _row_losses_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:6])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:6], *output[2:])
     ctx.constants = inputs[6:11]
     ctx.workspace_bytes = inputs[15]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
 
 def _row_losses_backward(ctx: Any, upstream: Tensor | None, *rest: None) -> tuple[Any, ...]:
-    _once("lopd::row_losses")
+    differentiated_once("lopd::row_losses")
     if upstream is None:
         return (None,) * 16
-    *inputs, row_weights = ctx.saved_tensors
+    *inputs, row_weights, state, on = ctx.saved_tensors
     weights = upstream if row_weights is None else engine.weigh(upstream, row_weights)
-    _, _, *grads = fused_loss(
-        *inputs, weights, *ctx.constants, *ctx.needs_input_grad[:3], False, ctx.workspace_bytes
-    )
-    hidden, weight, bias, scale = grads
-    one = torch.ones_like(scale)
-    return (*_input_grads(ctx, (hidden, weight, bias, scale), one), *(None,) * 13)
+    grads = row_grads(
+        *inputs, weights, state, on, *ctx.constants, *ctx.needs_input_grad[:3],
+        ctx.workspace_bytes,
+    )  # fmt: skip
+    return (*asked(ctx, grads), *(None,) * 13)
 
 
 row_losses.register_autograd(_row_losses_backward, setup_context=_row_losses_setup)
 
 
-@torch.library.custom_op("lopd::fused_loss_into_", mutates_args=("weight_grad",))
+@torch.library.custom_op("lopd::row_grads_into_", mutates_args=("weight_grad",))
 @without_autocast
-def fused_loss_into_(
+def row_grads_into_(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
     target: Tensor,
-    row_weights: Tensor | None,
+    weights: Tensor,
+    state: Tensor,
+    on: Tensor,
     weight_grad: Tensor,  # [V, D] compute dtype; dW is added to it
     rule: str,
     options: list[float],
@@ -242,31 +300,25 @@ def fused_loss_into_(
     need_bias: bool,
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """(dhidden, dbias), complete, in the compute dtype; weight_grad += dW."""
-    result = _sweep(
-        Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature)),
-        ids,
-        target,
-        row_weights,
-        rule,
-        options,
-        Needs(need_hidden, True, need_bias),
-        want_entropy=False,
-        workspace_bytes=workspace_bytes,
-        accumulator=weight_grad,
-    )
-    return result.grads.hidden, result.grads.bias
+    """(dhidden, dbias), see `row_grads`; weight_grad += dW."""
+    dhidden, _, dbias = _row_grads(
+        hidden, weight, bias, ids, target, weights, state, on, rule, options,
+        (logit_scale, softcap, temperature), Needs(need_hidden, True, need_bias),
+        workspace_bytes, weight_grad,
+    )  # fmt: skip
+    return dhidden, dbias
 
 
-@fused_loss_into_.register_fake
+@row_grads_into_.register_fake
 def _(
-    hidden, weight, bias, ids, target, row_weights, weight_grad, rule, options, logit_scale,
-    softcap, temperature, need_hidden, need_bias, workspace_bytes,
+    hidden, weight, bias, ids, target, weights, state, on, weight_grad, rule, options,
+    logit_scale, softcap, temperature, need_hidden, need_bias, workspace_bytes,
 ):  # fmt: skip
-    dtype = compute_dtype(hidden.dtype)
     return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
-        hidden.new_empty((weight.shape[0],) if need_bias else (0,), dtype=dtype),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        hidden.new_empty(
+            (weight.shape[0],) if need_bias else (0,), dtype=compute_dtype(hidden.dtype)
+        ),
     )
 
 
@@ -276,30 +328,30 @@ class _IntoBuffer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, target, row_weights, buffer, constants, needs,
                 entropy, workspace_bytes):  # fmt: skip
-        rows, stats = row_losses(
+        rows, stats, state, on = row_losses(
             hidden, weight, bias, ids, target, row_weights, *constants, needs[0], False, needs[2],
             entropy, workspace_bytes,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(hidden, weight, bias, ids, target, row_weights)
+        ctx.save_for_backward(hidden, weight, bias, ids, target, row_weights, state, on)
         ctx.buffer, ctx.constants, ctx.workspace_bytes = buffer, constants, workspace_bytes
         return rows, stats
 
     @staticmethod
     def backward(ctx, upstream, stats_upstream):
-        _once("the loss with weight_grad_buffer")
+        differentiated_once("the loss with weight_grad_buffer")
         if upstream is None:
             return (None,) * 11
-        hidden, weight, bias, ids, target, row_weights = ctx.saved_tensors
+        hidden, weight, bias, ids, target, row_weights, state, on = ctx.saved_tensors
         weights = upstream if row_weights is None else engine.weigh(upstream, row_weights)
         need_hidden, _, need_bias = ctx.needs_input_grad[:3]
-        dhidden, dbias = fused_loss_into_(
-            hidden, weight, bias, ids, target, weights, ctx.buffer, *ctx.constants,
+        dhidden, dbias = row_grads_into_(
+            hidden, weight, bias, ids, target, weights, state, on, ctx.buffer, *ctx.constants,
             need_hidden, need_bias, ctx.workspace_bytes,
         )  # fmt: skip
         return (
-            dhidden.to(hidden.dtype) if need_hidden else None,
+            dhidden if need_hidden else None,
             None,
             dbias.to(bias.dtype) if need_bias else None,
             *(None,) * 8,

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from lopd_kernels import engine, queries
-from lopd_kernels.engine import Linear, Needs
+from lopd_kernels.divergence import row_rule
+from lopd_kernels.engine import make_linear
 from lopd_kernels.matmul import compute_dtype, without_autocast
-from lopd_kernels.ops import _input_grads, _once, stats_width
-from lopd_kernels.rowpass import Head
+from lopd_kernels.ops import asked, differentiated_once, stats_width
+from lopd_kernels.rowpass import Reduction
+from lopd_kernels.schedule import Needs
 
 
 @torch.library.custom_op("lopd::logprobs", mutates_args=())
@@ -27,11 +29,12 @@ def logprobs(
     need_bias: bool,
     want_entropy: bool,
     workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor]:
-    """(log p at ids [N, K], entropy [N] or [0]); need_* as in `lopd::row_losses`."""
-    linear = Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log p at ids [N, K], entropy [N] or [0], state, on); the rest as in `lopd::row_losses`."""
+    linear = make_linear(hidden, weight, bias, logit_scale, softcap, temperature)
     needs = Needs(need_hidden, need_weight, need_bias)
-    return queries.logprobs(linear, ids, want_entropy, needs, workspace_bytes)
+    out, entropy, reduction = queries.logprobs(linear, ids, want_entropy, needs, workspace_bytes)
+    return out, entropy, *reduction
 
 
 @logprobs.register_fake
@@ -43,6 +46,8 @@ def _(
     return (
         hidden.new_empty(ids.shape, dtype=dtype),
         hidden.new_empty((n if want_entropy else 0,), dtype=dtype),
+        hidden.new_empty((n, 4), dtype=dtype),
+        hidden.new_empty(ids.shape, dtype=dtype),
     )
 
 
@@ -53,7 +58,8 @@ def logprobs_grads(
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
-    entropy: Tensor,
+    state: Tensor,
+    on: Tensor,
     grad_logprobs: Tensor,  # [N, K]
     grad_entropy: Tensor,  # [N] or [0]
     logit_scale: float,
@@ -63,50 +69,50 @@ def logprobs_grads(
     need_weight: bool,
     need_bias: bool,
     workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dhidden, dweight, dbias, scale), short of `scale`."""
-    linear = Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias), complete; dbias in the compute dtype."""
+    linear = make_linear(hidden, weight, bias, logit_scale, softcap, temperature)
     needs = Needs(need_hidden, need_weight, need_bias)
-    grads = queries.logprobs_grads(
-        linear, ids, entropy, grad_logprobs, grad_entropy, needs, workspace_bytes
+    return queries.logprobs_grads(
+        linear, ids, Reduction(state, on), grad_logprobs, grad_entropy, needs, workspace_bytes
     )
-    return grads.hidden, grads.weight, grads.bias, grads.scale
 
 
 @logprobs_grads.register_fake
 def _(
-    hidden, weight, bias, ids, entropy, grad_logprobs, grad_entropy, logit_scale, softcap,
+    hidden, weight, bias, ids, state, on, grad_logprobs, grad_entropy, logit_scale, softcap,
     temperature, need_hidden, need_weight, need_bias, workspace_bytes,
 ):  # fmt: skip
-    dtype = compute_dtype(hidden.dtype)
     return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
-        hidden.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
-        hidden.new_empty((weight.shape[0],) if need_bias else (0,), dtype=dtype),
-        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        hidden.new_empty(
+            (weight.shape[0],) if need_bias else (0,), dtype=compute_dtype(hidden.dtype)
+        ),
     )
 
 
-def _logprobs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _logprobs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*inputs[:4], *output[2:])
     ctx.head = inputs[4:7]
     ctx.workspace_bytes = inputs[11]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
 
-def _logprobs_backward(ctx: Any, grad: Any, grad_entropy: Any) -> tuple[Any, ...]:
-    _once("lopd::logprobs")
-    hidden, weight, bias, ids, entropy = ctx.saved_tensors
+def _logprobs_backward(ctx: Any, grad: Any, grad_entropy: Any, *rest: None) -> tuple[Any, ...]:
+    differentiated_once("lopd::logprobs")
+    hidden, weight, bias, ids, state, on = ctx.saved_tensors
     if grad is None:
-        grad = entropy.new_zeros(ids.shape)
+        grad = on.new_zeros(ids.shape)
     if grad_entropy is None:
-        grad_entropy = entropy.new_zeros(0)
+        grad_entropy = on.new_zeros(0)
     grads = logprobs_grads(
-        hidden, weight, bias, ids, entropy.detach(), grad, grad_entropy, *ctx.head,
+        hidden, weight, bias, ids, state, on, grad, grad_entropy, *ctx.head,
         *ctx.needs_input_grad[:3], ctx.workspace_bytes,
     )  # fmt: skip
-    return (*_input_grads(ctx, grads, torch.ones_like(grads[3])), *(None,) * 9)
+    return (*asked(ctx, grads), *(None,) * 9)
 
 
 logprobs.register_autograd(_logprobs_backward, setup_context=_logprobs_setup)
@@ -126,7 +132,7 @@ def topk(
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(ids [N, k], logprobs [N, k], tail_logprobs [N], entropy [N], extra_logprobs [N, E])."""
-    linear = Linear(hidden, weight, bias, Head(logit_scale, softcap, temperature))
+    linear = make_linear(hidden, weight, bias, logit_scale, softcap, temperature)
     return tuple(queries.topk(linear, k, extra_ids, workspace_bytes))  # type: ignore[return-value]
 
 
@@ -157,7 +163,7 @@ def logits_losses(
 ) -> tuple[Tensor, Tensor]:
     """(w_n L_n [N], stats)."""
     stats, _ = queries.logits_loss(
-        logits, ids, target, row_weights, rule, options, temperature, want_entropy, False
+        logits, ids, target, row_weights, row_rule(rule, options), temperature, want_entropy, False
     )
     return engine.weigh(stats[:, 0], row_weights), stats
 
@@ -184,7 +190,7 @@ def logits_grad(
 ) -> Tensor:
     """w_n dL_n/dlogits [N, V] in the logits' dtype."""
     return queries.logits_loss(
-        logits, ids, target, row_weights, rule, options, temperature, False, True
+        logits, ids, target, row_weights, row_rule(rule, options), temperature, False, True
     )[1]
 
 
@@ -201,7 +207,7 @@ def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _logits_backward(ctx: Any, upstream: Any, _: None) -> tuple[Any, ...]:
-    _once("lopd::logits_losses")
+    differentiated_once("lopd::logits_losses")
     if upstream is None:
         return (None,) * 8
     logits, ids, target, row_weights = ctx.saved_tensors

@@ -45,7 +45,7 @@ def linear_logprobs(
     checks.check_ids("ids", ids, hidden.shape[0], hidden)
     if checks.checks_values(validate, hidden):
         checks.check_ids_values("ids", ids, weight.shape[0], distinct=False)
-    logprobs, entropy = query_ops.logprobs(
+    logprobs, entropy, *_ = query_ops.logprobs(
         hidden, weight, bias, ids, logit_scale, softcap, temperature,
         *tracked(hidden, weight, bias), return_entropy, workspace_bytes,
     )  # fmt: skip

@@ -1,186 +1,182 @@
-"""The row pass: a chunk of logits becomes losses and, in place, gradients.
+"""Rows of logits to losses and gradients: what both implementations share, and the choice.
 
-One row is gathered, reduced and overwritten by one block of work. The K support logits
-are gathered and overwritten by -inf, the log-sum-exp of what is left is the student's
-tail, taken directly: `lse = logaddexp(lse_on, lse_off)`, `log p_tail = lse_off - lse`
-keeps six digits at any tail where `1 - sum_k p_k` has none. The exponentials of that
-reduction, scaled by one number per row, are the gradient off the support; the K entries
-on it are overwritten. Rows go through in blocks that stay in the processor's cache.
+The K support logits of a row are gathered and overwritten by -inf; the log-sum-exp of what
+is left is the student's tail, taken directly: `lse = logaddexp(lse_on, lse_off)`,
+`log p_tail = lse_off - lse` keeps six digits at any tail where `1 - sum_k p_k` has none.
+Off the support the gradient is the softmax times one number per row; the K entries on it
+are overwritten.
+
+`triton_rows` serves CUDA tensors, and with TRITON_INTERPRET=1 in the environment CPU tensors
+too; `torch_rows` serves the others, and fp64, which is for oracles, everywhere.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from lopd_kernels.divergence import RowRule
 
-BLOCK_BYTES = 8 << 20
 STATS = ("loss", "lse", "tail_logprobs", "entropy")
 
 
 @dataclass(frozen=True)
 class Head:
-    """z = softcap(logit_scale * u) / temperature, with u = H W^T + b."""
+    """z = softcap(logit_scale * (u + bias)) / temperature, with u = H W^T."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    bias: Tensor | None = None  # [V]
 
     @property
     def gain(self) -> float:
-        """Factor that the GEMM applies to u: z itself, or tanh's argument under a softcap."""
+        """Factor of u + bias: z itself, or tanh's argument under a softcap."""
         return self.logit_scale / (self.temperature if self.softcap is None else self.softcap)
+
+    @property
+    def cap(self) -> float:
+        """Factor of tanh."""
+        return 1.0 if self.softcap is None else self.softcap / self.temperature
 
     @property
     def slope(self) -> float:
         """The constant part of dz/du; a softcap multiplies it by 1 - tanh^2."""
         return self.logit_scale / self.temperature
 
-    def finish(self, x: Tensor, want_slope: bool) -> Tensor | None:
-        """Turn gain * u into z in place; returns 1 - tanh^2 under a softcap."""
-        if self.softcap is None:
-            return None
-        x.tanh_()
-        slope = torch.addcmul(x.new_ones(()), x, x, value=-1.0) if want_slope else None
-        x.mul_(self.softcap / self.temperature)
-        return slope
+
+class Support(Protocol):
+    """Where the buckets of each row are."""
+
+    @property
+    def active(self) -> Tensor: ...  # [N] bool: has an id and a weight other than 0
+
+    def rows(self, part: slice) -> Support: ...
 
 
-class Support(NamedTuple):
-    """Where the buckets of each row are, made safe to index with."""
+class Reduction(NamedTuple):
+    """Rows of logits reduced to their support and the log-sum-exp of the rest."""
 
-    ids: Tensor  # [N, K] int64 in [0, V); a pad repeats the row's largest id
-    listed: Tensor  # [N, K] bool, False on pads
-    anchor: Tensor  # [N, 1] column of the row's largest id
-    active: Tensor  # [N] bool: has an id and a weight other than 0
-    broken: Tensor  # [N] bool: an id out of range or twice: the row comes out NaN
+    state: (
+        Tensor  # [N, 4]: max off the support, sum of e = exp(z - max), sum of e (z - max), broken
+    )
+    on: Tensor  # [N, K] z at the ids, -inf at pads
 
-    def rows(self, part: slice) -> Support:
-        return Support(*(field[part] for field in self))
+    @classmethod
+    def start(cls, like: Tensor, rows: int, width: int, dtype: torch.dtype) -> Reduction:
+        state = like.new_zeros((rows, 4), dtype=dtype)
+        state[:, 0] = torch.finfo(dtype).min
+        return cls(state, like.new_full((rows, width), -math.inf, dtype=dtype))
 
-
-def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> Support:
-    ids = ids.long()
-    listed = ids >= 0
-    ordered = ids.sort(1).values
-    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
-    broken = twice | ((ids >= vocab) | (ids < -1)).any(1)
-    anchor = ids.argmax(1, keepdim=True)
-    safe = torch.where(listed, ids, ids.gather(1, anchor))
-    safe = torch.where(broken.unsqueeze(1), 0, safe).clamp(min=0)
-    active = listed.any(1) | broken
-    if row_weights is not None:
-        active = active & (row_weights != 0)
-    return Support(safe, listed, anchor, active, broken)
+    def rows(self, part: slice) -> Reduction:
+        return Reduction(self.state[part], self.on[part])
 
 
-def block_rows(vocab: int, itemsize: int) -> int:
-    return max(1, BLOCK_BYTES // (vocab * itemsize))
+class Settled(NamedTuple):
+    """A reduction as log-probs. `lse` is less `top`: an offset that all logits share would
+    cost the log-probs digits, so it stays there."""
+
+    buckets: Tensor  # [N, K+1] log-probs of the support and the tail, -inf at pads
+    top: Tensor  # [N, 1] largest logit of the row
+    lse: Tensor  # [N, 1]
+    shift: Tensor  # [N, 1] largest logit off the support, less top and lse
+    entropy: Tensor  # [N], if the spread was asked for
 
 
-def row_pass(
-    logits: Tensor,  # [R, V], gain * u; becomes dL/dz * (1 - tanh^2) when `weights` is given
-    support: Support,
-    target: Tensor,  # [R, M] what the rule compares with
-    weights: Tensor | None,  # [R] factor of the gradient; None leaves garbage in logits
-    rule: RowRule,
-    head: Head,
-    want_entropy: bool,
-    stats: Tensor,  # [R, 4 + extras] output, see STATS; zeros in inactive rows
-) -> None:
-    """Everything that happens between the first GEMM and the other two."""
-    size = block_rows(logits.shape[1], logits.element_size())
-    for start in range(0, logits.shape[0], size):
-        part = slice(start, start + size)
-        _row_block(
-            logits[part],
-            support.rows(part),
-            target[part],
-            None if weights is None else weights[part],
-            rule,
-            head,
-            want_entropy,
-            stats[part],
-        )
+class Coefficients(NamedTuple):
+    """The gradient dL/dz: e (factor - pull (z - own)), e = exp(z - own), and `on` at the ids."""
+
+    own: Tensor  # [N]
+    factor: Tensor  # [N]
+    pull: Tensor | None  # [N]
+    on: Tensor  # [N, K]
+
+    def rows(self, part: slice) -> Coefficients:
+        pull = None if self.pull is None else self.pull[part]
+        return Coefficients(self.own[part], self.factor[part], pull, self.on[part])
 
 
-def _row_block(
-    x: Tensor,
-    support: Support,
-    target: Tensor,
-    weights: Tensor | None,
-    rule: RowRule,
-    head: Head,
-    want_entropy: bool,
-    stats: Tensor,
-) -> None:
-    slope = head.finish(x, want_slope=weights is not None)
-    seen = reduce_rows(x, support.ids, support.listed)
-    loss, g, extras = rule.apply(seen.buckets, target)
-    loss = loss.masked_fill(support.broken, math.nan)
-    entropy = seen.entropy() if want_entropy else torch.zeros_like(loss)
-    lse = (seen.top + seen.lse)[:, 0]
-    rows = torch.stack([loss, lse, seen.buckets[:, -1], entropy, *extras], 1)
-    stats.copy_(torch.where(support.active.unsqueeze(1), rows, 0.0))
-    if weights is None:
-        return
+class RowFunctions(Protocol):
+    """An implementation. `u` are rows of H W^T in the compute dtype and are overwritten."""
 
-    grad = centred(g, seen.buckets.exp()) * weights.unsqueeze(1)
-    grad = grad.masked_fill(support.broken.unsqueeze(1), math.nan)
-    grad = torch.where(support.active.unsqueeze(1), grad, 0.0)
-    seen.off.mul_(torch.where(seen.total == 0.0, 0.0, grad[:, -1:] / seen.total))
-    overwrite(seen.off, grad[:, :-1], support, slope)
+    def locate(self, ids: Tensor, row_weights: Tensor | None, vocab: int) -> Support: ...
 
+    def spoilt(self, hidden: Tensor, weight: Tensor, head: Head) -> Tensor | None:
+        """[N] rows whose logits this implementation would not know to be infinite."""
 
-class Reduced(NamedTuple):
-    """A block of logits [R, V] reduced to buckets. `own` and `lse` are less `top`.
+    def row_pass(
+        self,
+        u: Tensor,  # [R, V]
+        support: Support,
+        target: Tensor,  # [R, M] what the rule compares with
+        weights: Tensor | None,  # [R] factor of the gradient; None wants none
+        rule: RowRule,
+        head: Head,
+        want_entropy: bool,
+        stats: Tensor,  # [R, 4 + extras] output, see STATS; zeros in inactive rows
+        out: Tensor | None,  # [R, V] w dL/dz (1 - tanh^2); may lie in the storage of u
+        inf_masks: bool = False,  # -inf in u is an id without mass
+    ) -> None: ...
 
-    An offset that all logits of a row share would cost the log-probs digits; it stays in `top`.
-    """
+    def reduce(
+        self,
+        u: Tensor,  # [R, P], columns first to first + P of the vocabulary
+        first: int,
+        support: Support,
+        head: Head,
+        want_spread: bool,
+        reduction: Reduction,  # of these rows and the columns before; updated
+    ) -> None: ...
 
-    off: Tensor  # [R, V] exp(z - top - own), 0 on the support; lies where the logits lay
-    total: Tensor  # [R, 1] sum of `off`
-    own: Tensor  # [R, 1] largest logit off the support
-    lse: Tensor  # [R, 1]
-    top: Tensor  # [R, 1] largest logit of the row
-    buckets: Tensor  # [R, K+1] log-probs, -inf on pads
-
-    def entropy(self) -> Tensor:
-        """-sum_j p_j log p_j [R]"""
-        shift, on = (self.own - self.lse)[:, 0], self.buckets[:, :-1]
-        spread = shift.exp() * torch.special.entr(self.off).sum(1)
-        listed = (on.exp() * on).masked_fill(on == -math.inf, 0.0).sum(1)
-        return spread - self.buckets[:, -1].exp() * shift - listed
+    def write(
+        self,
+        u: Tensor,  # [R, P]
+        first: int,
+        support: Support,
+        head: Head,
+        coefficients: Coefficients,
+        on: Tensor,  # [R, K] z at the ids
+        out: Tensor,  # [R, P] (1 - tanh^2) dL/dz; may lie in the storage of u
+    ) -> None: ...
 
 
-def reduce_rows(z: Tensor, ids: Tensor, listed: Tensor) -> Reduced:
-    """Buckets of z [R, V] at ids [R, K] and off them; z is overwritten."""
-    z_on = z.gather(1, ids).masked_fill(~listed, -math.inf)
-    z.scatter_(1, ids, -math.inf)
-    own = z.amax(1, keepdim=True)
-    top = torch.maximum(own, z_on.amax(1, keepdim=True))
-    top = top.masked_fill(top == -math.inf, 0.0)
-    own = torch.where(own == -math.inf, top, own)
-    off = z.sub_(own).exp_()
-    total = off.sum(1, keepdim=True)
-    own, z_on = own - top, z_on - top
-    lse_off = own + total.log()
-    lse = torch.logaddexp(lse_off, z_on.logsumexp(1, keepdim=True))
-    return Reduced(off, total, own, lse, top, torch.cat([z_on, lse_off], 1) - lse)
+def uses_triton(like: Tensor) -> bool:
+    """Whether the kernels of `_triton` serve tensors like this one."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return like.dtype != torch.float64 and (like.is_cuda or interpreted)
 
 
-def overwrite(off: Tensor, on: Tensor, support: Support, slope: Tensor | None) -> None:
-    """Put the gradient `on` [R, K] of the support into that of the other ids, `off` [R, V]."""
-    if slope is not None:
-        off.mul_(slope)
-        on = on * slope.gather(1, support.ids)
-    on = torch.where(support.listed, on, on.gather(1, support.anchor))
-    off.scatter_(1, support.ids, on)
+def row_functions(like: Tensor) -> RowFunctions:
+    """The implementation for logits of `like`, a hidden state or a logit."""
+    name = "triton_rows" if uses_triton(like) else "torch_rows"
+    return cast(RowFunctions, importlib.import_module(f"lopd_kernels.{name}"))
+
+
+def settle(reduction: Reduction) -> Settled:
+    """Log-probs of the buckets; NaN in broken rows."""
+    own, total, spread, broken = reduction.state.unsqueeze(2).unbind(1)
+    on = reduction.on
+    top = torch.maximum(own, on.amax(1, keepdim=True)) if on.shape[1] else own
+    top = top.masked_fill(top == torch.finfo(top.dtype).min, 0.0)
+    top = top.masked_fill(broken > 0, math.nan)
+    z_on = on - top
+    total_log = torch.where(total == 0.0, -math.inf, total.log())
+    lse_off = (own - top) + total_log
+    lse = torch.logaddexp(lse_off, z_on.logsumexp(1, keepdim=True)) if on.shape[1] else lse_off
+    buckets = torch.cat([z_on, lse_off], 1) - lse
+    empty = torch.isneginf(torch.cat([on, total_log], 1)) & (broken == 0.0)
+    buckets = buckets.masked_fill(empty, -math.inf)
+    shift = own - top - lse
+    off = torch.where(total == 0.0, 0.0, shift.exp() * (spread + total * shift))[:, 0]
+    listed = buckets[:, :-1]
+    listed = (listed.exp() * listed).masked_fill(listed == -math.inf, 0.0).sum(1)
+    return Settled(buckets, top, lse, shift, -off - listed)
 
 
 def centred(g: Tensor, p: Tensor) -> Tensor:
@@ -197,23 +193,13 @@ def centred(g: Tensor, p: Tensor) -> Tensor:
     return plain.scatter(1, largest, own_g * other_p - own_p * other_g)
 
 
-def support_pass(
-    logits: Tensor,  # [R, K], z at support.ids
-    support: Support,
-    target: Tensor,  # [R, K+1]
-    weights: Tensor | None,  # [R] factor of the gradient
-    rule: RowRule,
-    stats: Tensor,  # [R, 4] output: the loss, the rest is left at zero
-) -> Tensor | None:
-    """The row pass of a loss renormalised over the support; returns dL/dz [R, K], 0 on pads."""
-    logprobs = logits.masked_fill(~support.listed, -math.inf).log_softmax(1)
-    nothing = torch.full_like(logprobs[:, :1], -math.inf)
-    buckets = torch.cat([logprobs, nothing], 1)
-    loss, g, _ = rule.apply(buckets, torch.cat([target[:, :-1], nothing], 1))
-    loss = loss.masked_fill(support.broken, math.nan)
-    stats[:, 0] = torch.where(support.active, loss, 0.0)
-    if weights is None:
-        return None
-    grad = centred(g, buckets.exp())[:, :-1] * weights.unsqueeze(1)
-    grad = grad.masked_fill(support.broken.unsqueeze(1), math.nan)
-    return torch.where(support.active.unsqueeze(1) & support.listed, grad, 0.0)
+def coefficients(
+    reduction: Reduction, g: Tensor, p: Tensor, weights: Tensor | None
+) -> Coefficients:
+    """The gradient of a loss with dL/dlog p_b = g [N, K+1], times the row's weight."""
+    grad = centred(g, p)
+    if weights is not None:
+        grad = grad * weights.unsqueeze(1)
+    own, total = reduction.state[:, 0], reduction.state[:, 1]
+    factor = torch.where(total == 0.0, 0.0, grad[:, -1] / total)
+    return Coefficients(own, factor, None, grad[:, :-1])

@@ -1,42 +1,61 @@
 """Losses over the support alone: K gathered rows of the weight instead of the LM head.
 
 Both distributions are renormalised over the listed ids, so nothing outside them enters
-the value or the gradient. `z_k = h . W[id_k]` needs N K D multiplications where the LM
+the value or the gradient. `u_k = h . W[id_k]` needs N K D multiplications where the LM
 head needs N V D; dW is a sum over equal ids, taken in row order, so that equal inputs
-give equal bits.
+give equal bits. The forward keeps u; the backward forms the gradients, complete.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from lopd_kernels.divergence import RowRule, row_rule
-from lopd_kernels.engine import BOOKKEEPING, Grads, Linear, Needs, Result, start_grads, weighted_sum
-from lopd_kernels.rowpass import STATS, Support, locate, support_pass
+from lopd_kernels.divergence import RowRule
+from lopd_kernels.engine import Linear, RowLosses
+from lopd_kernels.rowpass import STATS, Head, Reduction, centred, uses_triton
+from lopd_kernels.schedule import BOOKKEEPING, Needs
+from lopd_kernels.torch_rows import Support, locate
 
 GATHER_BYTES = 32 << 20
 
 
-def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """total[ids[i]] += rows[i] in order of i: the deterministic kernel of each device."""
-    if total.is_cuda:
-        total.index_put_((ids,), rows, accumulate=True)
-    else:
-        total.index_add_(0, ids, rows)
+class SparseFunctions(Protocol):
+    """Products with listed rows of the weight; `rows` bounds what is gathered at a time."""
+
+    def dots(self, hidden: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
+        """hidden[n] . weight[ids[n, k]] in the compute dtype, [N, K]."""
+
+    def hidden_grad(self, grad: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
+        """sum_k grad[n, k] weight[ids[n, k]] in the weight's dtype, [N, D]."""
+
+    def weight_grad(
+        self, grad: Tensor, hidden: Tensor, ids: Tensor, rows: int, out: Tensor, add: bool
+    ) -> None:
+        """out[v] (+)= the sum of grad[n, k] hidden[n] over the entries with ids[n, k] = v."""
+
+
+def _functions(like: Tensor) -> SparseFunctions:
+    name = "triton_sparse" if uses_triton(like) else "torch_sparse"
+    return cast(SparseFunctions, importlib.import_module(f"lopd_kernels.{name}"))
 
 
 def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int | None) -> int:
     """Rows of hidden whose K gathered rows of the weight are held at a time."""
     (n, d), v = linear.hidden.shape, linear.weight.shape[0]
-    size = torch.empty((), dtype=linear.dtype).element_size()
+    size = linear.dtype.itemsize
     per_row = size * width * (3 * d + 16)
     if workspace_bytes is None:
         return max(1, GATHER_BYTES // per_row)
+    narrow = linear.hidden.dtype != linear.dtype
     held = size * (
-        n * d * needs.hidden + v * d * needs.weight + 2 * v + BOOKKEEPING * n * (width + 2)
+        narrow * (n * d * needs.hidden + v * d * needs.weight)
+        + 2 * v
+        + BOOKKEEPING * n * (width + 2)
     )
     smallest = held + per_row
     if workspace_bytes < smallest:
@@ -47,73 +66,92 @@ def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int
     return (workspace_bytes - held) // per_row
 
 
-def renormalized_loss(
+def finish(u: Tensor, ids: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """(z, 1 - tanh^2) of u [N, K] at `ids`; an infinite u or softcapped bias gives NaN."""
+    x = u.masked_fill(u.isinf(), math.nan)
+    if head.bias is not None:
+        x = x + head.bias[ids]
+    x = x * head.gain
+    if head.softcap is None:
+        return x, None
+    x = x.masked_fill(x.isinf(), math.nan).tanh()
+    return x * head.cap, 1.0 - x * x
+
+
+def support_rule(z: Tensor, support: Support, target: Tensor, rule: RowRule) -> tuple[Tensor, ...]:
+    """(loss [N], dL/dz [N, K], 0 on pads) of a rule renormalised over the support."""
+    logprobs = z.masked_fill(~support.listed, -math.inf).log_softmax(1)
+    nothing = torch.full_like(logprobs[:, :1], -math.inf)
+    buckets = torch.cat([logprobs, nothing], 1)
+    loss, g, _ = rule.apply(buckets, torch.cat([target[:, :-1], nothing], 1))
+    grad = centred(g, buckets.exp())[:, :-1]
+    loss = loss.masked_fill(support.broken, math.nan)
+    grad = grad.masked_fill(support.broken.unsqueeze(1), math.nan)
+    active = support.active
+    grad = torch.where(active.unsqueeze(1) & support.listed, grad, 0.0)
+    return torch.where(active, loss, 0.0), grad
+
+
+def support_losses(
     linear: Linear,
     ids: Tensor,
     target: Tensor,
     row_weights: Tensor | None,
-    rule_name: str,
-    options: list[float],
+    rule: RowRule,
+    needs: Needs,  # of the backward, whose workspace is checked here
+    workspace_bytes: int | None,
+) -> RowLosses:
+    """`engine.row_losses` for rules named `<divergence>:renormalize`; stats hold the loss."""
+    gathered_rows(linear, needs, ids.shape[1], workspace_bytes)
+    rows = gathered_rows(linear, Needs(), ids.shape[1], workspace_bytes)
+    support = locate(ids, row_weights, linear.weight.shape[0])
+    hidden = linear.hidden
+    u = _functions(hidden).dots(hidden, linear.weight, support.ids, rows)
+    z, _ = finish(u, support.ids, linear.head)
+    stats = hidden.new_zeros((hidden.shape[0], len(STATS)), dtype=linear.dtype)
+    stats[:, 0], _ = support_rule(z, support, target.to(linear.dtype), rule)
+    return RowLosses(stats, Reduction(u.new_empty((0, 4)), u))
+
+
+def support_grads(
+    linear: Linear,
+    ids: Tensor,
+    target: Tensor,
+    weights: Tensor | None,  # [N] upstream gradient times the row's weight
+    reduction: Reduction,
+    rule: RowRule,
     needs: Needs,
     workspace_bytes: int | None,
     accumulator: Tensor | None = None,
-) -> Result:
-    """`engine.fused_loss` for rules named `<divergence>:renormalize`; stats hold the loss."""
-    n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
-    rule = row_rule(rule_name, options)
-    grads, weights = start_grads(linear, needs, row_weights, accumulator)
-    support = locate(ids, row_weights, vocab)
-    target = target.to(linear.dtype)
-    stats = linear.hidden.new_zeros((n, len(STATS)), dtype=linear.dtype)
-    counted = needs._replace(weight=needs.weight and accumulator is None)
-    rows = gathered_rows(linear, counted, ids.shape[1], workspace_bytes)
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        _block(
-            linear,
-            support.rows(part),
-            linear.hidden[part],
-            target[part],
-            weights[part] if any(needs) else None,
-            rule,
-            stats[part],
-            Grads(grads.hidden[part], grads.weight, grads.bias, grads.scale),
-        )
-    return Result(weighted_sum(stats[:, 0], row_weights), stats, grads)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias), complete and in the inputs' dtypes; empty where not needed."""
+    hidden, weight = linear.hidden, linear.weight
+    rows = gathered_rows(linear, needs, ids.shape[1], workspace_bytes)
+    support, functions = locate(ids, weights, weight.shape[0]), _functions(hidden)
+    z, slope = finish(reduction.on, support.ids, linear.head)
+    _, grad = support_rule(z, support, target.to(linear.dtype), rule)
+    grad = grad * linear.head.slope
+    if weights is not None:
+        grad = torch.where(support.active.unsqueeze(1), grad * weights.unsqueeze(1), 0.0)
+    grad = (grad if slope is None else grad * slope).to(linear.dtype)
+    grad = torch.where(support.active.unsqueeze(1) & support.listed, grad, 0.0)
+    dhidden, dweight = hidden.new_empty(0), weight.new_empty(0)
+    dbias = hidden.new_zeros(weight.shape[0] if needs.bias else 0, dtype=linear.dtype)
+    if needs.hidden:
+        dhidden = functions.hidden_grad(grad, weight, support.ids, rows)
+    if accumulator is None and needs.weight:
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        functions.weight_grad(grad, hidden, support.ids, rows, dweight, add=False)
+    elif accumulator is not None:
+        functions.weight_grad(grad, hidden, support.ids, rows, accumulator, add=True)
+    if needs.bias:
+        add_at(dbias, support.ids.flatten(), grad.flatten())
+    return dhidden, dweight, dbias
 
 
-def _block(
-    linear: Linear,
-    support: Support,
-    hidden: Tensor,  # [R, D]
-    target: Tensor,  # [R, K+1]
-    weights: Tensor | None,  # [R], None without gradient
-    rule: RowRule,
-    stats: Tensor,  # [R, 4] output
-    grads: Grads,  # hidden: rows of this block; weight and bias: whole
-) -> None:
-    active = support.active.unsqueeze(1)
-    hidden = hidden.to(linear.dtype).masked_fill(~active, 0.0)
-    picked = linear.weight[support.ids].to(linear.dtype)
-    x = torch.bmm(picked, hidden.unsqueeze(2))[:, :, 0]
-    x = x.masked_fill(x.isinf(), math.nan)
-    if linear.bias is not None:
-        x = x + linear.bias[support.ids].to(linear.dtype)
-    x = x * linear.head.gain
-    if linear.head.softcap is not None:
-        x = x.masked_fill(x.isinf(), math.nan)
-    slope = linear.head.finish(x, want_slope=weights is not None)
-    grad = support_pass(x, support, target, weights, rule, stats)
-    if grad is None:
-        return
-    if slope is not None:
-        grad = grad * slope
-    if grads.hidden.numel():
-        torch.bmm(grad.unsqueeze(1), picked, out=grads.hidden.unsqueeze(1))
-        grads.hidden.masked_fill_(~active, 0.0)
-    del picked
-    if grads.weight.numel():
-        outer = (grad.unsqueeze(2) * hidden.unsqueeze(1)).flatten(0, 1)
-        add_rows(grads.weight, support.ids.flatten(), outer)
-    if grads.bias.numel():
-        add_rows(grads.bias, support.ids.flatten(), grad.flatten())
+def add_at(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """total[ids[i]] += rows[i] in order of i: the deterministic kernel of each device."""
+    if total.is_cuda:
+        total.index_put_((ids,), rows, accumulate=True)
+    else:
+        total.index_add_(0, ids, rows)

@@ -26,10 +26,14 @@ LAYERS = [
 ]
 USES_KERNELS = {"step", "engines"}
 KERNEL_LAYERS = [
+    {"_triton"},
     {"divergence", "matmul", "reference"},
     {"rowpass", "checks"},
+    {"torch_rows", "triton_rows", "torch_sparse"},
+    {"triton_sparse", "schedule"},
     {"engine"},
-    {"sparse", "queries"},
+    {"sparse"},
+    {"queries"},
     {"ops"},
     {"query_ops"},
     {"losses"},

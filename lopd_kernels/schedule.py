@@ -1,0 +1,178 @@
+"""Which schedule a call takes, and what it allocates.
+
+    row chunks   logits of some rows and the whole vocabulary at a time, and their gradient with
+                 them, in the forward. Three GEMMs. dW accumulates in the compute dtype or, with
+                 `keeps_dz`, the 16-bit dz of all rows is kept and dW is one GEMM at the end.
+    panels       logits of all rows and some of the vocabulary at a time: the forward keeps row
+                 statistics, the backward computes each panel again and writes that panel's
+                 rows of dW once. Four GEMMs, no accumulator for dW.
+
+Sizes are in bytes and count what a call allocates beyond inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopd_kernels.matmul import compute_dtype, is_mixed, panel_rows
+from lopd_kernels.torch_rows import BLOCK_BYTES
+
+ALIGNMENT = 16  # columns: keeps rows of logits on vector boundaries
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
+PANEL_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
+FEWEST_ROWS = 128  # below this, chunks of rows keep the GEMMs busy with reading the weight
+BOOKKEEPING = 14  # words per row and bucket for ids, targets and statistics; measured
+
+
+def padded(columns: int) -> int:
+    return -(-columns // ALIGNMENT) * ALIGNMENT
+
+
+class Needs(NamedTuple):
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+class Sizes(NamedTuple):
+    """What the memory of a call depends on."""
+
+    n: int
+    v: int
+    d: int
+    width: int  # of the support
+    element: int  # bytes of a parameter
+    compute: int  # bytes of a logit
+    widened: int  # rows of the weight that are widened at a time
+    mixed: bool
+    bf16: bool
+    device: str
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, width: int) -> Sizes:
+        return cls(
+            hidden.shape[0],
+            weight.shape[0],
+            weight.shape[1],
+            width,
+            hidden.element_size(),
+            compute_dtype(hidden.dtype).itemsize,
+            panel_rows(weight),
+            is_mixed(hidden),
+            hidden.dtype == torch.bfloat16,
+            "cuda" if hidden.is_cuda else "cpu",
+        )
+
+    def held(self, rows: int, columns: int) -> int:
+        """What any schedule holds: logits, blocks of the row functions, widened operands."""
+        operand = self.element if self.mixed else self.compute
+        blocks = 0
+        if self.device == "cpu":
+            blocks = min(rows * columns * self.compute, BLOCK_BYTES + columns * self.compute) * 2
+        return (
+            rows * padded(columns) * self.compute
+            + blocks
+            + rows * self.d * operand
+            + self.widened * self.d * self.compute
+            + 2 * self.v * self.compute
+            + BOOKKEEPING * self.n * (self.width + 2) * self.compute
+        )
+
+    def chunked(self, rows: int, needs: Needs, keeps_dz: bool) -> int:
+        """Row chunks, gradient in the forward; the backward scales what was saved."""
+        hidden = self.n * self.d * self.compute * needs.hidden
+        weight = self.v * self.d * self.compute * needs.weight
+        bias = self.v * self.compute * needs.bias
+        if not keeps_dz:
+            return hidden + weight + bias + self.held(rows, self.v)
+        kept = self.n * (padded(self.v) + self.d) * self.element
+        saved = hidden + bias + self.v * self.d * self.element * needs.weight
+        return max(kept + bias + max(hidden, self.held(rows, self.v)), saved)
+
+    def panelled(self, columns: int, needs: Needs) -> int:
+        hidden = self.n * self.d * self.compute * needs.hidden
+        weight = columns * self.d * self.compute * (needs.weight and self.element < self.compute)
+        return hidden + weight + self.held(self.n, columns)
+
+
+def keeps_dz(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> bool:
+    """Whether dz of all rows is kept: where that is less than an fp32 accumulator for dW.
+
+    fp16 has not the range: dz carries a factor that dW would have to carry too.
+    """
+    if not (sizes.mixed and sizes.bf16 and needs.weight):
+        return False
+    if sizes.n * sizes.element > sizes.d * sizes.compute:
+        return False
+    least = sizes.chunked(min(sizes.n, FEWEST_ROWS), needs, True)
+    return workspace_bytes is None or least <= workspace_bytes
+
+
+def in_forward(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> bool:
+    """Whether row chunks fit, with enough rows to be worth it; panels otherwise.
+
+    Raises ValueError where neither fits.
+    """
+    if workspace_bytes is None:
+        return True
+    keeps = keeps_dz(sizes, needs, workspace_bytes)
+    rows = min(max(sizes.n, 1), FEWEST_ROWS)
+    if sizes.chunked(rows, needs, keeps) <= workspace_bytes:
+        return True
+    panels, chunks = sizes.panelled(1, needs), sizes.chunked(1, needs, keeps)
+    if min(panels, chunks) > workspace_bytes:
+        raise _refuse(workspace_bytes, min(panels, chunks), sizes)
+    return panels > workspace_bytes
+
+
+def logits_rows(logits: Tensor) -> int:
+    """Rows of given logits [N, V] that are copied to the compute dtype at a time."""
+    width = padded(max(1, logits.shape[1])) * compute_dtype(logits.dtype).itemsize
+    return max(1, (CHUNK_BYTES["cuda"] if logits.is_cuda else BLOCK_BYTES) // width)
+
+
+def _largest(bound: int, high: int, size) -> int:
+    """The largest count up to `high` whose size is within the bound; 0 if there is none."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= bound else (low, middle - 1)
+    return low
+
+
+def _refuse(workspace_bytes: int, smallest: int, sizes: Sizes) -> ValueError:
+    return ValueError(
+        f"workspace_bytes is {workspace_bytes}, but hidden [{sizes.n}, {sizes.d}] and weight "
+        f"[{sizes.v}, {sizes.d}] need at least {smallest}; pass workspace_bytes={smallest} or more"
+    )
+
+
+def chunk_rows(sizes: Sizes, needs: Needs, keeps: bool, workspace_bytes: int | None) -> int:
+    """Rows of a chunk: as many as the bound admits, or about CHUNK_BYTES of logits."""
+    n = max(1, sizes.n)
+    if workspace_bytes is None:
+        rows = max(1, CHUNK_BYTES[sizes.device] // (padded(sizes.v) * sizes.compute))
+    else:
+        rows = _largest(workspace_bytes, n, lambda rows: sizes.chunked(rows, needs, keeps))
+    if not rows:
+        raise _refuse(workspace_bytes or 0, sizes.chunked(1, needs, keeps), sizes)
+    whole = -(-n // min(rows, n))  # chunks of equal size
+    even = -(-n // whole)
+    return min(rows, n, -(-even // FEWEST_ROWS) * FEWEST_ROWS)
+
+
+def panel_columns(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> int:
+    """Columns of a panel: as many as the bound admits, or about PANEL_BYTES of logits."""
+    if workspace_bytes is None:
+        columns = PANEL_BYTES[sizes.device] // (max(1, sizes.n) * sizes.compute)
+        columns = max(1, min(columns, sizes.v))
+    else:
+        columns = _largest(workspace_bytes, sizes.v, lambda columns: sizes.panelled(columns, needs))
+    if not columns:
+        raise _refuse(workspace_bytes or 0, sizes.panelled(1, needs), sizes)
+    if columns == sizes.v:
+        return columns
+    return max(1, columns // 128 * 128) if columns >= 128 else columns
