@@ -20,6 +20,10 @@ REDUCTIONS = ("sum", "mean", "none")
 MASS_SLACK = 1e-3
 
 
+class DtypeError(TypeError, ValueError):
+    """An argument of a dtype that cannot be meant."""
+
+
 def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
@@ -33,15 +37,40 @@ def checks_values(validate: bool | None, like: Tensor) -> bool:
     return not (like.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def check_plain(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "device_mesh"):
+        raise ValueError(
+            f"{name} is a DTensor, expected a plain tensor; call the loss inside the head's "
+            f"forward, where a sharded weight is gathered, or pass {name}.full_tensor()"
+        )
+
+
+def in_one_dtype(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast, tensors of several dtypes are cast to autocast's, as F.linear does.
+
+    Tensors of one dtype are left in it: the losses choose the precision of their products.
+    """
+    given = [x for x in (hidden, weight, bias) if x is not None]
+    kind = hidden.device.type
+    mixed = any(x.dtype != hidden.dtype for x in given)
+    if not mixed or not torch.is_autocast_enabled(kind):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight)):
+        check_plain(name, tensor)
         if tensor.dim() != 2:
             raise ValueError(
                 f"{name} has shape {_shape(tensor)}, expected two dimensions; "
                 "select the loss-bearing rows, e.g. hidden.flatten(0, -2)[index]"
             )
         if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} is {tensor.dtype}, expected bfloat16, float16 or float32")
+            raise DtypeError(f"{name} is {tensor.dtype}, expected bfloat16, float16 or float32")
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {_shape(hidden)} and weight {_shape(weight)} differ in their last dimension; "
@@ -50,20 +79,29 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if 0 in weight.shape:
         raise ValueError(f"weight {_shape(weight)} has no rows or columns; expected [V, D]")
     if hidden.dtype != weight.dtype:
-        raise TypeError(
+        raise DtypeError(
             f"hidden is {hidden.dtype} and weight is {weight.dtype}; cast one to the other"
         )
     check_device("weight", weight, hidden)
     if bias is not None:
         check_rows("bias", bias, (weight.shape[0],), hidden)
         if bias.dtype != weight.dtype:
-            raise TypeError(f"bias is {bias.dtype} and weight is {weight.dtype}; cast one")
+            raise DtypeError(f"bias is {bias.dtype} and weight is {weight.dtype}; cast one")
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    check_plain(name, tensor)
     if tensor.device != like.device:
         raise ValueError(
             f"{name} is on {tensor.device} and hidden on {like.device}; move {name} there"
+        )
+
+
+def check_width(name: str, ids: Tensor, vocab: int) -> None:
+    if ids.shape[1] > vocab:
+        raise ValueError(
+            f"{name} has {ids.shape[1]} columns, expected at most the vocabulary of {vocab}: the "
+            "ids of a row are distinct"
         )
 
 
@@ -72,7 +110,7 @@ def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) 
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {_shape(tensor)}, expected {list(shape)}")
     if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} is {tensor.dtype}, expected a floating-point type")
+        raise DtypeError(f"{name} is {tensor.dtype}, expected a floating-point type")
     check_device(name, tensor, like)
 
 
@@ -90,7 +128,7 @@ def check_ids(name: str, ids: Tensor, rows: int, like: Tensor, dims: int = 2) ->
     if dims == 2 and ids.shape[1] == 0:
         raise ValueError(f"{name} has shape {_shape(ids)}, expected at least one column")
     if ids.dtype not in INTEGERS:
-        raise TypeError(f"{name} is {ids.dtype}, expected int32 or int64")
+        raise DtypeError(f"{name} is {ids.dtype}, expected int32 or int64")
     check_device(name, ids, like)
 
 
@@ -219,7 +257,7 @@ def check_schedule(
     check_rows("weight_grad_buffer", buffer, tuple(weight.shape), weight)
     wanted = compute_dtype(weight.dtype)
     if buffer.dtype != wanted:
-        raise TypeError(f"weight_grad_buffer is {buffer.dtype}, expected {wanted}")
+        raise DtypeError(f"weight_grad_buffer is {buffer.dtype}, expected {wanted}")
     if buffer.requires_grad:
         raise ValueError("weight_grad_buffer requires grad; pass a plain tensor to add dW into")
     if torch.is_grad_enabled() and not weight.requires_grad:

@@ -82,11 +82,15 @@ class Linear(NamedTuple):
 
     def operand(self, active: Tensor | None) -> Tensor:
         """hidden [N, D] as the GEMMs take it: zeros in inactive rows, NaN in spoilt ones."""
-        hidden = self.hidden.to(operand_dtype(self.hidden))
         spoilt = self.functions.spoilt(self.hidden, self.weight, self.head)
+        if spoilt is None and active is None:
+            return self.hidden.to(operand_dtype(self.hidden))
+        hidden = self.hidden.to(operand_dtype(self.hidden), copy=True)
         if spoilt is not None:
-            hidden = hidden.masked_fill(spoilt.unsqueeze(1), math.nan)
-        return hidden if active is None else hidden.masked_fill(~active.unsqueeze(1), 0.0)
+            hidden.masked_fill_(spoilt.unsqueeze(1), math.nan)
+        if active is not None:
+            hidden.masked_fill_(~active.unsqueeze(1), 0.0)
+        return hidden
 
 
 def make_linear(
@@ -281,7 +285,9 @@ def panel_grads(
     if needs.hidden:
         dhidden.masked_fill_(~support.active.unsqueeze(1), 0.0)
     if scale is not None:
-        dhidden, dbias = dhidden * scale, dbias * scale
+        dhidden.mul_(scale)
+        dbias.mul_(scale)
+    del buffer, u, dz, hidden
     return dhidden.to(like.dtype), dweight, dbias
 
 
@@ -343,5 +349,6 @@ def row_grads(
     _, g, _ = rule.apply(buckets, target.to(linear.dtype))
     factors, scale = complete(linear, weights)
     slopes = coefficients(reduction, g, buckets.exp(), factors)
-    columns = panel_columns(linear.sizes(ids.shape[1]), needs, workspace_bytes)
+    counted = needs._replace(weight=needs.weight and accumulator is None)
+    columns = panel_columns(linear.sizes(ids.shape[1]), counted, workspace_bytes)
     return panel_grads(linear, support, reduction.on, slopes, scale, needs, columns, accumulator)

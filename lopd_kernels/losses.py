@@ -113,6 +113,7 @@ def _sparse_rows(
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     n = like.shape[0]
     checks.check_ids("topk_ids", topk_ids, n, like)
+    checks.check_width("topk_ids", topk_ids, vocab)
     checks.check_rows("topk_logprobs", topk_logprobs, tuple(topk_ids.shape), like)
     checks.check_constant("topk_logprobs", topk_logprobs)
     if tail_logprobs is not None:
@@ -187,17 +188,19 @@ def linear_sparse_divergence(
     Args:
         workspace_bytes: bound on what the call allocates beyond inputs and outputs.
         weight_grad_buffer: the backward adds dW to it and `weight` gets no gradient; the
-            logits are then computed a second time, in the backward, as for "none".
+            logits are then computed a second time, in the backward, as for "none" and where
+            `workspace_bytes` leaves no room for gradients in the forward.
         validate: None checks values except while compiling or capturing a CUDA graph,
             False never, True always. Unchecked, a bad or repeated id makes its row NaN.
         tolerance: 0.0 only.
 
     Raises:
-        ValueError, TypeError: an argument that cannot be meant, by name.
+        ValueError: an argument that cannot be meant, by name (a wrong dtype is a TypeError too).
         RuntimeError: on differentiating twice.
 
     Source: GKD, arXiv:2306.13649, for the divergences; divergence.py for the buckets.
     """
+    hidden, weight, bias = checks.in_one_dtype(hidden, weight, bias)
     checks.check_linear(hidden, weight, bias)
     checks.check_head(logit_scale, softcap, temperature)
     checks.check_schedule(tolerance, workspace_bytes, weight_grad_buffer, weight)
@@ -232,6 +235,7 @@ def sparse_divergence(
 
     The forward allocates nothing of size [N, V]; the backward one, the gradient.
     """
+    checks.check_plain("logits", logits)
     if logits.dim() != 2 or logits.dtype not in checks.FLOATS:
         raise ValueError(
             f"logits are {logits.dtype} {list(logits.shape)}, expected floating point [N, V]"

@@ -39,6 +39,7 @@ def linear_logprobs(
     Differentiable once; the backward computes the logits again. Pads give -inf and carry
     no gradient.
     """
+    hidden, weight, bias = checks.in_one_dtype(hidden, weight, bias)
     checks.check_linear(hidden, weight, bias)
     checks.check_head(logit_scale, softcap, temperature)
     checks.check_schedule(0.0, workspace_bytes, None, weight)
@@ -72,6 +73,7 @@ def linear_topk(
     however small it is. `extra_ids` asks for the log-probs of further ids (-inf at pads);
     they do not enter the list or its tail. No gradient.
     """
+    hidden, weight, bias = checks.in_one_dtype(hidden, weight, bias)
     checks.check_linear(hidden, weight, bias)
     checks.check_head(logit_scale, softcap, temperature)
     checks.check_schedule(0.0, workspace_bytes, None, weight)

@@ -105,6 +105,7 @@ def linear_policy_gradient(
 
     Source: Lightning OPD, arXiv:2604.13010; PPO, arXiv:1707.06347.
     """
+    hidden, weight, bias = checks.in_one_dtype(hidden, weight, bias)
     checks.check_linear(hidden, weight, bias)
     checks.check_head(logit_scale, softcap, temperature)
     checks.check_schedule(0.0, workspace_bytes, weight_grad_buffer, weight)
@@ -155,6 +156,7 @@ def linear_cross_entropy(
 
     "mean" divides by the sum of the weights of the other rows.
     """
+    hidden, weight, bias = checks.in_one_dtype(hidden, weight, bias)
     checks.check_linear(hidden, weight, bias)
     checks.check_head(logit_scale, softcap, temperature)
     checks.check_schedule(0.0, workspace_bytes, weight_grad_buffer, weight)

@@ -24,7 +24,8 @@ ALIGNMENT = 16  # columns: keeps rows of logits on vector boundaries
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 PANEL_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
 FEWEST_ROWS = 128  # below this, chunks of rows keep the GEMMs busy with reading the weight
-BOOKKEEPING = 14  # words per row and bucket for ids, targets and statistics; measured
+# words per row and bucket for ids, targets, statistics and, in torch, the rule; measured on a CPU
+BOOKKEEPING = {"torch": 14, "fused": 6}
 
 
 def padded(columns: int) -> int:
@@ -66,7 +67,7 @@ class Sizes(NamedTuple):
             "cuda" if hidden.is_cuda else "cpu",
         )
 
-    def held(self, rows: int, columns: int) -> int:
+    def held(self, rows: int, columns: int, rule: str) -> int:
         """What any schedule holds: logits, blocks of the row functions, widened operands."""
         operand = self.element if self.mixed else self.compute
         blocks = 0
@@ -78,7 +79,7 @@ class Sizes(NamedTuple):
             + rows * self.d * operand
             + self.widened * self.d * self.compute
             + 2 * self.v * self.compute
-            + BOOKKEEPING * self.n * (self.width + 2) * self.compute
+            + BOOKKEEPING[rule] * self.n * (self.width + 2) * self.compute
         )
 
     def chunked(self, rows: int, needs: Needs, keeps_dz: bool) -> int:
@@ -86,16 +87,24 @@ class Sizes(NamedTuple):
         hidden = self.n * self.d * self.compute * needs.hidden
         weight = self.v * self.d * self.compute * needs.weight
         bias = self.v * self.compute * needs.bias
+        held = self.held(rows, self.v, "fused" if self.device == "cuda" else "torch")
         if not keeps_dz:
-            return hidden + weight + bias + self.held(rows, self.v)
+            return hidden + weight + bias + held
         kept = self.n * (padded(self.v) + self.d) * self.element
         saved = hidden + bias + self.v * self.d * self.element * needs.weight
-        return max(kept + bias + max(hidden, self.held(rows, self.v)), saved)
+        return max(kept + bias + max(self.widening(needs), held), saved)
+
+    def widening(self, needs: Needs) -> int:
+        """What dH in the compute dtype takes beyond the dH that is returned."""
+        return self.n * self.d * (self.compute - self.element) * needs.hidden
 
     def panelled(self, columns: int, needs: Needs) -> int:
-        hidden = self.n * self.d * self.compute * needs.hidden
-        weight = columns * self.d * self.compute * (needs.weight and self.element < self.compute)
-        return hidden + weight + self.held(self.n, columns)
+        """Panels, gradient in the backward, or none."""
+        hidden = self.widening(needs)
+        fp16 = self.mixed and not self.bf16
+        narrow = self.element < self.compute
+        weight = columns * self.d * self.compute * (fp16 or (narrow and needs.weight))
+        return hidden + weight + self.held(self.n, columns, "torch")
 
 
 def keeps_dz(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> bool:

@@ -55,7 +55,7 @@ def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int
     held = size * (
         narrow * (n * d * needs.hidden + v * d * needs.weight)
         + 2 * v
-        + BOOKKEEPING * n * (width + 2)
+        + BOOKKEEPING["torch"] * n * (width + 2)
     )
     smallest = held + per_row
     if workspace_bytes < smallest:
@@ -126,7 +126,8 @@ def support_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias), complete and in the inputs' dtypes; empty where not needed."""
     hidden, weight = linear.hidden, linear.weight
-    rows = gathered_rows(linear, needs, ids.shape[1], workspace_bytes)
+    counted = needs._replace(weight=needs.weight and accumulator is None)
+    rows = gathered_rows(linear, counted, ids.shape[1], workspace_bytes)
     support, functions = locate(ids, weights, weight.shape[0]), _functions(hidden)
     z, slope = finish(reduction.on, support.ids, linear.head)
     _, grad = support_rule(z, support, target.to(linear.dtype), rule)

@@ -209,10 +209,13 @@ def write(
         own, factor, pull, on_grad = coefficients.rows(part)
         slope = _finish(z, head, first, want_slope=True)
         z.sub_(own.unsqueeze(1))
-        e = z.exp()
-        grad = e * factor.unsqueeze(1)
-        if pull is not None:
-            grad -= torch.where(e == 0.0, 0.0, e * z) * pull.unsqueeze(1)
+        grad = z.exp()
+        if pull is None:
+            grad.mul_(factor.unsqueeze(1))
+        else:
+            empty = z == -math.inf
+            grad.mul_(z.mul_(-pull.unsqueeze(1)).add_(factor.unsqueeze(1)))
+            grad.masked_fill_(empty, 0.0)
         if on_grad.shape[1]:
             columns, inside, anchor = here.in_panel(first, z.shape[1])
             kept = torch.where(inside, on_grad, on_grad.gather(1, anchor))

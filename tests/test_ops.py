@@ -34,13 +34,20 @@ def operator_args(rule="reverse_kl:bucket"):
 @pytest.mark.parametrize("rule", ["reverse_kl:bucket", "jsd:renormalize"])
 def test_opcheck_losses(rule):
     tensors, constants, head = operator_args(rule)
-    opcheck(ops.fused_loss, (*tensors, *constants, *head, True, True, True, True, None))
     opcheck(ops.row_losses, (*tensors, *constants, *head, True, True, True, False, None))
     plain = tuple(x.detach() for x in tensors)
     buffer = torch.zeros_like(plain[1])
-    opcheck(ops.fused_loss_into_, (*plain, buffer, *constants, *head, True, True, None))
+    *_, state, on = ops.row_losses(*plain, *constants, *head, True, True, True, False, None)
+    saved = (*plain, state, on)
+    opcheck(ops.row_grads, (*saved, *constants, *head, True, True, True, None))
+    opcheck(ops.row_grads_into_, (*saved, buffer, *constants, *head, True, True, None))
+    if rule.endswith("renormalize"):
+        return
+    for keeps_dz in (False, True):
+        needs = (True, True, True, True, keeps_dz, None)
+        opcheck(ops.fused_loss, (*tensors, *constants, *head, *needs))
     frozen = (plain[0], tensors[1], None, *plain[3:])
-    opcheck(ops.fused_loss, (*frozen, *constants, *head, False, True, False, False, None))
+    opcheck(ops.fused_loss, (*frozen, *constants, *head, False, True, False, False, False, None))
 
 
 def test_opcheck_queries():

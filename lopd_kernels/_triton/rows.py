@@ -111,9 +111,10 @@ def _reduce(
     s = tl.zeros([BLOCK], tl.float32)
     t = tl.zeros([BLOCK], tl.float32)
     bad = tl.zeros([BLOCK], tl.int32)
+    u = tl.load(u_row + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < limit, other=0.0)
     for start in range(0, width, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        u = tl.load(u_row + j, mask=j < limit, other=0.0)
+        ahead = tl.load(u_row + j + BLOCK, mask=j + BLOCK < limit, other=0.0)
         known = j < width
         z, _ = _finish(u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP)
         bad |= (known & _spoils(u, INF_MASKS)).to(tl.int32)
@@ -124,6 +125,7 @@ def _reduce(
             t = tl.where(grows, e * (t - s * d), t + tl.where(z == SENTINEL, 0.0, e * d))
         s = tl.where(grows, s * e + 1.0, s + e)
         m = tl.where(grows, z, m)
+        u = ahead
     top = tl.max(m, axis=0)
     scale = tl.exp(m - top)
     spread = 0.0
