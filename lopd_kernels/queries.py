@@ -81,7 +81,7 @@ def logprobs(
     reduction = reduce_rows(linear, support, ids.shape[1], want_entropy, columns)
     seen = settle(reduction)
     out = seen.buckets[:, :-1].gather(1, first).masked_fill(ids == -1, -math.inf)
-    out = out.masked_fill(seen.top.isnan(), math.nan)
+    out = out.masked_fill(seen.lse.isnan(), math.nan)
     return out, seen.entropy if want_entropy else seen.entropy[:0].clone(), reduction
 
 

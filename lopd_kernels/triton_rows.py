@@ -32,10 +32,12 @@ class Launch(NamedTuple):
 
     BLOCK: int
     num_warps: int
+    maxnreg: int  # without it ptxas spills a few registers to reach 64 of them
 
 
-# By compute capability; None for devices that are not listed. No entry has been measured yet.
-LAUNCHES: dict[tuple[int, int] | None, Launch] = {None: Launch(BLOCK=4096, num_warps=8)}
+# By compute capability; None for devices that are not listed. No entry has been measured yet:
+# eight columns to a thread is what compiles without spills for every target (tests/aot.py).
+LAUNCHES: dict[tuple[int, int] | None, Launch] = {None: Launch(BLOCK=2048, num_warps=8, maxnreg=96)}
 
 
 def launch(width: int, device: torch.device) -> Launch:
@@ -43,7 +45,7 @@ def launch(width: int, device: torch.device) -> Launch:
     key = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     entry = LAUNCHES.get(key, LAUNCHES[None])
     block = min(entry.BLOCK, max(128, triton.next_power_of_2(width)))
-    return Launch(block, max(1, entry.num_warps * block // entry.BLOCK))
+    return Launch(block, max(1, entry.num_warps * block // entry.BLOCK), entry.maxnreg)
 
 
 def support_block(buckets: int) -> int:
@@ -115,7 +117,7 @@ def row_pass(
     (count, vocab), k = u.shape, support.ids.shape[1]
     if not count:
         return
-    block, warps = launch(vocab, u.device)
+    block, warps, registers = launch(vocab, u.device)
     out = u if out is None else out
     with on_device(u.device):
         rows.row_kernel[(count,)](
@@ -126,7 +128,7 @@ def row_pass(
         target.shape[1], stats.stride(0),
         **_head_arguments(head), **rule_arguments(rule),
         INF_MASKS=inf_masks, ENTROPY=want_entropy, GRAD=weights is not None,
-        BLOCK=block, KBLOCK=support_block(k + 1), num_warps=warps, num_stages=1,
+        BLOCK=block, KBLOCK=support_block(k + 1), num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
 
 
@@ -136,13 +138,13 @@ def reduce(
     (count, width), k = u.shape, support.ids.shape[1]
     if not count:
         return
-    block, warps = launch(width, u.device)
+    block, warps, registers = launch(width, u.device)
     with on_device(u.device):
         rows.reduce_kernel[(count,)](
         u, support.ids, reduction.on, support.active, reduction.state,
         u if head.bias is None else head.bias, u.stride(0), first, width, support.vocab, k,
         **_head_arguments(head), INF_MASKS=False, SPREAD=want_spread,
-        BLOCK=block, KBLOCK=support_block(k), num_warps=warps, num_stages=1,
+        BLOCK=block, KBLOCK=support_block(k), num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
 
 
@@ -158,7 +160,7 @@ def write(
     (count, width), k = u.shape, support.ids.shape[1]
     if not count:
         return
-    block, warps = launch(width, u.device)
+    block, warps, registers = launch(width, u.device)
     own, factor, pull, on_grad = coefficients
     packed = torch.stack([own, factor, torch.zeros_like(own) if pull is None else pull], 1)
     with on_device(u.device):
@@ -167,5 +169,5 @@ def write(
         u if head.bias is None else head.bias,
         u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), first, width, k,
         **_head_arguments(head), SPREAD=pull is not None,
-        BLOCK=block, KBLOCK=support_block(k), num_warps=warps, num_stages=1,
+        BLOCK=block, KBLOCK=support_block(k), num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip

@@ -91,7 +91,7 @@ def bucket_rule(
         g = tl.where(k == 0, -1.0, 0.0)
     else:
         score, rollout = tl.load(target_row), tl.load(target_row + 1)
-        phi, g, _, _ = policy_terms(
+        phi, g, _advantage, _ratio = policy_terms(
             lp, score, rollout, option_0, option_1, option_2, DERIVED, IMPORTANCE
         )
         phi = tl.where(k == 0, phi, 0.0)

@@ -28,11 +28,21 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _finish(u, bias_ptr, columns, known, gain, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(z, 1 - tanh^2) of u at `columns`; SENTINEL stays where it is."""
-    x = u
+def _finish(
+    u, bias_ptr, columns, known, gain, cap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
+):  # fmt: skip
+    """(z, 1 - tanh^2) of u at `columns`; SENTINEL stays where it is.
+
+    An infinite u becomes NaN: it must not pass for an id without mass, nor, under a soft cap, for
+    a large logit. With INF_MASKS -inf is an id without mass; in a bias it always is.
+    """
+    if INF_MASKS:
+        x = tl.where(u == INF, float("nan"), u)
+    else:
+        x = tl.where(tl.abs(u) == INF, float("nan"), u)
     if HAS_BIAS:
-        x = u + tl.load(bias_ptr + columns, mask=known, other=0.0).to(tl.float32)
+        x += tl.load(bias_ptr + columns, mask=known, other=0.0).to(tl.float32)
     x = x * gain
     slope = 1.0
     if SOFTCAP:
@@ -44,23 +54,14 @@ def _finish(u, bias_ptr, columns, known, gain, cap, HAS_BIAS: tl.constexpr, SOFT
 
 
 @triton.jit
-def _spoils(u, INF_MASKS: tl.constexpr):
-    """An infinite product of hidden and weight must not pass for an id without mass."""
-    if INF_MASKS:
-        return u == INF
-    else:
-        return tl.abs(u) == INF
-
-
-@triton.jit
 def _take(
     u_row, ids_row, on_row, bias_ptr, first, width, vocab, K, gain, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
     """z at the ids in [first, first + width) into on_row, SENTINEL into their places.
 
-    Returns 1 if an id is out of range or stands twice, or if a logit is infinite. Twins are
-    found by writing every id's number to its place and reading it back.
+    Returns 1 if an id is out of range or stands twice. Twins are found by writing every id's
+    number to its place and reading it back.
     """
     broken = 0
     for start in range(0, K, KBLOCK):
@@ -68,9 +69,9 @@ def _take(
         ids = tl.load(ids_row + k, mask=k < K, other=-1).to(tl.int64)
         here = (ids >= first) & (ids < first + width)
         u = tl.load(u_row + (ids - first), mask=here, other=0.0)
-        z, _ = _finish(u, bias_ptr, ids, here, gain, cap, HAS_BIAS, SOFTCAP)
+        z, _ = _finish(u, bias_ptr, ids, here, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
         tl.store(on_row + k, tl.where(z == SENTINEL, -INF, z), mask=here)
-        bad = (ids < -1) | (ids >= vocab) | (here & _spoils(u, INF_MASKS))
+        bad = (ids < -1) | (ids >= vocab)
         broken = tl.maximum(broken, tl.max(bad.to(tl.int32), axis=0))
     tl.debug_barrier()
     for start in range(0, K, KBLOCK):
@@ -102,7 +103,7 @@ def _reduce(
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
     SPREAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(m, sum e, sum e (z - m), broken) with e = exp(z - m) and m = max z; m = SENTINEL if empty.
+    """(m, sum e, sum e (z - m)) with e = exp(z - m) and m = max z; m = SENTINEL if empty.
 
     Every lane keeps a maximum and sums of its own, so that a block costs one exponential an
     element and no reduction across threads.
@@ -110,14 +111,12 @@ def _reduce(
     m = tl.full([BLOCK], SENTINEL, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
     t = tl.zeros([BLOCK], tl.float32)
-    bad = tl.zeros([BLOCK], tl.int32)
     u = tl.load(u_row + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < limit, other=0.0)
     for start in range(0, width, BLOCK):
         j = start + tl.arange(0, BLOCK)
         ahead = tl.load(u_row + j + BLOCK, mask=j + BLOCK < limit, other=0.0)
         known = j < width
-        z, _ = _finish(u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP)
-        bad |= (known & _spoils(u, INF_MASKS)).to(tl.int32)
+        z, _ = _finish(u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
         d = z - m
         e = tl.where(z == SENTINEL, 0.0, tl.exp(-tl.abs(d)))
         grows = d > 0.0
@@ -131,13 +130,14 @@ def _reduce(
     spread = 0.0
     if SPREAD:
         spread = tl.sum(tl.where(s == 0.0, 0.0, scale * (t + s * (m - top))), axis=0)
-    return top, tl.sum(scale * s, axis=0), spread, tl.max(bad, axis=0)
+    return top, tl.sum(scale * s, axis=0), spread
 
 
 @triton.jit
 def _write_off(
     u_row, out_row, bias_ptr, first, width, limit, out_limit, gain, cap, own, factor, pull,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
+    SPREAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """e (factor - pull (z - own)), e = exp(z - own), 0 on the support; ends with a barrier."""
     u = tl.load(u_row + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < limit, other=0.0)
@@ -146,7 +146,7 @@ def _write_off(
         ahead = tl.load(u_row + j + BLOCK, mask=j + BLOCK < limit, other=0.0)
         tl.debug_barrier()
         known = j < width
-        z, slope = _finish(u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP)
+        z, slope = _finish(u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
         d = tl.where(z == SENTINEL, 0.0, z - own)
         e = tl.where(z == SENTINEL, 0.0, tl.exp(d))
         grad = e * factor
@@ -203,11 +203,10 @@ def row_kernel(
             u_row, ids_row, on_row, bias_ptr, 0, V, V, K, gain, cap,
             HAS_BIAS, SOFTCAP, INF_MASKS, KBLOCK,
         )  # fmt: skip
-        own, total, spread, spoilt = _reduce(
+        own, total, spread = _reduce(
             u_row, bias_ptr, 0, V, u_stride, gain, cap,
             HAS_BIAS, SOFTCAP, INF_MASKS, ENTROPY, BLOCK,
         )  # fmt: skip
-        broken = tl.maximum(broken, spoilt)
 
         largest_on = -INF
         for start in range(0, K, KBLOCK):
@@ -259,7 +258,7 @@ def row_kernel(
             off = tl.where(total == 0.0, 0.0, tl.exp(shift) * (spread + total * shift))
             tl.store(stats_row + 3, -off - listed)
         if RULE == "policy_gradient":
-            _, _, advantage, ratio = policy_terms(
+            _loss, _slope, advantage, ratio = policy_terms(
                 first_lp, tl.load(target_row), tl.load(target_row + 1),
                 option_0, option_1, option_2, DERIVED, IMPORTANCE,
             )  # fmt: skip
@@ -276,12 +275,12 @@ def row_kernel(
             factor = tl.where(total == 0.0, 0.0, tail_grad / total) * weight
             _write_off(
                 u_row, out_row, bias_ptr, 0, V, u_stride, out_limit, gain, cap, own, factor, 0.0,
-                HAS_BIAS, SOFTCAP, False, BLOCK,
+                HAS_BIAS, SOFTCAP, INF_MASKS, False, BLOCK,
             )  # fmt: skip
             for start in range(0, K, KBLOCK):
                 k = start + tl.arange(0, KBLOCK)
                 lp = _bucket_logprobs(on_row, k, K, top, lse, tail)
-                _, g = bucket_rule(
+                _phi, g = bucket_rule(
                     lp, k, K, target_row, option_0, option_1, option_2,
                     RULE, DIVERGENCE, SHIFT, TRUNCATE, DERIVED, IMPORTANCE,
                 )  # fmt: skip
@@ -313,7 +312,7 @@ def reduce_kernel(
             u_row, ids_ptr + row * K, on_ptr + row * K, bias_ptr, first, width, V, K, gain, cap,
             HAS_BIAS, SOFTCAP, INF_MASKS, KBLOCK,
         )  # fmt: skip
-        own, total, spread, spoilt = _reduce(
+        own, total, spread = _reduce(
             u_row, bias_ptr, first, width, u_stride, gain, cap,
             HAS_BIAS, SOFTCAP, INF_MASKS, SPREAD, BLOCK,
         )  # fmt: skip
@@ -325,10 +324,9 @@ def reduce_kernel(
             left = tl.where(sum_before == 0.0, 0.0, left)
             right = tl.where(total == 0.0, 0.0, high * (spread + total * (own - top)))
             tl.store(state_row + 2, left + right)
-        broken = tl.maximum(broken, spoilt).to(tl.float32)
         tl.store(state_row, top)
         tl.store(state_row + 1, low * sum_before + high * total)
-        tl.store(state_row + 3, tl.maximum(tl.load(state_row + 3), broken))
+        tl.store(state_row + 3, tl.maximum(tl.load(state_row + 3), broken.to(tl.float32)))
 
 
 @triton.jit
@@ -355,7 +353,7 @@ def write_kernel(
         pull = tl.load(coefficients_ptr + row * 3 + 2)
         _write_off(
             u_row, out_row, bias_ptr, first, width, u_stride, out_limit, gain, cap,
-            own, factor, pull, HAS_BIAS, SOFTCAP, SPREAD, BLOCK,
+            own, factor, pull, HAS_BIAS, SOFTCAP, False, SPREAD, BLOCK,
         )  # fmt: skip
         for start in range(0, K, KBLOCK):
             k = start + tl.arange(0, KBLOCK)
