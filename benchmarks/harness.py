@@ -1,0 +1,390 @@
+"""The one way in which this project measures: gate, memory, interleaved time, rows.
+
+`measure` takes competing variants of one problem and, in this order,
+
+1. runs each once and compares value and gradients with the fp64 oracle of its own loss.
+   A variant that misses its gate gets a row that says so and is not timed.
+2. runs each alone for its memory: peak allocated during one forward and backward, less
+   what was allocated before; `extra` is that less the returned dH and dW. An fp32
+   accumulator of dW is extra. cuBLAS's own workspace is there before and not counted.
+3. warms up, then lets them take turns: 5 to 30 rounds as the budget admits, the caches
+   flushed before each step, CUDA events around it; median, 10th and 90th percentile.
+
+Rows are JSON lines that stand alone: each holds versions, device, commit, shape and the
+command that measures it again. On a CPU the clock is perf_counter and memory is null.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.problems import Exact, Problem, oracle, relative_error
+
+FLUSH_BYTES = 256 << 20
+LEAST, MOST = 5, 30  # rounds
+SANITY = 1.0  # a peer whose gradient is further off is worse than zeros
+PEERS = ("liger-kernel", "cut-cross-entropy")
+ROOT = Path(__file__).parents[1]
+
+
+class OutOfTime(Exception):
+    """The run's time limit has passed; what was measured is on disk."""
+
+
+class Outcome(NamedTuple):
+    loss: Tensor | None = None  # [] mean
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
+    given: bool = False  # dweight is a buffer of the caller's
+
+
+class Prepared(NamedTuple):
+    step: Callable[[], Outcome]  # what is timed
+    restore: Callable[[], Any] = lambda: None  # before each step, untimed
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    kind: str  # ours | peer | floor
+    loss: str  # a loss of problems.py; of a floor, what is timed
+    prepare: Callable[[Problem], Prepared]
+    logits: str = "fp32"  # what logits pass through on their way to the loss
+    note: str = ""
+    bytes_per_logit: int = 0  # memory of one step per element of [N, V]; 0 does not depend on it
+    missing: Callable[[Problem], str] = lambda problem: ""  # why it cannot run here
+    row_losses: Callable[[Problem], Tensor] | None = None  # [N], for the gate
+
+
+@dataclass
+class Recorder:
+    """Rows of one run, on disk as they come."""
+
+    path: Path
+    device: torch.device
+    command: str
+    deadline: float = float("inf")  # of time.monotonic
+    commit: str | None = None
+    identity: dict[str, Any] = field(init=False)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.identity = identity(self.device, self.commit)
+
+    def emit(self, part: str, name: str, status: str, **fields: Any) -> dict[str, Any]:
+        row = {
+            "part": part, "variant": name, "status": status, **fields,
+            "command": self.command.format(part=part), **self.identity,
+        }  # fmt: skip
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(describe(row), flush=True)
+        return row
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def check_time(self) -> None:
+        if self.late:
+            raise OutOfTime
+
+
+def describe(row: dict[str, Any]) -> str:
+    text = f"{row['part']:>13}  {row['variant']:<34} {row['status']:<12}"
+    if row.get("median_ms") is not None:
+        text += f" {row['median_ms']:9.3f} ms"
+    if row.get("floor_ratio") is not None:
+        text += f" {row['floor_ratio']:6.3f} x floor"
+    if row.get("extra_mib") is not None:
+        text += f" {row['extra_mib']:8.1f} MiB extra"
+    if row.get("dweight_error") is not None:
+        text += f"  dW off by {row['dweight_error']:.1e}"
+    return text + (f"  {row['reason']}" if row.get("reason") else "")
+
+
+def identity(device: torch.device, commit: str | None) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    changes = None if commit else output("git", "status", "--porcelain")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
+        "driver": smi("driver_version") if cuda else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: version(name) for name in ("triton", *PEERS)},
+        "commit": commit or output("git", "rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def output(*command: str) -> str | None:
+    """What a command prints, None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def smi(*fields: str) -> str | None:
+    query = f"--query-gpu={','.join(fields)}"
+    return output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
+
+
+def gradient_bound(dtype: torch.dtype, rounding: float) -> float:
+    """Largest relative Frobenius error of a gradient; `rounding` is that of dz in the dtype."""
+    if dtype == torch.bfloat16:
+        return max(1.25 * rounding, 3e-3)
+    return {torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
+
+
+def errors(outcome: Outcome, exact: Exact) -> dict[str, float | None]:
+    pairs = (outcome.dhidden, exact.dhidden), (outcome.dweight, exact.dweight)
+    dhidden, dweight = (None if a is None else relative_error(a, b) for a, b in pairs)
+    assert outcome.loss is not None
+    loss = abs(float(outcome.loss) - exact.loss) / (1.0 + abs(exact.loss))
+    return {"dhidden_error": dhidden, "dweight_error": dweight, "loss_error": loss}
+
+
+def gate(variant: Variant, problem: Problem, exact: Exact) -> dict[str, Any]:
+    """The errors of one step, and in `red` what exceeds its bound."""
+    prepared = variant.prepare(problem)
+    prepared.restore()
+    found: dict[str, Any] = errors(prepared.step(), exact)
+    bounds = [SANITY, SANITY, SANITY]
+    if variant.kind == "ours":
+        bounds = [gradient_bound(problem.dtype, off) for off in exact.rounding] + [1e-5]
+    checks = list(zip(("dhidden_error", "dweight_error", "loss_error"), bounds, strict=True))
+    if variant.row_losses is not None:
+        rows = variant.row_losses(problem).double()
+        off = (rows - exact.losses).abs() / (1.0 + exact.losses.abs())
+        found["row_loss_error"] = float(off.max())
+        checks.append(("row_loss_error", 1e-5))
+    found["red"] = [
+        f"{key} {found[key]:.1e} above {bound:.1e}"
+        for key, bound in checks
+        if found[key] is not None and not found[key] <= bound
+    ]
+    return found
+
+
+def collect(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def memory(prepared: Prepared, device: torch.device) -> dict[str, float | None]:
+    """MiB of one step beyond what was allocated before it."""
+    keys = ("peak_mib", "dhidden_mib", "dweight_mib", "extra_mib", "reserved_mib")
+    if device.type != "cuda":
+        return dict.fromkeys(keys)
+    prepared.restore()
+    collect(device)
+    before, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    outcome = prepared.step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    grads = [outcome.dhidden, None if outcome.given else outcome.dweight]
+    sizes = [0 if grad is None else grad.nbytes for grad in grads]
+    held = torch.cuda.max_memory_reserved(device) - reserved
+    values = (peak, *sizes, peak - sum(sizes), held)
+    return {key: round(value / 2**20, 2) for key, value in zip(keys, values, strict=True)}
+
+
+class Timer:
+    """Milliseconds of one step, from cold caches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        size = FLUSH_BYTES if self.cuda else 0
+        self.flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def __call__(self, prepared: Prepared) -> float:
+        prepared.restore()
+        if not self.cuda:
+            start = time.perf_counter()
+            prepared.step()
+            return 1e3 * (time.perf_counter() - start)
+        self.flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        prepared.step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def take_turns(
+    prepared: dict[str, Prepared], device: torch.device, budget_s: float, recorder: Recorder
+) -> dict[str, dict[str, Any]]:
+    """Times of each, in rounds: LEAST to MOST of them, fewer where the time limit passes."""
+    timer = Timer(device)
+    warm = sum(min(timer(each), timer(each)) for each in prepared.values())
+    rounds = int(np.clip(1e3 * budget_s / max(warm, 1e-6), LEAST, MOST))
+    times: dict[str, list[float]] = {name: [] for name in prepared}
+    for _ in range(rounds):
+        for name, each in prepared.items():
+            times[name].append(timer(each))
+        if recorder.late:
+            break
+    return {name: summary(found) for name, found in times.items()}
+
+
+def summary(times: Iterable[float]) -> dict[str, Any]:
+    found = list(times)
+    low, middle, high = (float(x) for x in np.percentile(found, [10, 50, 90]))
+    return {
+        "median_ms": round(middle, 5),
+        "p10_ms": round(low, 5),
+        "p90_ms": round(high, 5),
+        "repetitions": len(found),
+    }
+
+
+def fitting(variant: Variant, problem: Problem) -> Problem:
+    """The problem, or its first rows where the variant's step would not fit the free memory."""
+    if problem.device.type != "cuda" or not variant.bytes_per_logit:
+        return problem
+    free, _ = torch.cuda.mem_get_info(problem.device)
+    rows = int(0.85 * free / (variant.bytes_per_logit * problem.shape.vocab))
+    if rows >= problem.shape.rows:
+        return problem
+    return problem.rows(slice(0, max(256, rows - rows % 256)))
+
+
+def describe_problem(problem: Problem) -> dict[str, Any]:
+    return {
+        **asdict(problem.shape),
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "regime": problem.regime,
+    }
+
+
+def measure(
+    recorder: Recorder,
+    part: str,
+    problem: Problem,
+    variants: list[Variant],
+    *,
+    budget_s: float = 20.0,
+    gate_rows: int | None = None,  # rows of the problem that the gate looks at; None: all
+    timed: bool = True,
+    **fields: Any,
+) -> list[dict[str, Any]]:
+    """Rows of all variants; `floor_ratio` is the time over that of the fastest floor among them."""
+    gated = problem if gate_rows is None else problem.rows(slice(0, gate_rows))
+    done: list[dict[str, Any]] = []
+    passed: dict[str, tuple[Variant, Problem, dict[str, Any]]] = {}
+    oracles: dict[str, Exact] = {}
+    for variant in variants:
+        recorder.check_time()
+        here = {**describe_problem(problem), **told(variant), **fields}
+        status, found = admit(variant, gated, oracles)
+        reason = found.pop("reason", None)
+        if reason is not None or not timed:
+            done.append(recorder.emit(part, variant.name, status, reason=reason, **here, **found))
+        else:
+            passed[variant.name] = (variant, problem, {**here, **found})
+    oracles.clear()
+    ready: dict[str, Prepared] = {}
+    for name, (variant, _, here) in passed.items():
+        recorder.check_time()
+        collect(problem.device)
+        some = fitting(variant, problem)
+        try:
+            prepared = variant.prepare(some)
+            prepared.restore()
+            prepared.step()
+            here |= {} if variant.kind == "floor" else memory(prepared, problem.device)
+        except Exception as error:
+            status = classify(error)
+            done.append(recorder.emit(part, name, status, reason=one_line(error), **here))
+            continue
+        if some is not problem:
+            here["note"] += f"; on {some.shape.rows} rows, {problem.shape.rows} do not fit"
+            here["rows"] = some.shape.rows
+        ready[name] = prepared
+    collect(problem.device)
+    times = take_turns(ready, problem.device, budget_s, recorder) if ready else {}
+    floors = [times[name]["median_ms"] for name in times if passed[name][0].kind == "floor"]
+    for name, found in times.items():
+        here = {**passed[name][2], **found}
+        whole = here["rows"] == problem.shape.rows
+        here["floor_ratio"] = found["median_ms"] / min(floors) if floors and whole else None
+        here["tokens_per_s"] = 1e3 * here["rows"] / found["median_ms"]
+        done.append(recorder.emit(part, name, "ok", **here))
+    return done
+
+
+def told(variant: Variant) -> dict[str, Any]:
+    return {
+        "kind": variant.kind,
+        "loss": variant.loss,
+        "logits": variant.logits,
+        "note": variant.note,
+    }
+
+
+def admit(
+    variant: Variant, problem: Problem, oracles: dict[str, Exact]
+) -> tuple[str, dict[str, Any]]:
+    """(status, errors of the gate and, where the variant goes no further, the reason)"""
+    reason = variant.missing(problem)
+    if reason:
+        return "unavailable", {"reason": reason}
+    if variant.kind == "floor":
+        return "ok", {}
+    try:
+        if variant.loss not in oracles:
+            oracles[variant.loss] = oracle(problem, variant.loss)
+        found = gate(variant, problem, oracles[variant.loss])
+    except Exception as error:
+        return classify(error), {"reason": one_line(error)}
+    red = found.pop("red")
+    return ("red gate", {**found, "reason": "; ".join(red)}) if red else ("ok", found)
+
+
+def classify(error: Exception) -> str:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    refused = isinstance(error, ValueError) and "workspace_bytes" in str(error)
+    return "refused" if refused else "failed"
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def is_red(row: dict[str, Any]) -> bool:
+    """Rows that make a run fail: ours, wrong or broken."""
+    return row.get("kind") == "ours" and row["status"] in ("red gate", "failed")
