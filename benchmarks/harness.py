@@ -7,7 +7,7 @@
 2. runs each alone for its memory: peak allocated during one forward and backward, less
    what was allocated before; `extra` is that less the returned dH and dW. An fp32
    accumulator of dW is extra. cuBLAS's own workspace is there before and not counted.
-3. warms up, then lets them take turns: 5 to 30 rounds as the budget admits, the caches
+3. warms up, then lets them take turns: 5 to 30 steps each as its budget admits, the caches
    flushed before each step, CUDA events around it; median, 10th and 90th percentile.
 
 Rows are JSON lines that stand alone: each holds versions, device, commit, shape and the
@@ -35,8 +35,9 @@ from torch import Tensor
 from benchmarks.problems import Exact, Problem, oracle, relative_error
 
 FLUSH_BYTES = 256 << 20
-LEAST, MOST = 5, 30  # rounds
+LEAST, MOST = 5, 30  # timed steps of a variant
 SANITY = 1.0  # a peer whose gradient is further off is worse than zeros
+GATED = ("ours", "peer")
 PEERS = ("liger-kernel", "cut-cross-entropy")
 ROOT = Path(__file__).parents[1]
 
@@ -60,14 +61,18 @@ class Prepared(NamedTuple):
 @dataclass(frozen=True)
 class Variant:
     name: str
-    kind: str  # ours | peer | floor
-    loss: str  # a loss of problems.py; of a floor, what is timed
+    kind: str  # ours | peer | floor | piece; the last two are not gated
+    loss: str  # a loss of problems.py, or what is timed in its place
     prepare: Callable[[Problem], Prepared]
     logits: str = "fp32"  # what logits pass through on their way to the loss
     note: str = ""
     bytes_per_logit: int = 0  # memory of one step per element of [N, V]; 0 does not depend on it
     missing: Callable[[Problem], str] = lambda problem: ""  # why it cannot run here
     row_losses: Callable[[Problem], Tensor] | None = None  # [N], for the gate
+    check: Callable[[Problem], dict[str, Any]] | None = None  # a gate of its own, as `gate`
+    gemms: int = 3  # of 2 N D V operations that the loss takes; floors are compared by it
+    bytes_moved: Callable[[Problem], float] | None = None
+    setting: str = "full"  # | frozen | buffer
 
 
 @dataclass
@@ -247,14 +252,15 @@ class Timer:
 def take_turns(
     prepared: dict[str, Prepared], device: torch.device, budget_s: float, recorder: Recorder
 ) -> dict[str, dict[str, Any]]:
-    """Times of each, in rounds: LEAST to MOST of them, fewer where the time limit passes."""
+    """Times of each, in rounds; `budget_s` is that of one of them. Fewer steps where time is up."""
     timer = Timer(device)
-    warm = sum(min(timer(each), timer(each)) for each in prepared.values())
-    rounds = int(np.clip(1e3 * budget_s / max(warm, 1e-6), LEAST, MOST))
+    warm = {name: min(timer(each), timer(each)) for name, each in prepared.items()}
+    wanted = {name: np.clip(1e3 * budget_s / max(t, 1e-6), LEAST, MOST) for name, t in warm.items()}
     times: dict[str, list[float]] = {name: [] for name in prepared}
-    for _ in range(rounds):
+    for turn in range(MOST):
         for name, each in prepared.items():
-            times[name].append(timer(each))
+            if turn < int(wanted[name]):
+                times[name].append(timer(each))
         if recorder.late:
             break
     return {name: summary(found) for name, found in times.items()}
@@ -296,54 +302,81 @@ def measure(
     problem: Problem,
     variants: list[Variant],
     *,
-    budget_s: float = 20.0,
+    budget_s: float = 1.5,
     gate_rows: int | None = None,  # rows of the problem that the gate looks at; None: all
     timed: bool = True,
     **fields: Any,
 ) -> list[dict[str, Any]]:
-    """Rows of all variants; `floor_ratio` is the time over that of the fastest floor among them."""
+    """Rows of all variants.
+
+    `floor_ratio` is the time over that of the fastest floor among them with as many GEMMs.
+    """
     gated = problem if gate_rows is None else problem.rows(slice(0, gate_rows))
     done: list[dict[str, Any]] = []
-    passed: dict[str, tuple[Variant, Problem, dict[str, Any]]] = {}
+    passed: list[tuple[Variant, dict[str, Any]]] = []
     oracles: dict[str, Exact] = {}
-    for variant in variants:
+    for variant in sorted(variants, key=lambda variant: variant.loss):
         recorder.check_time()
         here = {**describe_problem(problem), **told(variant), **fields}
         status, found = admit(variant, gated, oracles)
-        reason = found.pop("reason", None)
-        if reason is not None or not timed:
-            done.append(recorder.emit(part, variant.name, status, reason=reason, **here, **found))
+        if timed and status == "ok":
+            passed.append((variant, {**here, **found}))
         else:
-            passed[variant.name] = (variant, problem, {**here, **found})
+            done.append(recorder.emit(part, variant.name, status, **here, **found))
     oracles.clear()
+    passed.sort(key=lambda each: variants.index(each[0]))
     ready: dict[str, Prepared] = {}
-    for name, (variant, _, here) in passed.items():
+    kept: list[tuple[Variant, dict[str, Any]]] = []
+    for variant, here in passed:
         recorder.check_time()
         collect(problem.device)
-        some = fitting(variant, problem)
         try:
-            prepared = variant.prepare(some)
-            prepared.restore()
-            prepared.step()
-            here |= {} if variant.kind == "floor" else memory(prepared, problem.device)
+            ready[variant.name] = get_ready(variant, problem, here)
+            kept.append((variant, here))
         except Exception as error:
-            status = classify(error)
-            done.append(recorder.emit(part, name, status, reason=one_line(error), **here))
-            continue
-        if some is not problem:
-            here["note"] += f"; on {some.shape.rows} rows, {problem.shape.rows} do not fit"
-            here["rows"] = some.shape.rows
-        ready[name] = prepared
+            here |= {"reason": one_line(error)}
+            done.append(recorder.emit(part, variant.name, classify(error), **here))
     collect(problem.device)
-    times = take_turns(ready, problem.device, budget_s, recorder) if ready else {}
-    floors = [times[name]["median_ms"] for name in times if passed[name][0].kind == "floor"]
-    for name, found in times.items():
-        here = {**passed[name][2], **found}
+    times = take_turns(ready, problem.device, budget_s, recorder)
+    floors: dict[int, float] = {}
+    for variant, _ in kept:
+        if variant.kind == "floor":
+            found = times[variant.name]["median_ms"]
+            floors[variant.gemms] = min(floors.get(variant.gemms, found), found)
+    for variant, here in kept:
+        here |= times[variant.name]
         whole = here["rows"] == problem.shape.rows
-        here["floor_ratio"] = found["median_ms"] / min(floors) if floors and whole else None
-        here["tokens_per_s"] = 1e3 * here["rows"] / found["median_ms"]
-        done.append(recorder.emit(part, name, "ok", **here))
+        here |= rates(variant, problem, here, floors.get(variant.gemms) if whole else None)
+        done.append(recorder.emit(part, variant.name, "ok", **here))
     return done
+
+
+def get_ready(variant: Variant, problem: Problem, row: dict[str, Any]) -> Prepared:
+    """Run a variant once, then once for its memory; adds to the row."""
+    some = fitting(variant, problem)
+    prepared = variant.prepare(some)
+    prepared.restore()
+    prepared.step()
+    if variant.kind in GATED:
+        row |= memory(prepared, problem.device)
+    if some is not problem:
+        row["note"] += f"; on {some.shape.rows} rows, {problem.shape.rows} do not fit"
+        row["rows"] = some.shape.rows
+    return prepared
+
+
+def rates(
+    variant: Variant, problem: Problem, row: dict[str, Any], floor: float | None
+) -> dict[str, Any]:
+    milliseconds, shape = row["median_ms"], problem.shape
+    operations = 2.0 * variant.gemms * row["rows"] * shape.hidden * shape.vocab
+    moved = None if variant.bytes_moved is None else variant.bytes_moved(problem)
+    return {
+        "floor_ratio": milliseconds / floor if floor else None,
+        "tokens_per_s": 1e3 * row["rows"] / milliseconds,
+        "tflops": operations / milliseconds * 1e-9 if variant.gemms else None,
+        "tb_per_s": None if moved is None else moved / milliseconds * 1e-9,
+    }
 
 
 def told(variant: Variant) -> dict[str, Any]:
@@ -352,6 +385,8 @@ def told(variant: Variant) -> dict[str, Any]:
         "loss": variant.loss,
         "logits": variant.logits,
         "note": variant.note,
+        "setting": variant.setting,
+        "gemms": variant.gemms,
     }
 
 
@@ -362,12 +397,17 @@ def admit(
     reason = variant.missing(problem)
     if reason:
         return "unavailable", {"reason": reason}
-    if variant.kind == "floor":
+    if variant.kind not in GATED:
         return "ok", {}
     try:
-        if variant.loss not in oracles:
-            oracles[variant.loss] = oracle(problem, variant.loss)
-        found = gate(variant, problem, oracles[variant.loss])
+        if variant.check is not None:
+            found = variant.check(problem)
+        else:
+            if variant.loss not in oracles:
+                oracles.clear()  # one at a time, they are large
+                collect(problem.device)
+                oracles[variant.loss] = oracle(problem, variant.loss)
+            found = gate(variant, problem, oracles[variant.loss])
     except Exception as error:
         return classify(error), {"reason": one_line(error)}
     red = found.pop("red")

@@ -108,13 +108,14 @@ def make_problem(
     device: str | torch.device = "cpu",
     regime: str = "near",
     seed: int = 0,
+    sharpest: float = 20.0,  # nat; how far the first favourite may stand out
 ) -> Problem:
     n, d, v, k = shape.rows, shape.hidden, shape.vocab, shape.topk
     generator = torch.Generator(device).manual_seed(seed)
     noise = {"generator": generator, "device": device}
     weight = torch.randn(v, d, **noise).mul_(SPREAD * d**-0.5)
     hidden = torch.randn(n, d, **noise)
-    pull = 10.0 * torch.rand(n, 1, **noise)
+    pull = sharpest / SPREAD * torch.rand(n, 1, **noise)
     for place in range(FAVOURITES):
         direction = weight[torch.randint(v, (n,), **noise)]
         hidden += pull * 0.8**place * direction / direction.norm(dim=1, keepdim=True)
@@ -134,7 +135,9 @@ def make_problem(
     )
     for _, some in problem.parts(4):
         student = wide_mm(some.hidden, some.weight.t())
-        some.labels.copy_((student - torch.empty_like(student).exponential_(generator=generator).log_()).argmax(1))
+        some.labels.copy_(
+            (student - torch.empty_like(student).exponential_(generator=generator).log_()).argmax(1)
+        )
         teacher = wide_mm(some.teacher_hidden, some.weight.t()).log_softmax(1)
         some.label_logprobs.copy_(teacher.gather(1, some.labels.unsqueeze(1))[:, 0])
         logprobs, ids = teacher.topk(k, 1)

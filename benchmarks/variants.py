@@ -57,7 +57,15 @@ def backward(
 # ours
 
 
-def sparse(problem: Problem, hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+def sparse(
+    problem: Problem,
+    hidden: Tensor,
+    weight: Tensor,
+    row_weights: float | None = None,
+    **options: Any,
+) -> Tensor:
+    if row_weights is not None:
+        options["row_weights"] = torch.full_like(problem.tail, row_weights)
     value = linear_sparse_divergence(
         hidden, weight, problem.ids, problem.logprobs, tail_logprobs=problem.tail,
         **{"reduction": "mean", "validate": False, **options},
@@ -76,10 +84,13 @@ def ours(name: str, *, frozen: bool = False, buffered: bool = False, **options: 
 
     @torch.no_grad()
     def rows(problem: Problem) -> Tensor:
-        return sparse(problem, problem.hidden, problem.weight, reduction="none", **options)
+        given = {**options, "reduction": "none", "row_weights": None}
+        return sparse(problem, problem.hidden, problem.weight, **given)
 
     loss = RENORMALIZED if options.get("tail") == "renormalize" else REVERSE_KL
-    return Variant(name, "ours", loss, prepare, row_losses=rows)
+    setting = "frozen" if frozen else "buffer" if buffered else "full"
+    gemms = 2 if frozen else 3
+    return Variant(name, "ours", loss, prepare, row_losses=rows, gemms=gemms, setting=setting)
 
 
 def ours_policy_gradient(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -97,7 +108,7 @@ def ours_cross_entropy(problem: Problem, hidden: Tensor, weight: Tensor) -> Tens
 # floors: bare GEMMs on the same operands
 
 
-def gemms(problem: Problem, logits_dtype: torch.dtype, frozen: bool = False) -> Prepared:
+def bare(problem: Problem, logits_dtype: torch.dtype, frozen: bool = False) -> Prepared:
     """H W^T, dz W and dz^T H on one [N, V] each, into memory that is already there."""
     hidden, weight, dz = problem.hidden, problem.weight, problem.dlogits
     logits = hidden.new_empty(dz.shape, dtype=logits_dtype)
@@ -123,13 +134,14 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         out.copy_(wide_mm(hidden, weight.t()))
 
 
-def floors(frozen: bool = False) -> list[Variant]:
-    count = "two GEMMs" if frozen else "three GEMMs"
+def floors() -> list[Variant]:
     return [
         Variant(
-            f"{count}, {name} logits", "floor", f"bare {count}",
-            partial(lambda problem, dtype: gemms(problem, dtype, frozen), dtype=dtype), name,
+            f"{count} GEMMs, {name} logits", "floor", f"bare {count} GEMMs",
+            partial(bare, logits_dtype=dtype, frozen=count == "two"), name,
+            gemms=2 if count == "two" else 3,
         )
+        for count in ("three", "two")
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     ]  # fmt: skip
 
@@ -186,9 +198,7 @@ def compiled(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
     return compile_loss()(hidden, weight, *teacher(problem))
 
 
-def chunked(
-    problem: Problem, hidden: Tensor, weight: Tensor, *, rows: int, wide: bool
-) -> Tensor:
+def chunked(problem: Problem, hidden: Tensor, weight: Tensor, *, rows: int, wide: bool) -> Tensor:
     """Checkpointed chunks of rows, with bf16 GEMMs or with operands widened to fp32."""
 
     def total(part: Tensor, weight: Tensor, *given: Tensor) -> Tensor:
@@ -270,7 +280,8 @@ def eager_variants() -> list[Variant]:
         peer("eager, fp32 logits", REVERSE_KL, eager_wide, "fp32", **size),
         peer("torch.compile, bf16 logits", REVERSE_KL, compiled, missing=on_cuda_only, **size),
         peer("eager, 1024-row chunks", REVERSE_KL, partial(chunked, rows=1024, wide=False)),
-        peer("eager, 256-row fp32 chunks", REVERSE_KL, partial(chunked, rows=256, wide=True), "fp32"),
+        peer("eager, 256-row fp32 chunks", REVERSE_KL, partial(chunked, rows=256, wide=True),
+             "fp32"),
         peer("eager, renormalised top-k", RENORMALIZED, eager_renormalised, **size),
         peer("eager cross-entropy", CROSS_ENTROPY, eager_cross_entropy, **size),
     ]  # fmt: skip
@@ -313,3 +324,25 @@ def own_variants() -> list[Variant]:
 
 def competitors() -> list[Variant]:
     return [*floors(), *own_variants(), *eager_variants(), *peer_variants()]
+
+
+def divergences() -> list[Variant]:
+    """What `accuracy` compares: every divergence, and ours with tiny row weights."""
+    small = ours("ours, weights of 1e-6", row_weights=1e-6)
+    found = [small, *own_variants(), *eager_variants(), *peer_variants()]
+    return [each for each in found if each.loss in (REVERSE_KL, DENSE_KL)]
+
+
+def curve(workspaces: list[int]) -> list[Variant]:
+    return [
+        ours(f"ours{name}, {size / 2**20:g} MiB", buffered=bool(name), workspace_bytes=size)
+        for name in ("", ", gradient buffer")
+        for size in workspaces
+    ]
+
+
+def scaling() -> list[Variant]:
+    """What is compared away from the target shape: one of each kind."""
+    peers = ("eager, bf16 logits", "Liger cross-entropy, C=16")
+    found = [*floors(), ours("ours"), *eager_variants(), *peer_variants()]
+    return [each for each in found if each.kind != "peer" or each.name in peers]
