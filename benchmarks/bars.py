@@ -118,7 +118,7 @@ def kernel_bar(name: str, rows: list[Row]) -> Bar:
 
 
 def bars(rows: list[Row]) -> list[Bar]:
-    either, everything = ("frozen", "buffer"), float("inf")
+    everything = float("inf")
     return [
         ratio_bar("fastest setting at most 1.12 x three GEMMs", rows, ("full",), 1.12, everything),
         ahead_bar("ahead of eager PyTorch", rows, "eager"),

@@ -24,8 +24,8 @@ import torch
 
 from benchmarks import bars, correctness, figures, pieces, variants
 from benchmarks.harness import (
-    OutOfTime,
     Outcome,
+    OutOfTime,
     Prepared,
     Recorder,
     collect,
@@ -99,7 +99,7 @@ def environment(suite: Suite) -> None:
         "environment", "device", "ok",
         memory_mib=facts.total_memory / MIB if facts else None,
         multiprocessors=facts.multi_processor_count if facts else None,
-        l2_mib=facts.L2_cache_size / MIB if facts else None,
+        l2_mib=getattr(facts, "L2_cache_size", 0) / MIB if facts else None,
         nvidia_smi={name: smi(name) for name in fields} if cuda else None,
     )  # fmt: skip
     side, size = (64, 4096) if suite.quick else (8192, 4 << 30)
@@ -117,13 +117,12 @@ def environment(suite: Suite) -> None:
         return Outcome()
 
     ready = {"GEMM ceiling": Prepared(gemm), "copy ceiling": Prepared(copy)}
-    found = take_turns(ready, device, suite.budget_s, suite.recorder)
-    rates = {
-        "GEMM ceiling": {"tflops": 2.0 * side**3 / found["GEMM ceiling"]["median_ms"] * 1e-9},
-        "copy ceiling": {"tb_per_s": 2.0 * size / found["copy ceiling"]["median_ms"] * 1e-9},
-    }
+    found, _ = take_turns(ready, device, suite.budget_s)
+    work = {"GEMM ceiling": ("tflops", 2.0 * side**3), "copy ceiling": ("tb_per_s", 2.0 * size)}
     for name, times in found.items():
-        emit("environment", name, "ok", **times, **rates[name])
+        unit, amount = work[name]
+        rate = {unit: amount / times["median_ms"] * 1e-9}
+        emit("environment", name, "ok", **times, **rate)
 
 
 def check_everything(suite: Suite) -> None:
@@ -131,7 +130,7 @@ def check_everything(suite: Suite) -> None:
     if suite.device.type == "cuda":
         left = suite.recorder.deadline - time.monotonic()
         limit = min(PYTEST_LIMIT_S, max(1.0, left / 2))
-        correctness.run_tests(suite.recorder, suite.log, ["-m", "gpu"], limit)
+        correctness.run_tests(suite.recorder, suite.log, correctness.gpu_tests(), limit)
     else:
         suite.recorder.emit("correctness", "pytest -m gpu", "unavailable", reason="needs a GPU")
     correctness.run_api(suite.recorder, suite.quick)
@@ -147,7 +146,7 @@ def fused_loss(suite: Suite) -> None:
 def memory_curve(suite: Suite) -> None:
     """Time over `workspace_bytes`; a bound that is too small is refused, which is a row too."""
     sizes = QUICK_WORKSPACES if suite.quick else WORKSPACES
-    found = [*variants.floors(), *variants.curve(sizes)]
+    found = [*variants.floors("three"), *variants.curve(sizes)]
     suite.measure("memory_curve", suite.problem(), found, budget_s=suite.budget_s / 2)
 
 

@@ -182,6 +182,7 @@ class Exact:
     dhidden: Tensor  # [N, D]
     dweight: Tensor  # [V, D]
     rounding: tuple[float, float]  # error of (dH, dW) when dz alone is rounded to the dtype
+    gemm: float  # worst |L_n error| / (1 + |L_n|) when the logits alone come from an fp32 GEMM
 
     @property
     def loss(self) -> float:
@@ -192,7 +193,7 @@ def oracle(problem: Problem, loss: str) -> Exact:
     """Value and gradients of the mean loss in fp64, on the problem's device, by chunks of rows."""
     weight = problem.weight.double()
     hidden = problem.hidden.double()
-    losses = hidden.new_empty(len(hidden))
+    losses, gemm = hidden.new_empty(len(hidden)), 0.0
     exact = torch.empty_like(hidden), torch.zeros_like(weight)
     narrow = problem.dtype.itemsize == 2
     rounded = (torch.empty_like(hidden), torch.zeros_like(weight)) if narrow else exact
@@ -201,6 +202,10 @@ def oracle(problem: Problem, loss: str) -> Exact:
         value = row_losses(loss, z, some, weight)
         (dz,) = torch.autograd.grad(value.sum(), z)
         losses[part] = value.detach()
+        with torch.no_grad():
+            wide = wide_mm(some.hidden, some.weight.t()).double()
+            value = row_losses(loss, wide, some, weight)
+            gemm = max(gemm, loss_error(value, losses[part]))
         for dh, dw in (exact, rounded) if narrow else (exact,):
             torch.mm(dz, weight, out=dh[part])
             dw.addmm_(dz.t(), hidden[part])
@@ -209,7 +214,12 @@ def oracle(problem: Problem, loss: str) -> Exact:
     del rounded
     for grad in exact:
         grad /= max(1, len(hidden))
-    return Exact(losses, *exact, rounding)  # type: ignore[arg-type]
+    return Exact(losses, *exact, rounding, gemm)  # type: ignore[arg-type]
+
+
+def loss_error(found: Tensor, exact: Tensor) -> float:
+    """Worst |found - exact| / (1 + |exact|); NaN stays NaN."""
+    return float(((found.double() - exact).abs() / (1.0 + exact.abs())).amax())
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -134,14 +134,15 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         out.copy_(wide_mm(hidden, weight.t()))
 
 
-def floors() -> list[Variant]:
+def floors(*counts: str) -> list[Variant]:
+    """Bare GEMMs by how many, `three` or `two`, with either dtype of logits."""
     return [
         Variant(
             f"{count} GEMMs, {name} logits", "floor", f"bare {count} GEMMs",
             partial(bare, logits_dtype=dtype, frozen=count == "two"), name,
             gemms=2 if count == "two" else 3,
         )
-        for count in ("three", "two")
+        for count in counts
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     ]  # fmt: skip
 
@@ -323,7 +324,7 @@ def own_variants() -> list[Variant]:
 
 
 def competitors() -> list[Variant]:
-    return [*floors(), *own_variants(), *eager_variants(), *peer_variants()]
+    return [*floors("three", "two"), *own_variants(), *eager_variants(), *peer_variants()]
 
 
 def divergences() -> list[Variant]:
@@ -344,5 +345,5 @@ def curve(workspaces: list[int]) -> list[Variant]:
 def scaling() -> list[Variant]:
     """What is compared away from the target shape: one of each kind."""
     peers = ("eager, bf16 logits", "Liger cross-entropy, C=16")
-    found = [*floors(), ours("ours"), *eager_variants(), *peer_variants()]
+    found = [*floors("three"), ours("ours"), *eager_variants(), *peer_variants()]
     return [each for each in found if each.kind != "peer" or each.name in peers]
