@@ -184,10 +184,6 @@ class Exact:
     rounding: tuple[float, float]  # error of (dH, dW) when dz alone is rounded to the dtype
     gemm: float  # worst |L_n error| / (1 + |L_n|) when the logits alone come from an fp32 GEMM
 
-    @property
-    def loss(self) -> float:
-        return float(self.losses.mean())
-
 
 def oracle(problem: Problem, loss: str) -> Exact:
     """Value and gradients of the mean loss in fp64, on the problem's device, by chunks of rows."""

@@ -1,6 +1,6 @@
-"""Write the generated blocks of README.md and NOTES.md: `python -m benchmarks.readme`.
+"""Write the generated blocks of the documents: `python -m benchmarks.readme`.
 
-README.md's come from the committed rows, the roofline in benchmarks/NOTES.md from its formulas.
+Results come from the committed rows, the roofline from its formulas, the suite's parts from it.
 """
 
 import json
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import demo_seeds, roofline
+from benchmarks import demo_seeds, gpu_suite, roofline
 from lopd.demo import OPD_STEPS
 
 ROOT = Path(__file__).parents[1]
@@ -47,9 +47,30 @@ def fused_block() -> str:
     )
 
 
+def parts_block() -> str:
+    rows = [
+        f"| `{name}` | {(function.__doc__ or '').strip().splitlines()[0]} | {seconds:.0f} |"
+        for name, (seconds, function) in gpu_suite.PARTS.items()
+    ]
+    total = sum(seconds for seconds, _ in gpu_suite.PARTS.values())
+    return "\n".join(
+        [
+            "| part | what | planned seconds on an H200 |",
+            "| --- | --- | ---: |",
+            *rows,
+            f"| all | | {total:.0f} |",
+        ]
+    )
+
+
 def rendered(text: str) -> str:
     """A document with each of its generated blocks replaced."""
-    blocks = {"demo table": demo_block, "fused loss": fused_block, "roofline": roofline.table}
+    blocks = {
+        "demo table": demo_block,
+        "fused loss": fused_block,
+        "roofline": roofline.table,
+        "parts": parts_block,
+    }
     for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
         if name == "end":
             continue
@@ -59,7 +80,7 @@ def rendered(text: str) -> str:
     return text
 
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md")
+DOCUMENTS = [ROOT / name for name in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md")]
 
 if __name__ == "__main__":
     for path in DOCUMENTS:
