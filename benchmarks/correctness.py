@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import lopd_kernels
-from benchmarks.harness import ROOT, Recorder, classify, gradient_bound, one_line
+from benchmarks.harness import ROOT, Recorder, classify, gradient_bound, one_line, short
 from benchmarks.problems import Problem, Shape, make_problem, relative_error
 from lopd_kernels import reference
 
@@ -197,10 +197,10 @@ def run_api(recorder: Recorder, quick: bool) -> None:
         for case in cases(problem):
             recorder.check_time()
             repeats = 2 if quick else 20
-            name = f"{case.function}: {case.label}"
+            name = f"{case.function}: {case.label}, {short(dtype)}"
             fields = {
                 "kind": "ours",
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": short(dtype),
                 "repetitions": repeats,
             }
             try:

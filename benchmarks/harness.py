@@ -100,7 +100,8 @@ class Recorder:
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(describe(row), flush=True)
+        if status != "ok" or part != "correctness":  # there are many of those
+            print(describe(row), flush=True)
         return row
 
     @property
@@ -206,8 +207,9 @@ def excess(found: dict[str, Any], bounds: dict[str, float]) -> list[str]:
 
 
 def collect(device: torch.device) -> None:
-    gc.collect()
+    """Give back what nothing refers to any more."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
@@ -307,10 +309,14 @@ def fitting(variant: Variant, problem: Problem) -> Problem:
     return problem.rows(slice(0, max(256, rows - rows % 256)))
 
 
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def describe_problem(problem: Problem) -> dict[str, Any]:
     return {
         **asdict(problem.shape),
-        "dtype": str(problem.dtype).removeprefix("torch."),
+        "dtype": short(problem.dtype),
         "regime": problem.regime,
     }
 
