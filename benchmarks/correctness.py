@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 import lopd_kernels
-from benchmarks.harness import ROOT, Recorder, classify, gradient_bound, one_line, short
+from benchmarks.harness import classify, gradient_bound, one_line, short
 from benchmarks.problems import Problem, Shape, make_problem, relative_error
+from benchmarks.rows import ROOT, Recorder
 from lopd_kernels import reference
 
 FULL, QUICK = Shape(96, 136, 4099, 16), Shape(12, 24, 211, 6)

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Variant, gate, identity, take_turns
+from benchmarks.harness import Variant, gate, take_turns
 from benchmarks.problems import REVERSE_KL, Problem, Shape, oracle
+from benchmarks.rows import identity
 from benchmarks.variants import eager, ours, peer
 
 TIME_BAR = 1.0

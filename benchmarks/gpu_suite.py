@@ -25,18 +25,16 @@ import torch
 from benchmarks import bars, correctness, figures, pieces, variants
 from benchmarks.harness import (
     Outcome,
-    OutOfTime,
     Prepared,
-    Recorder,
     collect,
     is_red,
     measure,
     one_line,
-    smi,
     take_turns,
 )
 from benchmarks.problems import Problem, Shape, make_problem, student_tail
 from benchmarks.roofline import TARGET
+from benchmarks.rows import OutOfTime, Recorder, smi
 
 QUICK = Shape(rows=64, hidden=32, vocab=509, topk=8)
 TIME_LIMIT_S = 520.0
@@ -193,8 +191,8 @@ PARTS: dict[str, tuple[float, Callable[[Suite], None]]] = {
     "correctness": (150, check_everything),
     "fused_loss": (110, fused_loss),
     "memory_curve": (50, memory_curve),
-    "accuracy": (30, accuracy),
     "row_kernel": (10, row_kernel),
+    "accuracy": (30, accuracy),
     "scoring": (20, scoring),
     "ablation": (20, ablation),
     "shapes": (100, shapes),
@@ -209,6 +207,7 @@ def run_part(suite: Suite, name: str) -> None:
         recorder.emit("suite", name, "skipped", reason="the time limit has passed", **fields)
         return
     try:
+        collect(suite.device)
         function(suite)
     except OutOfTime:
         status, fields["reason"] = "cut off", "the time limit passed in it"

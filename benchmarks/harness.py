@@ -10,22 +10,15 @@
 3. warms up, then lets them take turns: 5 to 30 steps each as its budget admits, the caches
    flushed before each step, CUDA events around it; median, 10th and 90th percentile.
 
-Rows are JSON lines that stand alone: each holds versions, device, commit, shape and the
-command that measures it again. On a CPU the clock is perf_counter and memory is null.
+On a CPU the clock is perf_counter and memory is null.
 """
 
 from __future__ import annotations
 
-import datetime
 import gc
-import importlib.metadata
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,18 +26,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.problems import Exact, Problem, loss_error, oracle, relative_error
+from benchmarks.rows import Recorder
 
 FLUSH_BYTES = 256 << 20
 LEAST, MOST = 5, 30  # timed steps of a variant
 SANITY = 1.0  # a peer whose gradient is further off is worse than zeros
 ERRORS = ("dhidden_error", "dweight_error", "loss_error", "row_loss_error")
 GATED = ("ours", "peer")
-PEERS = ("liger-kernel", "cut-cross-entropy")
-ROOT = Path(__file__).parents[1]
-
-
-class OutOfTime(Exception):
-    """The run's time limit has passed; what was measured is on disk."""
 
 
 class Outcome(NamedTuple):
@@ -74,94 +62,6 @@ class Variant:
     gemms: int = 3  # of 2 N D V operations that the loss takes; floors are compared by it
     bytes_moved: Callable[[Problem], float] | None = None
     setting: str = "full"  # | frozen | buffer
-
-
-@dataclass
-class Recorder:
-    """Rows of one run, on disk as they come."""
-
-    path: Path
-    device: torch.device
-    command: str
-    deadline: float = float("inf")  # of time.monotonic
-    commit: str | None = None
-    identity: dict[str, Any] = field(init=False)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.identity = identity(self.device, self.commit)
-
-    def emit(self, part: str, name: str, status: str, **fields: Any) -> dict[str, Any]:
-        row = {
-            "part": part, "variant": name, "status": status, **fields,
-            "command": self.command.format(part=part), **self.identity,
-        }  # fmt: skip
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if status != "ok" or part != "correctness":  # there are many of those
-            print(describe(row), flush=True)
-        return row
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
-
-    def check_time(self) -> None:
-        if self.late:
-            raise OutOfTime
-
-
-def describe(row: dict[str, Any]) -> str:
-    text = f"{row['part']:>13}  {row['variant']:<34} {row['status']:<12}"
-    if row.get("median_ms") is not None:
-        text += f" {row['median_ms']:9.3f} ms"
-    if row.get("floor_ratio") is not None:
-        text += f" {row['floor_ratio']:6.3f} x floor"
-    if row.get("extra_mib") is not None:
-        text += f" {row['extra_mib']:8.1f} MiB extra"
-    if row.get("dweight_error") is not None:
-        text += f"  dW off by {row['dweight_error']:.1e}"
-    return text + (f"  {row['reason']}" if row.get("reason") else "")
-
-
-def identity(device: torch.device, commit: str | None) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-    changes = None if commit else output("git", "status", "--porcelain")
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
-        "driver": smi("driver_version") if cuda else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        **{name: version(name) for name in ("triton", *PEERS)},
-        "commit": commit or output("git", "rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def output(*command: str) -> str | None:
-    """What a command prints, None where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def smi(*fields: str) -> str | None:
-    query = f"--query-gpu={','.join(fields)}"
-    return output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
 
 
 def gradient_bound(dtype: torch.dtype, rounding: float) -> float:
@@ -304,9 +204,8 @@ def fitting(variant: Variant, problem: Problem) -> Problem:
         return problem
     free, _ = torch.cuda.mem_get_info(problem.device)
     rows = int(0.85 * free / (variant.bytes_per_logit * problem.shape.vocab))
-    if rows >= problem.shape.rows:
-        return problem
-    return problem.rows(slice(0, max(256, rows - rows % 256)))
+    rows = max(256, rows - rows % 256)
+    return problem if rows >= problem.shape.rows else problem.rows(slice(0, rows))
 
 
 def short(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import harness, pieces, problems, roofline, variants
-from benchmarks.harness import Outcome, Prepared, Recorder, Variant, gate, measure, take_turns
+from benchmarks.harness import Outcome, Prepared, Variant, gate, measure, take_turns
 from benchmarks.problems import (
     CROSS_ENTROPY,
     DENSE_KL,
@@ -18,6 +18,7 @@ from benchmarks.problems import (
     oracle,
     relative_error,
 )
+from benchmarks.rows import Recorder
 from lopd_kernels import reference
 
 SMALL = Shape(rows=12, hidden=16, vocab=97, topk=5)
@@ -241,3 +242,41 @@ def test_roofline_formulas():
     assert roofline.accumulate_bytes(target, 2048) == 7 * 2 * 1244659712
     assert roofline.reread_bytes(target, 3000) == 6 * 1244659712
     assert roofline.move_ms(4.3e9, 4.3) == pytest.approx(1.0)
+
+
+class Allocator:
+    """Stands in for torch.cuda's: what one step takes."""
+
+    def __init__(self, monkeypatch, **values):
+        defaults = {"memory_allocated": 100, "memory_reserved": 200, "mem_get_info": (0, 0)}
+        for name, value in {**defaults, **values}.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+        for name in ("synchronize", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, lambda device: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_extra_memory_is_the_peak_less_the_gradients(monkeypatch):
+    mib = 1 << 20
+    Allocator(
+        monkeypatch, max_memory_allocated=100 + 20 * mib, max_memory_reserved=200 + 32 * mib
+    )  # fmt: skip
+    dhidden, dweight = torch.empty(mib), torch.empty(2 * mib, dtype=torch.bfloat16)
+    cuda, outcome = torch.device("cuda"), Outcome(torch.ones(()), dhidden, dweight)
+    found = harness.memory(Prepared(lambda: outcome), cuda)
+    assert found == {
+        "peak_mib": 20.0, "dhidden_mib": 4.0, "dweight_mib": 4.0, "extra_mib": 12.0,
+        "reserved_mib": 32.0,
+    }  # fmt: skip
+    found = harness.memory(Prepared(lambda: outcome._replace(given=True)), cuda)
+    assert (found["dweight_mib"], found["extra_mib"]) == (0.0, 16.0)
+
+
+def test_a_baseline_that_does_not_fit_gets_fewer_rows(monkeypatch, problem):
+    large = make_problem(Shape(rows=600, hidden=4, vocab=8, topk=2))
+    monkeypatch.setattr(problems.Problem, "device", torch.device("cuda"))
+    eager = variants.eager_variants()[0]
+    for free, rows in ((1e9, 600), (8 * 26 * 599 / 0.85, 512), (0, 256)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert harness.fitting(eager, large).shape.rows == rows
+        assert harness.fitting(variants.ours("ours"), large) is large

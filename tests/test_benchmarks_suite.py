@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks import bars, correctness, figures, gpu_suite, harness, variants
-from benchmarks.harness import Recorder, Variant
+from benchmarks.harness import Variant
 from benchmarks.problems import REVERSE_KL
 from benchmarks.roofline import TARGET
+from benchmarks.rows import Recorder
 
 TOY = ["--quick", "--device", "cpu"]
 ALWAYS = {
