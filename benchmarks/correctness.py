@@ -81,7 +81,8 @@ def cases(problem: Problem) -> Iterator[Case]:
     yield sparse("mean", reduction="mean", row_weights=weights)
     yield sparse("weights of 1e-6", options={"upstream": 1e6}, row_weights=1e-6 * weights)
     yield sparse("ragged, derived tail", ragged, tail_logprobs=None)
-    yield sparse("gradient buffer", options={"weight_grad_buffer": True})
+    yield sparse("gradient buffer", options={"buffer": True})
+    yield sparse("smallest workspace", options={"smallest": True}, row_weights=weights)
     yield sparse("frozen weight", options={"frozen": "weight"})
     yield sparse("frozen hidden", options={"frozen": "hidden"})
     sampled = problem.labels, problem.label_logprobs
@@ -153,10 +154,29 @@ def leaves_of(problem: Problem, case: Case) -> list[Tensor]:
 
 def fresh(case: Case, problem: Problem) -> dict[str, Any]:
     """The settings of one call of ours."""
-    if "weight_grad_buffer" not in case.options:
-        return case.settings
-    buffer = torch.zeros_like(problem.weight, dtype=torch.float32)
-    return {**case.settings, "weight_grad_buffer": buffer}
+    settings = dict(case.settings)
+    if case.options.get("buffer"):
+        buffer = torch.zeros_like(problem.weight, dtype=torch.float32)
+        settings["weight_grad_buffer"] = buffer
+    if case.options.get("smallest"):
+        settings["workspace_bytes"] = smallest_workspace(case, problem)
+    return settings
+
+
+def smallest_workspace(case: Case, problem: Problem) -> int:
+    """As the error names it."""
+    leaves = leaves_of(problem, case)
+    try:
+        evaluate(
+            getattr(lopd_kernels, case.function), leaves, case, case.given,
+            {**case.settings, "workspace_bytes": 1},
+        )  # fmt: skip
+    except ValueError as error:
+        found = re.search(r"workspace_bytes=(\d+)", str(error))
+        if found:
+            return int(found[1])
+        raise
+    raise AssertionError("a workspace of one byte was accepted")
 
 
 def check(case: Case, problem: Problem, repeats: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Recorder:
             "part": part, "variant": name, "status": status, **fields,
             "command": self.command.format(part=part), **self.identity,
         }  # fmt: skip
+        row = json.loads(json.dumps(row), parse_constant=lambda name: None)  # NaN is no JSON
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

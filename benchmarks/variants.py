@@ -313,6 +313,7 @@ def peer_variants() -> list[Variant]:
 def own_variants() -> list[Variant]:
     return [
         ours("ours"),
+        ours("ours, 8 GiB", workspace_bytes=8 << 30),
         ours("ours, gradient buffer", buffered=True),
         ours("ours, frozen weight", frozen=True),
         ours("ours, renormalised top-k", tail="renormalize"),
