@@ -266,8 +266,9 @@ def needs(module: str) -> Callable[[Problem], str]:
 
 
 def needs_torch(problem: Problem) -> str:
-    found = hasattr(F, "linear_cross_entropy")
-    return "" if found else f"torch {torch.__version__} has no linear_cross_entropy"
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return ""
+    return f"torch {torch.__version__} has no chunked linear_cross_entropy"
 
 
 def peer(name: str, loss: str, function: Loss, logits: str = "bf16", **rest: Any) -> Variant:

@@ -1,6 +1,8 @@
 """The harness: its oracle, its gate, its clock and its formulas."""
 
 import math
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -223,6 +225,16 @@ def test_floor_ratios_compare_equal_work(problem, recorder):
         row = by_name[name]
         assert row["floor_ratio"] == pytest.approx(row["median_ms"] / min(floors))
     assert by_name["ours, frozen weight"]["dweight_error"] is None
+
+
+def test_only_floors_are_floors(problem, recorder):
+    slow = pieces.piece("slow", lambda some: lambda: time.sleep(0.03))
+    found = [replace(slow, kind="floor"), variants.ours("ours")]
+    rows = measure(recorder, "part", problem, found, budget_s=0)
+    assert {row["variant"]: row["floor_ratio"] < 1.0 for row in rows} == {
+        "slow": False,
+        "ours": True,
+    }
 
 
 def test_row_kernel_and_scoring_have_gates(problem, monkeypatch):

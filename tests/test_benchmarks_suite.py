@@ -127,10 +127,17 @@ def test_a_wrong_public_loss_fails_the_run(tmp_path, monkeypatch):
 
     right = lopd_kernels.linear_cross_entropy
     monkeypatch.setattr(lopd_kernels, "linear_cross_entropy", lambda *a, **k: 1.01 * right(*a, **k))
+    top = lopd_kernels.linear_topk
+
+    def shifted(*args, **kwargs):
+        found = top(*args, **kwargs)
+        return found._replace(tail_logprobs=found.tail_logprobs + 1e-3)
+
+    monkeypatch.setattr(lopd_kernels, "linear_topk", shifted)
     assert gpu_suite.main(["--out", str(tmp_path), *TOY, "--only", "correctness"]) == 1
     rows = bars.read([tmp_path / "rows.jsonl"])
     red = {row["variant"].split(":")[0] for row in rows if row["status"] == "red gate"}
-    assert red == {"linear_cross_entropy"}
+    assert red == {"linear_cross_entropy", "linear_topk"}
 
 
 def test_runs_that_differ_in_their_bits_are_red(monkeypatch, tmp_path):
@@ -240,6 +247,9 @@ def all_met():
         target_row("fused_loss", "Liger cross-entropy, C=8", "peer", 45.0, 2000.0, loss="x"),
         target_row("accuracy", "ours", "ours", None, **error),
         target_row("accuracy", "eager, bf16 logits", "peer", None, **tenfold, logits="bf16"),
+        target_row(
+            "accuracy", "eager, bf16 logits", "peer", None, **error, logits="bf16", regime="far"
+        ),
         target_row("row_kernel", "row kernel", "ours", 1.0, rows=2048, tb_per_s=3.5),
         target_row("row_kernel", "copy", "piece", 1.0, rows=2048, tb_per_s=4.2),
         {"part": "environment", "variant": "GEMM ceiling", "status": "ok", "tflops": 790.0},
