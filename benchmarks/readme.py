@@ -1,11 +1,14 @@
-"""Write the tables of README.md from the committed rows: `python -m benchmarks.readme`."""
+"""Write the generated blocks of the documents: `python -m benchmarks.readme`.
+
+Results come from the committed rows, the roofline from its formulas, the suite's parts from it.
+"""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import demo_seeds
+from benchmarks import demo_seeds, gpu_suite, roofline
 from lopd.demo import OPD_STEPS
 
 ROOT = Path(__file__).parents[1]
@@ -23,16 +26,17 @@ def demo_block() -> str:
 
 
 def fused_block() -> str:
-    """The newest row of each number of threads."""
-    newest = {row["threads"]: row for row in read_rows("fused_loss_cpu.jsonl")}
+    """The newest row of each size of vocabulary and number of threads."""
+    rows = read_rows("fused_loss_cpu.jsonl")
+    newest = {(row["vocab"], row["threads"]): row for row in rows}
     lines = [
-        "| threads | time, fused / eager | peak extra memory, fused / eager | gradient error |",
-        "| ---: | ---: | ---: | ---: |",
+        "| V | threads | time, fused / eager | peak extra memory, fused / eager | gradient error |",
+        "| ---: | ---: | ---: | ---: | ---: |",
     ]
-    for threads, row in sorted(newest.items()):
-        cells = [f"{row['time_ratio']:.2f}", f"{row['memory_ratio']:.2f}"]
-        lines.append(f"| {threads} | {' | '.join(cells)} | {row['gradient_error']:.0e} |")
-    shape = "N={rows}, V={vocab}, D={hidden}, K={topk}, {dtype}".format(**row)
+    for (vocab, threads), row in sorted(newest.items()):
+        ratios = f"{row['time_ratio']:.2f} | {row['memory_ratio']:.2f}"
+        lines.append(f"| {vocab} | {threads} | {ratios} | {row['gradient_error']:.0e} |")
+    shape = "N={rows}, D={hidden}, K={topk}, {dtype}".format(**row)
     return "\n".join(
         [
             f"One forward and backward on a CPU at {shape}, against eager PyTorch in",
@@ -43,16 +47,41 @@ def fused_block() -> str:
     )
 
 
-def rendered(readme: str) -> str:
-    """README.md with every generated block replaced."""
-    blocks = {"demo table": demo_block(), "fused loss": fused_block()}
-    for name, block in blocks.items():
-        pattern = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end -->)", re.DOTALL)
-        readme, count = pattern.subn(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", readme)
-        assert count == 1, f"README.md has {count} blocks '{name}'"
-    return readme
+def parts_block() -> str:
+    rows = [
+        f"| `{name}` | {(function.__doc__ or '').strip().splitlines()[0]} | {seconds:.0f} |"
+        for name, (seconds, function) in gpu_suite.PARTS.items()
+    ]
+    total = sum(seconds for seconds, _ in gpu_suite.PARTS.values())
+    return "\n".join(
+        [
+            "| part | what | planned seconds on an H200 |",
+            "| --- | --- | ---: |",
+            *rows,
+            f"| all | | {total:.0f} |",
+        ]
+    )
 
+
+def rendered(text: str) -> str:
+    """A document with each of its generated blocks replaced."""
+    blocks = {
+        "demo table": demo_block,
+        "fused loss": fused_block,
+        "roofline": roofline.table,
+        "parts": parts_block,
+    }
+    for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
+        if name == "end":
+            continue
+        pattern = re.compile(rf"(<!-- {name}[^\n]*-->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda m, name=name: f"{m[1]}{blocks[name]()}\n{m[2]}", text)
+        assert count == 1, f"{count} blocks '{name}'"
+    return text
+
+
+DOCUMENTS = [ROOT / name for name in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md")]
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in DOCUMENTS:
+        path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")

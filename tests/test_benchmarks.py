@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import demo_seeds
+from benchmarks import demo_seeds, fused_loss, readme
+from benchmarks.variants import ours
 from lopd.report import DISTILLED, FINE_TUNED, ONLINE
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_fused_loss_is_measured(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.fused_loss", "--quick", "--repeats", "1"]
+    command = [sys.executable, "-m", "benchmarks.fused_loss", "--quick"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], check=True, capture_output=True, text=True, cwd=ROOT
     )
@@ -22,6 +23,25 @@ def test_the_fused_loss_is_measured(tmp_path):
     assert json.loads((tmp_path / "fused_loss_cpu.jsonl").read_text()) == row
     assert row["gradient_error"] < 1e-5
     assert row["time_ratio"] > 0 and row["fused_peak_mib"] > 0
+
+
+def test_a_wrong_fused_loss_is_not_measured(monkeypatch, capsys):
+    wrong = ours("fused", divergence="forward_kl")
+    monkeypatch.setitem(fused_loss.VARIANTS, "fused", wrong)
+    monkeypatch.setattr(sys, "argv", ["fused_loss", "--quick"])
+    assert fused_loss.main() == 1
+    printed = capsys.readouterr()
+    assert "dweight_error" in printed.err and not printed.out
+
+
+def test_the_vocabularies_end_with_the_one_that_has_bars():
+    assert [shape.vocab for shape in fused_loss.FULL] == [32000, 128256, 151936]
+
+
+@pytest.mark.parametrize("path", readme.DOCUMENTS, ids=lambda path: path.name)
+def test_generated_blocks_are_up_to_date(path):
+    text = path.read_text(encoding="utf-8")
+    assert readme.rendered(text) == text, "run python -m benchmarks.readme"
 
 
 def rows_of(start, end, online):

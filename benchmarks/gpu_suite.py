@@ -1,0 +1,269 @@
+"""Everything that needs a GPU, in one command.
+
+    python -m benchmarks.gpu_suite --out DIR [--quick] [--only PART ...] [--device cuda|cpu]
+                                   [--time-limit SECONDS] [--commit HASH]
+
+Runs the parts of PARTS in order, appends rows to DIR/rows.jsonl as they come, and ends with
+DIR/summary.md (the bars: met, missed or not measured) and PNGs. A part that the time limit
+cuts off keeps its rows; the ones after it are skipped and named. The exit code is 1 when
+one of our own results is wrong, whatever the speed. `--quick` runs toy sizes, on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import bars, correctness, figures, pieces, variants
+from benchmarks.harness import (
+    Outcome,
+    Prepared,
+    collect,
+    is_red,
+    measure,
+    one_line,
+    take_turns,
+)
+from benchmarks.problems import Problem, Shape, make_problem, student_tail
+from benchmarks.roofline import TARGET
+from benchmarks.rows import OutOfTime, Recorder, smi
+
+QUICK = Shape(rows=64, hidden=32, vocab=509, topk=8)
+TIME_LIMIT_S = 520.0
+PYTEST_LIMIT_S = 120.0
+MIB = 1 << 20
+WORKSPACES = [size * MIB for size in (
+    128, 192, 256, 384, 512, 768, 1024, 1280, 2048, 2560, 3072, 4096, 6144, 8192
+)]  # fmt: skip
+QUICK_WORKSPACES = [50_000, 400_000, 800_000]
+VARIATIONS = {
+    "rows": (1024, 2048, 4096, 16384, 32768),
+    "hidden": (1024, 2048, 5120),
+    "vocab": (32000, 128256, 262208),
+    "topk": (1, 8, 256),
+}
+QUICK_VARIATIONS = {"rows": (16,), "hidden": (16,), "vocab": (211,), "topk": (1,)}
+
+
+@dataclass
+class Suite:
+    recorder: Recorder
+    quick: bool
+    log: Path
+    kept: tuple[tuple[Shape, str], Problem] | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return QUICK if self.quick else TARGET
+
+    @property
+    def device(self) -> torch.device:
+        return self.recorder.device
+
+    @property
+    def budget_s(self) -> float:
+        return 0.01 if self.quick else 1.5
+
+    def measure(self, part: str, problem: Problem, found: list[Any], **rest: Any) -> None:
+        rest = {"budget_s": self.budget_s, **rest}
+        measure(self.recorder, part, problem, found, **rest)
+
+    def problem(self, shape: Shape | None = None, regime: str = "near") -> Problem:
+        """The last one is kept, and gone before another is made."""
+        key = (shape or self.shape, regime)
+        if self.kept is None or self.kept[0] != key:
+            self.kept = None
+            collect(self.device)
+            self.kept = key, make_problem(key[0], torch.bfloat16, self.device, regime)
+        return self.kept[1]
+
+
+def environment(suite: Suite) -> None:
+    """The device, and its two ceilings: a large product, a large copy."""
+    device, emit = suite.device, suite.recorder.emit
+    cuda = device.type == "cuda"
+    facts = torch.cuda.get_device_properties(device) if cuda else None
+    fields = ("name", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit",
+              "temperature.gpu")  # fmt: skip
+    emit(
+        "environment", "device", "ok",
+        memory_mib=facts.total_memory / MIB if facts else None,
+        multiprocessors=facts.multi_processor_count if facts else None,
+        l2_mib=getattr(facts, "L2_cache_size", 0) / MIB if facts else None,
+        nvidia_smi={name: smi(name) for name in fields} if cuda else None,
+    )  # fmt: skip
+    side, size = (64, 4096) if suite.quick else (8192, 4 << 30)
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.ones(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+
+    def gemm() -> Outcome:
+        torch.mm(a, b, out=product)
+        return Outcome()
+
+    def copy() -> Outcome:
+        target.copy_(source)
+        return Outcome()
+
+    ready = {"GEMM ceiling": Prepared(gemm), "copy ceiling": Prepared(copy)}
+    found, _ = take_turns(ready, device, suite.budget_s)
+    work = {"GEMM ceiling": ("tflops", 2.0 * side**3), "copy ceiling": ("tb_per_s", 2.0 * size)}
+    for name, times in found.items():
+        unit, amount = work[name]
+        rate = {unit: amount / times["median_ms"] * 1e-9}
+        emit("environment", name, "ok", **times, **rate)
+
+
+def check_everything(suite: Suite) -> None:
+    """`pytest -m gpu`, then every public loss against fp64."""
+    if suite.device.type == "cuda":
+        left = suite.recorder.deadline - time.monotonic()
+        limit = min(PYTEST_LIMIT_S, max(1.0, left / 2))
+        correctness.run_tests(suite.recorder, suite.log, correctness.gpu_tests(), limit)
+    else:
+        suite.recorder.emit("correctness", "pytest -m gpu", "unavailable", reason="needs a GPU")
+    correctness.run_api(suite.recorder, suite.quick)
+
+
+def fused_loss(suite: Suite) -> None:
+    """Every competitor at the target shape, with the gate on all rows."""
+    problem = suite.problem()
+    tail = student_tail(problem)
+    suite.measure("fused_loss", problem, variants.competitors(), student_tail=tail)
+
+
+def memory_curve(suite: Suite) -> None:
+    """Time over `workspace_bytes`; a bound that is too small is refused, which is a row too."""
+    sizes = QUICK_WORKSPACES if suite.quick else WORKSPACES
+    found = [*variants.floors("three"), *variants.curve(sizes)]
+    suite.measure("memory_curve", suite.problem(), found, budget_s=suite.budget_s / 2)
+
+
+def accuracy(suite: Suite) -> None:
+    """Gradients of every divergence against fp64, near the teacher and far from it."""
+    for regime in ("near", "far"):
+        shape = replace(suite.shape, rows=min(1024, suite.shape.rows))
+        problem = suite.problem(shape, regime)
+        suite.measure("accuracy", problem, variants.divergences(), timed=False)
+
+
+def row_kernel(suite: Suite) -> None:
+    """Bandwidth of the row kernel against a copy, on a chunk of rows."""
+    problem = suite.problem().rows(slice(0, 2048))
+    suite.measure("row_kernel", problem, [pieces.row_kernel(), pieces.copy()], gate_rows=256)
+
+
+def scoring(suite: Suite) -> None:
+    """`linear_topk` against full logits and torch.topk."""
+    bound = QUICK_WORKSPACES[1] if suite.quick else 512 * MIB
+    suite.measure("scoring", suite.problem(), pieces.scorers(bound), gate_rows=256)
+
+
+def ablation(suite: Suite) -> None:
+    """The pieces of one call, and the call."""
+    found = [*pieces.pieces(), variants.ours("ours")]
+    suite.measure("ablation", suite.problem(), found, gate_rows=256)
+
+
+def shapes(suite: Suite) -> None:
+    """One size at a time away from the target."""
+    base = suite.shape
+    for name, values in (QUICK_VARIATIONS if suite.quick else VARIATIONS).items():
+        for value in values:
+            suite.recorder.check_time()
+            problem = suite.problem(replace(base, **{name: value}))
+            budget = suite.budget_s / 3
+            suite.measure("shapes", problem, variants.scaling(), gate_rows=256, budget_s=budget)
+
+
+# name -> (seconds that are planned for an H200, function)
+PARTS: dict[str, tuple[float, Callable[[Suite], None]]] = {
+    "environment": (10, environment),
+    "correctness": (150, check_everything),
+    "fused_loss": (110, fused_loss),
+    "memory_curve": (50, memory_curve),
+    "row_kernel": (10, row_kernel),
+    "accuracy": (30, accuracy),
+    "scoring": (20, scoring),
+    "ablation": (20, ablation),
+    "shapes": (100, shapes),
+}
+
+
+def run_part(suite: Suite, name: str) -> None:
+    """Its rows, and one of the part itself, named `suite`."""
+    recorder, (planned, function) = suite.recorder, PARTS[name]
+    start, status, fields = time.monotonic(), "ok", {"planned_s": planned}
+    if recorder.late:
+        recorder.emit("suite", name, "skipped", reason="the time limit has passed", **fields)
+        return
+    try:
+        collect(suite.device)
+        function(suite)
+    except OutOfTime:
+        status, fields["reason"] = "cut off", "the time limit passed in it"
+    except Exception as error:
+        traceback.print_exc()
+        status, fields["reason"], fields["kind"] = "failed", one_line(error), "ours"
+    recorder.emit("suite", name, status, seconds=time.monotonic() - start, **fields)
+
+
+def write_summary(rows: list[dict[str, Any]], out: Path) -> str:
+    """The bars, what went wrong, and which parts are incomplete."""
+    wrong = [
+        f"{r['part']}: {r['variant']}: {r['status']}: {r['reason']}" for r in rows if is_red(r)
+    ]
+    parts = [r for r in rows if r["part"] == "suite" and r["status"] in ("cut off", "skipped")]
+    late = [f"{r['variant']}: {r['status']}, {r['reason']}" for r in parts]
+    lines = [bars.table(rows), "", f"Wrong: {len(wrong)}.", *(f"* {line}" for line in wrong)]
+    lines += ["", f"Incomplete parts: {len(late)}.", *(f"* {line}" for line in late)]
+    text = "\n".join(lines) + "\n"
+    (out / "summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="toy sizes")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, help="seconds")
+    parser.add_argument("--commit", help="of the sources, where they are no git checkout")
+    args = parser.parse_args(arguments)
+    if args.device == "cpu" and not args.quick:
+        parser.error("the full sizes need a GPU; pass --quick with --device cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device; --quick --device cpu runs toy sizes on the CPU")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    flags = " --quick" * args.quick + " --device cpu" * (args.device == "cpu")
+    recorder = Recorder(
+        args.out / "rows.jsonl",
+        torch.device(args.device),
+        f"python -m benchmarks.gpu_suite --out DIR --only {{part}}{flags}",
+        time.monotonic() + args.time_limit,
+        args.commit,
+    )
+    suite = Suite(recorder, args.quick, args.out / "pytest.log")
+    for name in args.only:
+        run_part(suite, name)
+    figures.draw(recorder.rows, args.out)
+    print(write_summary(recorder.rows, args.out))
+    return int(any(is_red(row) for row in recorder.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The pieces of one call on their own, and what a teacher's scoring pass is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import SANITY, Outcome, Prepared, Variant, excess
+from benchmarks.problems import REVERSE_KL, Problem, loss_error, row_losses, wide_mm
+from benchmarks.variants import project
+from lopd_kernels import linear_topk
+
+
+def piece(name: str, step: Callable[[Problem], Callable[[], Any]], **rest: Any) -> Variant:
+    def prepare(problem: Problem) -> Prepared:
+        run = step(problem)
+        return Prepared(lambda: Outcome(run()))
+
+    return Variant(name, "piece", name, prepare, **rest)
+
+
+def gemm_1(problem: Problem, dtype: torch.dtype) -> Callable[[], Any]:
+    out = problem.hidden.new_empty(problem.dlogits.shape, dtype=dtype)
+    return lambda: project(problem.hidden, problem.weight, out)
+
+
+def gemm_2(problem: Problem) -> Callable[[], Any]:
+    out = torch.empty_like(problem.hidden)
+    return lambda: torch.mm(problem.dlogits, problem.weight, out=out)
+
+
+def gemm_3(problem: Problem) -> Callable[[], Any]:
+    out = torch.empty_like(problem.weight)
+    return lambda: torch.mm(problem.dlogits.t(), problem.hidden, out=out)
+
+
+def time_row_kernel(problem: Problem, logits: Tensor) -> tuple[Callable[[], None], Tensor]:
+    """(the row kernel on fp32 logits [R, V], in place; where it leaves its statistics)"""
+    from lopd_kernels.divergence import row_rule, teacher_buckets
+    from lopd_kernels.rowpass import STATS, Head, locate, row_pass
+
+    vocab = problem.shape.vocab
+    support = locate(problem.ids, None, vocab)
+    target = teacher_buckets(problem.ids, problem.logprobs, problem.tail, vocab).logprobs
+    rule, head = row_rule("reverse_kl:bucket", [0.5]), Head()
+    weights = torch.ones_like(problem.tail)
+    stats = logits.new_zeros((len(logits), len(STATS)))
+    return lambda: row_pass(logits, support, target, weights, rule, head, False, stats), stats
+
+
+def row_kernel() -> Variant:
+    """2 reads of fp32 logits and one 16-bit write: 10 bytes for each of N V elements."""
+
+    def prepare(problem: Problem) -> Prepared:
+        source = wide_mm(problem.hidden, problem.weight.t())
+        logits = torch.empty_like(source)
+        run, stats = time_row_kernel(problem, logits)
+
+        def step() -> Outcome:
+            run()
+            return Outcome(stats[:, 0])
+
+        return Prepared(step, lambda: logits.copy_(source))
+
+    def check(problem: Problem) -> dict[str, Any]:
+        prepared = prepare(problem)
+        prepared.restore()
+        losses = prepared.step().loss
+        assert losses is not None
+        logits = wide_mm(problem.hidden, problem.weight.t()).double()
+        exact = row_losses(REVERSE_KL, logits, problem, problem.weight)
+        found: dict[str, Any] = {"row_loss_error": loss_error(losses, exact)}
+        return {**found, "red": excess(found, {"row_loss_error": 1e-5})}
+
+    return Variant(
+        "row kernel", "ours", REVERSE_KL, prepare, check=check, gemms=0,
+        bytes_moved=lambda problem: 10.0 * problem.shape.rows * problem.shape.vocab,
+    )  # fmt: skip
+
+
+def copy() -> Variant:
+    """A device copy of as many bytes as the row kernel moves, read and written."""
+
+    def step(problem: Problem) -> Callable[[], Any]:
+        size = 5 * problem.shape.rows * problem.shape.vocab
+        source = torch.empty(size, dtype=torch.int8, device=problem.device).fill_(1)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return piece(
+        "copy", step, gemms=0,
+        bytes_moved=lambda problem: 10.0 * problem.shape.rows * problem.shape.vocab,
+    )  # fmt: skip
+
+
+def pieces() -> list[Variant]:
+    return [
+        piece("GEMM 1, fp32 logits", partial(gemm_1, dtype=torch.float32), gemms=1),
+        piece("GEMM 1, bf16 logits", partial(gemm_1, dtype=torch.bfloat16), gemms=1),
+        row_kernel(),
+        piece("GEMM 2", gemm_2, gemms=1),
+        piece("GEMM 3", gemm_3, gemms=1),
+        copy(),
+    ]
+
+
+# scoring: the teacher's top-k
+
+Scores = tuple[Tensor, Tensor]  # logprobs [N, K], tail [N]
+
+
+def scores_full(problem: Problem, rows: int | None = None) -> Scores:
+    """Logits in bf16, a log-softmax in fp32, top-k; `rows` at a time, or all at once."""
+    found = []
+    for hidden in problem.hidden.split(rows or problem.shape.rows):
+        logprobs = (hidden @ problem.weight.t()).float().log_softmax(1)
+        top, _ = logprobs.topk(problem.shape.topk, 1)
+        found.append((top, torch.log1p(-top.exp().sum(1).clamp(max=1.0 - 2.0**-23))))
+    top, tail = zip(*found, strict=True)
+    return torch.cat(top), torch.cat(tail)
+
+
+def scores_ours(problem: Problem, workspace_bytes: int | None = None) -> Scores:
+    found = linear_topk(
+        problem.hidden, problem.weight, problem.shape.topk, validate=False,
+        workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    return found.logprobs, found.tail_logprobs
+
+
+def exact_scores(problem: Problem, logits: Tensor) -> Scores:
+    """Of fp64 logits [N, V]."""
+    logprobs = logits.log_softmax(1)
+    top, ids = logprobs.topk(problem.shape.topk, 1)
+    return top, logprobs.scatter_(1, ids, -torch.inf).logsumexp(1)
+
+
+def scorer(name: str, kind: str, score: Callable[[Problem], Scores], **rest: Any) -> Variant:
+    def prepare(problem: Problem) -> Prepared:
+        @torch.no_grad()
+        def step() -> Outcome:
+            return Outcome(score(problem)[0])
+
+        return Prepared(step)
+
+    @torch.no_grad()
+    def check(problem: Problem) -> dict[str, Any]:
+        exact = exact_scores(problem, problem.hidden.double() @ problem.weight.double().t())
+        wide = exact_scores(problem, wide_mm(problem.hidden, problem.weight.t()).double())
+        pairs = list(zip(score(problem), exact, strict=True))
+        found: dict[str, Any] = {
+            key: loss_error(*pair)
+            for key, pair in zip(("logprob_error", "tail_error"), pairs, strict=True)
+        }
+        gemm = max(loss_error(a, b) for a, b in zip(wide, exact, strict=True))
+        bound = max(1e-5, 1.25 * gemm) if kind == "ours" else SANITY
+        return {**found, "red": excess(found, dict.fromkeys(found, bound))}
+
+    return Variant(name, kind, "top-k scoring", prepare, check=check, gemms=1, **rest)
+
+
+def scorers(workspace_bytes: int) -> list[Variant]:
+    project_only = [
+        replace(each, kind="floor") for each in pieces() if each.name.startswith("GEMM 1")
+    ]
+    bounded = partial(scores_ours, workspace_bytes=workspace_bytes)
+    return [
+        *project_only,
+        scorer("linear_topk", "ours", scores_ours),
+        scorer(f"linear_topk, {workspace_bytes / 2**20:g} MiB", "ours", bounded),
+        scorer("full logits, top-k", "peer", scores_full, bytes_per_logit=12, logits="bf16"),
+        scorer("1024-row chunks, top-k", "peer", partial(scores_full, rows=1024), logits="bf16"),
+    ]

@@ -1,0 +1,301 @@
+"""The harness: its oracle, its gate, its clock and its formulas."""
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import harness, pieces, problems, roofline, variants
+from benchmarks.harness import Outcome, Prepared, Variant, gate, measure, take_turns
+from benchmarks.problems import (
+    CROSS_ENTROPY,
+    DENSE_KL,
+    POLICY_GRADIENT,
+    RENORMALIZED,
+    REVERSE_KL,
+    Shape,
+    make_problem,
+    oracle,
+    relative_error,
+)
+from benchmarks.rows import Recorder
+from lopd_kernels import reference
+
+SMALL = Shape(rows=12, hidden=16, vocab=97, topk=5)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make_problem(SMALL, torch.bfloat16)
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    return Recorder(tmp_path / "rows.jsonl", CPU, "again {part}")
+
+
+def defined(loss, some):
+    """The loss as `lopd_kernels.reference` has it."""
+
+    def value(hidden, weight):
+        if loss == CROSS_ENTROPY:
+            return reference.linear_cross_entropy(hidden, weight, some.labels)
+        if loss == POLICY_GRADIENT:
+            return reference.linear_policy_gradient(
+                hidden, weight, some.labels, some.label_logprobs, reduction="mean"
+            )
+        if loss == DENSE_KL:
+            student, teacher = (
+                (h @ weight.t()).log_softmax(1) for h in (hidden, some.teacher_hidden.double())
+            )
+            return reference.kl(student, teacher.detach()).mean()
+        tail = "renormalize" if loss == RENORMALIZED else "bucket"
+        return reference.linear_sparse_divergence(
+            hidden, weight, some.ids, some.logprobs, tail_logprobs=some.tail, tail=tail,
+            reduction="mean",
+        )  # fmt: skip
+
+    return value
+
+
+@pytest.mark.parametrize(
+    "loss", [REVERSE_KL, RENORMALIZED, DENSE_KL, CROSS_ENTROPY, POLICY_GRADIENT]
+)
+def test_the_oracle_is_the_definition(loss, problem, monkeypatch):
+    monkeypatch.setattr(problems, "CHUNK_BYTES", 8 * SMALL.vocab * 5)
+    found = oracle(problem, loss)
+    hidden, weight = (x.double().requires_grad_() for x in (problem.hidden, problem.weight))
+    value = defined(loss, problem)(hidden, weight)
+    value.backward()
+    assert float(found.losses.mean()) == pytest.approx(value.item(), rel=1e-12)
+    assert relative_error(found.dhidden, hidden.grad) < 1e-12
+    assert relative_error(found.dweight, weight.grad) < 1e-12
+    assert 1e-4 < max(found.rounding) < 4e-3  # bf16 rounds dz by up to 2^-9
+
+
+def test_problems_are_made_from_their_seed():
+    first, second, other = (make_problem(SMALL, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.ids, second.ids) and not torch.equal(first.hidden, other.hidden)
+    near, far = (
+        oracle(make_problem(SMALL, torch.float32, regime=r), DENSE_KL) for r in ("near", "far")
+    )
+    assert near.losses.mean() < 0.1 < far.losses.mean()
+
+
+def test_dlogits_are_the_oracle_s(problem):
+    z = problem.hidden.double() @ problem.weight.double().t()
+    z.requires_grad_()
+    losses = problems.row_losses(REVERSE_KL, z, problem, problem.weight)
+    (exact,) = torch.autograd.grad(losses.sum(), z)
+    assert relative_error(problem.dlogits, exact) < 3e-3
+
+
+def sabotaged(change):
+    """Ours with a changed outcome."""
+
+    def prepare(some):
+        step = variants.ours("ours").prepare(some).step
+        return Prepared(lambda: change(step()))
+
+    return Variant("wrong", "ours", REVERSE_KL, prepare)
+
+
+WRONG = {
+    "zero dH": sabotaged(lambda o: o._replace(dhidden=0 * o.dhidden)),
+    "zero dW": sabotaged(lambda o: o._replace(dweight=0 * o.dweight)),
+    "NaN": sabotaged(lambda o: o._replace(dweight=o.dweight * math.nan)),
+    "loss": sabotaged(lambda o: o._replace(loss=o.loss + 1e-4)),
+    "direction": variants.ours("wrong", divergence="forward_kl"),
+    "temperature": variants.ours("wrong", temperature=1.1),
+    "tail": variants.ours("wrong", tail="truncate"),
+    "sum for mean": variants.ours("wrong", reduction="sum"),
+    "bf16 logits": Variant(
+        "wrong", "ours", REVERSE_KL, variants.eager_variants()[0].prepare
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_gate_sees(name, problem):
+    assert gate(WRONG[name], problem, oracle(problem, REVERSE_KL))["red"]
+
+
+def test_the_gate_lets_ours_through(problem):
+    exact = {loss: oracle(problem, loss) for loss in (REVERSE_KL, RENORMALIZED)}
+    for variant in (*variants.own_variants()[:5], *variants.curve([1 << 20])):
+        assert gate(variant, problem, exact[variant.loss])["red"] == [], variant.name
+
+
+def test_a_row_that_is_wrong_alone_is_seen(problem):
+    def rows(some):
+        losses = oracle(some, REVERSE_KL).losses.clone()
+        losses[3] += 1e-3
+        losses[4] -= 1e-3
+        return losses
+
+    good = variants.ours("ours")
+    variant = Variant("wrong", "ours", REVERSE_KL, good.prepare, row_losses=rows)
+    (red,) = gate(variant, problem, oracle(problem, REVERSE_KL))["red"]
+    assert red.startswith("row_loss_error")
+
+
+def test_gradient_bounds():
+    assert harness.gradient_bound(torch.bfloat16, 1e-3) == 3e-3
+    assert harness.gradient_bound(torch.bfloat16, 4e-3) == 5e-3
+    assert harness.gradient_bound(torch.float16, 1.0) == 1e-3
+    assert harness.gradient_bound(torch.float32, 1.0) == 1e-5
+
+
+def test_peers_may_be_inexact_but_not_worthless(problem):
+    exact = oracle(problem, REVERSE_KL)
+    peer = variants.peer("eager", REVERSE_KL, variants.eager)
+    assert gate(peer, problem, exact)["red"] == []
+
+    def prepare(some):
+        step = peer.prepare(some).step
+        return Prepared(lambda: Outcome(torch.ones(()), *(-x for x in step()[1:3])))
+
+    worthless = Variant("eager", "peer", REVERSE_KL, prepare)
+    assert gate(worthless, problem, exact)["red"]
+
+
+def test_a_wrong_variant_gets_no_time(problem, recorder):
+    rows = measure(recorder, "part", problem, [variants.ours("ours"), WRONG["tail"]], budget_s=0)
+    found = {row["variant"]: row for row in rows}
+    assert found["wrong"]["status"] == "red gate" and "median_ms" not in found["wrong"]
+    assert "dweight_error" in found["wrong"]["reason"]
+    assert found["ours"]["median_ms"] > 0
+    assert [harness.is_red(row) for row in rows] == [True, False]
+
+
+def test_rows_are_strict_json(recorder):
+    row = recorder.emit("part", "x", "ok", bad=math.nan, more=[math.inf, 1.0])
+    assert (row["bad"], row["more"]) == (None, [None, 1.0])
+    text = recorder.path.read_text(encoding="utf-8")
+    assert "NaN" not in text and "Infinity" not in text
+
+
+def test_failures_are_rows(problem, recorder):
+    def broken(some):
+        raise RuntimeError("no such\nkernel")
+
+    ours, theirs = (Variant("broken", kind, REVERSE_KL, broken) for kind in ("ours", "peer"))
+    absent = variants.peer("absent", REVERSE_KL, variants.eager, missing=variants.needs("nothing"))
+    refused = variants.ours("refused", workspace_bytes=10)
+    rows = measure(recorder, "part", problem, [ours, theirs, absent, refused], budget_s=0)
+    assert {row["status"] for row in rows} == {"failed", "unavailable", "refused"}
+    assert [row["kind"] for row in rows if harness.is_red(row)] == ["ours"]
+    reasons = " / ".join(row["reason"] for row in rows)
+    assert "RuntimeError: no such kernel" in reasons and "nothing is not installed" in reasons
+
+
+def test_variants_take_turns():
+    seen, clock = [], []
+
+    def step(name, fail_at=None):
+        def run():
+            clock.append(name)
+            if fail_at is not None and clock.count(name) > fail_at:
+                raise RuntimeError(name)
+
+        return Prepared(run, lambda: seen.append(name))
+
+    ready = {"a": step("a"), "b": step("b"), "c": step("c", fail_at=4)}
+    times, failures = take_turns(ready, CPU, budget_s=1e-9)
+    assert list(failures) == ["c"] and set(times) == {"a", "b"}
+    assert times["a"]["repetitions"] == harness.LEAST
+    assert clock[:6] == ["a", "b", "c"] * 2
+    assert clock.count("a") == harness.LEAST + 2
+    assert seen == clock  # restored before each
+    times, _ = take_turns({"a": step("a")}, CPU, budget_s=1e3)
+    assert times["a"]["repetitions"] == harness.MOST
+    times, _ = take_turns({"a": step("a")}, CPU, budget_s=1e3, deadline=0.0)
+    assert times["a"]["repetitions"] == 1
+
+
+def test_floor_ratios_compare_equal_work(problem, recorder):
+    found = [*variants.floors("three", "two"), *variants.own_variants()[:4]]
+    rows = measure(recorder, "part", problem, found, budget_s=0)
+    by_name = {row["variant"]: row for row in rows}
+    for name, count in (("ours", 3), ("ours, frozen weight", 2)):
+        floors = [r["median_ms"] for r in rows if r["kind"] == "floor" and r["gemms"] == count]
+        row = by_name[name]
+        assert row["floor_ratio"] == pytest.approx(row["median_ms"] / min(floors))
+    assert by_name["ours, frozen weight"]["dweight_error"] is None
+
+
+def test_only_floors_are_floors(problem, recorder):
+    slow = pieces.piece("slow", lambda some: lambda: time.sleep(0.03))
+    found = [replace(slow, kind="floor"), variants.ours("ours")]
+    rows = measure(recorder, "part", problem, found, budget_s=0)
+    assert {row["variant"]: row["floor_ratio"] < 1.0 for row in rows} == {
+        "slow": False,
+        "ours": True,
+    }
+
+
+def test_row_kernel_and_scoring_have_gates(problem, monkeypatch):
+    assert pieces.row_kernel().check(problem)["red"] == []
+    run = pieces.time_row_kernel
+
+    def wrong(some, logits):
+        step, stats = run(some, logits)
+        return (lambda: (step(), stats.mul_(1.001))), stats
+
+    monkeypatch.setattr(pieces, "time_row_kernel", wrong)
+    assert pieces.row_kernel().check(problem)["red"]
+    good = pieces.scorer("ours", "ours", pieces.scores_ours)
+    assert good.check(problem)["red"] == []
+    assert pieces.scorer("ours", "ours", pieces.scores_full).check(problem)["red"]
+
+
+def test_roofline_formulas():
+    """By hand: 2 x 8192 x 4096 x 151936 = 1.0196e13 operations; W has 6.223e8 elements."""
+    target = roofline.TARGET
+    assert roofline.gemm_ms(target, 790.0) == pytest.approx(12.907, abs=1e-3)
+    assert roofline.row_bytes(target) == 10 * 8192 * 151936
+    assert roofline.weight_bytes(target) == 1244659712
+    assert roofline.accumulate_bytes(target, 2048) == 7 * 2 * 1244659712
+    assert roofline.reread_bytes(target, 3000) == 6 * 1244659712
+    assert roofline.move_ms(4.3e9, 4.3) == pytest.approx(1.0)
+
+
+class Allocator:
+    """Stands in for torch.cuda's: what one step takes."""
+
+    def __init__(self, monkeypatch, **values):
+        defaults = {"memory_allocated": 100, "memory_reserved": 200, "mem_get_info": (0, 0)}
+        for name, value in {**defaults, **values}.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+        for name in ("synchronize", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, lambda device: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_extra_memory_is_the_peak_less_the_gradients(monkeypatch):
+    mib = 1 << 20
+    Allocator(
+        monkeypatch, max_memory_allocated=100 + 20 * mib, max_memory_reserved=200 + 32 * mib
+    )  # fmt: skip
+    dhidden, dweight = torch.empty(mib), torch.empty(2 * mib, dtype=torch.bfloat16)
+    cuda, outcome = torch.device("cuda"), Outcome(torch.ones(()), dhidden, dweight)
+    found = harness.memory(Prepared(lambda: outcome), cuda)
+    assert found == {
+        "peak_mib": 20.0, "dhidden_mib": 4.0, "dweight_mib": 4.0, "extra_mib": 12.0,
+        "reserved_mib": 32.0,
+    }  # fmt: skip
+    found = harness.memory(Prepared(lambda: outcome._replace(given=True)), cuda)
+    assert (found["dweight_mib"], found["extra_mib"]) == (0.0, 16.0)
+
+
+def test_a_baseline_that_does_not_fit_gets_fewer_rows(monkeypatch, problem):
+    large = make_problem(Shape(rows=600, hidden=4, vocab=8, topk=2))
+    monkeypatch.setattr(problems.Problem, "device", torch.device("cuda"))
+    eager = variants.eager_variants()[0]
+    for free, rows in ((1e9, 600), (8 * 26 * 599 / 0.85, 512), (0, 256)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert harness.fitting(eager, large).shape.rows == rows
+        assert harness.fitting(variants.ours("ours"), large) is large
