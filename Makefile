@@ -1,28 +1,43 @@
 # make demo      set up, then run the whole pipeline at toy scale (a few minutes)
-# make test      set up, then run the tests
-# make test-all  the slow tests too
+# make test      set up, then run the tests: on a CPU, the Triton kernels interpreted and
+#                compiled ahead of time
+# make test-all  the slow tests too, and the tests of the losses once more on the kernels
+# make test-gpu  the kernels compiled, on a GPU, with the Python that is active
 # make lint      ruff and mypy
 # make demo-seeds, make bench-cpu   regenerate the rows under benchmarks/results/
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+OLDER := .triton36/.ready
+LOSSES := $(addprefix tests/test_,losses.py numerics.py ops.py readout.py sampled.py)
 
-.PHONY: demo test test-all lint demo-seeds bench-cpu
+.PHONY: demo test test-all test-gpu lint demo-seeds bench-cpu
 
 $(READY): setup.py pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e ".[test]"
 	touch $(READY)
 
+# the Triton of torch 2.11, for compiling the kernels with it as well
+$(OLDER): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton36 triton==3.6.0
+	touch $(OLDER)
+
 demo: $(READY)
 	$(BIN)/lopd demo --out runs/demo
 
-test: $(READY)
+test: $(READY) $(OLDER)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
 
-test-all: $(READY)
+test-all: $(READY) $(OLDER)
 	$(BIN)/python -m pytest -m "not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py $(LOSSES)
+	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
+
+test-gpu:
+	python -m pytest -m gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

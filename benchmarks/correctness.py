@@ -242,7 +242,7 @@ def gpu_tests() -> list[str]:
     marked = [
         str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text("utf-8")
     ]
-    return ["-m", "gpu", *marked]
+    return ["-m", "gpu and not slow", *marked]
 
 
 def run_tests(recorder: Recorder, log: Path, arguments: list[str], limit_s: float) -> None:

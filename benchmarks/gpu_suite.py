@@ -157,9 +157,11 @@ def accuracy(suite: Suite) -> None:
 
 
 def row_kernel(suite: Suite) -> None:
-    """Bandwidth of the row kernel against a copy, on a chunk of rows."""
+    """Bandwidth of the row kernel against a copy, on a chunk of rows; other launches beside it."""
     problem = suite.problem().rows(slice(0, 2048))
-    suite.measure("row_kernel", problem, [pieces.row_kernel(), pieces.copy()], gate_rows=256)
+    others = pieces.launch_sweep() if problem.device.type == "cuda" else []
+    found = [pieces.row_kernel(), *others, pieces.copy()]
+    suite.measure("row_kernel", problem, found, gate_rows=256)
 
 
 def scoring(suite: Suite) -> None:

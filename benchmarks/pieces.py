@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,13 @@ from benchmarks.harness import SANITY, Outcome, Prepared, Variant, excess
 from benchmarks.problems import REVERSE_KL, Problem, loss_error, row_losses, wide_mm
 from benchmarks.variants import project
 from lopd_kernels import linear_topk
+from lopd_kernels.divergence import row_rule, teacher_buckets
+from lopd_kernels.engine import in_place
+from lopd_kernels.matmul import operand_dtype
+from lopd_kernels.rowpass import STATS, Head, row_functions
+from lopd_kernels.schedule import padded
+
+SWEEP = ((1024, 4), (2048, 4), (2048, 16), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 
 
 def piece(name: str, step: Callable[[Problem], Callable[[], Any]], **rest: Any) -> Variant:
@@ -41,28 +49,58 @@ def gemm_3(problem: Problem) -> Callable[[], Any]:
 
 def time_row_kernel(problem: Problem, logits: Tensor) -> tuple[Callable[[], None], Tensor]:
     """(the row kernel on fp32 logits [R, V], in place; where it leaves its statistics)"""
-    from lopd_kernels.divergence import row_rule, teacher_buckets
-    from lopd_kernels.rowpass import STATS, Head, locate, row_pass
-
-    vocab = problem.shape.vocab
-    support = locate(problem.ids, None, vocab)
+    vocab, functions = problem.shape.vocab, row_functions(problem.hidden)
+    support = functions.locate(problem.ids, None, vocab)
     target = teacher_buckets(problem.ids, problem.logprobs, problem.tail, vocab).logprobs
     rule, head = row_rule("reverse_kl:bucket", [0.5]), Head()
     weights = torch.ones_like(problem.tail)
     stats = logits.new_zeros((len(logits), len(STATS)))
-    return lambda: row_pass(logits, support, target, weights, rule, head, False, stats), stats
+    dz = in_place(logits, operand_dtype(problem.hidden))
+
+    def run() -> None:
+        functions.row_pass(logits, support, target, weights, rule, head, False, stats, dz)
+
+    return run, stats
 
 
-def row_kernel() -> Variant:
-    """2 reads of fp32 logits and one 16-bit write: 10 bytes for each of N V elements."""
+@contextmanager
+def launched_as(block: int | None, warps: int) -> Iterator[None]:
+    """The launch table with this entry alone."""
+    if block is None:
+        yield
+        return
+    from lopd_kernels import triton_rows
+
+    kept = dict(triton_rows.LAUNCHES)
+    triton_rows.LAUNCHES.clear()
+    triton_rows.LAUNCHES[None] = triton_rows.Launch(block, warps, kept[None].maxnreg)
+    try:
+        yield
+    finally:
+        triton_rows.LAUNCHES.clear()
+        triton_rows.LAUNCHES.update(kept)
+
+
+def launch_sweep() -> list[Variant]:
+    """The row kernel with other blocks and warps than the table's."""
+    return [row_kernel(block, warps) for block, warps in SWEEP]
+
+
+def row_kernel(block: int | None = None, warps: int = 8) -> Variant:
+    """2 reads of fp32 logits and one 16-bit write: 10 bytes for each of N V elements.
+
+    `block` and `warps` stand in for the table's entry, for finding better ones.
+    """
 
     def prepare(problem: Problem) -> Prepared:
+        vocab = problem.shape.vocab
         source = wide_mm(problem.hidden, problem.weight.t())
-        logits = torch.empty_like(source)
+        logits = source.new_empty((len(source), padded(vocab)))[:, :vocab]
         run, stats = time_row_kernel(problem, logits)
 
         def step() -> Outcome:
-            run()
+            with launched_as(block, warps):
+                run()
             return Outcome(stats[:, 0])
 
         return Prepared(step, lambda: logits.copy_(source))
@@ -77,8 +115,9 @@ def row_kernel() -> Variant:
         found: dict[str, Any] = {"row_loss_error": loss_error(losses, exact)}
         return {**found, "red": excess(found, {"row_loss_error": 1e-5})}
 
+    name = "row kernel" if block is None else f"row kernel, BLOCK={block}, {warps} warps"
     return Variant(
-        "row kernel", "ours", REVERSE_KL, prepare, check=check, gemms=0,
+        name, "ours", REVERSE_KL, prepare, check=check, gemms=0,
         bytes_moved=lambda problem: 10.0 * problem.shape.rows * problem.shape.vocab,
     )  # fmt: skip
 

@@ -18,6 +18,27 @@ TEMPLATE = (
 )
 
 
+ON_EVERY_DEVICE = {"test_losses", "test_numerics", "test_ops", "test_readout", "test_sampled"}
+
+
+def pytest_generate_tests(metafunc):
+    """The tests of the losses run on a GPU too, where one is asked for with `-m gpu`."""
+    if metafunc.module.__name__ in ON_EVERY_DEVICE:
+        marks = (pytest.mark.gpu, pytest.mark.slow)
+        devices = ["cpu", pytest.param("cuda", marks=marks)]
+        metafunc.parametrize("default_device", devices, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def default_device(request):
+    """Where tensors are made that do not say: tests of the losses say it nowhere."""
+    if getattr(request, "param", "cpu") == "cpu":
+        yield "cpu"
+        return
+    with torch.device(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def _private_fingerprint_memo(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "memo"))

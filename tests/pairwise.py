@@ -4,10 +4,11 @@ import itertools
 import random
 
 
-def pairwise(seed: int = 0, **choices) -> list[dict]:
+def pairwise(seed: int = 0, allowed=lambda row: True, **choices) -> list[dict]:
     """Rows of one value per name such that any two values of two names meet in some row.
 
-    Greedy: of some random rows, take the one that covers the most pairs that are missing.
+    Greedy: of some random rows, take the one that covers the most pairs that are missing. Pairs
+    that meet in no `allowed` row are left out.
     """
     rng = random.Random(seed)
     names = list(choices)
@@ -20,11 +21,17 @@ def pairwise(seed: int = 0, **choices) -> list[dict]:
     while missing:
         (a, x), (b, y) = min(missing)
         candidates = []
-        for _ in range(40):
+        for attempt in range(400):
+            if attempt >= 40 and candidates:
+                break
             picked = {name: rng.randrange(len(choices[name])) for name in names}
             picked[a], picked[b] = x, y
-            pairs = set(itertools.combinations(picked.items(), 2))
-            candidates.append((len(pairs & missing), picked, pairs))
+            if allowed({name: choices[name][index] for name, index in picked.items()}):
+                pairs = set(itertools.combinations(picked.items(), 2))
+                candidates.append((len(pairs & missing), picked, pairs))
+        if not candidates:
+            missing.remove(((a, x), (b, y)))
+            continue
         _, best, pairs = max(candidates, key=lambda candidate: candidate[0])
         missing -= pairs
         rows.append({name: choices[name][index] for name, index in best.items()})

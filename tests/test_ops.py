@@ -180,7 +180,7 @@ def test_one_full_graph_serves_changing_numbers_and_sizes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tail", [*TAILS, "logprobs", "cross_entropy", "buffer"])
-def test_autocast_changes_nothing(tail, dtype):
+def test_autocast_changes_nothing_of_one_dtype(tail, dtype, default_device):
     case = make_case("near", dtype)
     buffer = torch.zeros(211, 24)
 
@@ -196,13 +196,31 @@ def test_autocast_changes_nothing(tail, dtype):
 
     plain = gradients(loss, case.hidden, case.weight)
     added = buffer.clone()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(default_device, torch.bfloat16):
         cast = gradients(loss, case.hidden, case.weight)
         top = linear_topk(case.hidden, case.weight, 3)
     for found, expected in zip(cast, plain, strict=True):
         assert torch.equal(found, expected)
     assert relative_error(buffer, 2.0 * added) < 1e-6
     assert torch.equal(top.logprobs, linear_topk(case.hidden, case.weight, 3).logprobs)
+
+
+def test_autocast_casts_what_is_of_several_dtypes(default_device):
+    """As F.linear does: bf16 hidden states meet the fp32 weight of a model under autocast."""
+    case = make_case("near")
+    hidden, labels = case.hidden.bfloat16(), torch.arange(20)
+
+    def loss(h, w):
+        return linear_cross_entropy(h, w, labels) + linear_sparse_divergence(h, w, *case.teacher)
+
+    with torch.autocast(default_device, torch.bfloat16):
+        found = gradients(loss, hidden, case.weight)
+    exact = gradients(loss, hidden, case.weight.bfloat16())
+    assert found[2].dtype == torch.float32
+    for a, b in zip(found, exact, strict=True):
+        assert relative_error(a, b) < 3e-3
+    with pytest.raises(TypeError, match="cast one"):
+        loss(hidden, case.weight)
 
 
 def losses_of(case, **options):
