@@ -9,7 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import HEAD, assert_close, gradients, make_case
+from kernel_cases import (
+    HEAD,
+    assert_close,
+    gradients,
+    make_case,
+    skip_what_the_interpreter_rounds_wrongly,
+)
 
 import lopd_kernels
 from lopd_kernels import (
@@ -55,6 +61,8 @@ def both(case, dtype, upstream=1.0, **kwargs):
 @pytest.mark.parametrize("size", [1.0, 1e-6])
 @pytest.mark.parametrize(("divergence", "tail"), FORMS)
 def test_accuracy_gate(divergence, tail, size, regime, dtype):
+    if tail == "renormalize":
+        skip_what_the_interpreter_rounds_wrongly(dtype)
     case = make_case(regime, dtype)
     weights = torch.full((len(case.hidden),), size)
     weights[::3] *= 0.5
@@ -83,6 +91,7 @@ def test_head_options_pairwise(tail, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("divergence", "tail"), FORMS)
 def test_on_logits_equals_the_definition(divergence, tail, dtype):
+    skip_what_the_interpreter_rounds_wrongly(dtype)
     case = make_case("near", temperature=0.7)
     logits = reference.linear_logits(case.hidden, case.weight).to(dtype)
     weights = torch.linspace(-1.0, 1.0, len(logits))
@@ -116,6 +125,24 @@ def test_the_gate_catches_mutants(mutant, regime):
         wrong, _ = both(case, torch.bfloat16, **options)
     with pytest.raises(AssertionError):
         assert_close((exact[0], *wrong[1:]), exact, torch.bfloat16)
+
+
+def test_the_gate_catches_logits_rounded_to_16_bits():
+    """Near the teacher, where distillation ends up, they alone cost several percent."""
+    case = make_case("near", torch.bfloat16)
+    right, exact = both(case, torch.bfloat16, reduction="none")
+    assert_close(right, exact, torch.bfloat16)
+
+    def rounded(h, w):
+        logits = (h.float() @ w.float().t()).bfloat16().float()
+        return sparse_divergence(logits, *case.teacher, reduction="none")
+
+    wrong = gradients(rounded, case.hidden, case.weight)
+    for index in (1, 2):
+        only = [exact[0], *right[1:]]
+        only[index] = wrong[index]
+        with pytest.raises(AssertionError):
+            assert_close(only, exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -6,11 +6,10 @@ left out, because the interpreter rounds it wrongly, and races cannot show.
 """
 
 import math
-import os
 
 import pytest
 import torch
-from kernel_cases import assert_close, gradients, make_case, relative_error
+from kernel_cases import INTERPRETED, assert_close, gradients, make_case, relative_error
 from pairwise import label, pairwise
 
 from lopd_kernels import (
@@ -27,7 +26,6 @@ from lopd_kernels.divergence import DIVERGENCES, IMPORTANCE, TAILS, row_rule
 from lopd_kernels.engine import FP16_SCALE
 from lopd_kernels.rowpass import Coefficients, Head, Reduction, settle
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_interpreter = pytest.mark.skipif(
     not INTERPRETED, reason="runs with TRITON_INTERPRET=1 or on a GPU: make test"
 )
