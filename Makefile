@@ -30,11 +30,11 @@ demo: $(READY)
 test: $(READY) $(OLDER)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
+	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
 
 test-all: $(READY) $(OLDER)
 	$(BIN)/python -m pytest -m "not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py $(LOSSES)
-	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
 
 test-gpu:
 	python -m pytest -m gpu
