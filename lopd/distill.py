@@ -4,6 +4,7 @@ Whether teacher, cache, rollouts and student belong together is checked first, f
 before any model is built. Overrides given by flags are recorded in the result's manifest.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from lopd.provenance import (
     vocab_size_of,
     write_manifest,
 )
-from lopd.step import Objective
+from lopd.step import SPARSE, Objective
 
 
 @dataclass(kw_only=True)
@@ -97,6 +98,7 @@ def main(config: DistillConfig) -> Path:
     """
     check_model_folder(config.student)
     cache, overrides = open_cache(config)
+    check_tail(config, cache.manifest)
     temperature = cache.manifest["temperature"]
     objective = config.objective_at(temperature)
     if objective.temperature != temperature:
@@ -122,6 +124,24 @@ def main(config: DistillConfig) -> Path:
     )
     write_manifest(config.out, manifest)
     return Path(config.out)
+
+
+def check_tail(config: DistillConfig, manifest: Mapping[str, Any]) -> None:
+    """Refuse an objective that needs the mass outside the lists where a cache has lost it.
+
+    Raises:
+        ConfigError: the lists were renormalised before they were imported.
+    """
+    sees_lists_alone = (
+        config.objective in SPARSE and config.tail == "renormalize" and config.support == "list"
+    )
+    if manifest.get("tail") == "renormalized" and not sees_lists_alone:
+        raise ConfigError(
+            f"{config.cache}: its lists were renormalised before they were imported, so the mass "
+            f"outside them is lost; found objective {config.objective} with tail {config.tail} and "
+            f"support {config.support}, expected one of {', '.join(SPARSE)} with --tail "
+            "renormalize --support list; or score the rollouts again"
+        )
 
 
 def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]]]:

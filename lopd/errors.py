@@ -2,13 +2,15 @@
 
 Each is also the standard-library type that a caller would expect to catch. A message
 names the thing, what was found, what was expected and what to do, on one line: the
-command line prints it as it is and exits with code 2. The project's own invariants
-are asserted, not raised.
+command line prints it as it is and exits with its code, 2 but for `NoiseError`. The
+project's own invariants are asserted, not raised.
 """
 
 
 class LopdError(Exception):
     """Base of every error that lopd raises on purpose."""
+
+    exit_code = 2
 
 
 class ConfigError(LopdError, ValueError):
@@ -33,3 +35,9 @@ class ShardError(LopdError, OSError):
 
 class ProvenanceError(LopdError, ValueError):
     """Artefacts that do not belong together; each can be overridden by an explicit flag."""
+
+
+class NoiseError(LopdError, ValueError):
+    """A check that ran to its end and found more noise than was allowed; exit code 1."""
+
+    exit_code = 1

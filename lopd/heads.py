@@ -80,7 +80,8 @@ def run_with_loss(model: Any, inputs: dict[str, Tensor], loss_fn: LossFn[Result]
     head, backbone, options = lm_head(model), model.base_model, head_options(model)
 
     def head_forward(hidden: Tensor) -> Result:
-        return loss_fn(hidden, head.weight, head.bias, options)
+        # A model spread over devices moves states by hooks, which the swapped forward replaces.
+        return loss_fn(hidden.to(head.weight.device), head.weight, head.bias, options)
 
     def root_forward(**kwargs: Tensor) -> Result:
         hidden = backbone(**kwargs, use_cache=False)[0]
@@ -173,7 +174,7 @@ def _compare_logits(model: Any, raw: Tensor, logits: Tensor) -> None:
     own = raw.float() * options.logit_scale
     if options.softcap is not None:
         own = options.softcap * torch.tanh(own / options.softcap)
-    error, size = (own - logits.float()).abs().max().item(), own.abs().max().item()
+    error, size = (own - logits.to(own)).abs().max().item(), own.abs().max().item()
     tolerance = 8 * torch.finfo(raw.dtype).eps * size
     if not error <= tolerance:
         raise ModelError(

@@ -45,6 +45,8 @@ def main(config: InspectConfig) -> None:
         rows["verified"] = "the weights are those that the manifest describes"
     if store is not None:
         rows.update(store.summary())
+        if isinstance(store, TeacherCache):
+            rows.update(_cache_rows(store))
         if config.verify:
             if store.missing_shards:
                 raise ShardError(
@@ -54,6 +56,29 @@ def main(config: InspectConfig) -> None:
                 )
             store.verify()
             rows["verified"] = "every shard matches its receipt"
+    _print(rows)
+
+
+def _cache_rows(cache: TeacherCache) -> dict[str, Any]:
+    """What the lists cost and lose; the error stands in the receipts, as it was measured."""
+    details = cache.details()
+    quantiles = details["list_length_quantiles"].items()
+    rows: dict[str, Any] = {
+        "list lengths": ", ".join(f"{float(q):.0%} <= {length}" for q, length in quantiles)
+    }
+    error = cache.summary()["codec_error"]
+    rows["codec_error"] = (
+        "not measured when it was written" if error is None else f"{error:.3g} nat"
+    )
+    for key in ("declared", "tail", "entropy", "rollout_logprobs"):
+        if key in cache.manifest:
+            rows[key] = cache.manifest[key]
+    for name, size in details["bytes_per_token_by_array"].items():
+        rows[f"bytes/token {name}"] = size
+    return rows
+
+
+def _print(rows: dict[str, Any]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")

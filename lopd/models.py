@@ -10,6 +10,7 @@ import torch
 from lopd.errors import ConfigError, MissingFileError, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -19,22 +20,43 @@ def resolve_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_device(name: str) -> torch.device:
-    """`"auto"` is CUDA where there is one, else the CPU; anything else is taken literally."""
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`"auto"` is CUDA where there is one, else the CPU; anything else is taken literally.
+
+    With `local_rank`, "auto" and "cuda" are the GPU of that number.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device: found '{name}'; expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: found '{name}', but torch sees no CUDA device; use cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: found '{name}', but torch sees {torch.cuda.device_count()} CUDA devices; "
+            "start fewer workers, or name one that is there"
+        )
     return device
 
 
 def check_model_folder(path: str | Path) -> Path:
-    """The folder as a Path, or MissingFileError that says what is not there."""
+    """The folder as a Path.
+
+    Raises:
+        MissingFileError: it, or its config.json, is not there.
+        ModelError: it holds an adapter, such as a LoRA.
+    """
     folder = Path(path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            f"{folder}: holds an adapter ({ADAPTER_CONFIG}), which is not a model; merge it into "
+            "its base model and name the folder of the result (peft: model.merge_and_unload(), "
+            "then save_pretrained)"
+        )
     if not (folder / "config.json").is_file():
         found = "a folder without config.json" if folder.is_dir() else "no such folder"
         raise MissingFileError(f"{folder}: {found}; expected a local Hugging Face model folder")
@@ -63,8 +85,17 @@ def load_tokenizer(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load_model(path: str | Path, *, dtype: str, device: str = "auto") -> Any:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str,
+    device: str = "auto",
+    local_rank: int | None = None,
+    device_map: Any = None,
+) -> Any:
     """A causal LM from a local folder, in eval mode, on its device.
+
+    With `device_map` (as in transformers) its parts lie where that says.
 
     Raises:
         ModelError: the folder is not loadable, or its weights are not exactly the model's, so
@@ -73,7 +104,7 @@ def load_model(path: str | Path, *, dtype: str, device: str = "auto") -> Any:
     from transformers import AutoModelForCausalLM
 
     folder, torch_dtype = check_model_folder(path), resolve_dtype(dtype)
-    where = resolve_device(device)
+    where = None if device_map is not None else resolve_device(device, local_rank)
     with _loading(
         folder,
         "not loadable as a causal language model with scaled-dot-product attention; expected "
@@ -85,6 +116,7 @@ def load_model(path: str | Path, *, dtype: str, device: str = "auto") -> Any:
             local_files_only=True,
             attn_implementation="sdpa",
             use_safetensors=True,
+            device_map=device_map,
             output_loading_info=True,
         )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -93,7 +125,7 @@ def load_model(path: str | Path, *, dtype: str, device: str = "auto") -> Any:
                 f"{folder}: {len(report[what])} {what.replace('_', ' ')} in its weights (such as "
                 f"{min(map(str, report[what]))}); expected exactly the model's own; save it again"
             )
-    return model.to(where).eval()
+    return model.eval() if where is None else model.to(where).eval()
 
 
 @contextmanager
@@ -108,7 +140,25 @@ def _loading(folder: Path, problem: str) -> Iterator[None]:
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends an answer: the generation config's and the tokenizer's."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
+    return _eos_ids(model.generation_config, tokenizer)
+
+
+def eos_ids_of(path: str | Path, tokenizer: Any) -> list[int]:
+    """As `eos_token_ids`, from a model folder alone."""
+    from transformers import AutoConfig, GenerationConfig
+
+    folder = check_model_folder(path)
+    with _loading(folder, "its generation config cannot be read; restore it"):
+        if (folder / "generation_config.json").is_file():
+            configured = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            configured = GenerationConfig.from_model_config(config)
+    return _eos_ids(configured, tokenizer)
+
+
+def _eos_ids(generation_config: Any, tokenizer: Any) -> list[int]:
+    configured = getattr(generation_config, "eos_token_id", None)
     ids = set(configured if isinstance(configured, list) else [configured])
     ids.add(tokenizer.eos_token_id)
     ids.discard(None)

@@ -1,6 +1,6 @@
-"""Prompts from JSONL, in the field's formats, as token ids.
+"""Prompts from JSONL or parquet, in the field's formats, as token ids.
 
-A line is `{"prompt": "text"}`, `{"prompt": [messages]}` or `{"messages": [messages]}`,
+A line or row is `{"prompt": "text"}`, `{"prompt": [messages]}` or `{"messages": [messages]}`,
 with an optional `id` and, for evaluation, an `answer`. Where the tokenizer has a chat
 template it is applied (a plain string becomes one user message); where it has none, a
 string is tokenised as it is and messages are refused. A trailing assistant message is
@@ -10,12 +10,12 @@ what `lopd sft` trains on; it is not part of the prompt.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.errors import ConfigError, DataError, MissingFileError
+from lopd.errors import ConfigError, DataError
+from lopd.tables import read_records
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,6 @@ class Prompt:
     id: str
     tokens: list[int]
     answer: str | None
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield `("file:line", record)` for every non-blank line of a JSONL file.
-
-    Raises MissingFileError when the file is absent, DataError for a line that is not a JSON object.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; expected a JSONL file, one record a line")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise DataError(
-                    f"{where}: not JSON in UTF-8 ({error}); expected one object a line"
-                ) from None
-            if not isinstance(record, dict):
-                raise DataError(
-                    f"{where}: found a {type(record).__name__}; expected an object with "
-                    "'prompt' or 'messages'"
-                )
-            yield where, record
 
 
 def prompt_messages(record: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
@@ -111,7 +84,7 @@ def encode_prompt(tokenizer: Any, record: dict[str, Any], where: str) -> list[in
 
 
 def load_prompts(path: str | Path, tokenizer: Any, *, limit: int | None = None) -> list[Prompt]:
-    """Read and tokenise a prompt file.
+    """Read and tokenise a prompt file: parquet by its suffix, else JSONL.
 
     The id is the record's own `id`, or a digest of the prompt; a repeated digest gets `#1`,
     `#2`, ... so that reordering the file permutes ids and prompts alike.
@@ -123,7 +96,7 @@ def load_prompts(path: str | Path, tokenizer: Any, *, limit: int | None = None) 
     prompts: list[Prompt] = []
     given: dict[str, str] = {}
     repeats: Counter[str] = Counter()
-    for where, record in read_jsonl(path):
+    for where, record in read_records(path):
         tokens = encode_prompt(tokenizer, record, where)
         if "id" in record:
             if not isinstance(record["id"], str | int):
@@ -142,7 +115,7 @@ def load_prompts(path: str | Path, tokenizer: Any, *, limit: int | None = None) 
         if limit is not None and len(prompts) == limit:
             break
     if not prompts:
-        raise DataError(f"{path}: holds no prompts; expected one JSON object a line")
+        raise DataError(f"{path}: holds no prompts; expected one record a line or row")
     return prompts
 
 

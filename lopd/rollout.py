@@ -3,25 +3,22 @@
 `lopd rollout` samples the fine-tuned student; `lopd sft-data` (lopd/sft_data.py) samples
 the teacher by the same road. Token ids are the product: text is never stored, the
 end-of-sequence token is kept, and log-probs are those of the sampling distribution, with
-those at temperature 1 beside them where the two differ.
+those at temperature 1 beside them where the two differ. Several processes may sample into
+one folder (`--worker i/n`, or torchrun).
 """
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lopd.cache import RolloutWriter
+from lopd.engines import load_engine
 from lopd.engines.base import Sampling, sequence_seed, to_rollout
-from lopd.engines.hf import HfEngine
-from lopd.errors import ConfigError
-from lopd.models import (
-    check_model_folder,
-    context_of,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
+from lopd.engines.options import EngineOptions
+from lopd.errors import ConfigError, ModelError
+from lopd.models import check_model_folder, context_of, load_tokenizer
 from lopd.prompts import Prompt, check_prompts, load_prompts
 from lopd.provenance import (
     build_manifest,
@@ -31,10 +28,11 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.workers import Worker, this_worker
 
 
 @dataclass(kw_only=True)
-class SamplingOptions:
+class SamplingOptions(EngineOptions):
     """What `sft-data` and `rollout` share."""
 
     prompts: str = field(metadata={"help": "JSONL with 'prompt' or 'messages' in each line."})
@@ -47,16 +45,16 @@ class SamplingOptions:
     seed: int = field(default=0, metadata={"help": "Seed of every sequence's own random stream."})
     batch_size: int = field(default=64, metadata={"help": "Sequences decoded together."})
     shard_size: int = field(default=1024, metadata={"help": "Sequences in a shard file."})
-    dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N."})
+    worker: str | None = field(
+        default=None, metadata={"help": "i/n: be worker i, from 0, of n on this folder."}
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_samples", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: found {getattr(self, name)}; expected at least 1")
         self.sampling()
-        resolve_dtype(self.dtype)
-        resolve_device(self.device)
 
     def sampling(self) -> Sampling:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
@@ -79,6 +77,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     Sequences are numbered prompt by prompt, sample by sample; shard i holds the i-th run of
     `shard_size` of them, so an interrupted run continues with the shards it lacks.
     """
+    worker = this_worker(config.worker)
     check_model_folder(model)
     tokenizer = load_tokenizer(model)
     prompts = load_prompts(config.prompts, tokenizer, limit=config.limit)
@@ -95,7 +94,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         kind,
         stage=stage,
         config=asdict(config),
-        model=describe_model(model, dtype=config.dtype, engine=HfEngine.name),
+        model=describe_model(model, dtype=config.dtype, engine=config.engine),
         sampling={
             **asdict(config.sampling()),
             "seed": config.seed,
@@ -105,12 +104,13 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         lineage=lineage_of(model),
         plan={"shards": [len(shard) for shard in shards]},
     )
-    with RolloutWriter.create(config.out, manifest) as writer:
+    with RolloutWriter.create(config.out, manifest, worker=worker) as writer:
         missing = writer.missing()
         if missing:
             save_vocab(model, config.out)
-            _fill(writer, missing, shards, config, model)
-        writer.finish()
+            _fill(writer, missing, shards, config, model, worker)
+        if not writer.finish():
+            print(f"{config.out}: {worker} is done, others still write", file=sys.stderr)
     return Path(config.out)
 
 
@@ -120,13 +120,20 @@ def _fill(
     shards: list[list[tuple[Prompt, int]]],
     config: SamplingOptions,
     model: str,
+    worker: Worker,
 ) -> None:
-    engine = HfEngine.load(
-        model, dtype=config.dtype, device=config.device, batch_size=config.batch_size
+    engine = load_engine(
+        config.engine,
+        model,
+        dtype=config.dtype,
+        device=config.device,
+        local_rank=worker.local_rank,
+        options=config.options(),
+        batch_size=config.batch_size,
     )
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
     with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
-        for index in missing:
+        for index in writer.claims():
             jobs = shards[index]
             generations = engine.generate(
                 [prompt.tokens for prompt, _ in jobs],
@@ -134,5 +141,10 @@ def _fill(
                 [sequence_seed(config.seed, prompt.id, sample) for prompt, sample in jobs],
                 progress=bar.update,
             )
+            if len(generations) != len(jobs):
+                raise ModelError(
+                    f"engine: {config.engine} gave {len(generations)} answers to {len(jobs)} "
+                    "prompts; nothing of them is written"
+                )
             pairs = zip(jobs, generations, strict=True)
             writer.write(index, [to_rollout(*job, generation) for job, generation in pairs])

@@ -141,7 +141,7 @@ def _sparse_divergence(
     loss, stats = result
     reported = {
         "teacher_tail": batch["tail_logprobs"].exp(),
-        "teacher_entropy": batch["teacher_entropy"],
+        **_teacher_entropy(batch),
     }
     if objective.tail != "renormalize":  # which never looks outside the list
         reported["student_tail"] = stats.student_tail_logprobs.exp()
@@ -166,13 +166,19 @@ def _policy_gradient(
     reported = {
         "advantage": advantages,
         "advantage_squared": advantages.square(),
-        "log_ratio_to_rollout": stats.logprobs - batch["rollout_logprobs"],
         "student_entropy": stats.student_entropy,
-        "teacher_entropy": batch["teacher_entropy"],
+        **_teacher_entropy(batch),
     }
+    if "rollout_logprobs" in batch:
+        reported["log_ratio_to_rollout"] = stats.logprobs - batch["rollout_logprobs"]
     if clip is not None:
         reported["share_clipped"] = (advantages.abs() > clip).float()
     return loss, reported
+
+
+def _teacher_entropy(batch: Batch) -> dict[str, Tensor]:
+    """Nothing where the engine that scored could not tell it."""
+    return {key: batch[key] for key in ("teacher_entropy",) if key in batch}
 
 
 def check_finite(loss: Tensor, batch: Batch, step_number: int) -> None:

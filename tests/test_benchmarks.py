@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import demo_seeds, fused_loss, readme
+from benchmarks import cache, demo_seeds, fused_loss, readme
 from benchmarks.variants import ours
 from lopd.report import DISTILLED, FINE_TUNED, ONLINE
 
@@ -42,6 +43,45 @@ def test_the_vocabularies_end_with_the_one_that_has_bars():
 def test_generated_blocks_are_up_to_date(path):
     text = path.read_text(encoding="utf-8")
     assert readme.rendered(text) == text, "run python -m benchmarks.readme"
+
+
+def test_the_cache_is_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.cache", "--quick", "--repeats", "1"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [json.loads(line) for line in (tmp_path / "cache.jsonl").open()] == rows
+    assert [(row["codec"], row["top_p"]) for row in rows[:4]] == cache.CACHES
+    for row in rows:
+        by_array = row["bytes_per_token_by_array"]
+        assert sum(by_array.values()) == pytest.approx(row["bytes_per_token"])
+        assert row["read_tokens_per_s"] > 0 and row["write_tokens_per_s"] > 0
+        assert 0 <= row["error_nat"] < cache.ERROR_BAR
+
+
+def test_the_committed_rows_of_the_cache_meet_their_bars():
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/cache.jsonl").open()]
+    assert {(row["codec"], row["top_p"]) for row in rows} == set(cache.CACHES)
+    assert cache.missed(rows, rates=True) == []
+    for row in rows:
+        assert 0.4 < row["mean_entropy_nat"] < 0.5 and row["mean_list_length"] > 4
+
+
+def test_each_bar_of_the_cache_can_be_missed():
+    row = {"codec": "compact", "top_p": 0.99, "ids": "zipf", "bytes_per_token": 25.0}
+    row |= {"error_nat": 2e-3, "read_tokens_per_s": 9e5, "write_tokens_per_s": 9e4}
+    assert len(cache.missed([row], rates=True)) == 4
+    assert len(cache.missed([row], rates=False)) == 2
+
+
+def test_the_made_up_teacher_is_a_distribution_of_distinct_ids():
+    rng = np.random.default_rng(1)
+    ids, logprobs, tail, entropy = cache.distributions(4000, 151936, 64, rng)
+    assert all(len(set(row)) == 64 for row in ids.tolist())
+    np.testing.assert_allclose(np.exp(logprobs).sum(1) + np.exp(tail), 1, rtol=1e-12)
+    assert 0.4 < entropy.mean() < 0.5 and 0.26 < np.median(entropy) < 0.32
+    assert (np.diff(logprobs, axis=1) <= 0).all()
 
 
 def rows_of(start, end, online):

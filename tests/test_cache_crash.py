@@ -1,11 +1,13 @@
 """Locks, full disks, killed writers: what is finished stays, resuming gives the same bytes."""
 
+import contextlib
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,11 +44,55 @@ def test_one_writer_at_a_time(tmp_path):
     CacheWriter.create(tmp_path, manifest).close()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_read_only_folder_is_named(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(ShardError, match="cannot be"):
-        CacheWriter.create(tmp_path / "new", make_manifest(plan=PLAN))
+@contextlib.contextmanager
+def without_privileges():
+    """As a user whom permissions bind; root is bound by none."""
+    former = os.geteuid()
+    if former == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(former)
+
+
+def test_a_read_only_folder_is_named_and_left_as_it_is(finished):
+    with tempfile.TemporaryDirectory() as outer:  # the parents of tmp_path are closed to others
+        os.chmod(outer, 0o755)
+        folder = Path(shutil.copytree(finished, Path(outer, "cache")))
+        (folder / RECEIPTS[1]).unlink()
+        for path in (*folder.iterdir(), folder):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        before = files_of(folder)
+        with without_privileges():
+            for target in (folder, folder / "new"):
+                with pytest.raises(ShardError, match="cannot be"):
+                    CacheWriter.create(target, make_manifest(plan=PLAN))
+            assert TeacherCache.open(folder, allow_incomplete=True).missing_shards == [1]
+        assert files_of(folder) == before
+
+
+def test_a_disk_that_is_really_full_loses_nothing(tmp_path, finished):
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    try:
+        folder = mount / "cache"
+        ballast = mount / "ballast"
+        with CacheWriter.create(folder, make_manifest(plan=PLAN)) as writer:
+            writer.write(0, [make_pair(0)[:2]])
+            with contextlib.suppress(OSError):
+                ballast.write_bytes(bytes(65536))
+            with pytest.raises(ShardError, match=r"not written \(No space left on device\)"):
+                writer.write(1, [make_pair(1)[:2], make_pair(2)[:2]])
+            assert writer.missing() == [1, 2]
+        ballast.unlink()
+        write_cache(folder, make_manifest(plan=PLAN))
+        assert files_of(folder) == files_of(finished)
+    finally:
+        subprocess.run(["umount", mount], check=True)
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """What is torn, altered, foreign, locked, full or killed is named, and what is finished stays."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lopd.cache import CacheWriter, TeacherCache
+from lopd.cache import CODECS, CacheWriter, TeacherCache
+from lopd.cache.layout import INDEX_ARRAYS
 from lopd.errors import ConfigError, ShardError
 
 PLAN = (1, 2, 1)
@@ -133,9 +135,39 @@ def test_every_flipped_bit_is_found_by_verify_and_by_resuming(cache, finished):
             assert writer.missing() == [1]
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_flips_anywhere_are_found_and_those_of_header_and_offsets_by_opening(tmp_path, codec):
+    write_cache(tmp_path, make_manifest(plan=PLAN, codec=codec, top_p=0.9))
+    rng = np.random.default_rng(0)
+    for shard, path in enumerate(tmp_path / name for name in SHARDS):
+        whole = path.read_bytes()
+        header = 8 + int.from_bytes(whole[:8], "little")
+        index = set()
+        for name, spec in json.loads(whole[8:header]).items():
+            if name in INDEX_ARRAYS:
+                start, stop = spec["data_offsets"]
+                index |= set(range(header + start, header + stop))
+        places = [*rng.integers(0, header, 20), *rng.choice(sorted(index), 40)]
+        for place in [*places, *rng.integers(header, len(whole), 40)]:
+            spoilt = bytearray(whole)
+            spoilt[place] ^= 1 << rng.integers(8)
+            path.write_bytes(spoilt)
+            reader = TeacherCache.open(tmp_path)
+            with pytest.raises(ShardError, match=SHARDS[shard]):
+                reader.verify()
+            if place < header or place in index:
+                with pytest.raises(ShardError, match=SHARDS[shard]):
+                    TeacherCache.open(tmp_path)[sum(PLAN[:shard])]
+            else:
+                with contextlib.suppress(ShardError):
+                    list(TeacherCache.open(tmp_path))
+        path.write_bytes(whole)
+    TeacherCache.open(tmp_path).verify()
+
+
 def test_an_altered_offset_or_id_is_not_read(cache):
     reader = TeacherCache.open(cache)
-    view, _ = reader._locate(1)
+    view = reader._view(1)
     raw = (cache / SHARDS[1]).read_bytes()
     spoilt = {"token_offsets": 1000, "tokens": 40, "list_ids": 40, "list_offsets": -1}
     for name, value in spoilt.items():

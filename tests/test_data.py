@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers_cache import make_manifest, write_cache
 from helpers_training import make_rollouts, make_scored
 
 from lopd import toy
-from lopd.cache import Rollout
+from lopd.cache import Rollout, TeacherCache
 from lopd.data import Collator, SequenceDataset, load_sft_jsonl
 from lopd.errors import ConfigError, DataError, MissingFileError, ModelError
 
@@ -69,6 +70,29 @@ def test_teacher_columns_follow_the_loss_rows_and_pad_shorter_lists():
     rows = batch["sequence_index"] == 1
     for name in ("teacher_logprobs", "teacher_entropy", "tail_logprobs", "topk_ids"):
         assert np.array_equal(batch[name][rows].numpy(), getattr(items[1], name)[1:]), name
+
+
+def test_batches_of_a_store_are_read_together_and_are_the_same(tmp_path, monkeypatch):
+    write_cache(tmp_path, make_manifest(codec="compact", plan=(4, 3, 2)))
+    cache = TeacherCache.open(tmp_path)
+    dataset = SequenceDataset(cache, context=9, vocab_size=40, drop_truncated=True)
+    batches = [[3, 0], [1, 2]]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=Collator())
+    expected = [Collator()([dataset[i] for i in batch]) for batch in batches]
+    reads, read = [], TeacherCache.read
+    monkeypatch.setattr(TeacherCache, "read", lambda s, i: reads.append(list(i)) or read(s, i))
+    for found, batch in zip(loader, expected, strict=True):
+        assert found["sequence_names"] == batch["sequence_names"]
+        for name in ("input_ids", "labels", "topk_ids", "topk_logprobs", "tail_logprobs"):
+            assert torch.equal(found[name], batch[name]), name
+    assert reads == [[7, 1], [3, 5]]  # the others are truncated
+
+
+def test_unknown_rollout_logprobs_are_left_out_of_the_batch():
+    known, unknown = rollout([5, 6, 7], 1), rollout([5, 6, 7], 1)
+    unknown.rollout_logprobs[:] = np.nan
+    assert "rollout_logprobs" in Collator()([known, known])
+    assert "rollout_logprobs" not in Collator()([known, unknown])
 
 
 def test_an_unknown_aggregation_is_refused():

@@ -153,6 +153,17 @@ def test_scores_are_those_of_a_dense_forward(engine, k, temperature):
         np.testing.assert_allclose(score.entropy, -(np.exp(rows) * rows).sum(1), atol=2e-5)
 
 
+def test_scores_that_are_one_position_off_are_seen(engine):
+    sequences, lengths = rollouts(engine)
+    for tokens, length, score in zip(
+        sequences, lengths, engine.score(sequences, lengths, 8), strict=True
+    ):
+        rows = dense_logprobs(engine, tokens)[length:-1]  # each of the token after
+        assert np.abs(np.sort(rows, axis=1)[:, ::-1][:, :8] - score.topk_logprobs[:-1]).max() > 0.1
+        own = rows[np.arange(len(rows)), tokens[length + 1 :]]
+        assert np.abs(own - score.logprobs[:-1]).max() > 0.1
+
+
 def test_scores_do_not_depend_on_the_batch(engine):
     sequences, lengths = rollouts(engine)
     one_by_one = HfEngine(engine.model, engine.tokenizer, tokens_per_batch=1)

@@ -11,15 +11,16 @@ ROOT = Path(__file__).parents[1]
 # A module imports from the layers above it in this list, never from its own.
 LAYERS = [
     {"errors"},
-    {"files"},
-    {"models", "prompts", "settings", "heads", "provenance"},
+    {"files", "tables"},
+    {"models", "prompts", "settings", "heads", "provenance", "workers"},
     {"cache"},
-    {"data", "engines"},
-    {"options", "step"},
+    {"data", "dumps", "engines"},
+    {"options", "step", "estimate", "noise"},
     {"trainer", "loop"},
     {"runs"},
-    {"rollout", "score", "sft", "distill", "evaluate", "inspection", "declare", "toy", "report"},
-    {"sft_data"},
+    {"rollout", "score", "sft", "distill", "evaluate", "inspection", "declare", "toy", "report"}
+    | {"importing"},
+    {"sft_data", "verify"},
     {"recipe"},
     {"demo"},
     {"cli"},

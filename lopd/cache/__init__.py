@@ -7,8 +7,9 @@ there and matches; resuming writes what is missing.
 """
 
 from lopd.cache.codec import CODECS
-from lopd.cache.reader import SUPPORTS, RolloutStore, TeacherCache, scored_sequence
+from lopd.cache.reader import RolloutStore, TeacherCache
 from lopd.cache.records import Rollout, TeacherScores, TeacherSequence
+from lopd.cache.sequences import SUPPORTS, scored_sequence
 from lopd.cache.writer import CacheWriter, RolloutWriter
 
 __all__ = [

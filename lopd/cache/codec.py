@@ -1,236 +1,278 @@
-"""Ragged top-k lists: the cut at `top_p`, the tail that goes with it, and the bytes.
+"""How the scores and sequences of a shard become bytes, and what that loses.
 
-A list is a prefix of the teacher's top-k and then extra ids. Its tail is the log of the
-mass outside the list *as stored*, computed in fp64 from exact values before anything is
-quantised: log-probs of dropped entries are added to the tail by logaddexp. Where an id
-that the engine's tail contained is listed, it is taken out by
+`exact`    int32 ids, fp32 log-probs.
+`packed`   ceil(log2 V)-bit ids, fp16 log-probs of the lists; the rest as in `exact`.
+`compact`  what a row knows already is not stored: its sampled token is left out of the list
+           (a bit tells whether it was there), the other ids are ascending differences in
+           varints, their log-probs 8-bit floats; tokens are packed and the numbers of a
+           token are fp16.
 
-    tail' = tail + log(1 - exp(lp - tail))
-
-and never by 1 - sum, whose error would be that of the whole row.
+The lossy codecs keep the tail and shift the decoded list to the mass that the tail leaves,
+so list and tail have mass 1 whatever the rounding did.
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from lopd.cache.records import TeacherScores
+from lopd.cache.bits import (
+    MINIFLOAT_LARGEST,
+    MINIFLOATS,
+    id_bits,
+    pack_bits,
+    pack_varints,
+    to_minifloats,
+    unpack_bits,
+    unpack_varints,
+)
+from lopd.cache.lists import Lists, insert_first, row_sums, take_from_tail
+from lopd.cache.records import MASS_TOLERANCE
 from lopd.errors import DataError
 
-Codec = Literal["exact", "packed"]
-CODECS: tuple[Codec, ...] = ("exact", "packed")
-# What is left of a tail is floored at this share of it: engines' tails are right to about
-# 2e-6 of themselves, so a smaller remainder is rounding, and its log would be noise.
-REMAINDER_FLOOR = 2.0**-20
+Codec = Literal["exact", "packed", "compact"]
+CODECS: tuple[Codec, ...] = ("exact", "packed", "compact")
 _FP16_LOWEST = float(np.finfo(np.float16).min)
-_CHUNK = 1 << 16  # entries per step of the bit packer; a multiple of 8
+_LOWEST = {"exact": -np.inf, "packed": _FP16_LOWEST, "compact": -MINIFLOAT_LARGEST}
+# A list with less of the mass is left as decoded: its tail says too little of it.
+_SHIFTED_MASS = 2.0**-10
 
 
 @dataclass(frozen=True)
-class Lists:
-    """The lists of R tokens, end to end."""
+class Scored:
+    """What a cache knows of the response tokens of one sequence or several, end to end."""
 
-    ids: np.ndarray  # [E] int32
-    logprobs: np.ndarray  # [E] fp32
-    lengths: np.ndarray  # [R] int64, sums to E
-
-
-def build_lists(scores: TeacherScores, top_p: float) -> tuple[Lists, np.ndarray]:  # , [R] fp32
-    """The stored lists of one sequence and the log of the mass outside each.
-
-    A list is the smallest prefix of the top-k whose mass reaches `top_p` (all of it when
-    `top_p` is 1), then the extra ids that the prefix does not hold.
-    """
-    top = scores.topk_logprobs.astype(np.float64)
-    before = np.cumsum(np.exp(top), axis=1) - np.exp(top)
-    keep = np.ones(top.shape, bool) if top_p >= 1 else before < top_p
-    tail = scores.tail_logprobs.astype(np.float64)
-    ids, logprobs = scores.topk_ids, scores.topk_logprobs
-    dropped = ~keep
-    if scores.extra_ids is not None and scores.extra_logprobs is not None:
-        extra = scores.extra_ids
-        matches = extra[:, None, :] == ids[:, :, None]  # [R, K, E]
-        dropped = dropped & ~matches.any(axis=2)
-        keep_extra = (extra != -1) & ~(matches & keep[:, :, None]).any(axis=1)
-        from_tail = (extra != -1) & ~matches.any(axis=1)
-        taken = _logsumexp(np.where(from_tail, scores.extra_logprobs, -np.inf))
-        tail = take_from_tail(tail, taken)
-        keep = np.concatenate([keep, keep_extra], axis=1)
-        ids = np.concatenate([ids, extra], axis=1)
-        logprobs = np.concatenate([logprobs, scores.extra_logprobs], axis=1)
-    tail = np.logaddexp(tail, _logsumexp(np.where(dropped, top, -np.inf)))
-    lists = Lists(ids[keep].astype(np.int32), logprobs[keep].astype(np.float32), keep.sum(axis=1))
-    return lists, tail.astype(np.float32)
+    logprobs: np.ndarray  # [R] fp32
+    entropy: np.ndarray  # [R] fp32
+    lists: Lists
+    tail: np.ndarray  # [R] fp32
 
 
-def take_from_tail(tail: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-    """log(exp(tail) - exp(logprobs)), elementwise, floored at log(2^-20) below the tail.
+@dataclass(frozen=True)
+class Spans:
+    """The parts starts[i]..stops[i] of a flat array, one after the other."""
 
-    Exact arithmetic would give -inf, or nothing, where the id taken is all of the tail
-    within rounding; the floor leaves what the rounding could hide. `is_floored` tells where.
-    """
-    tail, logprobs = np.broadcast_arrays(
-        np.asarray(tail, np.float64), np.asarray(logprobs, np.float64)
-    )
-    result = tail.copy()
-    some = ~np.isneginf(logprobs)
-    share = -np.expm1(logprobs[some] - tail[some])
-    result[some] += np.log(np.maximum(share, REMAINDER_FLOOR))
-    return result
+    starts: np.ndarray  # [n] int64
+    stops: np.ndarray  # [n] int64
+
+    @classmethod
+    def of(cls, offsets: np.ndarray, positions: np.ndarray) -> "Spans":
+        return cls(offsets[positions], offsets[positions + 1])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:  # [n] int64
+        return self.stops - self.starts
+
+    @cached_property
+    def is_one(self) -> bool:
+        """Whether each part begins where the one before it ends."""
+        return bool((self.starts[1:] == self.stops[:-1]).all())
+
+    def take(self, values: np.ndarray) -> np.ndarray:
+        """A view where the parts follow each other, else a copy."""
+        if self.is_one:
+            return values[int(self.starts[0]) : int(self.stops[-1])]
+        parts = zip(self.starts.tolist(), self.stops.tolist(), strict=True)
+        return np.concatenate([values[start:stop] for start, stop in parts])
+
+    @cached_property
+    def index(self) -> np.ndarray:  # [sum of lengths] int64
+        """The places of all elements."""
+        if self.is_one:
+            return np.arange(self.starts[0], self.stops[-1])
+        before = np.cumsum(self.lengths) - self.lengths
+        return np.repeat(self.starts - before, self.lengths) + np.arange(int(self.lengths.sum()))
 
 
-def is_floored(tail: np.ndarray, logprobs: np.ndarray) -> np.ndarray:  # [R] bool
-    """Where `take_from_tail` meets its floor."""
-    gap = np.asarray(logprobs, np.float64) - np.asarray(tail, np.float64)
-    return -np.expm1(gap) < REMAINDER_FLOOR
+def offsets_of(lengths: np.ndarray) -> np.ndarray:  # [n + 1] int64
+    """Where the parts of these lengths begin, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def pad_lists(lists: Lists) -> tuple[np.ndarray, np.ndarray]:  # [R, K_i] int32, [R, K_i] fp32
-    """Rectangular copies, -1 and -inf where a list is shorter than the longest."""
-    width = int(lists.lengths.max(initial=0))
-    mask = np.arange(width) < lists.lengths[:, None]
-    ids = np.full(mask.shape, -1, np.int32)
-    logprobs = np.full(mask.shape, -np.inf, np.float32)
-    ids[mask], logprobs[mask] = lists.ids, lists.logprobs
-    return ids, logprobs
-
-
-def add_sampled(
-    lists: Lists,
-    tail: np.ndarray,  # [R] fp32
+def encode(
+    scored: Scored,
     sampled: np.ndarray,  # [R] int32
-    logprobs: np.ndarray,  # [R] fp32, the teacher's, of the sampled tokens
-) -> tuple[Lists, np.ndarray]:  # , [R] fp32
-    """Append each sampled token to the list that lacks it, and take it out of the tail."""
-    absent = ~in_lists(lists, sampled)
-    if not absent.any():
-        return lists, tail
-    ends = np.cumsum(lists.lengths)[absent]
-    grown = Lists(
-        np.insert(lists.ids, ends, sampled[absent]),
-        np.insert(lists.logprobs, ends, logprobs[absent]),
-        lists.lengths + absent,
-    )
-    tail = tail.copy()
-    tail[absent] = take_from_tail(tail[absent], logprobs[absent])
-    return grown, tail
-
-
-def in_lists(lists: Lists, tokens: np.ndarray) -> np.ndarray:  # [R] bool
-    """Whether row t's list holds tokens[t]."""
-    rows = np.repeat(np.arange(len(tokens)), lists.lengths)
-    found = np.zeros(len(tokens), bool)
-    found[rows[lists.ids == tokens[rows]]] = True
-    return found
-
-
-def drop_ids(
-    lists: Lists,
-    tail: np.ndarray,  # [R] fp32
+    row_offsets: np.ndarray,  # [n + 1] int64, sequences among the R tokens
+    codec: Codec,
     vocab_size: int,
-) -> tuple[Lists, np.ndarray]:  # , [R] fp32
-    """Drop entries whose id is `vocab_size` or more; their mass goes to the tail."""
-    drop = lists.ids >= vocab_size
-    if not drop.any():
-        return lists, tail
-    rows = np.repeat(np.arange(len(tail)), lists.lengths)
-    total = tail.astype(np.float64)
-    np.logaddexp.at(total, rows[drop], lists.logprobs[drop].astype(np.float64))
-    kept = Lists(
-        lists.ids[~drop],
-        lists.logprobs[~drop],
-        lists.lengths - np.bincount(rows[drop], minlength=len(tail)),
-    )
-    return kept, total.astype(np.float32)
-
-
-def encode(lists: Lists, codec: Codec, vocab_size: int) -> dict[str, np.ndarray]:
-    """The arrays that a shard stores for `ids` and `logprobs`.
-
-    `exact`: int32 and fp32. `packed`: ceil(log2 V) bits per id, little-endian, end to end,
-    and fp16; the error of a log-prob x is at most 2^-11 |x|, or 2^-25 near zero.
-    """
+) -> tuple[dict[str, np.ndarray], Lists]:
+    """The arrays that a shard stores, and the lists in the order in which `decode` gives them."""
+    lists, tail = scored.lists, scored.tail
+    dtype = np.float16 if codec == "compact" else np.float32
+    arrays: dict[str, np.ndarray] = {}
+    stored = lists
     if codec == "exact":
-        return {"list_ids": lists.ids, "list_logprobs": lists.logprobs}
+        arrays = {"list_ids": lists.ids, "list_logprobs": lists.logprobs}
+    elif codec == "packed":
+        ids = pack_bits(lists.ids, id_bits(vocab_size))
+        arrays = {"list_ids": ids, "list_logprobs": lists.logprobs.astype(np.float16)}
+    else:
+        arrays, stored, lists, listed = _encode_compact(lists, sampled, row_offsets)
+        tail = tail.copy()
+        tail[~listed] = take_from_tail(tail[~listed], scored.logprobs[~listed])
+    longest = int(stored.lengths.max(initial=0))
     return {
-        "list_ids": pack_bits(lists.ids, id_bits(vocab_size)),
-        "list_logprobs": lists.logprobs.astype(np.float16),
+        "teacher_logprobs": scored.logprobs.astype(dtype),
+        "teacher_entropy": scored.entropy.astype(dtype),
+        "tail_logprobs": tail.astype(dtype),
+        "list_offsets": offsets_of(stored.lengths)[row_offsets],
+        "list_lengths": stored.lengths.astype(np.min_scalar_type(longest)),
+        **arrays,
+    }, lists
+
+
+def _encode_compact(
+    lists: Lists, sampled: np.ndarray, row_offsets: np.ndarray
+) -> tuple[dict[str, np.ndarray], Lists, Lists, np.ndarray]:
+    """Arrays; the lists as stored; the lists as decoded; whether each holds its sampled token."""
+    rows = np.repeat(np.arange(len(sampled)), lists.lengths)
+    order = np.argsort(rows << 32 | lists.ids)
+    ids, logprobs = lists.ids[order], lists.logprobs[order]
+    own = ids == sampled[rows]
+    listed = np.zeros(len(sampled), bool)
+    listed[rows[own]] = True
+    others = Lists(ids[~own], logprobs[~own], lists.lengths - listed)
+    decoded = insert_first(others, sampled[listed], logprobs[own], listed)
+    first = np.zeros(len(others.ids), bool)
+    first[offsets_of(others.lengths)[:-1][others.lengths > 0]] = True
+    steps = np.diff(others.ids, prepend=0) - 1
+    packed, sizes = pack_varints(np.where(first, others.ids, steps))
+    entries = offsets_of(others.lengths)[row_offsets]
+    arrays = {
+        "list_ids": packed,
+        "list_id_offsets": offsets_of(sizes)[entries],
+        "list_logprobs": to_minifloats(-others.logprobs),
+        "sampled_listed": pack_bits(listed, 1),
     }
+    return arrays, others, decoded, listed
 
 
-def check_packable(name: str, lists: Lists) -> None:
-    """Refuse a log-prob that fp16 cannot hold.
+def decode(
+    arrays: Mapping[str, np.ndarray],
+    positions: np.ndarray,  # [n] int64, which sequences of the shard
+    sampled: np.ndarray,  # [R] int32, their response tokens
+    codec: Codec,
+    vocab_size: int,
+    *,
+    with_sampled: bool = False,
+) -> Scored:
+    """The scores of some sequences of a shard, end to end: views where nothing is decoded.
+
+    `with_sampled`, for `compact` alone: every list holds its sampled token, and the tail is the
+    mass outside that list; else lists and tails are those that were written.
+
+    Raises:
+        DataError: bytes that no encoder writes.
+    """
+    rows = Spans.of(arrays["response_offsets"], positions)
+    entries = Spans.of(arrays["list_offsets"], positions)
+    lengths = rows.take(arrays["list_lengths"]).astype(np.int64)
+    wrong = np.add.reduceat(lengths, offsets_of(rows.lengths)[:-1]) != entries.lengths
+    if wrong.any():
+        raise DataError(f"list lengths of sequence {positions[wrong][0]} do not add up")
+    names = ("teacher_logprobs", "teacher_entropy", "tail_logprobs")
+    own, entropy, tail = (rows.take(arrays[name]).astype(np.float32, copy=False) for name in names)
+    logprobs = entries.take(arrays["list_logprobs"])
+    if codec == "exact":
+        ids = entries.take(arrays["list_ids"])
+    elif codec == "packed":
+        ids = unpack_bits(arrays["list_ids"], entries.index, id_bits(vocab_size))
+    else:
+        ids = _decode_ids(arrays, positions, lengths)
+        logprobs = -MINIFLOATS[logprobs]
+    lists = Lists(ids, logprobs.astype(np.float32, copy=False), lengths)
+    _check_entries(lists, entries, positions, vocab_size)
+    if codec == "exact":
+        return Scored(own, entropy, lists, tail)
+    if codec == "compact":
+        listed = unpack_bits(arrays["sampled_listed"], rows.index, 1).astype(bool)
+        held = np.ones_like(listed) if with_sampled else listed
+        tail = np.where(held, tail, np.logaddexp(tail, own))
+        lists = insert_first(lists, sampled[held], own[held], held)
+    return Scored(own, entropy, shift_to_tail(lists, tail), tail)
+
+
+def _check_entries(lists: Lists, entries: Spans, positions: np.ndarray, vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary and log-probs that are none."""
+    ids, logprobs = lists.ids, lists.logprobs
+    if not len(ids):
+        return
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        odd, what = (ids < 0) | (ids >= vocab_size), f"id outside [0, {vocab_size})"
+    elif not (logprobs.max() <= MASS_TOLERANCE and logprobs.min() > -np.inf):
+        odd = ~(np.isfinite(logprobs) & (logprobs <= MASS_TOLERANCE))
+        what = "log-prob that is none"
+    else:
+        return
+    first = np.flatnonzero(odd)[0]
+    owner = positions[np.searchsorted(np.cumsum(entries.lengths), first, side="right")]
+    raise DataError(f"sequence {owner} has a listed {what}")
+
+
+def _decode_ids(
+    arrays: Mapping[str, np.ndarray], positions: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:  # [E] int32
+    steps = unpack_varints(Spans.of(arrays["list_id_offsets"], positions).take(arrays["list_ids"]))
+    if len(steps) != lengths.sum():
+        raise DataError(f"list ids from sequence {positions[0]} on do not match the list lengths")
+    ends = np.cumsum(steps + 1)
+    before = np.concatenate([[0], ends])[offsets_of(lengths)[:-1]]
+    ids = ends - 1 - np.repeat(before, lengths)
+    return np.minimum(ids, np.iinfo(np.int32).max).astype(np.int32)
+
+
+def shift_to_tail(lists: Lists, tail: np.ndarray) -> Lists:
+    """Shift each list's log-probs so that its mass and its tail's are 1."""
+    mass = -np.expm1(tail.astype(np.float64))
+    sums = row_sums(np.exp(lists.logprobs), lists.lengths)
+    some = (mass >= _SHIFTED_MASS) & (sums > 0)
+    shift = np.zeros(len(tail), np.float32)
+    shift[some] = np.log(mass[some] / sums[some])
+    return Lists(lists.ids, lists.logprobs + np.repeat(shift, lists.lengths), lists.lengths)
+
+
+def bucket_error(
+    exact: Lists, exact_tail: np.ndarray, decoded: Lists, tail: np.ndarray
+) -> np.ndarray:  # [R] fp64
+    """sum_b p_b log(p_b / q_b) - p_b + q_b over K + 1 buckets, p exact, q decoded, nat.
+
+    The KL divergence where both have mass 1, and never negative where an engine's own mass
+    is off by rounding. The lists hold the same ids in the same order.
+    """
+
+    def terms(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        p, q = p.astype(np.float64), q.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # log 0 - log 0, of an empty bucket
+            ratio = np.where(np.isneginf(p), 0.0, p - q)
+        return np.exp(p) * ratio - np.exp(p) + np.exp(q)
+
+    listed = row_sums(terms(exact.logprobs, decoded.logprobs), exact.lengths)
+    return listed + terms(exact_tail, tail)
+
+
+def check_storable(name: str, codec: Codec, scored: Scored, *more: np.ndarray) -> None:
+    """Refuse a log-prob that the codec cannot hold; `more` are the sequence's own.
 
     Raises:
         DataError: names the sequence, the response token and the id.
     """
-    low = np.flatnonzero(lists.logprobs < _FP16_LOWEST)
+    lists, lowest = scored.lists, _LOWEST[codec]
+    low = np.flatnonzero(lists.logprobs < lowest)
     if len(low):
         row = int(np.searchsorted(np.cumsum(lists.lengths), low[0], side="right"))
         raise DataError(
             f"{name}: the list of response token {row} has log-prob {lists.logprobs[low[0]]} "
-            f"for id {lists.ids[low[0]]}, codec 'packed' holds {_FP16_LOWEST:.0f} at the "
+            f"for id {lists.ids[low[0]]}, codec '{codec}' holds {lowest:.0f} at the "
             "lowest; use codec 'exact' or a top_p below 1"
         )
-
-
-def decode(
-    ids: np.ndarray, logprobs: np.ndarray, start: int, stop: int, codec: Codec, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray]:  # [stop - start] int32, [stop - start] fp32
-    """Entries start..stop of a shard's stored arrays: views for `exact`, new for `packed`."""
-    if codec == "exact":
-        return ids[start:stop], logprobs[start:stop]
-    unpacked = unpack_bits(ids, start, stop, id_bits(vocab_size))
-    return unpacked, logprobs[start:stop].astype(np.float32)
-
-
-def id_bits(vocab_size: int) -> int:
-    """Bits that hold every id of the vocabulary: ceil(log2 V), at least 1."""
-    return max(1, math.ceil(math.log2(vocab_size)))
-
-
-def packed_bytes(entries: int, bits: int) -> int:
-    """Bytes that `pack_bits` needs."""
-    return (entries * bits + 7) // 8
-
-
-def pack_bits(ids: np.ndarray, bits: int) -> np.ndarray:  # [ceil(E * bits / 8)] uint8
-    """`bits` low bits of every id, end to end, least significant first."""
-    out = np.empty(packed_bytes(len(ids), bits), np.uint8)
-    for start in range(0, len(ids), _CHUNK):
-        part = np.ascontiguousarray(ids[start : start + _CHUNK], "<u4")
-        planes = np.unpackbits(part.view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
-        packed = np.packbits(planes[:, :bits].reshape(-1), bitorder="little")
-        at = start * bits // 8
-        out[at : at + len(packed)] = packed
-    return out
-
-
-def unpack_bits(
-    packed: np.ndarray, start: int, stop: int, bits: int
-) -> np.ndarray:  # [stop - start] int32
-    """Ids start..stop of what `pack_bits` wrote, without touching the others.
-
-    Eight ids take `bits` whole bytes, so the j-th id of every group of eight lies at the
-    same bits of its group: eight strided passes, no index arrays.
-    """
-    group = start // 8
-    groups = (stop + 7) // 8 - group
-    window = np.zeros(groups * bits + 8, np.uint8)
-    stored = packed[group * bits : packed_bytes(stop, bits)]
-    window[: len(stored)] = stored
-    ids = np.empty((groups, 8), np.int32)
-    for column in range(8):
-        byte, shift = divmod(column * bits, 8)
-        word = np.zeros(groups, np.uint64)
-        for offset in range((shift + bits + 7) // 8):
-            part = window[byte + offset :][: groups * bits : bits]
-            word |= part.astype(np.uint64) << np.uint64(8 * offset)
-        ids[:, column] = (word >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
-    return ids.reshape(-1)[start - group * 8 : stop - group * 8]
-
-
-def _logsumexp(values: np.ndarray) -> np.ndarray:  # [R] of [R, K], -inf for an empty row
-    return np.logaddexp.reduce(values, axis=1, initial=-np.inf)
+    if codec != "compact":
+        return
+    for values in (scored.logprobs, scored.tail, *more):
+        low = np.flatnonzero((values < _FP16_LOWEST) & ~np.isneginf(values))
+        if len(low):
+            raise DataError(
+                f"{name}: response token {low[0]} has log-prob {values[low[0]]}, codec "
+                f"'compact' holds {_FP16_LOWEST:.0f} at the lowest; use codec 'exact'"
+            )

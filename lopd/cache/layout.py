@@ -1,27 +1,19 @@
 """Sequences as the flat arrays of a shard, and back."""
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lopd.cache.codec import (
-    Codec,
-    Lists,
-    decode,
-    encode,
-    id_bits,
-    in_lists,
-    is_floored,
-    packed_bytes,
-)
-from lopd.cache.records import FINISH_REASONS, MASS_TOLERANCE, Rollout
+from lopd.cache.bits import id_bits, pack_bits, packed_bytes, unpack_bits
+from lopd.cache.codec import Codec, Scored, Spans, bucket_error, decode, encode, offsets_of
+from lopd.cache.lists import Lists, in_lists, is_floored
+from lopd.cache.records import FINISH_REASONS, Rollout
 from lopd.cache.shards import check_offsets
-from lopd.errors import ShardError
+from lopd.errors import DataError, ShardError
 
 ROLLOUT_ARRAYS = {
     "token_offsets": np.int64,
@@ -34,25 +26,60 @@ ROLLOUT_ARRAYS = {
     "loss_mask": np.bool_,
     "rollout_logprobs": np.float32,
 }
-SCORE_ARRAYS = {
+RAW = "rollout_logprobs_raw"  # only where it differs
+# None: any unsigned integer.
+SCORE_ARRAYS: dict[str, Any] = {
     "teacher_logprobs": np.float32,
     "teacher_entropy": np.float32,
     "tail_logprobs": np.float32,
     "list_offsets": np.int64,
+    "list_lengths": None,
+    "list_ids": np.int32,
+    "list_logprobs": np.float32,
+}
+LOSSY_ARRAYS: dict[Codec, dict[str, Any]] = {
+    "exact": {},
+    "packed": {"list_ids": np.uint8, "list_logprobs": np.float16},
+    "compact": {
+        "tokens": np.uint8,
+        "loss_mask": np.uint8,
+        "rollout_logprobs": np.float16,
+        "teacher_logprobs": np.float16,
+        "teacher_entropy": np.float16,
+        "tail_logprobs": np.float16,
+        "list_ids": np.uint8,
+        "list_id_offsets": np.int64,
+        "list_logprobs": np.uint8,
+        "sampled_listed": np.uint8,
+    },
 }
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What a cache stores of one sequence besides the rollout."""
+# What says where everything else lies; small, and so hashed whenever a shard is opened.
+INDEX_ARRAYS = (
+    "token_offsets",
+    "response_offsets",
+    "prompt_id_offsets",
+    "prompt_ids",
+    "sample",
+    "finish_reason",
+    "list_offsets",
+    "list_id_offsets",
+)
 
-    logprobs: np.ndarray  # [R] fp32
-    entropy: np.ndarray  # [R] fp32
-    lists: Lists
-    tail: np.ndarray  # [R] fp32
+
+def index_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """sha256, in hex, of the arrays that a shard has of `INDEX_ARRAYS`."""
+    digest = hashlib.sha256()
+    for name in INDEX_ARRAYS:
+        if name in arrays:
+            digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
 
 
-def rollout_arrays(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
+def rollout_arrays(
+    rollouts: Sequence[Rollout], codec: Codec | None, vocab_size: int
+) -> dict[str, np.ndarray]:
     """The arrays of a shard of sequences; raw log-probs only where they differ."""
     names = [rollout.prompt_id.encode("utf-8") for rollout in rollouts]
     arrays = {
@@ -68,8 +95,13 @@ def rollout_arrays(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
     }
     raw = np.concatenate([r.rollout_logprobs_raw for r in rollouts]).astype(np.float32)
     arrays = {name: values.astype(ROLLOUT_ARRAYS[name]) for name, values in arrays.items()}
-    if not np.array_equal(raw, arrays["rollout_logprobs"]):
-        arrays["rollout_logprobs_raw"] = raw
+    if not np.array_equal(raw, arrays["rollout_logprobs"], equal_nan=True):
+        arrays[RAW] = raw
+    if codec == "compact":
+        arrays["tokens"] = pack_bits(arrays["tokens"], id_bits(vocab_size))
+        arrays["loss_mask"] = pack_bits(arrays["loss_mask"], 1)
+        for name in {"rollout_logprobs", RAW} & arrays.keys():
+            arrays[name] = arrays[name].astype(np.float16)
     return arrays
 
 
@@ -85,42 +117,51 @@ def rollout_counts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     }
 
 
-def score_arrays(scored: Sequence[Scored], codec: Codec, vocab_size: int) -> dict[str, np.ndarray]:
-    """The arrays that a cache shard adds; list lengths in the smallest type that holds them."""
-    lengths = np.concatenate([s.lists.lengths for s in scored])
-    together = Lists(
-        np.concatenate([s.lists.ids for s in scored]),
-        np.concatenate([s.lists.logprobs for s in scored]),
-        lengths,
-    )
-    return {
-        "teacher_logprobs": np.concatenate([s.logprobs for s in scored]).astype(np.float32),
-        "teacher_entropy": np.concatenate([s.entropy for s in scored]).astype(np.float32),
-        "tail_logprobs": np.concatenate([s.tail for s in scored]).astype(np.float32),
-        "list_offsets": _offsets(len(s.lists.ids) for s in scored),
-        "list_lengths": lengths.astype(np.min_scalar_type(int(lengths.max()))),
-        **encode(together, codec, vocab_size),
+def score_shard(
+    rollouts: Sequence[Rollout], scored: Sequence[Scored], codec: Codec, vocab_size: int
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays that a cache shard adds, and what its receipt adds: sums over response tokens.
+
+    `codec_error` is measured here, on what a reader will decode, for nothing that is stored
+    could tell it later.
+    """
+    sampled = np.concatenate([r.tokens[r.prompt_length :] for r in rollouts])
+    rows = _offsets(len(s.logprobs) for s in scored)
+    whole = _together(scored)
+    arrays, reference = encode(whole, sampled, rows, codec, vocab_size)
+    error = 0.0
+    if codec != "exact":
+        stored = {**arrays, "response_offsets": rows}
+        decoded = decode(stored, np.arange(len(rollouts)), sampled, codec, vocab_size)
+        assert np.array_equal(decoded.lists.ids, reference.ids), "a codec lost ids"
+        errors = bucket_error(reference, whole.tail, decoded.lists, decoded.tail)
+        error = math.fsum(errors.tolist())
+    absent = ~in_lists(whole.lists, sampled)
+    return arrays, {
+        "list_entries": len(whole.lists.ids),
+        "covered_mass": math.fsum((-np.expm1(whole.tail.astype(np.float64))).tolist()),
+        "entropy": _total(whole.entropy),
+        "floored_tails": int(is_floored(whole.tail[absent], whole.logprobs[absent]).sum()),
+        "codec_error": error,
     }
 
 
-def score_counts(rollouts: Sequence[Rollout], scored: Sequence[Scored]) -> dict[str, Any]:
-    """What a receipt adds for a cache: sums over response tokens, correctly rounded."""
-    floored = 0
-    for rollout, s in zip(rollouts, scored, strict=True):
-        absent = ~in_lists(s.lists, rollout.tokens[rollout.prompt_length :])
-        floored += int(is_floored(s.tail[absent], s.logprobs[absent]).sum())
-    return {
-        "list_entries": sum(len(s.lists.ids) for s in scored),
-        "covered_mass": math.fsum(
-            float(mass) for s in scored for mass in -np.expm1(s.tail.astype(np.float64))
+def _together(scored: Sequence[Scored]) -> Scored:
+    lists = [s.lists for s in scored]
+    return Scored(
+        logprobs=np.concatenate([s.logprobs for s in scored]).astype(np.float32),
+        entropy=np.concatenate([s.entropy for s in scored]).astype(np.float32),
+        lists=Lists(
+            np.concatenate([item.ids for item in lists]),
+            np.concatenate([item.logprobs for item in lists]),
+            np.concatenate([item.lengths for item in lists]),
         ),
-        "entropy": math.fsum(float(value) for s in scored for value in s.entropy),
-        "floored_tails": floored,
-    }
+        tail=np.concatenate([s.tail for s in scored]).astype(np.float32),
+    )
 
 
 class ShardView:
-    """One open shard: sequences by position, straight from the mapped file.
+    """One open shard: sequences by position, one or many at a time, from the mapped file.
 
     Raises:
         ShardError: arrays that are absent, of another type, or that do not fit together.
@@ -139,93 +180,131 @@ class ShardView:
         self.sequences: int = receipt["sequences"]
         self._codec, self._vocab_size = codec, vocab_size
         self._check_types()
-        n, tokens = self.sequences, len(arrays["tokens"])
-        response = len(arrays["rollout_logprobs"])
+        n, response = self.sequences, len(arrays["rollout_logprobs"])
+        compact = codec == "compact"
+        tokens = int(arrays["token_offsets"][-1:].sum()) if compact else len(arrays["tokens"])
         check_offsets(path, "token_offsets", arrays["token_offsets"], n, tokens)
         check_offsets(path, "response_offsets", arrays["response_offsets"], n, response)
         names = len(arrays["prompt_ids"])
         check_offsets(path, "prompt_id_offsets", arrays["prompt_id_offsets"], n, names)
-        self._check_lengths({"loss_mask": tokens, "sample": n, "finish_reason": n})
+        self._check_lengths(
+            {
+                "tokens": packed_bytes(tokens, id_bits(vocab_size)) if compact else tokens,
+                "loss_mask": packed_bytes(tokens, 1) if compact else tokens,
+                "sample": n,
+                "finish_reason": n,
+            }
+        )
         if tokens != receipt["tokens"] or response != receipt["response_tokens"]:
             raise self._altered("token counts differ from the receipt")
+        self.response_lengths = np.diff(arrays["response_offsets"])
+        self._prompt_lengths = np.diff(arrays["token_offsets"]) - self.response_lengths
+        odd = (self._prompt_lengths < 1) | (self.response_lengths < 1)
+        odd |= arrays["finish_reason"] >= len(FINISH_REASONS)
+        if odd.any():
+            first = np.flatnonzero(odd)[0]
+            raise self._altered(f"sequence {first} has impossible lengths or finish reason")
         if codec is not None:
             self._check_scores(response)
+        if receipt.get("index_sha256") not in (None, index_digest(arrays)):
+            raise self._altered("offsets or names differ from the receipt")
 
-    def rollout(self, index: int) -> Rollout:
-        """Sequence `index` as copies; ids are checked against the vocabulary."""
+    def rollouts(self, positions: np.ndarray) -> list[Rollout]:  # [n] int64
+        """Those sequences as copies; ids are checked against the vocabulary."""
         arrays = self.arrays
-        start, stop = arrays["token_offsets"][index : index + 2]
-        tokens = arrays["tokens"][start:stop].copy()
-        response = self._response(index)
-        sampled = arrays["rollout_logprobs"][response].copy()
-        prompt_length = len(tokens) - len(sampled)
-        reason = int(arrays["finish_reason"][index])
-        raw = arrays.get("rollout_logprobs_raw")
-        if prompt_length < 1 or not len(sampled) or reason >= len(FINISH_REASONS):
-            raise self._altered(f"sequence {index} has impossible lengths or finish reason")
-        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
-            raise self._altered(f"sequence {index} has an id outside [0, {self._vocab_size})")
-        first, last = arrays["prompt_id_offsets"][index : index + 2]
-        return Rollout(
-            prompt_id=arrays["prompt_ids"][first:last].tobytes().decode("utf-8"),
-            sample=int(arrays["sample"][index]),
-            tokens=tokens,
-            prompt_length=prompt_length,
-            finish_reason=FINISH_REASONS[reason],
-            loss_mask=arrays["loss_mask"][start:stop].copy(),
-            rollout_logprobs=sampled,
-            rollout_logprobs_raw=sampled if raw is None else raw[response].copy(),
-        )
+        spans = Spans.of(arrays["token_offsets"], positions)
+        responses = Spans.of(arrays["response_offsets"], positions)
+        tokens, mask = self._tokens(spans), self._loss_mask(spans)
+        sampled = np.array(responses.take(arrays["rollout_logprobs"]), np.float32)
+        raw = sampled
+        if RAW in arrays:
+            raw = np.array(responses.take(arrays[RAW]), np.float32)
+        at = offsets_of(spans.lengths).tolist()
+        row = offsets_of(responses.lengths).tolist()
+        rollouts = []
+        for number, index in enumerate(positions.tolist()):
+            part = slice(at[number], at[number + 1])
+            response = slice(row[number], row[number + 1])
+            rollouts.append(
+                Rollout(
+                    prompt_id=self._prompt_id(index),
+                    sample=int(arrays["sample"][index]),
+                    tokens=tokens[part],
+                    prompt_length=int(self._prompt_lengths[index]),
+                    finish_reason=FINISH_REASONS[int(arrays["finish_reason"][index])],
+                    loss_mask=mask[part],
+                    rollout_logprobs=sampled[response],
+                    rollout_logprobs_raw=raw[response],
+                )
+            )
+        return rollouts
 
-    def scored(self, index: int) -> Scored:
-        """The scores of sequence `index`, list entries checked; views where not decoded."""
-        response = self._response(index)
-        return Scored(
-            logprobs=self.arrays["teacher_logprobs"][response],
-            entropy=self.arrays["teacher_entropy"][response],
-            lists=self._lists(index, response),
-            tail=self.arrays["tail_logprobs"][response],
-        )
+    def scored(self, positions: np.ndarray, *, with_sampled: bool = False) -> Scored:  # [n] int64
+        """Their scores, end to end, list entries checked; views where not decoded.
 
-    def _lists(self, index: int, response: slice) -> Lists:
+        `with_sampled`, for codec `compact`, as in `codec.decode`.
+        """
         assert self._codec is not None
-        start, stop = (int(at) for at in self.arrays["list_offsets"][index : index + 2])
-        lengths = self.arrays["list_lengths"][response].astype(np.int64)
-        ids, logprobs = decode(
-            self.arrays["list_ids"],
-            self.arrays["list_logprobs"],
-            start,
-            stop,
-            self._codec,
-            self._vocab_size,
-        )
-        if lengths.sum() != stop - start:
-            raise self._altered(f"list lengths of sequence {index} do not add up")
-        if len(ids) and (ids.min() < 0 or ids.max() >= self._vocab_size):
-            raise self._altered(f"sequence {index} has a listed id outside [0, {self._vocab_size})")
-        if not (np.isfinite(logprobs) & (logprobs <= MASS_TOLERANCE)).all():
-            raise self._altered(f"sequence {index} has a listed log-prob that is none")
-        return Lists(ids, logprobs, lengths)
+        sampled = np.empty(0, np.int32)
+        if self._codec == "compact":
+            sampled = self._response_tokens(positions)
+        try:
+            return decode(
+                self.arrays,
+                positions,
+                sampled,
+                self._codec,
+                self._vocab_size,
+                with_sampled=with_sampled,
+            )
+        except DataError as error:
+            raise self._altered(str(error)) from error
 
-    @cached_property
-    def _response_offsets(self) -> np.ndarray:
-        return self.arrays["response_offsets"]
+    def list_lengths(self) -> np.ndarray:  # [R] int64
+        """Of every list as it was written."""
+        lengths = self.arrays["list_lengths"].astype(np.int64)
+        if self._codec == "compact":
+            rows = np.arange(len(lengths))
+            lengths += unpack_bits(self.arrays["sampled_listed"], rows, 1)
+        return lengths
 
-    def _response(self, index: int) -> slice:
-        start, stop = self._response_offsets[index : index + 2]
-        return slice(int(start), int(stop))
+    def chunks(self, tokens: int) -> Iterator[np.ndarray]:
+        """The shard's sequences in runs of about so many response tokens, one at least."""
+        which = (np.cumsum(self.response_lengths) - 1) // tokens
+        yield from np.split(np.arange(self.sequences), np.flatnonzero(np.diff(which)) + 1)
+
+    def _prompt_id(self, index: int) -> str:
+        first, last = self.arrays["prompt_id_offsets"][index : index + 2]
+        try:
+            return self.arrays["prompt_ids"][first:last].tobytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self._altered(f"the prompt id of sequence {index} is not UTF-8") from error
+
+    def _tokens(self, spans: Spans) -> np.ndarray:  # int32, a copy
+        if self._codec == "compact":
+            bits = id_bits(self._vocab_size)
+            tokens = unpack_bits(self.arrays["tokens"], spans.index, bits)
+        else:
+            tokens = np.array(spans.take(self.arrays["tokens"]))
+        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+            raise self._altered(f"a token id lies outside [0, {self._vocab_size})")
+        return tokens
+
+    def _loss_mask(self, spans: Spans) -> np.ndarray:  # bool, a copy
+        if self._codec == "compact":
+            return unpack_bits(self.arrays["loss_mask"], spans.index, 1).astype(bool)
+        return np.array(spans.take(self.arrays["loss_mask"]))
+
+    def _response_tokens(self, positions: np.ndarray) -> np.ndarray:  # [R] int32
+        stops = self.arrays["token_offsets"][positions + 1]
+        return self._tokens(Spans(stops - self.response_lengths[positions], stops))
 
     def _check_types(self) -> None:
         expected: dict[str, Any] = dict(ROLLOUT_ARRAYS)
-        if "rollout_logprobs_raw" in self.arrays:
-            expected["rollout_logprobs_raw"] = np.float32
-            self._check_lengths({"rollout_logprobs_raw": len(self.arrays["rollout_logprobs"])})
         if self._codec is not None:
-            packed = self._codec == "packed"
-            expected |= SCORE_ARRAYS
-            expected["list_ids"] = np.uint8 if packed else np.int32
-            expected["list_logprobs"] = np.float16 if packed else np.float32
-            expected["list_lengths"] = None
+            expected |= SCORE_ARRAYS | LOSSY_ARRAYS[self._codec]
+        if RAW in self.arrays:
+            expected[RAW] = expected["rollout_logprobs"]
         if self.arrays.keys() != expected.keys():
             odd = sorted(self.arrays.keys() ^ expected.keys())[0]
             raise self._altered(f"array '{odd}' is missing or unknown")
@@ -233,19 +312,24 @@ class ShardView:
             right = values.dtype == expected[name] if expected[name] else values.dtype.kind == "u"
             if not right or values.ndim != 1:
                 raise self._altered(f"array '{name}' is {values.dtype} {list(values.shape)}")
+        if RAW in self.arrays:
+            self._check_lengths({RAW: len(self.arrays["rollout_logprobs"])})
 
     def _check_scores(self, response: int) -> None:
         arrays = self.arrays
         entries = len(arrays["list_logprobs"])
         check_offsets(self.path, "list_offsets", arrays["list_offsets"], self.sequences, entries)
-        packed = packed_bytes(entries, id_bits(self._vocab_size))
         names = ("teacher_logprobs", "teacher_entropy", "tail_logprobs", "list_lengths")
-        self._check_lengths(
-            {
-                **dict.fromkeys(names, response),
-                "list_ids": packed if self._codec == "packed" else entries,
-            }
-        )
+        expected = dict.fromkeys(names, response)
+        if self._codec == "exact":
+            expected["list_ids"] = entries
+        elif self._codec == "packed":
+            expected["list_ids"] = packed_bytes(entries, id_bits(self._vocab_size))
+        else:
+            expected["sampled_listed"] = packed_bytes(response, 1)
+            offsets, size = arrays["list_id_offsets"], len(arrays["list_ids"])
+            check_offsets(self.path, "list_id_offsets", offsets, self.sequences, size)
+        self._check_lengths(expected)
 
     def _check_lengths(self, lengths: Mapping[str, int]) -> None:
         for name, expected in lengths.items():
@@ -258,5 +342,11 @@ class ShardView:
         return ShardError(f"{self.path}: {what}: altered; run the stage again to redo it")
 
 
+def _total(values: np.ndarray) -> float | None:
+    """The sum, correctly rounded; None where an engine did not tell them (NaN)."""
+    total = math.fsum(values.tolist())
+    return None if math.isnan(total) else total
+
+
 def _offsets(lengths: Any) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))]).astype(np.int64)
+    return offsets_of(np.fromiter(lengths, np.int64))

@@ -1,23 +1,26 @@
 """Readers of shard folders: random access by sequence, shards opened when first needed."""
 
-from bisect import bisect_right
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from lopd.cache.codec import CODECS, Lists, add_sampled, build_lists, drop_ids, pad_lists
-from lopd.cache.layout import Scored, ShardView
-from lopd.cache.records import FINISH_REASONS, Rollout, TeacherScores, TeacherSequence
+from lopd.cache.codec import CODECS, Scored
+from lopd.cache.layout import ShardView
+from lopd.cache.records import FINISH_REASONS, Rollout, TeacherSequence
+from lopd.cache.sequences import SUPPORTS, Support, join_sequences
 from lopd.cache.shards import check_hash, head_rows, open_shard, plan_of, read_receipt, shard_path
-from lopd.errors import ConfigError, DataError, ShardError
+from lopd.errors import ConfigError, ShardError
 from lopd.files import json_digest
 from lopd.provenance import manifest_digest, read_manifest
 
-Support = Literal["list+sampled", "list"]
-SUPPORTS: tuple[Support, ...] = ("list+sampled", "list")
+LENGTH_QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
+# Response tokens that are decoded together where all are read: what a processor's cache holds.
+_TOKENS_TOGETHER = 1 << 13
 
 
 class _ShardReader:
@@ -62,8 +65,8 @@ class _ShardReader:
         for shard, receipt in self._receipts.items():
             check_hash(self.path, receipt)
             view = self._view(shard)
-            for index in range(view.sequences):
-                self._read(view, index)
+            for positions in view.chunks(_TOKENS_TOGETHER):
+                self._read(view, positions)
 
     def digest(self) -> str:
         """sha256 of the content: the recipe's digest and every shard's, in order."""
@@ -73,8 +76,9 @@ class _ShardReader:
     def used_ids(self) -> np.ndarray:  # [n] int64, ascending
         """The distinct token ids of the data, list entries included; reads everything."""
         used = np.zeros(self._vocab_size, bool)
-        for view, index in self._positions():
-            used[self._ids(view, index)] = True
+        for view, positions in self._chunks():
+            for ids in self._ids(view, positions):
+                used[ids] = True
         return np.flatnonzero(used)
 
     def summary(self) -> dict[str, Any]:
@@ -104,26 +108,41 @@ class _ShardReader:
             self._views[shard] = ShardView(path, arrays, receipt, self._codec, self._vocab_size)
         return self._views[shard]
 
-    def _locate(self, index: int) -> tuple[ShardView, int]:
+    def _read_each(self, indices: Sequence[int]) -> list[Any]:
+        """Sequences in the order that is asked for, those of one shard decoded together."""
+        wanted = np.asarray(indices, np.int64)
         total = len(self)
-        if not -total <= index < total:
-            raise IndexError(f"sequence {index} of {total} in {self.path}")
-        index %= total
-        which = bisect_right(self._ends, index)
-        start = self._ends[which - 1] if which else 0
-        return self._view(self._present[which]), index - start
+        odd = (wanted < -total) | (wanted >= total)
+        if odd.any():
+            raise IndexError(f"sequence {wanted[odd][0]} of {total} in {self.path}")
+        wanted = wanted % total if total else wanted
+        which = np.searchsorted(self._ends, wanted, side="right")
+        found: list[Any] = [None] * len(wanted)
+        for number in np.unique(which).tolist():
+            places = np.flatnonzero(which == number)
+            shard = self._present[number]
+            start = self._ends[number] - self._receipts[shard]["sequences"]
+            records = self._read(self._view(shard), wanted[places] - start)
+            for place, record in zip(places.tolist(), records, strict=True):
+                found[place] = record
+        return found
 
-    def _positions(self) -> Iterator[tuple[ShardView, int]]:
+    def _chunks(self) -> Iterator[tuple[ShardView, np.ndarray]]:
         for shard in self._present:
             view = self._view(shard)
-            for index in range(view.sequences):
-                yield view, index
+            for positions in view.chunks(_TOKENS_TOGETHER):
+                yield view, positions
 
-    def _read(self, view: ShardView, index: int) -> Any:
-        return view.rollout(index)
+    def rollouts(self) -> Iterator[Rollout]:
+        """Every sequence in order, without the scores."""
+        for view, positions in self._chunks():
+            yield from view.rollouts(positions)
 
-    def _ids(self, view: ShardView, index: int) -> np.ndarray:
-        return view.rollout(index).tokens
+    def _read(self, view: ShardView, positions: np.ndarray) -> list[Any]:
+        return view.rollouts(positions)
+
+    def _ids(self, view: ShardView, positions: np.ndarray) -> list[np.ndarray]:
+        return [rollout.tokens for rollout in view.rollouts(positions)]
 
 
 class RolloutStore(_ShardReader):
@@ -142,17 +161,21 @@ class RolloutStore(_ShardReader):
         return cls(Path(path), read_manifest(path, kind=kind), allow_incomplete=False)
 
     def __getitem__(self, index: int) -> Rollout:
-        return self._read(*self._locate(index))
+        return self._read_each([index])[0]
 
     def __iter__(self) -> Iterator[Rollout]:
-        return (self._read(*position) for position in self._positions())
+        return self.rollouts()
+
+    def read(self, indices: Sequence[int]) -> list[Rollout]:
+        """`[store[i] for i in indices]`, read together."""
+        return self._read_each(indices)
 
     def shard(self, index: int) -> list[Rollout]:
         """All sequences of one shard, in order."""
         if index not in self._receipts:
             raise IndexError(f"shard {index} of {self.num_shards} in {self.path}")
         view = self._view(index)
-        return [view.rollout(position) for position in range(view.sequences)]
+        return view.rollouts(np.arange(view.sequences))
 
 
 class TeacherCache(_ShardReader):
@@ -213,21 +236,30 @@ class TeacherCache(_ShardReader):
         )
 
     def __getitem__(self, index: int) -> TeacherSequence:
-        return self._read(*self._locate(index))
+        return self._read_each([index])[0]
 
     def __iter__(self) -> Iterator[TeacherSequence]:
-        return (self._read(*position) for position in self._positions())
+        for view, positions in self._chunks():
+            yield from self._read(view, positions)
 
-    def lists(self, index: int) -> Lists:
-        """The lists as stored, end to end: read-only views of the file for codec `exact`."""
-        view, position = self._locate(index)
-        return view.scored(position).lists
+    def read(self, indices: Sequence[int]) -> list[TeacherSequence]:
+        """`[cache[i] for i in indices]`, those of one shard decoded together."""
+        return self._read_each(indices)
+
+    def chunks(self) -> Iterator[Scored]:
+        """All scores as written, end to end, some thousand response tokens at a time.
+
+        The cheapest way to look at every list; read-only views of the file for codec `exact`.
+        """
+        for view, positions in self._chunks():
+            yield view.scored(positions)
 
     def summary(self) -> dict[str, Any]:
         """Totals from the receipts; scans the lists only where `vocab_size` can drop some."""
         receipts = list(self._receipts.values())
         totals = super().summary()
         tokens = totals["response_tokens"]
+        entropies = [r["entropy"] for r in receipts]
         return {
             **totals,
             "codec": self._codec,
@@ -235,82 +267,64 @@ class TeacherCache(_ShardReader):
             "top_p": self.manifest["top_p"],
             "mean_list_length": _ratio(sum(r["list_entries"] for r in receipts), tokens),
             "mean_covered_mass": _ratio(sum(r["covered_mass"] for r in receipts), tokens),
-            "mean_entropy": _ratio(sum(r["entropy"] for r in receipts), tokens),
+            "mean_entropy": None if None in entropies else _ratio(sum(entropies), tokens),
             "floored_tails": sum(r["floored_tails"] for r in receipts),
             "dropped_entries": self._count_dropped(),
+            "codec_error": self._codec_error(tokens),
         }
+
+    def details(self) -> dict[str, Any]:
+        """What the shards themselves tell: opens each and reads the lengths of its lists.
+
+        `bytes_per_token_by_array` per response token, the largest first, file headers as
+        `header`; `list_length_quantiles` of the lists as written.
+        """
+        sizes: Counter[str] = Counter()
+        counts = np.zeros(1, np.int64)
+        for shard in self._present:
+            view = self._view(shard)
+            sizes.update({name: values.nbytes for name, values in view.arrays.items()})
+            found = np.bincount(view.list_lengths(), minlength=len(counts))
+            found[: len(counts)] += counts
+            counts = found
+        receipts = self._receipts.values()
+        sizes["header"] = sum(r["bytes"] for r in receipts) - sizes.total()
+        tokens = sum(r["response_tokens"] for r in receipts)
+        ranks = [math.ceil(q * tokens) for q in LENGTH_QUANTILES]
+        lengths = np.searchsorted(np.cumsum(counts), ranks).tolist() if tokens else []
+        return {
+            "bytes_per_token_by_array": {
+                name: size / tokens for name, size in sizes.most_common() if tokens
+            },
+            "list_length_quantiles": dict(zip(map(str, LENGTH_QUANTILES), lengths, strict=False)),
+        }
+
+    def _codec_error(self, tokens: int) -> float | None:
+        """Mean over response tokens, nat; None where a shard was written without measuring it."""
+        if self._codec == "exact":
+            return 0.0
+        errors = [receipt.get("codec_error") for receipt in self._receipts.values()]
+        known = [error for error in errors if error is not None]
+        return _ratio(sum(known), tokens) if len(known) == len(errors) else None
 
     def _count_dropped(self) -> int:
         if self.vocab_size is None or self.vocab_size >= self._vocab_size:
             return 0
-        return sum(
-            int((view.scored(index).lists.ids >= self.vocab_size).sum())
-            for view, index in self._positions()
-        )
+        return sum(int((part.lists.ids >= self.vocab_size).sum()) for part in self.chunks())
 
-    def _read(self, view: ShardView, index: int) -> TeacherSequence:
-        return _sequence(
-            view.rollout(index),
-            view.scored(index),
-            support=self.support,
+    def _read(self, view: ShardView, positions: np.ndarray) -> list[TeacherSequence]:
+        joined = self._codec == "compact" and self.support == "list+sampled"
+        return join_sequences(
+            view.rollouts(positions),
+            view.scored(positions, with_sampled=joined),
+            support="list" if joined else self.support,
             vocab_size=self.vocab_size,
             source=self.path,
         )
 
-    def _ids(self, view: ShardView, index: int) -> np.ndarray:
-        return np.concatenate([view.rollout(index).tokens, view.scored(index).lists.ids])
+    def _ids(self, view: ShardView, positions: np.ndarray) -> list[np.ndarray]:
+        return [*super()._ids(view, positions), view.scored(positions).lists.ids]
 
 
 def _ratio(total: float, count: int) -> float | None:
     return total / count if count else None
-
-
-def scored_sequence(
-    rollout: Rollout,
-    scores: TeacherScores,
-    *,
-    support: Support = "list+sampled",
-    vocab_size: int | None = None,
-) -> TeacherSequence:
-    """Fresh scores as `TeacherCache` would return them from disk (codec `exact`, top_p 1).
-
-    For a teacher that scores while the student trains, and for evaluation. `support` and
-    `vocab_size` as in `TeacherCache.open`.
-
-    Raises:
-        DataError: the sequence has a token id beyond `vocab_size`.
-    """
-    lists, tail = build_lists(scores, top_p=1.0)
-    scored = Scored(scores.logprobs, scores.entropy, lists, tail)
-    return _sequence(rollout, scored, support=support, vocab_size=vocab_size, source="scores")
-
-
-def _sequence(
-    rollout: Rollout,
-    scored: Scored,
-    *,
-    support: Support,
-    vocab_size: int | None,
-    source: Path | str,
-) -> TeacherSequence:
-    lists, tail = scored.lists, scored.tail
-    if vocab_size is not None:
-        if rollout.tokens.max() >= vocab_size:
-            raise DataError(
-                f"{source}: sequence {rollout.prompt_id}/{rollout.sample} has token id "
-                f"{rollout.tokens.max()}, the student has {vocab_size} vocabulary rows; train the "
-                "student that made the rollouts"
-            )
-        lists, tail = drop_ids(lists, tail, vocab_size)
-    if support == "list+sampled":
-        sampled = rollout.tokens[rollout.prompt_length :]
-        lists, tail = add_sampled(lists, tail, sampled, scored.logprobs)
-    ids, logprobs = pad_lists(lists)
-    return TeacherSequence(
-        rollout=rollout,
-        teacher_logprobs=scored.logprobs.copy(),
-        teacher_entropy=scored.entropy.copy(),
-        topk_ids=ids,
-        topk_logprobs=logprobs,
-        tail_logprobs=tail.copy(),
-    )

@@ -19,7 +19,8 @@ class Rollout:
 
     `rollout_logprobs` are under the distribution that was sampled from (temperature and
     top_p applied), `rollout_logprobs_raw` at temperature 1 and top_p 1; pass the same array
-    twice where they agree.
+    twice where they agree. Both are NaN throughout where the manifest of the cache says
+    `"rollout_logprobs": "unknown"`.
     """
 
     prompt_id: str  # stable under reordering of the prompts
@@ -38,25 +39,31 @@ class TeacherScores:
     produced response token t; log-probs in nat, not renormalised over any list.
 
     `extra_ids` are further ids to store whatever `top_p` says, e.g. the student's own top
-    ids; those already in the list are stored once.
+    ids; those already in the list are stored once. `extra_tail_logprobs` goes with them where
+    the engine can reduce it; otherwise their mass is taken out of the tail.
     """
 
     logprobs: np.ndarray  # [R] fp32, of the response token itself
-    entropy: np.ndarray  # [R] fp32, nat
+    entropy: np.ndarray  # [R] fp32, nat; all NaN where the engine cannot tell it
     topk_ids: np.ndarray  # [R, K] int32, distinct
     topk_logprobs: np.ndarray  # [R, K] fp32, descending
     tail_logprobs: np.ndarray  # [R] fp32, log of the mass outside the K ids; -inf when K = V
     extra_ids: np.ndarray | None = None  # [R, E] int32, -1 pads
     extra_logprobs: np.ndarray | None = None  # [R, E] fp32
+    extra_tail_logprobs: np.ndarray | None = None  # [R] fp32, outside the K ids and extra ids
 
 
 @dataclass(frozen=True)
 class TeacherSequence:
-    """One scored rollout as the reader returns it; every array is the caller's own."""
+    """One scored rollout as the reader returns it; every array is the caller's own.
+
+    Lists of codec `compact` begin with the sampled token and go on by id; those of the others
+    go by log-prob, what was appended last.
+    """
 
     rollout: Rollout
     teacher_logprobs: np.ndarray  # [R] fp32, of the response token itself
-    teacher_entropy: np.ndarray  # [R] fp32, nat
+    teacher_entropy: np.ndarray  # [R] fp32, nat; all NaN where the engine could not tell it
     topk_ids: np.ndarray  # [R, K_i] int32, -1 pads; K_i = the longest list of the sequence
     topk_logprobs: np.ndarray  # [R, K_i] fp32, -inf pads
     tail_logprobs: np.ndarray  # [R] fp32, log of the mass outside the list as it stands here
@@ -67,8 +74,10 @@ def name_of(rollout: Rollout) -> str:
     return f"sequence {rollout.prompt_id}/{rollout.sample}"
 
 
-def check_rollout(rollout: Rollout, vocab_size: int) -> None:
+def check_rollout(rollout: Rollout, vocab_size: int, *, unknown_logprobs: bool = False) -> None:
     """Refuse a sequence that cannot be stored or trained on.
+
+    With `unknown_logprobs`, its log-probs must be NaN.
 
     Raises:
         DataError: names the sequence, the position and the value.
@@ -100,11 +109,20 @@ def check_rollout(rollout: Rollout, vocab_size: int) -> None:
             "can carry loss"
         )
     for field in ("rollout_logprobs", "rollout_logprobs_raw"):
+        if unknown_logprobs:
+            _check_shape(name, field, getattr(rollout, field), (length,))
+            known = ~np.isnan(getattr(rollout, field))
+            _refuse(name, rollout, known, field, getattr(rollout, field), "NaN, as declared")
+            continue
         _check_logprobs(name, field, getattr(rollout, field), (length,), rollout)
 
 
-def check_scores(rollout: Rollout, scores: TeacherScores, vocab_size: int, k: int) -> None:
+def check_scores(
+    rollout: Rollout, scores: TeacherScores, vocab_size: int, k: int, *, has_entropy: bool = True
+) -> None:
     """Refuse scores that are not a distribution over `vocab_size` ids for every token.
+
+    Without `has_entropy`, for engines that cannot tell it, the entropy is to be NaN.
 
     Raises:
         DataError: names the sequence, the response token and what is wrong with it.
@@ -115,8 +133,11 @@ def check_scores(rollout: Rollout, scores: TeacherScores, vocab_size: int, k: in
     _check_logprobs(name, "topk_logprobs", scores.topk_logprobs, (length, k), rollout)
     _check_logprobs(name, "tail_logprobs", scores.tail_logprobs, (length,), rollout, tail=True)
     _check_shape(name, "entropy", scores.entropy, (length,))
-    bad = np.asarray(~np.isfinite(scores.entropy) | (scores.entropy < -MASS_TOLERANCE))
-    _refuse(name, rollout, bad, "entropy", scores.entropy, "a finite number of nat, at least 0")
+    if has_entropy:
+        bad = np.asarray(~np.isfinite(scores.entropy) | (scores.entropy < -MASS_TOLERANCE))
+        _refuse(name, rollout, bad, "entropy", scores.entropy, "a finite number of nat, at least 0")
+    else:
+        _refuse(name, rollout, ~np.isnan(scores.entropy), "entropy", scores.entropy, "NaN")
     _check_list(name, "topk_ids", scores.topk_ids, (length, k), vocab_size, rollout)
     if (scores.extra_ids is None) != (scores.extra_logprobs is None):
         raise DataError(f"{name}: extra_ids and extra_logprobs come together or not at all")
@@ -127,6 +148,8 @@ def check_scores(rollout: Rollout, scores: TeacherScores, vocab_size: int, k: in
         _check_shape(name, "extra_logprobs", scores.extra_logprobs, shape)
         filled = np.where(used, scores.extra_logprobs, 0.0)
         _check_logprobs(name, "extra_logprobs", filled, shape, rollout)
+        if (rest := scores.extra_tail_logprobs) is not None:
+            _check_logprobs(name, "extra_tail_logprobs", rest, (length,), rollout, tail=True)
     _check_distribution(name, rollout, scores)
 
 

@@ -1,22 +1,27 @@
-"""Writers of shard folders: resumable, one per folder, nothing finished is ever lost."""
+"""Writers of shard folders: resumable, one or several to a folder, nothing finished is lost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lopd.cache.codec import CODECS, build_lists, check_packable
-from lopd.cache.layout import Scored, rollout_arrays, rollout_counts, score_arrays, score_counts
+from lopd.cache.codec import CODECS, Scored, check_storable
+from lopd.cache.layout import index_digest, rollout_arrays, rollout_counts, score_shard
+from lopd.cache.lists import build_lists
 from lopd.cache.records import Rollout, TeacherScores, check_rollout, check_scores, name_of
 from lopd.cache.shards import (
     LOCK_NAME,
+    START_LOCK_NAME,
     FolderLock,
+    ShardLock,
     check_hash,
     head_rows,
     plan_of,
     read_receipt,
+    remove_shard_locks,
     require_kind,
+    start_lock,
     write_shard,
 )
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
@@ -29,25 +34,42 @@ from lopd.provenance import (
     recipe_of,
     write_manifest,
 )
+from lopd.workers import Worker
 
 
 class _ShardWriter:
-    """What writers of all kinds share. Holds the folder's lock until `finish` or `close`."""
+    """What writers of all kinds share. Holds the folder's lock until `finish` or `close`.
+
+    One writer has the folder to itself. A worker of several shares it with the others, holds a
+    lock on the shard that it is at, and writes what `claims` gives it.
+    """
 
     kinds: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], lock: FolderLock) -> None:
+    def __init__(
+        self, path: Path, manifest: Mapping[str, Any], lock: FolderLock, worker: Worker
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self._kind = require_kind(manifest, self.kinds)
         self._plan = plan_of(manifest)
         self._recipe = manifest_digest(manifest)
         self._vocab_size = head_rows(manifest)
+        self._unknown_logprobs = manifest.get("rollout_logprobs") == "unknown"
         self._lock = lock
-        self._good = {shard for shard in range(len(self._plan)) if self._is_good(shard)}
+        self._worker = worker
+        self._claimed: int | None = None
+        # Those whose receipt hides it; other workers hash the shards of their own numbers.
+        self._altered = {
+            shard
+            for shard in range(len(self._plan))
+            if worker.owns(shard)
+            and self._is_good(shard, hash_too=False)
+            and not self._is_good(shard, hash_too=True)
+        }
 
     @classmethod
-    def _open(cls, path: str | Path, manifest: Mapping[str, Any]) -> Any:
+    def _open(cls, path: str | Path, manifest: Mapping[str, Any], worker: Worker) -> Any:
         folder = Path(path)
         require_kind(manifest, cls.kinds)
         plan_of(manifest)
@@ -57,7 +79,7 @@ class _ShardWriter:
             folder.mkdir(parents=True, exist_ok=True)
             what = "used"
             _require_ours(folder, manifest)
-            return cls._claim(folder, manifest)
+            return cls._start(folder, manifest, worker)
         except LopdError:
             raise
         except OSError as error:
@@ -66,41 +88,77 @@ class _ShardWriter:
             ) from error
 
     @classmethod
-    def _claim(cls, folder: Path, manifest: Mapping[str, Any]) -> Any:
-        lock = FolderLock(folder)
+    def _start(cls, folder: Path, manifest: Mapping[str, Any], worker: Worker) -> Any:
+        with start_lock(folder):
+            lock = FolderLock(folder, shared=not worker.alone)
+            try:
+                if lock.alone:
+                    remove_temporaries(folder)
+                    remove_shard_locks(folder)
+                _require_ours(folder, manifest)  # again: another writer may have begun since
+                if (folder / MANIFEST_NAME).exists():
+                    manifest = read_manifest(folder)
+                else:
+                    write_manifest(folder, manifest)
+                lock.settle()
+            except BaseException:
+                lock.release()
+                raise
         try:
-            remove_temporaries(folder)
-            _require_ours(folder, manifest)  # again: another writer may have begun since
-            if (folder / MANIFEST_NAME).exists():
-                manifest = read_manifest(folder)
-            else:
-                write_manifest(folder, manifest)
-            return cls(folder, manifest, lock)
+            return cls(folder, manifest, lock, worker)
         except BaseException:
             lock.release()
             raise
 
     def missing(self) -> list[int]:
         """Shards, in order, whose receipt is absent or does not match the data."""
-        return [
-            shard
-            for shard in range(len(self._plan))
-            if shard not in self._good or not self._is_good(shard, hash_too=False)
-        ]
+        return [shard for shard in range(len(self._plan)) if self._is_missing(shard)]
 
-    def finish(self) -> None:
+    def claims(self) -> Iterator[int]:
+        """The shards to write, one after another; each is written before the next is asked for.
+
+        A worker gets those of its own number first, then any other that nobody has finished or
+        is at, until there is none left.
+        """
+        if self._worker.alone:
+            yield from self.missing()
+            return
+        found = True
+        while found:
+            found = False
+            for shard in self._worker.order(self.missing()):
+                lock = ShardLock.take(self.path, shard)
+                if lock is None:
+                    continue
+                try:
+                    if self._is_missing(shard):  # still: another may have written it since
+                        found, self._claimed = True, shard
+                        yield shard
+                        assert not self._is_missing(shard)
+                finally:
+                    self._claimed = None
+                    lock.release()
+
+    def finish(self) -> bool:
         """Check that every shard of the plan is there, and give the folder back.
 
+        Returns whether all are: False where other workers are at those that are missing, the
+        last of which will find them all.
+
         Raises:
-            ShardError: names the first missing shard; the writer stays open.
+            ShardError: names the first shard that is missing and that nobody is at; the writer
+                stays open.
         """
+        busy = [shard for shard in self.missing() if self._is_taken(shard)]
         missing = self.missing()
-        if missing:
+        idle = sorted(set(missing) - set(busy))
+        if idle:
             raise ShardError(
-                f"{self.path}: {len(missing)} of {len(self._plan)} shards are missing, the first "
-                f"is {missing[0]}; write them before finishing"
+                f"{self.path}: {len(idle)} of {len(self._plan)} shards are missing, the first "
+                f"is {idle[0]}; write them before finishing"
             )
         self.close()
+        return not missing
 
     def close(self) -> None:
         """Give the folder back, finished or not; what is missing can be written later."""
@@ -112,7 +170,19 @@ class _ShardWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _is_good(self, shard: int, *, hash_too: bool = True) -> bool:
+    def _is_missing(self, shard: int) -> bool:
+        return shard in self._altered or not self._is_good(shard, hash_too=False)
+
+    def _is_taken(self, shard: int) -> bool:
+        """Whether another worker is writing it."""
+        if self._worker.alone:
+            return False
+        lock = ShardLock.take(self.path, shard)
+        if lock is not None:
+            lock.release()
+        return lock is None
+
+    def _is_good(self, shard: int, *, hash_too: bool) -> bool:
         try:
             receipt = read_receipt(
                 self.path,
@@ -137,7 +207,7 @@ class _ShardWriter:
             )
         seen = set()
         for rollout in rollouts:
-            check_rollout(rollout, self._vocab_size)
+            check_rollout(rollout, self._vocab_size, unknown_logprobs=self._unknown_logprobs)
             if (rollout.prompt_id, rollout.sample) in seen:
                 raise DataError(
                     f"{name_of(rollout)} is twice in shard {shard}; give every sample of a "
@@ -148,8 +218,13 @@ class _ShardWriter:
     def _store(
         self, shard: int, arrays: Mapping[str, np.ndarray], counts: Mapping[str, Any]
     ) -> None:
+        if not self._worker.alone and shard != self._claimed:
+            raise ShardError(
+                f"{self.path}: shard {shard} is not claimed; a worker writes what claims() gives"
+            )
+        counts = {**counts, "index_sha256": index_digest(arrays)}
         write_shard(self.path, shard, arrays, kind=self._kind, recipe=self._recipe, counts=counts)
-        self._good.add(shard)
+        self._altered.discard(shard)
 
 
 class RolloutWriter(_ShardWriter):
@@ -158,11 +233,14 @@ class RolloutWriter(_ShardWriter):
     kinds = ("rollouts", "sft_data")
 
     @classmethod
-    def create(cls, path: str | Path, manifest: Mapping[str, Any]) -> "RolloutWriter":
+    def create(
+        cls, path: str | Path, manifest: Mapping[str, Any], *, worker: Worker | None = None
+    ) -> "RolloutWriter":
         """Start the folder, or resume it where it holds the same recipe.
 
         The manifest needs `plan.shards` and `model.vocab_size`. When resuming, the manifest
-        on disk stays and finished shards are hashed, so a torn one counts as missing.
+        on disk stays and finished shards are hashed, so a torn one counts as missing. A
+        `worker` of several shares the folder with the others and hashes those of its number.
 
         Raises:
             ConfigError: the folder holds another recipe; the message names what differs.
@@ -170,7 +248,7 @@ class RolloutWriter(_ShardWriter):
             ShardError: another process is writing there, or the folder holds something else,
                 is a file, or cannot be written.
         """
-        return cls._open(path, manifest)
+        return cls._open(path, manifest, worker or Worker())
 
     def write(self, shard: int, records: Sequence[Rollout]) -> None:
         """Write one shard: the sequences that the plan says, in their order.
@@ -180,7 +258,8 @@ class RolloutWriter(_ShardWriter):
             ShardError: the disk refused; finished shards are intact.
         """
         self._check_rollouts(shard, records)
-        self._store(shard, rollout_arrays(records), rollout_counts(records))
+        arrays = rollout_arrays(records, None, self._vocab_size)
+        self._store(shard, arrays, rollout_counts(records))
 
 
 class CacheWriter(_ShardWriter):
@@ -188,18 +267,25 @@ class CacheWriter(_ShardWriter):
 
     kinds = ("cache",)
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], lock: FolderLock) -> None:
-        super().__init__(path, manifest, lock)
-        self._k, self._top_p, self._codec = _cache_settings(manifest)
+    def __init__(
+        self, path: Path, manifest: Mapping[str, Any], lock: FolderLock, worker: Worker
+    ) -> None:
+        super().__init__(path, manifest, lock, worker)
+        _cache_settings(manifest)
 
     @classmethod
-    def create(cls, path: str | Path, manifest: Mapping[str, Any]) -> "CacheWriter":
+    def create(
+        cls, path: str | Path, manifest: Mapping[str, Any], *, worker: Worker | None = None
+    ) -> "CacheWriter":
         """As `RolloutWriter.create`; the manifest also needs `k`, `top_p` and `codec`.
 
-        `model` is the teacher: its `vocab_size` bounds the ids and sets the bits of `packed`.
+        With `entropy` "absent" in it, scores come without (NaN).
+
+        `model` is the teacher: its `vocab_size` bounds the ids and sets their bits in `packed`
+        and `compact`.
         """
         _cache_settings(manifest)
-        return cls._open(path, manifest)
+        return cls._open(path, manifest, worker or Worker())
 
     def write(self, shard: int, records: Sequence[tuple[Rollout, TeacherScores]]) -> None:
         """Cut the lists at `top_p`, encode and write one shard.
@@ -211,16 +297,31 @@ class CacheWriter(_ShardWriter):
         """
         rollouts = [rollout for rollout, _ in records]
         self._check_rollouts(shard, rollouts)
-        scored = [self._cut(rollout, scores) for rollout, scores in records]
-        arrays = rollout_arrays(rollouts) | score_arrays(scored, self._codec, self._vocab_size)
-        self._store(shard, arrays, rollout_counts(rollouts) | score_counts(rollouts, scored))
+        self._store(shard, *encode_records(self.manifest, records))
 
-    def _cut(self, rollout: Rollout, scores: TeacherScores) -> Scored:
-        check_scores(rollout, scores, self._vocab_size, self._k)
-        lists, tail = build_lists(scores, self._top_p)
-        if self._codec == "packed":
-            check_packable(name_of(rollout), lists)
-        return Scored(scores.logprobs, scores.entropy, lists, tail)
+
+def encode_records(
+    manifest: Mapping[str, Any], records: Sequence[tuple[Rollout, TeacherScores]]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and counts of a cache's shard that holds these records.
+
+    Raises:
+        DataError: names the sequence, the response token and what is wrong with it.
+    """
+    k, top_p, codec = _cache_settings(manifest)
+    rows = head_rows(manifest)
+    rollouts = [rollout for rollout, _ in records]
+    scored = []
+    for rollout, scores in records:
+        check_scores(rollout, scores, rows, k, has_entropy=manifest.get("entropy") != "absent")
+        lists, tail = build_lists(scores, top_p)
+        cut = Scored(scores.logprobs, scores.entropy, lists, tail)
+        own = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
+        check_storable(name_of(rollout), codec, cut, *own)
+        scored.append(cut)
+    arrays = rollout_arrays(rollouts, codec, rows)
+    more, counts = score_shard(rollouts, scored, codec, rows)
+    return arrays | more, rollout_counts(rollouts) | counts
 
 
 def _cache_settings(manifest: Mapping[str, Any]) -> tuple[int, float, Any]:
@@ -240,7 +341,7 @@ def _require_ours(folder: Path, manifest: Mapping[str, Any]) -> None:
     if (folder / MANIFEST_NAME).exists():
         _require_same_recipe(folder, manifest)
         return
-    ours = {LOCK_NAME, VOCAB_NAME}
+    ours = {LOCK_NAME, START_LOCK_NAME, VOCAB_NAME}
     stray = sorted(
         item
         for item in folder.iterdir()

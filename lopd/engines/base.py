@@ -8,15 +8,17 @@ depend on its neighbours in a batch, on the shard it falls into or on the prompt
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from lopd.cache import Rollout, TeacherScores
-from lopd.errors import ConfigError
+from lopd.errors import ConfigError, DataError
 from lopd.prompts import Prompt
+
+Progress = Callable[[int], object]  # called with the number of sequences just finished
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,15 @@ class Engine(Protocol):
 
     tokenizer: Any
     vocab_size: int
-    context: int | None
+    context: int | None  # longest sequence that it scores; None for no bound
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        progress: Progress | None = None,
     ) -> list[Generation]:
         """One answer to each prompt (token ids), drawn with that prompt's seed."""
         ...
@@ -73,8 +80,19 @@ class Engine(Protocol):
         k: int,
         *,
         temperature: float = 1.0,
+        extra_ids: Sequence[np.ndarray] | None = None,  # each [R, E] int, -1 pads
+        progress: Progress | None = None,
     ) -> list[TeacherScores]:
-        """The model's top-k, own-token log-prob, tail and entropy at every response token."""
+        """The model's top-k, own-token log-prob, tail and entropy at every response token.
+
+        With `extra_ids` also the log-probs of further ids at each token, and the log of the
+        mass outside list and extra ids together.
+
+        Raises:
+            DataError: a sequence without prompt or response, longer than the context, or with an
+                id beyond the vocabulary.
+            ConfigError: k beyond the vocabulary, or what this engine cannot do.
+        """
         ...
 
 
@@ -97,3 +115,37 @@ def to_rollout(prompt: Prompt, sample: int, generation: Generation) -> Rollout:
         rollout_logprobs=generation.logprobs,
         rollout_logprobs_raw=generation.logprobs_raw,
     )
+
+
+def check_k(k: int, vocab_size: int) -> None:
+    """Refuse lists longer than the vocabulary."""
+    if not 1 <= k <= vocab_size:
+        raise ConfigError(
+            f"k: found {k}; expected 1 to the scoring model's vocabulary of {vocab_size}"
+        )
+
+
+def check_sequences(
+    sequences: Sequence[np.ndarray],
+    prompt_lengths: Sequence[int],
+    *,
+    context: int | None,
+    vocab_size: int,
+) -> None:
+    """Refuse sequences that a model cannot score; see `Engine.score`."""
+    for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        if not 1 <= prompt_length < len(tokens):
+            raise DataError(
+                f"sequence {i}: {prompt_length} of {len(tokens)} tokens are the prompt; "
+                "expected at least one prompt token and one response token"
+            )
+        if context is not None and len(tokens) > context:
+            raise DataError(
+                f"sequence {i}: {len(tokens)} tokens; the scoring model's context holds "
+                f"{context}; roll out with fewer --max_new_tokens"
+            )
+        if (largest := int(np.max(tokens))) >= vocab_size:
+            raise DataError(
+                f"sequence {i}: token id {largest}; the scoring model's vocabulary ends at "
+                f"{vocab_size - 1}: the two models do not share a tokenizer"
+            )

@@ -1,6 +1,6 @@
 """The transformers engine: batched generation with a KV cache, scoring without logits."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from lopd.cache import TeacherScores
-from lopd.engines.base import Generation, Sampling
-from lopd.errors import ConfigError, DataError, ModelError
-from lopd.heads import HeadOptions, check_head, run_with_loss
+from lopd.engines.base import Generation, Progress, Sampling, check_k, check_sequences
+from lopd.errors import ConfigError, ModelError
+from lopd.heads import HeadOptions, check_head, lm_head, run_with_loss
 from lopd.models import eos_token_ids, load_model, load_tokenizer
-from lopd_kernels import TopK, linear_topk
-
-Progress = Callable[[int], object]
+from lopd_kernels import TopK, linear_sparse_divergence, linear_topk
 
 
 class HfEngine:
@@ -46,9 +44,29 @@ class HfEngine:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, dtype: str, device: str = "auto", **limits: int
+        cls,
+        path: str | Path,
+        *,
+        dtype: str,
+        device: str = "auto",
+        local_rank: int | None = None,
+        options: dict[str, Any] | None = None,
+        **limits: int,
     ) -> "HfEngine":
-        return cls(load_model(path, dtype=dtype, device=device), load_tokenizer(path), **limits)
+        """The model at `path`; `options` may hold a `device_map`.
+
+        Raises:
+            ModelError: not loadable, or its LM head would be offloaded.
+        """
+        model = load_model(
+            path, dtype=dtype, device=device, local_rank=local_rank, **(options or {})
+        )
+        if lm_head(model).weight.is_meta:
+            raise ModelError(
+                f"{path}: the device_map offloads the LM head, which scoring reads directly; keep "
+                "it on a device"
+            )
+        return cls(model, load_tokenizer(path), **limits)
 
     @property
     def device(self) -> torch.device:
@@ -134,46 +152,36 @@ class HfEngine:
         k: int,
         *,
         temperature: float = 1.0,
+        extra_ids: Sequence[np.ndarray] | None = None,
         progress: Progress | None = None,
     ) -> list[TeacherScores]:
-        """See `Engine.score`. Memory does not depend on the vocabulary times the tokens."""
-        if not 1 <= k <= self.vocab_size:
-            raise ConfigError(
-                f"k: found {k}; expected 1 to the scoring model's vocabulary of {self.vocab_size}"
-            )
-        self._check_sequences(sequences, prompt_lengths)
+        """See `Engine.score`. Memory does not depend on the vocabulary times the tokens.
+
+        Extra ids cost one more pass over the LM head, which reduces the tail without them.
+        """
+        check_k(k, self.vocab_size)
+        check_sequences(sequences, prompt_lengths, context=self.context, vocab_size=self.vocab_size)
         results: dict[int, TeacherScores] = {}
         for rows in _by_tokens(sequences, self.tokens_per_batch):
             batch = self._score_batch(
-                [sequences[i] for i in rows], [prompt_lengths[i] for i in rows], k, temperature
+                [sequences[i] for i in rows],
+                [prompt_lengths[i] for i in rows],
+                k,
+                temperature,
+                None if extra_ids is None else [extra_ids[i] for i in rows],
             )
             results.update(zip(rows, batch, strict=True))
             if progress is not None:
                 progress(len(rows))
         return [results[i] for i in range(len(sequences))]
 
-    def _check_sequences(
-        self, sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int]
-    ) -> None:
-        for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
-            if not 1 <= prompt_length < len(tokens):
-                raise DataError(
-                    f"sequence {i}: {prompt_length} of {len(tokens)} tokens are the prompt; "
-                    "expected at least one prompt token and one response token"
-                )
-            if self.context is not None and len(tokens) > self.context:
-                raise DataError(
-                    f"sequence {i}: {len(tokens)} tokens; the scoring model's context holds "
-                    f"{self.context}; roll out with fewer --max_new_tokens"
-                )
-            if (largest := int(np.max(tokens))) >= self.vocab_size:
-                raise DataError(
-                    f"sequence {i}: token id {largest}; the scoring model's vocabulary ends at "
-                    f"{self.vocab_size - 1}: the two models do not share a tokenizer"
-                )
-
     def _score_batch(
-        self, sequences: list[np.ndarray], prompt_lengths: list[int], k: int, temperature: float
+        self,
+        sequences: list[np.ndarray],
+        prompt_lengths: list[int],
+        k: int,
+        temperature: float,
+        extra_ids: list[np.ndarray] | None,
     ) -> list[TeacherScores]:
         width = max(map(len, sequences))
         ids = np.zeros((len(sequences), width), dtype=np.int64)
@@ -186,38 +194,72 @@ class HfEngine:
                 zip(sequences, prompt_lengths, strict=True)
             )
         ]
-        index = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in spans])).to(
-            self.device
-        )
-        input_ids = torch.from_numpy(ids).to(self.device)
-        labels = input_ids.flatten()[index + 1]
+        index = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in spans]))
+        input_ids = torch.from_numpy(ids)
+        wanted = input_ids.flatten()[index + 1][:, None]
+        if extra_ids is not None:
+            further = torch.from_numpy(np.concatenate(extra_ids).astype(np.int64))
+            wanted = torch.cat([wanted, further], dim=1)
 
-        def topk(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions) -> TopK:
-            return linear_topk(
-                hidden.flatten(0, 1)[index],
-                weight,
-                k,
-                extra_ids=labels[:, None],
-                bias=bias,
-                temperature=temperature,
-                **head.kwargs(),
-            )
+        def read(
+            hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions
+        ) -> tuple[TopK, Tensor | None]:
+            rows = hidden.flatten(0, 1)[index.to(hidden.device)]
+            options = {"bias": bias, "temperature": temperature, **head.kwargs()}
+            asked = wanted.to(weight.device)
+            top = linear_topk(rows, weight, k, extra_ids=asked, **options)
+            if extra_ids is None:
+                return top, None
+            return top, _tail_without(rows, weight, top, asked[:, 1:], options)
 
-        inputs = {"input_ids": input_ids, "attention_mask": torch.from_numpy(mask).to(self.device)}
-        top = run_with_loss(self.model, inputs, topk)
+        inputs = {"input_ids": input_ids.to(self.device)}
+        inputs["attention_mask"] = torch.from_numpy(mask).to(self.device)
+        top, extra_tail = run_with_loss(self.model, inputs, read)
         assert top.extra_logprobs is not None
-        columns = (
-            top.extra_logprobs[:, 0].float().cpu().numpy(),
-            top.entropy.float().cpu().numpy(),
+        columns = [
+            _floats(top.extra_logprobs[:, 0]),
+            _floats(top.entropy),
             top.ids.to(torch.int32).cpu().numpy(),
-            top.logprobs.float().cpu().numpy(),
-            top.tail_logprobs.float().cpu().numpy(),
-        )
+            _floats(top.logprobs),
+            _floats(top.tail_logprobs),
+        ]
+        if extra_tail is not None:
+            columns += [
+                wanted[:, 1:].to(torch.int32).numpy(),
+                _floats(top.extra_logprobs[:, 1:]),
+                _floats(extra_tail),
+            ]
         ends = np.cumsum([b - a for a, b in spans])[:-1]
         return [
             TeacherScores(*parts)
             for parts in zip(*(np.split(c, ends) for c in columns), strict=True)
         ]
+
+
+def _floats(values: Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()
+
+
+def _tail_without(
+    rows: Tensor, weight: Tensor, top: TopK, extra: Tensor, options: dict[str, Any]
+) -> Tensor:  # [N]
+    """Log of the mass outside the top-k and the extra ids, reduced with all of them removed.
+
+    The divergence of the model to its own log-probs, whose statistics hold that mass.
+    """
+    assert top.extra_logprobs is not None
+    new = extra.masked_fill((extra[:, :, None] == top.ids[:, None, :]).any(2), -1)
+    result: Any = linear_sparse_divergence(
+        rows,
+        weight,
+        torch.cat([top.ids, new], dim=1),
+        torch.cat([top.logprobs, top.extra_logprobs[:, 1:]], dim=1),
+        tail_logprobs=top.tail_logprobs,
+        return_stats=True,
+        validate=False,
+        **options,
+    )
+    return result[1].student_tail_logprobs
 
 
 def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:

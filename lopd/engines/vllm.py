@@ -1,0 +1,302 @@
+"""The vLLM engine: fast sampling and scoring, with what it cannot tell said so.
+
+vLLM returns top-k lists, so the mass outside a list is found by subtraction here and there is
+no entropy; the transformers engine reduces both. Log-probs of prompts are raw at any
+temperature, so a scoring temperature other than 1 is refused.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lopd.cache import TeacherScores
+from lopd.engines.base import Generation, Progress, Sampling, check_k, check_sequences
+from lopd.engines.vllm_output import by_entries, read_prompt_logprobs, to_scores
+from lopd.errors import ConfigError, DataError, ModelError
+from lopd.models import check_model_folder, context_of, eos_ids_of, load_tokenizer
+from lopd.provenance import vocab_size_of
+
+# vLLM raises a temperature below this to it.
+LOWEST_TEMPERATURE = 0.01
+
+
+class VllmEngine:
+    """One vLLM model that generates and scores.
+
+    Sampled tokens bring the log-probs of the distribution that they were drawn from; where that
+    is not the model's own, the raw ones come from a second pass over prompt and answer.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self, llm: Any, tokenizer: Any, *, vocab_size: int, context: int | None, eos_ids: list[int]
+    ) -> None:
+        self.llm, self.tokenizer = llm, tokenizer
+        self.vocab_size, self.context, self.eos_ids = vocab_size, context, eos_ids
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str,
+        device: str = "auto",
+        local_rank: int | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> "VllmEngine":
+        """Start vLLM on a local model folder.
+
+        Without `max_model_len` a sequence may fill the model's context: vLLM wants room for one
+        more token than it is given to score, so it is told a context longer by one, of which no
+        position beyond the model's own is ever computed.
+
+        Raises:
+            ConfigError: vllm is not installed, or runs on another device.
+            ModelError: vLLM cannot run the model.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                "engine: vllm is not installed here; pip install 'lopd[vllm]' into an environment "
+                "of its own, or use --engine transformers"
+            )
+        folder, options = check_model_folder(path), dict(options or {})
+        tokenizer, vocab_size = load_tokenizer(folder), vocab_size_of(folder)
+        context = context_of(folder)
+        if "max_model_len" in options:
+            context = options["max_model_len"] - 1
+        elif context is not None:
+            options["max_model_len"] = context + 1
+        if local_rank is not None:
+            _choose_gpus(local_rank, _gpus_needed(options))
+        with _environment(VLLM_ALLOW_LONG_MAX_MODEL_LEN="1"):
+            llm = _start(folder, dtype, device, vocab_size, options)
+        return cls(
+            llm,
+            tokenizer,
+            vocab_size=vocab_size,
+            context=context,
+            eos_ids=eos_ids_of(folder, tokenizer),
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        progress: Progress | None = None,
+    ) -> list[Generation]:
+        """See `Engine.generate`."""
+        from vllm import SamplingParams
+
+        if len(prompts) != len(seeds):
+            raise ConfigError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds")
+        if 0 < sampling.temperature < LOWEST_TEMPERATURE:
+            raise ConfigError(
+                f"temperature: found {sampling.temperature}; vllm would raise it to "
+                f"{LOWEST_TEMPERATURE}: use that or more, or 0 for greedy decoding"
+            )
+        self._check_room(prompts, sampling.max_new_tokens)
+        parameters = [
+            SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=seed,
+                stop_token_ids=self.eos_ids,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        outputs = self._run(prompts, parameters)
+        answers = [self._read_answer(i, output.outputs[0]) for i, output in enumerate(outputs)]
+        if sampling.is_raw or sampling.temperature == 0:
+            raw = [logprobs for _, _, logprobs in answers]
+        else:
+            raw = self._raw_logprobs(prompts, [tokens for tokens, _, _ in answers])
+        if progress is not None:
+            progress(len(answers))
+        return [Generation(*answer, r) for answer, r in zip(answers, raw, strict=True)]
+
+    def score(
+        self,
+        sequences: Sequence[np.ndarray],
+        prompt_lengths: Sequence[int],
+        k: int,
+        *,
+        temperature: float = 1.0,
+        extra_ids: Sequence[np.ndarray] | None = None,
+        progress: Progress | None = None,
+    ) -> list[TeacherScores]:
+        """See `Engine.score`; the entropy is NaN, and the tail is `derived_tail`.
+
+        Raises:
+            ConfigError: a temperature other than 1, or extra ids.
+        """
+        if temperature != 1.0:
+            raise ConfigError(
+                f"temperature: found {temperature}; vllm scores at 1 alone, use --engine "
+                "transformers"
+            )
+        if extra_ids is not None:
+            raise ConfigError(
+                "extra_ids: vllm scores its own top-k alone; use --engine transformers"
+            )
+        check_k(k, self.vocab_size)
+        check_sequences(sequences, prompt_lengths, context=self.context, vocab_size=self.vocab_size)
+        scores: list[TeacherScores] = []
+        for part in by_entries(sequences, k + 1):
+            for i, output in zip(part, self._read_prompts(sequences, part, k), strict=True):
+                ids, logprobs = read_prompt_logprobs(i, output, sequences[i], k)
+                rows = slice(prompt_lengths[i] - 1, None)
+                scores.append(to_scores(i, ids[rows], logprobs[rows], self.vocab_size))
+            if progress is not None:
+                progress(len(part))
+        return scores
+
+    def _check_room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise DataError(f"prompt {i}: has no tokens; expected at least one")
+            if self.context is not None and len(prompt) + max_new_tokens > self.context:
+                raise DataError(
+                    f"prompt {i}: {len(prompt)} tokens and max_new_tokens={max_new_tokens} pass "
+                    f"the {self.context} that vllm was given room for; lower --max_new_tokens or "
+                    "raise max_model_len"
+                )
+
+    def _run(self, prompts: Sequence[Sequence[int]], parameters: Any) -> list[Any]:
+        requests = [{"prompt_token_ids": [int(token) for token in prompt]} for prompt in prompts]
+        outputs = self.llm.generate(requests, parameters, use_tqdm=False)
+        if len(outputs) != len(requests) or not all(output.finished for output in outputs):
+            raise ModelError(
+                f"vllm: {len(requests)} requests, {sum(o.finished for o in outputs)} finished; "
+                "see its log"
+            )
+        return outputs
+
+    def _read_answer(self, i: int, answer: Any) -> tuple[np.ndarray, str, np.ndarray]:
+        """(tokens [R] int32, finish reason, log-probs [R] fp32) of one answer, checked."""
+        tokens = np.asarray(answer.token_ids, np.int32)
+        logprobs = np.asarray(answer.logprobs.logprobs, np.float32)
+        listed = np.asarray(answer.logprobs.token_ids)
+        if len(tokens) < 1 or logprobs.shape != tokens.shape or (listed != tokens).any():
+            raise ModelError(
+                f"vllm: answer {i} has {len(tokens)} tokens and {len(logprobs)} log-probs; "
+                "expected one of every token"
+            )
+        if not np.isfinite(logprobs).all():
+            raise ModelError(
+                f"vllm: answer {i} has log-prob {logprobs[~np.isfinite(logprobs)][0]}; check the "
+                "model's weights, or use a wider --dtype"
+            )
+        stopped = int(tokens[-1]) in self.eos_ids
+        if answer.finish_reason not in ("stop", "length") or (
+            answer.finish_reason == "stop" and not stopped
+        ):
+            raise ModelError(
+                f"vllm: answer {i} ended with finish reason {answer.finish_reason!r} on token "
+                f"{tokens[-1]}; expected 'length', or 'stop' on one of {self.eos_ids}"
+            )
+        return tokens, "stop" if stopped else "length", logprobs
+
+    def _raw_logprobs(
+        self, prompts: Sequence[Sequence[int]], answers: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        sequences = [
+            np.concatenate([np.asarray(prompt, np.int64), answer])
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        raw = []
+        for part in by_entries(sequences, 1):
+            for i, output in zip(part, self._read_prompts(sequences, part, 0), strict=True):
+                _, logprobs = read_prompt_logprobs(i, output, sequences[i], 0)
+                raw.append(logprobs[len(prompts[i]) - 1 :, 0])
+        return raw
+
+    def _read_prompts(self, sequences: Sequence[np.ndarray], part: range, k: int) -> list[Any]:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=k, flat_logprobs=True, detokenize=False
+        )
+        outputs = self._run([sequences[i].tolist() for i in part], parameters)
+        return [output.prompt_logprobs for output in outputs]
+
+
+def _start(folder: Path, dtype: str, device: str, vocab_size: int, options: dict[str, Any]) -> Any:
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if device != "auto" and device != current_platform.device_type:
+        raise ConfigError(
+            f"device: found '{device}'; the installed vllm runs on {current_platform.device_type}"
+        )
+    try:
+        llm = LLM(
+            model=str(folder),
+            dtype=dtype,
+            logprobs_mode="processed_logprobs",
+            max_logprobs=vocab_size,
+            **options,
+        )
+    except Exception as error:  # vLLM raises whatever its parts raise
+        found = " ".join((str(error).strip() or type(error).__name__).split())
+        raise ModelError(f"{folder}: vllm cannot run it ({found})") from error
+    rows = llm.llm_engine.model_config.get_vocab_size()
+    if rows != vocab_size:
+        raise ModelError(
+            f"{folder}: vllm sees {rows} vocabulary rows, config.json says {vocab_size}; score it "
+            "with --engine transformers"
+        )
+    return llm
+
+
+def _gpus_needed(options: dict[str, Any]) -> int:
+    return options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+
+
+def _choose_gpus(local_rank: int, count: int) -> None:
+    """Show this process the GPUs that are its own, out of those that it may see."""
+    import torch
+
+    visible = torch.cuda.device_count()
+    if not visible:
+        return
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(i) for i in range(visible)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_of(local_rank, count, names))
+
+
+def gpus_of(local_rank: int, count: int, names: list[str]) -> list[str]:
+    """The `count` GPUs of process `local_rank`, in order of rank."""
+    mine = names[local_rank * count : (local_rank + 1) * count]
+    if len(mine) < count:
+        raise ConfigError(
+            f"LOCAL_RANK {local_rank}: needs GPUs {local_rank * count} to "
+            f"{(local_rank + 1) * count - 1}, and {len(names)} are visible; start fewer workers"
+        )
+    return mine
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables for the length of a call."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,108 @@
+"""What vLLM returns, as arrays: log-probs read by reshape, checked, and the tail they leave."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lopd.cache import TeacherScores
+from lopd.errors import DataError, ModelError
+
+# A derived tail below this is the rounding of a mass near one.
+TAIL_FLOOR = math.log(2.0**-23)
+MASS_TOLERANCE = 1e-3
+# Log-probs come back as Python lists: so many at a time are held.
+_ENTRIES_AT_ONCE = 1 << 23
+
+
+def read_prompt_logprobs(
+    i: int,
+    flat: Any,  # FlatLogprobs: nothing for the first token, then own id and top-k ids each
+    tokens: np.ndarray,  # [T]
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:  # [T - 1, 1 + k] int32, [T - 1, 1 + k] fp32
+    """What vLLM says of tokens 1 to T - 1: column 0 is the token's own, then the top-k.
+
+    Raises:
+        ModelError: too few entries, entries of other tokens, or log-probs that are none.
+    """
+    expected = (len(tokens) - 1) * (k + 1)
+    found = 0 if flat is None else len(flat.token_ids)
+    if found != expected or len(flat.logprobs) != expected:
+        raise ModelError(
+            f"vllm: sequence {i} of {len(tokens)} tokens came back with {found} log-probs, "
+            f"expected {expected}; nothing is written, check vllm's version and log"
+        )
+    ids = np.asarray(flat.token_ids, np.int32).reshape(-1, k + 1)
+    logprobs = np.asarray(flat.logprobs, np.float32).reshape(-1, k + 1)
+    apart = np.flatnonzero(ids[:, 0] != tokens[1:])
+    if len(apart):
+        at = int(apart[0])
+        raise ModelError(
+            f"vllm: sequence {i}: entry {at + 1} is of token {ids[at, 0]}, expected "
+            f"{tokens[at + 1]}; its log-probs are not aligned with the tokens"
+        )
+    bad = np.argwhere(~(logprobs <= MASS_TOLERANCE) | np.isneginf(logprobs))
+    if len(bad):
+        row, column = bad[0]
+        raise ModelError(
+            f"vllm: sequence {i}: token {row + 1} has log-prob {logprobs[row, column]}, expected a "
+            "finite one, at most 0; check the model's weights, or use a wider --dtype"
+        )
+    return ids, logprobs
+
+
+def derived_tail(
+    logprobs: np.ndarray,  # [R, K] fp32
+    outside: np.ndarray,  # [R] fp32, log-prob of a token outside the list, -inf where none is
+    full: bool,
+) -> np.ndarray:  # [R] fp32
+    """log(1 - sum of the list), in fp64, where nothing better is known.
+
+    -inf when the list is the whole vocabulary. Otherwise at least log 2^-23, the rounding of
+    a mass near one, and at least `outside`, whose mass is part of the tail.
+
+    Raises:
+        DataError: a list's mass is above 1 by more than rounding.
+    """
+    if full:
+        return np.full(len(logprobs), -np.inf, np.float32)
+    mass = np.logaddexp.reduce(logprobs.astype(np.float64), axis=1)
+    if (over := mass > math.log1p(MASS_TOLERANCE)).any():
+        row = int(np.flatnonzero(over)[0])
+        raise DataError(f"the list of response token {row} has mass {math.exp(mass[row]):.6f} > 1")
+    left = -np.expm1(np.minimum(mass, 0.0))
+    with np.errstate(divide="ignore"):
+        tail = np.log(left)
+    return np.maximum(np.maximum(tail, TAIL_FLOOR), outside).astype(np.float32)
+
+
+def to_scores(
+    i: int,
+    ids: np.ndarray,  # [R, 1 + k]
+    logprobs: np.ndarray,  # [R, 1 + k]
+    vocab_size: int,
+) -> TeacherScores:
+    """The scores of sequence i, without entropy."""
+    own, listed = logprobs[:, 0], logprobs[:, 1:]
+    inside = (ids[:, 1:] == ids[:, :1]).any(axis=1)
+    try:
+        tail = derived_tail(listed, np.where(inside, -np.inf, own), listed.shape[1] == vocab_size)
+    except DataError as error:
+        raise DataError(f"vllm: sequence {i}: {error}; nothing is written") from None
+    unknown = np.full(len(own), np.nan, np.float32)
+    return TeacherScores(own.copy(), unknown, ids[:, 1:].copy(), listed.copy(), tail)
+
+
+def by_entries(sequences: Sequence[np.ndarray], width: int) -> Iterator[range]:
+    """Runs of sequences whose log-probs number at most `_ENTRIES_AT_ONCE` (or one sequence)."""
+    start, entries = 0, 0
+    for i, tokens in enumerate(sequences):
+        size = len(tokens) * width
+        if i > start and entries + size > _ENTRIES_AT_ONCE:
+            yield range(start, i)
+            start, entries = i, 0
+        entries += size
+    if start < len(sequences):
+        yield range(start, len(sequences))

@@ -1,0 +1,79 @@
+"""Records of JSONL and parquet files, one after the other, each with its place."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lopd.errors import ConfigError, DataError, MissingFileError
+
+PARQUET_SUFFIX = ".parquet"
+_ROWS_TOGETHER = 4  # a row of a dump can hold 10^5 log-probs, each a Python object
+
+
+def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `(place, record)`: rows of a `.parquet` file, else the lines of a JSONL file.
+
+    Raises MissingFileError when the file is absent, DataError for one that is not what its name
+    says, ConfigError when pyarrow is needed and not installed.
+    """
+    path = Path(path)
+    if path.suffix == PARQUET_SUFFIX:
+        return _read_parquet(path)
+    return read_jsonl(path)
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `("file:line", record)` for every non-blank line of a JSONL file.
+
+    Raises MissingFileError when the file is absent, DataError for a line that is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; expected a JSONL file, one record a line")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise DataError(
+                    f"{where}: not JSON in UTF-8 ({error}); expected one object a line"
+                ) from None
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: found a {type(record).__name__}; expected an object")
+            yield where, record
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Columns and fields of structs that are null in a row are left out of its record."""
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; expected a parquet file")
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: reading parquet needs pyarrow; pip install 'lopd[parquet]'"
+        ) from error
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_ROWS_TOGETHER):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", _without_nulls(row)
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: not a whole parquet file ({' '.join(str(error).split())}); write it again"
+        ) from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [_without_nulls(item) for item in value]
+    return value
