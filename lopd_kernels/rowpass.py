@@ -202,4 +202,4 @@ def coefficients(
         grad = grad * weights.unsqueeze(1)
     own, total = reduction.state[:, 0], reduction.state[:, 1]
     factor = torch.where(total == 0.0, 0.0, grad[:, -1] / total)
-    return Coefficients(own, factor, None, grad[:, :-1])
+    return Coefficients(own, factor, None, grad[:, :-1].contiguous())

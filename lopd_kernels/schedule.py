@@ -76,7 +76,7 @@ class Sizes(NamedTuple):
         return (
             rows * padded(columns) * self.compute
             + blocks
-            + rows * self.d * operand
+            + self.n * self.d * operand
             + self.widened * self.d * self.compute
             + 2 * self.v * self.compute
             + BOOKKEEPING[rule] * self.n * (self.width + 2) * self.compute
@@ -90,7 +90,7 @@ class Sizes(NamedTuple):
         held = self.held(rows, self.v, "fused" if self.device == "cuda" else "torch")
         if not keeps_dz:
             return hidden + weight + bias + held
-        kept = self.n * (padded(self.v) + self.d) * self.element
+        kept = self.n * padded(self.v) * self.element
         saved = hidden + bias + self.v * self.d * self.element * needs.weight
         return max(kept + bias + max(self.widening(needs), held), saved)
 
