@@ -258,6 +258,11 @@ def check_schedule(
     wanted = compute_dtype(weight.dtype)
     if buffer.dtype != wanted:
         raise DtypeError(f"weight_grad_buffer is {buffer.dtype}, expected {wanted}")
+    if buffer.shape[1] > 1 and buffer.stride(1) != 1:
+        raise ValueError(
+            f"weight_grad_buffer has strides {list(buffer.stride())}, expected contiguous rows; "
+            "pass a row-major tensor"
+        )
     if buffer.requires_grad:
         raise ValueError("weight_grad_buffer requires grad; pass a plain tensor to add dW into")
     if torch.is_grad_enabled() and not weight.requires_grad:

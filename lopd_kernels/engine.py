@@ -8,8 +8,9 @@ Row chunks, gradient in the forward (`fused_loss`):
                          dW += dz^T H_c   GEMM 3, accumulated in fp32; one GEMM at the end
                                           where dz of all rows is kept
 
-dz carries w_n / max|w| only; max|w|, the constant slope of the head and the upstream
-gradient multiply once, in the last pass over the finished gradients (`Grads.scale`).
+dz carries w_n and the constant slope of the head over a power of two that makes them at most
+one; that power and the upstream gradient multiply in the last pass over the finished
+gradients (`Grads.scale`), so that with an upstream of one the pass rounds nothing.
 
 Panels of the vocabulary, gradient in the backward (`reduce_rows`, `row_grads`):
 
@@ -59,7 +60,7 @@ from lopd_kernels.rowpass import (
 )
 from lopd_kernels.schedule import Needs, Sizes, chunk_rows, padded, panel_columns
 
-FP16_SCALE = 256.0  # of dz: its small entries would be subnormal
+FP16_ROOM = 2.0**15  # half of fp16's range, for the largest entry of dz
 
 
 class Linear(NamedTuple):
@@ -76,6 +77,11 @@ class Linear(NamedTuple):
     @property
     def functions(self) -> RowFunctions:
         return row_functions(self.hidden)
+
+    @property
+    def is_fp16(self) -> bool:
+        """Whether dz is stored in fp16, whose range it has to be fitted into."""
+        return is_mixed(self.hidden) and self.hidden.dtype == torch.float16
 
     def sizes(self, width: int) -> Sizes:
         return Sizes.of(self.hidden, self.weight, width)
@@ -101,7 +107,7 @@ def make_linear(
     softcap: float | None,
     temperature: float,
 ) -> Linear:
-    bias = None if bias is None else bias.to(compute_dtype(hidden.dtype))
+    bias = None if bias is None else bias.to(compute_dtype(hidden.dtype)).contiguous()
     return Linear(hidden, weight, Head(logit_scale, softcap, temperature, bias))
 
 
@@ -132,19 +138,38 @@ def weigh(losses: Tensor, row_weights: Tensor | None) -> Tensor:
     return torch.where(row_weights == 0, 0.0, losses * row_weights.to(losses.dtype))
 
 
-def normalised(linear: Linear, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(w over the largest finite |w| [N], the factor that makes up for it and for the head)."""
+def power_of_two(x: Tensor) -> Tensor:
+    """The smallest power of two above |x|, 1 for 0: scaling by it costs no digits."""
+    return torch.where(x == 0.0, 1.0, x.abs() / torch.frexp(x.abs()).mantissa)
+
+
+def normalised(
+    linear: Linear, row_weights: Tensor | None, largest_dz: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(weights [N] that dz carries, the power of two that makes up for them).
+
+    They are w times the constant slope of the head, below one. In fp16 they leave room for
+    `largest_dz`, what dz may reach with weights of one: its small entries would be subnormal.
+    """
     n = linear.hidden.shape[0]
     weights = linear.hidden.new_ones(n, dtype=linear.dtype)
-    largest = linear.hidden.new_ones((), dtype=linear.dtype)
-    if row_weights is not None and n > 0:
-        largest = torch.where(row_weights.isfinite(), row_weights, 0.0).abs().amax()
-        largest = torch.where(largest == 0.0, 1.0, largest).to(linear.dtype)
-        weights = row_weights.to(linear.dtype) / largest
-    scale = largest * linear.head.slope
-    if is_mixed(linear.hidden) and linear.hidden.dtype == torch.float16:
-        return weights * FP16_SCALE, scale / FP16_SCALE
-    return weights, scale
+    if row_weights is not None:
+        weights = row_weights.to(linear.dtype)
+    weights = weights * linear.head.slope
+    finite = torch.where(weights.isfinite(), weights, 0.0).abs()
+    scale = power_of_two(finite.amax()) if n else weights.new_ones(())
+    if linear.is_fp16 and largest_dz is not None:
+        scale = scale / (power_of_two(FP16_ROOM / largest_dz) / 2.0)
+    return weights / scale, scale
+
+
+def largest_dz(target: Tensor) -> Tensor:
+    """A bound of |dL/dz| at weights of one: |p (log p - log q)| and |A| for usual log-probs.
+
+    An importance ratio may pass it; what leaves the range of fp16 comes out as inf.
+    """
+    known = torch.where(target.isfinite(), target, 0.0).abs()
+    return 128.0 + 2.0 * (known.amax() if known.numel() else known.sum())
 
 
 def in_place(u: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,11 +181,11 @@ def row_chunks(
     linear: Linear,
     rows: int,
     hidden: Tensor,  # [N, D] operand
+    panels: Panels,
     visit: Callable[[Tensor, slice], None],
 ) -> None:
     """Call `visit` with the logits u [R, V] of `rows` rows at a time."""
     n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
-    panels = Panels(linear.weight)
     buffer = hidden.new_empty((min(rows, n), padded(vocab)), dtype=linear.dtype)
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
@@ -183,9 +208,9 @@ def fused_loss(
     """Value, row statistics and the gradients that `needs` names, in one sweep of row chunks."""
     n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
     like, functions = linear.hidden, linear.functions
-    weights, scale = normalised(linear, row_weights)
-    support = functions.locate(ids, row_weights, vocab)
     target = target.to(linear.dtype)
+    weights, scale = normalised(linear, row_weights, largest_dz(target))
+    support = functions.locate(ids, row_weights, vocab)
     stats = like.new_zeros((n, len(STATS) + len(rule.extras)), dtype=linear.dtype)
     hidden = linear.operand(support.active)
     panels = Panels(linear.weight)
@@ -216,12 +241,12 @@ def fused_loss(
             weight_grad(dz, hidden[part], grads.weight)
 
     sizes = linear.sizes(ids.shape[1])
-    row_chunks(linear, chunk_rows(sizes, needs, keeps_dz, workspace_bytes), hidden, visit)
+    row_chunks(linear, chunk_rows(sizes, needs, keeps_dz, workspace_bytes), hidden, panels, visit)
     if keeps_dz and needs.hidden:
         grads.hidden = like.new_empty(like.shape, dtype=linear.dtype)
         hidden_grad(kept, panels, 0, grads.hidden, fresh=True)
     if keeps_dz and needs.weight:
-        grads.weight = torch.empty_like(linear.weight)
+        grads.weight = linear.weight.new_empty(linear.weight.shape)
         new_weight_grad(kept, hidden, grads.weight)
     if needs.hidden:
         grads.hidden.masked_fill_(~support.active.unsqueeze(1), 0.0)
@@ -274,12 +299,8 @@ def panel_grads(
             torch.sum(dz, 0, dtype=linear.dtype, out=dbias[part])
         if own:
             new_weight_grad(dz, hidden, dweight[part], scale)
-        elif accumulator is not None and scale is None:
-            weight_grad(dz, hidden, accumulator[part])
         elif accumulator is not None:
-            piece = torch.empty_like(accumulator[part])
-            new_weight_grad(dz, hidden, piece, scale)
-            accumulator[part].add_(piece)
+            weight_grad(dz, hidden, accumulator[part], scale)
         if needs.hidden:
             hidden_grad(dz, panels, first, dhidden, fresh=False)
     if needs.hidden:
@@ -291,12 +312,12 @@ def panel_grads(
     return dhidden.to(like.dtype), dweight, dbias
 
 
-def complete(linear: Linear, row_weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def complete(
+    linear: Linear, row_weights: Tensor | None, largest_dz: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """(weights of dz, scale) for `panel_grads`: fp16 alone needs a scale that dz leaves out."""
-    weights, scale = normalised(linear, row_weights)
-    if is_mixed(linear.hidden) and linear.hidden.dtype == torch.float16:
-        return weights, scale
-    return weights * scale, None
+    weights, scale = normalised(linear, row_weights, largest_dz)
+    return (weights, scale) if linear.is_fp16 else (weights * scale, None)
 
 
 class RowLosses(NamedTuple):
@@ -346,8 +367,9 @@ def row_grads(
     """The gradients of `row_losses`, see `panel_grads`."""
     support = linear.functions.locate(ids, weights, linear.weight.shape[0])
     buckets = settle(reduction).buckets
-    _, g, _ = rule.apply(buckets, target.to(linear.dtype))
-    factors, scale = complete(linear, weights)
+    target = target.to(linear.dtype)
+    _, g, _ = rule.apply(buckets, target)
+    factors, scale = complete(linear, weights, largest_dz(target))
     slopes = coefficients(reduction, g, buckets.exp(), factors)
     counted = needs._replace(weight=needs.weight and accumulator is None)
     columns = panel_columns(linear.sizes(ids.shape[1]), counted, workspace_bytes)

@@ -52,6 +52,9 @@ def run(
     buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(reduced loss, stats)"""
+    if reduction == "mean":
+        weights = mean_weights(rows.row_weights, hidden.shape[0], hidden)
+        rows = rows._replace(row_weights=weights)
     needs = tracked(hidden, weight, bias)
     sizes = Sizes.of(hidden, weight, rows.ids.shape[1])
     listed = rows.rule.endswith(":renormalize")
@@ -69,7 +72,7 @@ def run(
         losses, stats, *_ = ops.fused_loss(
             hidden, weight, bias, *rows, *head, *needs, want_entropy, keeps, workspace_bytes
         )
-    return reduce(losses, rows.row_weights, reduction, hidden.shape[0]), stats
+    return losses if reduction == "none" else losses.sum(), stats
 
 
 def tracked(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
@@ -82,17 +85,14 @@ def tracked(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
     )
 
 
-def reduce(losses: Tensor, row_weights: Tensor | None, reduction: str, n: int) -> Tensor:
-    """The reduction of weighted row losses [N] or of their sum []."""
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    if reduction == "sum":
-        return total
+def mean_weights(row_weights: Tensor | None, n: int, like: Tensor) -> Tensor:
+    """[N] weights whose sum is the weighted mean: w over its sum, 0 where that is 0."""
+    dtype = compute_dtype(like.dtype)
     if row_weights is None:
-        return total / max(n, 1)
-    mass = row_weights.to(total.dtype).sum()
-    return total * torch.where(mass == 0.0, 0.0, 1.0 / mass)
+        return torch.full((n,), 1.0 / max(n, 1), dtype=dtype, device=like.device)
+    weights = row_weights.to(dtype)
+    mass = weights.sum()
+    return weights * torch.where(mass == 0.0, 0.0, 1.0 / mass)
 
 
 def _sparse_rows(
@@ -245,6 +245,8 @@ def sparse_divergence(
         logits, logits.shape[1], topk_ids, topk_logprobs, tail_logprobs, divergence, tail, beta,
         row_weights, reduction, validate,
     )  # fmt: skip
+    if reduction == "mean":
+        rows = rows._replace(row_weights=mean_weights(row_weights, logits.shape[0], logits))
     losses, stats = query_ops.logits_losses(logits, *rows, temperature, return_stats)
-    loss = reduce(losses, row_weights, reduction, logits.shape[0])
+    loss = losses if reduction == "none" else losses.sum()
     return (loss, _sparse_stats(stats, rows, floored)) if return_stats else loss

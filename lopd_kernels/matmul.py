@@ -62,9 +62,6 @@ class Panels:
         shape = (self.rows, weight.shape[1])
         self.buffer = weight.new_empty(shape, dtype=operand_dtype(weight))
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        return self.between(0, self.weight.shape[0])
-
     def between(self, first: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
         """(columns from `first` on, rows of the weight) for its rows first to stop."""
         if not self.rows:
@@ -107,17 +104,24 @@ def hidden_grad(dz: Tensor, panels: Panels, first: int, total: Tensor, fresh: bo
         fresh = False
 
 
-def weight_grad(dz: Tensor, hidden: Tensor, total: Tensor) -> None:
-    """total [P, D] += dz^T [P, R] hidden [R, D]."""
-    _addmm(total, dz.t(), hidden)
+def weight_grad(dz: Tensor, hidden: Tensor, total: Tensor, scale: Tensor | None = None) -> None:
+    """total [P, D] += scale dz^T [P, R] hidden [R, D]."""
+    if scale is None:
+        _addmm(total, dz.t(), hidden)
+    else:
+        total.add_(_wide_weight_grad(dz, hidden, scale))
 
 
 def new_weight_grad(dz: Tensor, hidden: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
-    """out [P, D] = scale dz^T [P, R] hidden [R, D], rounded once unless scaled on CUDA."""
-    plain = scale is None and (out.dtype == dz.dtype)
-    if plain:
+    """out [P, D] = scale dz^T [P, R] hidden [R, D], rounded once."""
+    if scale is None and out.dtype == dz.dtype:
         torch.mm(dz.t(), hidden, out=out)
-        return
-    wide = out.new_empty(out.shape, dtype=compute_dtype(out.dtype))
+    else:
+        out.copy_(_wide_weight_grad(dz, hidden, scale))
+
+
+def _wide_weight_grad(dz: Tensor, hidden: Tensor, scale: Tensor | None) -> Tensor:
+    shape = dz.shape[1], hidden.shape[1]
+    wide = dz.new_empty(shape, dtype=compute_dtype(dz.dtype))
     _mm(dz.t(), hidden, wide)
-    out.copy_(wide if scale is None else wide * scale)
+    return wide if scale is None else wide.mul_(scale)

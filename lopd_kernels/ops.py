@@ -42,9 +42,12 @@ def differentiated_once(name: str) -> None:
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor * grad in `dtype`, rounded once and out of place."""
+    """factor * grad in `dtype`, rounded once and out of place.
+
+    A factor without dimensions would be rounded to the dtype of a 16-bit grad first.
+    """
     out = torch.empty_like(grad, dtype=dtype)
-    return torch.mul(grad, factor, out=out)
+    return torch.mul(grad, factor.reshape(1), out=out)
 
 
 def asked(ctx: Any, grads: tuple[Tensor, ...]) -> list[Tensor | None]:

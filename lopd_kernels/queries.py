@@ -16,7 +16,7 @@ from lopd_kernels.engine import (
     reduce_rows,
     row_chunks,
 )
-from lopd_kernels.matmul import compute_dtype
+from lopd_kernels.matmul import Panels, compute_dtype
 from lopd_kernels.rowpass import (
     STATS,
     Coefficients,
@@ -100,7 +100,11 @@ def logprobs_grads(
     g = grad_logprobs.new_zeros((*ids.shape[:1], ids.shape[1] + 1), dtype=linear.dtype)
     _add_at(g, first, grad_logprobs.to(linear.dtype).masked_fill(ids == -1, 0.0))
     seen = settle(reduction)
-    weights, scale = complete(linear, None)
+    reach = 2.0 * g.abs().sum(1)
+    if grad_entropy.numel():
+        reach = reach + 16.0 * grad_entropy.abs().to(linear.dtype)
+    reach = torch.where(reach.isfinite() & (reach > 0.0), reach, 1.0)
+    weights, scale = complete(linear, None, reach.amax() if len(reach) else reach.sum() + 1.0)
     slopes = coefficients(reduction, g, seen.buckets.exp(), weights)
     if grad_entropy.numel():
         slopes = _with_entropy(slopes, seen.shift[:, 0], seen.buckets[:, :-1], seen.entropy,
@@ -161,9 +165,10 @@ def topk(linear: Linear, k: int, extra_ids: Tensor | None, workspace_bytes: int 
         found.extra_logprobs[part] = extra - seen.top - seen.lse
 
     width = k + extra_ids.shape[1] + WIDE
-    sizes = linear.sizes(width)
+    copies = bias is not None or (like.is_cuda and vocab != padded(vocab))
+    sizes = linear.sizes(width)._replace(logits=2 if copies else 1)
     rows = chunk_rows(sizes, Needs(), False, workspace_bytes)
-    row_chunks(linear, rows, linear.operand(None), visit)
+    row_chunks(linear, rows, linear.operand(None), Panels(linear.weight), visit)
     found.extra_logprobs.masked_fill_(extra_ids == -1, -math.inf).masked_fill_(broken, math.nan)
     return found
 

@@ -51,6 +51,7 @@ class Sizes(NamedTuple):
     mixed: bool
     bf16: bool
     device: str
+    logits: int = 1  # buffers of [rows, columns] logits
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, width: int) -> Sizes:
@@ -74,7 +75,7 @@ class Sizes(NamedTuple):
         if self.device == "cpu":
             blocks = min(rows * columns * self.compute, BLOCK_BYTES + columns * self.compute) * 2
         return (
-            rows * padded(columns) * self.compute
+            rows * padded(columns) * self.compute * self.logits
             + blocks
             + self.n * self.d * operand
             + self.widened * self.d * self.compute
@@ -102,8 +103,8 @@ class Sizes(NamedTuple):
         """Panels, gradient in the backward, or none."""
         hidden = self.widening(needs)
         fp16 = self.mixed and not self.bf16
-        narrow = self.element < self.compute
-        weight = columns * self.d * self.compute * (fp16 or (narrow and needs.weight))
+        widened = self.element < self.compute and not self.mixed
+        weight = columns * self.d * self.compute * (fp16 or (widened and needs.weight))
         return hidden + weight + self.held(self.n, columns, "torch")
 
 

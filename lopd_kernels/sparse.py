@@ -22,6 +22,7 @@ from lopd_kernels.schedule import BOOKKEEPING, Needs
 from lopd_kernels.torch_rows import Support, locate
 
 GATHER_BYTES = 32 << 20
+SORTED = 12  # words per entry that sorting by id takes
 
 
 class SparseFunctions(Protocol):
@@ -45,17 +46,21 @@ def _functions(like: Tensor) -> SparseFunctions:
 
 
 def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int | None) -> int:
-    """Rows of hidden whose K gathered rows of the weight are held at a time."""
+    """Rows of hidden whose K gathered rows of the weight are held at a time.
+
+    The kernels gather nothing; what they need beside the bookkeeping is a sort of the entries.
+    """
     (n, d), v = linear.hidden.shape, linear.weight.shape[0]
     size = linear.dtype.itemsize
-    per_row = size * width * (3 * d + 16)
+    gathers = not uses_triton(linear.hidden)
+    per_row = size * width * (3 * d + 16) * gathers + 1
     if workspace_bytes is None:
         return max(1, GATHER_BYTES // per_row)
-    narrow = linear.hidden.dtype != linear.dtype
+    narrow = gathers and linear.hidden.dtype != linear.dtype
     held = size * (
         narrow * (n * d * needs.hidden + v * d * needs.weight)
         + 2 * v
-        + BOOKKEEPING["torch"] * n * (width + 2)
+        + (BOOKKEEPING["torch"] + SORTED * (not gathers)) * n * (width + 2)
     )
     smallest = held + per_row
     if workspace_bytes < smallest:

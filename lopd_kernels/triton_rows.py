@@ -14,6 +14,7 @@ from lopd_kernels.divergence import RowRule
 from lopd_kernels.rowpass import Coefficients, Head, Reduction
 
 WIDEST_SUPPORT_BLOCK = 1024
+COLUMNS_TO_A_WARP = 256
 
 
 class Support(NamedTuple):
@@ -40,12 +41,18 @@ class Launch(NamedTuple):
 LAUNCHES: dict[tuple[int, int] | None, Launch] = {None: Launch(BLOCK=2048, num_warps=8, maxnreg=96)}
 
 
-def launch(width: int, device: torch.device) -> Launch:
-    """The table's entry; narrower rows get a narrower block with as many columns to a warp."""
+def launch(width: int, support: int, device: torch.device) -> dict[str, int]:
+    """The table's entry as options of a launch.
+
+    Narrower rows get a narrower block with as many columns to a warp, and as many warps as a
+    block of the support needs.
+    """
     key = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     entry = LAUNCHES.get(key, LAUNCHES[None])
     block = min(entry.BLOCK, max(128, triton.next_power_of_2(width)))
-    return Launch(block, max(1, entry.num_warps * block // entry.BLOCK), entry.maxnreg)
+    warps = max(entry.num_warps * block // entry.BLOCK, support // COLUMNS_TO_A_WARP, 1)
+    options = {"BLOCK": block, "KBLOCK": support, "num_warps": warps, "num_stages": 1}
+    return options if torch.version.hip else {**options, "maxnreg": entry.maxnreg}
 
 
 def support_block(buckets: int) -> int:
@@ -117,19 +124,18 @@ def row_pass(
     (count, vocab), k = u.shape, support.ids.shape[1]
     if not count:
         return
-    block, warps, registers = launch(vocab, u.device)
+    options = launch(vocab, support_block(k + 1), u.device)
     out = u if out is None else out
     with on_device(u.device):
         rows.row_kernel[(count,)](
-        u, out, support.ids, u.new_full((count, k), float("-inf")), target.contiguous(),
-        support.active, u if weights is None else weights, stats, u if head.bias is None else
-        head.bias,
-        u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), vocab, k,
-        target.shape[1], stats.stride(0),
-        **_head_arguments(head), **rule_arguments(rule),
-        INF_MASKS=inf_masks, ENTROPY=want_entropy, GRAD=weights is not None,
-        BLOCK=block, KBLOCK=support_block(k + 1), num_warps=warps, num_stages=1, maxnreg=registers,
-    )  # fmt: skip
+            u, out, support.ids, u.new_full((count, k), float("-inf")), target.contiguous(),
+            support.active, u if weights is None else weights, stats,
+            u if head.bias is None else head.bias,
+            u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), vocab, k,
+            target.shape[1], stats.stride(0),
+            **_head_arguments(head), **rule_arguments(rule),
+            INF_MASKS=inf_masks, ENTROPY=want_entropy, GRAD=weights is not None, **options,
+        )  # fmt: skip
 
 
 def reduce(
@@ -138,14 +144,13 @@ def reduce(
     (count, width), k = u.shape, support.ids.shape[1]
     if not count:
         return
-    block, warps, registers = launch(width, u.device)
+    options = launch(width, support_block(k), u.device)
     with on_device(u.device):
         rows.reduce_kernel[(count,)](
-        u, support.ids, reduction.on, support.active, reduction.state,
-        u if head.bias is None else head.bias, u.stride(0), first, width, support.vocab, k,
-        **_head_arguments(head), INF_MASKS=False, SPREAD=want_spread,
-        BLOCK=block, KBLOCK=support_block(k), num_warps=warps, num_stages=1, maxnreg=registers,
-    )  # fmt: skip
+            u, support.ids, reduction.on, support.active, reduction.state,
+            u if head.bias is None else head.bias, u.stride(0), first, width, support.vocab, k,
+            **_head_arguments(head), INF_MASKS=False, SPREAD=want_spread, **options,
+        )  # fmt: skip
 
 
 def write(
@@ -160,14 +165,13 @@ def write(
     (count, width), k = u.shape, support.ids.shape[1]
     if not count:
         return
-    block, warps, registers = launch(width, u.device)
+    options = launch(width, support_block(k), u.device)
     own, factor, pull, on_grad = coefficients
     packed = torch.stack([own, factor, torch.zeros_like(own) if pull is None else pull], 1)
     with on_device(u.device):
         rows.write_kernel[(count,)](
-        u, out, support.ids, on_grad.contiguous(), support.active, packed, on,
-        u if head.bias is None else head.bias,
-        u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), first, width, k,
-        **_head_arguments(head), SPREAD=pull is not None,
-        BLOCK=block, KBLOCK=support_block(k), num_warps=warps, num_stages=1, maxnreg=registers,
-    )  # fmt: skip
+            u, out, support.ids, on_grad.contiguous(), support.active, packed, on,
+            u if head.bias is None else head.bias,
+            u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), first, width, k,
+            **_head_arguments(head), SPREAD=pull is not None, **options,
+        )  # fmt: skip

@@ -49,7 +49,8 @@ def weight_grad(
 ) -> None:
     k, (v, d) = ids.shape[1], out.shape
     hidden = _rows_contiguous(hidden)
-    ordered, order = ids.flatten().sort(stable=True)
+    listed = ids.masked_fill(grad == 0.0, v)  # beyond the last id: no program visits them
+    ordered, order = listed.flatten().sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(v + 1, device=ids.device))
     with on_device(hidden.device):
         sparse.segment_sum_kernel[(v, triton.cdiv(d, BLOCKS["DBLOCK"]))](

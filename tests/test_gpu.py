@@ -4,8 +4,6 @@ The oracle is the fp64 path of the same functions, which runs in torch on every 
 held against the definition by the other tests.
 """
 
-import contextlib
-
 import pytest
 import torch
 from kernel_cases import relative_error
@@ -106,7 +104,7 @@ def test_the_gate_at_real_sizes(row):
     k = v if row["k"] == "V" else row["k"]
     hidden, weight, *teacher = problem(n, d, v, k, dtype, row["regime"])
     weights = torch.rand(n) + 0.5
-    weights[::7] = 0.0
+    weights[3::7] = 0.0
     options = {"reduction": "none"} if row["schedule"] == "none" else {}
     small = options
     if row["schedule"] == "small":
@@ -121,7 +119,7 @@ def test_the_gate_at_real_sizes(row):
     for grad, wanted in zip(found[1:], right[1:], strict=True):
         assert grad.dtype == dtype
         assert relative_error(grad, wanted) <= BOUNDS[dtype]
-    assert (found[1][::7] == 0.0).all()
+    assert (found[1][3::7] == 0.0).all()
 
 
 def smallest(loss, hidden, weight, teacher, weights):
@@ -194,6 +192,7 @@ def test_a_call_is_captured_in_a_graph_and_follows_its_inputs():
         linear_sparse_divergence(h, w, ids, logprobs, tail_logprobs=tail).backward()
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
@@ -237,15 +236,17 @@ def test_reading_at_full_vocabulary():
     assert (entropy.double() - right.entropy).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_peak_memory_is_within_the_workspace(keeps):
-    n, d, v, k = 2048, 1024, 65536, 64
-    hidden, weight, *teacher = problem(n, d, v, k)
-    torch.cuda.synchronize()
-    outputs = (n * d + v * d) * 2
-    for bound in (4 << 30, 700 << 20, 300 << 20, 150 << 20) if keeps else (3 << 30, 120 << 20):
-        weights = torch.ones(n) if keeps else torch.full((n,), 0.5)
-        loss = "reverse_kl" if keeps else "jsd, truncated"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [2048, 2500])
+@pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl, renormalised"])
+def test_peak_memory_is_within_the_workspace(loss, n, dtype):
+    """dz of all rows kept (2048 rows in bf16), an fp32 accumulator, panels, listed rows."""
+    d, v, k = 1024, 65536, 64
+    hidden, weight, *teacher = problem(n, d, v, k, dtype)
+    weights, outputs = torch.full((n,), 0.5), (n * d + v * d) * 2
+    run(loss, hidden, weight, teacher, weights)  # cuBLAS keeps a workspace of its own
+    for bound in (4 << 30, 1 << 30, 500 << 20, 200 << 20):
+        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         found = run(loss, hidden, weight, teacher, weights, workspace_bytes=bound, validate=False)
@@ -254,10 +255,22 @@ def test_peak_memory_is_within_the_workspace(keeps):
         del found
 
 
+def test_large_advantages_stay_within_fp16():
+    hidden, weight, ids, *_ = problem(40, 64, 5000, 2, torch.float16)
+    advantages = torch.linspace(-3000.0, 3000.0, 40)
+    sides = []
+    for dtype in (torch.float16, torch.float64):
+        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        linear_policy_gradient(h, w, ids[:, 0], None, advantages=advantages.to(dtype)).backward()
+        sides.append((h.grad, w.grad))
+    for grad, wanted in zip(*sides, strict=True):
+        assert relative_error(grad, wanted) < 1e-3
+
+
 def test_the_kernels_run_where_the_tensors_are():
     if torch.cuda.device_count() < 2:
         pytest.skip("one device")
-    with torch.device("cuda:1"), contextlib.nullcontext():
+    with torch.device("cuda:1"):
         hidden, weight, *teacher = problem(64, 64, 1000, 8)
         found = run("reverse_kl", hidden, weight, teacher, torch.ones(64))
     assert found[1].device.index == 1 and found[1].isfinite().all()

@@ -27,6 +27,9 @@ def call(kind, case, workspace_bytes, buffer=None):
         return scores.masked_fill(case.ids < 0, 0.0).sum() + entropy.sum()
     if kind == "topk":
         return linear_topk(h, w, 4, **options).entropy
+    if kind == "no_grad":
+        with torch.no_grad():
+            return linear_sparse_divergence(h, w, *case.teacher, **options)
     if kind == "renormalize":
         options["tail"] = "renormalize"
     if buffer is not None:
@@ -48,7 +51,7 @@ def peaks(kind, case, bound, buffer=None):
     parameters = size * (n * d + v * (d + 1))
     with Allocations() as forward:
         result = call(kind, case, bound, buffer)
-    if kind == "topk":
+    if kind in ("topk", "no_grad"):
         return forward.peak - parameters - n * 4 * 12, 0
     with Allocations() as backward:
         result.backward()
@@ -69,11 +72,12 @@ def test_the_smallest_workspace_lasts_through_the_backward(dtype, kind, buffered
     assert max(peaks(kind, case, bound, buffer)) <= bound
 
 
+@pytest.mark.parametrize("width", [16, 700])
 @pytest.mark.parametrize("factor", [1.5, 3.0, 20.0])
-@pytest.mark.parametrize("kind", ["sum", "none", "logprobs"])
+@pytest.mark.parametrize("kind", ["sum", "none", "logprobs", "topk", "no_grad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_larger_workspaces_bound_what_is_allocated(dtype, kind, factor):
-    case = make_case(dtype=dtype, rows=300, vocab=5000, width=16, k=6)
+def test_larger_workspaces_bound_what_is_allocated(dtype, kind, factor, width):
+    case = make_case(dtype=dtype, rows=300, vocab=3000, width=width, k=6)
     bound = int(factor * smallest(call, kind, case, 1))
     assert max(peaks(kind, case, bound)) <= bound
 
