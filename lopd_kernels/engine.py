@@ -5,12 +5,13 @@ Row chunks, gradient in the forward (`fused_loss`):
     per chunk of rows    u = H_c W^T      GEMM 1, fp32
                          dz               the row pass, in place of u
                          dH_c = dz W      GEMM 2
-                         dW += dz^T H_c   GEMM 3, accumulated in fp32; one GEMM at the end
-                                          where dz of all rows is kept
+                         dW += dz^T H_c   GEMM 3, accumulated in fp32
 
-dz carries w_n and the constant slope of the head over a power of two that makes them at most
-one; that power and the upstream gradient multiply in the last pass over the finished
-gradients (`Grads.scale`), so that with an upstream of one the pass rounds nothing.
+dz carries w_n / max|w| only; max|w|, the constant slope of the head and the upstream
+gradient multiply once, in the last pass over the finished gradients (`Grads.scale`).
+
+The same with dz of all rows kept in 16 bits, GEMMs 2 and 3 over all rows in the backward
+(`kept_loss`, `kept_grads`): no accumulator, and every gradient is rounded once.
 
 Panels of the vocabulary, gradient in the backward (`reduce_rows`, `row_grads`):
 
@@ -58,7 +59,14 @@ from lopd_kernels.rowpass import (
     row_functions,
     settle,
 )
-from lopd_kernels.schedule import Needs, Sizes, chunk_rows, padded, panel_columns
+from lopd_kernels.schedule import (
+    Needs,
+    Sizes,
+    chunk_rows,
+    kept_columns,
+    padded,
+    panel_columns,
+)
 
 FP16_ROOM = 2.0**15  # half of fp16's range, for the largest entry of dz
 
@@ -77,11 +85,6 @@ class Linear(NamedTuple):
     @property
     def functions(self) -> RowFunctions:
         return row_functions(self.hidden)
-
-    @property
-    def is_fp16(self) -> bool:
-        """Whether dz is stored in fp16, whose range it has to be fitted into."""
-        return is_mixed(self.hidden) and self.hidden.dtype == torch.float16
 
     def sizes(self, width: int) -> Sizes:
         return Sizes.of(self.hidden, self.weight, width)
@@ -113,11 +116,11 @@ def make_linear(
 
 @dataclass
 class Grads:
-    """Gradients short of a factor `scale`; empty where not needed."""
+    """Gradients in the compute dtype, short of a factor `scale`; empty where not needed."""
 
-    hidden: Tensor  # [N, D] or [0], compute dtype
-    weight: Tensor  # [V, D] or [0], compute dtype, or weight's own where dz was kept
-    bias: Tensor  # [V] or [0], compute dtype
+    hidden: Tensor  # [N, D] or [0]
+    weight: Tensor  # [V, D] or [0]
+    bias: Tensor  # [V] or [0]
     scale: Tensor  # []
 
 
@@ -138,29 +141,28 @@ def weigh(losses: Tensor, row_weights: Tensor | None) -> Tensor:
     return torch.where(row_weights == 0, 0.0, losses * row_weights.to(losses.dtype))
 
 
-def power_of_two(x: Tensor) -> Tensor:
-    """The smallest power of two above |x|, 1 for 0: scaling by it costs no digits."""
-    return torch.where(x == 0.0, 1.0, x.abs() / torch.frexp(x.abs()).mantissa)
-
-
 def normalised(
-    linear: Linear, row_weights: Tensor | None, largest_dz: Tensor | None
+    linear: Linear, row_weights: Tensor | None, largest_dz: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(weights [N] that dz carries, the power of two that makes up for them).
+    """(weights [N] that dz carries, the factor that makes up for them).
 
-    They are w times the constant slope of the head, below one. In fp16 they leave room for
-    `largest_dz`, what dz may reach with weights of one: its small entries would be subnormal.
+    They are w over the largest |w|: equal weights round nothing in 16 bits. In fp16 they leave
+    room for `largest_dz`, what dz may reach with weights of one: its small entries would be
+    subnormal.
     """
     n = linear.hidden.shape[0]
     weights = linear.hidden.new_ones(n, dtype=linear.dtype)
-    if row_weights is not None:
-        weights = row_weights.to(linear.dtype)
-    weights = weights * linear.head.slope
-    finite = torch.where(weights.isfinite(), weights, 0.0).abs()
-    scale = power_of_two(finite.amax()) if n else weights.new_ones(())
-    if linear.is_fp16 and largest_dz is not None:
-        scale = scale / (power_of_two(FP16_ROOM / largest_dz) / 2.0)
-    return weights / scale, scale
+    largest = linear.hidden.new_ones((), dtype=linear.dtype)
+    if row_weights is not None and n > 0:
+        finite = torch.where(row_weights.isfinite(), row_weights, 0.0).abs().amax()
+        largest = torch.where(finite == 0.0, 1.0, finite).to(linear.dtype)
+        weights = row_weights.to(linear.dtype) / largest
+    scale = largest * linear.head.slope
+    if is_mixed(linear.hidden) and linear.hidden.dtype == torch.float16:
+        room = FP16_ROOM / largest_dz
+        power = room / torch.frexp(room).mantissa / 2.0
+        weights, scale = weights * power, scale / power
+    return weights, scale
 
 
 def largest_dz(target: Tensor) -> Tensor:
@@ -194,63 +196,128 @@ def row_chunks(
         visit(u, part)
 
 
-def fused_loss(
+def loss_by_chunks(
     linear: Linear,
     ids: Tensor,  # [N, K]
     target: Tensor,  # [N, M]
     row_weights: Tensor | None,  # [N]
     rule: RowRule,
+    wants_grad: bool,
+    want_entropy: bool,
+    rows: int,
+    room: Callable[[Tensor, slice], Tensor],  # (u, rows) -> where their dz goes
+    use: Callable[[Tensor, Tensor, slice, Panels], None],  # (dz, hidden, rows, panels)
+) -> tuple[Tensor, Tensor, Tensor, Support]:
+    """(sum_n w_n L_n, stats, scale of dz, support), with dz handed to `use` chunk by chunk."""
+    n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
+    functions, target = linear.functions, target.to(linear.dtype)
+    weights, scale = normalised(linear, row_weights, largest_dz(target))
+    support = functions.locate(ids, row_weights, vocab)
+    stats = linear.hidden.new_zeros((n, len(STATS) + len(rule.extras)), dtype=linear.dtype)
+    hidden, panels = linear.operand(support.active), Panels(linear.weight)
+
+    def visit(u: Tensor, part: slice) -> None:
+        dz = room(u, part)
+        functions.row_pass(
+            u, support.rows(part), target[part], weights[part] if wants_grad else None, rule,
+            linear.head, want_entropy, stats[part], dz,
+        )  # fmt: skip
+        use(dz, hidden[part], part, panels)
+
+    row_chunks(linear, rows, hidden, panels, visit)
+    return weighted_sum(stats[:, 0], row_weights), stats, scale, support
+
+
+def fused_loss(
+    linear: Linear,
+    ids: Tensor,
+    target: Tensor,
+    row_weights: Tensor | None,
+    rule: RowRule,
     needs: Needs,
     want_entropy: bool,
-    keeps_dz: bool,
     workspace_bytes: int | None,
 ) -> Result:
     """Value, row statistics and the gradients that `needs` names, in one sweep of row chunks."""
-    n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
-    like, functions = linear.hidden, linear.functions
-    target = target.to(linear.dtype)
-    weights, scale = normalised(linear, row_weights, largest_dz(target))
-    support = functions.locate(ids, row_weights, vocab)
-    stats = like.new_zeros((n, len(STATS) + len(rule.extras)), dtype=linear.dtype)
-    hidden = linear.operand(support.active)
-    panels = Panels(linear.weight)
-    own = linear.weight.dtype if keeps_dz else linear.dtype
-    grads = Grads(
-        like.new_zeros(0, dtype=linear.dtype),
-        like.new_zeros(0 if keeps_dz or not needs.weight else linear.weight.shape, dtype=own),
-        like.new_zeros(vocab if needs.bias else 0, dtype=linear.dtype),
-        scale,
+    like, vocab = linear.hidden, linear.weight.shape[0]
+    dz_dtype = operand_dtype(like)
+    shapes = like.shape, linear.weight.shape, (vocab,)
+    dhidden, dweight, dbias = (
+        like.new_zeros(shape if need else (0,), dtype=linear.dtype)
+        for shape, need in zip(shapes, needs, strict=True)
     )
-    if needs.hidden and not keeps_dz:
-        grads.hidden = like.new_empty(like.shape, dtype=linear.dtype)
-    kept = like.new_empty((n if keeps_dz else 0, padded(vocab)), dtype=hidden.dtype)[:, :vocab]
 
-    def visit(u: Tensor, part: slice) -> None:
-        dz = kept[part] if keeps_dz else in_place(u, hidden.dtype)
-        functions.row_pass(
-            u, support.rows(part), target[part], weights[part] if any(needs) else None, rule,
-            linear.head, want_entropy, stats[part], dz,
-        )  # fmt: skip
+    def use(dz: Tensor, hidden: Tensor, part: slice, panels: Panels) -> None:
         if needs.bias:
-            grads.bias.add_(dz.sum(0, dtype=linear.dtype))
-        if keeps_dz:
-            return
+            dbias.add_(dz.sum(0, dtype=linear.dtype))
         if needs.hidden:
-            hidden_grad(dz, panels, 0, grads.hidden[part], fresh=True)
+            hidden_grad(dz, panels, 0, dhidden[part], fresh=True)
         if needs.weight:
-            weight_grad(dz, hidden[part], grads.weight)
+            weight_grad(dz, hidden, dweight)
 
-    sizes = linear.sizes(ids.shape[1])
-    row_chunks(linear, chunk_rows(sizes, needs, keeps_dz, workspace_bytes), hidden, panels, visit)
-    if keeps_dz and needs.hidden:
-        grads.hidden = like.new_empty(like.shape, dtype=linear.dtype)
-        hidden_grad(kept, panels, 0, grads.hidden, fresh=True)
-    if keeps_dz and needs.weight:
-        grads.weight = linear.weight.new_empty(linear.weight.shape)
-        new_weight_grad(kept, hidden, grads.weight)
+    loss, stats, scale, support = loss_by_chunks(
+        linear, ids, target, row_weights, rule, any(needs), want_entropy,
+        chunk_rows(linear.sizes(ids.shape[1]), needs, False, workspace_bytes),
+        lambda u, part: in_place(u, dz_dtype), use,
+    )  # fmt: skip
     if needs.hidden:
-        grads.hidden.masked_fill_(~support.active.unsqueeze(1), 0.0)
-    return Result(weighted_sum(stats[:, 0], row_weights), stats, grads)
+        dhidden.masked_fill_(~support.active.unsqueeze(1), 0.0)
+    return Result(loss, stats, Grads(dhidden, dweight, dbias, scale))
+
+
+class Kept(NamedTuple):
+    loss: Tensor  # []
+    stats: Tensor  # [N, 4 + extras]
+    dz: Tensor  # [N, V and padding] as GEMMs take it, short of `scale`
+    scale: Tensor  # []
+
+
+def kept_loss(
+    linear: Linear,
+    ids: Tensor,
+    target: Tensor,
+    row_weights: Tensor | None,
+    rule: RowRule,
+    needs: Needs,
+    want_entropy: bool,
+    workspace_bytes: int | None,
+) -> Kept:
+    """The forward that leaves both gradient GEMMs, of all rows at once, to the backward."""
+    n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
+    dz = linear.hidden.new_empty((n, padded(vocab)), dtype=operand_dtype(linear.hidden))
+    dz[:, vocab:] = 0.0
+    loss, stats, scale, _ = loss_by_chunks(
+        linear, ids, target, row_weights, rule, True, want_entropy,
+        chunk_rows(linear.sizes(ids.shape[1]), needs, True, workspace_bytes),
+        lambda u, part: dz[part, :vocab], lambda *given: None,
+    )  # fmt: skip
+    return Kept(loss, stats, dz, scale)
+
+
+def kept_grads(
+    linear: Linear,
+    active: Tensor,  # [N]
+    dz: Tensor,  # [N, V and padding]
+    factor: Tensor,  # []
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias), complete; a panel of dW at a time passes through fp32."""
+    like, weight = linear.hidden, linear.weight
+    dz, hidden = dz[:, : weight.shape[0]], linear.operand(active)
+    dhidden, dbias = like.new_empty(0), like.new_empty(0, dtype=linear.dtype)
+    if needs.hidden:
+        wide = like.new_empty(like.shape, dtype=linear.dtype)
+        hidden_grad(dz, Panels(weight), 0, wide, fresh=True)
+        dhidden = wide.mul_(factor).masked_fill_(~active.unsqueeze(1), 0.0).to(like.dtype)
+        del wide
+    dweight = weight.new_empty(weight.shape if needs.weight else (0,))
+    columns = kept_columns(weight.shape[1], linear.dtype.itemsize)
+    for first in range(0, len(dweight), columns):
+        part = slice(first, first + columns)
+        new_weight_grad(dz[:, part], hidden, dweight[part], factor)
+    if needs.bias:
+        dbias = dz.sum(0, dtype=linear.dtype).mul_(factor)
+    return dhidden, dweight, dbias
 
 
 def reduce_rows(
@@ -315,9 +382,9 @@ def panel_grads(
 def complete(
     linear: Linear, row_weights: Tensor | None, largest_dz: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(weights of dz, scale) for `panel_grads`: fp16 alone needs a scale that dz leaves out."""
+    """(weights of dz, scale) for `panel_grads`: where dz is rounded it leaves the scale out."""
     weights, scale = normalised(linear, row_weights, largest_dz)
-    return (weights, scale) if linear.is_fp16 else (weights * scale, None)
+    return (weights, scale) if is_mixed(linear.hidden) else (weights * scale, None)
 
 
 class RowLosses(NamedTuple):

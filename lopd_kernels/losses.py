@@ -69,8 +69,9 @@ def run(
         )
     else:
         keeps = keeps_dz(sizes, needs, workspace_bytes)
-        losses, stats, *_ = ops.fused_loss(
-            hidden, weight, bias, *rows, *head, *needs, want_entropy, keeps, workspace_bytes
+        operator = ops.kept_loss if keeps else ops.fused_loss
+        losses, stats, *_ = operator(
+            hidden, weight, bias, *rows, *head, *needs, want_entropy, workspace_bytes
         )
     return losses if reduction == "none" else losses.sum(), stats
 

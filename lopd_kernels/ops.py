@@ -1,7 +1,8 @@
 """torch.library operators `lopd::*`: schema, shapes under tracing, gradients.
 
 `fused_loss` computes value and gradients in one go and keeps the gradients for its
-backward, which only scales and casts them, out of place. `row_losses` returns one loss
+backward, which only scales and casts them, out of place. `kept_loss` keeps dz instead, and
+its backward runs the two gradient GEMMs over all rows. `row_losses` returns one loss
 per row and what its backward needs, a few numbers a row: the upstream gradient of each
 row is not known in the forward, or the memory for the gradients is not there.
 `row_grads_into_` adds dW into a caller's buffer and has no autograd of its own;
@@ -19,9 +20,9 @@ from torch import Tensor
 from lopd_kernels import engine, sparse
 from lopd_kernels.divergence import row_rule
 from lopd_kernels.engine import make_linear
-from lopd_kernels.matmul import compute_dtype, without_autocast
+from lopd_kernels.matmul import compute_dtype, operand_dtype, without_autocast
 from lopd_kernels.rowpass import STATS, Reduction
-from lopd_kernels.schedule import Needs
+from lopd_kernels.schedule import Needs, padded
 
 
 def _is_listed(rule: str) -> bool:
@@ -77,7 +78,6 @@ def fused_loss(
     need_weight: bool,
     need_bias: bool,
     want_entropy: bool,
-    keeps_dz: bool,
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum_n w_n L_n, stats, dhidden, dweight, dbias, scale); gradients short of `scale`."""
@@ -89,7 +89,6 @@ def fused_loss(
         row_rule(rule, options),
         Needs(need_hidden, need_weight, need_bias),
         want_entropy,
-        keeps_dz,
         workspace_bytes,
     )
     grads = result.grads
@@ -99,15 +98,14 @@ def fused_loss(
 @fused_loss.register_fake
 def _(
     hidden, weight, bias, ids, target, row_weights, rule, options, logit_scale, softcap,
-    temperature, need_hidden, need_weight, need_bias, want_entropy, keeps_dz, workspace_bytes,
+    temperature, need_hidden, need_weight, need_bias, want_entropy, workspace_bytes,
 ):  # fmt: skip
     dtype = compute_dtype(hidden.dtype)
-    kept = weight.dtype if keeps_dz else dtype
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty((hidden.shape[0], stats_width(rule)), dtype=dtype),
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
-        hidden.new_empty(weight.shape if need_weight else (0,), dtype=kept),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
         hidden.new_empty((weight.shape[0],) if need_bias else (0,), dtype=dtype),
         hidden.new_empty((), dtype=dtype),
     )
@@ -125,7 +123,7 @@ def _fused_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 def _fused_loss_backward(ctx: Any, upstream: Tensor | None, *rest: None) -> tuple[Any, ...]:
     differentiated_once("lopd::fused_loss")
     if upstream is None:
-        return (None,) * 17
+        return (None,) * 16
     *grads, scale = ctx.saved_tensors
     factor = (upstream * scale).to(scale.dtype)
     wanted = ctx.needs_input_grad[:3]
@@ -133,10 +131,110 @@ def _fused_loss_backward(ctx: Any, upstream: Tensor | None, *rest: None) -> tupl
         _scaled(grad, factor, dtype) if want else None
         for grad, dtype, want in zip(grads, ctx.dtypes, wanted, strict=True)
     ]
-    return (*scaled, *(None,) * 14)
+    return (*scaled, *(None,) * 13)
 
 
 fused_loss.register_autograd(_fused_loss_backward, setup_context=_fused_loss_setup)
+
+
+@torch.library.custom_op("lopd::kept_loss", mutates_args=())
+@without_autocast
+def kept_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    target: Tensor,
+    row_weights: Tensor | None,
+    rule: str,
+    options: list[float],
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    want_entropy: bool,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(sum_n w_n L_n, stats, dz [N, V and padding], scale); need_* as in `row_losses`."""
+    found = engine.kept_loss(
+        make_linear(hidden, weight, bias, logit_scale, softcap, temperature),
+        ids,
+        target,
+        row_weights,
+        row_rule(rule, options),
+        Needs(need_hidden, need_weight, need_bias),
+        want_entropy,
+        workspace_bytes,
+    )
+    return found.loss, found.stats, found.dz, found.scale
+
+
+@kept_loss.register_fake
+def _(
+    hidden, weight, bias, ids, target, row_weights, rule, options, logit_scale, softcap,
+    temperature, need_hidden, need_weight, need_bias, want_entropy, workspace_bytes,
+):  # fmt: skip
+    n, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty((n, stats_width(rule)), dtype=dtype),
+        hidden.new_empty((n, padded(weight.shape[0])), dtype=operand_dtype(hidden)),
+        hidden.new_empty((), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("lopd::kept_grads", mutates_args=())
+@without_autocast
+def kept_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    row_weights: Tensor | None,
+    dz: Tensor,
+    factor: Tensor,  # []
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias) of `kept_loss`, complete; dbias in the compute dtype."""
+    linear = make_linear(hidden, weight, bias, 1.0, None, 1.0)
+    active = linear.functions.locate(ids, row_weights, weight.shape[0]).active
+    needs = Needs(need_hidden, need_weight, need_bias)
+    return engine.kept_grads(linear, active, dz, factor, needs)
+
+
+@kept_grads.register_fake
+def _(hidden, weight, bias, ids, row_weights, dz, factor, need_hidden, need_weight, need_bias):
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        hidden.new_empty(
+            (weight.shape[0],) if need_bias else (0,), dtype=compute_dtype(hidden.dtype)
+        ),
+    )
+
+
+def _kept_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:4], inputs[5], *output[2:])
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+
+
+def _kept_loss_backward(ctx: Any, upstream: Tensor | None, *rest: None) -> tuple[Any, ...]:
+    differentiated_once("lopd::kept_loss")
+    if upstream is None:
+        return (None,) * 16
+    *saved, scale = ctx.saved_tensors
+    factor = (upstream * scale).to(scale.dtype)
+    grads = kept_grads(*saved, factor, *ctx.needs_input_grad[:3])
+    return (*asked(ctx, grads), *(None,) * 13)
+
+
+kept_loss.register_autograd(_kept_loss_backward, setup_context=_kept_loss_setup)
 
 
 @torch.library.custom_op("lopd::row_losses", mutates_args=())

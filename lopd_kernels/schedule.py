@@ -2,7 +2,8 @@
 
     row chunks   logits of some rows and the whole vocabulary at a time, and their gradient with
                  them, in the forward. Three GEMMs. dW accumulates in the compute dtype or, with
-                 `keeps_dz`, the 16-bit dz of all rows is kept and dW is one GEMM at the end.
+                 `keeps_dz`, the 16-bit dz of all rows is kept and the backward makes dH and dW of
+                 it in one GEMM each.
     panels       logits of all rows and some of the vocabulary at a time: the forward keeps row
                  statistics, the backward computes each panel again and writes that panel's
                  rows of dW once. Four GEMMs, no accumulator for dW.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lopd_kernels.matmul import compute_dtype, is_mixed, panel_rows
@@ -23,6 +23,7 @@ from lopd_kernels.torch_rows import BLOCK_BYTES
 ALIGNMENT = 16  # columns: keeps rows of logits on vector boundaries
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 PANEL_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
+KEPT_BYTES = 64 << 20
 FEWEST_ROWS = 128  # below this, chunks of rows keep the GEMMs busy with reading the weight
 # words per row and bucket for ids, targets, statistics and, in torch, the rule; measured on a CPU
 BOOKKEEPING = {"torch": 14, "fused": 6}
@@ -49,7 +50,6 @@ class Sizes(NamedTuple):
     compute: int  # bytes of a logit
     widened: int  # rows of the weight that are widened at a time
     mixed: bool
-    bf16: bool
     device: str
     logits: int = 1  # buffers of [rows, columns] logits
 
@@ -64,7 +64,6 @@ class Sizes(NamedTuple):
             compute_dtype(hidden.dtype).itemsize,
             panel_rows(weight),
             is_mixed(hidden),
-            hidden.dtype == torch.bfloat16,
             "cuda" if hidden.is_cuda else "cpu",
         )
 
@@ -84,16 +83,14 @@ class Sizes(NamedTuple):
         )
 
     def chunked(self, rows: int, needs: Needs, keeps_dz: bool) -> int:
-        """Row chunks, gradient in the forward; the backward scales what was saved."""
-        hidden = self.n * self.d * self.compute * needs.hidden
-        weight = self.v * self.d * self.compute * needs.weight
-        bias = self.v * self.compute * needs.bias
+        """Row chunks; the backward scales the gradients, or makes them of the dz that was kept."""
         held = self.held(rows, self.v, "fused" if self.device == "cuda" else "torch")
         if not keeps_dz:
-            return hidden + weight + bias + held
+            grads = self.n * self.d * needs.hidden + self.v * self.d * needs.weight
+            return held + (grads + self.v * needs.bias) * self.compute
         kept = self.n * padded(self.v) * self.element
-        saved = hidden + bias + self.v * self.d * self.element * needs.weight
-        return max(kept + bias + max(self.widening(needs), held), saved)
+        panel = min(self.v, kept_columns(self.d, self.compute)) * self.d * self.compute
+        return kept + max(held, self.held(0, 0, "fused") + max(self.widening(needs), panel))
 
     def widening(self, needs: Needs) -> int:
         """What dH in the compute dtype takes beyond the dH that is returned."""
@@ -102,20 +99,19 @@ class Sizes(NamedTuple):
     def panelled(self, columns: int, needs: Needs) -> int:
         """Panels, gradient in the backward, or none."""
         hidden = self.widening(needs)
-        fp16 = self.mixed and not self.bf16
-        widened = self.element < self.compute and not self.mixed
-        weight = columns * self.d * self.compute * (fp16 or (widened and needs.weight))
+        narrow = self.element < self.compute
+        weight = columns * self.d * self.compute * (self.mixed or (narrow and needs.weight))
         return hidden + weight + self.held(self.n, columns, "torch")
 
 
-def keeps_dz(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> bool:
-    """Whether dz of all rows is kept: where that is less than an fp32 accumulator for dW.
+def kept_columns(d: int, compute: int) -> int:
+    """Rows of dW [V, D] that are made in the compute dtype at a time where dz was kept."""
+    return max(1, KEPT_BYTES // (d * compute))
 
-    fp16 has not the range: dz carries a factor that dW would have to carry too.
-    """
-    if not (sizes.mixed and sizes.bf16 and needs.weight):
-        return False
-    if sizes.n * sizes.element > sizes.d * sizes.compute:
+
+def keeps_dz(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> bool:
+    """Whether dz of all rows is kept: where that is less than an fp32 accumulator for dW."""
+    if not (sizes.mixed and needs.weight) or sizes.n * sizes.element > sizes.d * sizes.compute:
         return False
     least = sizes.chunked(min(sizes.n, FEWEST_ROWS), needs, True)
     return workspace_bytes is None or least <= workspace_bytes

@@ -29,8 +29,16 @@ def problem(dtype=torch.float32, bias=True, head=HEAD, rule=RULES[0], **sizes):
     return linear, case.ids, target, weights, row_rule(rule, [0.3])
 
 
-def chunked(inputs, needs=ALL, keeps_dz=False, entropy=True):
-    result = engine.fused_loss(*inputs, needs, entropy, keeps_dz, None)
+def kept(inputs, needs=ALL, entropy=True):
+    linear, ids, _, weights, _ = inputs
+    found = engine.kept_loss(*inputs, needs, entropy, None)
+    active = linear.functions.locate(ids, weights, len(linear.weight)).active
+    grads = engine.kept_grads(linear, active, found.dz, found.scale, needs)
+    return found.stats, *(grad.double() for grad in grads)
+
+
+def chunked(inputs, needs=ALL, entropy=True):
+    result = engine.fused_loss(*inputs, needs, entropy, None)
     grads = result.grads
     return result.stats, *(
         g.double() * grads.scale for g in (grads.hidden, grads.weight, grads.bias)
@@ -60,7 +68,8 @@ def test_chunks_and_panels_of_any_size_give_one_result(dtype, rule, monkeypatch)
         monkeypatch.setitem(schedule.CHUNK_BYTES, "cpu", rows * 304 * 4)
         monkeypatch.setattr(schedule, "FEWEST_ROWS", 1)
         assert_same(chunked(inputs), whole)
-        assert_same(chunked(inputs, keeps_dz=True), whole, bound)
+        monkeypatch.setattr(schedule, "KEPT_BYTES", 4 * 24 * 50 * rows)
+        assert_same(kept(inputs), whole, bound)
     for columns in (1, 7, 128, 299):
         monkeypatch.setitem(schedule.PANEL_BYTES, "cpu", columns * 33 * 4)
         assert_same(panelled(inputs), whole, bound)
@@ -68,7 +77,7 @@ def test_chunks_and_panels_of_any_size_give_one_result(dtype, rule, monkeypatch)
 
 def test_equal_inputs_give_equal_bits():
     inputs = problem(rows=33, vocab=300)
-    for schedule_of in (chunked, panelled):
+    for schedule_of in (chunked, kept, panelled):
         first, second = schedule_of(inputs), schedule_of(inputs)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -97,6 +106,9 @@ def test_a_frozen_tensor_costs_no_gemm(needs):
     logits, hidden, weight = (10, 300), (10, 24), (300, 24)
     with Allocations() as seen:
         chunked(inputs, needs)
+    assert seen.gemms == [logits] + [hidden] * needs.hidden + [weight] * needs.weight
+    with Allocations() as seen:
+        kept(inputs, needs)
     assert seen.gemms == [logits] + [hidden] * needs.hidden + [weight] * needs.weight
     with Allocations() as seen:
         panelled(inputs, needs)

@@ -50,11 +50,13 @@ def test_opcheck_losses(rule):
     opcheck(ops.row_grads_into_, (*saved, buffer, *constants, *head, True, True, None))
     if rule.endswith("renormalize"):
         return
-    for keeps_dz in (False, True):
-        needs = (True, True, True, True, keeps_dz, None)
-        opcheck(ops.fused_loss, (*tensors, *constants, *head, *needs))
-    frozen = (plain[0], tensors[1], None, *plain[3:])
-    opcheck(ops.fused_loss, (*frozen, *constants, *head, False, True, False, False, False, None))
+    for operator in (ops.fused_loss, ops.kept_loss):
+        opcheck(operator, (*tensors, *constants, *head, True, True, True, True, None))
+        frozen = (plain[0], tensors[1], None, *plain[3:])
+        opcheck(operator, (*frozen, *constants, *head, False, True, False, False, None))
+    _, _, dz, scale = ops.kept_loss(*plain, *constants, *head, True, True, True, False, None)
+    saved = (*plain[:4], plain[5], dz, scale)
+    opcheck(ops.kept_grads, (*saved, True, True, True))
 
 
 def test_opcheck_queries():
