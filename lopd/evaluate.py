@@ -265,7 +265,7 @@ def by_length(
     Answers of one length share a bucket, so that ties make fewer buckets of uneven size.
     """
     shares = np.arange(1, LENGTH_BUCKETS) / LENGTH_BUCKETS
-    bucket = np.searchsorted(np.quantile(lengths, shares, method="inverted_cdf"), lengths)
+    bucket = np.searchsorted(np.quantile(lengths, shares), lengths)
     return [
         {
             "shortest": int(lengths[rows].min()),

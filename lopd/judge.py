@@ -48,7 +48,7 @@ def math_judge(prompts: Sequence[Prompt] = ()) -> Judge:
 
     def read(expected: str) -> list[Any]:
         inner = last_boxed(expected)
-        return parse(f"{BOXED}{expected.strip().strip('$') if inner is None else inner}}}")
+        return parse(f"{BOXED}{expected if inner is None else inner}}}")
 
     for prompt in prompts:
         if not read(str(prompt.answer)):

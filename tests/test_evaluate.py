@@ -150,8 +150,9 @@ def test_the_sampled_answers_are_what_is_counted_by_length():
     engine = Scripted(
         ("#2", "stop"), ("about #3", "stop"), ("#2", "stop"), ("#222222222", "length")
     )
-    results, records, _ = measure(engine, [Prompt("a", [1], "2")], settings(num_samples=4))
-    assert [record["tokens"] for record in records] == [2, 2, 8, 2, 10]
+    prompts = [Prompt("a", [1], "2"), Prompt("b", [1], "2")]
+    results, records, _ = measure(engine, prompts, settings(num_samples=2))
+    assert [record["tokens"] for record in records] == [2, 8, 2, 8, 2, 10]
     assert [row["count"] for row in results["by_length"]] == [2, 1, 1]
     assert [row["accuracy"] for row in results["by_length"]] == [1.0, 0.0, 0.0]
     assert [row["truncated"] for row in results["by_length"]] == [0.0, 0.0, 1.0]
