@@ -32,8 +32,8 @@ def math_judge(prompts: Sequence[Prompt] = ()) -> Judge:
     r"""Mathematically equal, as math-verify judges it: 0.5 is `\frac{1}{2}`, and 2 is `x = 2`.
 
     The answer is what the text's last closed `\boxed{...}` holds; in a text without one, what
-    math-verify finds in all of it: formulas, else the last number. The expected answer is an
-    expression, or a text with a `\boxed{...}`.
+    math-verify finds in all of it: what follows "the answer is", else the last formula or
+    number. The expected answer is an expression, or a text with a `\boxed{...}`.
 
     Raises:
         ConfigError: math-verify is not installed.

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lopd.errors import ModelError
+
 EXAMPLES = Path(__file__).parents[1] / "docs/examples"
 
 
@@ -154,3 +156,8 @@ def test_mixed_precision_reaches_the_backbone(trl_example, tmp_path):
 def test_logits_are_refused(trainer):
     with pytest.raises(ValueError, match="no logits are made"):
         trainer.compute_loss(trainer.model, {}, return_outputs=True)
+
+
+def test_a_wrapped_model_is_refused(trainer):
+    with pytest.raises(ModelError, match="not wrapped"):
+        trainer.compute_loss(torch.nn.DataParallel(trainer.model), batch_of(trainer))

@@ -39,6 +39,8 @@ def test_the_last_closed_box(text, inner):
         ("first 12, then 13", "13", True),
         ("first 12, then 13", "12", False),
         ("it is 1,000 in all", "1000", True),
+        ("the answer is 3, of 5", "3", True),
+        ("first 12, then $x = 13$", "13", True),
         (r"\boxed{x = 2}", "2", True),
         (r"\boxed{(x+1)^2}", "$x^2 + 2x + 1$", True),
         (r"\boxed{(x+1)^2}", "x^2 + x + 1", False),

@@ -1,7 +1,8 @@
 """The loss inside a TRL trainer: `SFTTrainer`, with `compute_loss` replaced.
 
 TRL prepares the data, batches, accumulates, logs and saves; tokens labelled -100 bear no loss.
-The teacher stays loaded and scores each batch; batches are padded, not packed.
+The teacher stays loaded and scores each batch. Batches are padded, not packed; a wrapped model
+(DDP) is refused.
 """
 
 import tempfile
