@@ -65,10 +65,12 @@ def tiny_run(folder, **settings):
     ]
     student, teacher = (load_model(path, dtype="float32", device="cpu") for path in paths)
     tokenizer = load_tokenizer(paths[0])
-    rows = []
+    torch.manual_seed(0)
+    sampling, rows = {"do_sample": True, "top_k": 0, "max_new_tokens": 12}, []
     for prompt in toy.sample_prompts(32, seed=0, exclude=set()):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        answer = student.generate(ids, do_sample=True, top_k=0, max_new_tokens=12)[0].tolist()
+        mask = torch.ones_like(ids)
+        answer = student.generate(ids, attention_mask=mask, **sampling)[0].tolist()
         labels = [-100] * ids.shape[1] + answer[ids.shape[1] :]
         rows.append({"input_ids": answer, "labels": labels})
     common = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
