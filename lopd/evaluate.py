@@ -116,20 +116,7 @@ def main(config: EvalConfig) -> Path:
     """
     out = claim(config.out)
     engine = _load(config, config.model)
-    prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
-    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
-    if unanswered:
-        raise DataError(
-            f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
-            f"(first: '{unanswered[0]}'); expected one in each line"
-        )
-    check_prompts(
-        prompts,
-        config.prompts,
-        context=engine.context,
-        vocab_size=engine.vocab_size,
-        max_new_tokens=config.max_new_tokens,
-    )
+    prompts = _prompts(config, engine)
     dtype, name = config.dtype, HfEngine.name
     inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
     if config.cache is not None:
@@ -186,6 +173,25 @@ def _load(config: EvalConfig, path: str) -> HfEngine:
         batch_size=config.batch_size,
         tokens_per_batch=config.tokens_per_batch,
     )
+
+
+def _prompts(config: EvalConfig, engine: HfEngine) -> list[Prompt]:
+    """The prompts, each with an answer and with room for the model's."""
+    prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
+    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
+    if unanswered:
+        raise DataError(
+            f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
+            f"(first: '{unanswered[0]}'); expected one in each line"
+        )
+    check_prompts(
+        prompts,
+        config.prompts,
+        context=engine.context,
+        vocab_size=engine.vocab_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    return prompts
 
 
 def _trained_on(model: str, digest: str) -> bool:
