@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 TRAIN = ["transformers>=5.16,<6", "accelerate>=1.15", "tqdm>=4.66", "PyYAML>=6.0", "jinja2>=3.1"]
 BENCH = ["matplotlib>=3.9"]
 PARQUET = ["pyarrow>=18"]
+MATH = ["math-verify[antlr4_13_2]>=0.9,<0.10"]
 
 setup(
     name="lopd",
@@ -22,7 +23,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "vllm": ["vllm>=0.32,<0.34"],
-        "eval": TRAIN,
+        "eval": [*TRAIN, *MATH],
         "bench": BENCH,
         "parquet": PARQUET,
         "test": [
@@ -30,6 +31,8 @@ setup(
             *BENCH,
             "triton>=3.6; platform_system == 'Linux'",
             *PARQUET,
+            *MATH,
+            "trl>=1.16,<2",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

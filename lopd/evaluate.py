@@ -3,9 +3,10 @@
 Greedy accuracy, and over n sampled answers avg@n and the unbiased
 pass@k = 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374), each the mean over
 prompts with a 95 % interval: Wilson's, at the number of independent trials that the
-prompts' spread is worth. With a teacher, also the on-policy reverse KL: nats per token of
-the model's own samples, K+1 buckets, the same quantity that `lopd distill` descends. It is
-exact when k covers the vocabulary and a lower bound otherwise.
+prompts' spread is worth. Answers are judged by `lopd.judge`, and one that did not end by
+itself is wrong. With a teacher, also the on-policy reverse KL: nats per token of the model's
+own samples, K+1 buckets, the same quantity that `lopd distill` descends; exact when k covers
+the vocabulary and a lower bound otherwise. With a teacher cache, the same on its sequences.
 """
 
 import json
@@ -14,18 +15,17 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from lopd.cache import TeacherSequence, scored_sequence
-from lopd.data import Collator, to_device
-from lopd.engines.base import Generation, Sampling, sequence_seed, to_rollout
+from lopd.engines.base import Generation, Sampling, sequence_seed
 from lopd.engines.hf import HfEngine
-from lopd.errors import ConfigError, DataError, ProvenanceError
+from lopd.errors import ConfigError, DataError
 from lopd.files import pretty_json, write_atomic
+from lopd.judge import JUDGES, Judge, exact_judge, math_judge
+from lopd.kl import cache_kl, on_policy_kl, open_cache
 from lopd.models import resolve_device, resolve_dtype
 from lopd.prompts import Prompt, check_prompts, load_prompts
 from lopd.provenance import (
@@ -33,12 +33,13 @@ from lopd.provenance import (
     build_manifest,
     describe_file,
     describe_model,
-    differing_token,
+    read_manifest,
     write_manifest,
 )
-from lopd.step import Objective, step
 
 Z95 = 1.959964
+ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
+LENGTH_BUCKETS = 4
 
 
 @dataclass(kw_only=True)
@@ -49,6 +50,9 @@ class EvalConfig:
     prompts: str = field(metadata={"help": "JSONL with 'prompt' or 'messages', and 'answer'."})
     out: str = field(metadata={"help": "Folder for results.json and the answers."})
     teacher: str | None = field(default=None, metadata={"help": "Model folder for the KL."})
+    cache: str | None = field(
+        default=None, metadata={"help": "Teacher cache of held-out rollouts, for the KL on it."}
+    )
     kl_k: int = field(default=64, metadata={"help": "Teacher tokens in the KL's buckets."})
     num_samples: int = field(default=4, metadata={"help": "Sampled answers to each prompt (n)."})
     limit: int | None = field(default=None, metadata={"help": "Use the first so many prompts."})
@@ -56,8 +60,12 @@ class EvalConfig:
     temperature: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
     top_p: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
+    judge: Literal["exact", "math"] = field(
+        default="exact",
+        metadata={"help": "exact: what answer_regex finds; math: by math-verify (lopd[eval])."},
+    )
     answer_regex: str = field(
-        default=r"#+\s*(\S[^#\n]*)",
+        default=ANSWER_REGEX,
         metadata={"help": "Its last match's one group is the model's answer."},
     )
     batch_size: int = field(default=64, metadata={"help": "Sequences decoded together."})
@@ -84,6 +92,14 @@ class EvalConfig:
             raise ConfigError(f"answer_regex: {error}; expected a regular expression") from None
         if groups != 1:
             raise ConfigError(f"answer_regex: found {groups} groups; expected exactly one")
+        if self.judge not in JUDGES:
+            raise ConfigError(f"judge: found '{self.judge}'; expected one of {', '.join(JUDGES)}")
+        if self.judge == "math":
+            if self.answer_regex != ANSWER_REGEX:
+                raise ConfigError(
+                    "answer_regex: --judge math does not use it; leave one of them out"
+                )
+            math_judge()
 
     def sampling(self) -> Sampling:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
@@ -94,28 +110,22 @@ def main(config: EvalConfig) -> Path:
 
     Raises:
         ConfigError: `out` holds something already.
-        ProvenanceError: model and teacher do not mean the same by the ids that occur.
+        ProvenanceError: model and teacher, or cache, do not mean the same by the ids that occur.
         DataError: prompts without answers, or that the model has no room for.
+        ShardError: the cache is incomplete or altered.
     """
     out = claim(config.out)
     engine = _load(config, config.model)
-    prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
-    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
-    if unanswered:
-        raise DataError(
-            f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
-            f"(first: '{unanswered[0]}'); expected one in each line"
-        )
-    check_prompts(
-        prompts,
-        config.prompts,
-        context=engine.context,
-        vocab_size=engine.vocab_size,
-        max_new_tokens=config.max_new_tokens,
-    )
-    results, answers, sampled = measure(engine, prompts, config)
+    prompts = _prompts(config, engine)
     dtype, name = config.dtype, HfEngine.name
     inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
+    if config.cache is not None:
+        cache = open_cache(config.cache, config.model, engine)
+        inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest["model"]}
+    results, answers, sampled = measure(engine, prompts, config)
+    if config.cache is not None:
+        held_out = not _trained_on(config.model, inputs["cache"]["digest"])
+        results["cache_kl"] = cache_kl(engine, cache) | {"held_out": held_out}
     if config.teacher is not None:
         inputs["teacher"] = describe_model(config.teacher, dtype=dtype, engine=name)
         teacher = _load(config, config.teacher)
@@ -165,6 +175,36 @@ def _load(config: EvalConfig, path: str) -> HfEngine:
     )
 
 
+def _prompts(config: EvalConfig, engine: HfEngine) -> list[Prompt]:
+    """The prompts, each with an answer and with room for the model's."""
+    prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
+    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
+    if unanswered:
+        raise DataError(
+            f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
+            f"(first: '{unanswered[0]}'); expected one in each line"
+        )
+    check_prompts(
+        prompts,
+        config.prompts,
+        context=engine.context,
+        vocab_size=engine.vocab_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    return prompts
+
+
+def _trained_on(model: str, digest: str) -> bool:
+    """Whether the model's manifest, if it has one, says that it was distilled on this cache."""
+    if not (Path(model) / MANIFEST_NAME).is_file():
+        return False
+    return (read_manifest(model)["inputs"] or {}).get("cache", {}).get("digest") == digest
+
+
+def _judge(config: EvalConfig, prompts: list[Prompt]) -> Judge:
+    return math_judge(prompts) if config.judge == "math" else exact_judge(config.answer_regex)
+
+
 def sample(
     engine: HfEngine, prompts: list[Prompt], sampling: Sampling, n: int, seed: int
 ) -> list[Generation]:
@@ -182,22 +222,21 @@ def measure(
     engine: HfEngine, prompts: list[Prompt], config: EvalConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[Generation]]:
     """Accuracies; every answer as a record; the sampled answers as tokens, prompt by prompt."""
-    n = config.num_samples
+    n, judge = config.num_samples, _judge(config, prompts)
     first = sample(engine, prompts, Sampling(config.max_new_tokens, temperature=0.0), 1, 0)
     sampled = sample(engine, prompts, config.sampling(), n, config.seed)
 
     def record(prompt: Prompt, answer: Generation, number: int | None) -> dict[str, Any]:
         text = engine.tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True)
-        found = re.findall(config.answer_regex, text)
-        stopped = answer.finish_reason == "stop"
-        given = found[-1].strip() if found else None
+        given, right = judge(text, str(prompt.answer))
         return {
             "id": prompt.id,
             "sample": number,
             "text": text,
+            "tokens": len(answer.tokens),
             "finish_reason": answer.finish_reason,
             "answer": given,
-            "correct": stopped and given == str(prompt.answer).strip(),
+            "correct": answer.finish_reason == "stop" and right,
         }
 
     jobs = [(prompt, number) for prompt in prompts for number in range(n)]
@@ -212,9 +251,37 @@ def measure(
         "truncated": float(np.mean([answer.finish_reason == "length" for answer in sampled])),
         "mean_tokens": float(np.mean([len(answer.tokens) for answer in sampled])),
     }
+    results["by_length"] = by_length(
+        np.array([len(answer.tokens) for answer in sampled]),
+        correct.ravel(),
+        np.array([answer.finish_reason == "length" for answer in sampled]),
+    )
     for k in sorted({1 << i for i in range(n.bit_length())} | {n}):
         results[f"pass@{k}"] = estimate(pass_at_k(correct.sum(1), n, k))
     return results, greedy + drawn, sampled
+
+
+def by_length(
+    lengths: np.ndarray,  # [N] tokens
+    correct: np.ndarray,  # [N] bool
+    truncated: np.ndarray,  # [N] bool
+) -> list[dict[str, float]]:
+    """Accuracy by answer length, in buckets between quantiles of the lengths.
+
+    Answers of one length share a bucket, so that ties make fewer buckets of uneven size.
+    """
+    shares = np.arange(1, LENGTH_BUCKETS) / LENGTH_BUCKETS
+    bucket = np.searchsorted(np.quantile(lengths, shares), lengths)
+    return [
+        {
+            "shortest": int(lengths[rows].min()),
+            "longest": int(lengths[rows].max()),
+            "count": int(rows.sum()),
+            "accuracy": float(correct[rows].mean()),
+            "truncated": float(truncated[rows].mean()),
+        }
+        for rows in (bucket == number for number in np.unique(bucket))
+    ]
 
 
 def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
@@ -239,54 +306,6 @@ def estimate(per_prompt: np.ndarray) -> dict[str, float]:
     return {"mean": mean, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
 
 
-@torch.no_grad()
-def on_policy_kl(
-    student: HfEngine, teacher: HfEngine, prompts: list[Prompt], sampled: list[Generation], k: int
-) -> dict[str, float]:
-    """KL(student || teacher) in nats per token of the student's samples, K+1 buckets.
-
-    The samples are the student's own at temperature 1 and top_p 1; k is at most the vocabulary,
-    and what was used is in the result.
-
-    Raises ProvenanceError where an id that occurs means different tokens to the two.
-    """
-    repeats = len(sampled) // len(prompts)
-    jobs = [(prompt, i) for prompt in prompts for i in range(repeats)]
-    rollouts = [to_rollout(*job, answer) for job, answer in zip(jobs, sampled, strict=True)]
-    k = min(k, teacher.vocab_size)
-    scores = teacher.score(
-        [rollout.tokens for rollout in rollouts], [rollout.prompt_length for rollout in rollouts], k
-    )
-    records = [
-        scored_sequence(*pair, support="list", vocab_size=student.vocab_size)
-        for pair in zip(rollouts, scores, strict=True)
-    ]
-    check_same_tokens(student, teacher, records)
-    collate = Collator()
-    total, tokens = 0.0, 0
-    for start in range(0, len(records), student.batch_size):
-        batch = to_device(collate(records[start : start + student.batch_size]), student.device)
-        loss, _ = step(student.model, batch, Objective("reverse_kl"), num_items=1.0)
-        total += float(loss)
-        tokens += len(batch["labels"])
-    return {"nats_per_token": total / tokens, "tokens": tokens, "k": k}
-
-
-def check_same_tokens(student: HfEngine, teacher: HfEngine, records: list[TeacherSequence]) -> None:
-    used = np.unique(
-        np.concatenate(
-            [part for r in records for part in (r.rollout.tokens, r.topk_ids[r.topk_ids >= 0])]
-        )
-    )
-    vocabularies = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if found := differing_token(*vocabularies, used):
-        index, ours, theirs = found
-        raise ProvenanceError(
-            f"teacher: id {index} is {theirs!r} to it and {ours!r} to the model; a KL needs one "
-            "tokenizer, leave --teacher out"
-        )
-
-
 def table(results: dict[str, Any]) -> list[str]:
     lines = [f"{results['prompts']} prompts, {results['samples']} sampled answers each"]
     for name, value in results.items():
@@ -295,7 +314,19 @@ def table(results: dict[str, Any]) -> list[str]:
                 f"{name:>8}  {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
             )
     lines.append(f"truncated {results['truncated']:.3f}, mean tokens {results['mean_tokens']:.1f}")
+    for row in results["by_length"]:
+        lines.append(
+            f"{row['shortest']:>6} to {row['longest']} tokens: {row['count']} answers, "
+            f"{row['accuracy']:.3f} right, {row['truncated']:.3f} truncated"
+        )
     if "kl" in results:
         kl = results["kl"]
         lines.append(f"KL to the teacher {kl['nats_per_token']:.4f} nat/token (k={kl['k']})")
+    if "cache_kl" in results:
+        kl = results["cache_kl"]
+        seen = "" if kl["held_out"] else ", which it was trained on"
+        lines.append(
+            f"KL to the cached teacher {kl['nats_per_token']:.4f} nat/token "
+            f"({kl['sequences']} sequences{seen})"
+        )
     return lines

@@ -41,7 +41,7 @@ SHARED = ["dtype", "device", "seed"]
 # Their dtype is that of weights and optimizer, which wants more bits than inference does.
 TRAINING = ("sft", "distill")
 # What leaves an evaluation as it is; its inputs count by their digests.
-EVAL_FREE = frozenset({"prompts", "teacher", "batch_size", "tokens_per_batch"})
+EVAL_FREE = frozenset({"prompts", "teacher", "cache", "batch_size", "tokens_per_batch"})
 
 
 @dataclass(kw_only=True)
@@ -181,4 +181,6 @@ def inputs_now(config: Any) -> dict[tuple[str, ...], str]:
     }
     if config.teacher is not None:
         inputs["inputs", "teacher", "weights"] = fingerprint_weights(config.teacher)
+    if config.cache is not None:
+        inputs["inputs", "cache", "digest"] = TeacherCache.open(config.cache).digest()
     return inputs

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from lopd import toy
 from lopd.engines.base import Sampling
 from lopd.engines.hf import HfEngine
 from lopd.errors import ConfigError, DataError, ProvenanceError
-from lopd.evaluate import EvalConfig, estimate, main, measure, on_policy_kl, pass_at_k
+from lopd.evaluate import EvalConfig, by_length, estimate, main, measure, pass_at_k
+from lopd.kl import on_policy_kl
 from lopd.prompts import Prompt
 
 
@@ -111,6 +113,67 @@ def test_avg_and_pass_differ_when_half_the_samples_are_right():
     assert results["pass@4"]["mean"] == 1.0
 
 
+def test_a_mathematical_answer_is_judged_as_such_and_must_have_ended():
+    prompts, answers = [Prompt("a", [1], "0.5")], [(r"\boxed{1/2}", "stop"), ("1/2", "length")]
+    config = settings(num_samples=2, judge="math")
+    results, records, _ = measure(Scripted(*answers), prompts, config)
+    assert [record["correct"] for record in records] == [True, True, False]
+    assert [record["answer"] for record in records] == ["1/2"] * 3
+    assert results["avg@2"]["mean"] == 0.5
+
+
+def test_accuracy_by_length_is_that_of_the_answers_of_each_quarter():
+    lengths = np.array([8, 1, 7, 2, 6, 3, 5, 4])
+    correct = np.array([0, 1, 0, 1, 1, 1, 0, 1], bool)
+    truncated = np.array([1, 0, 1, 0, 0, 0, 1, 0], bool)
+    rows = by_length(lengths, correct, truncated)
+    assert [(row["shortest"], row["longest"], row["count"]) for row in rows] == [
+        (1, 2, 2),
+        (3, 4, 2),
+        (5, 6, 2),
+        (7, 8, 2),
+    ]
+    assert [row["accuracy"] for row in rows] == [1.0, 1.0, 0.5, 0.0]
+    assert [row["truncated"] for row in rows] == [0.0, 0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts"), [([5, 5, 5], [3]), ([1, 5, 5, 5, 5, 9], [5, 1]), ([4], [1])]
+)
+def test_answers_of_one_length_share_a_bucket(lengths, counts):
+    none = np.zeros(len(lengths), bool)
+    rows = by_length(np.array(lengths), none, none)
+    assert [row["count"] for row in rows] == counts
+
+
+def test_the_sampled_answers_are_what_is_counted_by_length():
+    engine = Scripted(
+        ("#2", "stop"), ("about #3", "stop"), ("#2", "stop"), ("#222222222", "length")
+    )
+    prompts = [Prompt("a", [1], "2"), Prompt("b", [1], "2")]
+    results, records, _ = measure(engine, prompts, settings(num_samples=2))
+    assert [record["tokens"] for record in records] == [2, 8, 2, 8, 2, 10]
+    assert [row["count"] for row in results["by_length"]] == [2, 1, 1]
+    assert [row["accuracy"] for row in results["by_length"]] == [1.0, 0.0, 0.0]
+    assert [row["truncated"] for row in results["by_length"]] == [0.0, 0.0, 1.0]
+
+
+def test_an_answer_stops_at_the_end_of_sequence_token(tmp_path):
+    folder = toy.write_model(tmp_path / "m", toy.STUDENT_SIZE, seed=0)
+    engine = HfEngine.load(folder, dtype="float32", device="cpu", batch_size=8)
+    eos = engine.tokenizer.eos_token_id
+    prompts = [Prompt(str(i), [5, 6, 7 + i % 9], "1") for i in range(16)]
+    config = settings(max_new_tokens=24, num_samples=2)
+    _, records, sampled = measure(engine, prompts, config)
+    ended = [int(answer.tokens[-1]) == eos for answer in sampled]
+    assert 3 < sum(ended) < len(ended)
+    for answer, record, end in zip(sampled, records[len(prompts) :], ended, strict=True):
+        assert eos not in answer.tokens[:-1]
+        assert answer.finish_reason == record["finish_reason"] == ("stop" if end else "length")
+        assert end or len(answer.tokens) == 24
+        assert toy.EOS not in record["text"]
+
+
 @pytest.mark.parametrize("k", [4, 10**9])
 def test_the_kl_is_that_of_dense_logits(teacher_folder, student_folder, k):
     teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
@@ -153,6 +216,7 @@ def test_the_command_writes_results_and_a_manifest(
     out = main(settings(prompts=str(prompt_file), out=str(tmp_path / "e"), **changes))
     results = json.loads((out / "results.json").read_text())
     assert {"greedy", "avg@4", "pass@1", "pass@4", "kl"} <= set(results)
+    assert sum(row["count"] for row in results["by_length"]) == 7 * 4
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 7 * 5 and {answer["sample"] for answer in answers} == {None, 0, 1, 2, 3}
     manifest = json.loads((out / "manifest.json").read_text())

@@ -15,8 +15,8 @@ LAYERS = [
     {"models", "prompts", "settings", "heads", "provenance", "workers"},
     {"cache"},
     {"data", "dumps", "engines"},
-    {"options", "step", "estimate", "noise"},
-    {"trainer", "loop"},
+    {"options", "step", "estimate", "noise", "judge"},
+    {"trainer", "loop", "kl"},
     {"runs"},
     {"rollout", "score", "sft", "distill", "evaluate", "inspection", "declare", "toy", "report"}
     | {"importing"},

@@ -156,6 +156,7 @@ def test_a_changed_setting_of_a_finished_stage_is_refused(finished_run, tmp_path
         ("eval", {"model": "sft"}, "model"),
         ("eval", {"prompts": "prompts"}, "prompts"),
         ("eval", {"teacher": "sft"}, "teacher"),
+        ("eval", {"cache": "score"}, "inputs cache"),
     ],
 )
 def test_a_finished_stage_whose_inputs_changed_is_refused(
@@ -167,7 +168,7 @@ def test_a_finished_stage_whose_inputs_changed_is_refused(
     other.write_text('{"prompt": "a", "answer": "1"}\n')
     out = Path(values["out"])
     paths = {"teacher": values["teacher"], "student": values["student"], "prompts": str(other)}
-    paths |= {name: str(out / name) for name in ("sft", "rollout")}
+    paths |= {name: str(out / name) for name in ("sft", "rollout", "score")}
     config = recipe.plan(values, str(path))[stage]
     assert recipe.finished(config)
     copy = tmp_path / stage

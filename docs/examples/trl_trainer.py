@@ -1,0 +1,102 @@
+"""The loss inside a TRL trainer: `SFTTrainer`, with `compute_loss` replaced.
+
+TRL prepares the data, batches, accumulates, logs and saves; tokens labelled -100 bear no loss.
+The teacher stays loaded and scores each batch. Batches are padded, not packed; a wrapped model
+(DDP) is refused.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from lopd import toy
+from lopd.heads import check_head, check_trainable, run_with_loss
+from lopd.models import load_model, load_tokenizer
+from lopd_kernels import linear_sparse_divergence, linear_topk
+
+
+class DistillationTrainer(SFTTrainer):
+    """Minimises KL(student || teacher) over the teacher's k likeliest tokens and all the rest."""
+
+    def __init__(self, *args, teacher: PreTrainedModel, k: int = 8, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher, self.k = teacher.eval().to(self.args.device), k
+        check_trainable(self.model)
+        for each in (self.model, self.teacher):
+            check_head(each)  # refuses one that does to its logits what the loss cannot follow
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise ValueError("no logits are made; set prediction_loss_only=True")
+        predicted = inputs["labels"][:, 1:] != -100  # [B, T - 1]: position t predicts token t + 1
+        sequences = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+
+        def score(hidden, weight, bias, head):
+            rows = hidden[:, :-1][predicted]
+            return linear_topk(rows, weight, self.k, bias=bias, **head.kwargs())
+
+        def divergence(hidden, weight, bias, head):
+            return linear_sparse_divergence(
+                hidden[:, :-1][predicted], weight, top.ids, top.logprobs,
+                tail_logprobs=top.tail_logprobs, reduction="sum", bias=bias, **head.kwargs(),
+            )  # fmt: skip
+
+        with self.accelerator.autocast():  # which the loss would otherwise bypass
+            with torch.no_grad():
+                top = run_with_loss(self.teacher, sequences, score)
+            total = run_with_loss(model, sequences, divergence)
+        if num_items_in_batch is None:  # evaluation
+            return total / predicted.sum().clamp(min=1)
+        # It counts the tokens of all micro-batches and processes; the processes' gradients are
+        # averaged, and the Trainer divides by nothing more.
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return scale * total / num_items_in_batch
+
+
+def tiny_run(folder, **settings):
+    """A trainer on a tiny student's own answers to arithmetic; with your models, `load_model`."""
+    paths = [
+        toy.write_model(folder / "student", toy.STUDENT_SIZE, seed=0),
+        toy.write_model(folder / "teacher", toy.TEACHER_SIZE, seed=1),
+    ]
+    student, teacher = (load_model(path, dtype="float32", device="cpu") for path in paths)
+    tokenizer = load_tokenizer(paths[0])
+    torch.manual_seed(0)
+    sampling, rows = {"do_sample": True, "top_k": 0, "max_new_tokens": 12}, []
+    for prompt in toy.sample_prompts(32, seed=0, exclude=set()):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        mask = torch.ones_like(ids)
+        answer = student.generate(ids, attention_mask=mask, **sampling)[0].tolist()
+        labels = [-100] * ids.shape[1] + answer[ids.shape[1] :]
+        rows.append({"input_ids": answer, "labels": labels})
+    common = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    return DistillationTrainer(
+        student,
+        SFTConfig(str(folder / "out"), **(common | settings)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        teacher=teacher,
+    )
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = tiny_run(
+            Path(folder),
+            max_steps=30,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            learning_rate=3e-3,
+            logging_steps=5,
+            save_strategy="no",
+        )
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+if __name__ == "__main__":
+    main()
