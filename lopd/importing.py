@@ -3,8 +3,8 @@
 The formats are those of `lopd.dumps`. Who scored and who rolled out is taken on trust and marked
 `declared`: a model folder is fingerprinted, a digest is taken as it is, and any other name
 identifies nothing, so that `lopd distill` asks for its override. What a dump does not hold
-stands in the manifest: `"tail": "derived"` (1 less the listed mass, floored at 2^-23),
-`"entropy": "buckets"` (of list and tail, a lower bound), `"rollout_logprobs": "unknown"`.
+stands in the manifest's `scoring` (`lopd.cache.scoring_of`): tail and entropy are derived from the
+lists, rollout log-probs may be absent.
 """
 
 import re
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lopd.cache import CacheWriter, Rollout, TeacherScores
+from lopd.cache import CacheWriter, Codec, Rollout, TeacherScores
 from lopd.cache.lists import row_sums
 from lopd.dumps import Dumped, read_dump
 from lopd.errors import ConfigError, DataError
@@ -40,8 +40,9 @@ class ImportConfig:
     teacher: str = field(metadata={"help": "Who scored: a folder, a digest of weights, or a name."})
     student: str = field(metadata={"help": "Who rolled out: likewise; a folder for its tokenizer."})
     out: str = field(metadata={"help": "Cache folder; an interrupted one is continued."})
-    codec: Literal["exact", "packed", "compact"] = field(
-        default="exact", metadata={"help": "How the cache stores lists and log-probs."}
+    codec: Codec = field(
+        default="exact",
+        metadata={"help": "How lists and log-probs are stored; all but exact round them."},
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Temperature that the log-probs were taken at."}
@@ -82,7 +83,6 @@ def main(config: ImportConfig) -> Path:
     survey = take_survey(config, teacher["vocab_size"], tokenizer)
     source = describe_file(config.source)
     full, rest = divmod(survey.sequences, config.shard_size)
-    told: dict[str, Any] = {} if survey.known_rollouts else {"rollout_logprobs": "unknown"}
     manifest = build_manifest(
         "cache",
         stage="import",
@@ -103,9 +103,12 @@ def main(config: ImportConfig) -> Path:
         codec=config.codec,
         temperature=config.temperature,
         declared=True,
-        tail="renormalized" if survey.renormalized else "derived",
-        entropy="buckets",
-        **told,
+        scoring={
+            "tail": "renormalized" if survey.renormalized else "derived",
+            "entropy": "derived",
+            "rollout_logprobs": "computed" if survey.known_rollouts else "absent",
+            "support": {"ids": "as imported", "extra_ids": 0},
+        },
     )
     with CacheWriter.create(config.out, manifest) as writer:
         missing = writer.missing()

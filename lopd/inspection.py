@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lopd.cache import RolloutStore, TeacherCache
+from lopd.cache import RolloutStore, TeacherCache, scoring_of
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.provenance import fingerprint_weights, read_manifest
 
@@ -70,9 +70,12 @@ def _cache_rows(cache: TeacherCache) -> dict[str, Any]:
     rows["codec_error"] = (
         "not measured when it was written" if error is None else f"{error:.3g} nat"
     )
-    for key in ("declared", "tail", "entropy", "rollout_logprobs"):
-        if key in cache.manifest:
-            rows[key] = cache.manifest[key]
+    manifest = cache.manifest
+    if manifest.get("declared"):
+        rows["declared"] = "who scored and who rolled out are taken on trust"
+    rows["scoring"] = ", ".join(f"{name} {word}" for name, word in scoring_of(manifest).items())
+    if support := (manifest.get("scoring") or {}).get("support"):
+        rows["lists"] = support["ids"]
     for name, size in details["bytes_per_token_by_array"].items():
         rows[f"bytes/token {name}"] = size
     return rows

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lopd.cache import CacheWriter, Rollout, RolloutStore, TeacherCache, TeacherScores
+from lopd.cache import CacheWriter, Codec, Rollout, RolloutStore, TeacherCache, TeacherScores
+from lopd.cache.writer import is_unused, require_same_recipe
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import Engine, Progress
 from lopd.engines.options import EngineOptions
@@ -40,8 +41,6 @@ from lopd.provenance import (
     MANIFEST_NAME,
     build_manifest,
     describe_model,
-    manifest_digest,
-    read_manifest,
     save_vocab,
 )
 from lopd.workers import Worker, this_worker
@@ -58,7 +57,10 @@ class ScoreConfig(EngineOptions):
     top_p: float = field(
         default=0.999, metadata={"help": "Lists end where their mass reaches this; 1 keeps all k."}
     )
-    codec: str = field(default="exact", metadata={"help": "exact or packed (fp16 log-probs)."})
+    codec: Codec = field(
+        default="exact",
+        metadata={"help": "How lists and log-probs are stored; all but exact round them."},
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "Divides the teacher's logits; distillation uses the same."}
     )
@@ -78,6 +80,10 @@ class ScoreConfig(EngineOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tokens_per_batch < 1:
+            raise ConfigError(
+                f"tokens_per_batch: found {self.tokens_per_batch}; expected at least 1"
+            )
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
         if self.extra_ids < 0 or (self.extra_ids > 0) != (self.student is not None):
@@ -150,9 +156,10 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
         top_p=config.top_p,
         codec=config.codec,
         temperature=config.temperature,
-        entropy=numerics.entropy,
         scoring={
             "tail": numerics.tail,
+            "entropy": numerics.entropy,
+            "rollout_logprobs": "computed",
             "support": _describe_support(config, source["model"]),
         },
     )
@@ -184,8 +191,9 @@ def _missing(config: ScoreConfig, manifest: dict[str, Any]) -> list[int]:
     """Shards without a receipt, found without writing anything."""
     if not (Path(config.out) / MANIFEST_NAME).exists():
         return list(range(len(manifest["plan"]["shards"])))
-    if manifest_digest(read_manifest(config.out, kind="cache")) != manifest_digest(manifest):
-        return []  # which the writer refuses, saying what differs
+    if is_unused(config.out, manifest):
+        return list(range(len(manifest["plan"]["shards"])))
+    require_same_recipe(config.out, manifest)
     return TeacherCache.open(config.out, allow_incomplete=True).missing_shards
 
 

@@ -21,6 +21,7 @@ from lopd.cache.shards import (
     read_receipt,
     remove_shard_locks,
     require_kind,
+    scoring_of,
     start_lock,
     write_shard,
 )
@@ -55,7 +56,7 @@ class _ShardWriter:
         self._plan = plan_of(manifest)
         self._recipe = manifest_digest(manifest)
         self._vocab_size = head_rows(manifest)
-        self._unknown_logprobs = manifest.get("rollout_logprobs") == "unknown"
+        self._has_logprobs = scoring_of(manifest)["rollout_logprobs"] != "absent"
         self._lock = lock
         self._worker = worker
         self._claimed: int | None = None
@@ -74,6 +75,7 @@ class _ShardWriter:
         require_kind(manifest, cls.kinds)
         plan_of(manifest)
         head_rows(manifest)
+        scoring_of(manifest)
         what = "made a folder"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,10 +98,13 @@ class _ShardWriter:
                     remove_temporaries(folder)
                     remove_shard_locks(folder)
                 _require_ours(folder, manifest)  # again: another writer may have begun since
-                if (folder / MANIFEST_NAME).exists():
+                if _holds(folder, manifest):
                     manifest = read_manifest(folder)
-                else:
+                elif lock.alone:
+                    (folder / VOCAB_NAME).unlink(missing_ok=True)  # of a recipe that gives way
                     write_manifest(folder, manifest)
+                else:
+                    require_same_recipe(folder, manifest)
                 lock.settle()
             except BaseException:
                 lock.release()
@@ -207,7 +212,7 @@ class _ShardWriter:
             )
         seen = set()
         for rollout in rollouts:
-            check_rollout(rollout, self._vocab_size, unknown_logprobs=self._unknown_logprobs)
+            check_rollout(rollout, self._vocab_size, has_logprobs=self._has_logprobs)
             if (rollout.prompt_id, rollout.sample) in seen:
                 raise DataError(
                     f"{name_of(rollout)} is twice in shard {shard}; give every sample of a "
@@ -238,6 +243,7 @@ class RolloutWriter(_ShardWriter):
     ) -> "RolloutWriter":
         """Start the folder, or resume it where it holds the same recipe.
 
+        A recipe by which no shard has been written yet gives way to another.
         The manifest needs `plan.shards` and `model.vocab_size`. When resuming, the manifest
         on disk stays and finished shards are hashed, so a torn one counts as missing. A
         `worker` of several shares the folder with the others and hashes those of its number.
@@ -279,7 +285,7 @@ class CacheWriter(_ShardWriter):
     ) -> "CacheWriter":
         """As `RolloutWriter.create`; the manifest also needs `k`, `top_p` and `codec`.
 
-        With `entropy` "absent" in it, scores come without (NaN).
+        What its `scoring` calls absent comes as NaN (`shards.scoring_of`).
 
         `model` is the teacher: its `vocab_size` bounds the ids and sets their bits in `packed`
         and `compact`.
@@ -311,9 +317,10 @@ def encode_records(
     k, top_p, codec = _cache_settings(manifest)
     rows = head_rows(manifest)
     rollouts = [rollout for rollout, _ in records]
+    has_entropy = scoring_of(manifest)["entropy"] != "absent"
     scored = []
     for rollout, scores in records:
-        check_scores(rollout, scores, rows, k, has_entropy=manifest.get("entropy") != "absent")
+        check_scores(rollout, scores, rows, k, has_entropy=has_entropy)
         lists, tail = build_lists(scores, top_p)
         cut = Scored(scores.logprobs, scores.entropy, lists, tail)
         own = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
@@ -339,7 +346,8 @@ def _cache_settings(manifest: Mapping[str, Any]) -> tuple[int, float, Any]:
 def _require_ours(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Refuse a folder with another recipe, or that something else has filled."""
     if (folder / MANIFEST_NAME).exists():
-        _require_same_recipe(folder, manifest)
+        if not is_unused(folder, manifest):
+            require_same_recipe(folder, manifest)
         return
     ours = {LOCK_NAME, START_LOCK_NAME, VOCAB_NAME}
     stray = sorted(
@@ -360,7 +368,25 @@ def _require_ours(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _require_same_recipe(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _holds(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the folder has this very recipe."""
+    if not (folder / MANIFEST_NAME).exists():
+        return False
+    return manifest_digest(read_manifest(folder)) == manifest_digest(manifest)
+
+
+def is_unused(folder: str | Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a run of this kind left a recipe and no shard, so that another may take its place."""
+    same_kind = read_manifest(folder)["kind"] == manifest["kind"]
+    return same_kind and not any(Path(folder).glob("shard-*"))
+
+
+def require_same_recipe(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a folder whose manifest has another recipe than `manifest`.
+
+    Raises:
+        ConfigError: names what differs.
+    """
     found = read_manifest(folder)
     if manifest_digest(found) == manifest_digest(manifest):
         return
