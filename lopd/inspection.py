@@ -27,6 +27,8 @@ def main(config: InspectConfig) -> None:
     teacher = (manifest.get("lineage") or {}).get("sft_teacher")
     if teacher:
         rows["fine-tuned on"] = f"{teacher.get('path')} ({teacher['weights'][:12]})"
+    if sampling := manifest.get("sampling"):
+        rows["sampling"] = ", ".join(f"{name} {value}" for name, value in sampling.items())
     if manifest.get("overrides"):
         rows["overrides"] = ", ".join(item["name"] for item in manifest["overrides"])
     store: RolloutStore | TeacherCache | None = None
@@ -73,6 +75,7 @@ def _cache_rows(cache: TeacherCache) -> dict[str, Any]:
     manifest = cache.manifest
     if manifest.get("declared"):
         rows["declared"] = "who scored and who rolled out are taken on trust"
+    rows["temperature"] = manifest["temperature"]
     rows["scoring"] = ", ".join(f"{name} {word}" for name, word in scoring_of(manifest).items())
     if support := (manifest.get("scoring") or {}).get("support"):
         rows["lists"] = support["ids"]

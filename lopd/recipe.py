@@ -15,7 +15,8 @@
 
 A stage's folder, model and data follow from the stages before it and can be set by hand.
 Without `sft`, `student` is the fine-tuned one; `extra_ids` of score are those of the student that
-rolls out. What is finished is left alone; a finished stage whose settings or inputs have changed since is refused, never reused or overwritten.
+rolls out. What is finished is left alone; a finished stage whose settings or inputs have changed
+since is refused, never reused or overwritten.
 """
 
 from dataclasses import asdict, dataclass, field, fields
