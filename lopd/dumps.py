@@ -35,7 +35,6 @@ from lopd.errors import ConfigError, DataError, LopdError
 from lopd.tables import read_records
 
 Format = Literal["lightning-opd", "topk"]
-FORMATS: tuple[Format, ...] = ("lightning-opd", "topk")
 _LIGHTNING = ("is_lightning_opd", "response_tokens", "loss_mask", "teacher_log_probs")
 _TOPK = (
     {"response_token_ids", "logprobs"},

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lopd.cache import CacheWriter, Codec, Rollout, TeacherScores
 from lopd.cache.lists import derived_tail, row_sums
 from lopd.cache.records import MASS_TOLERANCE
-from lopd.dumps import Dumped, read_dump
+from lopd.dumps import Dumped, Format, read_dump
 from lopd.errors import ConfigError, DataError
 from lopd.models import eos_ids_of, load_tokenizer
 from lopd.provenance import build_manifest, describe_file, describe_model, lineage_of, save_vocab
@@ -34,7 +34,7 @@ class ImportConfig:
     """A cache from scores that another tool dumped (`lopd import`)."""
 
     source: str = field(metadata={"help": "Parquet (.parquet) or JSONL file."})
-    format: Literal["lightning-opd", "topk"] = field(
+    format: Format = field(
         metadata={"help": "The paper's parquet, or top-k log-probs; see lopd/dumps.py."}
     )
     teacher: str = field(metadata={"help": "Who scored: a folder, a digest of weights, or a name."})

@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lopd.cache import CacheWriter, Codec, Rollout, RolloutStore, TeacherCache, TeacherScores
+from lopd.cache.folders import is_unused, require_same_recipe
 from lopd.cache.records import name_of
-from lopd.cache.writer import is_unused, require_same_recipe
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import Engine, Progress
 from lopd.engines.options import EngineOptions

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from lopd.cache.codec import CODECS, Scored, check_storable
+from lopd.cache.folders import holds, require_ours, require_same_recipe
 from lopd.cache.layout import index_digest, rollout_arrays, rollout_counts, score_shard
 from lopd.cache.lists import build_lists
 from lopd.cache.records import Rollout, TeacherScores, check_rollout, check_scores, name_of
 from lopd.cache.shards import (
-    LOCK_NAME,
-    START_LOCK_NAME,
     FolderLock,
     ShardLock,
     check_hash,
@@ -26,13 +25,11 @@ from lopd.cache.shards import (
     write_shard,
 )
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
-from lopd.files import TEMP_SUFFIX, remove_temporaries
+from lopd.files import remove_temporaries
 from lopd.provenance import (
-    MANIFEST_NAME,
     VOCAB_NAME,
     manifest_digest,
     read_manifest,
-    recipe_of,
     write_manifest,
 )
 from lopd.workers import Worker
@@ -80,7 +77,7 @@ class _ShardWriter:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             what = "used"
-            _require_ours(folder, manifest)
+            require_ours(folder, manifest)
             return cls._start(folder, manifest, worker)
         except LopdError:
             raise
@@ -97,8 +94,8 @@ class _ShardWriter:
                 if lock.alone:
                     remove_temporaries(folder)
                     remove_shard_locks(folder)
-                _require_ours(folder, manifest)  # again: another writer may have begun since
-                if _holds(folder, manifest):
+                require_ours(folder, manifest)  # again: another writer may have begun since
+                if holds(folder, manifest):
                     manifest = read_manifest(folder)
                 elif lock.alone:
                     (folder / VOCAB_NAME).unlink(missing_ok=True)  # of a recipe that gives way
@@ -341,59 +338,3 @@ def _cache_settings(manifest: Mapping[str, Any]) -> tuple[int, float, Any]:
     if codec not in CODECS:
         raise ConfigError(f"codec is {codec!r}, expected one of {', '.join(CODECS)}")
     return k, float(top_p), codec
-
-
-def _require_ours(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse a folder with another recipe, or that something else has filled."""
-    if (folder / MANIFEST_NAME).exists():
-        if not is_unused(folder, manifest):
-            require_same_recipe(folder, manifest)
-        return
-    ours = {LOCK_NAME, START_LOCK_NAME, VOCAB_NAME}
-    stray = sorted(
-        item
-        for item in folder.iterdir()
-        if item.name not in ours and not (item.name[0] == "." and item.suffix == TEMP_SUFFIX)
-    )
-    shards = [item for item in stray if item.match("shard-*")]
-    if shards:
-        raise ShardError(
-            f"{shards[0]}: a shard in a folder without {MANIFEST_NAME}; restore the manifest, or "
-            "name an empty folder"
-        )
-    if stray:
-        raise ShardError(
-            f"{folder}: holds {stray[0].name} and no {MANIFEST_NAME}, so it is not of this stage; "
-            "name a new or empty folder"
-        )
-
-
-def _holds(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether the folder has this very recipe."""
-    if not (folder / MANIFEST_NAME).exists():
-        return False
-    return manifest_digest(read_manifest(folder)) == manifest_digest(manifest)
-
-
-def is_unused(folder: str | Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a run of this kind left a recipe and no shard, so that another may take its place."""
-    same_kind = read_manifest(folder)["kind"] == manifest["kind"]
-    return same_kind and not any(Path(folder).glob("shard-*"))
-
-
-def require_same_recipe(folder: str | Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse a folder whose manifest has another recipe than `manifest`.
-
-    Raises:
-        ConfigError: names what differs.
-    """
-    found = read_manifest(folder)
-    if manifest_digest(found) == manifest_digest(manifest):
-        return
-    ours, theirs = recipe_of(manifest), recipe_of(found)
-    keys = ours.keys() | theirs.keys()
-    differing = sorted(key for key in keys if ours.get(key) != theirs.get(key))
-    raise ConfigError(
-        f"{folder} holds another recipe (it differs in {', '.join(differing)}); name another "
-        "folder, or remove this one to redo it"
-    )
