@@ -56,7 +56,7 @@ class RunConfig:
 def main(config: RunConfig) -> Path:
     if not (worker := this_worker(None)).alone:
         raise ConfigError(
-            f"lopd run: found {worker}; expected one process: it runs stages one after another; "
+            f"RANK/WORLD_SIZE: found {worker}; expected one process: a recipe runs stages one after another; "
             "start lopd rollout and lopd score themselves by torchrun"
         )
     recipe = load_yaml(config.recipe)
