@@ -56,8 +56,8 @@ class RunConfig:
 def main(config: RunConfig) -> Path:
     if not (worker := this_worker(None)).alone:
         raise ConfigError(
-            f"RANK/WORLD_SIZE: found {worker}; expected one process: a recipe runs stages one after another; "
-            "start lopd rollout and lopd score themselves by torchrun"
+            f"RANK/WORLD_SIZE: found {worker}; expected one process, as a recipe runs in one; start "
+            "lopd rollout and lopd score themselves by torchrun"
         )
     recipe = load_yaml(config.recipe)
     configs = plan(recipe, config.recipe)
