@@ -4,13 +4,12 @@ Whether teacher, cache, rollouts and student belong together is checked first, f
 before any model is built. Overrides given by flags are recorded in the result's manifest.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lopd import runs
-from lopd.cache import TeacherCache
+from lopd.cache import TeacherCache, scoring_of
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.models import check_model_folder
 from lopd.options import TrainOptions
@@ -98,7 +97,7 @@ def main(config: DistillConfig) -> Path:
     """
     check_model_folder(config.student)
     cache, overrides = open_cache(config)
-    check_tail(config, cache.manifest)
+    check_lists(config, cache)
     temperature = cache.manifest["temperature"]
     objective = config.objective_at(temperature)
     if objective.temperature != temperature:
@@ -126,16 +125,22 @@ def main(config: DistillConfig) -> Path:
     return Path(config.out)
 
 
-def check_tail(config: DistillConfig, manifest: Mapping[str, Any]) -> None:
-    """Refuse an objective that needs the mass outside the lists where a cache has lost it.
+def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
+    """Refuse an objective that needs more of the lists than an imported cache has.
 
     Raises:
-        ConfigError: the lists were renormalised before they were imported.
+        ConfigError: there are none, or they were renormalised before they were imported.
     """
+    if config.objective in SPARSE and config.support == "list" and cache.has_no_lists:
+        raise ConfigError(
+            f"{config.cache}: holds the log-probs of the sampled tokens and no lists; found "
+            f"objective {config.objective} with support list, expected --objective "
+            "policy_gradient, or --support list+sampled with its two buckets a token"
+        )
     sees_lists_alone = (
         config.objective in SPARSE and config.tail == "renormalize" and config.support == "list"
     )
-    if manifest.get("tail") == "renormalized" and not sees_lists_alone:
+    if scoring_of(cache.manifest)["tail"] == "renormalized" and not sees_lists_alone:
         raise ConfigError(
             f"{config.cache}: its lists were renormalised before they were imported, so the mass "
             f"outside them is lost; found objective {config.objective} with tail {config.tail} and "

@@ -22,7 +22,7 @@ Optional: `teacher_logprobs` (of the response tokens, where a list lacks them), 
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +30,11 @@ from typing import Any, Literal
 import numpy as np
 
 from lopd.cache import Rollout
-from lopd.cache.records import FINISH_REASONS
+from lopd.cache.records import FINISH_REASONS, MASS_TOLERANCE
 from lopd.errors import ConfigError, DataError, LopdError
 from lopd.tables import read_records
 
 Format = Literal["lightning-opd", "topk"]
-FORMATS: tuple[Format, ...] = ("lightning-opd", "topk")
-MASS_TOLERANCE = 1e-3
 _LIGHTNING = ("is_lightning_opd", "response_tokens", "loss_mask", "teacher_log_probs")
 _TOPK = (
     {"response_token_ids", "logprobs"},
@@ -59,23 +57,25 @@ class Dumped:
     lengths: np.ndarray  # [R] int64, sums to E
 
 
-def read_dump(path: str | Path, form: Format, tokenizer: Any | None) -> Iterator[Dumped]:
+def read_dump(
+    path: str | Path, form: Format, tokenizer: Any | None, eos_ids: Sequence[int] = ()
+) -> Iterator[Dumped]:
     """The sequences of a file, in order.
 
     Args:
-        tokenizer: of the student: encodes the prompts of `lightning-opd`, and tells by its
-            end-of-sequence token whether an answer stopped where no `finish_reason` says it.
-            None is enough where neither is needed.
+        tokenizer: of the student, which encodes the prompts of `lightning-opd`.
+        eos_ids: of the student: they tell whether an answer stopped where no `finish_reason` says
+            it.
 
     Raises:
         DataError: place and fault of a record that is not of the format.
-        MissingFileError, ConfigError: as `tables.read_records`; a tokenizer is needed.
+        MissingFileError, ConfigError: as `tables.read_records`; `tokenizer` or `eos_ids` is needed.
     """
     seen: Counter[str] = Counter()
     for where, record in read_records(path):
         parse = _lightning if form == "lightning-opd" else _topk
         try:
-            dumped = _assemble(where, parse(where, record, tokenizer), tokenizer, seen)
+            dumped = _assemble(where, parse(where, record, tokenizer), eos_ids, seen)
         except LopdError:
             raise
         except (TypeError, ValueError) as error:
@@ -152,7 +152,7 @@ def _paired(where: str, ids: list[Any], logprobs: list[Any]) -> list[list[Any]]:
 
 
 def _assemble(
-    where: str, fields: dict[str, Any], tokenizer: Any | None, seen: Counter[str]
+    where: str, fields: dict[str, Any], eos_ids: Sequence[int], seen: Counter[str]
 ) -> Dumped:
     prompt = _numbers(where, "prompt token ids", fields["prompt"], np.int32)
     response = _numbers(where, "response token ids", fields["response"], np.int32)
@@ -185,7 +185,7 @@ def _assemble(
         sample=sample,
         tokens=np.concatenate([prompt, response]),
         prompt_length=len(prompt),
-        finish_reason=_finish(where, fields.get("finish"), int(response[-1]), tokenizer),
+        finish_reason=_finish(where, fields.get("finish"), int(response[-1]), eos_ids),
         loss_mask=np.concatenate([np.zeros(len(prompt), bool), mask == 1]),
         rollout_logprobs=rollout_logprobs,
         rollout_logprobs_raw=rollout_logprobs,
@@ -261,18 +261,18 @@ def _whole(token: Any) -> int:
     return int(token)
 
 
-def _finish(where: str, given: Any, last: int, tokenizer: Any | None) -> str:
+def _finish(where: str, given: Any, last: int, eos_ids: Sequence[int]) -> str:
     if given in FINISH_REASONS:
         return str(given)
     if given is not None:
         raise DataError(
             f"{where}: finish_reason is {given!r}; expected {' or '.join(FINISH_REASONS)}"
         )
-    if tokenizer is None:
+    if not eos_ids:
         raise ConfigError(
             f"{where}: no finish_reason; give it in the file, or the folder of the student"
         )
-    return "stop" if last == tokenizer.eos_token_id else "length"
+    return "stop" if last in eos_ids else "length"
 
 
 def _numbers(where: str, name: str, values: Any, dtype: type) -> np.ndarray:

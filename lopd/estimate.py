@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from lopd.cache import Rollout, RolloutStore, TeacherScores
+from lopd.cache import Rollout, RolloutStore, TeacherScores, scoring_of
 from lopd.cache.shards import plan_of
 from lopd.cache.writer import encode_records
 from lopd.errors import ConfigError
@@ -77,7 +77,7 @@ def sample(rollouts: RolloutStore, count: int = PROBE_SEQUENCES) -> list[Rollout
 def size_bounds(manifest: Mapping[str, Any], sequences: Sequence[Rollout]) -> tuple[Size, Size]:
     """Sizes with the shortest and with the longest lists that k and top_p allow."""
     k, top_p, rows = manifest["k"], manifest["top_p"], manifest["model"]["vocab_size"]
-    told = manifest.get("entropy") != "absent"
+    told = scoring_of(manifest)["entropy"] != "absent"
     first = [(1 + top_p) / 2 if top_p < 1 else 1 / (k + 1), 0.9 * min(top_p, 1.0) / k]
     shortest, longest = (
         measure_size(manifest, [(s, _made_up(s, k, rows, mass, told)) for s in sequences])

@@ -47,7 +47,9 @@ class EvalConfig:
     """Accuracy on prompts with answers, and the KL to a teacher (`lopd eval`)."""
 
     model: str = field(metadata={"help": "Model folder to evaluate."})
-    prompts: str = field(metadata={"help": "JSONL with 'prompt' or 'messages', and 'answer'."})
+    prompts: str = field(
+        metadata={"help": "JSONL or parquet with 'prompt' or 'messages', and 'answer'."}
+    )
     out: str = field(metadata={"help": "Folder for results.json and the answers."})
     teacher: str | None = field(default=None, metadata={"help": "Model folder for the KL."})
     cache: str | None = field(

@@ -3,29 +3,29 @@
 The formats are those of `lopd.dumps`. Who scored and who rolled out is taken on trust and marked
 `declared`: a model folder is fingerprinted, a digest is taken as it is, and any other name
 identifies nothing, so that `lopd distill` asks for its override. What a dump does not hold
-stands in the manifest: `"tail": "derived"` (1 less the listed mass, floored at 2^-23),
-`"entropy": "buckets"` (of list and tail, a lower bound), `"rollout_logprobs": "unknown"`.
+stands in the manifest's `scoring` (`lopd.cache.scoring_of`): tail and entropy are derived from the
+lists, rollout log-probs may be absent.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from lopd.cache import CacheWriter, Rollout, TeacherScores
-from lopd.cache.lists import row_sums
-from lopd.dumps import Dumped, read_dump
+from lopd.cache import CacheWriter, Codec, Rollout, TeacherScores
+from lopd.cache.lists import derived_tail, row_sums
+from lopd.cache.records import MASS_TOLERANCE
+from lopd.dumps import Dumped, Format, read_dump
 from lopd.errors import ConfigError, DataError
-from lopd.models import load_tokenizer
+from lopd.models import eos_ids_of, load_tokenizer
 from lopd.provenance import build_manifest, describe_file, describe_model, lineage_of, save_vocab
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-TAIL_FLOOR = 2.0**-23
-# A list whose mass is this near to 1 has no tail; where every list has none they were renormalised.
+# Lists were renormalised where every one has mass 1 within rounding, and all together within this.
 RENORMALIZED = 1e-4
 
 
@@ -34,14 +34,15 @@ class ImportConfig:
     """A cache from scores that another tool dumped (`lopd import`)."""
 
     source: str = field(metadata={"help": "Parquet (.parquet) or JSONL file."})
-    format: Literal["lightning-opd", "topk"] = field(
+    format: Format = field(
         metadata={"help": "The paper's parquet, or top-k log-probs; see lopd/dumps.py."}
     )
     teacher: str = field(metadata={"help": "Who scored: a folder, a digest of weights, or a name."})
     student: str = field(metadata={"help": "Who rolled out: likewise; a folder for its tokenizer."})
     out: str = field(metadata={"help": "Cache folder; an interrupted one is continued."})
-    codec: Literal["exact", "packed", "compact"] = field(
-        default="exact", metadata={"help": "How the cache stores lists and log-probs."}
+    codec: Codec = field(
+        default="exact",
+        metadata={"help": "How lists and log-probs are stored; all but exact round them."},
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Temperature that the log-probs were taken at."}
@@ -78,11 +79,17 @@ def main(config: ImportConfig) -> Path:
         MissingFileError: no such file.
     """
     student, teacher = _describe_both(config.student, config.teacher)
-    tokenizer = load_tokenizer(config.student) if Path(config.student).is_dir() else None
-    survey = take_survey(config, teacher["vocab_size"], tokenizer)
+    tokenizer, eos_ids = None, []
+    if Path(config.student).is_dir():
+        tokenizer = load_tokenizer(config.student)
+        eos_ids = eos_ids_of(config.student, tokenizer)
+
+    def read() -> Iterator[Dumped]:
+        return read_dump(config.source, config.format, tokenizer, eos_ids)
+
+    survey = take_survey(config, teacher["vocab_size"], read())
     source = describe_file(config.source)
     full, rest = divmod(survey.sequences, config.shard_size)
-    told: dict[str, Any] = {} if survey.known_rollouts else {"rollout_logprobs": "unknown"}
     manifest = build_manifest(
         "cache",
         stage="import",
@@ -103,20 +110,24 @@ def main(config: ImportConfig) -> Path:
         codec=config.codec,
         temperature=config.temperature,
         declared=True,
-        tail="renormalized" if survey.renormalized else "derived",
-        entropy="buckets",
-        **told,
+        scoring={
+            "tail": "renormalized" if survey.renormalized else "derived",
+            "entropy": "derived",
+            "rollout_logprobs": "computed" if survey.known_rollouts else "absent",
+            "support": {"ids": "as imported", "extra_ids": 0},
+        },
     )
     with CacheWriter.create(config.out, manifest) as writer:
         missing = writer.missing()
         if missing and Path(config.teacher).is_dir():
             save_vocab(config.teacher, config.out)
-        records = read_dump(config.source, config.format, tokenizer)
+        records = read()
         width = survey.longest - survey.shortest
         for shard, size in enumerate(manifest["plan"]["shards"]):
             dumped = list(islice(records, size))
             if shard in missing:
-                writer.write(shard, list(_scores(dumped, survey.shortest, width)))
+                scored = _scores(dumped, survey.shortest, width, teacher["vocab_size"])
+                writer.write(shard, list(scored))
         writer.finish()
     return Path(config.out)
 
@@ -149,22 +160,23 @@ def _describe_name(name: str, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def take_survey(config: ImportConfig, vocab_size: int, tokenizer: Any) -> Survey:
+def take_survey(config: ImportConfig, vocab_size: int, records: Iterable[Dumped]) -> Survey:
     """Read and check every record.
 
     Raises:
         DataError: as `read_dump`; an empty file, rollout log-probs that only some have, or lists
             that were renormalised, unless that is allowed.
     """
-    sequences = known = longest = 0
-    shortest, renormalized = vocab_size, True
-    for dumped in read_dump(config.source, config.format, tokenizer):
+    sequences = known = longest = tokens = 0
+    shortest, whole, excess = vocab_size, True, 0.0
+    for dumped in records:
         sequences += 1
         known += not np.isnan(dumped.rollout.rollout_logprobs).any()
         lengths = dumped.lengths
         shortest, longest = min(shortest, lengths.min()), max(longest, lengths.max())
-        whole = np.abs(row_sums(np.exp(dumped.listed), lengths) - 1) <= RENORMALIZED
-        renormalized = renormalized and bool((whole & (lengths < vocab_size)).all())
+        over = row_sums(np.exp(dumped.listed), lengths) - 1
+        tokens, excess = tokens + len(over), excess + float(over.sum())
+        whole &= bool(((np.abs(over) <= MASS_TOLERANCE) & (lengths < vocab_size)).all())
     if not sequences:
         raise DataError(f"{config.source}: holds no records; expected at least one")
     if known not in (0, sequences):
@@ -172,9 +184,10 @@ def take_survey(config: ImportConfig, vocab_size: int, tokenizer: Any) -> Survey
             f"{config.source}: {known} of {sequences} records have rollout_logprobs; give all or "
             "none"
         )
+    renormalized = whole and abs(excess) <= RENORMALIZED * tokens
     if renormalized and not config.allow_renormalized:
         raise DataError(
-            f"{config.source}: every list has mass 1 within {RENORMALIZED:g}, though the longest "
+            f"{config.source}: every list has mass 1 within rounding, though the longest "
             f"holds {longest} of {vocab_size} ids: the lists were renormalised and the mass "
             "outside them is lost; dump raw log-probs, or pass --allow_renormalized to admit them "
             "for --tail renormalize alone"
@@ -182,7 +195,9 @@ def take_survey(config: ImportConfig, vocab_size: int, tokenizer: Any) -> Survey
     return Survey(sequences, int(shortest), int(longest), renormalized, known == sequences)
 
 
-def _scores(dumped: list[Dumped], k: int, width: int) -> Iterator[tuple[Rollout, TeacherScores]]:
+def _scores(
+    dumped: list[Dumped], k: int, width: int, vocab_size: int
+) -> Iterator[tuple[Rollout, TeacherScores]]:
     """The first k of every list as the top-k, the rest as extra ids."""
     for item in dumped:
         rows = len(item.logprobs)
@@ -190,9 +205,12 @@ def _scores(dumped: list[Dumped], k: int, width: int) -> Iterator[tuple[Rollout,
         listed = np.full((rows, k + width), -np.inf)
         filled = np.arange(k + width) < item.lengths[:, None]
         ids[filled], listed[filled] = item.ids, item.listed
-        mass = np.exp(listed)
-        left = np.maximum(1 - mass.sum(axis=1), TAIL_FLOOR)
-        entropy = -(left * np.log(left)) - (mass * np.where(mass > 0, listed, 0)).sum(axis=1)
+        own = item.rollout.tokens[item.rollout.prompt_length :]
+        outside = np.where((ids == own[:, None]).any(axis=1), -np.inf, item.logprobs)
+        tail = derived_tail(listed, outside, item.lengths == vocab_size)
+        buckets = np.column_stack([listed, tail])
+        mass = np.exp(buckets)
+        entropy = -(mass * np.where(mass > 0, buckets, 0)).sum(axis=1)
         yield (
             item.rollout,
             TeacherScores(
@@ -200,8 +218,9 @@ def _scores(dumped: list[Dumped], k: int, width: int) -> Iterator[tuple[Rollout,
                 entropy=np.maximum(entropy, 0).astype(np.float32),
                 topk_ids=ids[:, :k],
                 topk_logprobs=listed[:, :k].astype(np.float32),
-                tail_logprobs=np.log(left + mass[:, k:].sum(axis=1)).astype(np.float32),
+                tail_logprobs=np.logaddexp.reduce(buckets[:, k:], axis=1).astype(np.float32),
                 extra_ids=ids[:, k:] if width else None,
                 extra_logprobs=listed[:, k:].astype(np.float32) if width else None,
+                extra_tail_logprobs=tail if width else None,
             ),
         )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lopd.cache import RolloutStore, TeacherCache
+from lopd.cache import RolloutStore, TeacherCache, scoring_of
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.provenance import fingerprint_weights, read_manifest
 
@@ -27,6 +27,8 @@ def main(config: InspectConfig) -> None:
     teacher = (manifest.get("lineage") or {}).get("sft_teacher")
     if teacher:
         rows["fine-tuned on"] = f"{teacher.get('path')} ({teacher['weights'][:12]})"
+    if sampling := manifest.get("sampling"):
+        rows["sampling"] = ", ".join(f"{name} {value}" for name, value in sampling.items())
     if manifest.get("overrides"):
         rows["overrides"] = ", ".join(item["name"] for item in manifest["overrides"])
     store: RolloutStore | TeacherCache | None = None
@@ -70,9 +72,13 @@ def _cache_rows(cache: TeacherCache) -> dict[str, Any]:
     rows["codec_error"] = (
         "not measured when it was written" if error is None else f"{error:.3g} nat"
     )
-    for key in ("declared", "tail", "entropy", "rollout_logprobs"):
-        if key in cache.manifest:
-            rows[key] = cache.manifest[key]
+    manifest = cache.manifest
+    if manifest.get("declared"):
+        rows["declared"] = "who scored and who rolled out are taken on trust"
+    rows["temperature"] = manifest["temperature"]
+    rows["scoring"] = ", ".join(f"{name} {word}" for name, word in scoring_of(manifest).items())
+    if support := (manifest.get("scoring") or {}).get("support"):
+        rows["lists"] = support["ids"]
     for name, size in details["bytes_per_token_by_array"].items():
         rows[f"bytes/token {name}"] = size
     return rows

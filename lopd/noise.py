@@ -2,7 +2,8 @@
 
 With q the stored distribution of a response token over its list and tail, and q' what the
 same teacher gives now, KL(q' || q) is the loss that a perfect student would still have: the
-noise floor. KL(p || q) of the student p on the same tokens and buckets is the signal.
+noise floor. KL(p || q) of the student p on the same tokens and buckets is the signal. A cache
+without lists, of sampled-token log-probs alone, has the sampled token for its list.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lopd.cache import TeacherCache, TeacherScores, TeacherSequence
+from lopd.cache import TeacherCache, TeacherScores, TeacherSequence, scoring_of
+from lopd.cache.codec import kl_terms
 from lopd.engines import load_engine
 from lopd.engines.base import Engine
 from lopd.engines.options import EngineOptions
-from lopd.errors import ModelError, ProvenanceError
+from lopd.errors import ConfigError, ModelError, ProvenanceError
 from lopd.provenance import fingerprint_weights
 
 
@@ -67,9 +69,17 @@ def measure_noise(
 
     Raises:
         ProvenanceError: `teacher` is not the model that scored the cache.
+        ConfigError: the mass outside the lists was lost before they were imported.
     """
     cache = TeacherCache.open(path, support="list")
+    if cache.has_no_lists:
+        cache = TeacherCache.open(path, support="list+sampled")
     manifest = cache.manifest
+    if scoring_of(manifest)["tail"] == "renormalized":
+        raise ConfigError(
+            f"{path}: its lists were renormalised before they were imported, so the teacher's own "
+            "distribution is lost and there is nothing to compare with; score the rollouts again"
+        )
     found, expected = fingerprint_weights(teacher), manifest["model"]["weights"]
     if found != expected:
         raise ProvenanceError(
@@ -195,6 +205,5 @@ def _fold(
 
 
 def _bucket_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:  # [R] of [R, B] log-probs
-    """sum_b p_b (log p_b - log q_b); a bucket that p gives nothing adds nothing."""
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q)).sum(axis=1)
+    """KL over the buckets, not negative where a mass is not quite 1."""
+    return kl_terms(p, q).sum(axis=1)

@@ -14,8 +14,9 @@
       eval: {prompts: test.jsonl}
 
 A stage's folder, model and data follow from the stages before it and can be set by hand.
-Without `sft`, `student` is the fine-tuned one. What is finished is left alone; a finished
-stage whose settings or inputs have changed since is refused, never reused or overwritten.
+Without `sft`, `student` is the fine-tuned one; `extra_ids` of score are those of the student that
+rolls out. What is finished is left alone; a finished stage whose settings or inputs have changed
+since is refused, never reused or overwritten.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -28,6 +29,7 @@ from lopd.errors import ConfigError
 from lopd.provenance import MANIFEST_NAME, describe_file, fingerprint_weights, read_manifest
 from lopd.runs import NOT_RECIPE
 from lopd.settings import build_config, check_keys, load_yaml
+from lopd.workers import this_worker
 
 STAGES: dict[str, tuple[Any, type]] = {
     "sft-data": (sft_data, sft_data.SftDataConfig),
@@ -52,6 +54,11 @@ class RunConfig:
 
 
 def main(config: RunConfig) -> Path:
+    if not (worker := this_worker(None)).alone:
+        raise ConfigError(
+            f"RANK/WORLD_SIZE: found {worker}; expected one process, as a recipe runs in one; start "
+            "lopd rollout and lopd score themselves by torchrun"
+        )
     recipe = load_yaml(config.recipe)
     configs = plan(recipe, config.recipe)
     for name, settings in configs.items():
@@ -84,6 +91,11 @@ def plan(recipe: dict[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(f"{where}: stages: {name}: expected a mapping of settings")
         if settings and not isinstance(settings.get("out", ""), str):
             raise ConfigError(f"{where}: stages: {name}: 'out' is not a folder's name")
+        if settings and settings.get("plan"):
+            raise ConfigError(
+                f"{where}: stages: {name}: 'plan' writes nothing for later stages to read; call "
+                "'lopd score --plan' by itself"
+            )
     configs = {}
     for name in STAGES:
         if name in given:
@@ -108,11 +120,16 @@ def wiring(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
         return str((recipe["stages"].get(of) or {}).get("out", Path(recipe["out"]) / of))
 
     student = out("sft") if "sft" in recipe["stages"] else recipe["student"]
+    extra_ids = (recipe["stages"].get("score") or {}).get("extra_ids")
     return {"out": out(name)} | {
         "sft-data": {"teacher": recipe["teacher"]},
         "sft": {"model": recipe["student"], "data": out("sft-data")},
         "rollout": {"student": student},
-        "score": {"teacher": recipe["teacher"], "rollouts": out("rollout")},
+        "score": {
+            "teacher": recipe["teacher"],
+            "rollouts": out("rollout"),
+            "student": student if extra_ids else None,
+        },
         "distill": {"student": student, "cache": out("score")},
         "eval": {
             "model": out("distill") if "distill" in recipe["stages"] else student,

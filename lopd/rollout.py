@@ -35,7 +35,9 @@ from lopd.workers import Worker, this_worker
 class SamplingOptions(EngineOptions):
     """What `sft-data` and `rollout` share."""
 
-    prompts: str = field(metadata={"help": "JSONL with 'prompt' or 'messages' in each line."})
+    prompts: str = field(
+        metadata={"help": "JSONL or parquet with 'prompt' or 'messages' in each record."}
+    )
     out: str = field(metadata={"help": "Folder to write; an interrupted one is continued."})
     num_samples: int = field(default=1, metadata={"help": "Answers to each prompt."})
     limit: int | None = field(default=None, metadata={"help": "Use the first so many prompts."})

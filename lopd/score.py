@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lopd.cache import CacheWriter, Rollout, RolloutStore, TeacherCache, TeacherScores
+from lopd.cache import CacheWriter, Codec, Rollout, RolloutStore, TeacherCache, TeacherScores
+from lopd.cache.folders import is_unused, require_same_recipe
+from lopd.cache.records import name_of
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import Engine, Progress
 from lopd.engines.options import EngineOptions
-from lopd.errors import ConfigError, ModelError, ProvenanceError
+from lopd.errors import ConfigError, DataError, ModelError, ProvenanceError
 from lopd.estimate import (
     Probe,
     Work,
@@ -35,14 +37,13 @@ from lopd.estimate import (
     size_bounds,
     work_left,
 )
-from lopd.models import check_model_folder
+from lopd.models import check_model_folder, context_of
 from lopd.provenance import (
     MANIFEST_NAME,
     build_manifest,
     describe_model,
-    manifest_digest,
-    read_manifest,
     save_vocab,
+    vocab_size_of,
 )
 from lopd.workers import Worker, this_worker
 
@@ -58,7 +59,10 @@ class ScoreConfig(EngineOptions):
     top_p: float = field(
         default=0.999, metadata={"help": "Lists end where their mass reaches this; 1 keeps all k."}
     )
-    codec: str = field(default="exact", metadata={"help": "exact or packed (fp16 log-probs)."})
+    codec: Codec = field(
+        default="exact",
+        metadata={"help": "How lists and log-probs are stored; all but exact round them."},
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "Divides the teacher's logits; distillation uses the same."}
     )
@@ -78,6 +82,10 @@ class ScoreConfig(EngineOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tokens_per_batch < 1:
+            raise ConfigError(
+                f"tokens_per_batch: found {self.tokens_per_batch}; expected at least 1"
+            )
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
         if self.extra_ids < 0 or (self.extra_ids > 0) != (self.student is not None):
@@ -99,14 +107,17 @@ def main(config: ScoreConfig) -> Path | None:
             process at work in the folder.
         ConfigError: a setting out of range, a folder of another recipe, or no room on the disk.
         ProvenanceError: `student` is not the one that made the rollouts.
+        DataError: a sequence that the teacher has no room or no embedding for.
     """
     worker = this_worker(config.worker)
     check_model_folder(config.teacher)
     rollouts = RolloutStore.open(config.rollouts, kind="rollouts")
     rollouts.verify()
     manifest = _manifest(config, rollouts)
+    left = _missing(config, manifest)
+    _check_sequences(rollouts, left, config.teacher)
     bounds = size_bounds(manifest, sample(rollouts))
-    work = work_left(rollouts, _missing(config, manifest))
+    work = work_left(rollouts, left)
     check_fits(config.out, bounds[0].of(work), "with the shortest lists")
     if config.plan:
         probe = measure(manifest, sample(rollouts), _Scorer(config, worker))
@@ -150,9 +161,10 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
         top_p=config.top_p,
         codec=config.codec,
         temperature=config.temperature,
-        entropy=numerics.entropy,
         scoring={
             "tail": numerics.tail,
+            "entropy": numerics.entropy,
+            "rollout_logprobs": "computed",
             "support": _describe_support(config, source["model"]),
         },
     )
@@ -184,9 +196,27 @@ def _missing(config: ScoreConfig, manifest: dict[str, Any]) -> list[int]:
     """Shards without a receipt, found without writing anything."""
     if not (Path(config.out) / MANIFEST_NAME).exists():
         return list(range(len(manifest["plan"]["shards"])))
-    if manifest_digest(read_manifest(config.out, kind="cache")) != manifest_digest(manifest):
-        return []  # which the writer refuses, saying what differs
+    if is_unused(config.out, manifest):
+        return list(range(len(manifest["plan"]["shards"])))
+    require_same_recipe(config.out, manifest)
     return TeacherCache.open(config.out, allow_incomplete=True).missing_shards
+
+
+def _check_sequences(rollouts: RolloutStore, shards: Sequence[int], teacher: str) -> None:
+    """Refuse before the first shard what the teacher could not score in the last."""
+    context, rows = context_of(teacher), vocab_size_of(teacher)
+    for rollout in (rollout for shard in shards for rollout in rollouts.shard(shard)):
+        length, largest = len(rollout.tokens), int(rollout.tokens.max())
+        if context is not None and length > context:
+            raise DataError(
+                f"{name_of(rollout)}: {length} tokens; the teacher's context holds {context}; roll "
+                "out with fewer --max_new_tokens"
+            )
+        if largest >= rows:
+            raise DataError(
+                f"{name_of(rollout)}: token id {largest}; the teacher's vocabulary ends at "
+                f"{rows - 1}: the two models do not share a tokenizer"
+            )
 
 
 class _Scorer:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lopd.cache import RolloutStore, TeacherCache, TeacherSequence
+from lopd.cache import RolloutStore, TeacherCache, TeacherSequence, scoring_of
 from lopd.cache.records import AGREEMENT_NATS, MASS_TOLERANCE, check_rollout, name_of
 from lopd.engines.options import EngineOptions
 from lopd.errors import ConfigError, DataError, NoiseError, ProvenanceError
@@ -155,11 +155,11 @@ def _check_store(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     store.verify()
     rows = manifest["model"]["vocab_size"]
     tolerance = MASS_TOLERANCE if manifest.get("codec") == "exact" else LOSSY_MASS_TOLERANCE
-    unknown = manifest.get("rollout_logprobs") == "unknown"
+    has_logprobs = scoring_of(manifest)["rollout_logprobs"] != "absent"
     names = set()
     for item in store:
         rollout = item.rollout if isinstance(item, TeacherSequence) else item
-        check_rollout(rollout, rows, unknown_logprobs=unknown)
+        check_rollout(rollout, rows, has_logprobs=has_logprobs)
         names.add((rollout.prompt_id, rollout.sample))
         if isinstance(item, TeacherSequence):
             _check_scored(item, tolerance)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lopd.cache import CODECS, CacheWriter, TeacherCache
+from lopd.cache import CODECS, CacheWriter, RolloutWriter, TeacherCache
 from lopd.cache.layout import INDEX_ARRAYS
 from lopd.errors import ConfigError, ShardError
 
@@ -297,3 +297,17 @@ def test_incomplete_caches_open_only_when_asked(cache):
     assert lenient.missing_shards == [0] and len(lenient) == 3
     assert lenient[0].rollout.prompt_id == "prompt-1"
     assert lenient.summary()["missing_shards"] == 1
+
+
+def test_a_recipe_without_shards_gives_way_to_another_of_its_kind(tmp_path):
+    first, second = make_manifest(plan=PLAN, k=5), make_manifest(plan=PLAN)
+    with CacheWriter.create(tmp_path, first):
+        (tmp_path / "teacher_vocab.json").write_text("{}")
+    with pytest.raises(ConfigError, match="another recipe"):
+        RolloutWriter.create(tmp_path, make_manifest("rollouts", plan=PLAN))
+    write_cache(tmp_path, second)
+    assert not (tmp_path / "teacher_vocab.json").exists()
+    assert TeacherCache.open(tmp_path).manifest["k"] == 8
+    with pytest.raises(ConfigError, match=r"another recipe \(it differs in k\)"):
+        CacheWriter.create(tmp_path, first)
+    assert TeacherCache.open(tmp_path).manifest["k"] == 8

@@ -191,7 +191,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("where", ["remove_temporaries", "_require_ours"])
+@pytest.mark.parametrize("where", ["remove_temporaries", "require_ours"])
 def test_a_folder_that_cannot_be_written_is_refused_and_given_back(tmp_path, monkeypatch, where):
     def denied(*args):
         raise PermissionError(errno.EACCES, "Permission denied")

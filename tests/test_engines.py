@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 from conftest import save_qwen3
 
-from lopd.cache.lists import build_lists
+from lopd.cache.lists import TAIL_FLOOR, build_lists, derived_tail
 from lopd.engines import load_engine
 from lopd.engines.base import Sampling, sequence_seed
 from lopd.engines.hf import HfEngine
 from lopd.engines.options import EngineOptions, parse_options
 from lopd.engines.vllm import gpus_of
 from lopd.engines.vllm_output import (
-    TAIL_FLOOR,
     by_entries,
-    derived_tail,
     read_prompt_logprobs,
     to_scores,
 )

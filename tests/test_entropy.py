@@ -10,11 +10,11 @@ from helpers_training import tiny_model
 
 from lopd.cache import CacheWriter, TeacherCache
 from lopd.data import Collator
-from lopd.errors import DataError
+from lopd.errors import ConfigError, DataError
 from lopd.estimate import size_bounds
 from lopd.step import Objective, step
 
-ABSENT = make_manifest(plan=[2], entropy="absent")
+ABSENT = make_manifest(plan=[2], scoring={"entropy": "absent"})
 
 
 def without(pair):
@@ -31,6 +31,8 @@ def cache(tmp_path):
 
 
 def test_it_is_refused_where_it_is_not_declared(tmp_path):
+    with pytest.raises(ConfigError, match="scoring.entropy 'unknown', expected one of computed"):
+        CacheWriter.create(tmp_path, make_manifest(scoring={"entropy": "unknown"}))
     with (
         CacheWriter.create(tmp_path, make_manifest(plan=[2])) as writer,
         pytest.raises(DataError, match="entropy of response token 0 .* is nan"),

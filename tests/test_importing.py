@@ -1,6 +1,7 @@
 """Dumps of other tools become caches; what they lack is said, what they have lost is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,6 @@ K = 6
 
 @pytest.fixture(scope="module")
 def student(student_folder, teacher_folder, tmp_path_factory):
-    import shutil
-
     folder = tmp_path_factory.mktemp("import") / "student"
     shutil.copytree(student_folder, folder)
     declare(folder, teacher=teacher_folder)
@@ -110,6 +109,11 @@ def distill(student, cache, out, *flags):
     return main([*argv, *settings, "--dtype", "float32", "--device", "cpu", *flags])
 
 
+def rescore(student, teacher, cache):
+    argv = ["verify", "--path", str(cache), "--rescore", "3", "--teacher", str(teacher)]
+    return main([*argv, "--student", str(student), "--dtype", "float32", "--device", "cpu"])
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("form", ["dict", "vllm", "pairs", "structs", "arrays", "prompt"])
 def test_every_form_of_a_dump_gives_the_same_cache(
@@ -152,8 +156,12 @@ def test_an_imported_cache_trains_and_says_what_it_does_not_know(
     manifest = read_manifest(cache)
     assert manifest["stage"] == "import" and manifest["declared"] is True
     assert manifest["model"]["declared"] and manifest["inputs"]["rollouts"]["model"]["declared"]
-    told = {key: manifest[key] for key in ("tail", "entropy", "rollout_logprobs")}
-    assert told == {"tail": "derived", "entropy": "buckets", "rollout_logprobs": "unknown"}
+    assert manifest["scoring"] == {
+        "tail": "derived",
+        "entropy": "derived",
+        "rollout_logprobs": "absent",
+        "support": {"ids": "as imported", "extra_ids": 0},
+    }
     assert manifest["plan"]["shards"] == [2, 1]
     assert distill(student, cache, tmp_path / "kl") == 0
     assert distill(student, cache, tmp_path / "pg", "--objective", "policy_gradient") == 0
@@ -162,7 +170,8 @@ def test_an_imported_cache_trains_and_says_what_it_does_not_know(
     capsys.readouterr()
     assert main(["inspect", "--path", str(cache), "--verify"]) == 0
     printed = capsys.readouterr().out
-    assert "declared" in printed and "derived" in printed
+    assert "on trust" in printed
+    assert "tail derived, entropy derived, rollout_logprobs absent" in printed
 
 
 def test_given_rollout_logprobs_and_own_logprobs_are_kept(
@@ -180,7 +189,7 @@ def test_given_rollout_logprobs_and_own_logprobs_are_kept(
     source = write(tmp_path / "dump.jsonl", records)
     cache = tmp_path / "cache"
     assert run(source, "topk", student, teacher_folder, cache, "--codec", "compact") == 0
-    assert "rollout_logprobs" not in read_manifest(cache)
+    assert read_manifest(cache)["scoring"]["rollout_logprobs"] == "computed"
     items = list(TeacherCache.open(cache))
     assert [(i.rollout.prompt_id, i.rollout.sample) for i in items] == [
         ("same", n) for n in (0, 1, 2)
@@ -189,7 +198,9 @@ def test_given_rollout_logprobs_and_own_logprobs_are_kept(
     assert not items[0].rollout.loss_mask[items[0].rollout.prompt_length]
 
 
-def test_the_papers_parquet_serves_the_sampled_token(student, teacher_folder, dumped, tmp_path):
+def test_the_papers_parquet_serves_the_sampled_token(
+    student, teacher_folder, dumped, tmp_path, capsys
+):
     records = [
         lightning_record(text, answer, scores)
         for text, (_, answer, scores) in zip(PROMPTS, dumped, strict=True)
@@ -205,6 +216,25 @@ def test_the_papers_parquet_serves_the_sampled_token(student, teacher_folder, du
             np.exp(found.tail_logprobs), 1 - np.exp(found.teacher_logprobs), atol=1e-6
         )
     assert distill(student, cache, tmp_path / "out", "--objective", "policy_gradient") == 0
+    capsys.readouterr()
+    assert distill(student, cache, tmp_path / "no", "--support", "list") == 2
+    assert "no lists; found objective reverse_kl with support list" in capsys.readouterr().err
+
+
+def test_the_papers_parquet_is_rescored_by_its_sampled_tokens(
+    student, teacher_folder, dumped, tmp_path, capsys
+):
+    records = [
+        lightning_record(text, answer, scores)
+        for text, (_, answer, scores) in zip(PROMPTS, dumped, strict=True)
+    ]
+    cache = tmp_path / "cache"
+    source = write(tmp_path / "official.parquet", records)
+    assert run(source, "lightning-opd", student, teacher_folder, cache) == 0
+    assert rescore(student, teacher_folder, cache) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    noise, signal = (float(rows[name].split()[0]) for name in ("teacher", "student"))
+    assert 0 <= noise < 1e-6 < 0.001 < signal
 
 
 def renormalised(dumped):
@@ -227,13 +257,74 @@ def test_renormalised_lists_are_refused_and_admitted_for_renormalised_losses_alo
     assert run(source, "topk", student, teacher_folder, cache) == 2
     assert "--allow_renormalized" in capsys.readouterr().err and not cache.exists()
     assert run(source, "topk", student, teacher_folder, cache, "--allow_renormalized") == 0
-    assert read_manifest(cache)["tail"] == "renormalized"
+    assert read_manifest(cache)["scoring"]["tail"] == "renormalized"
     only = ["--tail", "renormalize", "--support", "list"]
     policy_gradient = ["--objective", "policy_gradient"]
     for flags in ([], policy_gradient, ["--tail", "truncate", *only[2:]], only[:2], only[2:]):
         assert distill(student, cache, tmp_path / "no", *flags) == 2
         assert "mass outside them is lost" in capsys.readouterr().err
     assert distill(student, cache, tmp_path / "yes", *only) == 0
+    assert rescore(student, teacher_folder, cache) == 2
+    assert "nothing to compare with" in capsys.readouterr().err
+
+
+def test_rounded_renormalised_lists_are_seen_for_what_they_are(
+    student, teacher_folder, dumped, tmp_path, capsys
+):
+    records = renormalised(dumped)
+    for record in records:
+        record["logprobs"] = [
+            {i: round(p, 3) for i, p in row.items()} for row in record["logprobs"]
+        ]
+    masses = [sum(np.exp(list(row.values()))) for r in records for row in r["logprobs"]]
+    assert max(abs(mass - 1) for mass in masses) > 1e-4
+    source = write(tmp_path / "dump.jsonl", records)
+    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 2
+    assert "the lists were renormalised" in capsys.readouterr().err
+
+
+def test_raw_lists_of_nearly_all_mass_keep_their_tails(student, teacher_folder, tmp_path):
+    lists = [{"9": float(np.log(0.9993)), "11": float(np.log(1e-4))}] * 3
+    record = {"prompt_token_ids": [5], "response_token_ids": [9, 11, 9], "logprobs": lists}
+    source = write(tmp_path / "dump.jsonl", [record])
+    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
+    tail = TeacherCache.open(tmp_path / "cache")[0].tail_logprobs
+    np.testing.assert_allclose(np.exp(tail), 6e-4, rtol=1e-4)
+
+
+def test_a_token_beside_a_list_of_all_mass_has_its_own_tail(student, teacher_folder, tmp_path):
+    rows = [{"9": 0.0}, {"9": float(np.log(0.75)), "11": float(np.log(0.2))}]
+    record = {"prompt_token_ids": [5], "response_token_ids": [7, 8], "logprobs": rows}
+    record["teacher_logprobs"] = [float(np.log(1e-5)), float(np.log(0.01))]
+    source = write(tmp_path / "dump.jsonl", [record])
+    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
+    (item,) = TeacherCache.open(tmp_path / "cache", support="list")
+    np.testing.assert_allclose(np.exp(item.tail_logprobs), [1e-5, 0.05], rtol=1e-4)
+
+
+def test_a_list_of_the_whole_vocabulary_has_no_tail(student, teacher_folder, dumped, tmp_path):
+    prompt, answer, _ = dumped[0]
+    teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    sequence = np.array(prompt + answer, np.int32)
+    (full,) = teacher.score([sequence], [len(prompt)], teacher.vocab_size)
+    source = write(tmp_path / "dump.jsonl", [topk_record(prompt, answer, full)])
+    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
+    (item,) = TeacherCache.open(tmp_path / "cache")
+    assert np.isneginf(item.tail_logprobs).all()
+    np.testing.assert_allclose(item.teacher_entropy, full.entropy, rtol=1e-4)
+
+
+def test_every_end_of_sequence_id_of_the_student_stops(student, teacher_folder, dumped, tmp_path):
+    other = tmp_path / "student"
+    shutil.copytree(student, other)
+    generation = json.loads((other / "generation_config.json").read_text())
+    last = dumped[1][1][-1]
+    generation["eos_token_id"] = [load_tokenizer(student).eos_token_id, last]
+    (other / "generation_config.json").write_text(json.dumps(generation))
+    source = write(tmp_path / "dump.jsonl", [topk_record(*item) for item in dumped])
+    assert run(source, "topk", other, teacher_folder, tmp_path / "cache") == 0
+    reasons = [item.rollout.finish_reason for item in TeacherCache.open(tmp_path / "cache")]
+    assert reasons == ["stop", "stop", "length"]
 
 
 def test_one_list_with_a_tail_is_enough_to_keep_the_others(
@@ -243,7 +334,7 @@ def test_one_list_with_a_tail_is_enough_to_keep_the_others(
     records[-1]["logprobs"][-1] = topk_record(*dumped[-1])["logprobs"][-1]
     source = write(tmp_path / "dump.jsonl", records)
     assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
-    assert read_manifest(tmp_path / "cache")["tail"] == "derived"
+    assert read_manifest(tmp_path / "cache")["scoring"]["tail"] == "derived"
 
 
 def test_names_that_identify_nothing_need_overrides(

@@ -28,3 +28,5 @@ def test_a_cache_is_described_to_the_byte(tmp_path, capsys, codec):
     error = TeacherCache.open(tmp_path).summary()["codec_error"]
     assert rows["codec_error"] == f"{error:.3g} nat"
     assert {"mean_covered_mass", "mean_entropy"} <= rows.keys()
+    assert rows["temperature"] == "1"
+    assert rows["scoring"] == "tail computed, entropy computed, rollout_logprobs computed"

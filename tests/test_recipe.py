@@ -49,6 +49,19 @@ def test_without_sft_the_student_is_the_fine_tuned_one():
     assert plan["rollout"].student == plan["eval"].model == "S"
 
 
+def test_extra_ids_are_those_of_the_student_that_rolls_out():
+    stages = STAGES | {"score": {"extra_ids": 4}}
+    assert recipe.plan(BASE | {"stages": stages}, "r.yaml")["score"].student == "runs/x/sft"
+    assert recipe.plan(BASE, "r.yaml")["score"].student is None
+
+
+def test_a_recipe_runs_in_one_process(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="found worker 1/2; expected one process"):
+        recipe.main(recipe.RunConfig(recipe="r.yaml"))
+
+
 def test_a_folder_set_by_hand_is_followed():
     stages = STAGES | {"rollout": {"prompts": "b.jsonl", "out": "elsewhere"}}
     assert recipe.plan(BASE | {"stages": stages}, "r.yaml")["score"].rollouts == "elsewhere"
@@ -65,6 +78,7 @@ def test_a_folder_set_by_hand_is_followed():
         ({"stages": {"sft-data": {"prompts": "p"}, "rollout": 3}}, "rollout: expected a mapping"),
         ({"stages": ["rollout"]}, "'stages' is .'rollout'.; expected a mapping"),
         ({"stages": {"score": {"out": 3}}}, "score: 'out' is not a folder"),
+        ({"stages": {"score": {"plan": True}}}, "score: 'plan' writes nothing for later stages"),
         ({"out": 5}, "'out' is 5; expected a folder"),
         ({"teacher": None}, "'teacher' is None; expected a folder"),
         ({"stages": {"rollout": {}}}, "required: --prompts"),

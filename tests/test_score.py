@@ -24,7 +24,7 @@ from helpers_stages import (
 from lopd.cache import RolloutStore, TeacherCache
 from lopd.cli import main
 from lopd.engines.hf import HfEngine
-from lopd.errors import ConfigError
+from lopd.errors import ConfigError, ModelError
 from lopd.score import ScoreConfig
 
 
@@ -91,8 +91,43 @@ def test_one_worker_of_two_does_all_when_it_is_alone(teacher_folder, rollouts, c
 def test_the_manifest_says_where_tail_entropy_and_list_come_from(cache):
     manifest = TeacherCache.open(cache).manifest
     scoring = manifest["scoring"]
-    assert scoring["tail"].startswith("reduced") and manifest["entropy"] == "computed"
-    assert scoring["support"] == {"ids": "teacher's top k", "extra_ids": 0}
+    assert scoring.pop("support") == {"ids": "teacher's top k", "extra_ids": 0}
+    assert scoring == {"tail": "computed", "entropy": "computed", "rollout_logprobs": "computed"}
+
+
+def test_a_first_attempt_that_wrote_no_shard_may_be_repeated_otherwise(
+    teacher_folder, rollouts, cache, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+
+    def refuses(*args, **kwargs):
+        raise ModelError("it does not load")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lopd.score.load_engine", refuses)
+        assert main(score_argv(teacher_folder, rollouts, out, "--dtype", "float16")) == 2
+    assert "it does not load" in one_line(capsys) and (out / "manifest.json").exists()
+    assert main(score_argv(teacher_folder, rollouts, out)) == 0
+    assert shard_bytes(out) == shard_bytes(cache)
+
+
+def test_a_plan_for_a_folder_of_another_recipe_is_refused(teacher_folder, rollouts, cache, capsys):
+    assert main(score_argv(teacher_folder, rollouts, cache, "--k", "5", "--plan")) == 2
+    assert "holds another recipe (it differs in k)" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (["--codec", "gzip"], "choose from 'exact', 'packed', 'compact'"),
+        (["--tokens_per_batch", "0"], "tokens_per_batch: found 0; expected at least 1"),
+    ],
+)
+def test_settings_are_refused_before_a_folder_is_made(
+    teacher_folder, rollouts, tmp_path, capsys, flag, message
+):
+    assert main(score_argv(teacher_folder, rollouts, tmp_path / "out", *flag)) == 2
+    assert message in one_line(capsys) and not (tmp_path / "out").exists()
 
 
 def test_the_students_own_top_ids_join_the_lists(

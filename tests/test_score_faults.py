@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import save_qwen3
 
+from lopd.cache import RolloutStore
 from lopd.cli import main
 from lopd.engines.hf import HfEngine
 
@@ -160,7 +161,23 @@ def test_a_sequence_beyond_the_teachers_context_is_refused(
     student_folder, write_jsonl, tmp_path, capsys
 ):
     argv = roll_out(student_folder, write_jsonl, tmp_path / "rollouts")
-    short = save_qwen3(tmp_path / "short", seed=3, max_position_embeddings=6)
-    assert main([*argv, "--teacher", str(short), "--out", str(tmp_path / "cache")]) == 2
-    assert "context holds 6" in capsys.readouterr().err
-    assert not list((tmp_path / "cache").glob("shard-*"))
+    sequences = list(RolloutStore.open(tmp_path / "rollouts"))
+    longest = max(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
+    name, length = sequences[longest].prompt_id, len(sequences[longest].tokens)
+    short = save_qwen3(tmp_path / "short", seed=3, max_position_embeddings=length - 1)
+    for more in ([], ["--plan"]):
+        assert main([*argv, "--teacher", str(short), "--out", str(tmp_path / "out"), *more]) == 2
+        error = capsys.readouterr().err
+        assert f"sequence {name}/" in error and f"context holds {length - 1}" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_id_beyond_the_teachers_vocabulary_is_refused(
+    student_folder, write_jsonl, tmp_path, capsys
+):
+    argv = roll_out(student_folder, write_jsonl, tmp_path / "rollouts")
+    largest = max(int(r.tokens.max()) for r in RolloutStore.open(tmp_path / "rollouts"))
+    small = save_qwen3(tmp_path / "small", seed=3, vocab_size=largest)
+    assert main([*argv, "--teacher", str(small), "--out", str(tmp_path / "out"), "--k", "3"]) == 2
+    assert f"vocabulary ends at {largest - 1}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -213,6 +213,7 @@ def test_ids_that_a_top_k_lacks_join_the_rest_on_both_sides():
     np.testing.assert_allclose(np.exp(p), [[0.6, 0, 0.1, 0, 0.3]], atol=1e-12)
     expected = 0.6 * np.log(0.6 / 0.5) + 0.3 * np.log(0.3 / 0.4)
     np.testing.assert_allclose(_bucket_kl(p, q), expected)
+    assert 0 < _bucket_kl(q + 1e-6, q)[0] < 1e-11 and 0 < _bucket_kl(q - 1e-6, q)[0] < 1e-11
 
 
 def test_candidates_list_an_id_once(teacher_folder):

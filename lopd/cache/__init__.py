@@ -6,16 +6,18 @@ once), `shard-00000.safetensors` (flat arrays, ragged by offsets) and `shard-000
 there and matches; resuming writes what is missing.
 """
 
-from lopd.cache.codec import CODECS
+from lopd.cache.codec import CODECS, Codec
 from lopd.cache.reader import RolloutStore, TeacherCache
 from lopd.cache.records import Rollout, TeacherScores, TeacherSequence
 from lopd.cache.sequences import SUPPORTS, scored_sequence
+from lopd.cache.shards import scoring_of
 from lopd.cache.writer import CacheWriter, RolloutWriter
 
 __all__ = [
     "CODECS",
     "SUPPORTS",
     "CacheWriter",
+    "Codec",
     "Rollout",
     "RolloutStore",
     "RolloutWriter",
@@ -23,4 +25,5 @@ __all__ = [
     "TeacherScores",
     "TeacherSequence",
     "scored_sequence",
+    "scoring_of",
 ]

@@ -241,15 +241,16 @@ def bucket_error(
     The KL divergence where both have mass 1, and never negative where an engine's own mass
     is off by rounding. The lists hold the same ids in the same order.
     """
+    listed = row_sums(kl_terms(exact.logprobs, decoded.logprobs), exact.lengths)
+    return listed + kl_terms(exact_tail, tail)
 
-    def terms(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-        p, q = p.astype(np.float64), q.astype(np.float64)
-        with np.errstate(invalid="ignore"):  # log 0 - log 0, of an empty bucket
-            ratio = np.where(np.isneginf(p), 0.0, p - q)
-        return np.exp(p) * ratio - np.exp(p) + np.exp(q)
 
-    listed = row_sums(terms(exact.logprobs, decoded.logprobs), exact.lengths)
-    return listed + terms(exact_tail, tail)
+def kl_terms(p: np.ndarray, q: np.ndarray) -> np.ndarray:  # fp64, as p and q, of log-probs
+    """p log(p / q) - p + q of each bucket, never negative; q of one without mass."""
+    p, q = p.astype(np.float64), q.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # log 0 - log 0, of an empty bucket
+        ratio = np.where(np.isneginf(p), 0.0, p - q)
+    return np.exp(p) * ratio - np.exp(p) + np.exp(q)
 
 
 def check_storable(name: str, codec: Codec, scored: Scored, *more: np.ndarray) -> None:

@@ -10,15 +10,19 @@ that the engine's tail contained is listed, it is taken out by
 and never by 1 - sum, whose error would be that of the whole row.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from lopd.cache.records import TeacherScores
+from lopd.cache.records import MASS_TOLERANCE, TeacherScores
+from lopd.errors import DataError
 
 # What is left of a tail is floored at this share of it: engines' tails are right to about
 # 2e-6 of themselves, so a smaller remainder is rounding, and its log would be noise.
 REMAINDER_FLOOR = 2.0**-20
+# A derived tail below this is the rounding of a mass near one.
+TAIL_FLOOR = math.log(2.0**-23)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,29 @@ def build_lists(scores: TeacherScores, top_p: float) -> tuple[Lists, np.ndarray]
     tail = np.logaddexp(tail, _logsumexp(np.where(dropped, top, -np.inf)))
     lists = Lists(ids[keep].astype(np.int32), logprobs[keep].astype(np.float32), keep.sum(axis=1))
     return lists, tail.astype(np.float32)
+
+
+def derived_tail(
+    logprobs: np.ndarray,  # [R, K], -inf pads
+    outside: np.ndarray,  # [R], log-prob of a token outside the list, -inf where none is
+    full: bool | np.ndarray,  # [R], whether the list is the whole vocabulary
+) -> np.ndarray:  # [R] fp32
+    """log(1 - sum of the list), in fp64, where nothing better is known.
+
+    -inf when the list is the whole vocabulary. Otherwise at least log 2^-23, the rounding of
+    a mass near one, and at least `outside`, whose mass is part of the tail.
+
+    Raises:
+        DataError: a list's mass is above 1 by more than rounding.
+    """
+    mass = _logsumexp(logprobs.astype(np.float64))
+    if (over := mass > math.log1p(MASS_TOLERANCE)).any():
+        row = int(np.flatnonzero(over)[0])
+        raise DataError(f"the list of response token {row} has mass {math.exp(mass[row]):.6f} > 1")
+    left = -np.expm1(np.minimum(mass, 0.0))
+    with np.errstate(divide="ignore"):
+        tail = np.maximum(np.maximum(np.log(left), TAIL_FLOOR), outside)
+    return np.where(full, -np.inf, tail).astype(np.float32)
 
 
 def take_from_tail(tail: np.ndarray, logprobs: np.ndarray) -> np.ndarray:

@@ -254,6 +254,11 @@ class TeacherCache(_ShardReader):
         for view, positions in self._chunks():
             yield view.scored(positions)
 
+    @property
+    def has_no_lists(self) -> bool:
+        """Whether only the log-probs of the sampled tokens are known."""
+        return all(receipt["list_entries"] == 0 for receipt in self._receipts.values())
+
     def summary(self) -> dict[str, Any]:
         """Totals from the receipts; scans the lists only where `vocab_size` can drop some."""
         receipts = list(self._receipts.values())

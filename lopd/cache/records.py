@@ -19,8 +19,8 @@ class Rollout:
 
     `rollout_logprobs` are under the distribution that was sampled from (temperature and
     top_p applied), `rollout_logprobs_raw` at temperature 1 and top_p 1; pass the same array
-    twice where they agree. Both are NaN throughout where the manifest of the cache says
-    `"rollout_logprobs": "unknown"`.
+    twice where they agree. Both are NaN throughout where the manifest of the cache says that
+    they are absent (`shards.scoring_of`).
     """
 
     prompt_id: str  # stable under reordering of the prompts
@@ -74,10 +74,10 @@ def name_of(rollout: Rollout) -> str:
     return f"sequence {rollout.prompt_id}/{rollout.sample}"
 
 
-def check_rollout(rollout: Rollout, vocab_size: int, *, unknown_logprobs: bool = False) -> None:
+def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = True) -> None:
     """Refuse a sequence that cannot be stored or trained on.
 
-    With `unknown_logprobs`, its log-probs must be NaN.
+    Without `has_logprobs`, for imported ones that lack them, its log-probs are to be NaN.
 
     Raises:
         DataError: names the sequence, the position and the value.
@@ -109,7 +109,7 @@ def check_rollout(rollout: Rollout, vocab_size: int, *, unknown_logprobs: bool =
             "can carry loss"
         )
     for field in ("rollout_logprobs", "rollout_logprobs_raw"):
-        if unknown_logprobs:
+        if not has_logprobs:
             _check_shape(name, field, getattr(rollout, field), (length,))
             known = ~np.isnan(getattr(rollout, field))
             _refuse(name, rollout, known, field, getattr(rollout, field), "NaN, as declared")

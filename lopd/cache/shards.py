@@ -23,6 +23,12 @@ START_LOCK_NAME = ".start.lock"
 RECEIPT_SCHEMA = 1
 COUNTS = ("bytes", "sha256", "tokens", "response_tokens", "finish_reasons")
 SCORE_COUNTS = ("list_entries", "covered_mass", "entropy", "floored_tails")
+# The words of a manifest's `scoring`: where each of a cache's columns comes from.
+SCORING = {
+    "tail": ("computed", "derived", "renormalized"),
+    "entropy": ("computed", "derived", "absent"),
+    "rollout_logprobs": ("computed", "absent"),
+}
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -62,6 +68,26 @@ def head_rows(manifest: Mapping[str, Any]) -> int:
     if not isinstance(size, int) or size < 1:
         raise ConfigError(f"manifest has model.vocab_size {size!r}, expected a positive integer")
     return size
+
+
+def scoring_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Where tail, entropy and rollout log-probs come from; what is not mentioned is computed.
+
+    `computed` by a model from all of its logits; `derived` from the list alone: the tail as 1 less
+    the listed mass, the entropy of list and tail, a lower bound; `absent`, NaN in the shards;
+    `renormalized`, a tail that was lost before the scores came here.
+
+    Raises:
+        ConfigError: another word.
+    """
+    said = manifest.get("scoring") or {}
+    found = {name: said.get(name, "computed") for name in SCORING}
+    for name, word in found.items():
+        if word not in SCORING[name]:
+            raise ConfigError(
+                f"manifest has scoring.{name} {word!r}, expected one of {', '.join(SCORING[name])}"
+            )
+    return found
 
 
 def write_shard(

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from lopd.cache.codec import CODECS, Scored, check_storable
+from lopd.cache.folders import holds, require_ours, require_same_recipe
 from lopd.cache.layout import index_digest, rollout_arrays, rollout_counts, score_shard
 from lopd.cache.lists import build_lists
 from lopd.cache.records import Rollout, TeacherScores, check_rollout, check_scores, name_of
 from lopd.cache.shards import (
-    LOCK_NAME,
-    START_LOCK_NAME,
     FolderLock,
     ShardLock,
     check_hash,
@@ -21,17 +20,16 @@ from lopd.cache.shards import (
     read_receipt,
     remove_shard_locks,
     require_kind,
+    scoring_of,
     start_lock,
     write_shard,
 )
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
-from lopd.files import TEMP_SUFFIX, remove_temporaries
+from lopd.files import remove_temporaries
 from lopd.provenance import (
-    MANIFEST_NAME,
     VOCAB_NAME,
     manifest_digest,
     read_manifest,
-    recipe_of,
     write_manifest,
 )
 from lopd.workers import Worker
@@ -55,7 +53,7 @@ class _ShardWriter:
         self._plan = plan_of(manifest)
         self._recipe = manifest_digest(manifest)
         self._vocab_size = head_rows(manifest)
-        self._unknown_logprobs = manifest.get("rollout_logprobs") == "unknown"
+        self._has_logprobs = scoring_of(manifest)["rollout_logprobs"] != "absent"
         self._lock = lock
         self._worker = worker
         self._claimed: int | None = None
@@ -74,11 +72,12 @@ class _ShardWriter:
         require_kind(manifest, cls.kinds)
         plan_of(manifest)
         head_rows(manifest)
+        scoring_of(manifest)
         what = "made a folder"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             what = "used"
-            _require_ours(folder, manifest)
+            require_ours(folder, manifest)
             return cls._start(folder, manifest, worker)
         except LopdError:
             raise
@@ -95,11 +94,14 @@ class _ShardWriter:
                 if lock.alone:
                     remove_temporaries(folder)
                     remove_shard_locks(folder)
-                _require_ours(folder, manifest)  # again: another writer may have begun since
-                if (folder / MANIFEST_NAME).exists():
+                require_ours(folder, manifest)  # again: another writer may have begun since
+                if holds(folder, manifest):
                     manifest = read_manifest(folder)
-                else:
+                elif lock.alone:
+                    (folder / VOCAB_NAME).unlink(missing_ok=True)  # of a recipe that gives way
                     write_manifest(folder, manifest)
+                else:
+                    require_same_recipe(folder, manifest)
                 lock.settle()
             except BaseException:
                 lock.release()
@@ -207,7 +209,7 @@ class _ShardWriter:
             )
         seen = set()
         for rollout in rollouts:
-            check_rollout(rollout, self._vocab_size, unknown_logprobs=self._unknown_logprobs)
+            check_rollout(rollout, self._vocab_size, has_logprobs=self._has_logprobs)
             if (rollout.prompt_id, rollout.sample) in seen:
                 raise DataError(
                     f"{name_of(rollout)} is twice in shard {shard}; give every sample of a "
@@ -238,6 +240,7 @@ class RolloutWriter(_ShardWriter):
     ) -> "RolloutWriter":
         """Start the folder, or resume it where it holds the same recipe.
 
+        A recipe by which no shard has been written yet gives way to another.
         The manifest needs `plan.shards` and `model.vocab_size`. When resuming, the manifest
         on disk stays and finished shards are hashed, so a torn one counts as missing. A
         `worker` of several shares the folder with the others and hashes those of its number.
@@ -279,7 +282,7 @@ class CacheWriter(_ShardWriter):
     ) -> "CacheWriter":
         """As `RolloutWriter.create`; the manifest also needs `k`, `top_p` and `codec`.
 
-        With `entropy` "absent" in it, scores come without (NaN).
+        What its `scoring` calls absent comes as NaN (`shards.scoring_of`).
 
         `model` is the teacher: its `vocab_size` bounds the ids and sets their bits in `packed`
         and `compact`.
@@ -311,9 +314,10 @@ def encode_records(
     k, top_p, codec = _cache_settings(manifest)
     rows = head_rows(manifest)
     rollouts = [rollout for rollout, _ in records]
+    has_entropy = scoring_of(manifest)["entropy"] != "absent"
     scored = []
     for rollout, scores in records:
-        check_scores(rollout, scores, rows, k, has_entropy=manifest.get("entropy") != "absent")
+        check_scores(rollout, scores, rows, k, has_entropy=has_entropy)
         lists, tail = build_lists(scores, top_p)
         cut = Scored(scores.logprobs, scores.entropy, lists, tail)
         own = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
@@ -334,40 +338,3 @@ def _cache_settings(manifest: Mapping[str, Any]) -> tuple[int, float, Any]:
     if codec not in CODECS:
         raise ConfigError(f"codec is {codec!r}, expected one of {', '.join(CODECS)}")
     return k, float(top_p), codec
-
-
-def _require_ours(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse a folder with another recipe, or that something else has filled."""
-    if (folder / MANIFEST_NAME).exists():
-        _require_same_recipe(folder, manifest)
-        return
-    ours = {LOCK_NAME, START_LOCK_NAME, VOCAB_NAME}
-    stray = sorted(
-        item
-        for item in folder.iterdir()
-        if item.name not in ours and not (item.name[0] == "." and item.suffix == TEMP_SUFFIX)
-    )
-    shards = [item for item in stray if item.match("shard-*")]
-    if shards:
-        raise ShardError(
-            f"{shards[0]}: a shard in a folder without {MANIFEST_NAME}; restore the manifest, or "
-            "name an empty folder"
-        )
-    if stray:
-        raise ShardError(
-            f"{folder}: holds {stray[0].name} and no {MANIFEST_NAME}, so it is not of this stage; "
-            "name a new or empty folder"
-        )
-
-
-def _require_same_recipe(folder: Path, manifest: Mapping[str, Any]) -> None:
-    found = read_manifest(folder)
-    if manifest_digest(found) == manifest_digest(manifest):
-        return
-    ours, theirs = recipe_of(manifest), recipe_of(found)
-    keys = ours.keys() | theirs.keys()
-    differing = sorted(key for key in keys if ours.get(key) != theirs.get(key))
-    raise ConfigError(
-        f"{folder} holds another recipe (it differs in {', '.join(differing)}); name another "
-        "folder, or remove this one to redo it"
-    )

@@ -14,22 +14,15 @@ from lopd.errors import ConfigError
 
 @dataclass(frozen=True)
 class Numerics:
-    """How an engine gets what it cannot read off one forward; manifests repeat it."""
+    """How an engine gets tail and entropy, in the words of `lopd.cache.scoring_of`."""
 
     tail: str
     entropy: str
 
 
 ENGINES = {
-    "transformers": Numerics(
-        tail="reduced over the vocabulary without the list",
-        entropy="computed",
-    ),
-    "vllm": Numerics(
-        tail="subtracted: log1mexp(logsumexp(unrounded list)), floored at log 2^-23 and at the "
-        "log-prob of a token outside the list",
-        entropy="absent",
-    ),
+    "transformers": Numerics(tail="computed", entropy="computed"),
+    "vllm": Numerics(tail="derived", entropy="absent"),
 }
 
 

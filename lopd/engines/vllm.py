@@ -136,7 +136,7 @@ class VllmEngine:
         extra_ids: Sequence[np.ndarray] | None = None,
         progress: Progress | None = None,
     ) -> list[TeacherScores]:
-        """See `Engine.score`; the entropy is NaN, and the tail is `derived_tail`.
+        """See `Engine.score`; the entropy is NaN, and the tail is `lists.derived_tail`.
 
         Raises:
             ConfigError: a temperature other than 1, or extra ids.

@@ -1,17 +1,15 @@
 """What vLLM returns, as arrays: log-probs read by reshape, checked, and the tail they leave."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from lopd.cache import TeacherScores
+from lopd.cache.lists import derived_tail
+from lopd.cache.records import MASS_TOLERANCE
 from lopd.errors import DataError, ModelError
 
-# A derived tail below this is the rounding of a mass near one.
-TAIL_FLOOR = math.log(2.0**-23)
-MASS_TOLERANCE = 1e-3
 # Log-probs come back as Python lists: so many at a time are held.
 _ENTRIES_AT_ONCE = 1 << 23
 
@@ -51,31 +49,6 @@ def read_prompt_logprobs(
             "finite one, at most 0; check the model's weights, or use a wider --dtype"
         )
     return ids, logprobs
-
-
-def derived_tail(
-    logprobs: np.ndarray,  # [R, K] fp32
-    outside: np.ndarray,  # [R] fp32, log-prob of a token outside the list, -inf where none is
-    full: bool,
-) -> np.ndarray:  # [R] fp32
-    """log(1 - sum of the list), in fp64, where nothing better is known.
-
-    -inf when the list is the whole vocabulary. Otherwise at least log 2^-23, the rounding of
-    a mass near one, and at least `outside`, whose mass is part of the tail.
-
-    Raises:
-        DataError: a list's mass is above 1 by more than rounding.
-    """
-    if full:
-        return np.full(len(logprobs), -np.inf, np.float32)
-    mass = np.logaddexp.reduce(logprobs.astype(np.float64), axis=1)
-    if (over := mass > math.log1p(MASS_TOLERANCE)).any():
-        row = int(np.flatnonzero(over)[0])
-        raise DataError(f"the list of response token {row} has mass {math.exp(mass[row]):.6f} > 1")
-    left = -np.expm1(np.minimum(mass, 0.0))
-    with np.errstate(divide="ignore"):
-        tail = np.log(left)
-    return np.maximum(np.maximum(tail, TAIL_FLOOR), outside).astype(np.float32)
 
 
 def to_scores(
