@@ -56,7 +56,7 @@ class RunConfig:
 def main(config: RunConfig) -> Path:
     if not (worker := this_worker(None)).alone:
         raise ConfigError(
-            f"RANK/WORLD_SIZE: found {worker}; expected one process, as a recipe runs in one; start "
+            f"RANK/WORLD_SIZE: found {worker}; expected one process for a recipe; start "
             "lopd rollout and lopd score themselves by torchrun"
         )
     recipe = load_yaml(config.recipe)
