@@ -45,6 +45,16 @@ class DistillConfig(TrainOptions):
     advantage_clip: float | None = field(
         default=None, metadata={"help": "policy_gradient: bound on |log q - log p|; None: none."}
     )
+    importance: Literal["none", "token", "token_truncated", "sequence"] = field(
+        default="none",
+        metadata={"help": "policy_gradient: ratio to the rollout policy that weights rows."},
+    )
+    importance_cap: float | None = field(
+        default=None, metadata={"help": "Bound on the ratio of token_truncated or sequence."}
+    )
+    clip_range: float | None = field(
+        default=None, metadata={"help": "policy_gradient: PPO's clip around a ratio of 1."}
+    )
     temperature: float | None = field(
         default=None, metadata={"help": "Divides the student's logits; None takes the cache's."}
     )
@@ -79,7 +89,16 @@ class DistillConfig(TrainOptions):
     def objective_at(self, cache_temperature: float) -> Objective:
         """The objective on a cache that was scored at this temperature."""
         temperature = cache_temperature if self.temperature is None else self.temperature
-        return Objective(self.objective, self.tail, self.beta, self.advantage_clip, temperature)
+        return Objective(
+            self.objective,
+            self.tail,
+            self.beta,
+            self.advantage_clip,
+            temperature,
+            self.importance,
+            self.importance_cap,
+            self.clip_range,
+        )
 
     def allowed(self) -> frozenset[str]:
         flags = {name: getattr(self, f"allow_{name.replace('-', '_')}") for name in OVERRIDES}
@@ -101,6 +120,7 @@ def main(config: DistillConfig) -> Path:
     check_tail(config, cache.manifest)
     temperature = cache.manifest["temperature"]
     objective = config.objective_at(temperature)
+    check_correction(config, objective, cache.manifest)
     if objective.temperature != temperature:
         raise ConfigError(
             f"temperature: found {objective.temperature}, but {config.cache} was scored at "
@@ -142,6 +162,32 @@ def check_tail(config: DistillConfig, manifest: Mapping[str, Any]) -> None:
             f"support {config.support}, expected one of {', '.join(SPARSE)} with --tail "
             "renormalize --support list; or score the rollouts again"
         )
+
+
+def check_correction(
+    config: DistillConfig, objective: Objective, manifest: Mapping[str, Any]
+) -> None:
+    """Refuse a correction by ratios that the cache does not have.
+
+    Raises:
+        ConfigError: rollout log-probs that are unknown, or rollouts that were not sampled.
+    """
+    if objective.needs_rollout_logprobs and (why := without_ratios(manifest)):
+        flag = "clip_range" if objective.importance == "none" else "importance"
+        raise ConfigError(
+            f"{flag}: {config.cache}: {why}, and the correction divides by the probability that "
+            f"a token was sampled with; leave --{flag} out, or roll out and score again"
+        )
+
+
+def without_ratios(manifest: Mapping[str, Any]) -> str | None:
+    """Why the cache's rollouts have no ratio to the policy that sampled them, if so."""
+    if manifest.get("rollout_logprobs") == "unknown":
+        return "its rollout log-probs are unknown (they were imported without)"
+    sampling = manifest["inputs"]["rollouts"].get("sampling") or {}
+    if sampling.get("temperature") == 0:
+        return "its rollouts are greedy (temperature 0)"
+    return None
 
 
 def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]]]:

@@ -23,7 +23,8 @@ from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import write_atomic
 from lopd.heads import check_head, check_trainable
 from lopd.options import TrainOptions
-from lopd.step import Objective, StatsWindow, check_finite, step
+from lopd.stats import StatsWindow
+from lopd.step import Objective, check_finite, step
 
 __all__ = ["LOG_NAME", "LopdTrainer", "Objective", "TrainOptions", "saving", "step"]
 
