@@ -13,7 +13,7 @@ from lopd import runs
 from lopd.cache import TeacherCache
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.models import check_model_folder
-from lopd.options import TrainOptions
+from lopd.options import WatchOptions
 from lopd.provenance import (
     OVERRIDES,
     build_manifest,
@@ -27,7 +27,7 @@ from lopd.step import SPARSE, Objective
 
 
 @dataclass(kw_only=True)
-class DistillConfig(TrainOptions):
+class DistillConfig(WatchOptions):
     """Train a student on a teacher cache (`lopd distill`)."""
 
     student: str = field(metadata={"help": "The model that made the rollouts."})
@@ -140,7 +140,7 @@ def main(config: DistillConfig) -> Path:
         lineage={**_lineage(config.student), "initial_student": base["weights"]},
         overrides=overrides,
         objective=asdict(objective),
-        training=trained,
+        **trained,
     )
     write_manifest(config.out, manifest)
     return Path(config.out)

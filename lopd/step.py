@@ -111,6 +111,17 @@ class Objective:
             )
 
     @property
+    def held_out(self) -> "Objective":
+        """What sequences kept out of training are judged by: the divergence that is minimised.
+
+        The policy gradient's loss is none, and on stored tokens its log-ratio has no minimum; the
+        reverse KL that it estimates stands in for it.
+        """
+        if self.name == "policy_gradient":
+            return Objective("reverse_kl", temperature=self.temperature)
+        return self
+
+    @property
     def needs_rollout_logprobs(self) -> bool:
         return self.importance != "none" or self.clip_range is not None
 

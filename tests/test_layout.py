@@ -16,7 +16,8 @@ LAYERS = [
     {"cache"},
     {"data", "dumps", "engines"},
     {"options", "step", "estimate", "noise"},
-    {"trainer", "loop"},
+    {"watch", "loop"},
+    {"trainer"},
     {"runs"},
     {"rollout", "score", "sft", "distill", "evaluate", "inspection", "declare", "toy", "report"}
     | {"importing"},
