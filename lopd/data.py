@@ -5,6 +5,7 @@ index into the flattened `[B * T]` hidden states: row n is the hidden state at p
 t - 1, which predicts token t. Prompts, padding and masked tokens never reach the LM head.
 """
 
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class SequenceDataset(torch.utils.data.Dataset):
     ) -> None:
         self.source = source
         self.indices: list[int] = []
+        self.names: list[str] = []
         sequences: Iterator[Rollout | Demonstration]
         if isinstance(source, RolloutStore | TeacherCache):
             sequences = source.rollouts()
@@ -88,6 +90,7 @@ class SequenceDataset(torch.utils.data.Dataset):
                 continue
             _check_sequence(sequence, context, vocab_size)
             self.indices.append(index)
+            self.names.append(sequence_name(sequence))
         self.dropped_share = 1.0 - len(self.indices) / max(len(source), 1)
         if drop_truncated:
             print(
@@ -113,6 +116,34 @@ class SequenceDataset(torch.utils.data.Dataset):
         if isinstance(self.source, RolloutStore | TeacherCache):
             return [*self.source.read(wanted)]
         return [self.source[index] for index in wanted]
+
+
+Part = torch.utils.data.Subset
+
+
+def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Part, Part]:
+    """Sequences to train on, and those kept out: a share below 1, or a number of them.
+
+    A hash of its name places a sequence in [0, 1): those below the share are kept out, or the
+    lowest so many. Neither order nor seed has a say, and with a share neither have the others.
+
+    Raises:
+        ConfigError: nothing would be kept out, or nothing be left.
+    """
+    places = [hashlib.sha256(name.encode()).digest() for name in dataset.names]
+    if amount < 1:
+        out = [int.from_bytes(place[:6], "big") < amount * 2**48 for place in places]
+    else:
+        lowest = set(sorted(range(len(places)), key=lambda index: places[index])[: int(amount)])
+        out = [index in lowest for index in range(len(places))]
+    if not any(out) or all(out):
+        raise ConfigError(
+            f"holdout: {amount:g} keeps {sum(out)} of {len(out)} sequences out of training; "
+            "expected at least one, and one to train on"
+        )
+    kept = [index for index, held in enumerate(out) if not held]
+    held_out = [index for index, held in enumerate(out) if held]
+    return Part(dataset, kept), Part(dataset, held_out)
 
 
 def _check_sequence(

@@ -4,6 +4,7 @@ Whether teacher, cache, rollouts and student belong together is checked first, f
 before any model is built. Overrides given by flags are recorded in the result's manifest.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from lopd import runs
 from lopd.cache import TeacherCache, scoring_of
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.models import check_model_folder
-from lopd.options import TrainOptions
+from lopd.options import WatchOptions
 from lopd.provenance import (
     OVERRIDES,
     build_manifest,
@@ -26,7 +27,7 @@ from lopd.step import SPARSE, Objective
 
 
 @dataclass(kw_only=True)
-class DistillConfig(TrainOptions):
+class DistillConfig(WatchOptions):
     """Train a student on a teacher cache (`lopd distill`)."""
 
     student: str = field(metadata={"help": "The model that made the rollouts."})
@@ -43,6 +44,16 @@ class DistillConfig(TrainOptions):
     )
     advantage_clip: float | None = field(
         default=None, metadata={"help": "policy_gradient: bound on |log q - log p|; None: none."}
+    )
+    importance: Literal["none", "token", "token_truncated", "sequence"] = field(
+        default="none",
+        metadata={"help": "policy_gradient: ratio to the rollout policy that weights rows."},
+    )
+    importance_cap: float | None = field(
+        default=None, metadata={"help": "Bound on the ratio of token_truncated or sequence."}
+    )
+    clip_range: float | None = field(
+        default=None, metadata={"help": "policy_gradient: PPO's clip around a ratio of 1."}
     )
     temperature: float | None = field(
         default=None, metadata={"help": "Divides the student's logits; None takes the cache's."}
@@ -78,7 +89,16 @@ class DistillConfig(TrainOptions):
     def objective_at(self, cache_temperature: float) -> Objective:
         """The objective on a cache that was scored at this temperature."""
         temperature = cache_temperature if self.temperature is None else self.temperature
-        return Objective(self.objective, self.tail, self.beta, self.advantage_clip, temperature)
+        return Objective(
+            self.objective,
+            self.tail,
+            self.beta,
+            self.advantage_clip,
+            temperature,
+            self.importance,
+            self.importance_cap,
+            self.clip_range,
+        )
 
     def allowed(self) -> frozenset[str]:
         flags = {name: getattr(self, f"allow_{name.replace('-', '_')}") for name in OVERRIDES}
@@ -100,6 +120,7 @@ def main(config: DistillConfig) -> Path:
     check_lists(config, cache)
     temperature = cache.manifest["temperature"]
     objective = config.objective_at(temperature)
+    check_correction(config, objective, cache.manifest)
     if objective.temperature != temperature:
         raise ConfigError(
             f"temperature: found {objective.temperature}, but {config.cache} was scored at "
@@ -119,7 +140,7 @@ def main(config: DistillConfig) -> Path:
         lineage={**_lineage(config.student), "initial_student": base["weights"]},
         overrides=overrides,
         objective=asdict(objective),
-        training=trained,
+        **trained,
     )
     write_manifest(config.out, manifest)
     return Path(config.out)
@@ -147,6 +168,32 @@ def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
             f"support {config.support}, expected one of {', '.join(SPARSE)} with --tail "
             "renormalize --support list; or score the rollouts again"
         )
+
+
+def check_correction(
+    config: DistillConfig, objective: Objective, manifest: Mapping[str, Any]
+) -> None:
+    """Refuse a correction by ratios that the cache does not have.
+
+    Raises:
+        ConfigError: rollout log-probs that are unknown, or rollouts that were not sampled.
+    """
+    if objective.needs_rollout_logprobs and (why := without_ratios(manifest)):
+        flag = "clip_range" if objective.importance == "none" else "importance"
+        raise ConfigError(
+            f"{flag}: {config.cache}: {why}, and the correction divides by the probability that "
+            f"a token was sampled with; leave --{flag} out, or roll out and score again"
+        )
+
+
+def without_ratios(manifest: Mapping[str, Any]) -> str | None:
+    """Why the cache's rollouts have no ratio to the policy that sampled them, if so."""
+    if scoring_of(manifest)["rollout_logprobs"] == "absent":
+        return "its rollout log-probs are unknown (they were imported without)"
+    sampling = manifest["inputs"]["rollouts"].get("sampling") or {}
+    if sampling.get("temperature") == 0:
+        return "its rollouts are greedy (temperature 0)"
+    return None
 
 
 def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]]]:

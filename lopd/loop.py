@@ -16,7 +16,8 @@ from lopd.data import Batch, to_device
 from lopd.errors import ConfigError, DataError
 from lopd.heads import check_head, check_trainable
 from lopd.options import TrainOptions
-from lopd.step import Objective, StatsWindow, check_finite, step
+from lopd.stats import StatsWindow
+from lopd.step import Objective, check_finite, step
 
 
 def train_loop(

@@ -35,6 +35,12 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "min_lr_ratio": (0, 1, "a number in [0, 1]"),
     "seed": (0, 2**32 - 1, "an integer in [0, 2**32)"),
 }
+WATCH_RANGES: dict[str, tuple[float, float, str]] = {
+    "stale_ess": _BELOW_ONE,
+    "stale_every": _AT_LEAST_ONE,
+    "eval_steps": _AT_LEAST_ONE,
+    "patience": _NOT_NEGATIVE,
+}
 
 
 @dataclass(kw_only=True)
@@ -88,10 +94,7 @@ class TrainOptions:
     report_to: str = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
 
     def __post_init__(self) -> None:
-        for name, (low, high, expected) in RANGES.items():
-            value = getattr(self, name)
-            if not low <= value <= high:  # which NaN fails too
-                raise ConfigError(f"{name}: found {value}; expected {expected}")
+        _check_ranges(self, RANGES)
         if self.max_steps != -1 and self.max_steps < 1:
             raise ConfigError(f"max_steps: found {self.max_steps}; expected at least 1, or -1")
         if self.max_steps != -1 and self.warmup_steps > self.max_steps:
@@ -171,6 +174,55 @@ class TrainOptions:
         assert args.device.type == device.type
         args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would mean DataParallel
         return args
+
+
+@dataclass(kw_only=True)
+class WatchOptions(TrainOptions):
+    """Settings of a training run that watches its drift and sequences kept out of it."""
+
+    stale_ess: float = field(
+        default=0.5,
+        metadata={"help": "Warn where a step's effective share of tokens is below this; 0: never."},
+    )
+    stale_every: int = field(
+        default=100, metadata={"help": "Least number of steps between two such warnings."}
+    )
+    holdout: float = field(
+        default=0.0,
+        metadata={"help": "Sequences kept out of training: a share below 1, or a number; 0: none."},
+    )
+    eval_steps: int = field(
+        default=100, metadata={"help": "Steps between evaluations of the held-out sequences."}
+    )
+    keep_best: bool = field(
+        default=False,
+        metadata={"help": "The result is the checkpoint that is best on the held-out sequences."},
+    )
+    patience: int = field(
+        default=0,
+        metadata={"help": "Stop after so many evaluations without improvement; 0: never."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_ranges(self, WATCH_RANGES)
+        if not (0 <= self.holdout < 1 or (1 <= self.holdout < math.inf and self.holdout % 1 == 0)):
+            raise ConfigError(
+                f"holdout: found {self.holdout}; expected a share in [0, 1) or a whole number"
+            )
+        for name in ("keep_best", "patience"):
+            if getattr(self, name) and not self.holdout:
+                raise ConfigError(
+                    f"{name}: nothing is held out to judge by; give --holdout, a share or a number "
+                    "of sequences"
+                )
+
+
+def _check_ranges(options: Any, ranges: dict[str, tuple[float, float, str]]) -> None:
+    for name, (low, high, expected) in ranges.items():
+        value = getattr(options, name)
+        if not low <= value <= high:  # which NaN fails too
+            raise ConfigError(f"{name}: found {value}; expected {expected}")
 
 
 def _check_report_to(name: str) -> None:

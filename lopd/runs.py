@@ -18,10 +18,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lopd.cache.shards import LOCK_NAME, FolderLock
-from lopd.data import Collator, SequenceDataset, Source
+from lopd.data import Collator, Part, SequenceDataset, Source, split_holdout
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import TEMP_SUFFIX, pretty_json, write_atomic
 from lopd.models import context_of, load_model, load_tokenizer
+from lopd.options import WatchOptions
 from lopd.provenance import MANIFEST_NAME
 from lopd.provenance.fingerprint import weight_files
 from lopd.step import Objective
@@ -42,6 +43,8 @@ NOT_RECIPE = frozenset(
         "save_total_limit",
         "report_to",
         "verify",
+        "stale_ess",
+        "stale_every",
     }
 )
 
@@ -167,32 +170,56 @@ def train(
 ) -> dict[str, Any]:
     """Train the model at `model_path`, save it with its tokenizer to `config.out`.
 
-    Returns what the manifest says of the data: sequences trained on, share dropped.
+    Returns what the manifest says: `training`, the sequences trained on and the share dropped;
+    where `config` has WatchOptions also `stale` and, if sequences were held out, `holdout`.
 
     Raises:
-        ShardError: another process trains there, or the disk is full, and the like.
+        ConfigError: the share to hold out leaves nothing on one side.
+        ShardError: another process trains there, the disk is full, and the like; the best
+            checkpoint is gone or torn.
     """
     from lopd.trainer import saving
+    from lopd.watch import holdout_summary, stale_summary
 
     lock = FolderLock(Path(config.out))
     try:
-        trainer, tokenizer, dataset = _trainer(config, source, objective, model_path)
+        trainer, tokenizer, dropped = _trainer(config, source, objective, model_path)
         with saving(config.out):
             _put_torn_aside(Path(config.out), checkpoint)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        keep_best = trainer.holdout is not None and trainer.holdout.keep_best
+        model = _best_model(config, trainer.state) if keep_best else trainer.model
         with saving(config.out):
-            trainer.model.save_pretrained(config.out)
+            model.save_pretrained(config.out)
             tokenizer.save_pretrained(config.out)
     finally:
         lock.release()
-    return {"sequences": len(dataset), "dropped_share": dataset.dropped_share}
+    sequences, history = len(trainer.train_dataset), trainer.state.log_history
+    told: dict[str, Any] = {"training": {"sequences": sequences, "dropped_share": dropped}}
+    if isinstance(config, WatchOptions):
+        told["stale"] = stale_summary(config.stale_ess, history)
+    if trainer.holdout is not None:
+        last = trainer.state.global_step
+        told["holdout"] = holdout_summary(trainer.holdout, history, last)
+    return told
+
+
+def _best_model(config: Any, state: Any) -> Any:
+    folder = Path(config.out) / f"checkpoint-{state.best_global_step}"
+    if not is_whole(folder):
+        raise ShardError(
+            f"{folder}: the checkpoint with the best held-out KL is gone or torn; restore it and "
+            "run the same command again, or remove the run's folder to begin again"
+        )
+    return load_model(str(folder), dtype=config.dtype, device=config.device)
 
 
 def _trainer(
     config: Any, source: Source, objective: Objective, model_path: str
-) -> tuple[Any, Any, SequenceDataset]:
-    """The trainer of the model at `model_path`, its tokenizer and its data."""
+) -> tuple[Any, Any, float]:
+    """The trainer of the model at `model_path`, its tokenizer, and the share of data dropped."""
     from lopd.trainer import LopdTrainer
+    from lopd.watch import Holdout, StaleWatch
 
     model = load_model(model_path, dtype=config.dtype, device=config.device)
     tokenizer = load_tokenizer(model_path)
@@ -202,11 +229,21 @@ def _trainer(
         vocab_size=model.get_input_embeddings().weight.shape[0],
         drop_truncated=config.drop_truncated,
     )
+    kept: SequenceDataset | Part = dataset
+    holdout, watch = None, isinstance(config, WatchOptions)
+    if watch and config.holdout:
+        kept, held_out = split_holdout(dataset, config.holdout)
+        holdout = Holdout(
+            held_out, objective.held_out, config.eval_steps, config.keep_best, config.patience
+        )
     trainer = LopdTrainer(
         model,
         config.training_arguments(config.out),
         objective,
-        dataset,
+        kept,
         Collator(config.loss_aggregation, pad_token_id=tokenizer.pad_token_id or 0),
+        holdout,
     )
-    return trainer, tokenizer, dataset
+    if watch and config.stale_ess:
+        trainer.add_callback(StaleWatch(trainer.window, config.stale_ess, config.stale_every))
+    return trainer, tokenizer, dataset.dropped_share

@@ -62,7 +62,7 @@ def main(config: SftConfig) -> Path:
         base=base,
         inputs=inputs,
         lineage={"sft_teacher": teacher, "declared": False, "initial_student": None},
-        training=trained,
+        **trained,
     )
     write_manifest(config.out, manifest)
     return Path(config.out)

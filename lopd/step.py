@@ -4,7 +4,6 @@ Nothing here knows of a Trainer: `lopd.trainer` and `lopd.loop` are two ways to 
 """
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,19 @@ from torch import Tensor
 from lopd.data import Batch
 from lopd.errors import ConfigError, DataError
 from lopd.heads import HeadOptions, run_with_loss
-from lopd_kernels import linear_cross_entropy, linear_policy_gradient, linear_sparse_divergence
+from lopd.stats import drift_moments, sequence_sums
+from lopd_kernels import (
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_policy_gradient,
+    linear_sparse_divergence,
+)
 
 SPARSE = ("reverse_kl", "forward_kl", "jsd")
 OBJECTIVES = (*SPARSE, "policy_gradient", "cross_entropy")
 TAILS = ("bucket", "renormalize", "truncate")
+IMPORTANCE = ("none", "token", "token_truncated", "sequence")
+GATHERED_ROWS = 1024  # rows of the head that one step of `_sampled_logprobs` holds
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,12 @@ class Objective:
     sampled token with A = log q - log p of the current student, a constant, clipped to
     [-advantage_clip, advantage_clip]; `cross_entropy` -log p of the token.
 
+    `importance` multiplies the policy gradient's rows by a constant ratio to the policy that
+    sampled: `token` p / p_rollout of the token, `token_truncated` the smaller of that and
+    `importance_cap`, `sequence` the product over the sequence's loss tokens, capped where a cap
+    is given. The normaliser stays the sum of the uncorrected weights, so nothing is biased by
+    which sequences share a batch. `clip_range` is PPO's clipped form, which has its own ratio.
+
     `temperature` divides the student's logits: the one that the teacher was scored at.
     """
 
@@ -38,6 +51,9 @@ class Objective:
     beta: float | None = None  # 0.5 for jsd, which alone has one
     advantage_clip: float | None = None
     temperature: float = 1.0
+    importance: str = "none"
+    importance_cap: float | None = None
+    clip_range: float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -64,6 +80,50 @@ class Objective:
             )
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
+        self._check_importance()
+
+    def _check_importance(self) -> None:
+        if self.importance not in IMPORTANCE:
+            raise ConfigError(
+                f"importance: found '{self.importance}'; expected one of {', '.join(IMPORTANCE)}"
+            )
+        for name in ("importance_cap", "clip_range"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}: found {value}; expected a positive number")
+        if self.needs_rollout_logprobs and self.name != "policy_gradient":
+            name = "clip_range" if self.importance == "none" else "importance"
+            raise ConfigError(f"{name}: {self.name} has no correction; use policy_gradient")
+        if self.importance == "token_truncated" and self.importance_cap is None:
+            raise ConfigError("importance_cap: token_truncated needs one; give a positive number")
+        if self.importance_cap is not None and self.importance not in (
+            "token_truncated",
+            "sequence",
+        ):
+            raise ConfigError(
+                f"importance_cap: importance '{self.importance}' has none; only token_truncated "
+                "and sequence do"
+            )
+        if self.clip_range is not None and self.importance != "none":
+            raise ConfigError(
+                f"clip_range: found importance '{self.importance}' too; the clipped form has its "
+                "own ratio, leave importance out"
+            )
+
+    @property
+    def held_out(self) -> "Objective":
+        """What sequences kept out of training are judged by: the divergence that is minimised.
+
+        The policy gradient's loss is none, and on stored tokens its log-ratio has no minimum; the
+        reverse KL that it estimates stands in for it.
+        """
+        if self.name == "policy_gradient":
+            return Objective("reverse_kl", temperature=self.temperature)
+        return self
+
+    @property
+    def needs_rollout_logprobs(self) -> bool:
+        return self.importance != "none" or self.clip_range is not None
 
     @property
     def needs_teacher(self) -> bool:
@@ -78,14 +138,15 @@ def step(
         loss = sum_n row_weights[n] * L[n] / num_items
 
     Every statistic is such a sum too, so that micro-batches add up to the mean over the
-    optimizer step whatever their sizes.
+    optimizer step whatever their sizes; those of `lopd.stats.ESS` are logs of sums.
 
     Args:
         batch: what `lopd.data.Collator` makes.
         num_items: sum of `row_weights` over all micro-batches of the optimizer step.
 
     Raises:
-        DataError: num_items is not positive, or the batch lacks the teacher's columns.
+        DataError: num_items is not positive, or the batch lacks the teacher's columns or the
+            rollout log-probs that a correction needs.
     """
     if not num_items > 0:
         raise DataError(
@@ -96,6 +157,11 @@ def step(
         raise DataError(
             f"objective {objective.name}: the batch has no teacher scores; train on a TeacherCache"
         )
+    if objective.needs_rollout_logprobs and "rollout_logprobs" not in batch:
+        raise DataError(
+            f"sequences {', '.join(batch['sequence_names'])}: their rollout log-probs are not all "
+            "known, and a correction needs them; train with --importance none and no --clip_range"
+        )
     weights = batch["row_weights"]
 
     def loss_fn(
@@ -103,22 +169,29 @@ def step(
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rows = hidden.flatten(0, 1)[batch["loss_index"]]
         options = {
-            "row_weights": weights,
-            "reduction": "sum",
             "bias": bias,
             "temperature": objective.temperature,
             "validate": False,
             **head.kwargs(),
         }
         if objective.name == "cross_entropy":
-            return linear_cross_entropy(rows, weight, batch["labels"], **options), {}
+            loss = linear_cross_entropy(
+                rows, weight, batch["labels"], row_weights=weights, reduction="sum", **options
+            )
+            return loss, {}
         if objective.name == "policy_gradient":
             return _policy_gradient(rows, weight, batch, objective, options)
         return _sparse_divergence(rows, weight, batch, objective, options)
 
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     loss, by_row = run_with_loss(model, inputs, loss_fn)
-    stats = {name: (weights * row).sum().detach() / num_items for name, row in by_row.items()}
+    by_row = {name: row.detach() for name, row in by_row.items()}
+    if (log_ratio := by_row.get("log_ratio_to_rollout")) is not None:
+        by_row["abs_log_ratio_to_rollout"] = log_ratio.abs()
+    stats = {name: (weights * row).sum() / num_items for name, row in by_row.items()}
+    if log_ratio is not None:
+        count = len(batch["sequence_names"])
+        stats |= drift_moments(log_ratio, weights, batch["sequence_index"], count)
     return loss / num_items, stats
 
 
@@ -134,6 +207,8 @@ def _sparse_divergence(
         batch["topk_ids"],
         batch["topk_logprobs"],
         tail_logprobs=batch["tail_logprobs"],
+        row_weights=batch["row_weights"],
+        reduction="sum",
         return_stats=True,
         **form,
         **options,
@@ -143,37 +218,108 @@ def _sparse_divergence(
         "teacher_tail": batch["tail_logprobs"].exp(),
         **_teacher_entropy(batch),
     }
-    if objective.tail != "renormalize":  # which never looks outside the list
-        reported["student_tail"] = stats.student_tail_logprobs.exp()
-        reported["student_entropy"] = stats.student_entropy
+    if objective.name == "reverse_kl":
+        reported["reverse_kl"] = stats.loss
+    if objective.tail == "renormalize":  # which never looks outside the list
+        return loss, reported
+    reported["student_tail"] = stats.student_tail_logprobs.exp()
+    reported["student_entropy"] = stats.student_entropy
+    if "rollout_logprobs" in batch:
+        sampled = _sampled_logprobs(rows, weight, batch, stats.student_lse, options)
+        reported["log_ratio_to_rollout"] = sampled - batch["rollout_logprobs"]
     return loss, reported
+
+
+@torch.no_grad()
+def _sampled_logprobs(
+    rows: Tensor, weight: Tensor, batch: Batch, lse: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """log p [N] of the sampled tokens by one row of the head each, once lse is known.
+
+    A row without a list has no lse and is read by itself.
+    """
+    labels, logits = batch["labels"], torch.empty_like(lse)
+    for start in range(0, len(labels), GATHERED_ROWS):
+        part = slice(start, start + GATHERED_ROWS)
+        product = rows[part].to(lse.dtype) * weight[labels[part]].to(lse.dtype)
+        logits[part] = product.sum(-1)
+    if (bias := options["bias"]) is not None:
+        logits += bias[labels]
+    logits *= options["logit_scale"]
+    if (cap := options["softcap"]) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logprobs = logits / options["temperature"] - lse
+    unlisted = (batch["topk_ids"] < 0).all(1)
+    if unlisted.any():
+        ids = labels[unlisted, None]
+        alone: Any = linear_logprobs(rows[unlisted], weight, ids, **options)
+        logprobs[unlisted] = alone[:, 0]
+    return logprobs
 
 
 def _policy_gradient(
     rows: Tensor, weight: Tensor, batch: Batch, objective: Objective, options: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    clip = objective.advantage_clip
+    clip, by_sequence = objective.advantage_clip, objective.importance == "sequence"
+    row_weights = batch["row_weights"]
+    if by_sequence:
+        logprobs, entropy = _logprobs_and_entropy(rows, weight, batch["labels"], options)
+        ratio = sequence_ratios(logprobs, batch, objective.importance_cap)
+        row_weights = row_weights * ratio
+    correction: dict[str, Any] = {"clip_range": objective.clip_range}
+    if not by_sequence:
+        correction["importance"] = objective.importance
+        correction["importance_cap"] = objective.importance_cap
     loss, stats = linear_policy_gradient(
         rows,
         weight,
         batch["labels"],
         batch["teacher_logprobs"],
         advantage_clip=clip,
+        rollout_logprobs=batch.get("rollout_logprobs"),
+        row_weights=row_weights,
+        reduction="sum",
         return_stats=True,
+        **correction,
         **options,
     )
-    advantages = batch["teacher_logprobs"] - stats.logprobs
+    if not by_sequence:  # where a ratio of 0 would take its rows out of the statistics
+        logprobs, entropy, ratio = stats.logprobs, stats.student_entropy, stats.importance
+    advantages = batch["teacher_logprobs"] - logprobs
     reported = {
         "advantage": advantages,
         "advantage_squared": advantages.square(),
-        "student_entropy": stats.student_entropy,
+        "student_entropy": entropy,
+        "teacher_tail": batch["tail_logprobs"].exp(),
         **_teacher_entropy(batch),
     }
     if "rollout_logprobs" in batch:
-        reported["log_ratio_to_rollout"] = stats.logprobs - batch["rollout_logprobs"]
+        reported["log_ratio_to_rollout"] = logprobs - batch["rollout_logprobs"]
+    if objective.needs_rollout_logprobs:
+        reported["importance"] = ratio
     if clip is not None:
         reported["share_clipped"] = (advantages.abs() > clip).float()
     return loss, reported
+
+
+@torch.no_grad()
+def _logprobs_and_entropy(
+    rows: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Of the sampled tokens, [N] each: a pass of its own, without gradient."""
+    result: Any = linear_logprobs(rows, weight, labels[:, None], return_entropy=True, **options)
+    logprobs, entropy = result
+    return logprobs[:, 0], entropy
+
+
+def sequence_ratios(logprobs: Tensor, batch: Batch, cap: float | None) -> Tensor:
+    """p(sequence) / p_rollout(sequence) over its loss tokens, at most `cap`: [N], by row."""
+    log_ratio = logprobs - batch["rollout_logprobs"]
+    index = batch["sequence_index"]
+    total = sequence_sums(log_ratio, index, len(batch["sequence_names"]))
+    if cap is not None:
+        total = total.clamp(max=math.log(cap))
+    return total.exp()[index]
 
 
 def _teacher_entropy(batch: Batch) -> dict[str, Tensor]:
@@ -189,32 +335,3 @@ def check_finite(loss: Tensor, batch: Batch, step_number: int) -> None:
             f"{', '.join(batch['sequence_names'])}; look at their teacher scores, or lower the "
             "learning rate and resume from the last checkpoint"
         )
-
-
-class StatsWindow:
-    """Statistics since the last log: means over optimizer steps, and loss tokens per second."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps, self._tokens, self._began = 0, 0, 0.0
-
-    def begin_step(self) -> None:
-        if self._steps == 0:
-            self._began = time.perf_counter()
-        self._steps += 1
-
-    def add(self, stats: dict[str, Tensor], tokens: int) -> None:
-        """One micro-batch of the step that was begun last."""
-        self._tokens += tokens
-        for name, value in stats.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def pop(self) -> dict[str, float]:
-        """What was added since the last call."""
-        means = {name: value.item() / self._steps for name, value in self._sums.items()}
-        means["tokens_per_second"] = self._tokens / (time.perf_counter() - self._began)
-        self._reset()
-        return means

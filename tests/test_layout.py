@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 # A module imports from the layers above it in this list, never from its own.
 LAYERS = [
     {"errors"},
-    {"files", "tables"},
+    {"files", "tables", "stats"},
     {"models", "prompts", "settings", "heads", "provenance", "workers"},
     {"cache"},
     {"data", "dumps", "engines"},
     {"options", "step", "estimate", "noise", "judge"},
-    {"trainer", "loop", "kl"},
+    {"watch", "loop", "kl"},
+    {"trainer"},
     {"runs"},
     {"rollout", "score", "sft", "distill", "evaluate", "inspection", "declare", "toy", "report"}
     | {"importing"},

@@ -1,0 +1,124 @@
+"""What watches a run: a cache that has gone stale, and sequences kept out of training.
+
+What they find stands in the log history of the Trainer's state, which its checkpoints hold, so
+that a resumed run knows what the interrupted one had found.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from lopd.data import Collator, Part, to_device
+from lopd.stats import StatsWindow
+from lopd.step import Objective, check_finite, step
+
+History = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Sequences kept out of training, and what becomes of their KL."""
+
+    dataset: Part
+    objective: Objective
+    eval_steps: int
+    keep_best: bool = False
+    patience: int = 0  # evaluations; 0 never stops
+
+
+@torch.no_grad()
+def holdout_kl(
+    model: Any, holdout: Holdout, collate: Collator, batch_size: int, step_number: int
+) -> float:
+    """Mean of the objective over the held-out sequences, dropout off; draws no random number.
+
+    Raises:
+        DataError: it is not finite; names the sequences.
+    """
+    device, training = next(model.parameters()).device, model.training
+    total, weight = 0.0, 0.0
+    model.eval()
+    for start in range(0, len(holdout.dataset), batch_size):
+        end = min(start + batch_size, len(holdout.dataset))
+        items: Any = holdout.dataset.__getitems__([*range(start, end)])
+        batch = to_device(collate(items), device)
+        loss, _ = step(model, batch, holdout.objective, 1.0)
+        check_finite(loss, batch, step_number)
+        total += loss.item()
+        weight += batch["row_weights"].sum().item()
+    model.train(training)
+    return total / weight
+
+
+def evaluations(history: History) -> list[tuple[float, int]]:
+    """(held-out KL, step) of every evaluation, in order."""
+    return [(entry["holdout_kl"], entry["step"]) for entry in history if "holdout_kl" in entry]
+
+
+def exhausted(history: History, patience: int) -> bool:
+    """Whether the last `patience` evaluations brought no improvement."""
+    found = evaluations(history)
+    return bool(patience and found) and len(found) - 1 - found.index(min(found)) >= patience
+
+
+def holdout_summary(holdout: Holdout, history: History, last_step: int) -> dict[str, Any]:
+    """What the manifest says of the held-out sequences."""
+    found = evaluations(history)
+    best, last = min(found), found[-1]
+    return {
+        "sequences": len(holdout.dataset),
+        "objective": holdout.objective.name,
+        "best": {"kl": best[0], "step": best[1]},
+        "last": {"kl": last[0], "step": last[1]},
+        "result_step": best[1] if holdout.keep_best else last_step,
+        "stopped_early": exhausted(history, holdout.patience),
+    }
+
+
+class StaleWatch(TrainerCallback):
+    """Warns where a step's tokens are worth less than `limit` of as many fresh ones.
+
+    Once when it happens first, then every `every` steps for as long as it does.
+    """
+
+    def __init__(self, window: StatsWindow, limit: float, every: int) -> None:
+        self.window, self.limit, self.every = window, limit, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        share, number = self.window.step_ess(), state.global_step
+        if share is not None and share >= self.limit:
+            return
+        told = [entry["step"] for entry in state.log_history if "stale_ess" in entry]
+        if told and (share is None or number - told[-1] < self.every):
+            return
+        state.log_history.append({"stale_ess": share, "step": number})
+        if share is None:
+            text = (
+                "the log-ratio to the rollout policy is not known, so a cache that goes stale will "
+                "not be noticed; --stale_ess 0 says that this is meant"
+            )
+        else:
+            text = (
+                f"the cache has gone stale: as samples of the student its tokens are worth "
+                f"{100 * share:.3g} % of their number, below --stale_ess {self.limit:g}; roll out "
+                "and score again with this student, or lower the learning rate"
+            )
+        tqdm.write(f"step {number}: {text}", file=sys.stderr)
+
+
+def stale_summary(limit: float, history: History) -> dict[str, Any]:
+    """What the manifest says of the warnings."""
+    found = [(e["stale_ess"], e["step"]) for e in history if "stale_ess" in e]
+    warned = [(share, number) for share, number in found if share is not None]
+    return {
+        "limit": limit,
+        "watched": bool(limit) and len(warned) == len(found),
+        "warnings": len(warned),
+        "first": {"ess": warned[0][0], "step": warned[0][1]} if warned else None,
+        "lowest": dict(zip(("ess", "step"), min(warned), strict=True)) if warned else None,
+    }
