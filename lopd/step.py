@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopd.attention import pack_kwargs
 from lopd.data import Batch
 from lopd.errors import ConfigError, DataError
 from lopd.heads import HeadOptions, run_with_loss
@@ -183,8 +184,7 @@ def step(
             return _policy_gradient(rows, weight, batch, objective, options)
         return _sparse_divergence(rows, weight, batch, objective, options)
 
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    loss, by_row = run_with_loss(model, inputs, loss_fn)
+    loss, by_row = run_with_loss(model, model_inputs(batch), loss_fn)
     by_row = {name: row.detach() for name, row in by_row.items()}
     if (log_ratio := by_row.get("log_ratio_to_rollout")) is not None:
         by_row["abs_log_ratio_to_rollout"] = log_ratio.abs()
@@ -193,6 +193,15 @@ def step(
         count = len(batch["sequence_names"])
         stats |= drift_moments(log_ratio, weights, batch["sequence_index"], count)
     return loss / num_items, stats
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What the model is called with: ids, and a mask of padding or the bounds of a pack."""
+    ids = batch["input_ids"]
+    if "position_ids" not in batch:
+        return {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+    bounds = pack_kwargs(batch["sequence_lengths"], ids.device)
+    return {"input_ids": ids, "position_ids": batch["position_ids"], **bounds}
 
 
 def _sparse_divergence(
