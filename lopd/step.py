@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopd.attention import pack_kwargs
 from lopd.data import Batch
 from lopd.errors import ConfigError, DataError
 from lopd.heads import HeadOptions, run_with_loss, run_with_loss_and_router
@@ -186,7 +187,7 @@ def step(
             return _policy_gradient(rows, weight, batch, objective, options)
         return _sparse_divergence(rows, weight, batch, objective, options)
 
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = model_inputs(batch)
     router: Tensor | None = None
     if torch.is_grad_enabled():
         (loss, by_row), router = run_with_loss_and_router(model, inputs, loss_fn)
@@ -204,6 +205,15 @@ def step(
         stats["router_loss"] = share.detach()
         return loss / num_items + share, stats
     return loss / num_items, stats
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What the model is called with: ids, and a mask of padding or the bounds of a pack."""
+    ids = batch["input_ids"]
+    if "position_ids" not in batch:
+        return {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+    bounds = pack_kwargs(batch["sequence_lengths"], ids.device)
+    return {"input_ids": ids, "position_ids": batch["position_ids"], **bounds}
 
 
 def _sparse_divergence(

@@ -146,7 +146,7 @@ def test_accumulation_changes_nothing_and_the_loop_agrees(tmp_path, change):
 
         def recorded(*args, collect=collect):
             micro_batches, num_items = collect(*args)
-            batches.append(micro_batches)
+            batches.extend(micro_batches)
             return micro_batches, num_items
 
         trainer.get_batch_samples = recorded

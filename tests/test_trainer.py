@@ -189,7 +189,7 @@ def test_trainer_equals_the_plain_loop(tmp_path, objective):
 
     def get_batch_samples(*args):
         micro_batches, num_items = collect(*args)
-        batches.append(micro_batches)
+        batches.extend(micro_batches)
         return micro_batches, num_items
 
     trainer.get_batch_samples = get_batch_samples
@@ -297,15 +297,12 @@ def test_trainer_checks_the_head_at_start_up(tmp_path):
         make_trainer(model, tmp_path)
 
 
-def test_several_processes_are_refused(tmp_path):
-    args = options().training_arguments(tmp_path)
-
-    class TwoProcesses(type(args)):
-        world_size = 2
-
-    args.__class__ = TwoProcesses
-    with pytest.raises(ConfigError, match="2 processes"):
-        LopdTrainer(tiny_model(), args, Objective("reverse_kl"), SequenceDataset(scored()))
+def test_data_parallel_and_deepspeed_are_refused(tmp_path):
+    for found, change in (("DataParallel", "_n_gpu"), ("DeepSpeed", "deepspeed")):
+        args = options().training_arguments(tmp_path)
+        setattr(args, change, 2)
+        with pytest.raises(ConfigError, match=f"{found}: training runs in one process a GPU"):
+            LopdTrainer(tiny_model(), args, Objective("reverse_kl"), SequenceDataset(scored()))
 
 
 def test_step_refuses_batches_that_bear_no_loss_or_have_no_teacher():
