@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_training import VOCAB, tiny_model, tiny_moe, weights
+from helpers_training import SIZE, VOCAB, tiny_model, tiny_moe, weights
 from torch import nn
 
 from lopd.errors import ModelError
@@ -280,3 +280,24 @@ def test_losses_of_a_router_that_would_be_lost_are_refused():
     dense.config.router_aux_loss_coef = 0.1
     with pytest.raises(ModelError, match="router_aux_loss_coef is 0.1"):
         check_trainable(dense)
+
+
+BROAD = (
+    *("llama", "mistral", "qwen2", "gemma", "olmo2", "starcoder2", "stablelm", "smollm3"),
+    *("glm4", "phi3", "gpt_neox", "gpt2", "cohere2", "ministral", "exaone4", "seed_oss"),
+)
+
+
+@pytest.mark.parametrize("kind", BROAD)
+def test_other_architectures_have_the_head_that_is_computed(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = {**SIZE, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **size, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    check_trainable(model)
+    check_head(model)
+    loss = run_with_loss(model, batch(), lambda *head: dense_logits(*head).logsumexp(-1).sum())
+    assert grads(model, loss).keys() == weights(model).keys()
+    assert model.get_output_embeddings().weight.grad.abs().max() > 0
