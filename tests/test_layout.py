@@ -13,7 +13,7 @@ LAYERS = [
     {"errors"},
     {"files", "tables", "stats", "batching"},
     {"models", "prompts", "settings", "heads", "provenance", "workers"},
-    {"cache", "attention"},
+    {"cache", "attention", "lora"},
     {"data", "dumps", "engines"},
     {"options", "step", "estimate", "noise", "judge"},
     {"watch", "loop", "kl"},
