@@ -11,6 +11,7 @@ import torch
 from lopd.attention import PATHS
 from lopd.data import LOSS_AGGREGATIONS
 from lopd.errors import ConfigError
+from lopd.lora import LoraOptions
 from lopd.models import resolve_device, resolve_dtype
 
 # name: (lowest, highest, in words)
@@ -45,7 +46,7 @@ WATCH_RANGES: dict[str, tuple[float, float, str]] = {
 
 
 @dataclass(kw_only=True)
-class TrainOptions:
+class TrainOptions(LoraOptions):
     """Settings of a training run, shared by `lopd sft` and `lopd distill`."""
 
     max_steps: int = field(
@@ -105,6 +106,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         _check_ranges(self, RANGES)
+        self.check_lora()
         if self.max_steps != -1 and self.max_steps < 1:
             raise ConfigError(f"max_steps: found {self.max_steps}; expected at least 1, or -1")
         if self.max_steps != -1 and self.warmup_steps > self.max_steps:

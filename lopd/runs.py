@@ -18,13 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from lopd.cache.shards import LOCK_NAME, FolderLock
 from lopd.data import Collator, Part, SequenceDataset, Source, split_holdout
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import TEMP_SUFFIX, pretty_json, write_atomic
-from lopd.models import context_of, load_model, load_tokenizer, resolve_device
+from lopd.lora import add_lora, merged
+from lopd.models import ADAPTER_CONFIG, context_of, load_model, load_tokenizer, resolve_device
 from lopd.options import WatchOptions
 from lopd.provenance import MANIFEST_NAME
 from lopd.provenance.fingerprint import weight_files
@@ -33,6 +35,8 @@ from lopd.step import Objective
 from lopd.workers import Worker, this_worker
 
 RECIPE_NAME = "recipe.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_NAME = "adapter"  # of a LoRA run, beside the model that it was merged into
 STATE_FILES = ("optimizer.pt", "scheduler.pt", WINDOW_NAME)
 RANDOM_STATES = "rng_state*.pth"  # one a process
 # How a run is carried out and where things are; inputs count by their digests.
@@ -166,7 +170,8 @@ def is_whole(checkpoint: Path) -> bool:
         for state_file in (*states, *(checkpoint / name for name in STATE_FILES)):
             with zipfile.ZipFile(state_file):
                 pass
-        for file in weight_files(checkpoint):
+        adapted = (checkpoint / ADAPTER_CONFIG).exists()
+        for file in [checkpoint / ADAPTER_WEIGHTS] if adapted else weight_files(checkpoint):
             with safe_open(file, framework="numpy"):
                 pass
     except (OSError, ValueError, zipfile.BadZipFile, SafetensorError, LopdError):
@@ -222,8 +227,11 @@ def train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if first:
             keep_best = trainer.holdout is not None and trainer.holdout.keep_best
-            model = _best_model(config, trainer.state) if keep_best else trainer.model
+            model = _best_model(config, trainer, model_path) if keep_best else trainer.model
             with saving(config.out):
+                if config.lora_rank:
+                    model.save_pretrained(Path(config.out) / ADAPTER_NAME)
+                    model = merged(model)
                 model.save_pretrained(config.out)
                 tokenizer.save_pretrained(config.out)
         trainer.accelerator.wait_for_everyone()
@@ -240,14 +248,20 @@ def train(
     return told
 
 
-def _best_model(config: Any, state: Any) -> Any:
-    folder = Path(config.out) / f"checkpoint-{state.best_global_step}"
+def _best_model(config: Any, trainer: Any, model_path: str) -> Any:
+    """The model of the checkpoint with the best held-out KL, with its adapters if it has any."""
+    folder = Path(config.out) / f"checkpoint-{trainer.state.best_global_step}"
     if not is_whole(folder):
         raise ShardError(
             f"{folder}: the checkpoint with the best held-out KL is gone or torn; restore it and "
             "run the same command again, or remove the run's folder to begin again"
         )
-    return load_model(str(folder), dtype=config.dtype, device=config.device)
+    if not config.lora_rank:
+        return load_model(str(folder), dtype=config.dtype, device=config.device)
+    from peft import PeftModel
+
+    model = load_model(model_path, dtype=config.dtype, device=config.device)
+    return PeftModel.from_pretrained(model, folder)
 
 
 def _trainer(
@@ -259,11 +273,15 @@ def _trainer(
 
     local_rank = this_worker(None).local_rank
     model = load_model(model_path, dtype=config.dtype, device=config.device, local_rank=local_rank)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    if config.lora_rank:
+        torch.manual_seed(config.seed)  # of the adapters' initial values
+        model = add_lora(model, config)
     tokenizer = load_tokenizer(model_path)
     dataset = SequenceDataset(
         source,
         context=context_of(model_path),
-        vocab_size=model.get_input_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
         drop_truncated=config.drop_truncated,
     )
     kept: SequenceDataset | Part = dataset

@@ -103,6 +103,8 @@ class LopdTrainer(Trainer):
         check_trainable(model)
         args = copy.copy(args)  # Trainer is to count one batch a step
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
+        if args.device.type == "cpu":  # "cpu:0" in several processes, which torch.load refuses
+            args.__dict__["_setup_devices"] = torch.device("cpu")
         self.max_tokens, self.attention = max_tokens_per_batch, attention
         if holdout is not None:
             args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, holdout.eval_steps
