@@ -13,7 +13,6 @@ What a model does to `H W^T + b` afterwards (scale, soft cap) is read from its c
 a model that does anything else.
 """
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,13 +24,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lopd.errors import ModelError
+from lopd.router import balance, check_router, router_coefficient
 
 Result = TypeVar("Result")
 
 # Configs that multiply logits under a name which other families use as a divisor.
 MULTIPLIED_LOGITS_SCALING = {"hyperclovax"}
-ROUTER_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-ROUTER_LOSS = re.compile(r"(router|aux|balanc|moe|expert).*loss|z_loss|(router|aux).*coef")
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def run_with_loss_and_router(
     That is `coefficient * load_balancing_loss_func(...)` of the model's family, a mean over the
     tokens of these inputs; None where the config asks for none.
     """
-    coefficient = router_coefficient(model)
+    coefficient = router_coefficient(plain_model(model))
     result: Any = _run(model, inputs, loss_fn, coefficient)
     return result if coefficient else (result, None)
 
@@ -120,7 +118,7 @@ def _run(model: Any, inputs: dict[str, Any], loss_fn: LossFn[Any], coefficient: 
             result = head(outputs[0])
         if not coefficient:
             return result
-        return result, coefficient * _balance(plain, outputs, given.get("attention_mask"))
+        return result, coefficient * balance(plain, outputs, given.get("attention_mask"))
 
     with _swapped_forward(plain, root_forward):
         return model(**inputs)
@@ -230,72 +228,14 @@ def _effective(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def router_coefficient(model: Any) -> float:
-    """What the router's auxiliary loss counts in training; 0 for a model without one."""
-    plain = plain_model(model)
-    config = plain.config.get_text_config()
-    for name in ROUTER_COEFFICIENTS:
-        if value := getattr(config, name, getattr(plain, name, None)):
-            return float(value)
-    return 0.0
-
-
-def _balance(plain: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
-    """The family's own auxiliary loss, over all layers at once."""
-    logits = getattr(outputs, "router_logits", None)
-    if not logits:
-        raise ModelError(
-            f"{type(plain).__name__}: its backbone returned no router logits, so its auxiliary "
-            "loss cannot be computed; set its coefficient to 0 in config.json to train without it"
-        )
-    loss: Any = _balancing_function(plain)
-    return loss(logits, *_experts(plain), attention_mask)
-
-
-def _balancing_function(plain: Any) -> Callable[..., Tensor] | None:
-    modules = (sys.modules[cls.__module__] for cls in type(plain).__mro__)
-    found = (getattr(module, "load_balancing_loss_func", None) for module in modules)
-    return next((function for function in found if function is not None), None)
-
-
-def _experts(plain: Any) -> tuple[Any, Any]:
-    """Number of experts, and how many a token goes to; None where they go by other names."""
-    config = plain.config.get_text_config()
-
-    def find(*names: str) -> Any:
-        values = (getattr(place, name, None) for place in (plain, config) for name in names)
-        return next((value for value in values if value is not None), None)
-
-    return find("num_experts", "num_local_experts"), find("num_experts_per_tok")
-
-
 def check_trainable(model: Any) -> None:
     """Refuse a model that cannot be trained by a loss on its hidden states.
 
     Raises:
-        ModelError: as `lm_head`, or the config asks for a mixture-of-experts router's loss that
-            would be lost: one other than the family's `load_balancing_loss_func`.
+        ModelError: as `lm_head`, or as `lopd.router.check_router`.
     """
     lm_head(model)
-    plain = plain_model(model)
-    lost = {
-        name: value
-        for name, value in plain.config.get_text_config().to_dict().items()
-        if ROUTER_LOSS.search(name) and isinstance(value, int | float) and value
-    }
-    known = _balancing_function(plain) is not None and None not in _experts(plain)
-    for name, value in lost.items():
-        if not (known and name in ROUTER_COEFFICIENTS):
-            raise ModelError(
-                f"{type(plain).__name__}: config.{name} is {value}; this router's loss is not "
-                f"supported in training; train a dense model, or set {name} to 0 in config.json "
-                "to train without it"
-            )
-    if router_coefficient(plain) and not known:
-        raise ModelError(
-            f"{type(plain).__name__}: has a router's loss (coefficient {router_coefficient(plain)})"
-            " but no load_balancing_loss_func; train a dense model"
-        )
+    check_router(plain_model(model))
 
 
 @torch.no_grad()

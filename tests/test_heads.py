@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers_training import SIZE, VOCAB, tiny_model, tiny_moe, weights
+from helpers_heads import batch, dense_logits, grads
+from helpers_training import SIZE, VOCAB, tiny_model, weights
 from torch import nn
 
 from lopd.errors import ModelError
@@ -12,26 +13,9 @@ from lopd.heads import (
     check_trainable,
     head_options,
     run_with_loss,
-    run_with_loss_and_router,
 )
 
 FAMILIES = ("qwen3", "qwen3-tied", "gemma2", "gemma3", "cohere", "granite", "phi", "opt")
-
-
-def batch(rows=2, length=5):
-    ids = torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(3))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def dense_logits(hidden, weight, bias, head):
-    z = nn.functional.linear(hidden, weight, bias) * head.logit_scale
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-
-
-def grads(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -239,47 +223,6 @@ def test_autocast_gives_weight_and_bias_the_dtype_of_the_hidden_states():
     with torch.autocast("cpu", torch.bfloat16):
         assert run_with_loss(model, batch(), dtypes) == (torch.bfloat16,) * 3
     assert run_with_loss(model, batch(), dtypes)[1:] == (torch.float32,) * 2
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
-def test_the_routers_loss_is_the_models_own(family):
-    model, inputs = tiny_moe(family), batch()
-    inputs["attention_mask"][0, -2:] = 0
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    own = {"labels": labels, "output_router_logits": True}
-    expected = model(**inputs, **own).loss
-
-    def nll(*head):
-        logits = dense_logits(*head)[:, :-1]
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-
-    loss, router = run_with_loss_and_router(model, inputs, nll)
-    assert router.item() > 0.1
-    assert (loss + router).item() == pytest.approx(expected.item(), rel=1e-6)
-    expected_grads, found_grads = grads(model, expected), grads(model, loss + router)
-    assert expected_grads.keys() == found_grads.keys() == weights(model).keys()
-    for name, value in expected_grads.items():
-        assert torch.allclose(found_grads[name], value, rtol=1e-4, atol=1e-6), name
-    check_head(model)
-    check_trainable(model)
-
-
-def test_no_routers_loss_where_the_config_asks_for_none():
-    for model in (tiny_model(), tiny_moe("mixtral", router_aux_loss_coef=0.0)):
-        assert run_with_loss_and_router(model, batch(), lambda h, *_: h.sum())[1] is None
-
-
-def test_losses_of_a_router_that_would_be_lost_are_refused():
-    model = tiny_moe("qwen3_moe")
-    model.config.router_z_loss_coef = 0.001
-    with pytest.raises(ModelError, match="router_z_loss_coef is 0.001"):
-        check_trainable(model)
-    model.config.router_z_loss_coef = 0.0
-    check_trainable(model)
-    dense = tiny_model()
-    dense.config.router_aux_loss_coef = 0.1
-    with pytest.raises(ModelError, match="router_aux_loss_coef is 0.1"):
-        check_trainable(dense)
 
 
 BROAD = (

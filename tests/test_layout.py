@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports from the layers above it in this list, never from its own.
 LAYERS = [
     {"errors"},
-    {"files", "tables", "stats", "batching"},
+    {"files", "tables", "stats", "batching", "router"},
     {"models", "prompts", "settings", "heads", "provenance", "workers"},
     {"cache", "attention", "lora"},
     {"data", "dumps", "engines"},
