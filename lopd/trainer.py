@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ class LopdTrainer(Trainer):
 
     Raises:
         ModelError: `check_head`, `check_trainable` or `check_packing` refuses the model.
-        ConfigError: a sequence is longer than a pack; DeepSpeed or DataParallel.
+        ConfigError: a sequence is longer than a pack; DataParallel, DeepSpeed or FSDP.
         ShardError: a checkpoint or the log cannot be written.
     """
 
@@ -95,11 +96,15 @@ class LopdTrainer(Trainer):
         attention: str = "auto",
         **kwargs: Any,
     ) -> None:
-        if args.deepspeed or args.n_gpu > 1:
-            found = "DeepSpeed" if args.deepspeed else "DataParallel"
-            raise ConfigError(
-                f"{found}: training runs in one process a GPU, by torchrun, with DDP or FSDP2"
-            )
+        for found, wanted in (
+            ("DataParallel", args.n_gpu > 1),
+            ("DeepSpeed", args.deepspeed),
+            ("FSDP", args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"),
+        ):
+            if wanted:
+                raise ConfigError(
+                    f"{found}: expected one process a GPU with the whole model in each, by torchrun"
+                )
         check_trainable(model)
         args = copy.copy(args)  # Trainer is to count one batch a step
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1

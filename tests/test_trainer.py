@@ -359,12 +359,18 @@ def test_trainer_checks_the_head_at_start_up(tmp_path):
         make_trainer(model, tmp_path)
 
 
-def test_data_parallel_and_deepspeed_are_refused(tmp_path):
-    for found, change in (("DataParallel", "_n_gpu"), ("DeepSpeed", "deepspeed")):
+def test_other_kinds_of_parallelism_are_refused(tmp_path, monkeypatch):
+    def refused(args, found):
+        with pytest.raises(ConfigError, match=f"{found}: expected one process a GPU"):
+            LopdTrainer(tiny_model(), args, Objective("reverse_kl"), SequenceDataset(scored()))
+
+    for found, change in (("DataParallel", "_n_gpu"), ("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")):
         args = options().training_arguments(tmp_path)
         setattr(args, change, 2)
-        with pytest.raises(ConfigError, match=f"{found}: training runs in one process a GPU"):
-            LopdTrainer(tiny_model(), args, Objective("reverse_kl"), SequenceDataset(scored()))
+        refused(args, found)
+    args = options().training_arguments(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refused(args, "FSDP")
 
 
 def test_step_refuses_batches_that_bear_no_loss_or_have_no_teacher():
