@@ -16,17 +16,17 @@ LAYERS = [
     {"cache"},
     {"data", "dumps", "engines"},
     {"options", "step", "estimate", "noise", "judge"},
-    {"watch", "loop", "kl"},
+    {"watch", "loop", "kl", "dryrun"},
     {"trainer"},
     {"runs"},
     {"rollout", "score", "sft", "distill", "evaluate", "inspection", "declare", "toy", "report"}
-    | {"importing"},
+    | {"importing", "plan"},
     {"sft_data", "verify"},
     {"recipe"},
     {"demo"},
     {"cli"},
 ]
-USES_KERNELS = {"step", "engines"}
+USES_KERNELS = {"step", "engines", "plan"}
 KERNEL_LAYERS = [
     {"_triton"},
     {"divergence", "matmul", "reference"},
