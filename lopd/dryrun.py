@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lopd.errors import ConfigError, ModelError
 from lopd.heads import HeadOptions, run_with_loss
+from lopd.lora import LoraOptions, add_lora
 from lopd.models import check_model_folder, resolve_dtype
 from lopd.options import optimizer_class
 
@@ -28,8 +29,8 @@ def held_bytes(tensors: list[Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def meta_model(path: str, dtype: str) -> Any:
-    """The model in training mode on the meta device.
+def meta_model(path: str, dtype: str, lora: LoraOptions | None = None) -> Any:
+    """The model in training mode on the meta device, with adapters where some are asked for.
 
     Raises:
         ModelError: no causal LM with scaled-dot-product attention can be made of its config.
@@ -49,6 +50,9 @@ def meta_model(path: str, dtype: str) -> Any:
         raise ModelError(
             f"{folder}: not a causal language model with scaled-dot-product attention ({found})"
         ) from error
+    if lora is not None and lora.lora_rank:
+        with torch.device("meta"):
+            model = add_lora(model, lora)
     return model.train()
 
 

@@ -171,9 +171,16 @@ class TrainOptions(LoraOptions):
                 "float32 weights"
             )
         if self.workspace_bytes is not None:
-            self.workspace_bytes = parse_bytes("workspace_bytes", self.workspace_bytes)
+            parse_bytes("workspace_bytes", self.workspace_bytes)
         if self.optim != DEFAULT_OPTIM:
             optimizer_class(self.optim)
+
+    @property
+    def workspace(self) -> int | None:
+        """`workspace_bytes` as a number."""
+        if self.workspace_bytes is None:
+            return None
+        return parse_bytes("workspace_bytes", self.workspace_bytes)
 
     def schedule(self) -> tuple[str, dict[str, float]]:
         """Name and extra arguments for `transformers.get_scheduler`."""

@@ -19,6 +19,8 @@ from torch import nn
 
 from lopd.dryrun import activation_bytes, dry_inputs, held_bytes, meta_model, optimizer_bytes
 from lopd.errors import ConfigError, MemoryPlanError
+from lopd.heads import lm_head
+from lopd.lora import LoraOptions
 from lopd.models import resolve_dtype
 from lopd.options import DEFAULT_OPTIM, parse_bytes
 from lopd_kernels import schedule
@@ -29,7 +31,7 @@ SMALLEST_WORKSPACE = 128 << 20
 
 
 @dataclass(kw_only=True)
-class PlanConfig:
+class PlanConfig(LoraOptions):
     """Peak memory of a training run, and what would make it fit (`lopd plan`).
 
     Reads the model's config alone. Exit code 0 where it fits, 1 where it does not.
@@ -52,6 +54,7 @@ class PlanConfig:
     workspace_bytes: int | str | None = field(default=None, metadata={"help": "As in training."})
 
     def __post_init__(self) -> None:
+        self.check_lora()
         for name in ("batch_size", "sequence_length", "k", "max_tokens_per_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -133,11 +136,11 @@ def loss_bytes(model: Any, config: PlanConfig) -> int:
     Raises:
         ConfigError: no schedule fits in `workspace_bytes`.
     """
-    head, rows = model.get_output_embeddings(), config.rows[0] * config.rows[1]
+    head, rows = lm_head(model), config.rows[0] * config.rows[1]
     weight = head.weight
     width = 1 if config.objective == "policy_gradient" else config.k + 1  # and the sampled token
     hidden = weight.new_empty(rows, weight.shape[1])
-    on_gpu = {"device": "cuda", "mixed": weight.element_size() == 2, "widened": 0}
+    on_gpu: dict[str, Any] = {"device": "cuda", "mixed": weight.element_size() == 2, "widened": 0}
     sizes = Sizes.of(hidden, weight, width)._replace(**on_gpu)
     needs = Needs(True, weight.requires_grad, head.bias is not None and head.bias.requires_grad)
     try:
@@ -250,7 +253,7 @@ def main(config: PlanConfig) -> None:
         ConfigError, ModelError, MissingFileError: settings or a model that cannot be planned for.
     """
     memory = parse_bytes("gpu_memory", config.gpu_memory)
-    planner = Planner(meta_model(config.model, config.dtype))
+    planner = Planner(meta_model(config.model, config.dtype, config))
     parts = planner.parts(config)
     rows = [*vars(parts).items(), ("total", parts.total), ("gpu_memory", memory)]
     print("\n".join(f"{name:<12}{gib(size)}" for name, size in rows))
