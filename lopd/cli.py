@@ -16,6 +16,7 @@ COMMANDS = {
     "score": ("score", "ScoreConfig", "score the rollouts with the teacher, once"),
     "import": ("importing", "ImportConfig", "a cache from scores that another tool dumped"),
     "distill": ("distill", "DistillConfig", "train the student on the cache, no teacher"),
+    "plan": ("plan", "PlanConfig", "peak memory of training, and what would make it fit"),
     "eval": ("evaluate", "EvalConfig", "accuracy on prompts, KL to a teacher"),
     "inspect": ("inspection", "InspectConfig", "totals of an artefact; --verify checks its hashes"),
     "verify": ("verify", "VerifyConfig", "check an artefact; --rescore N: noise against signal"),
@@ -83,7 +84,7 @@ def split_config(words: Sequence[str], command: str) -> tuple[str | None, list[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: 0 when done, else one line on stderr and the error's code, 2 but for noise."""
+    """Entry point: 0 when done, else one line on stderr and the error's code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())

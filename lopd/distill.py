@@ -98,6 +98,7 @@ class DistillConfig(WatchOptions):
             self.importance,
             self.importance_cap,
             self.clip_range,
+            self.workspace,
         )
 
     def allowed(self) -> frozenset[str]:
@@ -141,7 +142,7 @@ def main(config: DistillConfig) -> Path:
         inputs=inputs,
         lineage={**_lineage(config.student), "initial_student": base["weights"]},
         overrides=overrides,
-        objective=asdict(objective),
+        objective={k: v for k, v in asdict(objective).items() if k != "workspace_bytes"},
         **trained,
     )
     write_manifest(config.out, manifest)

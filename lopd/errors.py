@@ -2,8 +2,8 @@
 
 Each is also the standard-library type that a caller would expect to catch. A message
 names the thing, what was found, what was expected and what to do, on one line: the
-command line prints it as it is and exits with its code, 2 but for `NoiseError`. The
-project's own invariants are asserted, not raised.
+command line prints it as it is and exits with its code, 2 but for `NoiseError` and
+`MemoryPlanError`. The project's own invariants are asserted, not raised.
 """
 
 
@@ -39,5 +39,11 @@ class ProvenanceError(LopdError, ValueError):
 
 class NoiseError(LopdError, ValueError):
     """A check that ran to its end and found more noise than was allowed; exit code 1."""
+
+    exit_code = 1
+
+
+class MemoryPlanError(LopdError, ValueError):
+    """A plan that needs more memory than there is; exit code 1."""
 
     exit_code = 1

@@ -222,7 +222,8 @@ def _effective(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         )
         weight = (weight + delta).to(weight.dtype)
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype == torch.get_autocast_dtype(kind):
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and hidden.dtype == torch.get_autocast_dtype(kind):
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)
     return weight, bias

@@ -1,6 +1,7 @@
 """Settings of a training run, shared by the stages that train."""
 
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,13 @@ WATCH_RANGES: dict[str, tuple[float, float, str]] = {
     "stale_every": _AT_LEAST_ONE,
     "eval_steps": _AT_LEAST_ONE,
     "patience": _NOT_NEGATIVE,
+}
+DEFAULT_OPTIM = "adamw_torch_fused"
+MIXED_PRECISIONS = ("none", "bf16")
+_UNITS = {"": 1, "b": 1} | {
+    letter + unit: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for unit, base in (("b", 1000), ("ib", 1024))
 }
 
 
@@ -93,6 +101,17 @@ class TrainOptions(LoraOptions):
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass."}
     )
+    optim: str = field(
+        default=DEFAULT_OPTIM,
+        metadata={"help": "Optimizer, by its name in transformers; such as adafactor."},
+    )
+    workspace_bytes: int | str | None = field(
+        default=None,
+        metadata={"help": "Bound on what the loss allocates: 2GiB, 500MB, bytes; None: its own."},
+    )
+    mixed_precision: Literal["none", "bf16"] = field(
+        default="none", metadata={"help": "bf16: float32 weights, bfloat16 matrix products."}
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "Of weights, gradients and optimizer: float32 or bfloat16."},
@@ -137,7 +156,31 @@ class TrainOptions(LoraOptions):
         if self.attention != "auto" and self.max_tokens_per_batch is None:
             raise ConfigError("attention: only packs use it; give --max_tokens_per_batch")
         self.schedule()
+        self._check_memory()
         _check_report_to(self.report_to)
+
+    def _check_memory(self) -> None:
+        if self.mixed_precision not in MIXED_PRECISIONS:
+            raise ConfigError(
+                f"mixed_precision: found '{self.mixed_precision}'; expected one of "
+                f"{', '.join(MIXED_PRECISIONS)}"
+            )
+        if self.mixed_precision != "none" and self.dtype != "float32":
+            raise ConfigError(
+                f"mixed_precision: found {self.mixed_precision} with dtype {self.dtype}; it is for "
+                "float32 weights"
+            )
+        if self.workspace_bytes is not None:
+            parse_bytes("workspace_bytes", self.workspace_bytes)
+        if self.optim != DEFAULT_OPTIM:
+            optimizer_class(self.optim)
+
+    @property
+    def workspace(self) -> int | None:
+        """`workspace_bytes` as a number."""
+        if self.workspace_bytes is None:
+            return None
+        return parse_bytes("workspace_bytes", self.workspace_bytes)
 
     def schedule(self) -> tuple[str, dict[str, float]]:
         """Name and extra arguments for `transformers.get_scheduler`."""
@@ -181,6 +224,8 @@ class TrainOptions(LoraOptions):
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             gradient_checkpointing=self.gradient_checkpointing,
+            optim=self.optim,
+            bf16=self.mixed_precision == "bf16",
             use_cpu=device.type == "cpu",
             seed=self.seed,
             save_strategy="steps" if self.save_every else "no",
@@ -238,6 +283,38 @@ class WatchOptions(TrainOptions):
                     f"{name}: nothing is held out to judge by; give --holdout, a share or a number "
                     "of sequences"
                 )
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Bytes of `24GiB`, `80GB`, `24000MiB` or a number of bytes.
+
+    Raises:
+        ConfigError: it is not such a size, or not positive.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+    if found is None or found[2] not in _UNITS or not (size := float(found[1]) * _UNITS[found[2]]):
+        raise ConfigError(f"{name}: found '{value}'; expected a size such as 24GiB, 80GB or bytes")
+    return int(size)
+
+
+def optimizer_class(optim: str) -> tuple[Any, dict[str, Any]]:
+    """Class and keyword arguments that Trainer takes for a name.
+
+    Raises:
+        ConfigError: the name is unknown, its package is not installed, or it wants settings that
+            there are none of here.
+    """
+    from transformers import Trainer, TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+    known = [item.value for item in OptimizerNames]
+    if optim not in known:
+        raise ConfigError(f"optim: found '{optim}'; expected one of {', '.join(known)}")
+    args = TrainingArguments(output_dir="unused", optim=optim, use_cpu=True)
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"optim: '{optim}' cannot be used here ({error})") from error
 
 
 def _check_ranges(options: Any, ranges: dict[str, tuple[float, float, str]]) -> None:

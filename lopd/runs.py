@@ -53,6 +53,7 @@ NOT_RECIPE = frozenset(
         "save_total_limit",
         "report_to",
         "verify",
+        "workspace_bytes",
         "stale_ess",
         "stale_every",
     }

@@ -51,9 +51,8 @@ def main(config: SftConfig) -> Path:
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
     source, inputs, teacher = open_data(config.data, config.model)
     checkpoint = runs.begin(config, data=_digest(inputs), base=base)
-    trained = runs.train(
-        config, source, Objective("cross_entropy"), model_path=config.model, checkpoint=checkpoint
-    )
+    objective = Objective("cross_entropy", workspace_bytes=config.workspace)
+    trained = runs.train(config, source, objective, model_path=config.model, checkpoint=checkpoint)
     if not runs.is_first():
         return Path(config.out)
     manifest = build_manifest(

@@ -45,6 +45,7 @@ class Objective:
     which sequences share a batch. `clip_range` is PPO's clipped form, which has its own ratio.
 
     `temperature` divides the student's logits: the one that the teacher was scored at.
+    `workspace_bytes` bounds what the loss allocates, and so changes rounding alone.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Objective:
     importance: str = "none"
     importance_cap: float | None = None
     clip_range: float | None = None
+    workspace_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -119,7 +121,9 @@ class Objective:
         reverse KL that it estimates stands in for it.
         """
         if self.name == "policy_gradient":
-            return Objective("reverse_kl", temperature=self.temperature)
+            return Objective(
+                "reverse_kl", temperature=self.temperature, workspace_bytes=self.workspace_bytes
+            )
         return self
 
     @property
@@ -176,6 +180,7 @@ def step(
             "bias": bias,
             "temperature": objective.temperature,
             "validate": False,
+            "workspace_bytes": objective.workspace_bytes,
             **head.kwargs(),
         }
         if objective.name == "cross_entropy":

@@ -29,6 +29,7 @@ from lopd.batching import StepDataset, StepLoader, StepSampler
 from lopd.data import Batch, Collator, lengths_of
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import write_atomic
+from lopd.flops import Meter, line
 from lopd.heads import check_head, check_trainable
 from lopd.options import TrainOptions
 from lopd.stats import WINDOW_NAME, StatsWindow
@@ -128,6 +129,8 @@ class LopdTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # losses come normalised by num_items
         self.objective, self.holdout = objective, holdout
         self.window = StatsWindow(self.gather)
+        low = torch.bfloat16 if args.bf16 else None
+        self.meter = Meter(model, args.device, dtype=low, devices=args.world_size)
         self.pop_callback(PrinterCallback)
         if self.is_world_process_zero():
             self.add_callback(_Reporter(Path(args.output_dir)))
@@ -199,8 +202,8 @@ class LopdTrainer(Trainer):
         loss = loss * self.args.world_size  # gradients are averaged over processes
         return (loss, stats) if return_outputs else loss
 
-    def floating_point_ops(self, inputs: list[Batch]) -> int:
-        return sum(super(LopdTrainer, self).floating_point_ops(batch) for batch in inputs)
+    def floating_point_ops(self, inputs: list[Batch]) -> float:
+        return self.meter.count(inputs)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As Trainer's; a run that had stopped for want of improvement stays as it ended."""
@@ -280,6 +283,7 @@ class LopdTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.window.pop())
+            logs.update(self.meter.read(logs["tokens_per_second"]))
         super().log(logs, start_time)
 
 
@@ -301,7 +305,7 @@ class _Reporter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
+            tqdm.write(line(state.global_step, state.max_steps, logs), file=sys.stderr)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(state)

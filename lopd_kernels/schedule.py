@@ -182,3 +182,14 @@ def panel_columns(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> in
     if columns == sizes.v:
         return columns
     return max(1, columns // 128 * 128) if columns >= 128 else columns
+
+
+def allocated(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> int:
+    """What a loss summed over its rows allocates, by the schedule that it takes.
+
+    Raises ValueError where none fits.
+    """
+    if in_forward(sizes, needs, workspace_bytes):
+        keeps = keeps_dz(sizes, needs, workspace_bytes)
+        return sizes.chunked(chunk_rows(sizes, needs, keeps, workspace_bytes), needs, keeps)
+    return sizes.panelled(panel_columns(sizes, needs, workspace_bytes), needs)

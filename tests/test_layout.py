@@ -13,20 +13,20 @@ LAYERS = [
     {"errors"},
     {"files", "tables", "stats", "batching", "router"},
     {"models", "prompts", "settings", "heads", "provenance", "workers"},
-    {"cache", "attention", "lora"},
+    {"cache", "attention", "lora", "flops"},
     {"data", "dumps", "engines"},
     {"options", "step", "estimate", "noise", "judge"},
-    {"watch", "loop", "kl"},
+    {"watch", "loop", "kl", "dryrun"},
     {"trainer"},
     {"runs"},
     {"rollout", "score", "sft", "distill", "evaluate", "inspection", "declare", "toy", "report"}
-    | {"importing"},
+    | {"importing", "plan"},
     {"sft_data", "verify"},
     {"recipe"},
     {"demo"},
     {"cli"},
 ]
-USES_KERNELS = {"step", "engines"}
+USES_KERNELS = {"step", "engines", "plan"}
 KERNEL_LAYERS = [
     {"_triton"},
     {"divergence", "matmul", "reference"},

@@ -2,6 +2,7 @@
 
 import pytest
 from helpers_training import make_rollouts, make_scored, tiny_model
+from transformers import TrainingArguments
 
 from lopd.data import Collator
 from lopd.errors import ConfigError
@@ -101,3 +102,42 @@ def test_beta_is_half_for_jsd_and_nothing_for_the_others():
     model, batch = tiny_model(), Collator()(make_scored(make_rollouts(4)))
     half, less = (step(model, batch, Objective("jsd", beta=b), 1.0)[0].item() for b in (None, 0.1))
     assert half != pytest.approx(less, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "adam"}, "optim: found 'adam'; expected one of adamw_torch,"),
+        ({"optim": "galore_adamw"}, "optim: 'galore_adamw' cannot be used here"),
+        ({"workspace_bytes": "2 pies"}, "workspace_bytes: found '2 pies'"),
+        ({"workspace_bytes": 0}, "workspace_bytes: found '0'"),
+        ({"mixed_precision": "fp16"}, "mixed_precision: found 'fp16'"),
+        ({"mixed_precision": "bf16", "dtype": "bfloat16"}, "it is for float32 weights"),
+    ],
+)
+def test_options_of_memory_refuse(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainOptions(**changes)
+
+
+def test_options_of_memory_reach_the_trainer(tmp_path):
+    args = TrainOptions(device="cpu").training_arguments(tmp_path)
+    assert (args.optim, args.bf16) == (TrainingArguments(output_dir="x", use_cpu=True).optim, False)
+    changed = TrainOptions(device="cpu", optim="adafactor", mixed_precision="bf16")
+    args = changed.training_arguments(tmp_path)
+    assert (args.optim, args.bf16) == ("adafactor", True)
+    assert TrainOptions().workspace is None
+    assert TrainOptions(workspace_bytes="1.5KiB").workspace == 1536
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "policy_gradient", "reverse_kl", "jsd"])
+def test_workspace_bytes_bounds_every_loss(name):
+    model, batch = tiny_model(), Collator()(make_scored(make_rollouts(4)))
+    with pytest.raises(ValueError, match="workspace_bytes is 10, .* need at least"):
+        step(model, batch, Objective(name, workspace_bytes=10), 1.0)
+    free, bounded = (
+        step(model, batch, Objective(name, workspace_bytes=bound), 1.0)[0]
+        for bound in (None, 50_000)
+    )
+    assert bounded.item() == pytest.approx(free.item(), rel=1e-6)
+    assert Objective(name, workspace_bytes=7).held_out.workspace_bytes == 7

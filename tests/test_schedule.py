@@ -159,3 +159,12 @@ def test_a_schedule_never_exceeds_its_bound():
             else:
                 columns = schedule.panel_columns(sizes, needs, bound)
                 assert 1 <= columns <= v and sizes.panelled(columns, needs) <= bound
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_what_a_call_allocates_is_known_before_it(bounded):
+    case = make_case(rows=1000, vocab=4000, width=16, k=6)
+    sizes, bound = Sizes.of(case.hidden, case.weight, 6), (8 << 20) if bounded else None
+    expected = schedule.allocated(sizes, ALL, bound)
+    assert bound is None or expected <= bound
+    assert 0.35 * expected < max(peaks("sum", case, bound)) <= expected

@@ -441,3 +441,18 @@ def test_schedule_warms_up_and_ends_at_the_minimum():
     assert rates[:3] == pytest.approx([0.0, 5e-4, 1e-3])
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 1e-4 < rates[-1] < 1.5e-4
+
+
+def test_mixed_precision_keeps_float32_weights(tmp_path):
+    runs = []
+    for mixed in ("none", "bf16"):
+        trainer = make_trainer(tiny_model(), tmp_path / mixed, max_steps=3, mixed_precision=mixed)
+        seen = []
+        trainer.model.model.layers[0].mlp.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output.dtype)
+        )
+        trainer.train()
+        assert set(seen) == {torch.float32 if mixed == "none" else torch.bfloat16}
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        runs.append(losses(trainer))
+    assert runs[0] != runs[1] and runs[0] == pytest.approx(runs[1], rel=0.02)

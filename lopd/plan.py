@@ -1,0 +1,274 @@
+"""Peak memory of a training run, part by part, before there is one (`lopd plan`).
+
+    weights, gradients   the model on the meta device: shapes and dtypes without memory
+    optimizer            its state after a real step on meta parameters
+    loss                 the memory model of `lopd_kernels.schedule`, with its choice of schedule
+    activations          what a forward on the meta device saves for the backward
+
+Their sum is the peak where gradients are accumulated, and a bound of it where they are not.
+Every token bears loss and every sequence is as long as `sequence_length`. Not counted are the
+CUDA context, what single operators hold for a moment, and what the allocator leaves unused.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lopd.dryrun import activation_bytes, dry_inputs, held_bytes, meta_model, optimizer_bytes
+from lopd.errors import ConfigError, MemoryPlanError
+from lopd.heads import lm_head
+from lopd.lora import LoraOptions
+from lopd.models import resolve_dtype
+from lopd.options import DEFAULT_OPTIM, parse_bytes
+from lopd_kernels import schedule
+from lopd_kernels.schedule import Needs, Sizes
+
+GIB = 1 << 30
+SMALLEST_WORKSPACE = 128 << 20
+
+
+@dataclass(kw_only=True)
+class PlanConfig(LoraOptions):
+    """Peak memory of a training run, and what would make it fit (`lopd plan`).
+
+    Reads the model's config alone. Exit code 0 where it fits, 1 where it does not.
+    """
+
+    model: str = field(metadata={"help": "The student's folder; its config.json is enough."})
+    gpu_memory: str = field(metadata={"help": "Memory of the GPU: 24GiB, 80GB, 24000MiB, bytes."})
+    dtype: str = field(default="float32", metadata={"help": "As in training."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences in a micro-batch."})
+    sequence_length: int = field(default=4096, metadata={"help": "Tokens of a whole sequence."})
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Packs of so many tokens instead of padded batches."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "As in training."})
+    optim: str = field(default=DEFAULT_OPTIM, metadata={"help": "As in training."})
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = field(
+        default="reverse_kl", metadata={"help": "As in training."}
+    )
+    k: int = field(default=64, metadata={"help": "Tokens in a list of the cache."})
+    workspace_bytes: int | str | None = field(default=None, metadata={"help": "As in training."})
+
+    def __post_init__(self) -> None:
+        self.check_lora()
+        for name in ("batch_size", "sequence_length", "k", "max_tokens_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: found {value}; expected at least 1")
+        if self.max_tokens_per_batch is not None and (
+            self.max_tokens_per_batch < self.sequence_length
+        ):
+            raise ConfigError(
+                f"max_tokens_per_batch: found {self.max_tokens_per_batch}; expected at least "
+                f"sequence_length, {self.sequence_length}"
+            )
+        if resolve_dtype(self.dtype) == torch.float16:
+            raise ConfigError("dtype: float16 weights are not trained; use float32 or bfloat16")
+        parse_bytes("gpu_memory", self.gpu_memory)
+        if self.workspace_bytes is not None:
+            parse_bytes("workspace_bytes", self.workspace_bytes)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Shape [B, T] of the ids of a micro-batch."""
+        if self.max_tokens_per_batch is not None:
+            return 1, self.max_tokens_per_batch
+        return self.batch_size, self.sequence_length
+
+    @property
+    def workspace(self) -> int | None:
+        if self.workspace_bytes is None:
+            return None
+        return parse_bytes("workspace_bytes", self.workspace_bytes)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    loss: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.loss + self.activations
+
+
+class Planner:
+    """Parts of any settings for one model, each dry run made once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._optimizers: dict[str, int] = {}
+        self._activations: dict[tuple[Any, ...], int] = {}
+
+    def parts(self, config: PlanConfig) -> Parts:
+        """Raises ConfigError for a workspace that no schedule fits in."""
+        if config.optim not in self._optimizers:
+            self._optimizers[config.optim] = optimizer_bytes(self.model, config.optim)
+        packed = config.max_tokens_per_batch is not None
+        key = (*config.rows, packed, config.gradient_checkpointing)
+        if key not in self._activations:
+            inputs = dry_inputs(*config.rows, packed=packed)
+            self._activations[key] = activation_bytes(
+                self.model, inputs, config.gradient_checkpointing
+            )
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        return Parts(
+            held_bytes([*self.model.parameters(), *self.model.buffers()]),
+            trained,
+            self._optimizers[config.optim],
+            loss_bytes(self.model, config),
+            self._activations[key],
+        )
+
+
+def loss_bytes(model: Any, config: PlanConfig) -> int:
+    """What the loss allocates on a GPU beyond inputs and outputs, as its schedule has it.
+
+    Raises:
+        ConfigError: no schedule fits in `workspace_bytes`.
+    """
+    head, rows = lm_head(model), config.rows[0] * config.rows[1]
+    weight = head.weight
+    width = 1 if config.objective == "policy_gradient" else config.k + 1  # and the sampled token
+    hidden = weight.new_empty(rows, weight.shape[1])
+    on_gpu: dict[str, Any] = {"device": "cuda", "mixed": weight.element_size() == 2, "widened": 0}
+    sizes = Sizes.of(hidden, weight, width)._replace(**on_gpu)
+    needs = Needs(True, weight.requires_grad, head.bias is not None and head.bias.requires_grad)
+    try:
+        return schedule.allocated(sizes, needs, config.workspace)
+    except ValueError as error:
+        raise ConfigError(f"workspace_bytes: {error}") from error
+
+
+def proposals(planner: Planner, config: PlanConfig, memory: int) -> Iterator[PlanConfig]:
+    """Settings that need less, each on top of the one before, the last of them fitting if any.
+
+    In order: gradient checkpointing, a smaller workspace for the loss, smaller micro-batches
+    (the largest that fit), and optimizers with less state, again with the largest micro-batches.
+    """
+
+    def fits(candidate: PlanConfig) -> bool:
+        return planner.parts(candidate).total <= memory
+
+    if not config.gradient_checkpointing:
+        config = replace(config, gradient_checkpointing=True)
+        yield config
+        if fits(config):
+            return
+    if (smaller := smaller_workspace(planner, config, memory)) is not None:
+        config = smaller
+        yield config
+        if fits(config):
+            return
+    for optim in (None, "adafactor", "adamw_8bit"):
+        if optim is not None:
+            less = replace(config, optim=optim)
+            if planner.parts(less).optimizer >= planner.parts(config).optimizer:
+                continue
+            config = less
+            yield config
+            if fits(config):
+                return
+        if (fitting := largest_batch(planner, config, memory)) is not None:
+            yield fitting
+            return
+
+
+def smaller_workspace(planner: Planner, config: PlanConfig, memory: int) -> PlanConfig | None:
+    """Half the loss's workspace, and half again until it fits or no schedule does."""
+    found, bound = None, planner.parts(config).loss // 2
+    while bound >= SMALLEST_WORKSPACE:
+        candidate = replace(config, workspace_bytes=bound >> 20 << 20)
+        try:
+            parts = planner.parts(candidate)
+        except ConfigError:
+            break
+        found = candidate
+        if parts.total <= memory:
+            break
+        bound //= 2
+    return found
+
+
+def largest_batch(planner: Planner, config: PlanConfig, memory: int) -> PlanConfig | None:
+    """The largest micro-batch below the config's that fits; None where the smallest does not."""
+    packed = config.max_tokens_per_batch
+    low, high = (1, config.batch_size) if packed is None else (config.sequence_length, packed)
+
+    def candidate(size: int) -> PlanConfig:
+        if packed is None:
+            return replace(config, batch_size=size)
+        return replace(config, max_tokens_per_batch=size)
+
+    def fits(size: int) -> bool:
+        try:
+            return planner.parts(candidate(size)).total <= memory
+        except ConfigError:  # more rows than a workspace can hold
+            return False
+
+    if low == high or not fits(low):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return candidate(low)
+
+
+def changes(before: PlanConfig, after: PlanConfig) -> str:
+    """The flags that lead from one to the other."""
+    flags = []
+    for name in (
+        "gradient_checkpointing",
+        "workspace_bytes",
+        "batch_size",
+        "max_tokens_per_batch",
+        "optim",
+    ):
+        value = getattr(after, name)
+        if value != getattr(before, name):
+            if name == "workspace_bytes":
+                value = f"{value >> 20}MiB"
+            flags.append(f"--{name}" if value is True else f"--{name} {value}")
+    return " ".join(flags)
+
+
+def gib(count: int) -> str:
+    return f"{count / GIB:9.2f} GiB"
+
+
+def main(config: PlanConfig) -> None:
+    """Print the table, and what would make the run fit where it does not.
+
+    Raises:
+        MemoryPlanError: it does not fit.
+        ConfigError, ModelError, MissingFileError: settings or a model that cannot be planned for.
+    """
+    memory = parse_bytes("gpu_memory", config.gpu_memory)
+    planner = Planner(meta_model(config.model, config.dtype, config))
+    parts = planner.parts(config)
+    rows = [*vars(parts).items(), ("total", parts.total), ("gpu_memory", memory)]
+    print("\n".join(f"{name:<12}{gib(size)}" for name, size in rows))
+    if parts.total <= memory:
+        print(f"fits, {gib(memory - parts.total).strip()} to spare")
+        return
+    print("does not fit; one after the other:")
+    fitting = None
+    for candidate in proposals(planner, config, memory):
+        total = planner.parts(candidate).total
+        fitting = candidate if total <= memory else None
+        print(f"{gib(total)}  {'fits' if fitting else 'no':<4}  {changes(config, candidate)}")
+    advice = "use a larger GPU or a smaller model"
+    if fitting is not None:
+        advice = f"train with {changes(config, fitting)}"
+    raise MemoryPlanError(
+        f"{config.model}: needs {gib(parts.total).strip()} of {gib(memory).strip()}; {advice}"
+    )
