@@ -74,6 +74,15 @@ class DistillConfig(WatchOptions):
     allow_incomplete_cache: bool = field(
         default=False, metadata={"help": "Train on the shards that are there."}
     )
+    refresh_every: int = field(
+        default=0, metadata={"help": "Steps between rollouts anew, by --teacher; 0: the cache's."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Teacher that scored the cache, for --refresh_every."}
+    )
+    refresh_batch_size: int = field(
+        default=64, metadata={"help": "Sequences that a refresh decodes together."}
+    )
     learning_rate: float = field(default=2e-6, metadata={"help": "Peak of the schedule (AdamW)."})
     lr_scheduler_type: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"
@@ -85,6 +94,20 @@ class DistillConfig(WatchOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective_at(1.0)
+        if self.refresh_every < 0 or (self.refresh_every > 0) != (self.teacher is not None):
+            raise ConfigError(
+                f"refresh_every: found {self.refresh_every} with teacher {self.teacher!r}; expected "
+                "a positive number and the teacher that scored the cache, or neither"
+            )
+        if self.refresh_batch_size < 1:
+            raise ConfigError(
+                f"refresh_batch_size: found {self.refresh_batch_size}; expected at least 1"
+            )
+        if self.refresh_every and self.drop_truncated:
+            raise ConfigError(
+                "drop_truncated: goes by how the cache's answers ended, which --refresh_every "
+                "renews; leave one of them out"
+            )
 
     def objective_at(self, cache_temperature: float) -> Objective:
         """The objective on a cache that was scored at this temperature."""
@@ -128,9 +151,22 @@ def main(config: DistillConfig) -> Path:
             f"{temperature}; leave it out, or score the rollouts again at that temperature"
         )
     base = describe_model(config.student, dtype=config.dtype, engine="transformers")
-    inputs = {"cache": {"digest": cache.digest(), "model": cache.manifest["model"]}}
-    checkpoint = runs.begin(config, cache=inputs["cache"]["digest"], base=base)
-    trained = runs.train(config, cache, objective, model_path=config.student, checkpoint=checkpoint)
+    inputs: dict[str, Any] = {
+        "cache": {"digest": cache.digest(), "model": cache.manifest["model"]}
+    }
+    digests = {"cache": inputs["cache"]["digest"]}
+    refresh, teacher = _refresh(config, cache, base["weights"])
+    if teacher is not None:
+        inputs["teacher"], digests["teacher"] = teacher, teacher["weights"]
+    checkpoint = runs.begin(config, base=base, **digests)
+    trained = runs.train(
+        config,
+        cache,
+        objective,
+        model_path=config.student,
+        checkpoint=checkpoint,
+        refresh=refresh,
+    )
     if not runs.is_first():
         return Path(config.out)
     manifest = build_manifest(
@@ -147,6 +183,17 @@ def main(config: DistillConfig) -> Path:
     )
     write_manifest(config.out, manifest)
     return Path(config.out)
+
+
+def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> tuple[Any, Any]:
+    """What renews the cache's rollouts, and the description of its teacher; None for neither."""
+    if config.teacher is None:
+        return None, None
+    from lopd.refresh import Refresh, check_refresh
+
+    settings = (config.teacher, config.refresh_every, config.refresh_batch_size)
+    refresh = Refresh(*settings, cache, base)
+    return refresh, check_refresh(refresh, config.student, config.max_tokens_per_batch)
 
 
 def check_lists(config: DistillConfig, cache: TeacherCache) -> None:

@@ -15,6 +15,7 @@ import shutil
 import sys
 import zipfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ NOT_RECIPE = frozenset(
         "model",
         "data",
         "student",
+        "teacher",
         "cache",
         "device",
         "log_every",
@@ -201,7 +203,13 @@ def _put_torn_aside(out: Path, checkpoint: Path | None) -> None:
 
 
 def train(
-    config: Any, source: Source, objective: Objective, *, model_path: str, checkpoint: Path | None
+    config: Any,
+    source: Source,
+    objective: Objective,
+    *,
+    model_path: str,
+    checkpoint: Path | None,
+    refresh: Any = None,
 ) -> dict[str, Any]:
     """Train the model at `model_path`; the first process saves it and its tokenizer.
 
@@ -220,7 +228,7 @@ def train(
     first = is_first()
     lock = FolderLock(Path(config.out)) if first else None
     try:
-        trainer, tokenizer, dropped = _trainer(config, source, objective, model_path)
+        trainer, tokenizer, dropped = _trainer(config, source, objective, model_path, refresh)
         if first:
             with saving(config.out):
                 _put_torn_aside(Path(config.out), checkpoint)
@@ -246,6 +254,10 @@ def train(
     if trainer.holdout is not None:
         last = trainer.state.global_step
         told["holdout"] = holdout_summary(trainer.holdout, history, last)
+    if refresh is not None:
+        from lopd.refresh import refresh_summary
+
+        told |= refresh_summary(refresh, history)
     return told
 
 
@@ -266,7 +278,7 @@ def _best_model(config: Any, trainer: Any, model_path: str) -> Any:
 
 
 def _trainer(
-    config: Any, source: Source, objective: Objective, model_path: str
+    config: Any, source: Source, objective: Objective, model_path: str, refresh: Any
 ) -> tuple[Any, Any, float]:
     """The trainer of the model at `model_path`, its tokenizer, and the share of data dropped."""
     from lopd.trainer import LopdTrainer
@@ -292,7 +304,12 @@ def _trainer(
         holdout = Holdout(
             held_out, objective.held_out, config.eval_steps, config.keep_best, config.patience
         )
-    trainer = LopdTrainer(
+    kind: Any = LopdTrainer
+    if refresh is not None:
+        from lopd.refresh import RefreshTrainer
+
+        kind = partial(RefreshTrainer, refresh=refresh, tokenizer=tokenizer, dtype=config.dtype)
+    trainer = kind(
         model,
         config.training_arguments(config.out),
         objective,

@@ -153,11 +153,15 @@ class LopdTrainer(Trainer):
             seed=self.args.seed,
         )
         return StepLoader(
-            StepDataset(self.train_dataset),
+            self.step_dataset(sampler),
             batch_sampler=sampler,
             collate_fn=lambda parts: [self.data_collator(items) for items in parts],
             generator=torch.Generator(),  # else it would draw from the global one
         )
+
+    def step_dataset(self, sampler: StepSampler) -> StepDataset:
+        """Where the items of each step come from; asked once for a run."""
+        return StepDataset(self.train_dataset)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -315,7 +319,7 @@ class _Reporter(TrainerCallback):
         self._write(state)
 
     def _write(self, state: Any) -> None:
-        wanted = {"loss", "holdout_kl"}
+        wanted = {"loss", "holdout_kl", "generation_seconds", "update_seconds"}
         records = [record for record in state.log_history if wanted & record.keys()]
         lines = "".join(json.dumps(record) + "\n" for record in records)
         with saving(self.out / LOG_NAME):

@@ -18,6 +18,7 @@ LAYERS = [
     {"options", "step", "estimate", "noise", "judge"},
     {"watch", "loop", "kl", "dryrun"},
     {"trainer"},
+    {"refresh"},
     {"runs"},
     {"rollout", "score", "sft", "distill", "evaluate", "inspection", "declare", "toy", "report"}
     | {"importing", "plan"},

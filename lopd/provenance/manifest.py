@@ -18,7 +18,7 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
 # How and when a stage was called; everything else is the recipe.
-NOT_RECIPE = frozenset({"config", "created", "environment"})
+NOT_RECIPE = frozenset({"config", "created", "environment", "seconds"})
 _MODEL = ("model.path", "model.weights", "model.tokenizer", "model.vocab_size")
 # What readers of a kind rely on; "a.b" is key b of the object under a.
 REQUIRED = {
