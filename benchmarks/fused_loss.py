@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Variant, gate, take_turns
+from benchmarks.clock import take_turns
+from benchmarks.harness import Variant, gate
 from benchmarks.problems import REVERSE_KL, Problem, Shape, oracle
 from benchmarks.rows import identity
 from benchmarks.variants import eager, ours, peer
