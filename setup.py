@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 TRAIN = ["transformers>=5.16,<6", "accelerate>=1.15", "tqdm>=4.66", "PyYAML>=6.0", "jinja2>=3.1"]
 BENCH = ["matplotlib>=3.9"]
 PARQUET = ["pyarrow>=18"]
+PEFT = ["peft>=0.21"]
 MATH = ["math-verify[antlr4_13_2]>=0.9,<0.10"]
 
 setup(
@@ -26,11 +27,13 @@ setup(
         "eval": [*TRAIN, *MATH],
         "bench": BENCH,
         "parquet": PARQUET,
+        "peft": PEFT,
         "test": [
             *TRAIN,
             *BENCH,
             "triton>=3.6; platform_system == 'Linux'",
             *PARQUET,
+            *PEFT,
             *MATH,
             "trl>=1.16,<2",
             "pytest>=8.3",

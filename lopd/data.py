@@ -1,8 +1,9 @@
 """From stored sequences to batches.
 
-A batch is right-padded, and the rows that bear loss are chosen here, on the CPU, as an
-index into the flattened `[B * T]` hidden states: row n is the hidden state at position
-t - 1, which predicts token t. Prompts, padding and masked tokens never reach the LM head.
+A batch is right-padded or one row of sequences end to end, and the rows that bear loss are
+chosen here, on the CPU, as an index into the flattened `[B * T]` hidden states: row n is the
+hidden state at position t - 1, which predicts token t. Prompts, padding and masked tokens never
+reach the LM head.
 """
 
 import hashlib
@@ -80,6 +81,7 @@ class SequenceDataset(torch.utils.data.Dataset):
         self.source = source
         self.indices: list[int] = []
         self.names: list[str] = []
+        self.lengths: list[int] = []  # tokens
         sequences: Iterator[Rollout | Demonstration]
         if isinstance(source, RolloutStore | TeacherCache):
             sequences = source.rollouts()
@@ -91,6 +93,7 @@ class SequenceDataset(torch.utils.data.Dataset):
             _check_sequence(sequence, context, vocab_size)
             self.indices.append(index)
             self.names.append(sequence_name(sequence))
+            self.lengths.append(len(sequence.tokens))
         self.dropped_share = 1.0 - len(self.indices) / max(len(source), 1)
         if drop_truncated:
             print(
@@ -119,6 +122,14 @@ class SequenceDataset(torch.utils.data.Dataset):
 
 
 Part = torch.utils.data.Subset
+
+
+def lengths_of(dataset: SequenceDataset | Part) -> list[int]:
+    """Tokens of each sequence."""
+    if isinstance(dataset, SequenceDataset):
+        return dataset.lengths
+    lengths = lengths_of(dataset.dataset)  # type: ignore[arg-type]
+    return [lengths[index] for index in dataset.indices]
 
 
 def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Part, Part]:
@@ -168,11 +179,13 @@ def _check_sequence(
 
 @dataclass(frozen=True)
 class Collator:
-    """Items of one kind to a right-padded batch of CPU tensors.
+    """Items of one kind to a batch of CPU tensors, right-padded or packed.
 
     With B sequences of at most T tokens, N loss tokens and K teacher ids:
 
-        input_ids, attention_mask                                   [B, T] int64
+        input_ids, attention_mask                                   [B, T] int64, padded
+        input_ids, position_ids                                     [1, T] int64, packed: T in all
+        sequence_lengths                                            tuple of B numbers, packed
         loss_index, labels, sequence_index                          [N] int64
         row_weights                                                 [N] fp32
         rollout_logprobs (where every sequence has them)            [N] fp32
@@ -188,6 +201,7 @@ class Collator:
 
     loss_aggregation: str = "token_mean"
     pad_token_id: int = 0
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if self.loss_aggregation not in LOSS_AGGREGATIONS:
@@ -198,20 +212,19 @@ class Collator:
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         sequences = [sequence_of(item) for item in items]
-        width = max(len(sequence.tokens) for sequence in sequences)
-        input_ids = np.full((len(items), width), self.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros((len(items), width), dtype=np.int64)
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        batch = self._inputs([sequence.tokens for sequence in sequences], lengths)
+        width = batch["input_ids"].shape[1]
+        starts = np.cumsum([0, *lengths]) if self.packed else width * np.arange(len(lengths))
         columns: dict[str, list[np.ndarray]] = {
             name: [] for name in ("loss_index", "labels", "row_weights", "sequence_index")
         }
         offsets = []
         for row, sequence in enumerate(sequences):
-            length = len(sequence.tokens)
-            input_ids[row, :length], attention_mask[row, :length] = sequence.tokens, 1
             positions = np.flatnonzero(sequence.loss_mask)
             offsets.append(positions - sequence.prompt_length)
             weight = 1.0 if self.loss_aggregation == "token_mean" else 1.0 / len(positions)
-            columns["loss_index"].append(row * width + positions - 1)
+            columns["loss_index"].append(starts[row] + positions - 1)
             columns["labels"].append(sequence.tokens[positions].astype(np.int64))
             columns["row_weights"].append(np.full(len(positions), weight, dtype=np.float32))
             columns["sequence_index"].append(np.full(len(positions), row, dtype=np.int64))
@@ -223,11 +236,25 @@ class Collator:
         arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
         if isinstance(items[0], TeacherSequence):
             arrays.update(_teacher_columns(items, offsets))
-        batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        batch["input_ids"] = torch.from_numpy(input_ids)
-        batch["attention_mask"] = torch.from_numpy(attention_mask)
+        batch |= {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch["sequence_names"] = [sequence_name(item) for item in items]
         return batch
+
+    def _inputs(self, tokens: list[np.ndarray], lengths: list[int]) -> Batch:
+        if self.packed:
+            return {
+                "input_ids": torch.from_numpy(np.concatenate(tokens).astype(np.int64)[None]),
+                "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+                "sequence_lengths": tuple(lengths),
+            }
+        input_ids = np.full((len(tokens), max(lengths)), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for row, (own, length) in enumerate(zip(tokens, lengths, strict=True)):
+            input_ids[row, :length], attention_mask[row, :length] = own, 1
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+        }
 
 
 def _has_rollout_logprobs(sequence: Rollout | Demonstration) -> bool:

@@ -130,6 +130,8 @@ def main(config: DistillConfig) -> Path:
     inputs = {"cache": {"digest": cache.digest(), "model": cache.manifest["model"]}}
     checkpoint = runs.begin(config, cache=inputs["cache"]["digest"], base=base)
     trained = runs.train(config, cache, objective, model_path=config.student, checkpoint=checkpoint)
+    if not runs.is_first():
+        return Path(config.out)
     manifest = build_manifest(
         "checkpoint",
         stage="distill",

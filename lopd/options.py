@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 
+from lopd.attention import PATHS
 from lopd.data import LOSS_AGGREGATIONS
 from lopd.errors import ConfigError
+from lopd.lora import LoraOptions
 from lopd.models import resolve_device, resolve_dtype
 
 # name: (lowest, highest, in words)
@@ -44,7 +46,7 @@ WATCH_RANGES: dict[str, tuple[float, float, str]] = {
 
 
 @dataclass(kw_only=True)
-class TrainOptions:
+class TrainOptions(LoraOptions):
     """Settings of a training run, shared by `lopd sft` and `lopd distill`."""
 
     max_steps: int = field(
@@ -53,7 +55,16 @@ class TrainOptions:
     num_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     batch_size: int = field(default=8, metadata={"help": "Sequences in a micro-batch."})
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Micro-batches in an optimizer step."}
+        default=1,
+        metadata={"help": "An optimizer step has so many times batch_size sequences a process."},
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Pack a step's sequences into rows of so many tokens; None: pad."},
+    )
+    attention: str = field(
+        default="auto",
+        metadata={"help": "Of packs: auto, flash_attention_3, flash_attention_2, varlen, sdpa."},
     )
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak of the schedule (AdamW)."})
     lr_scheduler_type: Literal[
@@ -95,6 +106,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         _check_ranges(self, RANGES)
+        self.check_lora()
         if self.max_steps != -1 and self.max_steps < 1:
             raise ConfigError(f"max_steps: found {self.max_steps}; expected at least 1, or -1")
         if self.max_steps != -1 and self.warmup_steps > self.max_steps:
@@ -114,6 +126,16 @@ class TrainOptions:
             )
         if resolve_device(self.device).type not in ("cpu", "cuda"):
             raise ConfigError(f"device: found '{self.device}'; training runs on auto, cpu or cuda")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ConfigError(
+                f"max_tokens_per_batch: found {self.max_tokens_per_batch}; expected at least 1"
+            )
+        if self.attention not in PATHS:
+            raise ConfigError(
+                f"attention: found '{self.attention}'; expected one of {', '.join(PATHS)}"
+            )
+        if self.attention != "auto" and self.max_tokens_per_batch is None:
+            raise ConfigError("attention: only packs use it; give --max_tokens_per_batch")
         self.schedule()
         _check_report_to(self.report_to)
 

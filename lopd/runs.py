@@ -4,6 +4,9 @@ A run's folder holds `recipe.json` from the start, `checkpoint-N` while it train
 model, its tokenizer and `train_log.jsonl`, and at last `manifest.json`, which marks it as
 finished. Calling a stage again continues the run from its last whole checkpoint, putting
 torn ones aside; a checkpoint of another recipe, or a finished run, is refused.
+
+Started by torchrun, each process trains on its part of every step; the first one alone claims,
+writes and finishes the folder.
 """
 
 import json
@@ -15,20 +18,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from lopd.cache.shards import LOCK_NAME, FolderLock
 from lopd.data import Collator, Part, SequenceDataset, Source, split_holdout
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import TEMP_SUFFIX, pretty_json, write_atomic
-from lopd.models import context_of, load_model, load_tokenizer
+from lopd.lora import add_lora, merged
+from lopd.models import ADAPTER_CONFIG, context_of, load_model, load_tokenizer, resolve_device
 from lopd.options import WatchOptions
 from lopd.provenance import MANIFEST_NAME
 from lopd.provenance.fingerprint import weight_files
+from lopd.stats import WINDOW_NAME
 from lopd.step import Objective
+from lopd.workers import Worker, this_worker
 
 RECIPE_NAME = "recipe.json"
-STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_NAME = "adapter"  # of a LoRA run, beside the model that it was merged into
+STATE_FILES = ("optimizer.pt", "scheduler.pt", WINDOW_NAME)
+RANDOM_STATES = "rng_state*.pth"  # one a process
 # How a run is carried out and where things are; inputs count by their digests.
 NOT_RECIPE = frozenset(
     {
@@ -62,10 +72,30 @@ def begin(config: Any, *, base: dict[str, Any], **inputs: str) -> Path | None:
         DataError: `recipe.json` is torn.
         ShardError: another process trains there, or the folder cannot be written.
     """
+    worker = this_worker(None)
+    if worker.alone:
+        return _claim(config, base, inputs, worker)
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState(cpu=resolve_device(config.device).type == "cpu")
+    claimed = [_claim(config, base, inputs, worker) if state.is_main_process else None]
+    return broadcast_object_list(claimed)[0]
+
+
+def is_first() -> bool:
+    """Whether this process writes the run's folder."""
+    return this_worker(None).index == 0
+
+
+def _claim(
+    config: Any, base: dict[str, Any], inputs: dict[str, str], worker: Worker
+) -> Path | None:
     out = Path(config.out)
     settings = {key: value for key, value in asdict(config).items() if key not in NOT_RECIPE}
     identity = {key: base[key] for key in ("weights", "config", "tokenizer")}
-    recipe = json.loads(json.dumps({**settings, **inputs, "base": identity}))
+    processes = {} if worker.alone else {"processes": worker.count}
+    recipe = json.loads(json.dumps({**settings, **inputs, **processes, "base": identity}))
     file = out / RECIPE_NAME
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; choose another --out, a folder")
@@ -134,10 +164,14 @@ def is_whole(checkpoint: Path) -> bool:
         state = json.loads((checkpoint / "trainer_state.json").read_bytes())
         if not isinstance(state, dict) or state.get("global_step") != _step_of(checkpoint):
             return False
-        for name in STATE_FILES:
-            with zipfile.ZipFile(checkpoint / name):
+        states = [*checkpoint.glob(RANDOM_STATES)]
+        if not states:
+            return False
+        for state_file in (*states, *(checkpoint / name for name in STATE_FILES)):
+            with zipfile.ZipFile(state_file):
                 pass
-        for file in weight_files(checkpoint):
+        adapted = (checkpoint / ADAPTER_CONFIG).exists()
+        for file in [checkpoint / ADAPTER_WEIGHTS] if adapted else weight_files(checkpoint):
             with safe_open(file, framework="numpy"):
                 pass
     except (OSError, ValueError, zipfile.BadZipFile, SafetensorError, LopdError):
@@ -168,10 +202,11 @@ def _put_torn_aside(out: Path, checkpoint: Path | None) -> None:
 def train(
     config: Any, source: Source, objective: Objective, *, model_path: str, checkpoint: Path | None
 ) -> dict[str, Any]:
-    """Train the model at `model_path`, save it with its tokenizer to `config.out`.
+    """Train the model at `model_path`; the first process saves it and its tokenizer.
 
-    Returns what the manifest says: `training`, the sequences trained on and the share dropped;
-    where `config` has WatchOptions also `stale` and, if sequences were held out, `holdout`.
+    Returns what the manifest says, once the result is there: `training`, the sequences trained on
+    and the share dropped; where `config` has WatchOptions also `stale` and, if sequences were held
+    out, `holdout`.
 
     Raises:
         ConfigError: the share to hold out leaves nothing on one side.
@@ -181,19 +216,28 @@ def train(
     from lopd.trainer import saving
     from lopd.watch import holdout_summary, stale_summary
 
-    lock = FolderLock(Path(config.out))
+    first = is_first()
+    lock = FolderLock(Path(config.out)) if first else None
     try:
         trainer, tokenizer, dropped = _trainer(config, source, objective, model_path)
-        with saving(config.out):
-            _put_torn_aside(Path(config.out), checkpoint)
+        if first:
+            with saving(config.out):
+                _put_torn_aside(Path(config.out), checkpoint)
+        trainer.accelerator.wait_for_everyone()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        keep_best = trainer.holdout is not None and trainer.holdout.keep_best
-        model = _best_model(config, trainer.state) if keep_best else trainer.model
-        with saving(config.out):
-            model.save_pretrained(config.out)
-            tokenizer.save_pretrained(config.out)
+        if first:
+            keep_best = trainer.holdout is not None and trainer.holdout.keep_best
+            model = _best_model(config, trainer, model_path) if keep_best else trainer.model
+            with saving(config.out):
+                if config.lora_rank:
+                    model.save_pretrained(Path(config.out) / ADAPTER_NAME)
+                    model = merged(model)
+                model.save_pretrained(config.out)
+                tokenizer.save_pretrained(config.out)
+        trainer.accelerator.wait_for_everyone()
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
     sequences, history = len(trainer.train_dataset), trainer.state.log_history
     told: dict[str, Any] = {"training": {"sequences": sequences, "dropped_share": dropped}}
     if isinstance(config, WatchOptions):
@@ -204,14 +248,20 @@ def train(
     return told
 
 
-def _best_model(config: Any, state: Any) -> Any:
-    folder = Path(config.out) / f"checkpoint-{state.best_global_step}"
+def _best_model(config: Any, trainer: Any, model_path: str) -> Any:
+    """The model of the checkpoint with the best held-out KL, with its adapters if it has any."""
+    folder = Path(config.out) / f"checkpoint-{trainer.state.best_global_step}"
     if not is_whole(folder):
         raise ShardError(
             f"{folder}: the checkpoint with the best held-out KL is gone or torn; restore it and "
             "run the same command again, or remove the run's folder to begin again"
         )
-    return load_model(str(folder), dtype=config.dtype, device=config.device)
+    if not config.lora_rank:
+        return load_model(str(folder), dtype=config.dtype, device=config.device)
+    from peft import PeftModel
+
+    model = load_model(model_path, dtype=config.dtype, device=config.device)
+    return PeftModel.from_pretrained(model, folder)
 
 
 def _trainer(
@@ -221,12 +271,17 @@ def _trainer(
     from lopd.trainer import LopdTrainer
     from lopd.watch import Holdout, StaleWatch
 
-    model = load_model(model_path, dtype=config.dtype, device=config.device)
+    local_rank = this_worker(None).local_rank
+    model = load_model(model_path, dtype=config.dtype, device=config.device, local_rank=local_rank)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    if config.lora_rank:
+        torch.manual_seed(config.seed)  # of the adapters' initial values
+        model = add_lora(model, config)
     tokenizer = load_tokenizer(model_path)
     dataset = SequenceDataset(
         source,
         context=context_of(model_path),
-        vocab_size=model.get_input_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
         drop_truncated=config.drop_truncated,
     )
     kept: SequenceDataset | Part = dataset
@@ -243,6 +298,8 @@ def _trainer(
         kept,
         Collator(config.loss_aggregation, pad_token_id=tokenizer.pad_token_id or 0),
         holdout,
+        max_tokens_per_batch=config.max_tokens_per_batch,
+        attention=config.attention,
     )
     if watch and config.stale_ess:
         trainer.add_callback(StaleWatch(trainer.window, config.stale_ess, config.stale_every))

@@ -54,6 +54,8 @@ def main(config: SftConfig) -> Path:
     trained = runs.train(
         config, source, Objective("cross_entropy"), model_path=config.model, checkpoint=checkpoint
     )
+    if not runs.is_first():
+        return Path(config.out)
     manifest = build_manifest(
         "checkpoint",
         stage="sft",

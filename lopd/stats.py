@@ -11,6 +11,8 @@ the l of a long sequence is far beyond what its exponential can hold.
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,13 +53,33 @@ def _share(moments: Tensor) -> float:
     return math.exp(2 * first - none - second)
 
 
+WINDOW_NAME = "window.pt"  # in a checkpoint: the statistics since the last log
+Gather = Callable[[Any], list[Any]]
+
+
+def alone(value: Any) -> list[Any]:
+    return [value]
+
+
+def _together(name: str, first: Tensor | None, second: Tensor) -> Tensor:
+    if first is None:
+        return second
+    return torch.logaddexp(first, second) if name in ESS else first + second
+
+
 class StatsWindow:
     """Statistics since the last log: means over optimizer steps, and loss tokens per second.
 
-    Effective sample sizes are of all tokens and sequences since the last log.
+    Effective sample sizes are of all tokens and sequences since the last log. Each process adds
+    its own micro-batches; what is told is of all of them.
+
+    Args:
+        gather: a value of this process to those of every process, in order; called by all of
+            them at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gather: Gather = alone) -> None:
+        self._gather = gather
         self._step_moments: Tensor | None = None
         self._reset()
 
@@ -75,12 +97,9 @@ class StatsWindow:
         """One micro-batch of the step that was begun last."""
         self._tokens += tokens
         for name, value in stats.items():
-            together = torch.logaddexp if name in ESS else torch.add
-            seen = self._sums.get(name)
-            self._sums[name] = value if seen is None else together(seen, value)
+            self._sums[name] = _together(name, self._sums.get(name), value)
         if (found := stats.get("token_moments")) is not None:
-            seen = self._step_moments
-            self._step_moments = found if seen is None else torch.logaddexp(seen, found)
+            self._step_moments = _together("token_moments", self._step_moments, found)
 
     def leave_out(self, seconds: float) -> None:
         """Time since the last log that was not spent on its tokens."""
@@ -88,14 +107,42 @@ class StatsWindow:
 
     def step_ess(self) -> float | None:
         """Effective share of the tokens of the step begun last; None where it is unknown."""
-        return None if self._step_moments is None else _share(self._step_moments)
+        mine = self._step_moments
+        found = self._gather(None if mine is None else mine.cpu())
+        if any(moments is None for moments in found):
+            return None
+        return _share(torch.stack(found).logsumexp(0)) if len(found) > 1 else _share(found[0])
+
+    def _totals(self) -> tuple[dict[str, Tensor], int]:
+        """Sums and tokens over all processes."""
+        mine = {name: value.cpu() for name, value in self._sums.items()}
+        sums: dict[str, Tensor] = {}
+        tokens = 0
+        for theirs, count in self._gather((mine, self._tokens)):
+            tokens += count
+            for name, value in theirs.items():
+                sums[name] = _together(name, sums.get(name), value)
+        return sums, tokens
 
     def pop(self) -> dict[str, float]:
         """What was added since the last call."""
+        sums, tokens = self._totals()
         means = {
             ESS.get(name, name): _share(value) if name in ESS else value.item() / self._steps
-            for name, value in self._sums.items()
+            for name, value in sums.items()
         }
-        means["tokens_per_second"] = self._tokens / (time.perf_counter() - self._began)
+        means["tokens_per_second"] = tokens / (time.perf_counter() - self._began)
         self._reset()
         return means
+
+    def state(self) -> dict[str, Any]:
+        """What `load` of one process, the first, continues from."""
+        sums, tokens = self._totals()
+        seconds = time.perf_counter() - self._began
+        return {"sums": sums, "tokens": tokens, "steps": self._steps, "seconds": seconds}
+
+    def load(self, state: dict[str, Any], *, first: bool = True) -> None:
+        """Go on from a state; processes other than the first add to its sums."""
+        self._steps, self._began = state["steps"], time.perf_counter() - state["seconds"]
+        if first:
+            self._sums, self._tokens = dict(state["sums"]), state["tokens"]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopd.attention import pack_kwargs
 from lopd.data import Batch
 from lopd.errors import ConfigError, DataError
-from lopd.heads import HeadOptions, run_with_loss
+from lopd.heads import HeadOptions, run_with_loss, run_with_loss_and_router
 from lopd.stats import drift_moments, sequence_sums
 from lopd_kernels import (
     linear_cross_entropy,
@@ -137,6 +138,9 @@ def step(
 
         loss = sum_n row_weights[n] * L[n] / num_items
 
+    plus, for a mixture of experts in training, its router's loss on these tokens times
+    `sum_n row_weights[n] / num_items`, this micro-batch's share of the step.
+
     Every statistic is such a sum too, so that micro-batches add up to the mean over the
     optimizer step whatever their sizes; those of `lopd.stats.ESS` are logs of sums.
 
@@ -183,8 +187,12 @@ def step(
             return _policy_gradient(rows, weight, batch, objective, options)
         return _sparse_divergence(rows, weight, batch, objective, options)
 
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    loss, by_row = run_with_loss(model, inputs, loss_fn)
+    inputs = model_inputs(batch)
+    router: Tensor | None = None
+    if torch.is_grad_enabled():
+        (loss, by_row), router = run_with_loss_and_router(model, inputs, loss_fn)
+    else:  # a measurement: the router's loss belongs to training alone
+        loss, by_row = run_with_loss(model, inputs, loss_fn)
     by_row = {name: row.detach() for name, row in by_row.items()}
     if (log_ratio := by_row.get("log_ratio_to_rollout")) is not None:
         by_row["abs_log_ratio_to_rollout"] = log_ratio.abs()
@@ -192,7 +200,20 @@ def step(
     if log_ratio is not None:
         count = len(batch["sequence_names"])
         stats |= drift_moments(log_ratio, weights, batch["sequence_index"], count)
+    if router is not None:
+        share = router * weights.sum() / num_items
+        stats["router_loss"] = share.detach()
+        return loss / num_items + share, stats
     return loss / num_items, stats
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What the model is called with: ids, and a mask of padding or the bounds of a pack."""
+    ids = batch["input_ids"]
+    if "position_ids" not in batch:
+        return {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+    bounds = pack_kwargs(batch["sequence_lengths"], ids.device)
+    return {"input_ids": ids, "position_ids": batch["position_ids"], **bounds}
 
 
 def _sparse_divergence(

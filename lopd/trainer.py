@@ -1,32 +1,36 @@
 """A thin `transformers.Trainer` over `lopd.step`.
 
-It adds what a run needs: accumulation, schedule, logging, checkpoints, resume.
-`lopd.loop.train_loop` is the same in a plain loop.
+It adds what a run needs: steps cut into micro-batches, schedule, logging, checkpoints, resume,
+several processes. `lopd.loop.train_loop` is the same in a plain loop.
 """
 
 import contextlib
-import itertools
+import copy
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
-from lopd.data import Batch, Collator
+from lopd.attention import check_packing, pack_attention
+from lopd.batching import StepDataset, StepLoader, StepSampler
+from lopd.data import Batch, Collator, lengths_of
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import write_atomic
 from lopd.heads import check_head, check_trainable
 from lopd.options import TrainOptions
-from lopd.stats import StatsWindow
+from lopd.stats import WINDOW_NAME, StatsWindow
 from lopd.step import Objective, check_finite, step
 from lopd.watch import Holdout, evaluations, exhausted, holdout_kl
 
@@ -56,19 +60,23 @@ def saving(path: str | Path) -> Iterator[None]:
 class LopdTrainer(Trainer):
     """`transformers.Trainer` that minimises an `Objective`.
 
-    Normalises by `num_items` over all micro-batches of an optimizer step, so accumulation
-    changes nothing but memory; stops on a loss or gradient that is not finite; logs what
-    `step` reports, also as JSON lines in `out/train_log.jsonl`.
+    An item of its DataLoader is a whole optimizer step of one process: micro-batches that
+    `lopd.batching` cuts it into. The loss is normalised by `num_items` over all of them, on
+    all processes, so accumulation, packing and processes change memory and rounding alone.
+    Stops on a loss or gradient that is not finite; logs what `step` reports, also as JSON lines
+    in `out/train_log.jsonl`.
 
     Args:
         args: from `TrainOptions.training_arguments`.
         train_dataset: map-style, items of `lopd.data`.
         holdout: evaluated every `eval_steps` and at the end; the best step gets a checkpoint
             that stays when it says `keep_best`.
+        max_tokens_per_batch: packs of at most so many tokens instead of padded micro-batches.
+        attention: for packs, one of `lopd.attention.PATHS`.
 
     Raises:
-        ModelError: `check_head` or `check_trainable` refuses the model.
-        ConfigError: more than one process.
+        ModelError: `check_head`, `check_trainable` or `check_packing` refuses the model.
+        ConfigError: a sequence is longer than a pack; DeepSpeed or DataParallel.
         ShardError: a checkpoint or the log cannot be written.
     """
 
@@ -82,13 +90,22 @@ class LopdTrainer(Trainer):
         train_dataset: torch.utils.data.Dataset,
         data_collator: Collator | None = None,
         holdout: Holdout | None = None,
+        *,
+        max_tokens_per_batch: int | None = None,
+        attention: str = "auto",
         **kwargs: Any,
     ) -> None:
-        if args.world_size > 1:
+        if args.deepspeed or args.n_gpu > 1:
+            found = "DeepSpeed" if args.deepspeed else "DataParallel"
             raise ConfigError(
-                f"{args.world_size} processes: training runs in one; launch it without torchrun"
+                f"{found}: training runs in one process a GPU, by torchrun, with DDP or FSDP2"
             )
         check_trainable(model)
+        args = copy.copy(args)  # Trainer is to count one batch a step
+        self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
+        if args.device.type == "cpu":  # "cpu:0" in several processes, which torch.load refuses
+            args.__dict__["_setup_devices"] = torch.device("cpu")
+        self.max_tokens, self.attention = max_tokens_per_batch, attention
         if holdout is not None:
             args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, holdout.eval_steps
         use_cache = model.config.use_cache
@@ -97,23 +114,69 @@ class LopdTrainer(Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=None if holdout is None else holdout.dataset,
-            data_collator=data_collator or Collator(),
+            data_collator=replace(
+                data_collator or Collator(), packed=max_tokens_per_batch is not None
+            ),
             **kwargs,
         )
         model.config.use_cache = use_cache  # Trainer's would be saved with the result
         self.model_accepts_loss_kwargs = True  # losses come normalised by num_items
         self.objective, self.holdout = objective, holdout
-        self.window = StatsWindow()
+        self.window = StatsWindow(self.gather)
         self.pop_callback(PrinterCallback)
-        self.add_callback(_Reporter(Path(args.output_dir)))
+        if self.is_world_process_zero():
+            self.add_callback(_Reporter(Path(args.output_dir)))
         check_head(model)
+        if self.max_tokens is not None:
+            self.attention = pack_attention(model, attention, args.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of every process, in order."""
+        return gather_object([value]) if self.args.world_size > 1 else [value]
+
+    def get_train_dataloader(self) -> StepLoader:
+        sampler = StepSampler(
+            lengths_of(self.train_dataset),
+            self.args.per_device_train_batch_size,
+            self.accumulation,
+            max_tokens=self.max_tokens,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            seed=self.args.seed,
+        )
+        return StepLoader(
+            StepDataset(self.train_dataset),
+            batch_sampler=sampler,
+            collate_fn=lambda parts: [self.data_collator(items) for items in parts],
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.max_tokens is not None:
+            check_packing(prepared[0], self.attention)
+        return prepared
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], float]:
+        self, epoch_iterator: Iterator[list[Batch]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[Batch]], float]:
         self.window.begin_step()
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        return batches, sum(batch["row_weights"].sum().item() for batch in batches)
+        step_batches = [next(epoch_iterator) for _ in range(num_batches)]
+        weight = sum(
+            batch["row_weights"].sum().item() for batches in step_batches for batch in batches
+        )
+        return step_batches, sum(self.gather(weight))
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One optimizer step's micro-batches, forward and backward."""
+        losses = []
+        for number, batch in enumerate(inputs, 1):
+            last = number == len(inputs)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -123,10 +186,16 @@ class LopdTrainer(Trainer):
         num_items_in_batch: float | None = None,
     ) -> Any:
         assert num_items_in_batch is not None
-        loss, stats = step(model, inputs, self.objective, num_items_in_batch)
+        # accelerate's own autocast is in the forward, which `run_with_loss` replaces
+        with self.accelerator.autocast():
+            loss, stats = step(model, inputs, self.objective, num_items_in_batch)
         check_finite(loss, inputs, self.state.global_step + 1)
-        self.window.add(stats, len(inputs["labels"]))
+        self.window.add({"loss": loss.detach(), **stats}, len(inputs["labels"]))
+        loss = loss * self.args.world_size  # gradients are averaged over processes
         return (loss, stats) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: list[Batch]) -> int:
+        return sum(super(LopdTrainer, self).floating_point_ops(batch) for batch in inputs)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As Trainer's; a run that had stopped for want of improvement stays as it ended."""
@@ -141,9 +210,18 @@ class LopdTrainer(Trainer):
         """Held-out KL of the model as it is."""
         if self.holdout is None:
             raise ConfigError("evaluate: nothing was held out; pass holdout to LopdTrainer")
-        size, number = self.args.per_device_train_batch_size, self.state.global_step
         began = time.perf_counter()
-        kl = holdout_kl(self.model, self.holdout, self.data_collator, size, number)
+        with self.accelerator.autocast():
+            kl = holdout_kl(
+                self.model,
+                self.holdout,
+                self.data_collator,
+                self.args.per_device_train_batch_size,
+                self.state.global_step,
+                max_tokens=self.max_tokens,
+                rank=self.args.process_index,
+                gather=self.gather,
+            )
         self.window.leave_out(time.perf_counter() - began)
         metrics = {"holdout_kl": kl}
         self.log({**metrics})
@@ -172,6 +250,18 @@ class LopdTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with saving(self.args.output_dir):
             super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        state = self.window.state()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / WINDOW_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / WINDOW_NAME, weights_only=True)
+            self.window.load(state, first=self.is_world_process_zero())
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from lopd.data import Collator, Part, to_device
-from lopd.stats import StatsWindow
+from lopd.batching import split
+from lopd.data import Collator, Part, lengths_of, to_device
+from lopd.stats import Gather, StatsWindow, alone
 from lopd.step import Objective, check_finite, step
 
 History = Sequence[dict[str, Any]]
@@ -33,26 +34,40 @@ class Holdout:
 
 @torch.no_grad()
 def holdout_kl(
-    model: Any, holdout: Holdout, collate: Collator, batch_size: int, step_number: int
+    model: Any,
+    holdout: Holdout,
+    collate: Collator,
+    batch_size: int,
+    step_number: int,
+    *,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    gather: Gather = alone,
 ) -> float:
     """Mean of the objective over the held-out sequences, dropout off; draws no random number.
+
+    Processes share the forward passes in turn. Each makes as many, since a sharded model needs all
+    of them; a surplus one is not counted.
 
     Raises:
         DataError: it is not finite; names the sequences.
     """
     device, training = next(model.parameters()).device, model.training
+    parts = split(lengths_of(holdout.dataset), batch_size, max_tokens)
+    world_size = len(gather(None))
     total, weight = 0.0, 0.0
     model.eval()
-    for start in range(0, len(holdout.dataset), batch_size):
-        end = min(start + batch_size, len(holdout.dataset))
-        items: Any = holdout.dataset.__getitems__([*range(start, end)])
+    for place in range(rank, rank + -(-len(parts) // world_size) * world_size, world_size):
+        items: Any = holdout.dataset.__getitems__([*parts[place % len(parts)]])
         batch = to_device(collate(items), device)
         loss, _ = step(model, batch, holdout.objective, 1.0)
         check_finite(loss, batch, step_number)
-        total += loss.item()
-        weight += batch["row_weights"].sum().item()
+        if place < len(parts):
+            total += loss.item()
+            weight += batch["row_weights"].sum().item()
     model.train(training)
-    return total / weight
+    totals, weights = zip(*gather((total, weight)), strict=True)
+    return sum(totals) / sum(weights)
 
 
 def evaluations(history: History) -> list[tuple[float, int]]:

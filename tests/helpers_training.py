@@ -61,6 +61,20 @@ def tiny_model(family="qwen3", seed=0, spread=1.0):
     return model.eval()
 
 
+def tiny_moe(family, **changes):
+    import transformers as t
+
+    size = {**SIZE, "num_key_value_heads": 2, "num_experts_per_tok": 2, "initializer_range": 0.2}
+    qwen3 = {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16}
+    config, model, own = {
+        "qwen3_moe": (t.Qwen3MoeConfig, t.Qwen3MoeForCausalLM, qwen3),
+        "mixtral": (t.MixtralConfig, t.MixtralForCausalLM, {"num_local_experts": 4}),
+        "olmoe": (t.OlmoeConfig, t.OlmoeForCausalLM, {"num_experts": 4}),
+    }[family]
+    torch.manual_seed(0)
+    return model(config(**{**size, **own, "router_aux_loss_coef": 0.3, **changes})).eval()
+
+
 def make_rollouts(count=12, seed=0, shortest=3, longest=9, truncated=(), vocab=VOCAB):
     """Rollouts of random tokens, of prompts and answers of different lengths."""
     rng = np.random.default_rng(seed)

@@ -2,29 +2,20 @@
 
 import pytest
 import torch
+from helpers_heads import batch, dense_logits, grads
 from helpers_training import SIZE, VOCAB, tiny_model, weights
 from torch import nn
 
 from lopd.errors import ModelError
-from lopd.heads import HeadOptions, check_head, check_trainable, head_options, run_with_loss
+from lopd.heads import (
+    HeadOptions,
+    check_head,
+    check_trainable,
+    head_options,
+    run_with_loss,
+)
 
 FAMILIES = ("qwen3", "qwen3-tied", "gemma2", "gemma3", "cohere", "granite", "phi", "opt")
-
-
-def batch(rows=2, length=5):
-    ids = torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(3))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def dense_logits(hidden, weight, bias, head):
-    z = nn.functional.linear(hidden, weight, bias) * head.logit_scale
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-
-
-def grads(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,22 +143,9 @@ def test_hooks_on_the_root_see_inputs_and_loss_and_the_backbone_no_cache():
     assert seen["use_cache"] is False
 
 
-class Adapter(nn.Module):
-    """Shaped like a PEFT model."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.base, self.config = model, model.config
-
-    def get_base_model(self):
-        return self.base
-
-
-def test_adapters_wrappers_and_strange_heads_are_refused():
+def test_wrappers_and_strange_heads_are_refused():
     model = tiny_model()
-    with pytest.raises(ModelError, match="merge"):
-        run_with_loss(Adapter(model), batch(), dense_logits)
-    with pytest.raises(ModelError, match="not wrapped"):
+    with pytest.raises(ModelError, match="Sequential: expected a transformers causal LM"):
         run_with_loss(nn.Sequential(model), batch(), dense_logits)
     with pytest.raises(ModelError, match="head is NoneType"):
         run_with_loss(model.base_model, batch(), dense_logits)
@@ -176,22 +154,93 @@ def test_adapters_wrappers_and_strange_heads_are_refused():
         run_with_loss(model, batch(), dense_logits)
 
 
-def test_a_routers_auxiliary_loss_is_refused_until_it_is_switched_off():
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+def adapted(model, targets, **changes):
+    """With a LoRA whose B is not zero."""
+    import peft
 
-    config = Qwen3MoeConfig(
-        **{**SIZE, "num_hidden_layers": 1},
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    with pytest.raises(ModelError, match="router_aux_loss_coef is 0.001"):
-        check_trainable(model)
-    model.config.router_aux_loss_coef = 0.0
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": targets, **changes}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return wrapped
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-tied", "gemma2", "phi"])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+def test_adapters_get_the_gradients_of_the_adapted_models_logits(family, targets):
+    model = adapted(tiny_model(family, spread=5.0), targets)
+    inputs = batch()
+    labels = inputs["input_ids"].flatten()
+
+    def nll(logits):
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels)
+
+    expected = nll(model(**inputs).logits)
+    found = run_with_loss(model, inputs, lambda *head: nll(dense_logits(*head)))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected_grads, found_grads = grads(model, expected), grads(model, found)
+    assert expected_grads.keys() == found_grads.keys()
+    assert all("lora" in name for name in found_grads)
+    for name, value in expected_grads.items():
+        assert torch.allclose(found_grads[name], value, rtol=1e-4, atol=1e-6), name
+    check_head(model)
     check_trainable(model)
-    model.config.output_router_logits = True
-    with pytest.raises(ModelError, match="output_router_logits"):
-        check_trainable(model)
+    with model.disable_adapter():
+        check_head(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"lora_dropout": 0.1}, "dropout 0.1"),
+        ({"use_dora": True}, "DoRA"),
+    ],
+)
+def test_adapters_of_the_head_that_are_no_plain_lora_are_refused(changes, match):
+    model = adapted(tiny_model(), ["lm_head"], **changes)
+    with pytest.raises(ModelError, match=match):
+        run_with_loss(model, batch(), dense_logits)
+
+
+def test_adapters_that_change_the_sequence_are_refused():
+    import peft
+
+    kind = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ModelError, match="PROMPT_TUNING"):
+        check_trainable(peft.get_peft_model(tiny_model(), kind))
+
+
+def test_autocast_gives_weight_and_bias_the_dtype_of_the_hidden_states():
+    model = tiny_model("phi")  # whose final LayerNorm answers in float32: made to answer in bf16
+    model.base_model.final_layernorm.register_forward_hook(lambda *call: call[2].bfloat16())
+
+    def dtypes(hidden, weight, bias, head):
+        return hidden.dtype, weight.dtype, bias.dtype
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run_with_loss(model, batch(), dtypes) == (torch.bfloat16,) * 3
+    assert run_with_loss(model, batch(), dtypes)[1:] == (torch.float32,) * 2
+
+
+BROAD = (
+    *("llama", "mistral", "qwen2", "gemma", "olmo2", "starcoder2", "stablelm", "smollm3"),
+    *("glm4", "phi3", "gpt_neox", "gpt2", "cohere2", "ministral", "exaone4", "seed_oss"),
+)
+
+
+@pytest.mark.parametrize("kind", BROAD)
+def test_other_architectures_have_the_head_that_is_computed(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = {**SIZE, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **size, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    check_trainable(model)
+    check_head(model)
+    loss = run_with_loss(model, batch(), lambda *head: dense_logits(*head).logsumexp(-1).sum())
+    assert grads(model, loss).keys() == weights(model).keys()
+    assert model.get_output_embeddings().weight.grad.abs().max() > 0

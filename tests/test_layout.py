@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 # A module imports from the layers above it in this list, never from its own.
 LAYERS = [
     {"errors"},
-    {"files", "tables", "stats"},
+    {"files", "tables", "stats", "batching", "router"},
     {"models", "prompts", "settings", "heads", "provenance", "workers"},
-    {"cache"},
+    {"cache", "attention", "lora"},
     {"data", "dumps", "engines"},
     {"options", "step", "estimate", "noise", "judge"},
     {"watch", "loop", "kl"},

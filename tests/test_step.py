@@ -12,12 +12,14 @@ from helpers_training import (
     make_scored,
     options,
     tiny_model,
+    tiny_moe,
     weights,
 )
 
 from lopd import distill
 from lopd.data import Collator, SequenceDataset
 from lopd.errors import ConfigError, DataError
+from lopd.heads import run_with_loss_and_router
 from lopd.loop import train_loop
 from lopd.provenance import MANIFEST_NAME
 from lopd.step import Objective, step
@@ -144,7 +146,7 @@ def test_accumulation_changes_nothing_and_the_loop_agrees(tmp_path, change):
 
         def recorded(*args, collect=collect):
             micro_batches, num_items = collect(*args)
-            batches.append(micro_batches)
+            batches.extend(micro_batches)
             return micro_batches, num_items
 
         trainer.get_batch_samples = recorded
@@ -252,3 +254,21 @@ def test_a_cache_without_ratios_is_refused_before_a_model_is_built(
     with pytest.raises(ConfigError, match=rf"^{flag}: .*its rollout.* are {why}"):
         distill.main(config(pipeline, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_routers_loss_counts_by_the_micro_batchs_share_and_in_training_alone():
+    model = tiny_moe("qwen3_moe")
+    batch = Collator()(near_rollouts())
+    tokens = float(len(batch["labels"]))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    _, router = run_with_loss_and_router(model, inputs, lambda hidden, *_: hidden.sum())
+    with torch.no_grad():
+        alone, stats = step(model, batch, Objective("reverse_kl"), 3 * tokens)
+    assert "router_loss" not in stats
+    loss, stats = step(model, batch, Objective("reverse_kl"), 3 * tokens)
+    assert stats["router_loss"].item() == pytest.approx(router.item() / 3, rel=1e-6)
+    assert loss.item() == pytest.approx(alone.item() + router.item() / 3, rel=1e-6)
+    loss.backward()
+    gates = [p.grad for n, p in model.named_parameters() if n.endswith("mlp.gate.weight")]
+    assert gates and all(grad.abs().max() > 0 for grad in gates)
+    assert not stats["router_loss"].requires_grad

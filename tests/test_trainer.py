@@ -143,12 +143,14 @@ def test_the_loss_at_the_teacher_is_zero_with_zero_gradient():
 
 def make_trainer(model, out, dataset=None, objective=None, aggregation="token_mean", **changes):
     dataset = SequenceDataset(scored()) if dataset is None else dataset
+    settings = options(**changes)
     return LopdTrainer(
         model,
-        options(**changes).training_arguments(out),
+        settings.training_arguments(out),
         objective or Objective("reverse_kl"),
         dataset,
         Collator(aggregation),
+        max_tokens_per_batch=settings.max_tokens_per_batch,
     )
 
 
@@ -177,6 +179,43 @@ def test_accumulation_changes_nothing(tmp_path, aggregation):
         assert runs[0][1] == pytest.approx(other[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("objective", [OBJECTIVES[0], OBJECTIVES[3]], ids=lambda o: o.name)
+def test_packing_changes_nothing(tmp_path, objective, aggregation):
+    dataset, runs, sizes = SequenceDataset(scored(11)), [], []
+    for budget in (None, 24):
+        trainer = make_trainer(
+            tiny_model(),
+            tmp_path / str(budget),
+            dataset,
+            objective,
+            aggregation,
+            batch_size=6,
+            max_steps=4,  # the second of an epoch has five sequences
+            max_tokens_per_batch=budget,
+        )
+        trainer.model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)),
+            with_kwargs=True,
+        )
+        trainer.train()
+        runs.append(trainer)
+    packs = [shape for shape in sizes if shape[0] == 1 and shape[1] > 15]
+    assert len(packs) > 4 and max(width for _, width in packs) <= 24
+    assert largest_difference(weights(runs[0].model), weights(tiny_model())) > 1e-3
+    assert largest_difference(weights(runs[0].model), weights(runs[1].model)) < 1e-5
+    logs = [[e for e in run.state.log_history if "loss" in e] for run in runs]
+    for padded, packed in zip(*logs, strict=True):
+        for name in padded.keys() - {"tokens_per_second", "learning_rate"}:
+            assert packed[name] == pytest.approx(padded[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_sequence_that_no_pack_holds_is_refused_before_training(tmp_path):
+    trainer = make_trainer(tiny_model(), tmp_path, max_tokens_per_batch=5)
+    with pytest.raises(ConfigError, match=r"max_tokens_per_batch: found 5, but a sequence has 1\d"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
 def test_trainer_equals_the_plain_loop(tmp_path, objective):
     model = tiny_model("qwen3-tied")
@@ -189,7 +228,7 @@ def test_trainer_equals_the_plain_loop(tmp_path, objective):
 
     def get_batch_samples(*args):
         micro_batches, num_items = collect(*args)
-        batches.append(micro_batches)
+        batches.extend(micro_batches)
         return micro_batches, num_items
 
     trainer.get_batch_samples = get_batch_samples
@@ -206,18 +245,41 @@ def test_trainer_equals_the_plain_loop(tmp_path, objective):
                 assert entry[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    changes = {"batch_size": 5, "max_steps": 7, "save_every": 2, "log_every": 3}
+def told(trainer):
+    """Every logged value that does not depend on the clock."""
+    clock = {"tokens_per_second", "train_runtime", "train_samples_per_second"}
+    clock |= {"train_steps_per_second", "train_loss", "total_flos"}
+    return [{k: v for k, v in e.items() if k not in clock} for e in trainer.state.log_history]
+
+
+RESUMED = {
+    "accumulated": {"batch_size": 2, "gradient_accumulation_steps": 3},
+    "packed": {"batch_size": 5, "max_tokens_per_batch": 30},
+    "checkpointed": {"batch_size": 5, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 6])
+@pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, changes, killed_at):
+    """12 sequences: steps 2, 4 and 6 end or begin epochs; logs of 3 steps straddle the cut."""
+    changes = {**changes, "max_steps": 7, "save_every": 1, "log_every": 3}
     whole = make_trainer(tiny_model(), tmp_path / "whole", **changes)
     whole.train()
-    make_trainer(tiny_model(), tmp_path / "cut", **changes)
     cut = make_trainer(tiny_model(), tmp_path / "cut", **changes)
-    cut.add_callback(StopAfter(4))
+    cut.add_callback(StopAfter(killed_at))
     cut.train()
     resumed = make_trainer(tiny_model(seed=9), tmp_path / "cut", **changes)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
+    torch.rand(3)  # what other code draws must not matter
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{killed_at}"))
     assert resumed.state.global_step == 7
     assert largest_difference(weights(whole.model), weights(resumed.model)) == 0.0
+    assert told(resumed)[:-1] == told(whole)[:-1] and len(told(whole)) == 4
+    states = [t.optimizer.state_dict()["state"] for t in (whole, resumed)]
+    assert all(
+        torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i]
+    )
+    assert whole.lr_scheduler.state_dict() == resumed.lr_scheduler.state_dict()
     assert whole.model.config.use_cache is True
     logged = [json.loads(line) for line in (tmp_path / "cut" / LOG_NAME).read_text().splitlines()]
     assert [entry["step"] for entry in logged] == [3, 6, 7]
@@ -297,15 +359,12 @@ def test_trainer_checks_the_head_at_start_up(tmp_path):
         make_trainer(model, tmp_path)
 
 
-def test_several_processes_are_refused(tmp_path):
-    args = options().training_arguments(tmp_path)
-
-    class TwoProcesses(type(args)):
-        world_size = 2
-
-    args.__class__ = TwoProcesses
-    with pytest.raises(ConfigError, match="2 processes"):
-        LopdTrainer(tiny_model(), args, Objective("reverse_kl"), SequenceDataset(scored()))
+def test_data_parallel_and_deepspeed_are_refused(tmp_path):
+    for found, change in (("DataParallel", "_n_gpu"), ("DeepSpeed", "deepspeed")):
+        args = options().training_arguments(tmp_path)
+        setattr(args, change, 2)
+        with pytest.raises(ConfigError, match=f"{found}: training runs in one process a GPU"):
+            LopdTrainer(tiny_model(), args, Objective("reverse_kl"), SequenceDataset(scored()))
 
 
 def test_step_refuses_batches_that_bear_no_loss_or_have_no_teacher():

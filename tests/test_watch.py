@@ -179,7 +179,7 @@ def test_exhausted_counts_from_the_best():
 def fake_kl(monkeypatch, values):
     """Evaluations at steps 1, 2, ... find these."""
 
-    def found(model, holdout, collate, batch_size, step_number):
+    def found(model, holdout, collate, batch_size, step_number, **processes):
         return values[step_number - 1]
 
     monkeypatch.setattr("lopd.trainer.holdout_kl", found)

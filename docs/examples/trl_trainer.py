@@ -1,8 +1,7 @@
 """The loss inside a TRL trainer: `SFTTrainer`, with `compute_loss` replaced.
 
 TRL prepares the data, batches, accumulates, logs and saves; tokens labelled -100 bear no loss.
-The teacher stays loaded and scores each batch. Batches are padded, not packed; a wrapped model
-(DDP) is refused.
+The teacher stays loaded and scores each batch. Batches are padded, not packed.
 """
 
 import tempfile
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from lopd import toy
-from lopd.heads import check_head, check_trainable, run_with_loss
+from lopd.heads import check_head, check_trainable, run_with_loss, run_with_loss_and_router
 from lopd.models import load_model, load_tokenizer
 from lopd_kernels import linear_sparse_divergence, linear_topk
 
@@ -48,7 +47,9 @@ class DistillationTrainer(SFTTrainer):
         with self.accelerator.autocast():  # which the loss would otherwise bypass
             with torch.no_grad():
                 top = run_with_loss(self.teacher, sequences, score)
-            total = run_with_loss(model, sequences, divergence)
+            total, router = run_with_loss_and_router(model, sequences, divergence)
+        if router is not None:  # of a mixture of experts: a mean over this batch
+            total = total + router * predicted.sum()
         if num_items_in_batch is None:  # evaluation
             return total / predicted.sum().clamp(min=1)
         # It counts the tokens of all micro-batches and processes; the processes' gradients are

@@ -1,0 +1,148 @@
+"""Real processes and adapters through the commands: what one process and a whole model give."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_artefacts import write_pipeline
+from helpers_training import largest_difference, weights
+
+from lopd import distill
+from lopd.errors import ConfigError
+from lopd.models import load_model
+from lopd.provenance import read_manifest
+from lopd.runs import checkpoints, is_whole
+
+SETTINGS = {"learning_rate": 1e-2, "max_steps": 5, "device": "cpu", "log_every": 1, "save_every": 2}
+# Through a command of its own: argv[1] is the step at which the second process dies, 0 for never.
+RUN = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from lopd.cli import main
+from lopd.trainer import LopdTrainer
+step = LopdTrainer.training_step
+def training_step(self, *args):
+    if os.environ["RANK"] == "1" and self.state.global_step + 1 == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+LopdTrainer.training_step = training_step
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def config(pipeline, out, **changes):
+    paths = {name: str(pipeline / name) for name in ("student", "cache")}
+    return distill.DistillConfig(**{**paths, "out": str(out), **SETTINGS, **changes})
+
+
+def in_two_processes(script, pipeline, out, killed_at=0, **changes):
+    settings = {"student": pipeline / "student", "cache": pipeline / "cache", "out": out}
+    settings |= SETTINGS | changes
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run(
+        [sys.executable, *command, str(script), str(killed_at), "distill", *flags],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def log_of(out):
+    clock = {"tokens_per_second", "epoch"}
+    lines = (Path(out) / "train_log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def test_two_processes_equal_one_also_when_killed_and_resumed(pipeline, tmp_path):
+    """Packed, 12 sequences less the held-out ones: steps of 4, the last of an epoch shorter."""
+    changes = {"holdout": 2, "eval_steps": 2, "max_tokens_per_batch": 64}
+    alone = distill.main(config(pipeline, tmp_path / "alone", batch_size=4, **changes))
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    out = tmp_path / "two"
+    changes["batch_size"] = 2
+    done = in_two_processes(script, pipeline, out, killed_at=4, **changes)
+    assert done.returncode != 0 and str(-signal.SIGKILL) in done.stderr
+    assert [folder.name for folder in checkpoints(out)] == ["checkpoint-2"]
+    assert is_whole(checkpoints(out)[0])
+    done = in_two_processes(script, pipeline, out, **changes)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("continues from checkpoint-2") == 1
+    start, one, two = (
+        weights(load_model(folder, dtype="float32", device="cpu"))
+        for folder in (pipeline / "student", alone, out)
+    )
+    assert largest_difference(start, one) > 1e-3
+    assert largest_difference(one, two) < 1e-5
+    ours, theirs = log_of(alone), log_of(out)
+    assert len(ours) == len(theirs) == 5 + 3
+    for entry, other in zip(ours, theirs, strict=True):
+        assert entry.keys() == other.keys()
+        for name in entry:
+            assert other[name] == pytest.approx(entry[name], rel=2e-3, abs=1e-6), name
+    assert read_manifest(out)["training"] == read_manifest(alone)["training"]
+
+
+def test_a_run_of_two_processes_is_not_continued_by_one(pipeline, tmp_path, monkeypatch):
+    from lopd import runs
+
+    found = config(pipeline, tmp_path / "out")
+    base = {"weights": "w", "config": "c", "tokenizer": "t"}
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    monkeypatch.setattr(runs, "is_whole", lambda folder: True)
+    (tmp_path / "out" / runs.RECIPE_NAME).write_text("{}")
+    worker = runs.Worker(0, 2, 0)
+    with pytest.raises(ConfigError):
+        runs._claim(found, base, {}, worker)
+    (tmp_path / "out" / "checkpoint-1").rmdir()
+    runs._claim(found, base, {}, worker)
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    assert runs._claim(found, base, {}, worker) is not None
+    with pytest.raises(ConfigError, match=r"another recipe \(processes was 2, is None\)"):
+        runs._claim(found, base, {}, runs.Worker())
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_a_run_with_adapters_resumes_and_ends_as_a_plain_model(
+    pipeline, tmp_path, monkeypatch, keep_best
+):
+    from lopd.trainer import LopdTrainer
+
+    changes = {"lora_rank": 4, "lora_alpha": 8.0, "gradient_checkpointing": True, "batch_size": 4}
+    changes |= {"holdout": 2, "eval_steps": 2, "keep_best": keep_best}
+    whole = distill.main(config(pipeline, tmp_path / "whole", **changes))
+    step = LopdTrainer.training_step
+
+    def killed(self, *args):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(LopdTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill.main(config(pipeline, tmp_path / "cut", **changes))
+    monkeypatch.setattr(LopdTrainer, "training_step", step)
+    cut = distill.main(config(pipeline, tmp_path / "cut", **changes))
+    start, one, two = (
+        weights(load_model(folder, dtype="float32", device="cpu"))
+        for folder in (pipeline / "student", whole, cut)
+    )
+    assert largest_difference(one, two) == 0.0
+    changed = {name for name in start if not torch.equal(start[name], one[name])}
+    assert changed and all("proj" in name for name in changed)
+    assert (cut / "adapter" / "adapter_config.json").is_file()
+    assert read_manifest(cut)["config"]["lora_rank"] == 4
+    assert log_of(whole) == log_of(cut)
