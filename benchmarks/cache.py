@@ -17,10 +17,8 @@ DIR/cache.jsonl. The exit code is 1 when a bar is missed; --quick has no bars on
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -29,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import lopd
+from benchmarks.rows import identity
 from lopd.cache import CacheWriter, Rollout, TeacherCache, TeacherScores
 from lopd.provenance import build_manifest
 
@@ -259,11 +259,10 @@ def main() -> int:
     args = parser.parse_args()
     shape, rows = QUICK if args.quick else FULL, []
     about = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
+        **identity(torch.device("cpu"), None),
         "numpy": np.__version__,
         "lopd": lopd.__version__,
+        "command": "python -m benchmarks.cache" + " --quick" * args.quick,
     }
     for ids in ("zipf", "uniform"):
         records = make_records(shape, ids=ids)

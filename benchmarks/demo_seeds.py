@@ -39,7 +39,8 @@ def run(seeds: list[int], out: Path) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             main(DemoConfig(out=f"{folder}/demo", seed=seed, online=True))
             results = json.loads(Path(folder, "demo/results.json").read_text(encoding="utf-8"))
-        rows += [{"seed": seed, **row, **versions} for row in results["rows"]]
+        command = f"python -m benchmarks.demo_seeds --seeds {seed}"
+        rows += [{"seed": seed, **row, **versions, "command": command} for row in results["rows"]]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (out / NAME).write_text(text, encoding="utf-8")
     return rows

@@ -1,15 +1,15 @@
 """Is the fused loss on a CPU as fast as eager PyTorch, at a quarter of its extra memory?
 
-    python -m benchmarks.fused_loss [--quick] [--out DIR]
+    python -m benchmarks.fused_loss [--quick] [--vocab V ...] [--threads N] [--out DIR]
 
 One forward and backward of the reverse KL with a tail bucket in fp32, fused against eager
 (logits, log_softmax, gather, tail, autograd), at three sizes of vocabulary. First the
 gradients of the two are compared with the fp64 oracle on a small problem; a red gate ends
 the run. Times: the variants take turns, the median counts. Memory: peak resident size of a
-fresh process per variant, less that of the same process just before the call; inputs are
-not counted, outputs (gradients) are. One JSON row per size is printed and, with --out,
-appended to DIR/fused_loss_cpu.jsonl. The exit code is 1 when a bar is missed; the bars are
-those of the largest vocabulary, --quick has none.
+fresh process per variant, less that of the same process just before the call, with the
+kernel's high-water mark set back in between; inputs are not counted, outputs (gradients) are.
+One JSON row per size is printed and, with --out, appended to DIR/fused_loss_cpu.jsonl. The
+exit code is 1 when a bar is missed; the bars are those of V = 151936, --quick has none.
 """
 
 from __future__ import annotations
@@ -24,17 +24,23 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Variant, gate, take_turns
+from benchmarks.clock import take_turns
+from benchmarks.harness import Variant, gate
 from benchmarks.problems import REVERSE_KL, Problem, Shape, oracle
 from benchmarks.rows import identity
 from benchmarks.variants import eager, ours, peer
 
 TIME_BAR = 1.0
 MEMORY_BAR = 0.25
-FULL = [Shape(rows=2048, hidden=512, vocab=v, topk=64) for v in (32000, 128256, 151936)]
-QUICK = [Shape(rows=64, hidden=64, vocab=8192, topk=16)]
+BARRED = 151936
+VOCABS = (32000, 128256, BARRED)
+QUICK = Shape(rows=64, hidden=64, vocab=8192, topk=16)
 GATE = Shape(rows=32, hidden=64, vocab=4096, topk=16)
 VARIANTS = {"fused": ours("fused"), "eager": peer("eager", REVERSE_KL, eager, "fp32")}
+
+
+def full(vocab: int) -> Shape:
+    return Shape(rows=2048, hidden=512, vocab=vocab, topk=64)
 
 
 def problem(shape: Shape) -> Problem:
@@ -58,6 +64,7 @@ def peak_mib(variant: str, shape: Shape) -> float:
     """Extra resident memory of one step, measured in a process of its own."""
     sizes = ",".join(str(size) for size in asdict(shape).values())
     command = [sys.executable, "-m", "benchmarks.fused_loss", "--peak-of", variant, sizes]
+    command += ["--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout)
 
@@ -66,6 +73,7 @@ def measure_peak(variant: str, shape: Shape) -> float:
     prepare = VARIANTS[variant].prepare
     prepare(problem(GATE)).step()
     prepared = prepare(problem(shape))
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM becomes VmRSS
     before = resident_mib("VmRSS")
     prepared.step()
     return resident_mib("VmHWM") - before
@@ -95,12 +103,19 @@ def measure(shape: Shape) -> dict[str, Any]:
     return {**row, **identity(cpu, None)}
 
 
-def main() -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a toy size without bars")
+    parser.add_argument("--vocab", nargs="+", type=int, default=VOCABS, help="sizes to measure")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="folder whose fused_loss_cpu.jsonl gets the rows")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    torch.set_num_threads(args.threads)
     if args.peak_of:
         name, sizes = args.peak_of
         print(measure_peak(name, Shape(*map(int, sizes.split(",")))))
@@ -110,17 +125,20 @@ def main() -> int:
         print("; ".join(found["red"]), file=sys.stderr)
         return 1
     error = max(found["dhidden_error"], found["dweight_error"])
-    command = "python -m benchmarks.fused_loss" + " --quick" * args.quick
+    shapes = [QUICK] if args.quick else [full(vocab) for vocab in args.vocab]
     missed = False
-    for shape in QUICK if args.quick else FULL:
+    for shape in shapes:
+        size = "--quick" if args.quick else f"--vocab {shape.vocab}"
+        command = f"python -m benchmarks.fused_loss {size} --threads {args.threads}"
         row = {**measure(shape), "gradient_error": float(f"{error:.2e}"), "command": command}
         print(json.dumps(row), flush=True)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             with (args.out / "fused_loss_cpu.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        missed = row["time_ratio"] > TIME_BAR or row["memory_ratio"] > MEMORY_BAR
-    return int(missed and not args.quick)
+        over = row["time_ratio"] > TIME_BAR or row["memory_ratio"] > MEMORY_BAR
+        missed |= over and shape.vocab == BARRED
+    return int(missed)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 `measure` takes competing variants of one problem and, in this order,
 
 1. runs each once and compares value and gradients with the fp64 oracle of its own loss.
-   A variant that misses its gate gets a row that says so and is not timed.
+   A variant that misses its gate gets a row that says so and is not timed. Where the gate
+   looks at some of the rows, what is timed is compared with bare GEMMs over all of them.
 2. runs each alone for its memory: peak allocated during one forward and backward, less
    what was allocated before; `extra` is that less the returned dH and dW. An fp32
    accumulator of dW is extra. cuBLAS's own workspace is there before and not counted.
-3. warms up, then lets them take turns: 5 to 30 steps each as its budget admits, the caches
-   flushed before each step, CUDA events around it; median, 10th and 90th percentile.
+3. warms up, then lets them take turns, in another order each turn: 5 to 30 steps each as its
+   budget admits, the caches flushed before each step, CUDA events around it; median, 10th and
+   90th percentile. Three fields tell a disturbed run: `drift`, the median of a variant's last
+   steps over that of its first; `allocator_retries`, how often memory ran out and the
+   allocator gave its cache back to the device amid the timing; `clocks`, after it.
 
 On a CPU the clock is perf_counter and memory is null.
 """
@@ -16,35 +20,28 @@ On a CPU the clock is perf_counter and memory is null.
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.problems import Exact, Problem, loss_error, oracle, relative_error
+from benchmarks.clock import Outcome, Prepared, take_turns
+from benchmarks.problems import (
+    REVERSE_KL,
+    Exact,
+    Problem,
+    loss_error,
+    oracle,
+    relative_error,
+    wide_mm,
+)
 from benchmarks.rows import Recorder
 
-FLUSH_BYTES = 256 << 20
-LEAST, MOST = 5, 30  # timed steps of a variant
 SANITY = 1.0  # a peer whose gradient is further off is worse than zeros
 ERRORS = ("dhidden_error", "dweight_error", "loss_error", "row_loss_error")
 GATED = ("ours", "peer")
-
-
-class Outcome(NamedTuple):
-    loss: Tensor | None = None  # [] mean
-    dhidden: Tensor | None = None
-    dweight: Tensor | None = None
-    given: bool = False  # dweight is a buffer of the caller's
-
-
-class Prepared(NamedTuple):
-    step: Callable[[], Outcome]  # what is timed
-    restore: Callable[[], Any] = lambda: None  # before each step, untimed
 
 
 @dataclass(frozen=True)
@@ -133,71 +130,6 @@ def memory(prepared: Prepared, device: torch.device) -> dict[str, float | None]:
     return {key: round(value / 2**20, 2) for key, value in zip(keys, values, strict=True)}
 
 
-class Timer:
-    """Milliseconds of one step, from cold caches."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cuda = device.type == "cuda"
-        size = FLUSH_BYTES if self.cuda else 0
-        self.flush = torch.empty(size, dtype=torch.int8, device=device)
-
-    def __call__(self, prepared: Prepared) -> float:
-        prepared.restore()
-        if not self.cuda:
-            start = time.perf_counter()
-            prepared.step()
-            return 1e3 * (time.perf_counter() - start)
-        self.flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        prepared.step()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-
-def take_turns(
-    prepared: dict[str, Prepared],
-    device: torch.device,
-    budget_s: float,
-    deadline: float = float("inf"),
-) -> tuple[dict[str, dict[str, Any]], dict[str, Exception]]:
-    """(times, failures), by name. `budget_s` is for each; fewer steps where time is up."""
-    timer = Timer(device)
-    times: dict[str, list[float]] = {name: [] for name in prepared}
-    failures: dict[str, Exception] = {}
-    wanted: dict[str, int] = {}
-    for turn in range(-2, MOST):  # two turns of warming up
-        for name, each in prepared.items():
-            if name in failures or turn >= wanted.get(name, MOST):
-                continue
-            try:
-                times[name].append(timer(each))
-            except Exception as error:
-                failures[name] = error.with_traceback(None)
-        if turn == -1:
-            for name, found in times.items():
-                best = max(min(found, default=1.0), 1e-6)
-                wanted[name] = int(np.clip(1e3 * budget_s / best, LEAST, MOST))
-                found.clear()
-        if turn >= 0 and time.monotonic() > deadline:
-            break
-    done = {name: summary(found) for name, found in times.items() if name not in failures}
-    return done, failures
-
-
-def summary(times: Iterable[float]) -> dict[str, Any]:
-    found = list(times)
-    low, middle, high = (float(x) for x in np.percentile(found, [10, 50, 90]))
-    return {
-        "median_ms": round(middle, 5),
-        "p10_ms": round(low, 5),
-        "p90_ms": round(high, 5),
-        "repetitions": len(found),
-    }
-
-
 def fitting(variant: Variant, problem: Problem) -> Problem:
     """The problem, or its first rows where the variant's step would not fit the free memory."""
     if problem.device.type != "cuda" or not variant.bytes_per_logit:
@@ -255,11 +187,16 @@ def measure(
         recorder.check_time()
         collect(problem.device)
         try:
-            ready[variant.name] = get_ready(variant, problem, here)
-            kept.append((variant, here))
+            prepared = get_ready(variant, problem, here, at_full_size=gated is not problem)
         except Exception as error:
             here |= {"reason": one_line(error)}
             done.append(recorder.emit(part, variant.name, classify(error), **here))
+            continue
+        if here.get("reason"):
+            done.append(recorder.emit(part, variant.name, "red gate", **here))
+            continue
+        ready[variant.name] = prepared
+        kept.append((variant, here))
     collect(problem.device)
     times, failures = take_turns(ready, problem.device, budget_s, recorder.deadline)
     floors: dict[int, float] = {}
@@ -280,18 +217,41 @@ def measure(
     return done
 
 
-def get_ready(variant: Variant, problem: Problem, row: dict[str, Any]) -> Prepared:
+def get_ready(
+    variant: Variant, problem: Problem, row: dict[str, Any], at_full_size: bool
+) -> Prepared:
     """Run a variant once, then once for its memory; adds to the row."""
     some = fitting(variant, problem)
     prepared = variant.prepare(some)
     prepared.restore()
-    prepared.step()
+    outcome = prepared.step()
+    if at_full_size and variant.kind == "ours" and variant.loss == REVERSE_KL:
+        row |= off_bare_gemms(outcome, problem)
+    del outcome
     if variant.kind in GATED:
         row |= memory(prepared, problem.device)
     if some is not problem:
         row["note"] += f"; on {some.shape.rows} rows, {problem.shape.rows} do not fit"
         row["rows"] = some.shape.rows
     return prepared
+
+
+def off_bare_gemms(outcome: Outcome, problem: Problem) -> dict[str, Any]:
+    """Gradients of the mean reverse KL against GEMMs on the dense dz of all rows.
+
+    The gate's oracle looks at few rows, which a schedule may take in one piece; this is the
+    step that is timed, with every chunk of it. Both sides round dz and the result, so the
+    bound is twice the gate's.
+    """
+    if outcome.dhidden is None:
+        return {}
+    count, dz = problem.shape.rows, problem.dlogits
+    found = {"full_dhidden_error": relative_error(count * outcome.dhidden, dz @ problem.weight)}
+    if outcome.dweight is not None:
+        exact = wide_mm(dz.t(), problem.hidden)
+        found["full_dweight_error"] = relative_error(count * outcome.dweight, exact)
+    bound = 2 * gradient_bound(problem.dtype, 0.0)
+    return {**found, "reason": "; ".join(excess(found, dict.fromkeys(found, bound)))}
 
 
 def rates(

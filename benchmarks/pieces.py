@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import SANITY, Outcome, Prepared, Variant, excess
+from benchmarks.clock import Outcome, Prepared
+from benchmarks.harness import SANITY, Variant, excess
 from benchmarks.problems import REVERSE_KL, Problem, loss_error, row_losses, wide_mm
 from benchmarks.variants import project
 from lopd_kernels import linear_topk

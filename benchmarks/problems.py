@@ -24,6 +24,7 @@ FAVOURITES = 8
 CHUNK_BYTES = 512 << 20
 REVERSE_KL, RENORMALIZED = "reverse KL, tail bucket", "reverse KL, renormalised top-k"
 DENSE_KL = "reverse KL, dense teacher"
+FORWARD_KL, FORWARD_TRUNCATED = "forward KL, tail bucket", "forward KL, truncated top-k"
 CROSS_ENTROPY, POLICY_GRADIENT = "cross-entropy", "policy gradient"
 
 
@@ -156,9 +157,11 @@ def _buckets(z: Tensor, ids: Tensor) -> Tensor:
 def row_losses(loss: str, z: Tensor, problem: Problem, weight: Tensor) -> Tensor:
     """L_n [R] from logits z [R, V] of the problem's rows; `weight` has the dtype of z."""
     logprobs = problem.logprobs.to(z.dtype)
-    if loss == REVERSE_KL:
+    if loss in (REVERSE_KL, FORWARD_KL):
         student = _buckets(z, problem.ids)
         teacher = torch.cat([logprobs, problem.tail.to(z.dtype).unsqueeze(1)], 1)
+    elif loss == FORWARD_TRUNCATED:
+        student, teacher = z.log_softmax(1).gather(1, problem.ids), logprobs
     elif loss == RENORMALIZED:
         student = z.gather(1, problem.ids).log_softmax(1)
         teacher = logprobs.log_softmax(1)
@@ -171,6 +174,8 @@ def row_losses(loss: str, z: Tensor, problem: Problem, weight: Tensor) -> Tensor
             return -logprob
         assert loss == POLICY_GRADIENT, loss
         return -(problem.label_logprobs.to(z.dtype) - logprob.detach()) * logprob
+    if loss in (FORWARD_KL, FORWARD_TRUNCATED):
+        student, teacher = teacher, student
     return (student.exp() * (student - teacher)).sum(1)
 
 

@@ -16,17 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from benchmarks.harness import Outcome, Prepared, Variant
+from benchmarks.clock import Outcome, Prepared
+from benchmarks.harness import Variant
 from benchmarks.problems import (
     CROSS_ENTROPY,
     DENSE_KL,
+    FORWARD_KL,
+    FORWARD_TRUNCATED,
     POLICY_GRADIENT,
     RENORMALIZED,
     REVERSE_KL,
     Problem,
     wide_mm,
+)
+from benchmarks.projects import (
+    advantage_times_logprob,
+    bucket_forward,
+    eager,
+    eager_renormalised,
+    full,
+    in_chunks,
+    renormalised,
+    tail_bucket,
+    teacher,
+    truncated_forward,
 )
 from lopd_kernels import (
     linear_cross_entropy,
@@ -35,6 +49,12 @@ from lopd_kernels import (
 )
 
 Loss = Callable[[Problem, Tensor, Tensor], Tensor]  # (problem, hidden, weight) -> mean loss
+FORMS: dict[str, dict[str, Any]] = {
+    REVERSE_KL: {},
+    RENORMALIZED: {"tail": "renormalize"},
+    FORWARD_KL: {"divergence": "forward_kl"},
+    FORWARD_TRUNCATED: {"divergence": "forward_kl", "tail": "truncate"},
+}
 EAGER_BYTES = 26  # per logit: bf16 and fp32 logits, log-softmax, and their gradients
 
 
@@ -74,20 +94,27 @@ def sparse(
     return value
 
 
-def ours(name: str, *, frozen: bool = False, buffered: bool = False, **options: Any) -> Variant:
-    """The reverse KL with a tail bucket, or with `tail="renormalize"` the renormalised one."""
+def ours(
+    name: str,
+    loss: str = REVERSE_KL,
+    *,
+    frozen: bool = False,
+    buffered: bool = False,
+    **options: Any,
+) -> Variant:
+    """`linear_sparse_divergence` in the form that the loss asks for."""
+    options = {**FORMS[loss], **options}
 
     def prepare(problem: Problem) -> Prepared:
         given = {"weight_grad_buffer": problem.buffer} if buffered else {}
-        loss = partial(sparse, **options, **given)
-        return backward(loss, problem, frozen=frozen, buffer=given.get("weight_grad_buffer"))
+        run = partial(sparse, **options, **given)
+        return backward(run, problem, frozen=frozen, buffer=given.get("weight_grad_buffer"))
 
     @torch.no_grad()
     def rows(problem: Problem) -> Tensor:
         given = {**options, "reduction": "none", "row_weights": None}
         return sparse(problem, problem.hidden, problem.weight, **given)
 
-    loss = RENORMALIZED if options.get("tail") == "renormalize" else REVERSE_KL
     setting = "frozen" if frozen else "buffer" if buffered else "full"
     gemms = 2 if frozen else 3
     return Variant(name, "ours", loss, prepare, row_losses=rows, gemms=gemms, setting=setting)
@@ -149,37 +176,9 @@ def floors(*counts: str) -> list[Variant]:
 
 # eager PyTorch
 
-Teacher = tuple[Tensor, Tensor, Tensor]  # ids [N, K], logprobs [N, K], tail [N]
-
-
-def teacher(problem: Problem) -> Teacher:
-    return problem.ids, problem.logprobs, problem.tail
-
-
-def tail_bucket(logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
-    """[N] reverse KL from fp32 logits, as log_softmax, gather and 1 - sum."""
-    student = logits.log_softmax(1).gather(1, ids)
-    rest = torch.log1p(-student.exp().sum(1).clamp(max=1.0 - 2.0**-23))
-    listed = (student.exp() * (student - logprobs)).sum(1)
-    return listed + rest.exp() * (rest - tail)
-
-
-def renormalised(logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
-    """[N] reverse KL over the list, through a full log-softmax and gather."""
-    student = logits.log_softmax(1).gather(1, ids).log_softmax(1)
-    return (student.exp() * (student - logprobs.log_softmax(1))).sum(1)
-
 
 def narrow_loss(hidden: Tensor, weight: Tensor, *given: Tensor) -> Tensor:
     return tail_bucket((hidden @ weight.t()).float(), *given).mean()
-
-
-def eager(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
-    return narrow_loss(hidden, weight, *teacher(problem))
-
-
-def eager_renormalised(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
-    return renormalised((hidden @ weight.t()).float(), *teacher(problem)).mean()
 
 
 def eager_wide(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -197,21 +196,6 @@ def compile_loss() -> Callable[..., Tensor]:
 
 def compiled(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
     return compile_loss()(hidden, weight, *teacher(problem))
-
-
-def chunked(problem: Problem, hidden: Tensor, weight: Tensor, *, rows: int, wide: bool) -> Tensor:
-    """Checkpointed chunks of rows, with bf16 GEMMs or with operands widened to fp32."""
-
-    def total(part: Tensor, weight: Tensor, *given: Tensor) -> Tensor:
-        logits = part.float() @ weight.float().t() if wide else (part @ weight.t()).float()
-        return tail_bucket(logits, *given).sum()
-
-    value = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(hidden), rows):
-        some = slice(start, start + rows)
-        given = (x[some] for x in teacher(problem))
-        value = value + checkpoint(total, hidden[some], weight, *given, use_reentrant=False)
-    return value / len(hidden)
 
 
 # peers
@@ -281,11 +265,29 @@ def eager_variants() -> list[Variant]:
         peer("eager, bf16 logits", REVERSE_KL, eager, **size),
         peer("eager, fp32 logits", REVERSE_KL, eager_wide, "fp32", **size),
         peer("torch.compile, bf16 logits", REVERSE_KL, compiled, missing=on_cuda_only, **size),
-        peer("eager, 1024-row chunks", REVERSE_KL, partial(chunked, rows=1024, wide=False)),
-        peer("eager, 256-row fp32 chunks", REVERSE_KL, partial(chunked, rows=256, wide=True),
-             "fp32"),
-        peer("eager, renormalised top-k", RENORMALIZED, eager_renormalised, **size),
+        peer("eager, 1024-row chunks", REVERSE_KL, partial(in_chunks, tail_bucket, rows=1024)),
+        peer("eager, 256-row fp32 chunks", REVERSE_KL,
+             partial(in_chunks, tail_bucket, rows=256, wide=True), "fp32"),
         peer("eager cross-entropy", CROSS_ENTROPY, eager_cross_entropy, **size),
+    ]  # fmt: skip
+
+
+def project_variants() -> list[Variant]:
+    """What OPD's projects run, each with the projects that run it."""
+    size = {"bytes_per_logit": EAGER_BYTES}
+    return [
+        peer("sampled token", POLICY_GRADIENT, partial(full, advantage_times_logprob),
+             note="as Lightning OPD, slime and tinker", **size),
+        peer("top-k forward KL", FORWARD_TRUNCATED, partial(full, truncated_forward),
+             note="as verl", **size),
+        peer("top-k forward KL, 1024-row chunks", FORWARD_TRUNCATED,
+             partial(in_chunks, truncated_forward, rows=1024), note="as VeOmni"),
+        peer("top-k and tail forward KL", FORWARD_KL, partial(full, bucket_forward),
+             note="as TRL with a teacher server, Megatron-LM and DistillKit", **size),
+        peer("renormalised top-k", RENORMALIZED, eager_renormalised,
+             note="as NeMo-RL and ms-swift", **size),
+        peer("renormalised top-k, 1024-row chunks", RENORMALIZED,
+             partial(in_chunks, renormalised, rows=1024), note="as axolotl"),
     ]  # fmt: skip
 
 
@@ -317,7 +319,9 @@ def own_variants() -> list[Variant]:
         ours("ours, 8 GiB", workspace_bytes=8 << 30),
         ours("ours, gradient buffer", buffered=True),
         ours("ours, frozen weight", frozen=True),
-        ours("ours, renormalised top-k", tail="renormalize"),
+        ours("ours, renormalised top-k", RENORMALIZED),
+        ours("ours, forward KL", FORWARD_KL),
+        ours("ours, top-k forward KL", FORWARD_TRUNCATED),
         Variant("ours, policy gradient", "ours", POLICY_GRADIENT,
                 partial(backward, ours_policy_gradient)),
         Variant("ours, cross-entropy", "ours", CROSS_ENTROPY,
@@ -326,7 +330,8 @@ def own_variants() -> list[Variant]:
 
 
 def competitors() -> list[Variant]:
-    return [*floors("three", "two"), *own_variants(), *eager_variants(), *peer_variants()]
+    others = [*eager_variants(), *project_variants(), *peer_variants()]
+    return [*floors("three", "two"), *own_variants(), *others]
 
 
 def divergences() -> list[Variant]:

@@ -1,14 +1,17 @@
 """Every benchmark at toy size: it runs, and its bars can be missed."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import cache, demo_seeds, fused_loss, readme
+from benchmarks.problems import Shape
 from benchmarks.variants import ours
 from lopd.report import DISTILLED, FINE_TUNED, ONLINE
 
@@ -29,14 +32,35 @@ def test_the_fused_loss_is_measured(tmp_path):
 def test_a_wrong_fused_loss_is_not_measured(monkeypatch, capsys):
     wrong = ours("fused", divergence="forward_kl")
     monkeypatch.setitem(fused_loss.VARIANTS, "fused", wrong)
-    monkeypatch.setattr(sys, "argv", ["fused_loss", "--quick"])
-    assert fused_loss.main() == 1
+    assert fused_loss.main(["--quick"]) == 1
     printed = capsys.readouterr()
     assert "dweight_error" in printed.err and not printed.out
 
 
-def test_the_vocabularies_end_with_the_one_that_has_bars():
-    assert [shape.vocab for shape in fused_loss.FULL] == [32000, 128256, 151936]
+def test_only_the_largest_vocabulary_has_bars(monkeypatch, capsys):
+    """And every row's command measures that row: its vocabulary, its threads."""
+    slow = {"time_ratio": 2.0, "memory_ratio": 0.1}
+    monkeypatch.setattr(fused_loss, "measure", lambda shape: {**slow, "vocab": shape.vocab})
+    threads = str(torch.get_num_threads())
+    assert fused_loss.main(["--vocab", "32000", "--threads", threads]) == 0
+    assert fused_loss.main(["--vocab", "151936", "32000", "--threads", threads]) == 1
+    for row in map(json.loads, capsys.readouterr().out.splitlines()):
+        head, flags = row["command"].split(" --", 1)
+        args = fused_loss.parse(shlex.split("--" + flags))
+        assert head == "python -m benchmarks.fused_loss"
+        assert (args.vocab, args.threads) == ([row["vocab"]], int(threads))
+
+
+def test_a_peak_before_the_call_is_not_its_own(monkeypatch):
+    """Making the inputs may take more than the call does."""
+    small, make = Shape(rows=8, hidden=8, vocab=64, topk=2), fused_loss.problem
+
+    def with_a_peak(shape):
+        torch.ones(64 << 20, dtype=torch.float32).sum()  # 256 MiB, gone before the call
+        return make(shape)
+
+    monkeypatch.setattr(fused_loss, "problem", with_a_peak)
+    assert fused_loss.measure_peak("fused", small) < 64
 
 
 @pytest.mark.parametrize("path", readme.DOCUMENTS, ids=lambda path: path.name)

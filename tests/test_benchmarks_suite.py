@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks import bars, correctness, figures, gpu_suite, harness, variants
+from benchmarks import bars, correctness, figures, gpu_suite, harness, projects, variants
 from benchmarks.harness import Variant
 from benchmarks.problems import REVERSE_KL
 from benchmarks.roofline import TARGET
@@ -183,7 +183,7 @@ def test_a_part_that_is_cut_off_keeps_its_rows(tmp_path):
         recorder.deadline = 0.0
         return "gone"
 
-    first = variants.peer("first", "a", variants.eager, missing=times_out)
+    first = variants.peer("first", "a", projects.eager, missing=times_out)
     part = (1, lambda suite: suite.measure("x", suite.problem(), [first, variants.ours("ours")]))
     gpu_suite.PARTS["x"] = part
     try:
