@@ -96,8 +96,8 @@ class DistillConfig(WatchOptions):
         self.objective_at(1.0)
         if self.refresh_every < 0 or (self.refresh_every > 0) != (self.teacher is not None):
             raise ConfigError(
-                f"refresh_every: found {self.refresh_every} with teacher {self.teacher!r}; expected "
-                "a positive number and the teacher that scored the cache, or neither"
+                f"refresh_every: found {self.refresh_every} with teacher {self.teacher!r}; "
+                "expected a positive number and the teacher that scored the cache, or neither"
             )
         if self.refresh_batch_size < 1:
             raise ConfigError(
@@ -151,9 +151,7 @@ def main(config: DistillConfig) -> Path:
             f"{temperature}; leave it out, or score the rollouts again at that temperature"
         )
     base = describe_model(config.student, dtype=config.dtype, engine="transformers")
-    inputs: dict[str, Any] = {
-        "cache": {"digest": cache.digest(), "model": cache.manifest["model"]}
-    }
+    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), "model": cache.manifest["model"]}}
     digests = {"cache": inputs["cache"]["digest"]}
     refresh, teacher = _refresh(config, cache, base["weights"])
     if teacher is not None:

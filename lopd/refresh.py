@@ -241,7 +241,7 @@ class WindowDataset(StepDataset):
                 if first < step:
                     raise ShardError(
                         f"{folder}: gone or altered, and checkpoint-{step} lies within that "
-                        "window; restore it, or remove the checkpoint to continue from an earlier one"
+                        "window; restore it, or remove the checkpoint to go on from an earlier one"
                     )
                 sequences = [sequence_of(item) for item in self.dataset.__getitems__(wanted)]
                 writer.write(0, self.trainer.renew(sequences, first // refresh.every))
