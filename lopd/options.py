@@ -112,6 +112,10 @@ class TrainOptions(LoraOptions):
     mixed_precision: Literal["none", "bf16"] = field(
         default="none", metadata={"help": "bf16: float32 weights, bfloat16 matrix products."}
     )
+    fsdp: bool = field(
+        default=False,
+        metadata={"help": "Shard weights, gradients and optimizer over the processes (FSDP2)."},
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "Of weights, gradients and optimizer: float32 or bfloat16."},
@@ -226,6 +230,8 @@ class TrainOptions(LoraOptions):
             gradient_checkpointing=self.gradient_checkpointing,
             optim=self.optim,
             bf16=self.mixed_precision == "bf16",
+            fsdp=self.fsdp,
+            fsdp_config={"state_dict_type": "FULL_STATE_DICT"} if self.fsdp else None,
             use_cpu=device.type == "cpu",
             seed=self.seed,
             save_strategy="steps" if self.save_every else "no",

@@ -38,7 +38,9 @@ from lopd.workers import Worker, this_worker
 RECIPE_NAME = "recipe.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_NAME = "adapter"  # of a LoRA run, beside the model that it was merged into
-STATE_FILES = ("optimizer.pt", "scheduler.pt", WINDOW_NAME)
+STATE_FILES = ("scheduler.pt", WINDOW_NAME)
+OPTIMIZER = "optimizer.pt"
+SHARDED = ("pytorch_model_fsdp.bin", "optimizer.bin")  # both whole, as accelerate gathers them
 RANDOM_STATES = "rng_state*.pth"  # one a process
 # How a run is carried out and where things are; inputs count by their digests.
 NOT_RECIPE = frozenset(
@@ -76,6 +78,8 @@ def begin(config: Any, *, base: dict[str, Any], **inputs: str) -> Path | None:
         ShardError: another process trains there, or the folder cannot be written.
     """
     worker = this_worker(None)
+    if worker.alone and config.fsdp:
+        raise ConfigError("fsdp: found one process; expected several, by torchrun, to shard over")
     if worker.alone:
         return _claim(config, base, inputs, worker)
     from accelerate import PartialState
@@ -170,7 +174,9 @@ def is_whole(checkpoint: Path) -> bool:
         states = [*checkpoint.glob(RANDOM_STATES)]
         if not states:
             return False
-        for state_file in (*states, *(checkpoint / name for name in STATE_FILES)):
+        optimizer = SHARDED if (checkpoint / SHARDED[0]).exists() else (OPTIMIZER,)
+        names = (*STATE_FILES, *optimizer)
+        for state_file in (*states, *(checkpoint / name for name in names)):
             with zipfile.ZipFile(state_file):
                 pass
         adapted = (checkpoint / ADAPTER_CONFIG).exists()
@@ -234,9 +240,9 @@ def train(
                 _put_torn_aside(Path(config.out), checkpoint)
         trainer.accelerator.wait_for_everyone()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        whole = trainer.whole_state() if config.fsdp else None
         if first:
-            keep_best = trainer.holdout is not None and trainer.holdout.keep_best
-            model = _best_model(config, trainer, model_path) if keep_best else trainer.model
+            model = _result(config, trainer, model_path, whole)
             with saving(config.out):
                 if config.lora_rank:
                     model.save_pretrained(Path(config.out) / ADAPTER_NAME)
@@ -259,6 +265,23 @@ def train(
 
         told |= refresh_summary(refresh, history)
     return told
+
+
+def _result(config: Any, trainer: Any, model_path: str, whole: Any) -> Any:
+    """The model that the run ends with, with its adapters if it has any.
+
+    Args:
+        whole: weights of the last step, where `trainer.model` has a share of each alone.
+    """
+    if trainer.holdout is not None and trainer.holdout.keep_best:
+        return _best_model(config, trainer, model_path)
+    if whole is None:
+        return trainer.model
+    model = load_model(model_path, dtype=config.dtype, device="cpu")
+    if config.lora_rank:
+        model = add_lora(model, config)
+    model.load_state_dict(whole)
+    return model
 
 
 def _best_model(config: Any, trainer: Any, model_path: str) -> Any:
@@ -285,7 +308,8 @@ def _trainer(
     from lopd.watch import Holdout, StaleWatch
 
     local_rank = this_worker(None).local_rank
-    model = load_model(model_path, dtype=config.dtype, device=config.device, local_rank=local_rank)
+    device = "cpu" if config.fsdp else config.device  # the whole may not fit on one GPU
+    model = load_model(model_path, dtype=config.dtype, device=device, local_rank=local_rank)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     if config.lora_rank:
         torch.manual_seed(config.seed)  # of the adapters' initial values

@@ -85,11 +85,10 @@ def write_model(folder: Path, size: dict[str, int], seed: int) -> Path:
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
         initializer_range=0.05,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **size,
+        **{"tie_word_embeddings": True, **size},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
@@ -78,7 +79,8 @@ class LopdTrainer(Trainer):
 
     Raises:
         ModelError: `check_head`, `check_trainable` or `check_packing` refuses the model.
-        ConfigError: a sequence is longer than a pack; DataParallel, DeepSpeed or FSDP.
+        ConfigError: a sequence is longer than a pack; DataParallel, DeepSpeed, or `fsdp` where
+            accelerate cannot shard.
         ShardError: a checkpoint or the log cannot be written.
     """
 
@@ -100,12 +102,10 @@ class LopdTrainer(Trainer):
         for found, wanted in (
             ("DataParallel", args.n_gpu > 1),
             ("DeepSpeed", args.deepspeed),
-            ("FSDP", args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"),
+            ("FSDP by accelerate's settings", os.environ.get("ACCELERATE_USE_FSDP") == "true"),
         ):
             if wanted:
-                raise ConfigError(
-                    f"{found}: expected one process a GPU with the whole model in each, by torchrun"
-                )
+                raise ConfigError(f"{found}: expected one process a GPU, by torchrun, fsdp or not")
         check_trainable(model)
         args = copy.copy(args)  # Trainer is to count one batch a step
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
@@ -125,6 +125,8 @@ class LopdTrainer(Trainer):
             ),
             **kwargs,
         )
+        if args.fsdp:
+            self._check_sharding(args)
         model.config.use_cache = use_cache  # Trainer's would be saved with the result
         self.model_accepts_loss_kwargs = True  # losses come normalised by num_items
         self.objective, self.holdout = objective, holdout
@@ -137,6 +139,22 @@ class LopdTrainer(Trainer):
         check_head(model)
         if self.max_tokens is not None:
             self.attention = pack_attention(model, attention, args.device)
+
+    def _check_sharding(self, args: TrainingArguments) -> None:
+        accelerator = self.accelerator
+        if not accelerator.is_fsdp2:
+            raise ConfigError(
+                f"fsdp: found {args.world_size} processes on {args.device.type}; accelerate shards "
+                "over several GPUs alone: start several by torchrun, or leave it out"
+            )
+        if args.bf16:  # accelerate's policy would round the loss, and the sums of gradients
+            accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """Weights on the CPU, in the first process; to be called in all of them."""
+        return self.accelerator.get_state_dict(self.model)
 
     def gather(self, value: Any) -> list[Any]:
         """A value of every process, in order."""
@@ -182,11 +200,14 @@ class LopdTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One optimizer step's micro-batches, forward and backward."""
+        """One optimizer step's micro-batches, forward and backward.
+
+        Where gradients are sharded each is reduced at once: waiting would hold whole ones.
+        """
         losses = []
         for number, batch in enumerate(inputs, 1):
-            last = number == len(inputs)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            sync = number == len(inputs) or self.is_fsdp_enabled
+            with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, batch, num_items_in_batch))
         return torch.stack(losses).sum()
 

@@ -17,8 +17,8 @@ def describe(model):
     return describe_model(model, dtype="float32", engine="transformers")
 
 
-def write_model(folder, seed=0):
-    return toy.write_model(folder, SIZE, seed=seed)
+def write_model(folder, seed=0, **changes):
+    return toy.write_model(folder, {**SIZE, **changes}, seed=seed)
 
 
 def write_sequences(folder, model, kind="rollouts", seed=0, truncated=(), vocab=VOCAB):
@@ -82,10 +82,13 @@ def score(rollout, rng, vocab, k=4):
     )
 
 
-def write_pipeline(folder):
-    """Teacher, declared student, its rollouts and their scores: what `lopd distill` reads."""
+def write_pipeline(folder, **changes):
+    """Teacher, declared student, its rollouts and their scores: what `lopd distill` reads.
+
+    `changes` are of the student's config.
+    """
     teacher = write_model(folder / "teacher", seed=1)
-    student = write_model(folder / "student", seed=2)
+    student = write_model(folder / "student", seed=2, **changes)
     declare(student, teacher=teacher)
     rollouts = write_sequences(folder / "rollouts", student)
     write_cache(folder / "cache", teacher, rollouts)

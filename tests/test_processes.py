@@ -11,19 +11,32 @@ import pytest
 import torch
 from helpers_artefacts import write_pipeline
 from helpers_training import largest_difference, weights
+from safetensors.torch import load_file
 
 from lopd import distill
 from lopd.errors import ConfigError
 from lopd.models import load_model
 from lopd.provenance import read_manifest
-from lopd.runs import checkpoints, is_whole
+from lopd.runs import ADAPTER_WEIGHTS, checkpoints, is_whole
 
 SETTINGS = {"learning_rate": 1e-2, "max_steps": 5, "device": "cpu", "log_every": 1, "save_every": 2}
 # Through a command of its own: argv[1] is the step at which the second process dies, 0 for never.
+# accelerate passes a request to shard over when the processes are on a CPU; here it must not.
 RUN = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+init = AcceleratorState.__init__
+def __init__(self, *args, fsdp_plugin=None, **kwargs):
+    init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self.mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self.mixed_precision)
+AcceleratorState.__init__ = __init__
 from lopd.cli import main
 from lopd.trainer import LopdTrainer
 step = LopdTrainer.training_step
@@ -66,18 +79,33 @@ def log_of(out):
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
-def test_two_processes_equal_one_also_when_killed_and_resumed(pipeline, tmp_path):
-    """Packed, 12 sequences less the held-out ones: steps of 4, the last of an epoch shorter."""
-    changes = {"holdout": 2, "eval_steps": 2, "max_tokens_per_batch": 64}
-    alone = distill.main(config(pipeline, tmp_path / "alone", batch_size=4, **changes))
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    out = tmp_path / "two"
-    changes["batch_size"] = 2
+# Packed, 12 sequences less the held-out ones: steps of 4, the last of an epoch shorter.
+PACKED = {"holdout": 2, "eval_steps": 2, "max_tokens_per_batch": 64}
+
+
+@pytest.fixture(scope="module")
+def alone(pipeline, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "out"
+    return distill.main(config(pipeline, out, batch_size=4, **PACKED))
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    file = tmp_path_factory.mktemp("script") / "run.py"
+    file.write_text(RUN)
+    return file
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one_also_when_killed_and_resumed(
+    pipeline, alone, script, tmp_path, fsdp
+):
+    out, changes = tmp_path / "two", {**PACKED, "batch_size": 2, "fsdp": fsdp}
     done = in_two_processes(script, pipeline, out, killed_at=4, **changes)
     assert done.returncode != 0 and str(-signal.SIGKILL) in done.stderr
     assert [folder.name for folder in checkpoints(out)] == ["checkpoint-2"]
     assert is_whole(checkpoints(out)[0])
+    assert (checkpoints(out)[0] / "pytorch_model_fsdp.bin").exists() == fsdp
     done = in_two_processes(script, pipeline, out, **changes)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("continues from checkpoint-2") == 1
@@ -94,6 +122,50 @@ def test_two_processes_equal_one_also_when_killed_and_resumed(pipeline, tmp_path
         for name in entry:
             assert other[name] == pytest.approx(entry[name], rel=2e-3, abs=1e-6), name
     assert read_manifest(out)["training"] == read_manifest(alone)["training"]
+
+
+def test_sharded_adapters_equal_those_of_one_process(script, tmp_path):
+    """On the head too, cut into more micro-batches than one a step, killed and resumed."""
+    pipeline = write_pipeline(tmp_path / "pipeline", tie_word_embeddings=False)
+    changes = {"lora_rank": 3, "lora_targets": "q_proj,down_proj,lm_head"}
+    alone = distill.main(config(pipeline, tmp_path / "alone", batch_size=4, **changes))
+    changes |= {"fsdp": True, "batch_size": 1, "gradient_accumulation_steps": 2}
+    done = in_two_processes(script, pipeline, tmp_path / "two", killed_at=4, **changes)
+    assert done.returncode != 0 and is_whole(tmp_path / "two" / "checkpoint-2")
+    done = in_two_processes(script, pipeline, tmp_path / "two", **changes)
+    assert done.returncode == 0, done.stderr
+    for part, name in (("", "model.safetensors"), ("adapter", ADAPTER_WEIGHTS)):
+        one, two = (load_file(out / part / name) for out in (alone, tmp_path / "two"))
+        assert largest_difference(one, two) < 1e-5
+    start, one = (load_file(f / "model.safetensors") for f in (pipeline / "student", alone))
+    assert largest_difference(start, one) > 1e-3
+
+
+def test_mixed_precision_does_not_round_the_loss_of_a_sharded_model(pipeline, script, tmp_path):
+    changes = {"fsdp": True, "mixed_precision": "bf16", "max_steps": 2, "save_every": 0}
+    done = in_two_processes(script, pipeline, tmp_path / "out", batch_size=2, **changes)
+    assert done.returncode == 0, done.stderr
+    exact = distill.main(config(pipeline, tmp_path / "exact", batch_size=4, max_steps=2))
+    for entry, other in zip(log_of(tmp_path / "out"), log_of(exact), strict=True):
+        loss = torch.tensor(entry["loss"])
+        assert loss.item() == pytest.approx(other["loss"], rel=2e-2)
+        assert loss != loss.bfloat16().float()
+
+
+def test_sharding_is_refused_where_there_is_nothing_to_shard_over(pipeline, tmp_path):
+    with pytest.raises(ConfigError, match="fsdp: found one process; expected several"):
+        distill.main(config(pipeline, tmp_path / "out", fsdp=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_request_that_accelerate_passes_over_is_refused(pipeline, script, tmp_path):
+    plain = tmp_path / "plain.py"
+    plain.write_text(RUN.replace("AcceleratorState.__init__ = __init__\n", ""))
+    done = in_two_processes(plain, pipeline, tmp_path / "out", fsdp=True)
+    assert done.returncode != 0
+    assert (
+        "fsdp: found 2 processes on cpu; accelerate shards over several GPUs alone" in done.stderr
+    )
 
 
 def test_a_run_of_two_processes_is_not_continued_by_one(pipeline, tmp_path, monkeypatch):
