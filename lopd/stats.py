@@ -19,6 +19,9 @@ from torch import Tensor
 
 # Names of the three sums, and of the share that they make.
 ESS = {"token_moments": "ess_tokens", "sequence_moments": "ess_sequences"}
+# Pairs of sums whose ratio is told, [2] or [2, len(POSITIONS)].
+RATIOS = ("topk_overlap", "divergence_from")
+POSITIONS = (0, 16, 64, 256, 1024, 4096, 16384)  # where parts of an answer begin
 
 
 def sequence_sums(
@@ -27,6 +30,29 @@ def sequence_sums(
     count: int,
 ) -> Tensor:  # [count]
     return rows.new_zeros(count).index_add_(0, sequence_index, rows)
+
+
+def positions_of(
+    sequence_index: Tensor,  # [N], the rows of a sequence together
+    count: int,
+) -> Tensor:  # [N]
+    """Place of each row among those of its sequence, from 0."""
+    lengths = torch.bincount(sequence_index, minlength=count)
+    starts = lengths.cumsum(0) - lengths
+    return torch.arange(len(sequence_index), device=lengths.device) - starts[sequence_index]
+
+
+def by_position(
+    rows: Tensor,  # [N]
+    row_weights: Tensor,  # [N]
+    sequence_index: Tensor,  # [N]
+    count: int,
+) -> Tensor:  # [2, len(POSITIONS)]
+    """Weighted sums of the rows, and sums of their weights, in each part of the answers."""
+    starts = torch.tensor(POSITIONS, device=rows.device)
+    part = torch.searchsorted(starts, positions_of(sequence_index, count), right=True) - 1
+    pair = torch.stack([row_weights * rows, row_weights])
+    return pair.new_zeros(2, len(POSITIONS)).index_add_(1, part, pair)
 
 
 def drift_moments(
@@ -53,6 +79,17 @@ def _share(moments: Tensor) -> float:
     return math.exp(2 * first - none - second)
 
 
+def _ratios(name: str, pair: Tensor) -> dict[str, float]:
+    """Those of parts that have any weight."""
+    if pair.dim() == 1:
+        pair, names = pair[:, None], [name]
+    else:
+        names = [f"{name}_{start}" for start in POSITIONS]
+    sums, weights = pair.tolist()
+    found = zip(names, sums, weights, strict=True)
+    return {name: total / weight for name, total, weight in found if weight}
+
+
 WINDOW_NAME = "window.pt"  # in a checkpoint: the statistics since the last log
 Gather = Callable[[Any], list[Any]]
 
@@ -70,8 +107,8 @@ def _together(name: str, first: Tensor | None, second: Tensor) -> Tensor:
 class StatsWindow:
     """Statistics since the last log: means over optimizer steps, and loss tokens per second.
 
-    Effective sample sizes are of all tokens and sequences since the last log. Each process adds
-    its own micro-batches; what is told is of all of them.
+    Effective sample sizes and ratios are of all tokens and sequences since the last log. Each
+    process adds its own micro-batches; what is told is of all of them.
 
     Args:
         gather: a value of this process to those of every process, in order; called by all of
@@ -127,10 +164,14 @@ class StatsWindow:
     def pop(self) -> dict[str, float]:
         """What was added since the last call."""
         sums, tokens = self._totals()
-        means = {
-            ESS.get(name, name): _share(value) if name in ESS else value.item() / self._steps
-            for name, value in sums.items()
-        }
+        means: dict[str, float] = {}
+        for name, value in sums.items():
+            if name in ESS:
+                means[ESS[name]] = _share(value)
+            elif name in RATIOS:
+                means |= _ratios(name, value)
+            else:
+                means[name] = value.item() / self._steps
         means["tokens_per_second"] = tokens / (time.perf_counter() - self._began)
         self._reset()
         return means

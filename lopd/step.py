@@ -14,7 +14,8 @@ from lopd.attention import pack_kwargs
 from lopd.data import Batch
 from lopd.errors import ConfigError, DataError
 from lopd.heads import HeadOptions, run_with_loss, run_with_loss_and_router
-from lopd.stats import drift_moments, sequence_sums
+from lopd.probe import probed_rows, topk_overlap
+from lopd.stats import by_position, drift_moments, sequence_sums
 from lopd_kernels import (
     linear_cross_entropy,
     linear_logprobs,
@@ -188,9 +189,11 @@ def step(
                 rows, weight, batch["labels"], row_weights=weights, reduction="sum", **options
             )
             return loss, {}
-        if objective.name == "policy_gradient":
-            return _policy_gradient(rows, weight, batch, objective, options)
-        return _sparse_divergence(rows, weight, batch, objective, options)
+        form = _policy_gradient if objective.name == "policy_gradient" else _sparse_divergence
+        loss, by_row = form(rows, weight, batch, objective, options)
+        if torch.is_grad_enabled():
+            by_row["topk_overlap"] = _overlap(rows, weight, batch, options)
+        return loss, by_row
 
     inputs = model_inputs(batch)
     router: Tensor | None = None
@@ -198,13 +201,19 @@ def step(
         (loss, by_row), router = run_with_loss_and_router(model, inputs, loss_fn)
     else:  # a measurement: the router's loss belongs to training alone
         loss, by_row = run_with_loss(model, inputs, loss_fn)
+    overlap = by_row.pop("topk_overlap", None)
     by_row = {name: row.detach() for name, row in by_row.items()}
     if (log_ratio := by_row.get("log_ratio_to_rollout")) is not None:
         by_row["abs_log_ratio_to_rollout"] = log_ratio.abs()
+    divergence = by_row.pop("divergence", None)
     stats = {name: (weights * row).sum() / num_items for name, row in by_row.items()}
+    index, count = batch["sequence_index"], len(batch["sequence_names"])
     if log_ratio is not None:
-        count = len(batch["sequence_names"])
-        stats |= drift_moments(log_ratio, weights, batch["sequence_index"], count)
+        stats |= drift_moments(log_ratio, weights, index, count)
+    if divergence is not None:
+        stats["divergence_from"] = by_position(divergence, weights, index, count)
+    if overlap is not None:
+        stats["topk_overlap"] = overlap
     if router is not None:
         share = router * weights.sum() / num_items
         stats["router_loss"] = share.detach()
@@ -241,6 +250,7 @@ def _sparse_divergence(
     )
     loss, stats = result
     reported = {
+        "divergence": stats.loss,
         "teacher_tail": batch["tail_logprobs"].exp(),
         **_teacher_entropy(batch),
     }
@@ -313,6 +323,7 @@ def _policy_gradient(
         logprobs, entropy, ratio = stats.logprobs, stats.student_entropy, stats.importance
     advantages = batch["teacher_logprobs"] - logprobs
     reported = {
+        "divergence": -advantages,  # of one sample: its mean is the reverse KL
         "advantage": advantages,
         "advantage_squared": advantages.square(),
         "student_entropy": entropy,
@@ -326,6 +337,13 @@ def _policy_gradient(
     if clip is not None:
         reported["share_clipped"] = (advantages.abs() > clip).float()
     return loss, reported
+
+
+def _overlap(rows: Tensor, weight: Tensor, batch: Batch, options: dict[str, Any]) -> Tensor:
+    part = probed_rows(batch["sequence_names"], batch["sequence_index"])
+    return topk_overlap(
+        rows.detach()[part], weight, batch["topk_ids"][part], batch["row_weights"][part], options
+    )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ LAYERS = [
     {"errors"},
     {"files", "tables", "stats", "batching", "router"},
     {"models", "prompts", "settings", "heads", "provenance", "workers"},
-    {"cache", "attention", "lora", "flops"},
+    {"cache", "attention", "lora", "flops", "probe"},
     {"data", "dumps", "engines"},
     {"options", "step", "estimate", "noise", "judge"},
     {"watch", "loop", "kl", "dryrun"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"demo"},
     {"cli"},
 ]
-USES_KERNELS = {"step", "engines", "plan"}
+USES_KERNELS = {"step", "engines", "plan", "probe"}
 KERNEL_LAYERS = [
     {"_triton"},
     {"divergence", "matmul", "reference"},
