@@ -7,7 +7,8 @@
 
 Their sum is the peak where gradients are accumulated, and a bound of it where they are not.
 Every token bears loss and every sequence is as long as `sequence_length`. Not counted are the
-CUDA context, what single operators hold for a moment, and what the allocator leaves unused.
+CUDA context, what single operators hold for a moment, and what the allocator leaves unused:
+for these a share of the memory, `reserve`, is kept free.
 """
 
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ class PlanConfig(LoraOptions):
 
     model: str = field(metadata={"help": "The student's folder; its config.json is enough."})
     gpu_memory: str = field(metadata={"help": "Memory of the GPU: 24GiB, 80GB, 24000MiB, bytes."})
+    reserve: float = field(
+        default=0.05, metadata={"help": "Share of it kept free for what no part counts."}
+    )
     dtype: str = field(default="float32", metadata={"help": "As in training."})
     batch_size: int = field(default=8, metadata={"help": "Sequences in a micro-batch."})
     sequence_length: int = field(default=4096, metadata={"help": "Tokens of a whole sequence."})
@@ -69,6 +73,8 @@ class PlanConfig(LoraOptions):
         if resolve_dtype(self.dtype) == torch.float16:
             raise ConfigError("dtype: float16 weights are not trained; use float32 or bfloat16")
         parse_bytes("gpu_memory", self.gpu_memory)
+        if not 0 <= self.reserve < 1:
+            raise ConfigError(f"reserve: found {self.reserve}; expected a share in [0, 1)")
         if self.workspace_bytes is not None:
             parse_bytes("workspace_bytes", self.workspace_bytes)
 
@@ -252,10 +258,11 @@ def main(config: PlanConfig) -> None:
         MemoryPlanError: it does not fit.
         ConfigError, ModelError, MissingFileError: settings or a model that cannot be planned for.
     """
-    memory = parse_bytes("gpu_memory", config.gpu_memory)
+    installed = parse_bytes("gpu_memory", config.gpu_memory)
+    memory = int((1 - config.reserve) * installed)
     planner = Planner(meta_model(config.model, config.dtype, config))
     parts = planner.parts(config)
-    rows = [*vars(parts).items(), ("total", parts.total), ("gpu_memory", memory)]
+    rows = [*vars(parts).items(), ("total", parts.total), ("available", memory)]
     print("\n".join(f"{name:<12}{gib(size)}" for name, size in rows))
     if parts.total <= memory:
         print(f"fits, {gib(memory - parts.total).strip()} to spare")
@@ -270,5 +277,6 @@ def main(config: PlanConfig) -> None:
     if fitting is not None:
         advice = f"train with {changes(config, fitting)}"
     raise MemoryPlanError(
-        f"{config.model}: needs {gib(parts.total).strip()} of {gib(memory).strip()}; {advice}"
+        f"{config.model}: needs {gib(parts.total).strip()} of the {gib(memory).strip()} that a "
+        f"reserve of {config.reserve:.0%} leaves of {gib(installed).strip()}; {advice}"
     )

@@ -217,6 +217,9 @@ def test_it_says_whether_it_fits(folder, capsys):
         main(config(folder, gpu_memory="100kB"))
     table = capsys.readouterr().out
     assert f"total       {total / GIB:9.2f} GiB" in table and "--gradient_checkpointing" in table
+    main(config(folder, gpu_memory=str(total), reserve=0.0))
+    with pytest.raises(MemoryPlanError, match="that a reserve of 5% leaves of"):
+        main(config(folder, gpu_memory=str(total)))
 
 
 @pytest.mark.parametrize(("memory", "code"), [("8GiB", 0), ("100kB", 1), ("much", 2)])
@@ -230,6 +233,7 @@ def test_the_commands_code_says_so_too(folder, memory, code, capsys):
     [
         ({"batch_size": 0}, "batch_size: found 0"),
         ({"max_tokens_per_batch": 8}, "max_tokens_per_batch: found 8; expected at least"),
+        ({"reserve": 1.0}, "reserve: found 1.0"),
         ({"gpu_memory": "24 apples"}, "gpu_memory: found '24 apples'"),
         ({"workspace_bytes": "0"}, "workspace_bytes: found '0'"),
         ({"dtype": "float16"}, "float16"),
