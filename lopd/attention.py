@@ -12,6 +12,7 @@ Both, and transformers' flash_attention_2 and _3, get the sequences' ends from k
 """
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -74,12 +75,23 @@ def _unavailable(path: str, device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return f"it needs CUDA and 16-bit weights, found {device.type} and {dtype}; use sdpa"
     if path == "varlen":
-        if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-            return f"torch {torch.__version__} has no torch.nn.attention.varlen; use sdpa"
-        return ""
+        return (
+            ""
+            if _has_varlen()
+            else f"torch {torch.__version__} has no varlen_attn with a window; use sdpa"
+        )
     if not getattr(import_utils, f"is_{path.replace('attention', 'attn')}_available")():
         return "the package is not installed; install flash-attn, or use varlen or sdpa"
     return ""
+
+
+def _has_varlen() -> bool:
+    """Whether torch has it, and in the form that takes a scale and a window (2.10's does not)."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def _register() -> None:

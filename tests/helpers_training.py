@@ -61,6 +61,15 @@ def tiny_model(family="qwen3", seed=0, spread=1.0):
     return model.eval()
 
 
+def tiny_window():
+    """A random causal LM whose tokens see the last 4 alone."""
+    import transformers as t
+
+    size = {**SIZE, "num_key_value_heads": 1, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    return t.MistralForCausalLM(t.MistralConfig(**size, sliding_window=4)).eval()
+
+
 def tiny_moe(family, **changes):
     import transformers as t
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers_training import largest_difference, make_rollouts, make_scored, tiny_model
+from helpers_training import largest_difference, make_rollouts, make_scored, tiny_model, tiny_window
 
+from lopd import attention
 from lopd.attention import check_packing, pack_attention, varlen_attention
 from lopd.data import Collator
 from lopd.errors import ConfigError, ModelError
@@ -49,14 +50,8 @@ def test_packed_equals_padded(family, checkpointing):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
 def test_sequences_longer_than_a_window_see_no_further_than_it(family):
-    import transformers as t
-
     if family == "mistral":
-        size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40}
-        torch.manual_seed(0)
-        config = t.MistralConfig(**size, **heads, sliding_window=4)
-        model = t.MistralForCausalLM(config).eval()
+        model = tiny_window()
     else:
         model = tiny_model(family)
         model.config.sliding_window = 4
@@ -114,6 +109,15 @@ def test_what_needs_a_gpu_says_so(path):
         pack_attention(tiny_model(), path)
     with pytest.raises(ConfigError, match="found 'fast'; expected one of auto"):
         pack_attention(tiny_model(), "fast")
+
+
+def test_a_torch_whose_varlen_lacks_a_window_is_passed_over(monkeypatch):
+    import torch.nn.attention.varlen as varlen
+
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    assert attention._unavailable("varlen", device, dtype) == ""
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, is_causal=False: None)
+    assert "no varlen_attn with a window" in attention._unavailable("varlen", device, dtype)
 
 
 @pytest.mark.parametrize("window", [None, 4])
