@@ -270,6 +270,8 @@ def train(
 def _result(config: Any, trainer: Any, model_path: str, whole: Any) -> Any:
     """The model that the run ends with, with its adapters if it has any.
 
+    Another than the trainer's is on the CPU: the GPU still holds that one and its optimizer.
+
     Args:
         whole: weights of the last step, where `trainer.model` has a share of each alone.
     """
@@ -293,10 +295,10 @@ def _best_model(config: Any, trainer: Any, model_path: str) -> Any:
             "run the same command again, or remove the run's folder to begin again"
         )
     if not config.lora_rank:
-        return load_model(str(folder), dtype=config.dtype, device=config.device)
+        return load_model(str(folder), dtype=config.dtype, device="cpu")
     from peft import PeftModel
 
-    model = load_model(model_path, dtype=config.dtype, device=config.device)
+    model = load_model(model_path, dtype=config.dtype, device="cpu")
     return PeftModel.from_pretrained(model, folder)
 
 
