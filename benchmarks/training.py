@@ -120,7 +120,7 @@ def gate(model: Any, size: Size, device: torch.device) -> dict[str, Any]:
     pack_attention(wide, "sdpa")
     wide.load_state_dict(model.state_dict())
     exact = gradients(wide, dense, *given)
-    rows = off(gradients(wide, LOSSES["dense logits of loss rows"][1], *given), exact)
+    rows = off(gradients(wide, partial(dense, loss_rows=True), *given), exact)
     own = off(gradients(wide, fused, *given), exact)
     dense_16, own_16 = (off(gradients(model, loss, *given), exact)[2] for loss in (dense, fused))
     found = {
@@ -246,7 +246,7 @@ def planned(job: Job) -> dict[str, Any]:
 # the part
 
 
-def run(recorder: Recorder, part: str, name: str, *, quick: bool, budget_s: float) -> None:
+def run(recorder: Recorder, part: str, name: str, quick: bool, budget_s: float) -> None:
     size, device = MODELS[name], recorder.device
     toy = replace(size, **TOY)
     model = build(toy, device, torch.bfloat16)
