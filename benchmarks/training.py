@@ -44,8 +44,6 @@ from lopd.step import Objective, model_inputs, step
 TRIES = 8  # micro-batches that a search may run
 FP32_BOUNDS = {"loss_error": 1e-5, "gradient_error": 1e-4}
 OBJECTIVE = Objective("reverse_kl")
-
-
 NOTES = {
     STATELESS: "SGD, which has no state: AdamW's would take 4 bytes a parameter more",
     ADAMW: "AdamW, states in bf16",

@@ -9,18 +9,17 @@ import torch
 
 from benchmarks import bars, gpu_suite, training
 from benchmarks.clock import Prepared
-from benchmarks.qwen3 import MODELS, TOY
+from benchmarks.qwen3 import MODELS, TOY, Job
 from lopd import flops
 from lopd.dryrun import meta_model
 
 PART = "training_1.7B"
-TOY_RUN = ["--quick", "--device", "cpu", "--only", PART]
 PUBLISHED = {"0.6B": 596_049_920, "1.7B": 1_720_574_976, "4B": 4_022_468_096, "8B": 8_190_735_360}
 SEARCHED = "{}, largest micro-batch"
 
 
-def rows_of(tmp_path):
-    code = gpu_suite.main(["--out", str(tmp_path), *TOY_RUN])
+def rows_of(tmp_path, part=PART):
+    code = gpu_suite.main(["--out", str(tmp_path), "--quick", "--device", "cpu", "--only", part])
     return code, {row["variant"]: row for row in bars.read([tmp_path / "rows.jsonl"])}
 
 
@@ -31,10 +30,11 @@ def test_shapes_have_as_many_parameters_as_the_published_models(name, tmp_path):
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
-def test_rows(tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", gpu_suite.ON_REQUEST)
+def test_rows(part, tmp_path, monkeypatch):
     monkeypatch.setitem(flops.PEAKS, "cpu", (1.0, 1.0))
-    code, rows = rows_of(tmp_path)
-    assert code == 0
+    code, rows = rows_of(tmp_path, part)
+    assert code == 0 and part not in gpu_suite.DEFAULT
     base = rows[training.BASE]
     for name in ("fused", "dense logits", "dense logits of loss rows"):
         row, found = rows[name], rows[SEARCHED.format(name)]
@@ -49,6 +49,15 @@ def test_rows(tmp_path, monkeypatch):
     assert sum(rows["planned peak"]["planned_mib"].values()) == pytest.approx(
         rows["planned peak"]["planned_total_mib"], abs=0.3
     )
+
+
+def test_without_its_head_a_step_updates_the_same_parameters():
+    cpu, size = torch.device("cpu"), replace(MODELS["8B"], **TOY)
+    job = Job(size, cpu, "sdpa")
+    for loss in (training.fused, training.without_head):
+        loss(job.model, *job.batch(1)).backward()
+        assert all(p.grad is not None and p.grad.any() for p in job.model.parameters())
+        job.optimizer.zero_grad()
 
 
 def test_a_step_that_is_not_the_dense_one_is_red_and_nothing_is_timed(tmp_path, monkeypatch):
