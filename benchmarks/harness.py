@@ -304,7 +304,7 @@ def admit(
 
 
 def classify(error: Exception) -> str:
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC" in str(error):
         return "out of memory"
     refused = isinstance(error, ValueError) and "workspace_bytes" in str(error)
     return "refused" if refused else "failed"

@@ -52,13 +52,14 @@ def parts_block() -> str:
         f"| `{name}` | {(function.__doc__ or '').strip().splitlines()[0]} | {seconds:.0f} |"
         for name, (seconds, function) in gpu_suite.PARTS.items()
     ]
-    total = sum(seconds for seconds, _ in gpu_suite.PARTS.values())
+    total = sum(gpu_suite.PARTS[name][0] for name in gpu_suite.DEFAULT)
     return "\n".join(
         [
             "| part | what | planned seconds on an H200 |",
             "| --- | --- | ---: |",
             *rows,
-            f"| all | | {total:.0f} |",
+            f"| all but {' and '.join(f'`{name}`' for name in gpu_suite.ON_REQUEST)} "
+            f"| without `--only` | {total:.0f} |",
         ]
     )
 

@@ -73,6 +73,10 @@ def describe(row: dict[str, Any]) -> str:
         text += f" {row['extra_mib']:8.1f} MiB extra"
     if row.get("dweight_error") is not None:
         text += f"  dW off by {row['dweight_error']:.1e}"
+    if row.get("head_share") is not None:
+        text += f"  head {row['head_share']:.1%}"
+    if row.get("largest_sequences") is not None:
+        text += f"  {row['largest_sequences']} sequences"
     return text + (f"  {row['reason']}" if row.get("reason") else "")
 
 
