@@ -1,0 +1,200 @@
+"""What does a live teacher cost, and what does it buy? Offline against live at equal settings.
+
+    python -m benchmarks.offline_live [--quick] [--size toy|0.6b] [--every R ...] [--repeats N]
+                                      [--device cpu|cuda] [--threads N] [--out DIR]
+
+One student is distilled for the same steps on the same prompts in the same order, with its
+rollouts renewed every R steps by a live teacher (`lopd distill --refresh_every R`; 1 is standard
+on-policy distillation) and with those of its cache alone (never: Lightning OPD, `lopd rollout`
+and `lopd score` counted). Seconds are of the wall clock, from the first command's start to the last
+one's end, in three parts:
+
+* generation, scoring: live, what the run's manifest says; offline, the two commands, which load
+  a model and write a store besides;
+* training: all the rest of `lopd distill`. `update_seconds` is what of it passes between a step's
+  first forward and its update, where that is logged: in live runs.
+
+The live runs also read a cache, for its prompts and settings; its making is not counted for them.
+Runs take turns, in another order each repeat, and each ratio is between runs of one repeat; the
+median counts. Quality is that of the first repeat, after the same number of steps.
+
+Correctness first: with greedy rollouts, a run whose one window is all of it must end with the
+offline run's weights, and one with R = 1 must not. A red gate, or a live run whose parts do not
+add up, ends it with exit code 1. One JSON row per R is printed and, with --out, all of them are
+written to DIR/offline_live.jsonl.
+
+`toy` trains the demo's two models first; `0.6b` and `--quick` have random weights, so that their
+quality says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from benchmarks.live_runs import PARTS, SIZES, Bench, Run, Wrong
+from benchmarks.rows import identity
+from lopd.models import load_model
+
+NAME = "offline_live.jsonl"
+GATE_STEPS, GATE_BOUND = 4, 1e-5
+GATE: dict[str, Any] = {
+    "max_steps": GATE_STEPS,
+    "learning_rate": 1e-2,  # enough for greedy answers to change within the steps
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+    "min_lr_ratio": 0.0,
+}
+
+
+def gate(bench: Bench) -> dict[str, float]:
+    """Largest differences between weights with greedy rollouts, where R does what it says.
+
+    Raises:
+        Wrong: a run of one window is not the offline run, or R = 1 is.
+    """
+    rollouts = bench.roll_out("gate-rollouts", GATE_STEPS * bench.size.batch, temperature=0.0)
+    cache = bench.score(rollouts, "gate-cache")
+    weights = {
+        every: weights_of(bench.distill(cache, f"gate-{every}", every, **GATE))
+        for every in (None, GATE_STEPS, 1)
+    }
+    once, each = (
+        max(float((value - weights[every][name]).abs().max()) for name, value in offline.items())
+        for offline in [weights[None]]
+        for every in (GATE_STEPS, 1)
+    )
+    if not once <= GATE_BOUND:
+        raise Wrong(f"one window of all steps is off the offline run by {once:.1e}")
+    if not each > 10 * GATE_BOUND:
+        raise Wrong(f"R = 1 is within {each:.1e} of the offline run: nothing was renewed")
+    return {"one_window": once, "every_step": each}
+
+
+def weights_of(folder: str) -> dict[str, torch.Tensor]:
+    return load_model(folder, dtype="float32", device="cpu").state_dict()
+
+
+def measure(bench: Bench, every: list[int], repeats: int) -> Iterator[dict[str, Any]]:
+    """One row for never and for each R."""
+    errors = gate(bench)
+    size = bench.size
+    cache = bench.score(bench.roll_out("rollouts", size.prompts), "cache")
+    kinds: list[int | None] = [None, *every]
+    found: dict[int | None, list[Run]] = {kind: [] for kind in kinds}
+    for repeat in range(repeats):
+        shift = repeat % len(kinds)
+        for kind in kinds[shift:] + kinds[:shift]:
+            found[kind].append(bench.run(cache, f"run-{kind}-{repeat}", kind))
+    start = bench.quality(bench.student, "start")
+    for kind in kinds:
+        yield {
+            "every": kind,
+            "steps": size.steps,
+            "batch_size": size.batch,
+            "prompts": size.prompts,
+            "new_tokens": size.new_tokens,
+            "decoded_together": size.decoded,
+            "k": size.k,
+            "dtype": size.dtype,
+            "repeats": repeats,
+            "renewed": found[kind][0].renewed,
+            **timing(found[kind], found[None], size.steps),
+            **bench.quality(found[kind][0].out, f"run-{kind}"),
+            "start": start,
+            "gate": errors,
+        }
+
+
+def timing(runs: list[Run], offline: list[Run], steps: int) -> dict[str, Any]:
+    """Medians over repeats; ratios are between a run and the offline run of its repeat."""
+    pairs = list(zip(runs, offline, strict=True))
+
+    def median(value: Callable[[Run, Run], float]) -> float:
+        return round(float(np.median([value(*pair) for pair in pairs])), 4)
+
+    ratios = [run.total / base.total for run, base in pairs]
+    updates = [run.update_seconds for run in runs if run.update_seconds is not None]
+    peaks = [run.peak_mib for run in runs if run.peak_mib is not None]
+    return {
+        "seconds": median(lambda run, base: run.total),
+        "seconds_per_step": {
+            part: median(lambda run, base, part=part: run.seconds[part] / steps)
+            for part in PARTS
+        },
+        "update_seconds_per_step": round(float(np.median(updates)) / steps, 4) if updates else None,
+        "ratio": median(lambda run, base: run.total / base.total),
+        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "ratio_to_training": median(lambda run, base: run.total / base.seconds["training"]),
+        "parts": {
+            part: median(lambda run, base, part=part: run.seconds[part] / base.total)
+            for part in PARTS
+        },
+        "peak_mib": max(peaks, default=None),
+    }  # fmt: skip
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="random models of toy size, seconds")
+    parser.add_argument("--size", choices=("toy", "0.6b"), default="toy")
+    parser.add_argument("--every", nargs="+", type=int, help="R of the live runs; None: the size's")
+    parser.add_argument("--repeats", type=int, help="None: the size's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="folder whose offline_live.jsonl is written")
+    args = parser.parse_args(arguments)
+    args.size = "quick" if args.quick else args.size
+    size = SIZES[args.size]
+    args.every = list(size.every) if args.every is None else args.every
+    args.repeats = size.repeats if args.repeats is None else args.repeats
+    if min(args.every) < 1 or args.repeats < 1:
+        parser.error("--every and --repeats: expected at least 1")
+    if uneven := [r for r in args.every if size.epoch % r and r % size.epoch]:
+        parser.error(
+            f"--every: found {uneven[0]}; expected a divisor or a multiple of the {size.epoch} "
+            "steps of an epoch, so that no window holds parts of two"
+        )
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    torch.set_num_threads(args.threads)
+    flags = ["--quick"] if args.quick else ["--size", args.size]
+    flags += ["--every", *args.every, "--repeats", args.repeats]
+    flags += ["--device", args.device, "--threads", args.threads]
+    about = {
+        "question": "offline_live",
+        "size": args.size,
+        "transformers": transformers.__version__,
+        **identity(torch.device(args.device), None),
+        "command": " ".join(["python -m benchmarks.offline_live", *map(str, flags)]),
+    }
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        bench = Bench(Path(folder), SIZES[args.size], args.device)
+        try:
+            rows = [{**about, **row} for row in measure(bench, args.every, args.repeats)]
+        except Wrong as error:
+            print(f"benchmarks.offline_live: {error}", file=sys.stderr)
+            return 1
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    print(text, end="")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / NAME).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
