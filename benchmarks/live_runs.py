@@ -50,7 +50,7 @@ class Size:
     k: int
     dtype: str
     eval_prompts: int
-    repeats: int
+    seeds: tuple[int, ...]
     every: tuple[int, ...]
     shapes: dict[str, dict[str, Any]] | None = None  # of random models; None: the demo's, trained
 
@@ -61,16 +61,18 @@ class Size:
 
 
 SIZES = {
-    "toy": Size(96, 64, 2048, toy.MAX_NEW_TOKENS, 512, TOP_K, "float32", 1024, 3, (1, 4, 16)),
+    "toy": Size(
+        224, 64, 7168, toy.MAX_NEW_TOKENS, 512, TOP_K, "float32", 1024, (0, 1, 2), (1, 4, 16)
+    ),
     "0.6b": Size(
-        16, 16, 256, 512, 64, 64, "bfloat16", 64, 1, (1, 4, 16),
+        16, 16, 256, 512, 64, 64, "bfloat16", 64, (0,), (1, 4, 16),
         {
             "student": {"hidden_size": 1024, "intermediate_size": 3072, **QWEN3},
             "teacher": {"hidden_size": 2048, "intermediate_size": 6144, **QWEN3},
         },
     ),
     "quick": Size(
-        8, 4, 16, 6, 16, 4, "float32", 8, 1, (1, 4),
+        8, 4, 16, 6, 16, 4, "float32", 8, (0,), (1, 4),
         {
             "student": {"hidden_size": 16, "intermediate_size": 16, **SMALL},
             "teacher": {"hidden_size": 32, "intermediate_size": 32, **SMALL},
@@ -95,16 +97,17 @@ class Run:
 
 
 class Bench:
-    """Teacher, student and prompts, and the commands of lopd on them."""
+    """Teacher, student and prompts of one seed, and the commands of lopd on them."""
 
-    def __init__(self, folder: Path, size: Size, device: str) -> None:
-        self.folder, self.size, self.device = folder, size, device
+    def __init__(self, folder: Path, size: Size, device: str, seed: int) -> None:
+        folder.mkdir()
+        self.folder, self.size, self.device, self.seed = folder, size, device, seed
         make = self._train if size.shapes is None else self._draw
         self.student, self.teacher, self.prompts, self.eval_prompts = make()
 
     def _train(self) -> tuple[str, str, str, str]:
         """The demo's teacher, and its student fine-tuned on that teacher's answers."""
-        demo = Demo(self.folder / "demo", 0)
+        demo = Demo(self.folder / "demo", self.seed)
         demo.train_teacher()
         demo.answers("sft-data", "sft")
         demo.train_student()
@@ -118,18 +121,19 @@ class Bench:
         counts = {"opd": self.size.prompts, "eval": self.size.eval_prompts}
         prompts = [
             toy.write_prompts(
-                self.folder / f"{name}.jsonl", toy.sample_prompts(count, 0, exclude=seen)
+                self.folder / f"{name}.jsonl", toy.sample_prompts(count, self.seed, exclude=seen)
             )
             for name, count in counts.items()
         ]
-        for seed, (name, shape) in enumerate(self.size.shapes.items()):
+        for number, (name, shape) in enumerate(self.size.shapes.items()):
+            seed = 2 * self.seed + number
             write_random(self.folder / name, shape, seed, self.size.dtype, self.device)
         student, teacher = self.folder / "student", self.folder / "teacher"
         declare(student, teacher=teacher)
         return str(student), str(teacher), *map(str, prompts)
 
     @property
-    def inference(self) -> dict[str, str]:
+    def common(self) -> dict[str, Any]:
         return {"dtype": self.size.dtype, "device": self.device}
 
     def roll_out(self, name: str, limit: int, temperature: float = 1.0) -> str:
@@ -141,7 +145,8 @@ class Bench:
             max_new_tokens=self.size.new_tokens,
             temperature=temperature,
             batch_size=self.size.decoded,
-            **self.inference,
+            seed=self.seed,
+            **self.common,
         )
         return str(rollout.main(config))
 
@@ -152,7 +157,7 @@ class Bench:
             out=str(self.folder / name),
             k=self.size.k,
             top_p=1.0,
-            **self.inference,
+            **self.common,
         )
         score.main(config)
         return config.out
@@ -163,8 +168,9 @@ class Bench:
             "refresh_every": every,
             "refresh_batch_size": self.size.decoded,
         }
-        settings = OPD_SETTINGS | COMMON | self.inference
+        settings = OPD_SETTINGS | COMMON | self.common
         settings |= {"max_steps": self.size.steps, "batch_size": self.size.batch}
+        settings["seed"] = self.seed
         settings["warmup_steps"] = min(OPD_SETTINGS["warmup_steps"], self.size.steps)
         config = distill.DistillConfig(
             student=self.student,
@@ -185,7 +191,8 @@ class Bench:
             num_samples=1,
             max_new_tokens=self.size.new_tokens,
             batch_size=self.size.decoded,
-            **self.inference,
+            seed=self.seed,
+            **self.common,
         )
         results = json.loads((evaluate.main(config) / "results.json").read_text("utf-8"))
         return {

@@ -1,6 +1,6 @@
 """What does a live teacher cost, and what does it buy? Offline against live at equal settings.
 
-    python -m benchmarks.offline_live [--quick] [--size toy|0.6b] [--every R ...] [--repeats N]
+    python -m benchmarks.offline_live [--quick] [--size toy|0.6b] [--every R ...] [--seeds N ...]
                                       [--device cpu|cuda] [--threads N] [--out DIR]
 
 One student is distilled for the same steps on the same prompts in the same order, with its
@@ -15,8 +15,8 @@ one's end, in three parts:
   first forward and its update, where that is logged: in live runs.
 
 The live runs also read a cache, for its prompts and settings; its making is not counted for them.
-Runs take turns, in another order each repeat, and each ratio is between runs of one repeat; the
-median counts. Quality is that of the first repeat, after the same number of steps.
+Each seed has models, prompts and samples of its own. Runs take turns, in another order each seed;
+a ratio is between runs of one seed, and the median counts. Quality is that after the last step.
 
 Correctness first: with greedy rollouts, a run whose one window is all of it must end with the
 offline run's weights, and one with R = 1 must not. A red gate, or a live run whose parts do not
@@ -34,7 +34,8 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.live_runs import PARTS, SIZES, Bench, Run, Wrong
+from benchmarks.live_runs import PARTS, SIZES, Bench, Run, Size, Wrong
 from benchmarks.rows import identity
 from lopd.models import load_model
 
@@ -85,63 +86,67 @@ def weights_of(folder: str) -> dict[str, torch.Tensor]:
     return load_model(folder, dtype="float32", device="cpu").state_dict()
 
 
-def measure(bench: Bench, every: list[int], repeats: int) -> Iterator[dict[str, Any]]:
+def measure(
+    folder: Path, size: Size, device: str, every: list[int], seeds: list[int]
+) -> Iterator[dict[str, Any]]:
     """One row for never and for each R."""
-    errors = gate(bench)
-    size = bench.size
-    cache = bench.score(bench.roll_out("rollouts", size.prompts), "cache")
     kinds: list[int | None] = [None, *every]
-    found: dict[int | None, list[Run]] = {kind: [] for kind in kinds}
-    for repeat in range(repeats):
-        shift = repeat % len(kinds)
+    runs: dict[int | None, list[Run]] = {kind: [] for kind in kinds}
+    found: dict[Any, list[dict[str, float]]] = {kind: [] for kind in ["start", *kinds]}
+    gates = []
+    for number, seed in enumerate(seeds):
+        bench = Bench(folder / str(seed), size, device, seed)
+        gates.append(gate(bench))
+        cache = bench.score(bench.roll_out("rollouts", size.prompts), "cache")
+        shift = number % len(kinds)
         for kind in kinds[shift:] + kinds[:shift]:
-            found[kind].append(bench.run(cache, f"run-{kind}-{repeat}", kind))
-    start = bench.quality(bench.student, "start")
+            runs[kind].append(bench.run(cache, f"run-{kind}", kind))
+        found["start"].append(bench.quality(bench.student, "start"))
+        for kind in kinds:
+            found[kind].append(bench.quality(runs[kind][-1].out, str(kind)))
+    setting = {key: value for key, value in asdict(size).items() if key not in ("seeds", "every")}
     for kind in kinds:
         yield {
             "every": kind,
-            "steps": size.steps,
-            "batch_size": size.batch,
-            "prompts": size.prompts,
-            "new_tokens": size.new_tokens,
-            "decoded_together": size.decoded,
-            "k": size.k,
-            "dtype": size.dtype,
-            "repeats": repeats,
-            "renewed": found[kind][0].renewed,
-            **timing(found[kind], found[None], size.steps),
-            **bench.quality(found[kind][0].out, f"run-{kind}"),
-            "start": start,
-            "gate": errors,
+            "seeds": seeds,
+            **setting,
+            "renewed": runs[kind][0].renewed,
+            **timing(runs[kind], runs[None], size.steps),
+            "quality": by_name(found[kind]),
+            "start": by_name(found["start"]),
+            "gate": by_name(gates),
         }
 
 
+def by_name(found: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Values of each seed."""
+    return {name: [each[name] for each in found] for name in found[0]}
+
+
 def timing(runs: list[Run], offline: list[Run], steps: int) -> dict[str, Any]:
-    """Medians over repeats; ratios are between a run and the offline run of its repeat."""
+    """Medians over seeds; ratios are between a run and the offline run of its seed."""
     pairs = list(zip(runs, offline, strict=True))
 
-    def median(value: Callable[[Run, Run], float]) -> float:
-        return round(float(np.median([value(*pair) for pair in pairs])), 4)
+    def median(values: Iterable[float]) -> float:
+        return round(float(np.median(list(values))), 4)
 
-    ratios = [run.total / base.total for run, base in pairs]
-    updates = [run.update_seconds for run in runs if run.update_seconds is not None]
+    ratios = [round(run.total / base.total, 4) for run, base in pairs]
+    updates = [run.update_seconds / steps for run in runs if run.update_seconds is not None]
     peaks = [run.peak_mib for run in runs if run.peak_mib is not None]
     return {
-        "seconds": median(lambda run, base: run.total),
+        "seconds": median(run.total for run in runs),
         "seconds_per_step": {
-            part: median(lambda run, base, part=part: run.seconds[part] / steps)
-            for part in PARTS
+            part: median(run.seconds[part] / steps for run in runs) for part in PARTS
         },
-        "update_seconds_per_step": round(float(np.median(updates)) / steps, 4) if updates else None,
-        "ratio": median(lambda run, base: run.total / base.total),
-        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
-        "ratio_to_training": median(lambda run, base: run.total / base.seconds["training"]),
+        "update_seconds_per_step": median(updates) if updates else None,
+        "ratio": median(ratios),
+        "ratios": ratios,
+        "ratio_to_training": median(run.total / base.seconds["training"] for run, base in pairs),
         "parts": {
-            part: median(lambda run, base, part=part: run.seconds[part] / base.total)
-            for part in PARTS
+            part: median(run.seconds[part] / base.total for run, base in pairs) for part in PARTS
         },
         "peak_mib": max(peaks, default=None),
-    }  # fmt: skip
+    }
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -149,7 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="random models of toy size, seconds")
     parser.add_argument("--size", choices=("toy", "0.6b"), default="toy")
     parser.add_argument("--every", nargs="+", type=int, help="R of the live runs; None: the size's")
-    parser.add_argument("--repeats", type=int, help="None: the size's")
+    parser.add_argument("--seeds", nargs="+", type=int, help="None: the size's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder whose offline_live.jsonl is written")
@@ -157,9 +162,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.size = "quick" if args.quick else args.size
     size = SIZES[args.size]
     args.every = list(size.every) if args.every is None else args.every
-    args.repeats = size.repeats if args.repeats is None else args.repeats
-    if min(args.every) < 1 or args.repeats < 1:
-        parser.error("--every and --repeats: expected at least 1")
+    args.seeds = list(size.seeds) if args.seeds is None else args.seeds
+    if min(args.every) < 1 or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        parser.error("expected --every of at least 1, and --seeds that differ")
     if uneven := [r for r in args.every if size.epoch % r and r % size.epoch]:
         parser.error(
             f"--every: found {uneven[0]}; expected a divisor or a multiple of the {size.epoch} "
@@ -172,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
     flags = ["--quick"] if args.quick else ["--size", args.size]
-    flags += ["--every", *args.every, "--repeats", args.repeats]
+    flags += ["--every", *args.every, "--seeds", *args.seeds]
     flags += ["--device", args.device, "--threads", args.threads]
     about = {
         "question": "offline_live",
@@ -182,9 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
         "command": " ".join(["python -m benchmarks.offline_live", *map(str, flags)]),
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        bench = Bench(Path(folder), SIZES[args.size], args.device)
+        given = (Path(folder), SIZES[args.size], args.device, args.every, args.seeds)
         try:
-            rows = [{**about, **row} for row in measure(bench, args.every, args.repeats)]
+            rows = [{**about, **row} for row in measure(*given)]
         except Wrong as error:
             print(f"benchmarks.offline_live: {error}", file=sys.stderr)
             return 1
