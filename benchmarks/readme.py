@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import demo_seeds, gpu_suite, roofline
+import numpy as np
+
+from benchmarks import demo_seeds, gpu_suite, offline_live, roofline
 from lopd.demo import OPD_STEPS
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +94,46 @@ def cache_block() -> str:
     )
 
 
+def live_block() -> str:
+    """Parts and totals as shares of the offline run's total, and what the steps came to."""
+    offline, *live = rows = read_rows(offline_live.NAME)
+    epochs = offline["steps"] * offline["batch"] / offline["prompts"]
+    lines = [
+        "| rollouts renewed | generation | scoring | training | updates in it | total | each seed "
+        "| total / training alone | pass@1 sampled | each seed | KL, nat/token |",
+        f"| --- |{' ---: |' * 10}",
+        _live_line("before training", " | " * 6, offline["start"]),
+    ]
+    for row in [*live, offline]:
+        name = "never: offline" if row["every"] is None else f"R = {row['every']}"
+        parts = [f"{row['parts'][part]:.2f}" for part in offline_live.PARTS]
+        updates = row["update_seconds_per_step"]
+        times = [
+            *parts,
+            f"{updates / row['seconds_per_step']['training']:.0%}" if updates else "not logged",
+            f"{row['ratio']:.2f}",
+            " / ".join(f"{ratio:.2f}" for ratio in row["ratios"]),
+            f"{row['ratio_to_training']:.2f}",
+        ]
+        lines.append(_live_line(name, " | ".join(times), row["quality"]))
+    return "\n".join(
+        [
+            f"{offline['steps']} steps of {offline['batch']} sequences, {epochs:g} passes over "
+            f"{offline['prompts']} prompts, on {offline['threads']} thread of a CPU. Seconds",
+            "are shares of the offline run's total, medians over seeds "
+            f"{', '.join(map(str, rows[0]['seeds']))}; quality is their mean.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _live_line(name: str, times: str, quality: dict[str, list[float]]) -> str:
+    sampled, kl = quality["sampled"], quality["kl"]
+    each = " / ".join(f"{value:.3f}" for value in sampled)
+    return f"| {name} | {times} | {np.mean(sampled):.3f} | {each} | {np.mean(kl):.4f} |"
+
+
 def rendered(text: str) -> str:
     """A document with each of its generated blocks replaced."""
     blocks = {
@@ -100,6 +142,7 @@ def rendered(text: str) -> str:
         "cache": cache_block,
         "roofline": roofline.table,
         "parts": parts_block,
+        "offline live": live_block,
     }
     for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
         if name == "end":
