@@ -5,7 +5,8 @@
 # make test-gpu  the kernels compiled, on a GPU, with the Python that is active
 # make test-vllm the tests of the vLLM engine, in .venv-vllm with a CPU build of vLLM (2.5 GB)
 # make lint      ruff and mypy
-# make demo-seeds, make bench-cpu, make bench-cache   regenerate the rows under benchmarks/results/
+# make demo-seeds, make bench-cpu, make bench-cache, make bench-live
+#                regenerate the rows under benchmarks/results/
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ OLDER := .triton36/.ready
 LOSSES := $(addprefix tests/test_,losses.py numerics.py ops.py readout.py sampled.py)
 VLLM := .venv-vllm/bin/python
 
-.PHONY: demo test test-all test-gpu test-vllm lint demo-seeds bench-cpu bench-cache
+.PHONY: demo test test-all test-gpu test-vllm lint demo-seeds bench-cpu bench-cache bench-live
 
 $(READY): setup.py pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -67,3 +68,6 @@ bench-cpu: $(READY)
 
 bench-cache: $(READY)
 	$(BIN)/python -m benchmarks.cache --out benchmarks/results
+
+bench-live: $(READY)
+	$(BIN)/python -m benchmarks.offline_live --out benchmarks/results

@@ -166,7 +166,7 @@ def row_kernel(suite: Suite) -> None:
 
 
 def scoring(suite: Suite) -> None:
-    """`linear_topk` against full logits and torch.topk."""
+    """`linear_topk` against full logits and torch.topk: tokens/s and memory."""
     bound = QUICK_WORKSPACES[1] if suite.quick else 512 * MIB
     suite.measure("scoring", suite.problem(), pieces.scorers(bound), gate_rows=256)
 

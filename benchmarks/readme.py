@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import demo_seeds, gpu_suite, roofline
+import numpy as np
+
+from benchmarks import demo_seeds, gpu_suite, offline_live, roofline
 from lopd.demo import OPD_STEPS
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +95,57 @@ def cache_block() -> str:
     )
 
 
+def live_block() -> str:
+    """Parts and totals as shares of the offline run's total; what the steps came to."""
+    offline, *live = read_rows(offline_live.NAME)
+    rows = [*live, offline]
+    epochs = offline["steps"] * offline["batch"] / offline["prompts"]
+    seeds = ", ".join(map(str, offline["seeds"]))
+    lines = [
+        f"{offline['steps']} steps of {offline['batch']} sequences, {epochs:g} passes over "
+        f"{offline['prompts']} prompts, on a CPU with threads: {offline['threads']}. Seconds are",
+        f"shares of the offline run's total, medians over seeds {seeds}; quality is the mean, and",
+        "that of each seed.",
+        "",
+        "| rollouts renewed | generation | scoring | training | updates in it | total | each seed "
+        "| total / training alone |",
+        f"| --- |{' ---: |' * 7}",
+        *map(_live_times, rows),
+        "",
+        "| rollouts renewed | pass@1 sampled | each seed | KL to teacher, nat/token | each seed |",
+        f"| --- |{' ---: |' * 4}",
+        _live_quality("before training", offline["start"]),
+        *(_live_quality(_renewed(row), row["quality"]) for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def _renewed(row: dict[str, Any]) -> str:
+    return "never: offline" if row["every"] is None else f"R = {row['every']}"
+
+
+def _live_times(row: dict[str, Any]) -> str:
+    updates = row["update_seconds_per_step"]
+    share = f"{updates / row['seconds_per_step']['training']:.0%}" if updates else "not logged"
+    cells = [
+        _renewed(row),
+        *(f"{row['parts'][part]:.2f}" for part in offline_live.PARTS),
+        share,
+        f"{row['ratio']:.2f}",
+        " / ".join(f"{ratio:.2f}" for ratio in row["ratios"]),
+        f"{row['ratio_to_training']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _live_quality(name: str, quality: dict[str, list[float]]) -> str:
+    cells = [name]
+    for key, form in (("sampled", ".3f"), ("kl", ".4f")):
+        cells.append(format(np.mean(quality[key]), form))
+        cells.append(" / ".join(format(value, form) for value in quality[key]))
+    return f"| {' | '.join(cells)} |"
+
+
 def rendered(text: str) -> str:
     """A document with each of its generated blocks replaced."""
     blocks = {
@@ -101,6 +154,7 @@ def rendered(text: str) -> str:
         "cache": cache_block,
         "roofline": roofline.table,
         "parts": parts_block,
+        "offline live": live_block,
     }
     for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
         if name == "end":

@@ -67,6 +67,8 @@ def describe(row: dict[str, Any]) -> str:
     text = f"{row['part']:>13}  {row['variant']:<34} {row['status']:<12}"
     if row.get("median_ms") is not None:
         text += f" {row['median_ms']:9.3f} ms"
+    if row.get("tokens_per_s") is not None:
+        text += f" {row['tokens_per_s']:8.3g} tokens/s"
     if row.get("floor_ratio") is not None:
         text += f" {row['floor_ratio']:6.3f} x floor"
     if row.get("extra_mib") is not None:

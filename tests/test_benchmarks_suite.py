@@ -11,7 +11,7 @@ from benchmarks import bars, correctness, figures, gpu_suite, harness, projects,
 from benchmarks.harness import Variant
 from benchmarks.problems import REVERSE_KL
 from benchmarks.roofline import TARGET
-from benchmarks.rows import Recorder
+from benchmarks.rows import Recorder, describe
 
 TOY = ["--quick", "--device", "cpu"]
 ALWAYS = {
@@ -75,6 +75,18 @@ def test_competitors_are_there(run):
         assert status[name]["note"].startswith("nearest primitive")
     assert status["eager, bf16 logits"]["dweight_error"] > status["ours"]["dweight_error"]
     assert len(status["ours"]["student_tail"]) == 3
+
+
+def test_scoring_says_tokens_and_memory(run):
+    rows = [row for row in run[2] if row["part"] == "scoring"]
+    scorers = [row for row in rows if row["kind"] in harness.GATED]
+    assert {row["variant"].split(",")[0] for row in scorers} == {
+        "linear_topk", "full logits", "1024-row chunks",
+    }  # fmt: skip
+    for row in scorers:
+        assert {"logprob_error", "tail_error"} | MEMORY <= set(row) and row["gemms"] == 1
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["rows"] / row["median_ms"])
+        assert f"{row['tokens_per_s']:.3g} tokens/s" in describe(row)
 
 
 def test_small_workspaces_are_refused_in_a_row(run):

@@ -44,7 +44,9 @@ def test_commands_that_are_shown_parse(line, monkeypatch):
     assert isinstance(seen[0], getattr(module, class_name))
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-all", "test-vllm", "lint", "demo-seeds"])
+@pytest.mark.parametrize(
+    "target", ["demo", "test", "test-all", "test-vllm", "lint", "demo-seeds", "bench-live"]
+)
 def test_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 

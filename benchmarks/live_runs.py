@@ -1,0 +1,277 @@
+"""A teacher, a student, and runs of lopd on them by the clock, for `benchmarks.offline_live`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lopd import distill, evaluate, rollout, score, toy
+from lopd.demo import COMMON, OPD_SETTINGS, TOP_K, Demo
+from lopd.provenance import declare, read_manifest
+
+PARTS = ("generation", "scoring", "training")
+QWEN3 = {
+    "vocab_size": 151936,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+SMALL = {
+    "vocab_size": 50,  # more than the toy's tokenizer has
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "initializer_range": 0.2,  # for answers that vary
+}
+
+
+class Wrong(Exception):
+    """A result that must not be timed."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A setting that all runs share."""
+
+    steps: int
+    batch: int
+    prompts: int  # rolled out once by the offline run, and read steps * batch / prompts times
+    new_tokens: int
+    decoded: int  # sequences decoded together, at most
+    k: int
+    dtype: str
+    eval_prompts: int
+    seeds: tuple[int, ...]
+    every: tuple[int, ...]
+    shapes: dict[str, dict[str, Any]] | None = None  # of random models; None: the demo's, trained
+
+    @property
+    def epoch(self) -> int:
+        """Steps in which each prompt comes once."""
+        return self.prompts // self.batch
+
+
+SIZES = {
+    "toy": Size(
+        224, 64, 7168, toy.MAX_NEW_TOKENS, 512, TOP_K, "float32", 1024, (0, 1, 2), (1, 4, 16)
+    ),
+    "0.6b": Size(
+        16, 16, 256, 512, 64, 64, "bfloat16", 64, (0,), (1, 4, 16),
+        {
+            "student": {"hidden_size": 1024, "intermediate_size": 3072, **QWEN3},
+            "teacher": {"hidden_size": 2048, "intermediate_size": 6144, **QWEN3},
+        },
+    ),
+    "quick": Size(
+        8, 4, 16, 6, 16, 4, "float32", 8, (0,), (1, 4),
+        {
+            "student": {"hidden_size": 16, "intermediate_size": 16, **SMALL},
+            "teacher": {"hidden_size": 32, "intermediate_size": 32, **SMALL},
+        },
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A distilled student and its seconds by part."""
+
+    out: str
+    seconds: dict[str, float]  # by PARTS; they add up to the wall clock's
+    renewed: dict[str, Any]  # the manifest's `refresh`; empty offline
+    update_seconds: float | None
+    peak_mib: float | None
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Bench:
+    """Teacher, student and prompts of one seed, and the commands of lopd on them."""
+
+    def __init__(self, folder: Path, size: Size, device: str, seed: int) -> None:
+        folder.mkdir()
+        self.folder, self.size, self.device, self.seed = folder, size, device, seed
+        make = self._train if size.shapes is None else self._draw
+        self.student, self.teacher, self.prompts, self.eval_prompts = make()
+
+    def _train(self) -> tuple[str, str, str, str]:
+        """The demo's teacher, and its student fine-tuned on that teacher's answers."""
+        demo = Demo(self.folder / "demo", self.seed)
+        demo.train_teacher()
+        demo.answers("sft-data", "sft")
+        demo.train_student()
+        prompts = str(demo.prompts["opd"]), str(demo.prompts["eval"])
+        return demo.path("sft"), demo.path("teacher"), *prompts
+
+    def _draw(self) -> tuple[str, str, str, str]:
+        """Random weights; the student is declared to be the teacher's."""
+        assert self.size.shapes is not None
+        seen: set[str] = set()
+        counts = {"opd": self.size.prompts, "eval": self.size.eval_prompts}
+        prompts = [
+            toy.write_prompts(
+                self.folder / f"{name}.jsonl", toy.sample_prompts(count, self.seed, exclude=seen)
+            )
+            for name, count in counts.items()
+        ]
+        for number, (name, shape) in enumerate(self.size.shapes.items()):
+            seed = 2 * self.seed + number
+            write_random(self.folder / name, shape, seed, self.size.dtype, self.device)
+        student, teacher = self.folder / "student", self.folder / "teacher"
+        declare(student, teacher=teacher)
+        return str(student), str(teacher), *map(str, prompts)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {"dtype": self.size.dtype, "device": self.device}
+
+    def roll_out(self, name: str, limit: int, temperature: float = 1.0) -> str:
+        config = rollout.RolloutConfig(
+            student=self.student,
+            prompts=self.prompts,
+            limit=limit,
+            out=str(self.folder / name),
+            max_new_tokens=self.size.new_tokens,
+            temperature=temperature,
+            batch_size=self.size.decoded,
+            seed=self.seed,
+            **self.common,
+        )
+        return str(rollout.main(config))
+
+    def score(self, rollouts: str, name: str) -> str:
+        config = score.ScoreConfig(
+            teacher=self.teacher,
+            rollouts=rollouts,
+            out=str(self.folder / name),
+            k=self.size.k,
+            top_p=1.0,
+            **self.common,
+        )
+        score.main(config)
+        return config.out
+
+    def distill(self, cache: str, name: str, every: int | None, **changes: Any) -> str:
+        live: dict[str, Any] = {
+            "teacher": self.teacher,
+            "refresh_every": every,
+            "refresh_batch_size": self.size.decoded,
+        }
+        settings = OPD_SETTINGS | COMMON | self.common
+        settings |= {"max_steps": self.size.steps, "batch_size": self.size.batch}
+        settings["seed"] = self.seed
+        settings["warmup_steps"] = min(OPD_SETTINGS["warmup_steps"], self.size.steps)
+        config = distill.DistillConfig(
+            student=self.student,
+            cache=cache,
+            out=str(self.folder / name),
+            **(settings | changes | (live if every else {})),
+        )
+        return str(distill.main(config))
+
+    def quality(self, model: str, name: str) -> dict[str, float]:
+        """Accuracies, and the KL to the teacher on the model's own samples."""
+        config = evaluate.EvalConfig(
+            model=model,
+            teacher=self.teacher,
+            prompts=self.eval_prompts,
+            limit=self.size.eval_prompts,
+            out=str(self.folder / "eval" / name),
+            num_samples=1,
+            max_new_tokens=self.size.new_tokens,
+            batch_size=self.size.decoded,
+            seed=self.seed,
+            **self.common,
+        )
+        results = json.loads((evaluate.main(config) / "results.json").read_text("utf-8"))
+        return {
+            "greedy": results["greedy"]["mean"],
+            "sampled": results["avg@1"]["mean"],
+            "kl": results["kl"]["nats_per_token"],
+        }
+
+    def run(self, cache: str, name: str, every: int | None) -> Run:
+        """Distil once, by the clock; with `every` None, rollouts and scores of its own first."""
+        clock = Clock(self.device)
+        if every is None:
+            rollouts = self.roll_out(f"{name}-rollouts", self.size.prompts)
+            generation = clock.lap()
+            cache = self.score(rollouts, f"{name}-cache")
+            scoring = clock.lap()
+            out = self.distill(cache, name, None)
+            seconds = dict(zip(PARTS, (generation, scoring, clock.lap()), strict=True))
+            if "seconds" in read_manifest(out):
+                raise Wrong("the offline run's manifest tells of renewed rollouts")
+            return Run(out, seconds, {}, None, clock.peak_mib())
+        out = self.distill(cache, name, every)
+        whole, manifest = clock.lap(), read_manifest(out)
+        told = manifest["seconds"]
+        check_parts(told, whole, manifest["refresh"], self.size, every)
+        rest = whole - told["generation"] - told["scoring"]
+        seconds = {"generation": told["generation"], "scoring": told["scoring"], "training": rest}
+        return Run(out, seconds, manifest["refresh"], told["update"], clock.peak_mib())
+
+
+def write_random(folder: Path, shape: dict[str, Any], seed: int, dtype: str, device: str) -> None:
+    """A random Qwen3 with the toy's tokenizer, whose ids are the first of its vocabulary."""
+    tokenizer = toy.build_tokenizer()
+    config = transformers.Qwen3Config(
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **shape,
+    )
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = transformers.Qwen3ForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Clock:
+    """Seconds between laps, and the device's peak since the first."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        gc.collect()  # trainers are cycles; their models would count for the next run
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.began = self._now()
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def lap(self) -> float:
+        began, self.began = self.began, self._now()
+        return self.began - began
+
+    def peak_mib(self) -> float | None:
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1) if self.cuda else None
+
+
+def check_parts(
+    told: dict[str, float], whole: float, renewed: dict[str, Any], size: Size, every: int
+) -> None:
+    """Raise Wrong unless a live run renewed what it had to, in parts that fit its time."""
+    if not all(value > 0 for value in told.values()) or sum(told.values()) > whole:
+        raise Wrong(f"R = {every}: parts {told} do not fit into {whole:.3f} s")
+    starts = range(0, size.steps, every)
+    expected = sum(size.batch * min(every, size.steps - start, size.epoch) for start in starts)
+    found = renewed["windows"], renewed["sequences"]
+    if found != (len(starts), expected):
+        raise Wrong(f"R = {every}: renewed {found}, expected {(len(starts), expected)}")
