@@ -105,13 +105,10 @@ def _accumulate(
     for batch in micro_batches:
         moved = to_device(batch, device)
         loss, stats = step(model, moved, objective, num_items)
-        check_finite(loss, moved, number)
+        check_finite("loss", loss, [moved], number)
         loss.backward()
         window.add({"loss": loss.detach(), **stats}, len(moved["labels"]))
     limit = options.max_grad_norm or torch.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    if not torch.isfinite(norm):
-        raise DataError(
-            f"step {number}: the gradient's norm is {norm.item()} though the loss is finite"
-        )
+    check_finite("norm of the gradient", norm, micro_batches, number)
     return norm

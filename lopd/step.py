@@ -4,6 +4,7 @@ Nothing here knows of a Trainer: `lopd.trainer` and `lopd.loop` are two ways to 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -371,11 +372,12 @@ def _teacher_entropy(batch: Batch) -> dict[str, Tensor]:
     return {key: batch[key] for key in ("teacher_entropy",) if key in batch}
 
 
-def check_finite(loss: Tensor, batch: Batch, step_number: int) -> None:
-    """Raise DataError, naming the step and the sequences, for a loss that is not finite."""
-    if not torch.isfinite(loss):
+def check_finite(what: str, value: Tensor | float, batches: Sequence[Batch], number: int) -> None:
+    """Raise DataError, naming step and sequences, for a loss or norm that is not finite."""
+    found = value.item() if isinstance(value, Tensor) else value
+    if not math.isfinite(found):
+        names = ", ".join(name for batch in batches for name in batch["sequence_names"])
         raise DataError(
-            f"step {step_number}: the loss is {loss.item()}; sequences in the batch: "
-            f"{', '.join(batch['sequence_names'])}; look at their teacher scores, or lower the "
-            "learning rate and resume from the last checkpoint"
+            f"step {number}: the {what} is {found}; sequences: {names}; look at their "
+            "teacher scores, or lower the learning rate and resume from the last checkpoint"
         )

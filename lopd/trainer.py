@@ -7,7 +7,6 @@ several processes. `lopd.loop.train_loop` is the same in a plain loop.
 import contextlib
 import copy
 import json
-import math
 import os
 import sys
 import time
@@ -28,7 +27,7 @@ from transformers.trainer_utils import IntervalStrategy
 from lopd.attention import check_packing, pack_attention
 from lopd.batching import StepDataset, StepLoader, StepSampler
 from lopd.data import Batch, Collator, lengths_of
-from lopd.errors import ConfigError, DataError, LopdError, ShardError
+from lopd.errors import ConfigError, LopdError, ShardError
 from lopd.files import write_atomic
 from lopd.flops import Meter, line
 from lopd.heads import check_head, check_trainable
@@ -204,7 +203,7 @@ class LopdTrainer(Trainer):
 
         Where gradients are sharded each is reduced at once: waiting would hold whole ones.
         """
-        losses = []
+        losses, self.micro_batches = [], inputs
         for number, batch in enumerate(inputs, 1):
             sync = number == len(inputs) or self.is_fsdp_enabled
             with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
@@ -222,7 +221,7 @@ class LopdTrainer(Trainer):
         # accelerate's own autocast is in the forward, which `run_with_loss` replaces
         with self.accelerator.autocast():
             loss, stats = step(model, inputs, self.objective, num_items_in_batch)
-        check_finite(loss, inputs, self.state.global_step + 1)
+        check_finite("loss", loss, [inputs], self.state.global_step + 1)
         self.window.add({"loss": loss.detach(), **stats}, len(inputs["labels"]))
         loss = loss * self.args.world_size  # gradients are averaged over processes
         return (loss, stats) if return_outputs else loss
@@ -298,11 +297,8 @@ class LopdTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if not math.isfinite(norm):
-            raise DataError(
-                f"step {self.state.global_step + 1}: the gradient's norm is {float(norm)} though "
-                "the loss is finite; lower the learning rate and resume from the last checkpoint"
-            )
+        number = self.state.global_step + 1
+        check_finite("norm of the gradient", norm, self.micro_batches, number)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -61,7 +61,7 @@ def holdout_kl(
         items: Any = holdout.dataset.__getitems__([*parts[place % len(parts)]])
         batch = to_device(collate(items), device)
         loss, _ = step(model, batch, holdout.objective, 1.0)
-        check_finite(loss, batch, step_number)
+        check_finite("held-out loss", loss, [batch], step_number)
         if place < len(parts):
             total += loss.item()
             weight += batch["row_weights"].sum().item()

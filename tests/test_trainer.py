@@ -343,10 +343,14 @@ def test_a_gradient_that_is_not_finite_stops_training_before_the_update(tmp_path
     model = trainer.model
     model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
     start = weights(model)
-    with pytest.raises(DataError, match="step 1: the gradient's norm"):
+    with pytest.raises(
+        DataError, match=r"step 1: the norm of the gradient is (inf|nan); sequences: p\d"
+    ):
         trainer.train()
     assert largest_difference(start, weights(model)) == 0.0
-    with pytest.raises(DataError, match="step 1: the gradient's norm"):
+    with pytest.raises(
+        DataError, match=r"step 1: the norm of the gradient is (inf|nan); sequences: p\d"
+    ):
         train_loop(model, [[Collator()(scored(4))]], Objective("reverse_kl"), options(max_steps=1))
 
 

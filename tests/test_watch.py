@@ -129,7 +129,7 @@ def test_held_out_kl_is_the_divergence_over_all_its_sequences(name, aggregation)
         assert found == pytest.approx(expected, rel=1e-5)
     assert torch.equal(state, torch.get_rng_state()) and model.training
     held_out.dataset.source[held_out.indices[4]].tail_logprobs[0] = float("nan")
-    with pytest.raises(DataError, match="step 3: the loss is nan"):
+    with pytest.raises(DataError, match="step 3: the held-out loss is nan"):
         watch.holdout_kl(model, holdout, collate, 2, 3)
 
 
