@@ -10,7 +10,6 @@ most 0.35 of its KL to the teacher, and is within 4 points of the online run.
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.rows import identity
 from lopd.demo import DemoConfig, main
 from lopd.report import DISTILLED, FINE_TUNED, ONLINE
 
@@ -27,12 +27,8 @@ NAME = "demo_seeds.jsonl"
 
 
 def run(seeds: list[int], out: Path) -> list[dict[str, Any]]:
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-    }
+    torch.set_num_threads(1)  # as the demo sets it
+    about = {"transformers": transformers.__version__, **identity(torch.device("cpu"), None)}
     rows: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
@@ -40,7 +36,7 @@ def run(seeds: list[int], out: Path) -> list[dict[str, Any]]:
             main(DemoConfig(out=f"{folder}/demo", seed=seed, online=True))
             results = json.loads(Path(folder, "demo/results.json").read_text(encoding="utf-8"))
         command = f"python -m benchmarks.demo_seeds --seeds {seed}"
-        rows += [{"seed": seed, **row, **versions, "command": command} for row in results["rows"]]
+        rows += [{"seed": seed, **row, **about, "command": command} for row in results["rows"]]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (out / NAME).write_text(text, encoding="utf-8")
     return rows

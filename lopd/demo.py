@@ -5,7 +5,7 @@ its answers, rolled out once, its rollouts are scored once, and from there on no
 needed: the student is distilled with the sparse reverse KL (the default) and with the
 paper's sampled-token objective, plain and with its advantage clipped. The fair control
 fine-tunes the same student for as many steps on fresh teacher answers. `--online` adds a
-run that samples and scores at every step with a live teacher.
+run whose rollouts are sampled anew and scored by a live teacher at every step.
 
 Every artefact stays under `--out`, and every stage command can be run on it again.
 """
@@ -13,31 +13,16 @@ Every artefact stays under `--out`, and every stage command can be run on it aga
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lopd import distill, evaluate, rollout, score, sft, sft_data, toy
-from lopd.cache import scored_sequence
-from lopd.data import Batch, Collator
-from lopd.engines.base import Sampling, sequence_seed, to_rollout
-from lopd.engines.hf import HfEngine
 from lopd.errors import ConfigError
 from lopd.files import pretty_json, write_atomic
-from lopd.loop import train_loop
-from lopd.options import TrainOptions
-from lopd.prompts import Prompt, load_prompts
-from lopd.provenance import (
-    MANIFEST_NAME,
-    build_manifest,
-    describe_model,
-    lineage_of,
-    write_manifest,
-)
 from lopd.recipe import finished
 from lopd.report import (
     CLIPPED,
@@ -50,8 +35,6 @@ from lopd.report import (
     draw_curves,
     format_table,
 )
-from lopd.step import Objective
-from lopd.trainer import LOG_NAME
 
 SFT_SETTINGS: dict[str, Any] = {
     "batch_size": 64,
@@ -193,7 +176,8 @@ class Demo:
             Entry(MORE, "more-sft", self.train_more, True),
         ]
         if online:
-            entries.append(Entry(ONLINE, "online", self.online, True))
+            live = {"refresh_every": 1, "teacher": self.path("teacher")}
+            entries.append(Entry(ONLINE, "online", lambda: self.distill("online", **live), True))
         return entries
 
     def row(self, entry: Entry) -> dict[str, Any]:
@@ -271,13 +255,13 @@ class Demo:
         )
         score.main(config)
 
-    def distill(self, out: str, **objective: Any) -> None:
+    def distill(self, out: str, **changes: Any) -> None:
         config = distill.DistillConfig(
             student=self.path("sft"),
             cache=self.path("cache"),
             out=self.path(out),
             seed=self.seed,
-            **objective,
+            **changes,
             **OPD_SETTINGS,
             **COMMON,
         )
@@ -300,51 +284,3 @@ class Demo:
             "sampled": results["avg@1"]["mean"],
             "kl": results["kl"]["nats_per_token"],
         }
-
-    def online(self) -> None:
-        """Standard on-policy distillation: sample and score with a live teacher at every step."""
-        out = self.out / "online"
-        if (out / MANIFEST_NAME).is_file():
-            return
-        student = HfEngine.load(self.path("sft"), dtype="float32", device="cpu")
-        student.batch_size = OPD_SETTINGS["batch_size"]
-        teacher = HfEngine.load(self.path("teacher"), dtype="float32", device="cpu")
-        prompts = load_prompts(self.prompts["opd"], student.tokenizer)
-        options = TrainOptions(seed=self.seed, **OPD_SETTINGS, **COMMON)
-        torch.manual_seed(self.seed)
-        batches = live_batches(student, teacher, prompts, options)
-        log = train_loop(student.model, batches, Objective("reverse_kl"), options)
-        student.model.save_pretrained(out)
-        student.tokenizer.save_pretrained(out)
-        lines = "".join(json.dumps(record) + "\n" for record in log)
-        (out / LOG_NAME).write_text(lines, encoding="utf-8")
-        manifest = build_manifest(
-            "checkpoint",
-            stage="demo --online",
-            config=options,
-            model=describe_model(out, dtype="float32", engine=HfEngine.name),
-            base=describe_model(self.path("sft"), dtype="float32", engine=HfEngine.name),
-            lineage=lineage_of(self.path("sft")),
-        )
-        write_manifest(out, manifest)
-
-
-def live_batches(
-    student: HfEngine, teacher: HfEngine, prompts: list[Prompt], options: TrainOptions
-) -> Iterator[list[Batch]]:
-    """One micro-batch a step, sampled from the student as it is and scored there and then."""
-    sampling, collate = Sampling(toy.MAX_NEW_TOKENS), Collator(options.loss_aggregation)
-    order = np.random.default_rng(options.seed)
-    for number in range(options.max_steps):
-        chosen = order.choice(len(prompts), options.batch_size, replace=False)
-        batch = [prompts[i] for i in chosen]
-        seeds = [sequence_seed(options.seed, prompt.id, number) for prompt in batch]
-        answers = student.generate([prompt.tokens for prompt in batch], sampling, seeds)
-        pairs = zip(batch, answers, strict=True)
-        rollouts = [to_rollout(prompt, number, answer) for prompt, answer in pairs]
-        scores = teacher.score(
-            [rollout.tokens for rollout in rollouts],
-            [rollout.prompt_length for rollout in rollouts],
-            TOP_K,
-        )
-        yield [collate([scored_sequence(*pair) for pair in zip(rollouts, scores, strict=True)])]

@@ -67,11 +67,13 @@ def draw_curves(out: Path) -> None:
         for name in names:
             file = out / name / LOG_NAME
             if file.is_file():
-                log = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+                lines = file.read_text(encoding="utf-8").splitlines()
+                log = [record for line in lines if key in (record := json.loads(line))]
                 sign = -1 if key == "advantage" else 1
                 axes.plot([r["step"] for r in log], [sign * r[key] for r in log], label=name)
         axes.set(title=title, xlabel="step")
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     left.set_yscale("log")
     middle.set_yscale("log")
     figure.savefig(out / "curves.png", dpi=120)

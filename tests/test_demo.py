@@ -1,13 +1,16 @@
 """The demo on one seed: the method's effects, and a folder that can be worked on further."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from lopd import toy
 from lopd.cli import main
-from lopd.report import CLIPPED, DISTILLED, FINE_TUNED, MORE, SAMPLED, format_table
+from lopd.demo import Demo
+from lopd.report import CLIPPED, DISTILLED, FINE_TUNED, MORE, SAMPLED, draw_curves, format_table
+from lopd.trainer import LOG_NAME
 
 
 def test_the_task_is_what_it_says():
@@ -26,6 +29,31 @@ def test_prompt_sets_do_not_overlap():
     second = toy.sample_prompts(200, 1, exclude=seen)
     assert len(set(first) | set(second)) == 400 == len(seen)
     assert toy.sample_prompts(200, 1, exclude=set()) == first
+
+
+def test_curves_are_drawn_of_what_a_log_has_of_them(tmp_path):
+    (tmp_path / "online").mkdir()
+    records = [
+        {"step": 0, "generation_seconds": 1.0},
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 0.4},
+    ]
+    log = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "online" / LOG_NAME).write_text(log)
+    draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_the_online_run_is_a_refresh_at_every_step(tmp_path, monkeypatch):
+    """With the offline run's settings, so that the two can be laid side by side."""
+    demo, configs = Demo(tmp_path / "demo", seed=0), []
+    monkeypatch.setattr(demo, "run_stage", lambda stage, config: configs.append(asdict(config)))
+    for entry in demo.entries(online=True):
+        if entry.folder in ("distill", "online"):
+            entry.run()
+    offline, online = configs
+    live = {"out": str(demo.out / "online"), "refresh_every": 1, "teacher": demo.path("teacher")}
+    assert {key: value for key, value in online.items() if value != offline[key]} == live
 
 
 @pytest.fixture(scope="module")
