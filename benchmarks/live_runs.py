@@ -12,18 +12,21 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.qwen3 import MODELS
 from lopd import distill, evaluate, rollout, score, toy
 from lopd.demo import COMMON, OPD_SETTINGS, TOP_K, Demo
 from lopd.provenance import declare, read_manifest
 
 PARTS = ("generation", "scoring", "training")
-QWEN3 = {
-    "vocab_size": 151936,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 SMALL = {
     "vocab_size": 50,  # more than the toy's tokenizer has
     "num_hidden_layers": 1,
@@ -36,6 +39,12 @@ SMALL = {
 
 class Wrong(Exception):
     """A result that must not be timed."""
+
+
+def published(name: str) -> dict[str, int]:
+    """The shape of a Qwen3."""
+    config = MODELS[name].config()
+    return {key: getattr(config, key) for key in SHAPE}
 
 
 @dataclass(frozen=True)
@@ -66,10 +75,7 @@ SIZES = {
     ),
     "0.6b": Size(
         16, 16, 256, 512, 64, 64, "bfloat16", 64, (0,), (1, 4, 16),
-        {
-            "student": {"hidden_size": 1024, "intermediate_size": 3072, **QWEN3},
-            "teacher": {"hidden_size": 2048, "intermediate_size": 6144, **QWEN3},
-        },
+        {"student": published("0.6B"), "teacher": published("1.7B")},
     ),
     "quick": Size(
         8, 4, 16, 6, 16, 4, "float32", 8, (0,), (1, 4),
