@@ -260,7 +260,7 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]
         missing_shards=cache.missing_shards,
         allow=config.allowed(),
     )
-    if config.verify:
+    if config.verify and runs.is_first():  # the others wait for it where the run begins
         cache.verify()
     return cache, overrides
 

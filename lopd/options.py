@@ -44,6 +44,7 @@ WATCH_RANGES: dict[str, tuple[float, float, str]] = {
     "eval_steps": _AT_LEAST_ONE,
     "patience": _NOT_NEGATIVE,
 }
+PATIENCE_S = 3 * 3600  # of processes that wait while the first writes a checkpoint or the result
 DEFAULT_OPTIM = "adamw_torch_fused"
 MIXED_PRECISIONS = ("none", "bf16")
 _UNITS = {"": 1, "b": 1} | {
@@ -242,7 +243,7 @@ class TrainOptions(LoraOptions):
             report_to=self.report_to,
             disable_tqdm=True,
             remove_unused_columns=False,
-            dataloader_pin_memory=device.type == "cuda",
+            ddp_timeout=PATIENCE_S,
         )
         assert args.device.type == device.type
         args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would mean DataParallel

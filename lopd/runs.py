@@ -15,6 +15,7 @@ import shutil
 import sys
 import zipfile
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import TEMP_SUFFIX, pretty_json, write_atomic
 from lopd.lora import add_lora, merged
 from lopd.models import ADAPTER_CONFIG, context_of, load_model, load_tokenizer, resolve_device
-from lopd.options import WatchOptions
+from lopd.options import PATIENCE_S, WatchOptions
 from lopd.provenance import MANIFEST_NAME
 from lopd.provenance.fingerprint import weight_files
 from lopd.stats import WINDOW_NAME
@@ -85,7 +86,8 @@ def begin(config: Any, *, base: dict[str, Any], **inputs: str) -> Path | None:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    state = PartialState(cpu=resolve_device(config.device).type == "cpu")
+    on_cpu = resolve_device(config.device).type == "cpu"
+    state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=PATIENCE_S))
     claimed = [_claim(config, base, inputs, worker) if state.is_main_process else None]
     return broadcast_object_list(claimed)[0]
 
@@ -193,13 +195,18 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _put_torn_aside(out: Path, checkpoint: Path | None) -> None:
-    """Say where the run continues; rename later, torn checkpoints.
+    """Say where the run continues; rename later, torn checkpoints, and remove unfinished ones.
 
-    Otherwise the next rotation would take them for the newest and remove whole ones.
+    Otherwise the next rotation would take them for the newest and remove whole ones, and what a
+    full disk cut short would go on filling it.
     """
     for torn in checkpoints(out):
         if torn == checkpoint:
             break
+        if not (torn / "trainer_state.json").exists():  # which is written last
+            shutil.rmtree(torn)
+            print(f"{out}: {torn.name} was never finished, removed", file=sys.stderr)
+            continue
         aside = out / f"torn-{torn.name}"
         shutil.rmtree(aside, ignore_errors=True)
         torn.rename(aside)

@@ -101,6 +101,7 @@ def alone(value: Any) -> list[Any]:
 def _together(name: str, first: Tensor | None, second: Tensor) -> Tensor:
     if first is None:
         return second
+    first = first.to(second.device)  # a checkpoint's are on the CPU
     return torch.logaddexp(first, second) if name in ESS else first + second
 
 

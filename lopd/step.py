@@ -378,6 +378,6 @@ def check_finite(what: str, value: Tensor | float, batches: Sequence[Batch], num
     if not math.isfinite(found):
         names = ", ".join(name for batch in batches for name in batch["sequence_names"])
         raise DataError(
-            f"step {number}: the {what} is {found}; sequences: {names}; look at their "
-            "teacher scores, or lower the learning rate and resume from the last checkpoint"
+            f"step {number}: the {what} is {found}; sequences: {names}; look at their teacher "
+            "scores, or begin anew, with another --out, at a lower learning rate"
         )

@@ -39,6 +39,7 @@ from lopd.watch import Holdout, evaluations, exhausted, holdout_kl
 __all__ = ["LOG_NAME", "LopdTrainer", "Objective", "TrainOptions", "saving", "step"]
 
 LOG_NAME = "train_log.jsonl"
+ZIP_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory")  # in torch's messages
 
 
 @contextlib.contextmanager
@@ -52,6 +53,8 @@ def saving(path: str | Path) -> Iterator[None]:
     except LopdError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in ZIP_WRITER):
+            raise  # a lost process, a GPU without memory
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ShardError(
             f"{path}: not written ({what}); finished checkpoints are intact: mend that and run "
@@ -133,6 +136,7 @@ class LopdTrainer(Trainer):
         low = torch.bfloat16 if args.bf16 else None
         self.meter = Meter(model, args.device, dtype=low, devices=args.world_size)
         self.pop_callback(PrinterCallback)
+        self.add_callback(_LogAtEnds(0 if holdout is None else holdout.eval_steps))
         if self.is_world_process_zero():
             self.add_callback(_Reporter(Path(args.output_dir)))
         check_head(model)
@@ -308,6 +312,18 @@ class LopdTrainer(Trainer):
         super().log(logs, start_time)
 
 
+class _LogAtEnds(TrainerCallback):
+    """Logs at the last step and at evaluations too; in every process, for all are asked."""
+
+    def __init__(self, eval_steps: int) -> None:
+        self.eval_steps = eval_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        evaluated = self.eval_steps and state.global_step % self.eval_steps == 0
+        if evaluated or state.global_step == state.max_steps:
+            control.should_log = True
+
+
 class _Reporter(TrainerCallback):
     """A progress bar on stderr, and the log file."""
 
@@ -321,14 +337,10 @@ class _Reporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update()
-        if state.global_step == state.max_steps:
-            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
             tqdm.write(line(state.global_step, state.max_steps, logs), file=sys.stderr)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -227,12 +227,16 @@ def test_a_torn_checkpoint_is_put_aside_and_the_run_says_so(
 ):
     out = shutil.copytree(checkpoints, tmp_path / "out")
     truncate(out / "checkpoint-6" / "optimizer.pt")
+    shutil.copytree(out / "checkpoint-6", out / "checkpoint-7")
+    (out / "checkpoint-7" / "trainer_state.json").unlink()
     (out / "checkpoint-bak").mkdir()
     settings = {"max_steps": 6, "save_every": 1, "save_total_limit": 1}
     distill.main(config(pipeline, out, **settings))
     told = capsys.readouterr().err
     assert f"{out}: checkpoint-6 is torn, put aside as torn-checkpoint-6\n" in told
+    assert f"{out}: checkpoint-7 was never finished, removed\n" in told
     assert f"{out}: continues from checkpoint-4\n" in told
+    assert not [*out.glob("*checkpoint-7")]
     assert runs.is_whole(out / "checkpoint-6") and (out / "torn-checkpoint-6").is_dir()
     assert largest_difference(trained_weights(out), trained_weights(checkpoints)) == 0.0
 

@@ -147,3 +147,20 @@ def test_time_left_out_is_not_counted(monkeypatch):
     window.add({}, 6)
     window.leave_out(3.0)
     assert window.pop()["tokens_per_second"] == pytest.approx(3.0)
+
+
+def test_a_window_goes_on_where_the_tensors_are():
+    """A checkpoint's sums are on the CPU, a micro-batch's on the device that trains."""
+    window = StatsWindow()
+    window.begin_step()
+    stats = {
+        "loss": torch.tensor(1.0),
+        "token_moments": torch.zeros(3),
+        "divergence_from": torch.ones(2, 7),
+    }
+    window.add(stats, 1)
+    again = StatsWindow()
+    again.load(window.state())
+    again.begin_step()
+    again.add({name: value.to("meta") for name, value in stats.items()}, 1)
+    assert all(value.device.type == "meta" for value in again._sums.values())
