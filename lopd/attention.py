@@ -19,30 +19,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lopd.errors import ConfigError, ModelError
-from lopd.heads import lm_head, run_with_loss
+from lopd.heads import lm_head, plain_model, run_with_loss
 
 FLASH = ("flash_attention_3", "flash_attention_2")
 OWN = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}
 PATHS = ("auto", *FLASH, *OWN)
 
 
-def pack_attention(model: Any, path: str = "auto", device: torch.device | None = None) -> str:
+def pack_attention(
+    model: Any,
+    path: str = "auto",
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
     """Have `model` attend within sequences; prints and returns the path that was taken.
 
-    "auto" takes the first that is installed and fits dtype and device (where the model will be,
-    if it is not there yet), in the order of `PATHS`. Padded batches and generation go on working.
-    `check_packing` tells whether the model hands the bounds down.
+    "auto" takes the first that is installed and fits device (where the model will be, if it is not
+    there yet) and dtype (of autocast; None for the weights'), in the order of `PATHS`. Padded
+    batches and generation go on working. `check_packing` tells whether the model hands the bounds
+    down.
 
     Raises:
         ConfigError: the path is unknown, not installed, or does not fit device or dtype.
     """
     weight = model.get_input_embeddings().weight
     where = weight.device if device is None else device
+    dtype = dtype or weight.dtype
     if path == "auto":
-        path = next(p for p in PATHS[1:] if not _unavailable(p, where, weight.dtype))
-    if why := _unavailable(path, where, weight.dtype):
+        path = next(p for p in PATHS[1:] if not _unavailable(p, where, dtype))
+    if why := _unavailable(path, where, dtype):
         raise ConfigError(f"attention: found '{path}'; {why}")
     if path in OWN:
         _register()
@@ -73,7 +81,7 @@ def _unavailable(path: str, device: torch.device, dtype: torch.dtype) -> str:
     if path == "sdpa":
         return ""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return f"it needs CUDA and 16-bit weights, found {device.type} and {dtype}; use sdpa"
+        return f"it needs CUDA and a 16-bit dtype, found {device.type} and {dtype}; use sdpa"
     if path == "varlen":
         return (
             ""
@@ -160,6 +168,9 @@ def varlen_attention(
     if kwargs.get("dropout"):
         raise ConfigError("attention: varlen has no dropout; use sdpa, or set it to 0")
     groups, window = query.shape[1] // key.shape[1], kwargs.get("sliding_window")
+    if torch.is_autocast_enabled(query.device.type):  # norms and rotations leave float32
+        low = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(low) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -172,34 +183,60 @@ def varlen_attention(
 
 
 @torch.no_grad()
-def check_packing(model: Any, path: str) -> None:
+def check_packing(model: Any, path: str, longest: int | None = None) -> None:
     """Compare the last hidden states of a pack of three sequences with those of each alone.
 
+    The error is relative, in the norm over a sequence; what rounding may do is measured on the
+    same sequences as a padded batch. A third sequence is longer than the model's window, if it has
+    one and packs may be (`longest`).
+
     Raises:
-        ModelError: they differ by more than rounding.
+        ModelError: they differ by more than 4 times what padding makes of them, 4 units in the
+            last place, and 1e-5.
     """
-    rows, lengths = lm_head(model).weight.shape[0], (7, 3, 12)
-    device = next(model.parameters()).device
+    config = plain_model(model).config.get_text_config()
+    beyond = (getattr(config, "sliding_window", None) or 0) + 2
+    lengths = (7, 3, max(12, beyond if longest is None else min(beyond, longest)))
+    rows, device = lm_head(model).weight.shape[0], next(model.parameters()).device
     ids = torch.linspace(0, rows - 1, sum(lengths), device=device).long().flip(0)
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     pack = {"input_ids": ids[None], "position_ids": positions[None]}
+    parts = ids.split(lengths)
+    batch = {
+        "input_ids": pad_sequence(parts, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(p) for p in parts], batch_first=True),
+    }
     training = model.training
     model.eval()
     try:
-        together = _hidden(model, {**pack, **pack_kwargs(lengths, device)})[0]
-        for found, own in zip(together.split(lengths), ids.split(lengths), strict=True):
-            alone = _hidden(
-                model, {"input_ids": own[None], "attention_mask": torch.ones_like(own[None])}
-            )[0]
-            error, size = (found - alone).abs().max().item(), alone.abs().max().item()
-            if not error <= 64 * torch.finfo(found.dtype).eps * max(size, 1e-6):
-                raise ModelError(
-                    f"{type(model).__name__}: in a pack its hidden states differ by {error:.3g} "
-                    f"(of {size:.3g}) from those of the same sequence alone, attention by {path}; "
-                    "this architecture cannot be packed, leave --max_tokens_per_batch out"
-                )
+        together = _hidden(model, {**pack, **pack_kwargs(lengths, device)})[0].split(lengths)
+        padded = [row[:length] for row, length in zip(_hidden(model, batch), lengths, strict=True)]
+        alone = [
+            _hidden(model, {"input_ids": own[None], "attention_mask": torch.ones_like(own[None])})[
+                0
+            ]
+            for own in parts
+        ]
     finally:
         model.train(training)
+    dtype = alone[0].dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    floor = max(map(_distance, padded, alone))
+    bound = max(4 * floor, 4 * torch.finfo(dtype).eps, 1e-5)
+    error = max(map(_distance, together, alone))
+    if not error <= bound:
+        raise ModelError(
+            f"{type(model).__name__}: in a pack its hidden states differ by {error:.2g} of their "
+            f"norm from those of the same sequence alone (at most {bound:.2g} is rounding), "
+            f"attention by {path}; this architecture cannot be packed, leave "
+            "--max_tokens_per_batch out"
+        )
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    expected = expected.float()
+    return ((found.float() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 def _hidden(model: Any, inputs: dict[str, Any]) -> Tensor:

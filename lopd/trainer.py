@@ -141,7 +141,7 @@ class LopdTrainer(Trainer):
             self.add_callback(_Reporter(Path(args.output_dir)))
         check_head(model)
         if self.max_tokens is not None:
-            self.attention = pack_attention(model, attention, args.device)
+            self.attention = pack_attention(model, attention, args.device, low)
 
     def _check_sharding(self, args: TrainingArguments) -> None:
         accelerator = self.accelerator
@@ -187,7 +187,8 @@ class LopdTrainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.max_tokens is not None:
-            check_packing(prepared[0], self.attention)
+            with self.accelerator.autocast():
+                check_packing(prepared[0], self.attention, self.max_tokens)
         return prepared
 
     def get_batch_samples(

@@ -86,26 +86,63 @@ def test_generation_goes_on_working():
     assert torch.equal(model.generate(prompt, attention_mask=mask, **options), before)
 
 
-def test_a_model_that_keeps_the_bounds_to_itself_is_refused():
-    model = tiny_model()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layers", [(0, 1), (1,), (17,)], ids=["all", "one of two", "one of 28"])
+def test_a_layer_that_keeps_the_bounds_to_itself_is_found(layers, dtype):
+    import transformers as t
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 90, "head_dim": 16}
+    config = t.Qwen3Config(
+        **size,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=28 if layers == (17,) else 2,
+    )
+    model = t.Qwen3ForCausalLM(config).to(dtype)
     pack_attention(model)
-    for layer in model.model.layers:
-        forward = layer.self_attn.forward
+    check_packing(model, "sdpa")
+    for number in layers:
+        layer = model.model.layers[number].self_attn
+        forward = layer.forward
 
         def deaf(*args, forward=forward, **kwargs):
             kwargs.pop("sequence_lengths", None)
             return forward(*args, **kwargs)
 
-        layer.self_attn.forward = deaf
+        layer.forward = deaf
     with pytest.raises(
         ModelError, match=r"in a pack its hidden states differ by .* cannot be packed"
     ):
         check_packing(model, "sdpa")
 
 
+def test_a_window_is_looked_beyond(monkeypatch):
+    """Where packs may be longer than it: a mistake that only shows there."""
+    model = tiny_window()
+    model.config.sliding_window = 14
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 14
+    pack_attention(model)
+    check_packing(model, "sdpa")
+    monkeypatch.setattr(attention, "_band", lambda query, window: None)
+    check_packing(model, "sdpa", longest=14)
+    with pytest.raises(ModelError, match="cannot be packed"):
+        check_packing(model, "sdpa")
+
+
+def test_under_autocast_packs_are_checked_as_they_will_be_run():
+    model = tiny_model()
+    pack_attention(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_packing(model, "sdpa")
+
+
 @pytest.mark.parametrize("path", ["varlen", "flash_attention_2", "flash_attention_3"])
 def test_what_needs_a_gpu_says_so(path):
-    with pytest.raises(ConfigError, match=f"attention: found '{path}'; it needs CUDA and 16-bit"):
+    with pytest.raises(
+        ConfigError, match=f"attention: found '{path}'; it needs CUDA and a 16-bit dtype"
+    ):
         pack_attention(tiny_model(), path)
     with pytest.raises(ConfigError, match="found 'fast'; expected one of auto"):
         pack_attention(tiny_model(), "fast")
@@ -150,3 +187,7 @@ def test_varlen_asks_torch_for_the_same_attention(monkeypatch, window):
     found, _ = varlen_attention(Module(), query, key, value, None, **options)
     expected, _ = sdpa_attention(Module(), query, key, value, None, **options)
     torch.testing.assert_close(found, expected)
+    with torch.autocast("cpu", torch.bfloat16):  # as of norms in float32 around 16-bit layers
+        found, _ = varlen_attention(Module(), query, key, value.bfloat16(), None, **options)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
