@@ -28,7 +28,14 @@ from lopd.data import Collator, Part, SequenceDataset, Source, split_holdout
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import TEMP_SUFFIX, pretty_json, write_atomic
 from lopd.lora import add_lora, merged
-from lopd.models import ADAPTER_CONFIG, context_of, load_model, load_tokenizer, resolve_device
+from lopd.models import (
+    ADAPTER_CONFIG,
+    context_of,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 from lopd.options import PATIENCE_S, WatchOptions
 from lopd.provenance import MANIFEST_NAME
 from lopd.provenance.fingerprint import weight_files
@@ -36,6 +43,7 @@ from lopd.stats import WINDOW_NAME
 from lopd.step import Objective
 from lopd.workers import Worker, this_worker
 
+SMALLEST_RATE = 1e-4  # weights of 0.02 have neighbours 1e-4 away in bfloat16
 RECIPE_NAME = "recipe.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_NAME = "adapter"  # of a LoRA run, beside the model that it was merged into
@@ -58,7 +66,12 @@ NOT_RECIPE = frozenset(
         "save_total_limit",
         "report_to",
         "verify",
-        "workspace_bytes",
+        "workspace_bytes",  # this and the next five: memory and rounding
+        "gradient_checkpointing",
+        "attention",
+        "max_tokens_per_batch",
+        "batch_size",  # but for its product with the next
+        "gradient_accumulation_steps",
         "stale_ess",
         "stale_every",
     }
@@ -102,6 +115,7 @@ def _claim(
 ) -> Path | None:
     out = Path(config.out)
     settings = {key: value for key, value in asdict(config).items() if key not in NOT_RECIPE}
+    settings["sequences_per_step"] = config.batch_size * config.gradient_accumulation_steps
     identity = {key: base[key] for key in ("weights", "config", "tokenizer")}
     processes = {} if worker.alone else {"processes": worker.count}
     recipe = json.loads(json.dumps({**settings, **inputs, **processes, "base": identity}))
@@ -309,6 +323,21 @@ def _best_model(config: Any, trainer: Any, model_path: str) -> Any:
     return PeftModel.from_pretrained(model, folder)
 
 
+def warn_of_rounding(config: Any) -> None:
+    """Say so where most updates are too small for the weights' dtype to hold."""
+    if (
+        resolve_dtype(config.dtype) == torch.bfloat16
+        and not config.lora_rank
+        and config.learning_rate < SMALLEST_RATE
+    ):
+        print(
+            f"dtype {config.dtype} with learning_rate {config.learning_rate:g}: most of such small "
+            "updates are lost in rounding; --mixed_precision bf16 keeps float32 weights, and "
+            "--lora_rank trains float32 adapters",
+            file=sys.stderr,
+        )
+
+
 def _trainer(
     config: Any, source: Source, objective: Objective, model_path: str, refresh: Any
 ) -> tuple[Any, Any, float]:
@@ -316,6 +345,8 @@ def _trainer(
     from lopd.trainer import LopdTrainer
     from lopd.watch import Holdout, StaleWatch
 
+    if is_first():
+        warn_of_rounding(config)
     local_rank = this_worker(None).local_rank
     device = "cpu" if config.fsdp else config.device  # the whole may not fit on one GPU
     model = load_model(model_path, dtype=config.dtype, device=device, local_rank=local_rank)

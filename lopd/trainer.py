@@ -212,8 +212,21 @@ class LopdTrainer(Trainer):
         for number, batch in enumerate(inputs, 1):
             sync = number == len(inputs) or self.is_fsdp_enabled
             with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, batch, num_items_in_batch))
+                try:
+                    losses.append(super().training_step(model, batch, num_items_in_batch))
+                except torch.OutOfMemoryError as error:
+                    raise ConfigError(self._out_of_memory(batch)) from error
         return torch.stack(losses).sum()
+
+    def _out_of_memory(self, batch: Batch) -> str:
+        rows, length = batch["input_ids"].shape
+        return (
+            f"step {self.state.global_step + 1}: out of memory in a micro-batch of {rows} x "
+            f"{length} tokens; run the same command with --gradient_checkpointing, a smaller "
+            "--max_tokens_per_batch or --workspace_bytes, or a smaller --batch_size and so many "
+            "more --gradient_accumulation_steps: it continues from the last checkpoint (lopd plan "
+            "tells what fits)"
+        )
 
     def compute_loss(
         self,

@@ -151,6 +151,51 @@ def test_a_killed_run_continues_to_the_same_weights(pipeline, tmp_path, monkeypa
     assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
 
 
+def test_a_run_is_continued_with_other_micro_batches(pipeline, tmp_path, monkeypatch):
+    """What an out-of-memory error asks for, and what it does not: another number a step."""
+    settings = {"max_steps": 4, "save_every": 2}
+    whole = distill.main(config(pipeline, tmp_path / "whole", batch_size=4, **settings))
+    training_step = LopdTrainer.training_step
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    def full(self, *args):
+        with monkeypatch.context() as patch:
+            if self.state.global_step == 3:
+                patch.setattr("lopd.trainer.step", out_of_memory)
+            return training_step(self, *args)
+
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(LopdTrainer, "training_step", full)
+        expected = r"step 4: out of memory in a micro-batch of 4 x \d+ tokens; .*checkpointing"
+        with pytest.raises(ConfigError, match=expected):
+            distill.main(config(pipeline, cut, batch_size=4, **settings))
+    with pytest.raises(ConfigError, match=r"recipe \(sequences_per_step was 4, is 2\)"):
+        distill.main(config(pipeline, cut, batch_size=2, **settings))
+    smaller = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_tokens_per_batch": 30}
+    distill.main(config(pipeline, cut, gradient_checkpointing=True, **smaller, **settings))
+    assert largest_difference(trained_weights(whole), trained_weights(cut)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dtype": "bfloat16", "learning_rate": 2e-6}, True),
+        ({"dtype": "bfloat16", "learning_rate": 1e-3}, False),
+        ({"dtype": "bfloat16", "learning_rate": 2e-6, "lora_rank": 2}, False),
+        ({"mixed_precision": "bf16", "learning_rate": 2e-6}, False),
+    ],
+)
+def test_updates_that_bfloat16_loses_are_told(pipeline, tmp_path, capsys, changes, told):
+    if "lora_rank" in changes:
+        pytest.importorskip("peft")
+    out = distill.main(config(pipeline, tmp_path / "out", max_steps=1, **changes))
+    assert ("updates are lost in rounding" in capsys.readouterr().err) == told
+    assert out.is_dir()
+
+
 def test_a_finished_run_and_foreign_folders_are_left_alone(pipeline, tmp_path, no_model):
     done = tmp_path / "done"
     done.mkdir()
