@@ -27,7 +27,7 @@ from lopd import distill, evaluate, rollout, score, sft, sft_data
 from lopd.cache import RolloutStore, TeacherCache
 from lopd.errors import ConfigError
 from lopd.provenance import MANIFEST_NAME, describe_file, fingerprint_weights, read_manifest
-from lopd.runs import NOT_RECIPE
+from lopd.runs import NOT_RECIPE, recipe_of
 from lopd.settings import build_config, check_keys, load_yaml
 from lopd.workers import this_worker
 
@@ -154,7 +154,10 @@ def finished(config: Any) -> bool:
     if manifest["kind"] not in ("checkpoint", "evaluation"):
         return False
     wanted, found = asdict(config), manifest["config"]
-    free = NOT_RECIPE if manifest["kind"] == "checkpoint" else NOT_RECIPE | EVAL_FREE
+    if manifest["kind"] == "checkpoint":
+        wanted, found, free = recipe_of(wanted), recipe_of(found), frozenset[str]()
+    else:
+        free = NOT_RECIPE | EVAL_FREE
     changed = sorted(key for key in wanted.keys() - free if found.get(key) != wanted[key])
     if changed:
         key = changed[0]

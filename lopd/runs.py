@@ -10,10 +10,7 @@ writes and finishes the folder.
 """
 
 import json
-import re
-import shutil
 import sys
-import zipfile
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -21,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lopd.cache.shards import LOCK_NAME, FolderLock
+from lopd.checkpoints import is_whole, last_checkpoint, put_torn_aside
 from lopd.data import Collator, Part, SequenceDataset, Source, split_holdout
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import TEMP_SUFFIX, pretty_json, write_atomic
 from lopd.lora import add_lora, merged
 from lopd.models import (
-    ADAPTER_CONFIG,
     context_of,
     load_model,
     load_tokenizer,
@@ -38,19 +34,12 @@ from lopd.models import (
 )
 from lopd.options import PATIENCE_S, WatchOptions
 from lopd.provenance import MANIFEST_NAME
-from lopd.provenance.fingerprint import weight_files
-from lopd.stats import WINDOW_NAME
 from lopd.step import Objective
 from lopd.workers import Worker, this_worker
 
 SMALLEST_RATE = 1e-4  # weights of 0.02 have neighbours 1e-4 away in bfloat16
 RECIPE_NAME = "recipe.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_NAME = "adapter"  # of a LoRA run, beside the model that it was merged into
-STATE_FILES = ("scheduler.pt", WINDOW_NAME)
-OPTIMIZER = "optimizer.pt"
-SHARDED = ("pytorch_model_fsdp.bin", "optimizer.bin")  # both whole, as accelerate gathers them
-RANDOM_STATES = "rng_state*.pth"  # one a process
 # How a run is carried out and where things are; inputs count by their digests.
 NOT_RECIPE = frozenset(
     {
@@ -76,6 +65,13 @@ NOT_RECIPE = frozenset(
         "stale_every",
     }
 )
+
+
+def recipe_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's settings decides its result, but for rounding."""
+    micro_batches = settings.get("batch_size", 0), settings.get("gradient_accumulation_steps", 0)
+    kept = {key: value for key, value in settings.items() if key not in NOT_RECIPE}
+    return {**kept, "sequences_per_step": micro_batches[0] * micro_batches[1]}
 
 
 def begin(config: Any, *, base: dict[str, Any], **inputs: str) -> Path | None:
@@ -114,8 +110,7 @@ def _claim(
     config: Any, base: dict[str, Any], inputs: dict[str, str], worker: Worker
 ) -> Path | None:
     out = Path(config.out)
-    settings = {key: value for key, value in asdict(config).items() if key not in NOT_RECIPE}
-    settings["sequences_per_step"] = config.batch_size * config.gradient_accumulation_steps
+    settings = recipe_of(asdict(config))
     identity = {key: base[key] for key in ("weights", "config", "tokenizer")}
     processes = {} if worker.alone else {"processes": worker.count}
     recipe = json.loads(json.dumps({**settings, **inputs, **processes, "base": identity}))
@@ -166,69 +161,6 @@ def _read_recipe(file: Path) -> dict[str, Any]:
     return recipe
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """Every `checkpoint-N` of a run, the latest first, torn ones too."""
-    found = [item for item in out.glob("checkpoint-*") if item.is_dir()]
-    numbered = [item for item in found if re.fullmatch(r"checkpoint-\d+", item.name)]
-    return sorted(numbered, key=_step_of, reverse=True)
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The latest `checkpoint-N` that was written to its end."""
-    return next((folder for folder in checkpoints(out) if is_whole(folder)), None)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file that resuming reads is there and not cut short.
-
-    Reads the headers of the weights and the directories at the end of torch's zip files.
-    """
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_bytes())
-        if not isinstance(state, dict) or state.get("global_step") != _step_of(checkpoint):
-            return False
-        states = [*checkpoint.glob(RANDOM_STATES)]
-        if not states:
-            return False
-        optimizer = SHARDED if (checkpoint / SHARDED[0]).exists() else (OPTIMIZER,)
-        names = (*STATE_FILES, *optimizer)
-        for state_file in (*states, *(checkpoint / name for name in names)):
-            with zipfile.ZipFile(state_file):
-                pass
-        adapted = (checkpoint / ADAPTER_CONFIG).exists()
-        for file in [checkpoint / ADAPTER_WEIGHTS] if adapted else weight_files(checkpoint):
-            with safe_open(file, framework="numpy"):
-                pass
-    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError, LopdError):
-        return False
-    return True
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _put_torn_aside(out: Path, checkpoint: Path | None) -> None:
-    """Say where the run continues; rename later, torn checkpoints, and remove unfinished ones.
-
-    Otherwise the next rotation would take them for the newest and remove whole ones, and what a
-    full disk cut short would go on filling it.
-    """
-    for torn in checkpoints(out):
-        if torn == checkpoint:
-            break
-        if not (torn / "trainer_state.json").exists():  # which is written last
-            shutil.rmtree(torn)
-            print(f"{out}: {torn.name} was never finished, removed", file=sys.stderr)
-            continue
-        aside = out / f"torn-{torn.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        torn.rename(aside)
-        print(f"{out}: {torn.name} is torn, put aside as {aside.name}", file=sys.stderr)
-    if checkpoint is not None:
-        print(f"{out}: continues from {checkpoint.name}", file=sys.stderr)
-
-
 def train(
     config: Any,
     source: Source,
@@ -258,7 +190,7 @@ def train(
         trainer, tokenizer, dropped = _trainer(config, source, objective, model_path, refresh)
         if first:
             with saving(config.out):
-                _put_torn_aside(Path(config.out), checkpoint)
+                put_torn_aside(Path(config.out), checkpoint)
         trainer.accelerator.wait_for_everyone()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         whole = trainer.whole_state() if config.fsdp else None

@@ -20,6 +20,7 @@ from helpers_training import largest_difference, weights
 from lopd import distill, runs
 from lopd.cache import TeacherCache
 from lopd.cache.shards import FolderLock
+from lopd.checkpoints import is_whole, last_checkpoint
 from lopd.errors import ConfigError, DataError, MissingFileError, ProvenanceError, ShardError
 from lopd.models import load_model
 from lopd.provenance import MANIFEST_NAME, declare, manifest_digest, read_manifest
@@ -257,14 +258,14 @@ TORN = {
 
 @pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
 def test_resuming_takes_the_last_checkpoint_that_is_whole(checkpoints, tmp_path, tear):
-    assert runs.last_checkpoint(tmp_path / "nowhere") is None
+    assert last_checkpoint(tmp_path / "nowhere") is None
     out = shutil.copytree(checkpoints, tmp_path / "out")
     (out / "checkpoint-bak").mkdir()
     (out / "checkpoint-7").write_text("a file")
     shutil.copytree(out / "checkpoint-6", out / "checkpoint-10")  # which says step 6
-    assert runs.last_checkpoint(out) == out / "checkpoint-6"
+    assert last_checkpoint(out) == out / "checkpoint-6"
     tear(out / "checkpoint-6")
-    assert runs.last_checkpoint(out) == out / "checkpoint-4"
+    assert last_checkpoint(out) == out / "checkpoint-4"
 
 
 def test_a_torn_checkpoint_is_put_aside_and_the_run_says_so(
@@ -282,7 +283,7 @@ def test_a_torn_checkpoint_is_put_aside_and_the_run_says_so(
     assert f"{out}: checkpoint-7 was never finished, removed\n" in told
     assert f"{out}: continues from checkpoint-4\n" in told
     assert not [*out.glob("*checkpoint-7")]
-    assert runs.is_whole(out / "checkpoint-6") and (out / "torn-checkpoint-6").is_dir()
+    assert is_whole(out / "checkpoint-6") and (out / "torn-checkpoint-6").is_dir()
     assert largest_difference(trained_weights(out), trained_weights(checkpoints)) == 0.0
 
 
@@ -327,7 +328,7 @@ def test_a_model_that_cannot_be_saved_is_named_and_the_checkpoint_stays(
         patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
         with pytest.raises(ShardError, match=r"out: not written .*No space left"):
             distill.main(config(pipeline, out, **settings))
-    assert runs.last_checkpoint(out) == out / "checkpoint-2"
+    assert last_checkpoint(out) == out / "checkpoint-2"
     assert read_manifest(distill.main(config(pipeline, out, **settings)))["stage"] == "distill"
 
 

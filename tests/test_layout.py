@@ -13,7 +13,7 @@ LAYERS = [
     {"errors"},
     {"files", "tables", "stats", "batching", "router"},
     {"models", "prompts", "settings", "heads", "provenance", "workers"},
-    {"cache", "attention", "lora", "flops", "probe"},
+    {"cache", "attention", "lora", "flops", "probe", "checkpoints"},
     {"data", "dumps", "engines"},
     {"options", "step", "estimate", "noise", "judge"},
     {"watch", "loop", "kl", "dryrun"},

@@ -14,10 +14,10 @@ from helpers_training import largest_difference, weights
 from safetensors.torch import load_file
 
 from lopd import distill
+from lopd.checkpoints import ADAPTER_WEIGHTS, checkpoints, is_whole
 from lopd.errors import ConfigError
 from lopd.models import load_model
 from lopd.provenance import read_manifest
-from lopd.runs import ADAPTER_WEIGHTS, checkpoints, is_whole
 
 SETTINGS = {"learning_rate": 1e-2, "max_steps": 5, "device": "cpu", "log_every": 2, "save_every": 2}
 # Through a command of its own: argv[1] is the step at which the second process dies, 0 for never.

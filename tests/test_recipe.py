@@ -205,7 +205,9 @@ def test_settings_that_do_not_change_the_product_may_change(finished_run, stage)
         assert recipe.finished(dataclasses.replace(config, batch_size=3))
     else:
         assert recipe.finished(dataclasses.replace(config, log_every=7))
-        with pytest.raises(ConfigError, match="batch_size"):
+        cut = {"batch_size": 1, "gradient_accumulation_steps": config.batch_size}
+        assert recipe.finished(dataclasses.replace(config, gradient_checkpointing=True, **cut))
+        with pytest.raises(ConfigError, match="sequences_per_step=2, the recipe now says 3"):
             recipe.finished(dataclasses.replace(config, batch_size=3))
 
 

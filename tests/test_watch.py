@@ -17,12 +17,12 @@ from helpers_training import (
 )
 
 from lopd import distill, watch
+from lopd.checkpoints import checkpoints
 from lopd.data import Collator, SequenceDataset, split_holdout
 from lopd.errors import ConfigError, DataError, ShardError
 from lopd.models import load_model
 from lopd.options import WatchOptions
 from lopd.provenance import manifest_digest, read_manifest
-from lopd.runs import checkpoints
 from lopd.step import Objective, step
 from lopd.trainer import LOG_NAME, LopdTrainer
 
