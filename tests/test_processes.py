@@ -174,7 +174,7 @@ def test_a_run_of_two_processes_is_not_continued_by_one(pipeline, tmp_path, monk
     found = config(pipeline, tmp_path / "out")
     base = {"weights": "w", "config": "c", "tokenizer": "t"}
     (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
-    monkeypatch.setattr(runs, "is_whole", lambda folder: True)
+    monkeypatch.setattr("lopd.checkpoints.is_whole", lambda folder: True)
     (tmp_path / "out" / runs.RECIPE_NAME).write_text("{}")
     worker = runs.Worker(0, 2, 0)
     with pytest.raises(ConfigError):
