@@ -18,7 +18,9 @@ import torch
 
 from lopd.cache import Rollout, RolloutStore, TeacherCache, TeacherSequence
 from lopd.errors import ConfigError, DataError, ModelError
+from lopd.probe import is_probed
 from lopd.prompts import encode_prompt
+from lopd.stats import POSITIONS
 from lopd.tables import read_jsonl
 
 LOSS_AGGREGATIONS = ("token_mean", "sequence_mean")
@@ -187,6 +189,9 @@ class Collator:
         input_ids, position_ids                                     [1, T] int64, packed: T in all
         sequence_lengths                                            tuple of B numbers, packed
         loss_index, labels, sequence_index                          [N] int64
+        parts, of lopd.stats.POSITIONS                              [N] int64
+        probes, rows of lopd.probe                                  [P] int64, with a teacher
+        unlisted, rows without a list                               [U] int64, with a teacher
         row_weights                                                 [N] fp32
         rollout_logprobs (where every sequence has them)            [N] fp32
         topk_ids [N, K] int32, topk_logprobs [N, K] fp32            with a teacher
@@ -217,7 +222,7 @@ class Collator:
         width = batch["input_ids"].shape[1]
         starts = np.cumsum([0, *lengths]) if self.packed else width * np.arange(len(lengths))
         columns: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("loss_index", "labels", "row_weights", "sequence_index")
+            name: [] for name in ("loss_index", "labels", "row_weights", "sequence_index", "parts")
         }
         offsets = []
         for row, sequence in enumerate(sequences):
@@ -228,6 +233,7 @@ class Collator:
             columns["labels"].append(sequence.tokens[positions].astype(np.int64))
             columns["row_weights"].append(np.full(len(positions), weight, dtype=np.float32))
             columns["sequence_index"].append(np.full(len(positions), row, dtype=np.int64))
+            columns["parts"].append(np.searchsorted(POSITIONS, offsets[-1], side="right") - 1)
         if all(map(_has_rollout_logprobs, sequences)):
             columns["rollout_logprobs"] = [
                 sequence.rollout_logprobs[offset]  # type: ignore[union-attr]
@@ -281,6 +287,10 @@ def _teacher_columns(items: Sequence[Any], offsets: list[np.ndarray]) -> dict[st
         ids[start:end, :k] = item.topk_ids[offset]
         logprobs[start:end, :k] = item.topk_logprobs[offset]
         start = end
+    probed = np.concatenate(
+        [is_probed(sequence_name(i), offset) for i, offset in zip(items, offsets, strict=True)]
+    )
+    arrays |= {"probes": np.flatnonzero(probed), "unlisted": np.flatnonzero((ids < 0).all(1))}
     return {**arrays, "topk_ids": ids, "topk_logprobs": logprobs}
 
 

@@ -6,24 +6,20 @@ most probable ones. Finding those takes the row's logits once more, so it is mea
 """
 
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lopd.stats import positions_of
 from lopd_kernels import linear_topk
 
 STRIDE = 64
 
 
-def probed_rows(names: Sequence[str], sequence_index: Tensor) -> Tensor:  # [P]
-    """Indices of the rows [N] that are measured; `names` are those of the batch's sequences."""
-    offsets = torch.tensor([zlib.crc32(name.encode()) % STRIDE for name in names])
-    offsets = offsets.to(sequence_index.device)
-    positions = positions_of(sequence_index, len(names))
-    return ((positions + offsets[sequence_index]) % STRIDE == 0).nonzero()[:, 0]
+def is_probed(name: str, positions: np.ndarray) -> np.ndarray:  # [T] bool
+    """Which positions of the answer of the sequence of this name are measured."""
+    return (positions + zlib.crc32(name.encode())) % STRIDE == 0
 
 
 @torch.no_grad()
@@ -41,7 +37,7 @@ def topk_overlap(
     """
     listed = topk_ids >= 0
     lengths = listed.sum(1)
-    if not len(rows) or not lengths.any():
+    if not len(rows):
         return row_weights.new_zeros(2)
     top = linear_topk(rows, weight, min(topk_ids.shape[1], weight.shape[0]), **options)
     ranks = torch.arange(top.ids.shape[1], device=rows.device)

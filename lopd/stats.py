@@ -32,27 +32,14 @@ def sequence_sums(
     return rows.new_zeros(count).index_add_(0, sequence_index, rows)
 
 
-def positions_of(
-    sequence_index: Tensor,  # [N], the rows of a sequence together
-    count: int,
-) -> Tensor:  # [N]
-    """Place of each row among those of its sequence, from 0."""
-    lengths = torch.bincount(sequence_index, minlength=count)
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(len(sequence_index), device=lengths.device) - starts[sequence_index]
-
-
 def by_position(
     rows: Tensor,  # [N]
     row_weights: Tensor,  # [N]
-    sequence_index: Tensor,  # [N]
-    count: int,
+    parts: Tensor,  # [N] int64, of POSITIONS
 ) -> Tensor:  # [2, len(POSITIONS)]
     """Weighted sums of the rows, and sums of their weights, in each part of the answers."""
-    starts = torch.tensor(POSITIONS, device=rows.device)
-    part = torch.searchsorted(starts, positions_of(sequence_index, count), right=True) - 1
     pair = torch.stack([row_weights * rows, row_weights])
-    return pair.new_zeros(2, len(POSITIONS)).index_add_(1, part, pair)
+    return pair.new_zeros(2, len(POSITIONS)).index_add_(1, parts, pair)
 
 
 def drift_moments(

@@ -15,7 +15,7 @@ from lopd.attention import pack_kwargs
 from lopd.data import Batch
 from lopd.errors import ConfigError, DataError
 from lopd.heads import HeadOptions, run_with_loss, run_with_loss_and_router
-from lopd.probe import probed_rows, topk_overlap
+from lopd.probe import topk_overlap
 from lopd.stats import by_position, drift_moments, sequence_sums
 from lopd_kernels import (
     linear_cross_entropy,
@@ -212,7 +212,7 @@ def step(
     if log_ratio is not None:
         stats |= drift_moments(log_ratio, weights, index, count)
     if divergence is not None:
-        stats["divergence_from"] = by_position(divergence, weights, index, count)
+        stats["divergence_from"] = by_position(divergence, weights, batch["parts"])
     if overlap is not None:
         stats["topk_overlap"] = overlap
     if router is not None:
@@ -286,8 +286,8 @@ def _sampled_logprobs(
     if (cap := options["softcap"]) is not None:
         logits = cap * torch.tanh(logits / cap)
     logprobs = logits / options["temperature"] - lse
-    unlisted = (batch["topk_ids"] < 0).all(1)
-    if unlisted.any():
+    unlisted = batch["unlisted"]
+    if len(unlisted):
         ids = labels[unlisted, None]
         alone: Any = linear_logprobs(rows[unlisted], weight, ids, **options)
         logprobs[unlisted] = alone[:, 0]
@@ -341,7 +341,7 @@ def _policy_gradient(
 
 
 def _overlap(rows: Tensor, weight: Tensor, batch: Batch, options: dict[str, Any]) -> Tensor:
-    part = probed_rows(batch["sequence_names"], batch["sequence_index"])
+    part = batch["probes"]
     return topk_overlap(
         rows.detach()[part], weight, batch["topk_ids"][part], batch["row_weights"][part], options
     )

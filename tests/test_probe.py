@@ -1,44 +1,50 @@
 """Overlap of the student's own top with the teacher's lists, and divergence by position."""
 
+import numpy as np
 import pytest
 import torch
 from helpers_training import make_rollouts, make_scored, tiny_model
 
 from lopd.data import Collator
-from lopd.probe import STRIDE, probed_rows, topk_overlap
-from lopd.stats import POSITIONS, RATIOS, StatsWindow, by_position, positions_of
+from lopd.probe import STRIDE, is_probed, topk_overlap
+from lopd.stats import POSITIONS, RATIOS, StatsWindow, by_position
 from lopd.step import Objective, step
 
 
-def test_positions_begin_anew_with_each_sequence():
-    index = torch.tensor([0, 0, 0, 2, 2])
-    assert positions_of(index, 3).tolist() == [0, 1, 2, 0, 1]
-
-
 def test_parts_begin_where_they_say():
-    rows = torch.arange(20.0)
-    weights = torch.full((20,), 0.5)
+    (item, other) = make_scored(make_rollouts(2, shortest=18, longest=18))
+    item.rollout.loss_mask[item.rollout.prompt_length + 3] = False
+    batch = Collator(packed=True)([item, other])
+    assert batch["parts"].tolist() == 15 * [0] + 2 * [1] + 16 * [0] + 2 * [1]
+    rows, weights = torch.arange(35.0), torch.full((35,), 0.5)
     weights[3] = 0.0
-    index = torch.tensor([0] * 18 + [1] * 2)
-    sums = by_position(rows, weights, index, 2)
-    first = torch.tensor([*range(3), *range(4, 16), 18, 19])
-    assert sums[0, 0] == 0.5 * first.sum() and sums[1, 0] == 0.5 * len(first)
-    assert sums[0, 1] == 0.5 * (16 + 17) and sums[1, 1] == 1.0
+    sums = by_position(rows, weights, batch["parts"])
+    assert sums[0, 1] == 0.5 * (15 + 16 + 33 + 34) and sums[1, 1] == 2.0
+    assert sums[0, 0] == 0.5 * (rows.sum() - 3) - sums[0, 1] and sums[1, 0] == 0.5 * 30
     assert not sums[:, 2:].any()
 
 
-def test_rows_are_chosen_whatever_they_are_batched_with():
-    lengths = {"a": 300, "b": 7, "c": 150}
-    alone = {
-        name: probed_rows([name], torch.zeros(length, dtype=torch.int64)).tolist()
-        for name, length in lengths.items()
-    }
-    index = torch.repeat_interleave(torch.arange(3), torch.tensor([*lengths.values()]))
-    expected = alone["a"] + [300 + i for i in alone["b"]] + [307 + i for i in alone["c"]]
-    assert probed_rows([*lengths], index).tolist() == expected
-    assert len(alone["a"]) in (300 // STRIDE, 300 // STRIDE + 1)
-    firsts = {probed_rows([str(i)], torch.zeros(64, dtype=torch.int64)).item() for i in range(99)}
+def test_one_position_in_so_many_is_probed_and_sequences_begin_elsewhere():
+    positions = np.arange(300)
+    chosen = np.flatnonzero(is_probed("p0/0", positions))
+    assert (np.diff(chosen) == STRIDE).all() and 0 <= chosen[0] < STRIDE
+    firsts = {int(np.flatnonzero(is_probed(f"p{i}/0", positions))[0]) for i in range(99)}
     assert len(firsts) > 30
+
+
+def test_rows_are_chosen_whatever_they_are_batched_with():
+    items = make_scored(make_rollouts(30))
+    together = Collator(packed=True)(items)
+    chosen = []
+    for item in items:
+        alone = Collator()([item])
+        chosen += [(alone["sequence_names"][0], *alone["labels"][alone["probes"]].tolist())]
+    by_name = {name: [] for name in together["sequence_names"]}
+    for row in together["probes"].tolist():
+        name = together["sequence_names"][together["sequence_index"][row]]
+        by_name[name].append(together["labels"][row].item())
+    assert chosen == [(name, *labels) for name, labels in by_name.items()]
+    assert any(len(found) > 1 for found in chosen)
 
 
 def test_overlap_counts_the_list_among_as_many_of_the_student():
@@ -59,7 +65,7 @@ def test_step_tells_both_by_the_tokens_they_are_of(name):
     window = StatsWindow()
     window.begin_step()
     loss, stats = step(model, batch, Objective(name), total)
-    part = probed_rows(batch["sequence_names"], batch["sequence_index"])
+    part = batch["probes"]
     assert 0 < len(part) < len(batch["labels"])
     with torch.no_grad():
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}

@@ -78,9 +78,12 @@ def test_reverse_kl_and_teachers_tail_are_logged_where_they_are_known():
 
 
 def test_a_row_without_a_list_has_its_log_ratio_too():
-    model, batch = tiny_model("phi"), Collator()(make_scored(make_rollouts(3)))
-    batch["topk_ids"][2], batch["topk_logprobs"][2] = -1, -torch.inf
-    batch["tail_logprobs"][2] = 0.0
+    items = make_scored(make_rollouts(3))
+    items[1].topk_ids[2], items[1].topk_logprobs[2] = -1, -math.inf
+    items[1].tail_logprobs[2] = 0.0
+    model, batch = tiny_model("phi"), Collator()(items)
+    row = int((batch["sequence_index"] == 0).sum()) + 2
+    assert batch["unlisted"].tolist() == [row]
     _, stats = step(model, batch, Objective("reverse_kl"), 1.0)
     expected = (sampled_logprobs(model, batch) - batch["rollout_logprobs"]).sum().item()
     assert stats["log_ratio_to_rollout"].item() == pytest.approx(expected, rel=1e-4)
