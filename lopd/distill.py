@@ -163,6 +163,7 @@ def main(config: DistillConfig) -> Path:
         objective,
         model_path=config.student,
         checkpoint=checkpoint,
+        k=cache.manifest["k"],
         refresh=refresh,
     )
     if not runs.is_first():

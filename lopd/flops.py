@@ -138,6 +138,7 @@ class Meter:
         self.size, self.device, self.devices = size_of(model), device, devices
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.peak = peak_flops(name, dtype or lm_head(model).weight.dtype)
+        self.planned: int | None = None  # bytes at the peak
         self._flops, self._tokens = 0.0, 0
 
     def count(self, batches: Sequence[Mapping[str, Any]]) -> float:
@@ -154,7 +155,7 @@ class Meter:
         return flops
 
     def read(self, tokens_per_second: float) -> dict[str, float]:
-        """`mfu` and `peak_mib` where they are known, of the steps since the last call.
+        """`mfu` of the steps since the last call, `peak_mib` and `planned_mib`, where known.
 
         `tokens_per_second` is of loss tokens over all devices, which are taken to have sequences
         of the same lengths.
@@ -165,6 +166,8 @@ class Meter:
             found["mfu"] = mfu(self._flops, seconds, self.peak)
         if self.device.type == "cuda":
             found["peak_mib"] = torch.cuda.max_memory_allocated(self.device) / 2**20
+        if self.planned is not None:
+            found["planned_mib"] = self.planned / 2**20
         self._flops, self._tokens = 0.0, 0
         return found
 
@@ -178,6 +181,7 @@ def line(step: int, steps: int, logs: Mapping[str, float]) -> str:
         ("tokens_per_second", "{:,.0f} tok/s"),
         ("mfu", "mfu {:.1%}"),
         ("peak_mib", "peak {:,.0f} MiB"),
+        ("planned_mib", "planned {:,.0f}"),
     ):
         if name in logs:
             words.append(form.format(logs[name]))

@@ -23,12 +23,24 @@ from lopd.errors import ConfigError, MemoryPlanError
 from lopd.heads import lm_head
 from lopd.lora import LoraOptions
 from lopd.models import resolve_dtype
-from lopd.options import DEFAULT_OPTIM, parse_bytes
+from lopd.options import DEFAULT_OPTIM, TrainOptions, parse_bytes
 from lopd_kernels import schedule
 from lopd_kernels.schedule import Needs, Sizes
 
 GIB = 1 << 30
 SMALLEST_WORKSPACE = 128 << 20
+SHARED = (  # settings of a run that a plan has too
+    "dtype",
+    "batch_size",
+    "max_tokens_per_batch",
+    "gradient_checkpointing",
+    "optim",
+    "workspace_bytes",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+)
 
 
 @dataclass(kw_only=True)
@@ -90,6 +102,22 @@ class PlanConfig(LoraOptions):
         if self.workspace_bytes is None:
             return None
         return parse_bytes("workspace_bytes", self.workspace_bytes)
+
+
+def plan_of_run(
+    config: TrainOptions, model: str, objective: str, *, k: int, longest: int
+) -> PlanConfig:
+    """What `lopd plan` would be asked for a run with sequences of up to `longest` tokens."""
+    shared = {name: getattr(config, name) for name in SHARED}
+    known = objective if objective != "cross_entropy" else "policy_gradient"  # a label a token too
+    return PlanConfig(
+        model=model,
+        gpu_memory="1TiB",
+        sequence_length=longest,
+        objective=known,  # type: ignore[arg-type]
+        k=max(k, 1),
+        **shared,
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lopd.trainer import LOG_NAME
+from lopd.progress import LOG_NAME
 
 FINE_TUNED = "student, fine-tuned"
 DISTILLED = "distilled, top-8 + tail"

@@ -21,7 +21,7 @@ import torch
 
 from lopd.cache.shards import LOCK_NAME, FolderLock
 from lopd.checkpoints import is_whole, last_checkpoint, put_torn_aside
-from lopd.data import Collator, Part, SequenceDataset, Source, split_holdout
+from lopd.data import Collator, Part, SequenceDataset, Source, lengths_of, split_holdout
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
 from lopd.files import TEMP_SUFFIX, pretty_json, write_atomic
 from lopd.lora import add_lora, merged
@@ -168,9 +168,13 @@ def train(
     *,
     model_path: str,
     checkpoint: Path | None,
+    k: int = 0,
     refresh: Any = None,
 ) -> dict[str, Any]:
     """Train the model at `model_path`; the first process saves it and its tokenizer.
+
+    Args:
+        k: tokens in a teacher's list.
 
     Returns what the manifest says, once the result is there: `training`, the sequences trained on
     and the share dropped; where `config` has WatchOptions also `stale` and, if sequences were held
@@ -181,7 +185,7 @@ def train(
         ShardError: another process trains there, the disk is full, and the like; the best
             checkpoint is gone or torn.
     """
-    from lopd.trainer import saving
+    from lopd.progress import saving
     from lopd.watch import holdout_summary, stale_summary
 
     first = is_first()
@@ -191,6 +195,8 @@ def train(
         if first:
             with saving(config.out):
                 put_torn_aside(Path(config.out), checkpoint)
+            if trainer.args.device.type == "cuda" and refresh is None:
+                trainer.meter.planned = planned_peak(config, trainer, model_path, k)
         trainer.accelerator.wait_for_everyone()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         whole = trainer.whole_state() if config.fsdp else None
@@ -218,6 +224,21 @@ def train(
 
         told |= refresh_summary(refresh, history)
     return told
+
+
+def planned_peak(config: Any, trainer: Any, model_path: str, k: int) -> int | None:
+    """Bytes that `lopd plan` says the run takes; None, and said so, where it cannot."""
+    from lopd.plan import Planner, meta_model, plan_of_run
+
+    if config.fsdp or config.mixed_precision != "none":
+        return None
+    longest, objective = max(lengths_of(trainer.train_dataset)), trainer.objective.name
+    try:
+        plan = plan_of_run(config, model_path, objective, k=k, longest=longest)
+        return Planner(meta_model(model_path, config.dtype, config)).parts(plan).total
+    except LopdError as error:
+        print(f"no plan of the peak memory ({error})", file=sys.stderr)
+        return None
 
 
 def _result(config: Any, trainer: Any, model_path: str, whole: Any) -> Any:

@@ -6,7 +6,6 @@ several processes. `lopd.loop.train_loop` is the same in a plain loop.
 
 import contextlib
 import copy
-import json
 import os
 import sys
 import time
@@ -17,49 +16,25 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from lopd.attention import check_packing, pack_attention
 from lopd.batching import StepDataset, StepLoader, StepSampler
 from lopd.data import Batch, Collator, lengths_of
-from lopd.errors import ConfigError, LopdError, ShardError
-from lopd.files import write_atomic
-from lopd.flops import Meter, line
+from lopd.errors import ConfigError
+from lopd.flops import Meter
 from lopd.heads import check_head, check_trainable
 from lopd.options import TrainOptions
+from lopd.progress import LogAtEnds, Reporter, saving
 from lopd.stats import WINDOW_NAME, StatsWindow
 from lopd.step import Objective, check_finite, step
 from lopd.watch import Holdout, evaluations, exhausted, holdout_kl
 
-__all__ = ["LOG_NAME", "LopdTrainer", "Objective", "TrainOptions", "saving", "step"]
-
-LOG_NAME = "train_log.jsonl"
-ZIP_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory")  # in torch's messages
-
-
-@contextlib.contextmanager
-def saving(path: str | Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises into a ShardError that names `path`.
-
-    safetensors and torch.save report it by exceptions of their own.
-    """
-    try:
-        yield
-    except LopdError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in ZIP_WRITER):
-            raise  # a lost process, a GPU without memory
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ShardError(
-            f"{path}: not written ({what}); finished checkpoints are intact: mend that and run "
-            "the same command again"
-        ) from error
+__all__ = ["LopdTrainer", "Objective", "TrainOptions", "step"]
 
 
 class LopdTrainer(Trainer):
@@ -136,9 +111,10 @@ class LopdTrainer(Trainer):
         low = torch.bfloat16 if args.bf16 else None
         self.meter = Meter(model, args.device, dtype=low, devices=args.world_size)
         self.pop_callback(PrinterCallback)
-        self.add_callback(_LogAtEnds(0 if holdout is None else holdout.eval_steps))
-        if self.is_world_process_zero():
-            self.add_callback(_Reporter(Path(args.output_dir)))
+        self.add_callback(LogAtEnds(0 if holdout is None else holdout.eval_steps))
+        self.reporter = Reporter(Path(args.output_dir)) if self.is_world_process_zero() else None
+        if self.reporter is not None:
+            self.add_callback(self.reporter)
         check_head(model)
         if self.max_tokens is not None:
             self.attention = pack_attention(model, attention, args.device, low)
@@ -254,7 +230,13 @@ class LopdTrainer(Trainer):
             if exhausted(state.log_history, self.holdout.patience):
                 self.state = state
                 return self._load_from_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.args.device)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            if self.reporter is not None:
+                self.reporter.close()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out KL of the model as it is."""
@@ -324,46 +306,3 @@ class LopdTrainer(Trainer):
             logs.update(self.window.pop())
             logs.update(self.meter.read(logs["tokens_per_second"]))
         super().log(logs, start_time)
-
-
-class _LogAtEnds(TrainerCallback):
-    """Logs at the last step and at evaluations too; in every process, for all are asked."""
-
-    def __init__(self, eval_steps: int) -> None:
-        self.eval_steps = eval_steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        evaluated = self.eval_steps and state.global_step % self.eval_steps == 0
-        if evaluated or state.global_step == state.max_steps:
-            control.should_log = True
-
-
-class _Reporter(TrainerCallback):
-    """A progress bar on stderr, and the log file."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, unit="step", desc="training"
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" in logs:
-            tqdm.write(line(state.global_step, state.max_steps, logs), file=sys.stderr)
-        self._write(state)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-        self._write(state)
-
-    def _write(self, state: Any) -> None:
-        wanted = {"loss", "holdout_kl", "generation_seconds", "update_seconds"}
-        records = [record for record in state.log_history if wanted & record.keys()]
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        with saving(self.out / LOG_NAME):
-            write_atomic(self.out / LOG_NAME, lines.encode())

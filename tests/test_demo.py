@@ -9,8 +9,8 @@ import pytest
 from lopd import toy
 from lopd.cli import main
 from lopd.demo import Demo
+from lopd.progress import LOG_NAME
 from lopd.report import CLIPPED, DISTILLED, FINE_TUNED, MORE, SAMPLED, draw_curves, format_table
-from lopd.trainer import LOG_NAME
 
 
 def test_the_task_is_what_it_says():

@@ -7,8 +7,9 @@ import torch
 from helpers_training import largest_difference, make_rollouts, make_scored, options, tiny_model
 
 from lopd.data import SequenceDataset
+from lopd.progress import LOG_NAME
 from lopd.step import model_inputs
-from lopd.trainer import LOG_NAME, LopdTrainer, Objective
+from lopd.trainer import LopdTrainer, Objective
 
 STEPS = 10
 

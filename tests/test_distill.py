@@ -23,8 +23,9 @@ from lopd.cache.shards import FolderLock
 from lopd.checkpoints import is_whole, last_checkpoint
 from lopd.errors import ConfigError, DataError, MissingFileError, ProvenanceError, ShardError
 from lopd.models import load_model
+from lopd.progress import LOG_NAME
 from lopd.provenance import MANIFEST_NAME, declare, manifest_digest, read_manifest
-from lopd.trainer import LOG_NAME, LopdTrainer
+from lopd.trainer import LopdTrainer
 
 SETTINGS = {
     "max_steps": 5,

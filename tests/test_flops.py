@@ -11,8 +11,9 @@ from lopd.data import Collator, SequenceDataset
 from lopd.flops import Meter, line, mfu, pairs, peak_flops, size_of, step_flops
 from lopd.heads import run_with_loss
 from lopd.lora import LoraOptions, add_lora
+from lopd.progress import LOG_NAME
 from lopd.step import Objective
-from lopd.trainer import LOG_NAME, LopdTrainer
+from lopd.trainer import LopdTrainer
 
 LENGTH = 12
 

@@ -4,6 +4,7 @@ That the real runs' tensors are counted at all is what the equalities rest on: s
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from lopd.errors import ConfigError, MemoryPlanError, ModelError
 from lopd.lora import LoraOptions, add_lora
 from lopd.options import parse_bytes
 from lopd.plan import GIB, Parts, PlanConfig, Planner, largest_batch, loss_bytes, main, proposals
+from lopd.runs import planned_peak
 from lopd.step import Objective
 from lopd.trainer import LopdTrainer
 
@@ -273,3 +275,37 @@ def test_sizes(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(ConfigError, match="x: found '.*'; expected a size"):
         parse_bytes("x", text)
+
+
+def a_run(**changes):
+    data = SequenceDataset(make_scored(make_rollouts(6)))
+    objective = Objective(changes.pop("objective", "reverse_kl"))
+    longest = max(len(item.rollout.tokens) for item in data)
+    return options(**changes), SimpleNamespace(train_dataset=data, objective=objective), longest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 3, "optim": "adafactor"},
+        {"max_tokens_per_batch": 40, "gradient_checkpointing": True, "objective": "cross_entropy"},
+        {"lora_rank": 2, "lora_targets": "q_proj", "workspace_bytes": "1MiB"},
+    ],
+    ids=str,
+)
+def test_a_run_knows_what_the_command_would_have_said(folder, changes):
+    settings, trainer, longest = a_run(**changes)
+    changes.pop("objective", None)
+    asked = config(folder, **{"batch_size": 4, "sequence_length": longest, "k": 4, **changes})
+    if trainer.objective.name == "cross_entropy":
+        asked = replace(asked, objective="policy_gradient")
+    expected = Planner(meta_model(folder, "float32", asked)).parts(asked).total
+    assert planned_peak(settings, trainer, folder, k=4) == expected
+
+
+def test_a_run_that_no_plan_covers_has_none(folder, tmp_path, capsys):
+    settings, trainer, _ = a_run(mixed_precision="bf16")
+    assert planned_peak(settings, trainer, folder, k=4) is None
+    settings, trainer, _ = a_run()
+    assert planned_peak(settings, trainer, str(tmp_path), k=4) is None
+    assert "no plan of the peak memory (" in capsys.readouterr().err

@@ -18,11 +18,12 @@ from lopd.errors import ConfigError, DataError, ProvenanceError, ShardError
 from lopd.loop import train_loop
 from lopd.models import load_model
 from lopd.options import TrainOptions
+from lopd.progress import LOG_NAME
 from lopd.prompts import Prompt
 from lopd.provenance import MANIFEST_NAME, manifest_digest, read_manifest, write_manifest
 from lopd.refresh import RefreshTrainer
 from lopd.step import Objective
-from lopd.trainer import LOG_NAME, LopdTrainer
+from lopd.trainer import LopdTrainer
 
 SETTINGS = {
     "max_steps": 7,

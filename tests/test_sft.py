@@ -10,8 +10,8 @@ from helpers_artefacts import describe, write_model, write_sequences
 from lopd import sft, toy
 from lopd.errors import ConfigError, MissingFileError, ProvenanceError
 from lopd.models import load_model
+from lopd.progress import LOG_NAME
 from lopd.provenance import lineage_of, read_manifest, save_vocab
-from lopd.trainer import LOG_NAME
 
 SETTINGS = {
     "max_steps": 5,

@@ -19,7 +19,8 @@ from lopd.data import Collator, SequenceDataset
 from lopd.errors import ConfigError, DataError, ModelError, ShardError
 from lopd.heads import HeadOptions, head_options
 from lopd.loop import train_loop
-from lopd.trainer import LOG_NAME, LopdTrainer, Objective, step
+from lopd.progress import LOG_NAME
+from lopd.trainer import LopdTrainer, Objective, step
 from lopd_kernels import reference
 
 OBJECTIVES = [

@@ -22,9 +22,10 @@ from lopd.data import Collator, SequenceDataset, split_holdout
 from lopd.errors import ConfigError, DataError, ShardError
 from lopd.models import load_model
 from lopd.options import WatchOptions
+from lopd.progress import LOG_NAME
 from lopd.provenance import manifest_digest, read_manifest
 from lopd.step import Objective, step
-from lopd.trainer import LOG_NAME, LopdTrainer
+from lopd.trainer import LopdTrainer
 
 SHARE = 0.4
 
