@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from lopd.cache import Rollout, TeacherSequence
+from lopd.data import Collator, SequenceDataset
 from lopd.options import TrainOptions
+from lopd.step import Objective
 
 VOCAB = 40
 SIZE = {
@@ -148,6 +150,21 @@ def options(**changes):
     if 0 < changes.get("max_steps", 6) < defaults["warmup_steps"]:
         defaults["warmup_steps"] = 0
     return TrainOptions(**{**defaults, **changes})
+
+
+def make_trainer(model, out, dataset=None, objective=None, aggregation="token_mean", **changes):
+    from lopd.trainer import LopdTrainer
+
+    dataset = SequenceDataset(make_scored(make_rollouts())) if dataset is None else dataset
+    settings = options(**changes)
+    return LopdTrainer(
+        model,
+        settings.training_arguments(out),
+        objective or Objective("reverse_kl"),
+        dataset,
+        Collator(aggregation),
+        max_tokens_per_batch=settings.max_tokens_per_batch,
+    )
 
 
 def weights(model):

@@ -9,14 +9,14 @@ from helpers_training import (
     largest_difference,
     make_rollouts,
     make_scored,
+    make_trainer,
     options,
     tiny_model,
     weights,
 )
-from safetensors import SafetensorError
 
 from lopd.data import Collator, SequenceDataset
-from lopd.errors import ConfigError, DataError, ModelError, ShardError
+from lopd.errors import ConfigError, DataError, ModelError
 from lopd.heads import HeadOptions, head_options
 from lopd.loop import train_loop
 from lopd.progress import LOG_NAME
@@ -140,19 +140,6 @@ def test_the_loss_at_the_teacher_is_zero_with_zero_gradient():
     loss, _, grads = gradients(model, batch, Objective("reverse_kl"), 1.0)
     assert abs(loss.item()) < 1e-4
     assert max(g.abs().max().item() for g in grads.values()) < 1e-4
-
-
-def make_trainer(model, out, dataset=None, objective=None, aggregation="token_mean", **changes):
-    dataset = SequenceDataset(scored()) if dataset is None else dataset
-    settings = options(**changes)
-    return LopdTrainer(
-        model,
-        settings.training_arguments(out),
-        objective or Objective("reverse_kl"),
-        dataset,
-        Collator(aggregation),
-        max_tokens_per_batch=settings.max_tokens_per_batch,
-    )
 
 
 def losses(trainer):
@@ -407,57 +394,6 @@ def test_loop_takes_batches_made_from_the_model_in_training():
     assert [training for training, _ in seen] == [False] * 3
     assert modes[-3:] == [True] * 3
     assert not torch.equal(seen[1][1], seen[2][1])
-
-
-DISK = [
-    OSError(28, "No space left on device"),
-    RuntimeError("PytorchStreamWriter failed\nenforce fail"),
-    SafetensorError("I/O error"),
-]
-
-
-@pytest.mark.parametrize("error", DISK, ids=lambda error: type(error).__name__)
-def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, monkeypatch, error):
-    def full(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(LopdTrainer, "_save_optimizer_and_scheduler", full)
-    trainer = make_trainer(tiny_model(), tmp_path, max_steps=1, warmup_steps=0, save_every=1)
-    with pytest.raises(ShardError, match=f"{tmp_path}: not written") as caught:
-        trainer.train()
-    assert str(error).splitlines()[0] in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_what_is_no_fault_of_the_disk_is_not_called_one(tmp_path, monkeypatch):
-    def lost(*args, **kwargs):
-        raise RuntimeError("Connection reset by peer")
-
-    monkeypatch.setattr(LopdTrainer, "_save_optimizer_and_scheduler", lost)
-    trainer = make_trainer(tiny_model(), tmp_path, max_steps=1, warmup_steps=0, save_every=1)
-    with pytest.raises(RuntimeError, match="^Connection reset by peer"):
-        trainer.train()
-
-
-def test_the_log_is_on_disk_up_to_a_crash(tmp_path, monkeypatch):
-    compute_loss = LopdTrainer.compute_loss
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == 4:
-            raise KeyboardInterrupt
-        return compute_loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(LopdTrainer, "compute_loss", killed)
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(tiny_model(), tmp_path).train()
-    lines = (tmp_path / LOG_NAME).read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
-
-
-def test_a_log_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / LOG_NAME).mkdir()
-    trainer = make_trainer(tiny_model(), tmp_path, max_steps=1, warmup_steps=0)
-    with pytest.raises(ShardError, match=f"{LOG_NAME}: not written"):
-        trainer.train()
 
 
 def test_schedule_warms_up_and_ends_at_the_minimum():
