@@ -1,6 +1,6 @@
 """Is the fused loss on a CPU as fast as eager PyTorch, at a quarter of its extra memory?
 
-    python -m benchmarks.fused_loss [--quick] [--vocab V ...] [--threads N] [--out DIR]
+    python -m benchmarks.fused_loss [--quick] [--vocab V ...] [--topk K] [--threads N] [--out DIR]
 
 One forward and backward of the reverse KL with a tail bucket in fp32, fused against eager
 (logits, log_softmax, gather, tail, autograd), at three sizes of vocabulary. First the
@@ -34,13 +34,14 @@ TIME_BAR = 1.0
 MEMORY_BAR = 0.25
 BARRED = 151936
 VOCABS = (32000, 128256, BARRED)
+TOP_K = 64
 QUICK = Shape(rows=64, hidden=64, vocab=8192, topk=16)
 GATE = Shape(rows=32, hidden=64, vocab=4096, topk=16)
 VARIANTS = {"fused": ours("fused"), "eager": peer("eager", REVERSE_KL, eager, "fp32")}
 
 
-def full(vocab: int) -> Shape:
-    return Shape(rows=2048, hidden=512, vocab=vocab, topk=64)
+def full(vocab: int, topk: int = TOP_K) -> Shape:
+    return Shape(rows=2048, hidden=512, vocab=vocab, topk=topk)
 
 
 def problem(shape: Shape) -> Problem:
@@ -107,6 +108,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a toy size without bars")
     parser.add_argument("--vocab", nargs="+", type=int, default=VOCABS, help="sizes to measure")
+    parser.add_argument("--topk", type=int, default=TOP_K, help="ids in a list")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="folder whose fused_loss_cpu.jsonl gets the rows")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
@@ -125,10 +127,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("; ".join(found["red"]), file=sys.stderr)
         return 1
     error = max(found["dhidden_error"], found["dweight_error"])
-    shapes = [QUICK] if args.quick else [full(vocab) for vocab in args.vocab]
+    shapes = [QUICK] if args.quick else [full(v, args.topk) for v in args.vocab]
     missed = False
     for shape in shapes:
-        size = "--quick" if args.quick else f"--vocab {shape.vocab}"
+        size = "--quick" if args.quick else f"--vocab {shape.vocab} --topk {shape.topk}"
         command = f"python -m benchmarks.fused_loss {size} --threads {args.threads}"
         row = {**measure(shape), "gradient_error": float(f"{error:.2e}"), "command": command}
         print(json.dumps(row), flush=True)
