@@ -1,7 +1,8 @@
 # make demo      set up, then run the whole pipeline at toy scale (a few minutes)
 # make test      set up, then run the tests: on a CPU, the Triton kernels interpreted and
 #                compiled ahead of time
-# make test-all  the slow tests too, and the tests of the losses once more on the kernels
+# make test-all  the slow tests too, and the tests of the losses once more on the kernels; what
+#                came of it the last time is in tests/test-all.txt
 # make test-gpu  the kernels compiled, on a GPU, with the Python that is active
 # make test-vllm the tests of the vLLM engine, in .venv-vllm with a CPU build of vLLM (2.5 GB)
 # make lint      ruff and mypy
@@ -13,6 +14,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDER := .triton36/.ready
 LOSSES := $(addprefix tests/test_,losses.py numerics.py ops.py readout.py sampled.py)
+LATEST := tests/test-all.txt
 VLLM := .venv-vllm/bin/python
 
 .PHONY: demo test test-all test-gpu test-vllm lint demo-seeds bench-cpu bench-cache bench-live
@@ -35,9 +37,12 @@ test: $(READY) $(OLDER)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
 	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
 
+test-all: SHELL := /bin/bash -o pipefail
 test-all: $(READY) $(OLDER)
-	$(BIN)/python -m pytest -m "not gpu and not vllm"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py $(LOSSES)
+	git log -1 --format="%H %cs" > $(LATEST)
+	$(BIN)/python -m pytest -m "not gpu and not vllm" | tee >(tail -1 >> $(LATEST))
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py $(LOSSES) \
+		| tee >(tail -1 >> $(LATEST))
 
 test-gpu:
 	python -m pytest -m gpu
