@@ -18,7 +18,7 @@ from lopd.data import Collator, to_device
 from lopd.models import load_model
 from lopd.step import Objective, step
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]  # the suite has a limit; make test-gpu has none
 SETTINGS = {"learning_rate": 1e-2, "max_steps": 5, "log_every": 1, "save_every": 2}
 
 
