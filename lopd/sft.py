@@ -75,7 +75,8 @@ def open_data(data: str, model: str) -> tuple[Source, dict[str, Any], dict[str, 
     if Path(data).is_file():
         return load_sft_jsonl(data, tokenizer), {"demonstrations": describe_file(data)}, None
     store = RolloutStore.open(data, kind="sft_data")
-    store.verify()
+    if runs.is_first():  # the others wait for it where the run begins
+        store.verify()
     teacher = store.manifest["model"]
     check_tokenizer(store, tokenizer, model)
     inputs = {"sft_data": {"digest": store.digest(), "model": teacher}}
