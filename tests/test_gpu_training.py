@@ -100,6 +100,7 @@ def test_the_loss_falls_as_on_a_cpu(pipeline, tmp_path, changes):
     for entry, other in zip(*logs, strict=True):
         assert other["loss"] == pytest.approx(entry["loss"], rel=3e-2)
         assert other["peak_mib"] > 0 and "peak_mib" not in entry
+        assert ("planned_mib" in other) == ("mixed_precision" not in changes)
 
 
 def test_a_killed_run_continues(pipeline, tmp_path, monkeypatch):

@@ -168,6 +168,30 @@ def test_a_request_that_accelerate_passes_over_is_refused(pipeline, script, tmp_
     )
 
 
+def test_processes_wait_for_the_first_longer_than_torch_would(pipeline, tmp_path, monkeypatch):
+    """Its checkpoint may take longer to write than NCCL waits; accelerate's first state decides."""
+    import accelerate
+
+    from lopd import runs
+
+    asked = []
+
+    class State:
+        is_main_process = True
+
+        def __init__(self, **given):
+            asked.append(given)
+
+    monkeypatch.setattr(accelerate, "PartialState", State)
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda found: found)
+    monkeypatch.setattr(runs, "this_worker", lambda given: runs.Worker(0, 2, 0))
+    base = {"weights": "w", "config": "c", "tokenizer": "t"}
+    found = config(pipeline, tmp_path / "out")
+    assert runs.begin(found, base=base) is None
+    args = found.training_arguments(tmp_path / "args")
+    assert asked[0]["cpu"] and asked[0]["timeout"].total_seconds() == args.ddp_timeout > 3600
+
+
 def test_a_run_of_two_processes_is_not_continued_by_one(pipeline, tmp_path, monkeypatch):
     from lopd import runs
 
