@@ -1,7 +1,6 @@
 """One training step in several processes; the functions that the processes run."""
 
 import gc
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -94,8 +93,7 @@ def one_process(name):
 def rank_main(rank, folder, cases):
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=limit)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     try:
         made, tokens = batches()
         for name, wrapper in cases:

@@ -47,7 +47,6 @@ def fork_workers(count, argv, doomed=0):
         [sys.executable, "-c", FORK, str(count), str(doomed), *map(str, argv)],
         capture_output=True,
         text=True,
-        timeout=120,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr

@@ -171,6 +171,20 @@ def weights(model):
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
+# Runs that differ only by rounding must agree to half of float32's digits. AdamW divides each
+# gradient by its own size, so an element whose gradient is rounding noise may differ by any share.
+SAME_UPDATE = torch.finfo(torch.float32).eps ** 0.5
+
+
+def update_error(first, second, start):
+    """|first - second| / |second - start|, over all tensors: relative to what training changed."""
+    assert first.keys() == second.keys() <= start.keys()
+    error = sum((first[name] - second[name]).double().square().sum().item() for name in first)
+    moved = sum((second[name] - start[name]).double().square().sum().item() for name in first)
+    assert moved > 0, "nothing was trained"
+    return (error / moved) ** 0.5
+
+
 def largest_difference(first, second):
     assert first.keys() == second.keys()
     return max((first[name] - second[name]).abs().max().item() for name in first)

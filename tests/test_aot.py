@@ -44,7 +44,6 @@ def reports(tmp_path_factory):
     return rows
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_kernel_compiles_without_spills(version, reports):
     if version not in reports:

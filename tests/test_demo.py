@@ -69,7 +69,6 @@ def rows(demo):
 
 
 @pytest.mark.demo
-@pytest.mark.timeout(900)
 def test_distillation_reaches_the_teacher(rows):
     start, end = rows[FINE_TUNED], rows[DISTILLED]
     assert rows["teacher"]["sampled"] >= 0.95

@@ -76,7 +76,6 @@ def test_torchrun_scores_to_the_same_bytes(teacher_folder, rollouts, cache, tmp_
         [*command, "-m", "lopd.cli", *argv],
         check=True,
         capture_output=True,
-        timeout=200,
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
     )
     assert shard_bytes(tmp_path / "out") == shard_bytes(cache)

@@ -158,7 +158,7 @@ def test_starting_waits_for_whoever_is_starting(tmp_path):
         thread.start()
         time.sleep(0.1)
         assert not started
-    thread.join(timeout=30)
+    thread.join()
     assert started
 
 
@@ -252,7 +252,7 @@ def start_workers(folder, count):
 @pytest.mark.parametrize("count", [2, 3])
 def test_workers_write_what_one_writes(tmp_path, whole, count):
     processes = start_workers(tmp_path, count)
-    outputs = [process.communicate(timeout=60)[0].split() for process in processes]
+    outputs = [process.communicate()[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0] * count
     shards = [int(word) for output in outputs for word in output[:-1]]
     assert sorted(shards) == list(range(COUNT))  # each by exactly one of them
@@ -270,7 +270,7 @@ def test_killed_workers_are_replaced_by_any_number(tmp_path, whole):
             process.send_signal(signal.SIGKILL)
             process.communicate()
     (last,) = start_workers(tmp_path, 1)
-    assert last.communicate(timeout=60)[0].split()[-1] == "all"
+    assert last.communicate()[0].split()[-1] == "all"
     assert files_of(tmp_path) == files_of(whole)
 
 
@@ -303,5 +303,5 @@ from lopd.workers import Worker
 writer = CacheWriter.create(sys.argv[1], make_manifest(plan=[1] * 12), worker=Worker(0, 2))
 claims = writer.claims()
 print(next(claims), flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
