@@ -58,7 +58,7 @@ test-gpu:
 test-vllm: .venv-vllm/.ready
 	$(VLLM) -c "import vllm"
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 \
-		$(VLLM) -m pytest -m vllm tests/test_engine_vllm.py
+		$(VLLM) -m pytest -m vllm tests/engines/test_vllm.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

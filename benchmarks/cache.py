@@ -31,8 +31,8 @@ import torch
 
 import lopd
 from benchmarks.rows import identity
-from lopd.cache import CacheWriter, Rollout, TeacherCache, TeacherScores
 from lopd.provenance import build_manifest
+from lopd.store import CacheWriter, Rollout, TeacherCache, TeacherScores
 
 READ_BAR, WRITE_BAR = 1e6, 1e5
 ERROR_BAR = 1e-3

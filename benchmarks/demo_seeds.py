@@ -20,8 +20,8 @@ import torch
 import transformers
 
 from benchmarks.rows import identity
-from lopd.demo import DemoConfig, main
-from lopd.report import DISTILLED, FINE_TUNED, ONLINE
+from lopd.stages.demo import DemoConfig, main
+from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 
 NAME = "demo_seeds.jsonl"
 

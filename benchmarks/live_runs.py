@@ -13,9 +13,10 @@ import torch
 import transformers
 
 from benchmarks.qwen3 import MODELS
-from lopd import distill, evaluate, rollout, score, toy
-from lopd.demo import COMMON, OPD_SETTINGS, TOP_K, Demo
 from lopd.provenance import declare, read_manifest
+from lopd.stages import distill, evaluate, rollout, score
+from lopd.stages.demo import COMMON, OPD_SETTINGS, TOP_K, Demo
+from lopd.stages.demo import arithmetic as toy
 
 PARTS = ("generation", "scoring", "training")
 SHAPE = (

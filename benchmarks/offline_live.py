@@ -45,7 +45,7 @@ import transformers
 
 from benchmarks.live_runs import PARTS, SIZES, Bench, Run, Size, Wrong
 from benchmarks.rows import identity
-from lopd.models import load_model
+from lopd.models.load import load_model
 
 NAME = "offline_live.jsonl"
 GATE_STEPS = 4

@@ -12,10 +12,10 @@ from torch import Tensor
 from benchmarks import cache
 from benchmarks.clock import Outcome, Prepared
 from benchmarks.harness import classify, collect, one_line
-from lopd.attention import pack_attention
-from lopd.cache import TeacherSequence
-from lopd.data import Batch, Collator, to_device
-from lopd.options import DEFAULT_OPTIM, optimizer_class
+from lopd.models.packing import pack_attention
+from lopd.store import TeacherSequence
+from lopd.training.batch import Batch, Collator, to_device
+from lopd.training.options import DEFAULT_OPTIM, optimizer_class
 
 Loss = Callable[[Any, Batch, float], Tensor]  # (model, batch, normaliser) -> the micro-batch's loss
 MIB = 1 << 20

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import demo_seeds, fused_loss, gpu_suite, offline_live, roofline
-from lopd.demo import OPD_STEPS
+from lopd.stages.demo import OPD_STEPS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -2,7 +2,8 @@
 
 A step is forward, backward and update of one micro-batch, a pack of sequences of 4096 tokens of
 which the first eighth, the prompt, bears no loss; weights are bf16, gradient checkpointing is on,
-gradients are not clipped. `lopd.step.step` runs against the same step on `model(...).logits`.
+gradients are not clipped. `lopd.training.step.step` runs against the same step on
+`model(...).logits`.
 In this order:
 
 1. the gate: on a tiny model of the family, loss and gradients of the fused and the dense step
@@ -33,13 +34,14 @@ from benchmarks.harness import classify, excess, one_line, short
 from benchmarks.projects import tail_bucket
 from benchmarks.qwen3 import ADAMW, MIB, MODELS, STATELESS, TOY, Job, Loss, Size, build, make_items
 from benchmarks.rows import Recorder
-from lopd.attention import check_packing, pack_attention
-from lopd.data import Batch, Collator, to_device
-from lopd.dryrun import meta_model
-from lopd.flops import mfu, peak_flops, size_of, step_flops
-from lopd.heads import run_with_loss
-from lopd.plan import PlanConfig, Planner
-from lopd.step import Objective, model_inputs, step
+from lopd.models.flops import mfu, peak_flops, size_of, step_flops
+from lopd.models.head import run_with_loss
+from lopd.models.packing import check_packing, pack_attention
+from lopd.training.batch import Batch, Collator, to_device
+from lopd.training.dry_run import meta_model
+from lopd.training.memory import MemorySettings, Planner
+from lopd.training.objective import Objective
+from lopd.training.step import model_inputs, step
 
 TRIES = 8  # micro-batches that a search may run
 FP32_BOUNDS = {"loss_error": 1e-5, "gradient_error": 1e-4}
@@ -213,9 +215,7 @@ def planned(job: Job) -> dict[str, Any]:
     size = job.size
     with tempfile.TemporaryDirectory() as folder:
         size.config().save_pretrained(folder)
-        settings = PlanConfig(
-            model=folder,
-            gpu_memory="1GiB",  # only proposals look at it
+        settings = MemorySettings(
             dtype="bfloat16",
             sequence_length=size.length,
             max_tokens_per_batch=size.length,
@@ -318,7 +318,7 @@ def compare(
 
 
 def rates(job: Job, batch: Batch, milliseconds: float, has_head: bool) -> dict[str, Any]:
-    """Tokens a second, prompts among them, and the model FLOPs utilisation by `lopd.flops`."""
+    """Tokens per second, prompts included, and the utilisation by `lopd.models.flops`."""
     device, size = job.device, size_of(job.model)
     assert size is not None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -5,23 +5,23 @@ import sys
 from collections.abc import Sequence
 
 from lopd import __version__
+from lopd.config.parse import build_config, check_keys, load_yaml
 from lopd.errors import ConfigError, LopdError
-from lopd.settings import build_config, check_keys, load_yaml
 
-# name: (module, config class, one line)
+# name: (module of lopd.stages, config class, one line)
 COMMANDS = {
     "sft-data": ("sft_data", "SftDataConfig", "sample the teacher's answers to prompts"),
     "sft": ("sft", "SftConfig", "fine-tune the student on those answers"),
     "rollout": ("rollout", "RolloutConfig", "sample the fine-tuned student, once"),
     "score": ("score", "ScoreConfig", "score the rollouts with the teacher, once"),
-    "import": ("importing", "ImportConfig", "a cache from scores that another tool dumped"),
+    "import": ("import_scores", "ImportConfig", "a cache from scores that another tool dumped"),
     "distill": ("distill", "DistillConfig", "train the student on the cache, no teacher"),
     "plan": ("plan", "PlanConfig", "peak memory of training, and what would make it fit"),
     "eval": ("evaluate", "EvalConfig", "accuracy on prompts, KL to a teacher"),
-    "inspect": ("inspection", "InspectConfig", "totals of an artefact; --verify checks its hashes"),
+    "inspect": ("inspect", "InspectConfig", "totals of an artefact; --verify checks its hashes"),
     "verify": ("verify", "VerifyConfig", "check an artefact; --rescore N: noise against signal"),
     "declare": ("declare", "DeclareConfig", "admit a checkpoint fine-tuned elsewhere"),
-    "run": ("recipe", "RunConfig", "every missing stage of a recipe, in order"),
+    "run": ("run", "RunConfig", "every missing stage of a recipe, in order"),
     "demo": ("demo", "DemoConfig", "the whole pipeline at toy scale, in a few minutes"),
 }
 
@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
 
     logging.disable_progress_bar()
     module_name, class_name, _ = COMMANDS[command]
-    module = importlib.import_module(f"lopd.{module_name}")
+    module = importlib.import_module(f"lopd.stages.{module_name}")
     if rest and command == "run" and not rest[0].startswith("-"):
         rest = ["--recipe", *rest]
     if "--rehash" in rest:

@@ -3,9 +3,9 @@
 import numpy as np
 from helpers_training import make_rollouts
 
-from lopd import toy
-from lopd.cache import CacheWriter, RolloutStore, RolloutWriter, TeacherScores
 from lopd.provenance import build_manifest, declare, describe_model, lineage_of, save_vocab
+from lopd.stages.demo import arithmetic as toy
+from lopd.store import CacheWriter, RolloutStore, RolloutWriter, TeacherScores
 
 SIZE = {"hidden_size": 32, "intermediate_size": 32}
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 9, "seed": 0}

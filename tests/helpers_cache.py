@@ -1,4 +1,4 @@
-"""Rollouts, scores and folders for the tests of lopd.cache."""
+"""Rollouts, scores and folders for the tests of lopd.store."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lopd.cache import CacheWriter, Rollout, RolloutWriter, TeacherScores
 from lopd.provenance import build_manifest
+from lopd.store import CacheWriter, Rollout, RolloutWriter, TeacherScores
 
 SHARDS = [f"shard-{i:05d}.safetensors" for i in range(3)]
 RECEIPTS = [f"shard-{i:05d}.json" for i in range(3)]

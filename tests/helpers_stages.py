@@ -16,10 +16,10 @@ COMMON = ["--dtype", "float32", "--device", "cpu"]
 FORK = """
 import os, signal, sys
 import torch
-from lopd.cache import CacheWriter, RolloutWriter
+from lopd.store import CacheWriter, RolloutWriter
 from lopd.cli import main
-from lopd import rollout, score
-from lopd.engines import hf
+from lopd.stages import rollout, score
+from lopd.engines import transformers as hf
 torch.set_num_threads(1)
 count, doomed, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 def die_after(writer):

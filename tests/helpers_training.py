@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from lopd.cache import Rollout, TeacherSequence
-from lopd.data import Collator, SequenceDataset
-from lopd.options import TrainOptions
-from lopd.step import Objective
+from lopd.store import Rollout, TeacherSequence
+from lopd.training.batch import Collator, SequenceDataset
+from lopd.training.objective import Objective
+from lopd.training.options import TrainOptions
 
 VOCAB = 40
 SIZE = {
@@ -153,7 +153,7 @@ def options(**changes):
 
 
 def make_trainer(model, out, dataset=None, objective=None, aggregation="token_mean", **changes):
-    from lopd.trainer import LopdTrainer
+    from lopd.training.trainer import LopdTrainer
 
     dataset = SequenceDataset(make_scored(make_rollouts())) if dataset is None else dataset
     settings = options(**changes)

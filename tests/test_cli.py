@@ -5,9 +5,9 @@ import os
 import pytest
 
 from lopd.cli import COMMANDS, main, split_config
+from lopd.config.parse import build_config, load_yaml
 from lopd.errors import ConfigError, MissingFileError
-from lopd.rollout import RolloutConfig
-from lopd.settings import build_config, load_yaml
+from lopd.stages.rollout import RolloutConfig
 
 
 def build(settings=None, argv=()):

@@ -12,9 +12,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from lopd import toy
-from lopd.heads import check_head, check_trainable, run_with_loss, run_with_loss_and_router
-from lopd.models import load_model, load_tokenizer
+from lopd.models.head import check_head, check_trainable, run_with_loss, run_with_loss_and_router
+from lopd.models.load import load_model, load_tokenizer
+from lopd.stages.demo import arithmetic as toy
 from lopd_kernels import linear_sparse_divergence, linear_topk
 
 

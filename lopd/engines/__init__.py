@@ -14,7 +14,7 @@ from lopd.errors import ConfigError
 
 @dataclass(frozen=True)
 class Numerics:
-    """How an engine gets tail and entropy, in the words of `lopd.cache.scoring_of`."""
+    """How an engine gets tail and entropy, in the words of `lopd.store.scoring_of`."""
 
     tail: str
     entropy: str
@@ -57,7 +57,7 @@ def load_engine(
         return VllmEngine.load(
             path, dtype=dtype, device=device, local_rank=local_rank, options=options
         )
-    from lopd.engines.hf import HfEngine
+    from lopd.engines.transformers import HfEngine
 
     return HfEngine.load(
         path, dtype=dtype, device=device, local_rank=local_rank, options=options, **limits

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lopd.cache import Rollout, TeacherScores
+from lopd.data.prompts import Prompt
 from lopd.errors import ConfigError, DataError
-from lopd.prompts import Prompt
+from lopd.store import Rollout, TeacherScores
 
 Progress = Callable[[int], object]  # called with the number of sequences just finished
 

@@ -15,10 +15,10 @@ Data parallelism is several workers (`--worker i/n`, or torchrun) on one folder.
 from dataclasses import dataclass, field
 from typing import Any
 
+from lopd.config.parse import check_keys
 from lopd.engines import check_engine
 from lopd.errors import ConfigError
-from lopd.models import resolve_device, resolve_dtype
-from lopd.settings import check_keys
+from lopd.models.load import resolve_device, resolve_dtype
 
 _Check = tuple[type | tuple[type, ...], float, float, str]
 _COUNT: _Check = (int, 1, float("inf"), "a positive integer")

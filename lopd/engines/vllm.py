@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from lopd.cache import TeacherScores
 from lopd.engines.base import Generation, Progress, Sampling, check_k, check_sequences
 from lopd.engines.vllm_output import by_entries, read_prompt_logprobs, to_scores
 from lopd.errors import ConfigError, DataError, ModelError
-from lopd.models import check_model_folder, context_of, eos_ids_of, load_tokenizer
+from lopd.models.load import check_model_folder, context_of, eos_ids_of, load_tokenizer
 from lopd.provenance import vocab_size_of
+from lopd.store import TeacherScores
 
 # vLLM raises a temperature below this to it.
 LOWEST_TEMPERATURE = 0.01

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from lopd.cache import TeacherScores
-from lopd.cache.lists import derived_tail
-from lopd.cache.records import MASS_TOLERANCE
 from lopd.errors import DataError, ModelError
+from lopd.store import TeacherScores
+from lopd.store.lists import derived_tail
+from lopd.store.validate import MASS_TOLERANCE
 
 # Log-probs come back as Python lists: so many at a time are held.
 _ENTRIES_AT_ONCE = 1 << 23

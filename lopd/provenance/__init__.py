@@ -19,15 +19,14 @@ from lopd.provenance.fingerprint import (
     tokenizer_digest,
     vocab_size_of,
 )
-from lopd.provenance.gate import OVERRIDES, check_distill, differing_token
+from lopd.provenance.gate import OVERRIDES, check_distill, check_same_tokens, differing_token
+from lopd.provenance.identity import manifest_digest, recipe_of
 from lopd.provenance.manifest import (
     MANIFEST_NAME,
     build_manifest,
     declare,
     lineage_of,
-    manifest_digest,
     read_manifest,
-    recipe_of,
     write_manifest,
 )
 
@@ -38,6 +37,7 @@ __all__ = [
     "build_manifest",
     "chat_template_digest",
     "check_distill",
+    "check_same_tokens",
     "config_digest",
     "declare",
     "describe_file",

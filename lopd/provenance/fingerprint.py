@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lopd.errors import DataError, MissingFileError, ModelError, ShardError
-from lopd.files import canonical_json, json_digest, sha256_file, write_atomic
+from lopd.provenance.io import canonical_json, json_digest, sha256_file, write_atomic
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

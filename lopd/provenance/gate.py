@@ -201,3 +201,15 @@ def _compare_tokens(
 def _name(model: Mapping[str, Any]) -> str:
     path = model.get("path")
     return f"{path or 'a model'} (weights {short(model.get('weights'))})"
+
+
+def check_same_tokens(
+    model_vocab: Mapping[str, int], vocab: Mapping[str, int], used: np.ndarray, flag: str
+) -> None:
+    """Raise ProvenanceError for the first used id that the two token -> id maps disagree on."""
+    if found := differing_token(model_vocab, vocab, used):
+        index, ours, theirs = found
+        raise ProvenanceError(
+            f"{flag}: id {index} is {theirs!r} to it and {ours!r} to the model; a KL needs one "
+            f"tokenizer, leave --{flag} out"
+        )

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lopd.errors import ConfigError, DataError, MissingFileError, ProvenanceError, ShardError
-from lopd.files import json_digest, pretty_json, write_atomic
 from lopd.provenance.fingerprint import describe_model, fingerprint_weights, read_config
+from lopd.provenance.io import pretty_json, write_atomic
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
-# How and when a stage was called; everything else is the recipe.
-NOT_RECIPE = frozenset({"config", "created", "environment", "seconds"})
 _MODEL = ("model.path", "model.weights", "model.tokenizer", "model.vocab_size")
 # What readers of a kind rely on; "a.b" is key b of the object under a.
 REQUIRED = {
@@ -136,17 +134,6 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
     return manifest
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """sha256 of the recipe: the manifest without paths, times, environment and `config`."""
-    return json_digest(recipe_of(manifest))
-
-
-def recipe_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a manifest that decides what the artefact holds."""
-    recipe = {key: value for key, value in manifest.items() if key not in NOT_RECIPE}
-    return _without_paths(recipe)
-
-
 def lineage_of(checkpoint: str | Path) -> dict[str, Any]:
     """Whose answers a checkpoint was fine-tuned on, from its manifest.
 
@@ -256,11 +243,3 @@ def _environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items() if key != "path"}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    return value

@@ -1,0 +1,1 @@
+"""Settings: dataclass fields, YAML and command-line flags."""

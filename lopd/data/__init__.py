@@ -1,0 +1,1 @@
+"""Input files: prompts, demonstrations and scores that other tools dumped."""

@@ -1,0 +1,334 @@
+"""The transformers engine: batched generation with a KV cache, scoring without logits."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lopd.engines.base import Generation, Progress, Sampling, check_k, check_sequences
+from lopd.errors import ConfigError, ModelError
+from lopd.models.head import HeadOptions, check_head, lm_head, run_with_loss
+from lopd.models.load import eos_token_ids, load_model, load_tokenizer
+from lopd.store import TeacherScores
+from lopd_kernels import TopK, linear_sparse_divergence, linear_topk
+
+
+class HfEngine:
+    """One `transformers` causal LM that generates and scores.
+
+    `batch_size` bounds the sequences decoded together, `tokens_per_batch` the padded tokens
+    scored together. The LM head is checked once against the model's own logits, so that a head
+    with an unknown scale or cap is refused before anything is scored with it.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int = 64, tokens_per_batch: int = 16384
+    ) -> None:
+        if batch_size < 1 or tokens_per_batch < 1:
+            raise ConfigError(
+                f"batch_size={batch_size}, tokens_per_batch={tokens_per_batch}; "
+                "expected positive numbers"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        config = model.config.get_text_config()
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.eos_ids = eos_token_ids(model, tokenizer)
+        check_head(model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str,
+        device: str = "auto",
+        local_rank: int | None = None,
+        options: dict[str, Any] | None = None,
+        **limits: int,
+    ) -> "HfEngine":
+        """The model at `path`; `options` may hold a `device_map`.
+
+        Raises:
+            ModelError: not loadable, or its LM head would be offloaded.
+        """
+        model = load_model(
+            path, dtype=dtype, device=device, local_rank=local_rank, **(options or {})
+        )
+        if lm_head(model).weight.is_meta:
+            raise ModelError(
+                f"{path}: the device_map offloads the LM head, which scoring reads directly; keep "
+                "it on a device"
+            )
+        return cls(model, load_tokenizer(path), **limits)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        progress: Progress | None = None,
+    ) -> list[Generation]:
+        """See `Engine.generate`. Prompts of similar length are decoded together."""
+        if len(prompts) != len(seeds):
+            raise ConfigError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds")
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        results: dict[int, Generation] = {}
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = self._generate_batch(
+                [prompts[i] for i in rows], sampling, [seeds[i] for i in rows], progress
+            )
+            results.update(zip(rows, batch, strict=True))
+        return [results[i] for i in range(len(prompts))]
+
+    def _generate_batch(
+        self,
+        prompts: list[Sequence[int]],
+        sampling: Sampling,
+        seeds: list[int],
+        progress: Progress | None,
+    ) -> list[Generation]:
+        from transformers import DynamicCache
+
+        device, steps = self.device, sampling.max_new_tokens
+        uniforms = torch.from_numpy(
+            np.stack([np.random.default_rng(seed).random(steps) for seed in seeds])
+        ).to(device)
+        inputs, mask = _left_pad(prompts, device)
+        eos = torch.tensor(self.eos_ids, device=device)
+        past = DynamicCache(config=self.model.config)
+        alive = torch.arange(len(prompts), device=device)
+        tokens = torch.full((len(prompts), steps), -1, dtype=torch.int64, device=device)
+        logprobs = torch.zeros((2, len(prompts), steps), device=device)
+        position = mask.cumsum(1) - 1
+        for step in range(steps):
+            logits = self.model(
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=position.clamp(min=0),
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            token, sampled, raw = draw(logits.float(), sampling, uniforms[alive, step])
+            tokens[alive, step], logprobs[0, alive, step], logprobs[1, alive, step] = (
+                token,
+                sampled,
+                raw,
+            )
+            keep = torch.isin(token, eos, invert=True)
+            left = int(keep.sum()) if step + 1 < steps else 0
+            if progress is not None and left < len(keep):
+                progress(len(keep) - left)
+            if not left:
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            inputs, position = token[:, None], position[:, -1:] + 1
+            if left < len(keep):
+                rows = keep.nonzero().squeeze(1)
+                past.batch_select_indices(rows)
+                alive, mask = alive[rows], mask[rows]
+                inputs, position = inputs[rows], position[rows]
+        return _collect(tokens.cpu(), logprobs.cpu(), self.eos_ids, sampling)
+
+    @torch.no_grad()
+    def score(
+        self,
+        sequences: Sequence[np.ndarray],
+        prompt_lengths: Sequence[int],
+        k: int,
+        *,
+        temperature: float = 1.0,
+        extra_ids: Sequence[np.ndarray] | None = None,
+        progress: Progress | None = None,
+    ) -> list[TeacherScores]:
+        """See `Engine.score`. Memory does not depend on the vocabulary times the tokens.
+
+        Extra ids cost one more pass over the LM head, which reduces the tail without them.
+        """
+        check_k(k, self.vocab_size)
+        check_sequences(sequences, prompt_lengths, context=self.context, vocab_size=self.vocab_size)
+        results: dict[int, TeacherScores] = {}
+        for rows in _by_tokens(sequences, self.tokens_per_batch):
+            batch = self._score_batch(
+                [sequences[i] for i in rows],
+                [prompt_lengths[i] for i in rows],
+                k,
+                temperature,
+                None if extra_ids is None else [extra_ids[i] for i in rows],
+            )
+            results.update(zip(rows, batch, strict=True))
+            if progress is not None:
+                progress(len(rows))
+        return [results[i] for i in range(len(sequences))]
+
+    def _score_batch(
+        self,
+        sequences: list[np.ndarray],
+        prompt_lengths: list[int],
+        k: int,
+        temperature: float,
+        extra_ids: list[np.ndarray] | None,
+    ) -> list[TeacherScores]:
+        width = max(map(len, sequences))
+        ids = np.zeros((len(sequences), width), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, tokens in enumerate(sequences):
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        spans = [
+            (row * width + prompt_length - 1, row * width + len(tokens) - 1)
+            for row, (tokens, prompt_length) in enumerate(
+                zip(sequences, prompt_lengths, strict=True)
+            )
+        ]
+        index = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in spans]))
+        input_ids = torch.from_numpy(ids)
+        wanted = input_ids.flatten()[index + 1][:, None]
+        if extra_ids is not None:
+            further = torch.from_numpy(np.concatenate(extra_ids).astype(np.int64))
+            wanted = torch.cat([wanted, further], dim=1)
+
+        def read(
+            hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions
+        ) -> tuple[TopK, Tensor | None]:
+            rows = hidden.flatten(0, 1)[index.to(hidden.device)]
+            options = {"bias": bias, "temperature": temperature, **head.kwargs()}
+            asked = wanted.to(weight.device)
+            top = linear_topk(rows, weight, k, extra_ids=asked, **options)
+            if extra_ids is None:
+                return top, None
+            return top, _tail_without(rows, weight, top, asked[:, 1:], options)
+
+        inputs = {"input_ids": input_ids.to(self.device)}
+        inputs["attention_mask"] = torch.from_numpy(mask).to(self.device)
+        top, extra_tail = run_with_loss(self.model, inputs, read)
+        assert top.extra_logprobs is not None
+        columns = [
+            _floats(top.extra_logprobs[:, 0]),
+            _floats(top.entropy),
+            top.ids.to(torch.int32).cpu().numpy(),
+            _floats(top.logprobs),
+            _floats(top.tail_logprobs),
+        ]
+        if extra_tail is not None:
+            columns += [
+                wanted[:, 1:].to(torch.int32).numpy(),
+                _floats(top.extra_logprobs[:, 1:]),
+                _floats(extra_tail),
+            ]
+        ends = np.cumsum([b - a for a, b in spans])[:-1]
+        return [
+            TeacherScores(*parts)
+            for parts in zip(*(np.split(c, ends) for c in columns), strict=True)
+        ]
+
+
+def _floats(values: Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()
+
+
+def _tail_without(
+    rows: Tensor, weight: Tensor, top: TopK, extra: Tensor, options: dict[str, Any]
+) -> Tensor:  # [N]
+    """Log of the mass outside the top-k and the extra ids, reduced with all of them removed.
+
+    The divergence of the model to its own log-probs, whose statistics hold that mass.
+    """
+    assert top.extra_logprobs is not None
+    new = extra.masked_fill((extra[:, :, None] == top.ids[:, None, :]).any(2), -1)
+    result: Any = linear_sparse_divergence(
+        rows,
+        weight,
+        torch.cat([top.ids, new], dim=1),
+        torch.cat([top.logprobs, top.extra_logprobs[:, 1:]], dim=1),
+        tail_logprobs=top.tail_logprobs,
+        return_stats=True,
+        validate=False,
+        **options,
+    )
+    return result[1].student_tail_logprobs
+
+
+def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pick one token a row by inverse CDF.
+
+    Args: logits [B, V] fp32, uniforms [B] in [0, 1).
+    Returns: token ids, their log-probs under the sampling distribution, and at temperature 1
+    with top_p 1. Greedy decoding reports the raw log-prob twice.
+    """
+    raw = torch.log_softmax(logits, dim=-1)
+    if sampling.temperature == 0:
+        token = raw.argmax(-1)
+        picked = raw.gather(1, token[:, None]).squeeze(1)
+        return token, picked, picked
+    sampled = raw
+    if not sampling.is_raw:
+        sampled = torch.log_softmax(logits / sampling.temperature, dim=-1)
+        if sampling.top_p < 1:
+            ordered, ids = sampled.sort(dim=-1, descending=True)
+            mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+            dropped = torch.zeros_like(sampled, dtype=torch.bool)
+            dropped.scatter_(1, ids, mass_before >= sampling.top_p)
+            sampled = torch.log_softmax(sampled.masked_fill(dropped, -torch.inf), dim=-1)
+    cdf = sampled.double().exp().cumsum(-1)
+    if not torch.isfinite(cdf[:, -1]).all():
+        raise ModelError(
+            "generate: the model returned NaN or infinite logits; check its weights, or use a "
+            "wider --dtype"
+        )
+    target = (uniforms * cdf[:, -1]).unsqueeze(1)
+    token = torch.searchsorted(cdf, target, right=True).squeeze(1)
+    return (
+        token,
+        sampled.gather(1, token[:, None]).squeeze(1),
+        raw.gather(1, token[:, None]).squeeze(1),
+    )
+
+
+def _left_pad(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), width), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _collect(
+    tokens: Tensor, logprobs: Tensor, eos_ids: list[int], sampling: Sampling
+) -> list[Generation]:
+    generations = []
+    for row in range(len(tokens)):
+        length = int((tokens[row] >= 0).sum())
+        answer = tokens[row, :length].to(torch.int32).numpy()
+        picked, raw = logprobs[:, row, :length].numpy()
+        reason = "stop" if int(answer[-1]) in eos_ids else "length"
+        generations.append(Generation(answer, reason, picked, picked if sampling.is_raw else raw))
+    return generations
+
+
+def _by_tokens(sequences: Sequence[np.ndarray], budget: int) -> Iterator[list[int]]:
+    """Indices grouped by similar length, each group at most `budget` padded tokens (or one row)."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    group: list[int] = []
+    for i in order:
+        if group and (len(group) + 1) * len(sequences[i]) > budget:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group

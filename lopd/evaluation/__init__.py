@@ -1,0 +1,1 @@
+"""Measures of a trained model: accuracy, grading, KL, noise floor."""

@@ -1,0 +1,108 @@
+"""Reverse KL of a model to a teacher over K + 1 buckets, in nats per token.
+
+KL(p || q), p the model, over the teacher's list and one bucket for the rest: what `lopd
+distill` descends, through the same step, on the model's own samples or on a stored cache.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lopd.data.prompts import Prompt
+from lopd.engines.base import Generation, to_rollout
+from lopd.engines.transformers import HfEngine
+from lopd.errors import ConfigError
+from lopd.provenance import load_vocab, tokenizer_digest
+from lopd.provenance.gate import check_same_tokens
+from lopd.store import TeacherCache, scored_sequence
+from lopd.training.batch import Collator, SequenceDataset, to_device
+from lopd.training.objective import Objective
+from lopd.training.step import step
+
+
+def on_policy_kl(
+    student: HfEngine, teacher: HfEngine, prompts: list[Prompt], sampled: list[Generation], k: int
+) -> dict[str, float]:
+    """KL(student || teacher) on the student's samples.
+
+    The samples are the student's own at temperature 1 and top_p 1; k is at most the vocabulary,
+    and what was used is in the result.
+
+    Raises ProvenanceError where an id that occurs means different tokens to the two.
+    """
+    repeats = len(sampled) // len(prompts)
+    jobs = [(prompt, i) for prompt in prompts for i in range(repeats)]
+    rollouts = [to_rollout(*job, answer) for job, answer in zip(jobs, sampled, strict=True)]
+    k = min(k, teacher.vocab_size)
+    scores = teacher.score(
+        [rollout.tokens for rollout in rollouts], [rollout.prompt_length for rollout in rollouts], k
+    )
+    records = [
+        scored_sequence(*pair, support="list", vocab_size=student.vocab_size)
+        for pair in zip(rollouts, scores, strict=True)
+    ]
+    used = np.concatenate(
+        [part for r in records for part in (r.rollout.tokens, r.topk_ids[r.topk_ids >= 0])]
+    )
+    check_same_tokens(
+        student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab(), np.unique(used), "teacher"
+    )
+    size = student.batch_size
+    batches = (records[i : i + size] for i in range(0, len(records), size))
+    return {**reverse_kl(student, batches), "k": k}
+
+
+def open_cache(path: str | Path, model: str | Path, student: HfEngine) -> TeacherCache:
+    """A teacher's cache as `model` will be compared with it, complete, its hashes checked.
+
+    Raises:
+        ConfigError: the lists were renormalised, so that nothing is known of the rest.
+        ProvenanceError: an id that occurs means different tokens to cache and model.
+        ShardError: a shard is missing or altered.
+    """
+    cache = TeacherCache.open(path, vocab_size=student.vocab_size)
+    if cache.manifest.get("tail") == "renormalized":
+        raise ConfigError(
+            f"{path}: its lists were renormalised before they were imported, so the mass outside "
+            "them is lost; a KL needs it: leave --cache out, or score the rollouts again"
+        )
+    cache.verify()
+    if tokenizer_digest(model) != cache.manifest["model"]["tokenizer"]:
+        check_same_tokens(
+            student.tokenizer.get_vocab(), load_vocab(path), cache.used_ids(), "cache"
+        )
+    return cache
+
+
+def cache_kl(student: HfEngine, cache: TeacherCache) -> dict[str, float]:
+    """KL(student || stored teacher) over every loss token of a cache, at the cache's temperature.
+
+    Buckets are those of training: the stored list with the sampled token in it, and the rest.
+
+    Raises DataError where a sequence does not fit into the model.
+    """
+    data = SequenceDataset(cache, context=student.context, vocab_size=student.vocab_size)
+    longest = max(len(rollout.tokens) for rollout in cache.rollouts())
+    size = max(1, student.tokens_per_batch // longest)
+    batches = (data.__getitems__(range(len(data))[i : i + size]) for i in range(0, len(data), size))
+    temperature = cache.manifest["temperature"]
+    result = reverse_kl(student, batches, temperature)
+    return {**result, "sequences": len(data), "temperature": temperature}
+
+
+@torch.no_grad()
+def reverse_kl(
+    student: HfEngine, batches: Iterable[Sequence[Any]], temperature: float = 1.0
+) -> dict[str, float]:
+    """Mean over the loss tokens of `batches` of scored sequences."""
+    collate, objective = Collator(), Objective("reverse_kl", temperature=temperature)
+    total, tokens = 0.0, 0
+    for items in batches:
+        batch = to_device(collate(items), student.device)
+        loss, _ = step(student.model, batch, objective, num_items=1.0)
+        total += float(loss)
+        tokens += len(batch["labels"])
+    return {"nats_per_token": total / tokens, "tokens": tokens}

@@ -1,0 +1,1 @@
+"""Transformers models: loading, the LM head, packing, adapters, FLOPs."""

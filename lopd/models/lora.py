@@ -1,0 +1,140 @@
+"""LoRA by peft: settings, adapters on a model, and a plain model from it again."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lopd.errors import ConfigError, ModelError
+from lopd.models.head import lm_head, plain_model
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(kw_only=True)
+class LoraOptions:
+    """`W + (lora_alpha / lora_rank) * B A` with W frozen, in the layers that are named."""
+
+    lora_rank: int = field(
+        default=0, metadata={"help": "Rank of the LoRA adapters; 0 trains the whole model."}
+    )
+    lora_alpha: float = field(
+        default=32.0, metadata={"help": "The adapters' sum counts lora_alpha / lora_rank times."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapters; not on the output head."}
+    )
+    lora_targets: str = field(
+        default=ALL_LINEAR,
+        metadata={
+            "help": "all-linear (every linear layer but the output head), or names such as "
+            "q_proj,v_proj."
+        },
+    )
+
+    def check_lora(self) -> None:
+        """Raise ConfigError for a value that is out of range."""
+        if self.lora_rank < 0:
+            raise ConfigError(f"lora_rank: found {self.lora_rank}; expected 0 or a positive number")
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ConfigError(f"lora_alpha: found {self.lora_alpha}; expected a positive number")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"lora_dropout: found {self.lora_dropout}; expected a number in [0, 1)"
+            )
+        if not all(self.target_names):
+            raise ConfigError(
+                f"lora_targets: found '{self.lora_targets}'; expected {ALL_LINEAR} or names with "
+                "commas between them, such as q_proj,v_proj"
+            )
+
+    @property
+    def target_names(self) -> list[str]:
+        return [name.strip() for name in self.lora_targets.split(",")]
+
+
+def add_lora(model: Any, options: LoraOptions) -> Any:
+    """The model with fresh adapters, a PeftModel: its weights frozen, and unchanged in value.
+
+    Raises:
+        ConfigError: peft is not installed, a setting is out of range, or a target is no layer of
+            the model.
+        ModelError: a target's weight is tied to another's, so that merging would change both.
+    """
+    options.check_lora()
+    if options.lora_rank == 0:
+        raise ConfigError("lora_rank: found 0, which means no adapters; expected at least 1")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ConfigError(
+            'lora_rank: needs peft; pip install "lopd[peft]", or set it to 0'
+        ) from None
+    names = options.target_names
+    if names != [ALL_LINEAR]:
+        _check_targets(model, names)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
+    )
+    adapted = get_peft_model(model, config)
+    lm_head(adapted)  # refuses a dropout on the head
+    # Checkpointed layers are recomputed only where their input needs a gradient.
+    adapted.enable_input_require_grads()
+    return adapted
+
+
+def _check_targets(model: Any, names: list[str]) -> None:
+    layers = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    ]
+    for name in names:
+        found = [module for path, module in layers if path == name or path.endswith(f".{name}")]
+        if not found:
+            known = sorted({path.rsplit(".", 1)[-1] for path, _ in layers})
+            raise ConfigError(
+                f"lora_targets: {type(model).__name__} has no layer '{name}'; expected "
+                f"{ALL_LINEAR} or some of {', '.join(known)}"
+            )
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        if tied and any(module in (head, embedding) for module in found):
+            raise ModelError(
+                f"{type(model).__name__}: the weight of '{name}' is embedding and output head in "
+                "one, so an adapter on it could not be merged; leave it out of lora_targets"
+            )
+
+
+@torch.no_grad()
+def merged(model: Any) -> Any:
+    """The plain model, the adapters added to its weights in place: save them before.
+
+    A copy of a large model would not fit beside an optimizer's state.
+
+    Raises:
+        ModelError: its logits differ from the adapted model's by more than 16 roundings in the
+            weights' dtype and a thousandth of the largest.
+    """
+    head = lm_head(model)
+    spread = torch.linspace(0, head.weight.shape[0] - 1, 16, device=head.weight.device)
+    ids = spread.long().view(2, 8)
+    model.eval()
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    plain = model.merge_and_unload()
+    plain.disable_input_require_grads()
+    found = plain(input_ids=ids, use_cache=False).logits.float()
+    error, size = (found - expected).abs().max().item(), expected.abs().max().item()
+    tolerance = (1e-3 + 16 * torch.finfo(head.weight.dtype).eps) * size
+    if not error <= tolerance:
+        raise ModelError(
+            f"{type(plain_model(plain)).__name__}: merged, its logits differ from the adapted "
+            f"model's by {error:.3g} (tolerance {tolerance:.1g}); use the model that was trained, "
+            "with the adapters that save_pretrained wrote, unmerged"
+        )
+    return plain

@@ -1,0 +1,1 @@
+"""The commands of lopd: each module has a config dataclass and a `main`."""

@@ -1,0 +1,274 @@
+"""Distil a teacher into a student from the cache alone (`lopd distill`).
+
+Whether teacher, cache, rollouts and student belong together is checked first, from files,
+before any model is built. Overrides given by flags are recorded in the result's manifest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lopd.errors import ConfigError, ProvenanceError
+from lopd.models.load import check_model_folder
+from lopd.provenance import (
+    OVERRIDES,
+    build_manifest,
+    check_distill,
+    describe_model,
+    lineage_of,
+    vocab_size_of,
+    write_manifest,
+)
+from lopd.store import TeacherCache, scoring_of
+from lopd.training import run as runs
+from lopd.training.objective import SPARSE, Objective
+from lopd.training.options import WatchOptions
+
+
+@dataclass(kw_only=True)
+class DistillConfig(WatchOptions):
+    """Train a student on a teacher cache (`lopd distill`)."""
+
+    student: str = field(metadata={"help": "The model that made the rollouts."})
+    cache: str = field(metadata={"help": "Folder that `lopd score` wrote."})
+    out: str = field(metadata={"help": "Folder to write; an interrupted run is continued."})
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = field(
+        default="reverse_kl", metadata={"help": "What is minimised at every response token."}
+    )
+    tail: Literal["bucket", "renormalize", "truncate"] = field(
+        default="bucket", metadata={"help": "The mass outside the teacher's list."}
+    )
+    beta: float | None = field(
+        default=None, metadata={"help": "jsd: its mixture, strictly inside (0, 1); None: 0.5."}
+    )
+    advantage_clip: float | None = field(
+        default=None, metadata={"help": "policy_gradient: bound on |log q - log p|; None: none."}
+    )
+    importance: Literal["none", "token", "token_truncated", "sequence"] = field(
+        default="none",
+        metadata={"help": "policy_gradient: ratio to the rollout policy that weights rows."},
+    )
+    importance_cap: float | None = field(
+        default=None, metadata={"help": "Bound on the ratio of token_truncated or sequence."}
+    )
+    clip_range: float | None = field(
+        default=None, metadata={"help": "policy_gradient: PPO's clip around a ratio of 1."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Divides the student's logits; None takes the cache's."}
+    )
+    support: Literal["list+sampled", "list"] = field(
+        default="list+sampled", metadata={"help": "Whether lists gain the sampled token."}
+    )
+    verify: bool = field(default=True, metadata={"help": "Hash the cache before training."})
+    allow_teacher_mismatch: bool = field(
+        default=False, metadata={"help": "Train although another teacher made the SFT answers."}
+    )
+    allow_student_mismatch: bool = field(
+        default=False, metadata={"help": "Train although another model made the rollouts."}
+    )
+    allow_tokenizer_mismatch: bool = field(
+        default=False, metadata={"help": "Train although ids mean different tokens."}
+    )
+    allow_incomplete_cache: bool = field(
+        default=False, metadata={"help": "Train on the shards that are there."}
+    )
+    refresh_every: int = field(
+        default=0, metadata={"help": "Steps between rollouts anew, by --teacher; 0: the cache's."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Teacher that scored the cache, for --refresh_every."}
+    )
+    refresh_batch_size: int = field(
+        default=64, metadata={"help": "Sequences that a refresh decodes together."}
+    )
+    learning_rate: float = field(default=2e-6, metadata={"help": "Peak of the schedule (AdamW)."})
+    lr_scheduler_type: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"
+    ] = field(default="constant", metadata={"help": "Schedule, by its name in transformers."})
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "Decoupled decay of matrices; norms and biases have none."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objective_at(1.0)
+        if self.refresh_every < 0 or (self.refresh_every > 0) != (self.teacher is not None):
+            raise ConfigError(
+                f"refresh_every: found {self.refresh_every} with teacher {self.teacher!r}; "
+                "expected a positive number and the teacher that scored the cache, or neither"
+            )
+        if self.refresh_batch_size < 1:
+            raise ConfigError(
+                f"refresh_batch_size: found {self.refresh_batch_size}; expected at least 1"
+            )
+        if self.refresh_every and self.drop_truncated:
+            raise ConfigError(
+                "drop_truncated: goes by how the cache's answers ended, which --refresh_every "
+                "renews; leave one of them out"
+            )
+
+    def objective_at(self, cache_temperature: float) -> Objective:
+        """The objective on a cache that was scored at this temperature."""
+        temperature = cache_temperature if self.temperature is None else self.temperature
+        return Objective(
+            self.objective,
+            self.tail,
+            self.beta,
+            self.advantage_clip,
+            temperature,
+            self.importance,
+            self.importance_cap,
+            self.clip_range,
+            self.workspace,
+        )
+
+    def allowed(self) -> frozenset[str]:
+        flags = {name: getattr(self, f"allow_{name.replace('-', '_')}") for name in OVERRIDES}
+        return frozenset(name for name, given in flags.items() if given)
+
+
+def main(config: DistillConfig) -> Path:
+    """Check, train, save, and write the manifest last. Returns the model's folder.
+
+    Raises:
+        ProvenanceError: artefacts that do not belong together.
+        ShardError: a shard is altered.
+        ConfigError: `out` holds a finished run or another recipe, or another temperature than
+            the cache's is asked for.
+        MissingFileError, DataError, ModelError: student or cache that cannot be used.
+    """
+    check_model_folder(config.student)
+    cache, overrides = open_cache(config)
+    check_lists(config, cache)
+    temperature = cache.manifest["temperature"]
+    objective = config.objective_at(temperature)
+    check_correction(config, objective, cache.manifest)
+    if objective.temperature != temperature:
+        raise ConfigError(
+            f"temperature: found {objective.temperature}, but {config.cache} was scored at "
+            f"{temperature}; leave it out, or score the rollouts again at that temperature"
+        )
+    base = describe_model(config.student, dtype=config.dtype, engine="transformers")
+    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), "model": cache.manifest["model"]}}
+    digests = {"cache": inputs["cache"]["digest"]}
+    refresh, teacher = _refresh(config, cache, base["weights"])
+    if teacher is not None:
+        inputs["teacher"], digests["teacher"] = teacher, teacher["weights"]
+    checkpoint = runs.begin(config, base=base, **digests)
+    trained = runs.train(
+        config,
+        cache,
+        objective,
+        model_path=config.student,
+        checkpoint=checkpoint,
+        k=cache.manifest["k"],
+        refresh=refresh,
+    )
+    if not runs.is_first():
+        return Path(config.out)
+    manifest = build_manifest(
+        "checkpoint",
+        stage="distill",
+        config=asdict(config),
+        model=describe_model(config.out, dtype=config.dtype, engine="transformers"),
+        base=base,
+        inputs=inputs,
+        lineage={**_lineage(config.student), "initial_student": base["weights"]},
+        overrides=overrides,
+        objective={k: v for k, v in asdict(objective).items() if k != "workspace_bytes"},
+        **trained,
+    )
+    write_manifest(config.out, manifest)
+    return Path(config.out)
+
+
+def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> tuple[Any, Any]:
+    """What renews the cache's rollouts, and the description of its teacher; None for neither."""
+    if config.teacher is None:
+        return None, None
+    from lopd.training.refresh import Refresh, check_refresh
+
+    settings = (config.teacher, config.refresh_every, config.refresh_batch_size)
+    refresh = Refresh(*settings, cache, base)
+    return refresh, check_refresh(refresh, config.student, config.max_tokens_per_batch)
+
+
+def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
+    """Refuse an objective that needs more of the lists than an imported cache has.
+
+    Raises:
+        ConfigError: there are none, or they were renormalised before they were imported.
+    """
+    if config.objective in SPARSE and config.support == "list" and cache.has_no_lists:
+        raise ConfigError(
+            f"{config.cache}: holds the log-probs of the sampled tokens and no lists; found "
+            f"objective {config.objective} with support list, expected --objective "
+            "policy_gradient, or --support list+sampled with its two buckets a token"
+        )
+    sees_lists_alone = (
+        config.objective in SPARSE and config.tail == "renormalize" and config.support == "list"
+    )
+    if scoring_of(cache.manifest)["tail"] == "renormalized" and not sees_lists_alone:
+        raise ConfigError(
+            f"{config.cache}: its lists were renormalised before they were imported, so the mass "
+            f"outside them is lost; found objective {config.objective} with tail {config.tail} and "
+            f"support {config.support}, expected one of {', '.join(SPARSE)} with --tail "
+            "renormalize --support list; or score the rollouts again"
+        )
+
+
+def check_correction(
+    config: DistillConfig, objective: Objective, manifest: Mapping[str, Any]
+) -> None:
+    """Refuse a correction by ratios that the cache does not have.
+
+    Raises:
+        ConfigError: rollout log-probs that are unknown, or rollouts that were not sampled.
+    """
+    if objective.needs_rollout_logprobs and (why := without_ratios(manifest)):
+        flag = "clip_range" if objective.importance == "none" else "importance"
+        raise ConfigError(
+            f"{flag}: {config.cache}: {why}, and the correction divides by the probability that "
+            f"a token was sampled with; leave --{flag} out, or roll out and score again"
+        )
+
+
+def without_ratios(manifest: Mapping[str, Any]) -> str | None:
+    """Why the cache's rollouts have no ratio to the policy that sampled them, if so."""
+    if scoring_of(manifest)["rollout_logprobs"] == "absent":
+        return "its rollout log-probs are unknown (they were imported without)"
+    sampling = manifest["inputs"]["rollouts"].get("sampling") or {}
+    if sampling.get("temperature") == 0:
+        return "its rollouts are greedy (temperature 0)"
+    return None
+
+
+def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]]]:
+    """The cache as the student will read it, and the overrides that admitted it."""
+    cache = TeacherCache.open(
+        config.cache,
+        support=config.support,
+        vocab_size=vocab_size_of(config.student),
+        allow_incomplete=True,
+    )
+    overrides = check_distill(
+        config.student,
+        cache.manifest,
+        used_ids=cache.used_ids,
+        cache_path=config.cache,
+        missing_shards=cache.missing_shards,
+        allow=config.allowed(),
+    )
+    if config.verify and runs.is_first():  # the others wait for it where the run begins
+        cache.verify()
+    return cache, overrides
+
+
+def _lineage(student: str) -> dict[str, Any]:
+    """The student's lineage; unknown where an override admitted one that contradicts itself."""
+    try:
+        return lineage_of(student)
+    except ProvenanceError:
+        return {"sft_teacher": None, "declared": False}

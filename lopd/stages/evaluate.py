@@ -1,0 +1,262 @@
+"""Measure a model on prompts with answers (`lopd eval`).
+
+Greedy accuracy, and over n sampled answers avg@n and the unbiased
+pass@k = 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374), each the mean over
+prompts with a 95 % interval: Wilson's, at the number of independent trials that the
+prompts' spread is worth. Answers are judged by `lopd.evaluation.grading`, and one that did not
+end by itself is wrong. With a teacher, also the on-policy reverse KL: nats per token of the model's
+own samples, K+1 buckets, the same quantity that `lopd distill` descends; exact when k covers
+the vocabulary and a lower bound otherwise. With a teacher cache, the same on its sequences.
+"""
+
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from lopd.data.prompts import Prompt, check_prompts, load_prompts
+from lopd.engines.base import Generation, Sampling, sequence_seed
+from lopd.engines.transformers import HfEngine
+from lopd.errors import ConfigError, DataError
+from lopd.evaluation.accuracy import by_length, estimate, pass_at_k, table
+from lopd.evaluation.grading import JUDGES, Judge, exact_judge, math_judge
+from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
+from lopd.models.load import resolve_device, resolve_dtype
+from lopd.provenance import (
+    MANIFEST_NAME,
+    build_manifest,
+    describe_file,
+    describe_model,
+    read_manifest,
+    write_manifest,
+)
+from lopd.provenance.io import pretty_json, write_atomic
+
+ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Accuracy on prompts with answers, and the KL to a teacher (`lopd eval`)."""
+
+    model: str = field(metadata={"help": "Model folder to evaluate."})
+    prompts: str = field(
+        metadata={"help": "JSONL or parquet with 'prompt' or 'messages', and 'answer'."}
+    )
+    out: str = field(metadata={"help": "Folder for results.json and the answers."})
+    teacher: str | None = field(default=None, metadata={"help": "Model folder for the KL."})
+    cache: str | None = field(
+        default=None, metadata={"help": "Teacher cache of held-out rollouts, for the KL on it."}
+    )
+    kl_k: int = field(default=64, metadata={"help": "Teacher tokens in the KL's buckets."})
+    num_samples: int = field(default=4, metadata={"help": "Sampled answers to each prompt (n)."})
+    limit: int | None = field(default=None, metadata={"help": "Use the first so many prompts."})
+    max_new_tokens: int = field(default=4096, metadata={"help": "Longest answer, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
+    top_p: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
+    judge: Literal["exact", "math"] = field(
+        default="exact",
+        metadata={"help": "exact: what answer_regex finds; math: by math-verify (lopd[eval])."},
+    )
+    answer_regex: str = field(
+        default=ANSWER_REGEX,
+        metadata={"help": "Its last match's one group is the model's answer."},
+    )
+    batch_size: int = field(default=64, metadata={"help": "Sequences decoded together."})
+    tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens in a forward."})
+    dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N."})
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ConfigError(f"num_samples: found {self.num_samples}; expected at least 1")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature: found {self.temperature}; expected a positive number (greedy "
+                "answers are evaluated besides)"
+            )
+        if self.kl_k < 1:
+            raise ConfigError(f"kl_k: found {self.kl_k}; expected at least 1")
+        self.sampling()
+        resolve_dtype(self.dtype)
+        resolve_device(self.device)
+        try:
+            groups = re.compile(self.answer_regex).groups
+        except re.error as error:
+            raise ConfigError(f"answer_regex: {error}; expected a regular expression") from None
+        if groups != 1:
+            raise ConfigError(f"answer_regex: found {groups} groups; expected exactly one")
+        if self.judge not in JUDGES:
+            raise ConfigError(f"judge: found '{self.judge}'; expected one of {', '.join(JUDGES)}")
+        if self.judge == "math":
+            if self.answer_regex != ANSWER_REGEX:
+                raise ConfigError(
+                    "answer_regex: --judge math does not use it; leave one of them out"
+                )
+            math_judge()
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+
+
+def main(config: EvalConfig) -> Path:
+    """Evaluate, write answers, results and, last, the manifest; returns the folder.
+
+    Raises:
+        ConfigError: `out` holds something already.
+        ProvenanceError: model and teacher, or cache, do not mean the same by the ids that occur.
+        DataError: prompts without answers, or that the model has no room for.
+        ShardError: the cache is incomplete or altered.
+    """
+    out = claim(config.out)
+    engine = _load(config, config.model)
+    prompts = _prompts(config, engine)
+    dtype, name = config.dtype, HfEngine.name
+    inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
+    if config.cache is not None:
+        cache = open_cache(config.cache, config.model, engine)
+        inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest["model"]}
+    results, answers, sampled = measure(engine, prompts, config)
+    if config.cache is not None:
+        held_out = not _trained_on(config.model, inputs["cache"]["digest"])
+        results["cache_kl"] = cache_kl(engine, cache) | {"held_out": held_out}
+    if config.teacher is not None:
+        inputs["teacher"] = describe_model(config.teacher, dtype=dtype, engine=name)
+        teacher = _load(config, config.teacher)
+        if not config.sampling().is_raw:
+            sampled = sample(engine, prompts, Sampling(config.max_new_tokens), 1, config.seed)
+        results["kl"] = on_policy_kl(engine, teacher, prompts, sampled, config.kl_k)
+    manifest = build_manifest(
+        "evaluation",
+        stage="eval",
+        config=asdict(config),
+        model=describe_model(config.model, dtype=dtype, engine=name),
+        inputs=inputs,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(answer) + "\n" for answer in answers)
+    write_atomic(out / "answers.jsonl", lines.encode())
+    write_atomic(out / "results.json", pretty_json(results))
+    write_manifest(out, manifest)
+    for line in table(results):
+        print(line)
+    return out
+
+
+def claim(folder: str) -> Path:
+    """The folder to write to, refused where an evaluation or anything else is in it."""
+    out = Path(folder)
+    if not folder or (out.exists() and not out.is_dir()):
+        raise ConfigError(f"out: found '{folder}'; expected the name of a new folder")
+    if (out / MANIFEST_NAME).exists():
+        raise ConfigError(f"{out}: holds a finished artefact; choose another --out, or remove it")
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"{out}: {parent} is not a folder that can be written to")
+    strangers = sorted({file.name for file in out.glob("*")} - {"answers.jsonl", "results.json"})
+    if strangers:
+        raise ConfigError(f"{out}: holds {strangers[0]}; choose another --out")
+    return out
+
+
+def _load(config: EvalConfig, path: str) -> HfEngine:
+    return HfEngine.load(
+        path,
+        dtype=config.dtype,
+        device=config.device,
+        batch_size=config.batch_size,
+        tokens_per_batch=config.tokens_per_batch,
+    )
+
+
+def _prompts(config: EvalConfig, engine: HfEngine) -> list[Prompt]:
+    """The prompts, each with an answer and with room for the model's."""
+    prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
+    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
+    if unanswered:
+        raise DataError(
+            f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
+            f"(first: '{unanswered[0]}'); expected one in each line"
+        )
+    check_prompts(
+        prompts,
+        config.prompts,
+        context=engine.context,
+        vocab_size=engine.vocab_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    return prompts
+
+
+def _trained_on(model: str, digest: str) -> bool:
+    """Whether the model's manifest, if it has one, says that it was distilled on this cache."""
+    if not (Path(model) / MANIFEST_NAME).is_file():
+        return False
+    return (read_manifest(model)["inputs"] or {}).get("cache", {}).get("digest") == digest
+
+
+def _judge(config: EvalConfig, prompts: list[Prompt]) -> Judge:
+    return math_judge(prompts) if config.judge == "math" else exact_judge(config.answer_regex)
+
+
+def sample(
+    engine: HfEngine, prompts: list[Prompt], sampling: Sampling, n: int, seed: int
+) -> list[Generation]:
+    """n answers to every prompt, prompt by prompt."""
+    with tqdm(total=len(prompts) * n, unit="seq", desc="answering") as bar:
+        return engine.generate(
+            [prompt.tokens for prompt in prompts for _ in range(n)],
+            sampling,
+            [sequence_seed(seed, prompt.id, i) for prompt in prompts for i in range(n)],
+            progress=bar.update,
+        )
+
+
+def measure(
+    engine: HfEngine, prompts: list[Prompt], config: EvalConfig
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[Generation]]:
+    """Accuracies; every answer as a record; the sampled answers as tokens, prompt by prompt."""
+    n, judge = config.num_samples, _judge(config, prompts)
+    first = sample(engine, prompts, Sampling(config.max_new_tokens, temperature=0.0), 1, 0)
+    sampled = sample(engine, prompts, config.sampling(), n, config.seed)
+
+    def record(prompt: Prompt, answer: Generation, number: int | None) -> dict[str, Any]:
+        text = engine.tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True)
+        given, right = judge(text, str(prompt.answer))
+        return {
+            "id": prompt.id,
+            "sample": number,
+            "text": text,
+            "tokens": len(answer.tokens),
+            "finish_reason": answer.finish_reason,
+            "answer": given,
+            "correct": answer.finish_reason == "stop" and right,
+        }
+
+    jobs = [(prompt, number) for prompt in prompts for number in range(n)]
+    greedy = [record(*pair, None) for pair in zip(prompts, first, strict=True)]
+    drawn = [record(p, answer, i) for (p, i), answer in zip(jobs, sampled, strict=True)]
+    correct = np.array([answer["correct"] for answer in drawn]).reshape(len(prompts), n)
+    results: dict[str, Any] = {
+        "prompts": len(prompts),
+        "samples": n,
+        "greedy": estimate(np.array([answer["correct"] for answer in greedy], dtype=float)),
+        f"avg@{n}": estimate(correct.mean(1)),
+        "truncated": float(np.mean([answer.finish_reason == "length" for answer in sampled])),
+        "mean_tokens": float(np.mean([len(answer.tokens) for answer in sampled])),
+    }
+    results["by_length"] = by_length(
+        np.array([len(answer.tokens) for answer in sampled]),
+        correct.ravel(),
+        np.array([answer.finish_reason == "length" for answer in sampled]),
+    )
+    for k in sorted({1 << i for i in range(n.bit_length())} | {n}):
+        results[f"pass@{k}"] = estimate(pass_at_k(correct.sum(1), n, k))
+    return results, greedy + drawn, sampled

@@ -1,0 +1,90 @@
+"""Totals of an artefact folder, and on demand a check of its hashes (`lopd inspect`)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lopd.errors import ConfigError, ProvenanceError, ShardError
+from lopd.provenance import fingerprint_weights, read_manifest
+from lopd.store import RolloutStore, TeacherCache, scoring_of
+
+
+@dataclass(kw_only=True)
+class InspectConfig:
+    """Print what an artefact folder holds (`lopd inspect`)."""
+
+    path: str = field(metadata={"help": "Folder of answers, rollouts, a cache or a checkpoint."})
+    verify: bool = field(default=False, metadata={"help": "Hash every shard, or the weights."})
+
+
+def main(config: InspectConfig) -> None:
+    manifest = read_manifest(Path(config.path))
+    kind = manifest["kind"]
+    rows: dict[str, Any] = {"kind": kind, "stage": manifest["stage"]}
+    for role in ("model", "base"):
+        if manifest.get(role):
+            rows[role] = f"{manifest[role]['path']} ({manifest[role]['weights'][:12]})"
+    teacher = (manifest.get("lineage") or {}).get("sft_teacher")
+    if teacher:
+        rows["fine-tuned on"] = f"{teacher.get('path')} ({teacher['weights'][:12]})"
+    if sampling := manifest.get("sampling"):
+        rows["sampling"] = ", ".join(f"{name} {value}" for name, value in sampling.items())
+    if manifest.get("overrides"):
+        rows["overrides"] = ", ".join(item["name"] for item in manifest["overrides"])
+    store: RolloutStore | TeacherCache | None = None
+    if kind == "cache":
+        store = TeacherCache.open(config.path, allow_incomplete=True)
+    elif kind in ("rollouts", "sft_data"):
+        store = RolloutStore.open(config.path, kind=kind)
+    if store is None and config.verify:
+        if kind != "checkpoint":
+            raise ConfigError(f"{config.path}: holds '{kind}', which has no hashes to verify")
+        if fingerprint_weights(config.path, rehash=True) != manifest["model"]["weights"]:
+            raise ProvenanceError(
+                f"{config.path}: its weights are not those that its manifest describes; restore "
+                "them, or make the checkpoint again"
+            )
+        rows["verified"] = "the weights are those that the manifest describes"
+    if store is not None:
+        rows.update(store.summary())
+        if isinstance(store, TeacherCache):
+            rows.update(_cache_rows(store))
+        if config.verify:
+            if store.missing_shards:
+                raise ShardError(
+                    f"{config.path}: {len(store.missing_shards)} of {store.num_shards} shards are "
+                    f"unfinished or damaged, the first is shard-{store.missing_shards[0]:05d}; run "
+                    f"'lopd {manifest['stage']}' again to write them"
+                )
+            store.verify()
+            rows["verified"] = "every shard matches its receipt"
+    _print(rows)
+
+
+def _cache_rows(cache: TeacherCache) -> dict[str, Any]:
+    """What the lists cost and lose; the error stands in the receipts, as it was measured."""
+    details = cache.details()
+    quantiles = details["list_length_quantiles"].items()
+    rows: dict[str, Any] = {
+        "list lengths": ", ".join(f"{float(q):.0%} <= {length}" for q, length in quantiles)
+    }
+    error = cache.summary()["codec_error"]
+    rows["codec_error"] = (
+        "not measured when it was written" if error is None else f"{error:.3g} nat"
+    )
+    manifest = cache.manifest
+    if manifest.get("declared"):
+        rows["declared"] = "who scored and who rolled out are taken on trust"
+    rows["temperature"] = manifest["temperature"]
+    rows["scoring"] = ", ".join(f"{name} {word}" for name, word in scoring_of(manifest).items())
+    if support := (manifest.get("scoring") or {}).get("support"):
+        rows["lists"] = support["ids"]
+    for name, size in details["bytes_per_token_by_array"].items():
+        rows[f"bytes/token {name}"] = size
+    return rows
+
+
+def _print(rows: dict[str, Any]) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")

@@ -1,0 +1,21 @@
+"""Sample the teacher's answers, the data that the student is fine-tuned on (`lopd sft-data`).
+
+Its manifest names the teacher by the digest of its weights; fine-tuning passes that on,
+and `lopd distill` compares it with the teacher that scored the rollouts.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lopd.stages.rollout import SamplingOptions, sample_to_store
+
+
+@dataclass(kw_only=True)
+class SftDataConfig(SamplingOptions):
+    """Sample the teacher's answers to prompts (`lopd sft-data`)."""
+
+    teacher: str = field(metadata={"help": "Teacher, a local model folder."})
+
+
+def main(config: SftDataConfig) -> Path:
+    return sample_to_store(config, model=config.teacher, kind="sft_data", stage="sft-data")

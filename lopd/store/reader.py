@@ -1,0 +1,335 @@
+"""Readers of shard folders: random access by sequence, shards opened when first needed."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lopd.errors import ConfigError, ShardError
+from lopd.provenance import manifest_digest, read_manifest
+from lopd.provenance.io import json_digest
+from lopd.store.codec import CODECS, Scored
+from lopd.store.layout import ShardView
+from lopd.store.sequences import SUPPORTS, Support, join_sequences
+from lopd.store.shards import check_hash, head_rows, open_shard, plan_of, read_receipt, shard_path
+from lopd.store.types import FINISH_REASONS, Rollout, TeacherSequence
+
+LENGTH_QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
+# Response tokens that are decoded together where all are read: what a processor's cache holds.
+_TOKENS_TOGETHER = 1 << 13
+
+
+class _ShardReader:
+    """What readers of all kinds share: receipts up front, shards on demand."""
+
+    _codec: Any = None
+
+    def __init__(self, path: Path, manifest: dict[str, Any], *, allow_incomplete: bool) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.num_shards = len(plan_of(manifest))
+        self._vocab_size = head_rows(manifest)
+        self._receipts: dict[int, dict[str, Any]] = {}
+        self.missing_shards: list[int] = []
+        recipe = manifest_digest(manifest)
+        for shard, sequences in enumerate(plan_of(manifest)):
+            try:
+                self._receipts[shard] = read_receipt(
+                    path, shard, kind=manifest["kind"], recipe=recipe, sequences=sequences
+                )
+            except ShardError:
+                if not allow_incomplete:
+                    raise
+                self.missing_shards.append(shard)
+        self._present = list(self._receipts)
+        self._ends = list(accumulate(r["sequences"] for r in self._receipts.values()))
+        self._views: dict[int, ShardView] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Mapped files do not travel to worker processes; each opens its own.
+        return {**self.__dict__, "_views": {}}
+
+    def verify(self) -> None:
+        """Hash and read every shard but those in `missing_shards`.
+
+        Raises:
+            ShardError: names the first shard that is altered.
+        """
+        for shard, receipt in self._receipts.items():
+            check_hash(self.path, receipt)
+            view = self._view(shard)
+            for positions in view.chunks(_TOKENS_TOGETHER):
+                self._read(view, positions)
+
+    def digest(self) -> str:
+        """sha256 of the content: the recipe's digest and every shard's, in order."""
+        shards = [self._receipts[shard]["sha256"] for shard in self._present]
+        return json_digest({"recipe": manifest_digest(self.manifest), "shards": shards})
+
+    def used_ids(self) -> np.ndarray:  # [n] int64, ascending
+        """The distinct token ids of the data, list entries included; reads everything."""
+        used = np.zeros(self._vocab_size, bool)
+        for view, positions in self._chunks():
+            for ids in self._ids(view, positions):
+                used[ids] = True
+        return np.flatnonzero(used)
+
+    def summary(self) -> dict[str, Any]:
+        """Totals from the receipts, without opening a shard."""
+        receipts = list(self._receipts.values())
+        totals = {
+            key: sum(r[key] for r in receipts)
+            for key in ("sequences", "tokens", "response_tokens", "bytes")
+        }
+        return {
+            "kind": self.manifest["kind"],
+            "shards": self.num_shards,
+            "missing_shards": len(self.missing_shards),
+            **totals,
+            "bytes_per_response_token": _ratio(totals["bytes"], totals["response_tokens"]),
+            "finish_reasons": {
+                reason: sum(r["finish_reasons"][reason] for r in receipts)
+                for reason in FINISH_REASONS
+            },
+        }
+
+    def _view(self, shard: int) -> ShardView:
+        if shard not in self._views:
+            receipt = self._receipts[shard]
+            arrays = open_shard(self.path, receipt)
+            path = shard_path(self.path, shard)
+            self._views[shard] = ShardView(path, arrays, receipt, self._codec, self._vocab_size)
+        return self._views[shard]
+
+    def _read_each(self, indices: Sequence[int]) -> list[Any]:
+        """Sequences in the order that is asked for, those of one shard decoded together."""
+        wanted = np.asarray(indices, np.int64)
+        total = len(self)
+        odd = (wanted < -total) | (wanted >= total)
+        if odd.any():
+            raise IndexError(f"sequence {wanted[odd][0]} of {total} in {self.path}")
+        wanted = wanted % total if total else wanted
+        which = np.searchsorted(self._ends, wanted, side="right")
+        found: list[Any] = [None] * len(wanted)
+        for number in np.unique(which).tolist():
+            places = np.flatnonzero(which == number)
+            shard = self._present[number]
+            start = self._ends[number] - self._receipts[shard]["sequences"]
+            records = self._read(self._view(shard), wanted[places] - start)
+            for place, record in zip(places.tolist(), records, strict=True):
+                found[place] = record
+        return found
+
+    def _chunks(self) -> Iterator[tuple[ShardView, np.ndarray]]:
+        for shard in self._present:
+            view = self._view(shard)
+            for positions in view.chunks(_TOKENS_TOGETHER):
+                yield view, positions
+
+    def rollouts(self) -> Iterator[Rollout]:
+        """Every sequence in order, without the scores."""
+        for view, positions in self._chunks():
+            yield from view.rollouts(positions)
+
+    def _read(self, view: ShardView, positions: np.ndarray) -> list[Any]:
+        return view.rollouts(positions)
+
+    def _ids(self, view: ShardView, positions: np.ndarray) -> list[np.ndarray]:
+        return [rollout.tokens for rollout in view.rollouts(positions)]
+
+
+class RolloutStore(_ShardReader):
+    """Sequences of a `rollouts` or `sft_data` folder; `store[i]` is a `Rollout`."""
+
+    @classmethod
+    def open(
+        cls, path: str | Path, kind: Literal["rollouts", "sft_data"] = "rollouts"
+    ) -> "RolloutStore":
+        """Open a finished folder.
+
+        Raises:
+            MissingFileError: no such folder. ConfigError: a folder of another kind.
+            ShardError: names the shard or receipt that is missing, truncated or foreign.
+        """
+        return cls(Path(path), read_manifest(path, kind=kind), allow_incomplete=False)
+
+    def __getitem__(self, index: int) -> Rollout:
+        return self._read_each([index])[0]
+
+    def __iter__(self) -> Iterator[Rollout]:
+        return self.rollouts()
+
+    def read(self, indices: Sequence[int]) -> list[Rollout]:
+        """`[store[i] for i in indices]`, read together."""
+        return self._read_each(indices)
+
+    def shard(self, index: int) -> list[Rollout]:
+        """All sequences of one shard, in order."""
+        if index not in self._receipts:
+            raise IndexError(f"shard {index} of {self.num_shards} in {self.path}")
+        view = self._view(index)
+        return view.rollouts(np.arange(view.sequences))
+
+
+class TeacherCache(_ShardReader):
+    """Scored rollouts of a `cache` folder; `cache[i]` is a `TeacherSequence`."""
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        *,
+        support: Support,
+        vocab_size: int | None,
+        allow_incomplete: bool,
+    ) -> None:
+        self._codec = manifest.get("codec")
+        if self._codec not in CODECS:
+            raise ConfigError(f"{path}: codec {self._codec!r}, expected one of {', '.join(CODECS)}")
+        if support not in SUPPORTS:
+            raise ConfigError(f"support is {support!r}, expected one of {', '.join(SUPPORTS)}")
+        if vocab_size is not None and vocab_size < 1:
+            raise ConfigError(f"vocab_size is {vocab_size}, expected at least 1")
+        self.support: Support = support
+        self.vocab_size = vocab_size
+        super().__init__(path, manifest, allow_incomplete=allow_incomplete)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        support: Support = "list+sampled",
+        vocab_size: int | None = None,
+        allow_incomplete: bool = False,
+    ) -> "TeacherCache":
+        """Open a cache.
+
+        Args:
+            support: `list` leaves every list as stored. `list+sampled` appends the sampled
+                token where its list lacks it, with the teacher's exact log-prob, and takes
+                it out of the tail, floored at log(2^-20) below the tail: where the token is
+                all of the tail within rounding, that is what rounding could hide.
+                `summary()["floored_tails"]` counts those rows.
+            vocab_size: the student's head rows. Listed ids beyond are dropped and their mass
+                goes to the tail; `summary()["dropped_entries"]` counts them.
+            allow_incomplete: skip unfinished shards; `missing_shards` lists them, and
+                indices count the sequences that are there.
+
+        Raises:
+            MissingFileError: no such folder. ConfigError: a folder of another kind.
+            ShardError: names the shard or receipt that is missing, truncated or foreign.
+        """
+        return cls(
+            Path(path),
+            read_manifest(path, kind="cache"),
+            support=support,
+            vocab_size=vocab_size,
+            allow_incomplete=allow_incomplete,
+        )
+
+    def __getitem__(self, index: int) -> TeacherSequence:
+        return self._read_each([index])[0]
+
+    def __iter__(self) -> Iterator[TeacherSequence]:
+        for view, positions in self._chunks():
+            yield from self._read(view, positions)
+
+    def read(self, indices: Sequence[int]) -> list[TeacherSequence]:
+        """`[cache[i] for i in indices]`, those of one shard decoded together."""
+        return self._read_each(indices)
+
+    def chunks(self) -> Iterator[Scored]:
+        """All scores as written, end to end, some thousand response tokens at a time.
+
+        The cheapest way to look at every list; read-only views of the file for codec `exact`.
+        """
+        for view, positions in self._chunks():
+            yield view.scored(positions)
+
+    @property
+    def has_no_lists(self) -> bool:
+        """Whether only the log-probs of the sampled tokens are known."""
+        return all(receipt["list_entries"] == 0 for receipt in self._receipts.values())
+
+    def summary(self) -> dict[str, Any]:
+        """Totals from the receipts; scans the lists only where `vocab_size` can drop some."""
+        receipts = list(self._receipts.values())
+        totals = super().summary()
+        tokens = totals["response_tokens"]
+        entropies = [r["entropy"] for r in receipts]
+        return {
+            **totals,
+            "codec": self._codec,
+            "k": self.manifest["k"],
+            "top_p": self.manifest["top_p"],
+            "mean_list_length": _ratio(sum(r["list_entries"] for r in receipts), tokens),
+            "mean_covered_mass": _ratio(sum(r["covered_mass"] for r in receipts), tokens),
+            "mean_entropy": None if None in entropies else _ratio(sum(entropies), tokens),
+            "floored_tails": sum(r["floored_tails"] for r in receipts),
+            "dropped_entries": self._count_dropped(),
+            "codec_error": self._codec_error(tokens),
+        }
+
+    def details(self) -> dict[str, Any]:
+        """What the shards themselves tell: opens each and reads the lengths of its lists.
+
+        `bytes_per_token_by_array` per response token, the largest first, file headers as
+        `header`; `list_length_quantiles` of the lists as written.
+        """
+        sizes: Counter[str] = Counter()
+        counts = np.zeros(1, np.int64)
+        for shard in self._present:
+            view = self._view(shard)
+            sizes.update({name: values.nbytes for name, values in view.arrays.items()})
+            found = np.bincount(view.list_lengths(), minlength=len(counts))
+            found[: len(counts)] += counts
+            counts = found
+        receipts = self._receipts.values()
+        sizes["header"] = sum(r["bytes"] for r in receipts) - sizes.total()
+        tokens = sum(r["response_tokens"] for r in receipts)
+        ranks = [math.ceil(q * tokens) for q in LENGTH_QUANTILES]
+        lengths = np.searchsorted(np.cumsum(counts), ranks).tolist() if tokens else []
+        return {
+            "bytes_per_token_by_array": {
+                name: size / tokens for name, size in sizes.most_common() if tokens
+            },
+            "list_length_quantiles": dict(zip(map(str, LENGTH_QUANTILES), lengths, strict=False)),
+        }
+
+    def _codec_error(self, tokens: int) -> float | None:
+        """Mean over response tokens, nat; None where a shard was written without measuring it."""
+        if self._codec == "exact":
+            return 0.0
+        errors = [receipt.get("codec_error") for receipt in self._receipts.values()]
+        known = [error for error in errors if error is not None]
+        return _ratio(sum(known), tokens) if len(known) == len(errors) else None
+
+    def _count_dropped(self) -> int:
+        if self.vocab_size is None or self.vocab_size >= self._vocab_size:
+            return 0
+        return sum(int((part.lists.ids >= self.vocab_size).sum()) for part in self.chunks())
+
+    def _read(self, view: ShardView, positions: np.ndarray) -> list[TeacherSequence]:
+        joined = self._codec == "compact" and self.support == "list+sampled"
+        return join_sequences(
+            view.rollouts(positions),
+            view.scored(positions, with_sampled=joined),
+            support="list" if joined else self.support,
+            vocab_size=self.vocab_size,
+            source=self.path,
+        )
+
+    def _ids(self, view: ShardView, positions: np.ndarray) -> list[np.ndarray]:
+        return [*super()._ids(view, positions), view.scored(positions).lists.ids]
+
+
+def _ratio(total: float, count: int) -> float | None:
+    return total / count if count else None

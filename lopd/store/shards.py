@@ -1,0 +1,235 @@
+"""Shards and receipts: the mechanism that sft_data, rollouts and cache folders share."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from lopd.errors import ConfigError, DataError, ShardError
+from lopd.provenance.io import canonical_json, pretty_json, sha256_file, sync_folder, write_atomic
+
+RECEIPT_SCHEMA = 1
+COUNTS = ("bytes", "sha256", "tokens", "response_tokens", "finish_reasons")
+SCORE_COUNTS = ("list_entries", "covered_mass", "entropy", "floored_tails")
+# The words of a manifest's `scoring`: where each of a cache's columns comes from.
+SCORING = {
+    "tail": ("computed", "derived", "renormalized"),
+    "entropy": ("computed", "derived", "absent"),
+    "rollout_logprobs": ("computed", "absent"),
+}
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Where shard number `shard` lies."""
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def receipt_path(folder: Path, shard: int) -> Path:
+    """Where its receipt lies."""
+    return folder / f"shard-{shard:05d}.json"
+
+
+def plan_of(manifest: Mapping[str, Any]) -> list[int]:
+    """Sequences per shard, from a manifest.
+
+    Raises:
+        ConfigError: no plan, or one with an empty shard.
+    """
+    plan = (manifest.get("plan") or {}).get("shards")
+    if not isinstance(plan, list) or not plan or not all(isinstance(n, int) for n in plan):
+        raise ConfigError(
+            f"manifest has plan {manifest.get('plan')!r}, expected "
+            '{"shards": [sequences of shard 0, ...]}'
+        )
+    if min(plan) < 1:
+        raise ConfigError(f"plan has a shard of {min(plan)} sequences, expected at least 1")
+    return plan
+
+
+def head_rows(manifest: Mapping[str, Any]) -> int:
+    """The vocabulary size of the model that a manifest describes.
+
+    Raises:
+        ConfigError: the manifest describes none.
+    """
+    size = (manifest.get("model") or {}).get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise ConfigError(f"manifest has model.vocab_size {size!r}, expected a positive integer")
+    return size
+
+
+def scoring_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Where tail, entropy and rollout log-probs come from; what is not mentioned is computed.
+
+    `computed` by a model from all of its logits; `derived` from the list alone: the tail as 1 less
+    the listed mass, the entropy of list and tail, a lower bound; `absent`, NaN in the shards;
+    `renormalized`, a tail that was lost before the scores came here.
+
+    Raises:
+        ConfigError: another word.
+    """
+    said = manifest.get("scoring") or {}
+    found = {name: said.get(name, "computed") for name in SCORING}
+    for name, word in found.items():
+        if word not in SCORING[name]:
+            raise ConfigError(
+                f"manifest has scoring.{name} {word!r}, expected one of {', '.join(SCORING[name])}"
+            )
+    return found
+
+
+def write_shard(
+    folder: Path,
+    shard: int,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    kind: str,
+    recipe: str,
+    counts: Mapping[str, Any],
+) -> None:
+    """Write a shard and then its receipt, each atomically; a former receipt goes first.
+
+    Raises:
+        ShardError: the disk is full, and the like; finished shards are as they were.
+    """
+    path, receipt = shard_path(folder, shard), receipt_path(folder, shard)
+    mark = {"kind": kind, "recipe": recipe, "shard": shard}
+    data = save(dict(arrays), metadata={"lopd": canonical_json(mark).decode("ascii")})
+    content = {
+        **mark,
+        **counts,
+        "schema": RECEIPT_SCHEMA,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    file = receipt
+    try:
+        if receipt.exists():
+            receipt.unlink()
+            sync_folder(folder)
+        file = path
+        write_atomic(path, data)
+        file = receipt
+        write_atomic(receipt, pretty_json(content))
+    except OSError as error:
+        raise ShardError(
+            f"{file}: not written ({error.strerror or error}); finished shards are intact: "
+            "mend that and run the same command again"
+        ) from error
+
+
+def read_receipt(folder: Path, shard: int, *, kind: str, recipe: str, sequences: int) -> dict:
+    """The receipt of a shard that is there, belongs here, and has the right size.
+
+    Raises:
+        ShardError: names the shard or receipt and what is wrong with it.
+    """
+    path, file = shard_path(folder, shard), receipt_path(folder, shard)
+    if not file.exists():
+        what = "receipt" if path.exists() else "shard and its receipt"
+        raise ShardError(f"{file}: the {what} is missing; run the stage again to write it")
+    try:
+        receipt = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ShardError(f"{file}: not JSON ({error}); run the stage again to redo it") from error
+    expected = {
+        "schema": RECEIPT_SCHEMA,
+        "kind": kind,
+        "shard": shard,
+        "recipe": recipe,
+        "sequences": sequences,
+    }
+    for key, value in expected.items():
+        found = receipt.get(key) if isinstance(receipt, dict) else None
+        if found != value:
+            raise ShardError(
+                f"{file}: {key} is {found!r}, the manifest expects {value!r}: a foreign or "
+                "altered receipt; run the stage again to redo it"
+            )
+    absent = sorted({*COUNTS, *(SCORE_COUNTS if kind == "cache" else ())} - receipt.keys())
+    if absent:
+        raise ShardError(
+            f"{file}: '{absent[0]}' is missing: altered; run the stage again to redo it"
+        )
+    if not path.exists():
+        raise ShardError(f"{path}: the shard is missing; run the stage again to write it")
+    size = path.stat().st_size
+    if size != receipt.get("bytes"):
+        raise ShardError(
+            f"{path}: {size} bytes, the receipt says {receipt.get('bytes')}: truncated or "
+            "altered; run the stage again to redo it"
+        )
+    return receipt
+
+
+def check_hash(folder: Path, receipt: Mapping[str, Any]) -> None:
+    """Compare a shard's bytes with its receipt.
+
+    Raises:
+        ShardError: they differ.
+    """
+    path = shard_path(folder, receipt["shard"])
+    found = sha256_file(path)
+    if found != receipt["sha256"]:
+        raise ShardError(
+            f"{path}: sha256 {found[:12]}, the receipt says {str(receipt['sha256'])[:12]}: "
+            "altered; run the stage again to redo it"
+        )
+
+
+def open_shard(folder: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of a shard as read-only views of the mapped file.
+
+    Raises:
+        ShardError: no safetensors file, or one that its mark says belongs elsewhere.
+    """
+    path = shard_path(folder, receipt["shard"])
+    try:
+        file = safe_open(path, framework="numpy")
+        mark = json.loads((file.metadata() or {}).get("lopd", "null"))
+        arrays = {name: _read_only(file, name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ShardError(
+            f"{path}: truncated or altered ({error}); run the stage again to redo it"
+        ) from error
+    expected = {key: receipt[key] for key in ("kind", "recipe", "shard")}
+    if mark != expected:
+        raise ShardError(
+            f"{path}: marked {mark}, expected {expected}: a foreign shard; run the stage again"
+        )
+    return arrays
+
+
+def _read_only(file: Any, name: str) -> np.ndarray:
+    part = file.get_slice(name)
+    # Slicing an empty tensor is an error in safetensors; a copy of nothing costs nothing.
+    view = part[:] if 0 not in part.get_shape() else file.get_tensor(name)
+    view.flags.writeable = False
+    return view
+
+
+def check_offsets(path: Path, name: str, offsets: np.ndarray, count: int, total: int) -> None:
+    """Offsets are [count + 1], start at 0, never fall, and end at `total`.
+
+    Raises:
+        ShardError: they do not.
+    """
+    good = offsets.shape == (count + 1,) and offsets[0] == 0 and offsets[-1] == total
+    if not (good and (np.diff(offsets) >= 0).all()):
+        raise ShardError(
+            f"{path}: {name} do not divide {total} entries among {count}: altered; run the "
+            "stage again to redo it"
+        )
+
+
+def require_kind(manifest: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
+    """The manifest's kind, which must be one of `kinds`."""
+    kind = manifest.get("kind")
+    if kind not in kinds:
+        raise DataError(f"manifest has kind {kind!r}, expected one of {', '.join(kinds)}")
+    return str(kind)

@@ -1,0 +1,167 @@
+"""What a cache will weigh and how long scoring will take, before most of it is done.
+
+Bytes are those that the cache's own codec writes: of made-up scores with the shortest and the
+longest lists that the settings allow, and of a few sequences that were really scored.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from lopd.errors import ConfigError
+from lopd.store import Rollout, RolloutStore, TeacherScores, scoring_of
+from lopd.store.shards import plan_of
+from lopd.store.writer import encode_records
+
+PROBE_SEQUENCES = 8
+RECEIPT_BYTES = 1024  # and the mark in the shard's header
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to score."""
+
+    shards: int
+    sequences: int
+    tokens: float  # a share of all tokens, as the sequences are of all sequences
+    response_tokens: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of a shard file: what grows with its response tokens, and what does not."""
+
+    per_token: float
+    per_shard: float
+
+    def of(self, work: Work) -> int:
+        return math.ceil(self.per_token * work.response_tokens + self.per_shard * work.shards)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few sequences, scored."""
+
+    sequences: int
+    tokens: int
+    seconds: float
+    size: Size
+
+    def seconds_for(self, work: Work) -> float:
+        return self.seconds / self.tokens * work.tokens
+
+
+def work_left(rollouts: RolloutStore, missing: Sequence[int]) -> Work:
+    """What the missing shards hold."""
+    totals, sizes = rollouts.summary(), plan_of(rollouts.manifest)
+    sequences = sum(sizes[shard] for shard in missing)
+    share = sequences / totals["sequences"]
+    return Work(
+        len(missing), sequences, share * totals["tokens"], share * totals["response_tokens"]
+    )
+
+
+def sample(rollouts: RolloutStore, count: int = PROBE_SEQUENCES) -> list[Rollout]:
+    """Sequences at even distances through the store."""
+    positions = np.linspace(0, len(rollouts) - 1, min(count, len(rollouts)))
+    return [rollouts[int(i)] for i in positions]
+
+
+def size_bounds(manifest: Mapping[str, Any], sequences: Sequence[Rollout]) -> tuple[Size, Size]:
+    """Sizes with the shortest and with the longest lists that k and top_p allow."""
+    k, top_p, rows = manifest["k"], manifest["top_p"], manifest["model"]["vocab_size"]
+    told = scoring_of(manifest)["entropy"] != "absent"
+    first = [(1 + top_p) / 2 if top_p < 1 else 1 / (k + 1), 0.9 * min(top_p, 1.0) / k]
+    shortest, longest = (
+        measure_size(manifest, [(s, _made_up(s, k, rows, mass, told)) for s in sequences])
+        for mass in first
+    )
+    return shortest, longest
+
+
+def measure_size(
+    manifest: Mapping[str, Any], records: Sequence[tuple[Rollout, TeacherScores]]
+) -> Size:
+    """Encode the records as one shard of such a cache."""
+    arrays, _ = encode_records(manifest, records)
+    data = sum(values.nbytes for values in arrays.values())
+    tokens = sum(len(rollout.rollout_logprobs) for rollout, _ in records)
+    return Size(data / tokens, len(save(arrays)) - data + RECEIPT_BYTES)
+
+
+def measure(
+    manifest: Mapping[str, Any],
+    sequences: Sequence[Rollout],
+    score: Callable[[Sequence[Rollout]], Sequence[TeacherScores]],
+) -> Probe:
+    """Score the sequences, the first of them once more beforehand, untimed, to warm up."""
+    score(sequences[:1])
+    start = time.perf_counter()
+    scores = score(sequences)
+    seconds = time.perf_counter() - start
+    size = measure_size(manifest, list(zip(sequences, scores, strict=True)))
+    return Probe(len(sequences), sum(len(s.tokens) for s in sequences), seconds, size)
+
+
+def check_fits(out: str | Path, needed: int, basis: str) -> None:
+    """Refuse what the disk of `out` has no room for.
+
+    Raises:
+        ConfigError: what is needed, what is free, and how to need less.
+    """
+    free = free_bytes(out)
+    if needed > free:
+        raise ConfigError(
+            f"{out}: what is left to score needs {format_bytes(needed)} ({basis}), the disk has "
+            f"{format_bytes(free)} free; make room, choose another --out, or lower --k, --top_p, "
+            "or take a smaller --codec"
+        )
+
+
+def free_bytes(out: str | Path) -> int:
+    """What an ordinary user may still write on the disk where `out` is or will be."""
+    path = Path(out).absolute()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+
+
+def format_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _made_up(
+    rollout: Rollout,
+    k: int,
+    rows: int,
+    first: float,  # probability of the first id; the others share what is at most as much each
+    has_entropy: bool,
+) -> TeacherScores:
+    """Scores of the right shape, ids spread over the vocabulary."""
+    length = len(rollout.rollout_logprobs)
+    start = np.random.default_rng(0).integers(rows, size=(length, 1))
+    ids = ((start + np.arange(k) * (rows // k)) % rows).astype(np.int32)
+    rest = min(first, (1 - first) / (k + 1))
+    probabilities = np.full(k, rest)
+    probabilities[0] = first
+    logprobs = np.broadcast_to(np.log(probabilities), (length, k)).astype(np.float32)
+    tail = np.full(length, math.log1p(-probabilities.sum()), np.float32)
+    matches = ids == rollout.tokens[rollout.prompt_length :, None]
+    own = np.where(matches.any(1), np.where(matches, logprobs, 0).sum(1), tail)
+    entropy = np.full(length, 0.0 if has_entropy else np.nan, np.float32)
+    return TeacherScores(own.astype(np.float32), entropy, ids, logprobs, tail)

@@ -1,0 +1,216 @@
+"""Checks of sequences and scores, before they are written and when they are verified."""
+
+import numpy as np
+
+from lopd.errors import DataError
+from lopd.store.types import FINISH_REASONS, Rollout, TeacherScores, TeacherSequence, name_of
+
+# Slack for rounding in whatever engine scored: probabilities may sum to 1 within this.
+MASS_TOLERANCE = 1e-3
+
+
+# The token's own log-prob and its entry in the list may differ by this many nat.
+AGREEMENT_NATS = 0.05
+
+
+def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = True) -> None:
+    """Refuse a sequence that cannot be stored or trained on.
+
+    Without `has_logprobs`, for imported ones that lack them, its log-probs are to be NaN.
+
+    Raises:
+        DataError: names the sequence, the position and the value.
+    """
+    name, tokens = name_of(rollout), rollout.tokens
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise DataError(f"{name}: tokens are {_form(tokens)}, expected a 1-d array of integers")
+    if rollout.prompt_length < 1:
+        raise DataError(f"{name}: prompt_length is {rollout.prompt_length}, expected at least 1")
+    length = len(tokens) - rollout.prompt_length
+    if length < 1:
+        raise DataError(
+            f"{name}: {len(tokens)} tokens with a prompt of {rollout.prompt_length} leave no "
+            "response; drop the sequence"
+        )
+    if rollout.finish_reason not in FINISH_REASONS:
+        raise DataError(
+            f"{name}: finish_reason is {rollout.finish_reason!r}, expected 'stop' or 'length'"
+        )
+    _check_ids(name, "token", tokens, vocab_size)
+    if rollout.loss_mask.shape != tokens.shape or rollout.loss_mask.dtype != np.bool_:
+        raise DataError(
+            f"{name}: loss_mask is {_form(rollout.loss_mask)}, expected bool [{len(tokens)}]"
+        )
+    marked = np.flatnonzero(rollout.loss_mask[: rollout.prompt_length])
+    if len(marked):
+        raise DataError(
+            f"{name}: loss_mask is True on prompt token {marked[0]}; only response tokens "
+            "can carry loss"
+        )
+    for field in ("rollout_logprobs", "rollout_logprobs_raw"):
+        if not has_logprobs:
+            _check_shape(name, field, getattr(rollout, field), (length,))
+            known = ~np.isnan(getattr(rollout, field))
+            _refuse(name, rollout, known, field, getattr(rollout, field), "NaN, as declared")
+            continue
+        _check_logprobs(name, field, getattr(rollout, field), (length,), rollout)
+
+
+def check_scores(
+    rollout: Rollout, scores: TeacherScores, vocab_size: int, k: int, *, has_entropy: bool = True
+) -> None:
+    """Refuse scores that are not a distribution over `vocab_size` ids for every token.
+
+    Without `has_entropy`, for engines that cannot tell it, the entropy is to be NaN.
+
+    Raises:
+        DataError: names the sequence, the response token and what is wrong with it.
+    """
+    name = name_of(rollout)
+    length = len(rollout.tokens) - rollout.prompt_length
+    _check_logprobs(name, "logprobs", scores.logprobs, (length,), rollout)
+    _check_logprobs(name, "topk_logprobs", scores.topk_logprobs, (length, k), rollout)
+    _check_logprobs(name, "tail_logprobs", scores.tail_logprobs, (length,), rollout, tail=True)
+    _check_shape(name, "entropy", scores.entropy, (length,))
+    if has_entropy:
+        bad = np.asarray(~np.isfinite(scores.entropy) | (scores.entropy < -MASS_TOLERANCE))
+        _refuse(name, rollout, bad, "entropy", scores.entropy, "a finite number of nat, at least 0")
+    else:
+        _refuse(name, rollout, ~np.isnan(scores.entropy), "entropy", scores.entropy, "NaN")
+    _check_list(name, "topk_ids", scores.topk_ids, (length, k), vocab_size, rollout)
+    if (scores.extra_ids is None) != (scores.extra_logprobs is None):
+        raise DataError(f"{name}: extra_ids and extra_logprobs come together or not at all")
+    if scores.extra_ids is not None and scores.extra_logprobs is not None:
+        shape = (length, *scores.extra_ids.shape[1:])
+        used = scores.extra_ids != -1
+        _check_list(name, "extra_ids", scores.extra_ids, shape, vocab_size, rollout, used)
+        _check_shape(name, "extra_logprobs", scores.extra_logprobs, shape)
+        filled = np.where(used, scores.extra_logprobs, 0.0)
+        _check_logprobs(name, "extra_logprobs", filled, shape, rollout)
+        if (rest := scores.extra_tail_logprobs) is not None:
+            _check_logprobs(name, "extra_tail_logprobs", rest, (length,), rollout, tail=True)
+    _check_distribution(name, rollout, scores)
+
+
+def _check_distribution(name: str, rollout: Rollout, scores: TeacherScores) -> None:
+    """List and tail sum to one, descend, and agree with the token's own log-prob."""
+    listed = scores.topk_logprobs.astype(np.float64)
+    rising = np.asarray((np.diff(listed, axis=1) > 0).any(axis=1))
+    _refuse(name, rollout, rising, "topk_logprobs", None, "descending log-probs")
+    mass = np.exp(listed).sum(axis=1) + np.exp(scores.tail_logprobs.astype(np.float64))
+    _refuse(
+        name,
+        rollout,
+        np.abs(mass - 1) > MASS_TOLERANCE,
+        "mass of list and tail",
+        mass,
+        f"1 within {MASS_TOLERANCE}",
+    )
+    matches = scores.topk_ids == rollout.tokens[rollout.prompt_length :, None]
+    in_list = matches.any(axis=1)
+    own = scores.logprobs.astype(np.float64)
+    listed_own = np.where(matches, listed, 0.0).sum(axis=1)
+    apart = in_list & (np.abs(listed_own - own) > AGREEMENT_NATS)
+    _refuse(name, rollout, apart, "logprobs", own, "the token's own entry in topk_logprobs")
+    above = ~in_list & (own > scores.tail_logprobs + AGREEMENT_NATS)
+    _refuse(name, rollout, above, "logprobs", own, "no more than the tail that holds the token")
+
+
+def _check_logprobs(
+    name: str,
+    field: str,
+    values: np.ndarray,
+    shape: tuple[int, ...],
+    rollout: Rollout,
+    *,
+    tail: bool = False,
+) -> None:
+    _check_shape(name, field, values, shape)
+    bad = np.isnan(values) | (values > MASS_TOLERANCE)
+    if not tail:
+        bad |= np.isneginf(values)
+    expected = "a log-prob, at most 0" if tail else "a finite log-prob, at most 0"
+    _refuse(name, rollout, bad, field, values, expected)
+
+
+def _check_shape(name: str, field: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
+    if values.shape != shape or values.dtype.kind != "f":
+        raise DataError(
+            f"{name}: {field} is {_form(values)}, expected floats of shape {list(shape)}"
+        )
+
+
+def _check_list(
+    name: str,
+    field: str,
+    ids: np.ndarray,
+    shape: tuple[int, ...],
+    vocab_size: int,
+    rollout: Rollout,
+    used: np.ndarray | None = None,
+) -> None:
+    if ids.shape != shape or ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise DataError(f"{name}: {field} is {_form(ids)}, expected integers {list(shape)}")
+    used = np.ones(ids.shape, bool) if used is None else used
+    bad = used & ((ids < 0) | (ids >= vocab_size))
+    _refuse(name, rollout, bad, field, ids, f"ids in [0, {vocab_size})")
+    ordered = np.sort(ids, axis=1)
+    twice = (np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] != -1)
+    _refuse(name, rollout, twice, field, ordered[:, 1:], "distinct ids in a row")
+
+
+def _check_ids(name: str, what: str, ids: np.ndarray, vocab_size: int) -> None:
+    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(bad):
+        raise DataError(
+            f"{name}: {what} {bad[0]} has id {ids[bad[0]]}, expected ids in [0, {vocab_size})"
+        )
+
+
+def _refuse(
+    name: str,
+    rollout: Rollout,
+    bad: np.ndarray,  # [R] or [R, K] bool
+    field: str,
+    values: np.ndarray | None,  # as bad
+    expected: str,
+) -> None:
+    """Raise for the first True in `bad`, naming response token and value."""
+    if not bad.any():
+        return
+    where = tuple(int(index[0]) for index in np.nonzero(bad))
+    token = int(rollout.tokens[rollout.prompt_length + where[0]])
+    found = "" if values is None else f" is {values[where]}"
+    raise DataError(
+        f"{name}: {field} of response token {where[0]} (id {token}){found}, expected {expected}"
+    )
+
+
+def _form(values: np.ndarray) -> str:
+    return f"{values.dtype} {list(values.shape)}"
+
+
+def check_scored_sequence(item: TeacherSequence, tolerance: float) -> None:
+    """A distribution at every token, and the token's own log-prob the one that its list has."""
+    name, rollout = name_of(item.rollout), item.rollout
+    listed = item.topk_ids >= 0
+    logprobs = np.where(listed, item.topk_logprobs, -np.inf).astype(np.float64)
+    tail = item.tail_logprobs.astype(np.float64)
+    own = item.teacher_logprobs.astype(np.float64)
+    mass = np.exp(logprobs).sum(axis=1) + np.exp(tail)
+    matches = item.topk_ids == rollout.tokens[rollout.prompt_length :, None]
+    stored = np.where(matches, item.topk_logprobs, 0.0).sum(axis=1)
+    inside, agrees = matches.any(axis=1), np.abs(stored - own) < AGREEMENT_NATS
+    checks = {
+        "a log-prob of its own": np.isfinite(own) & (own <= MASS_TOLERANCE),
+        "a mass of list and tail of 1": np.abs(mass - 1) <= tolerance,
+        "an own log-prob that agrees with its list": ~inside | agrees,
+        "an own log-prob within its tail": inside | (own <= tail + AGREEMENT_NATS),
+    }
+    for what, good in checks.items():
+        if not good.all():
+            row = int(np.flatnonzero(~good)[0])
+            raise DataError(
+                f"{name}: response token {row} lacks {what} (own {own[row]:.4g}, tail "
+                f"{tail[row]:.4g}, mass {mass[row]:.6g}); score it again"
+            )

@@ -1,0 +1,1 @@
+"""Training: objective, step, batches, loop, checkpoints, logs, memory plan."""

@@ -1,0 +1,287 @@
+"""From stored sequences to batches.
+
+A batch is right-padded or one row of sequences end to end, and the rows that bear loss are
+chosen here, on the CPU, as an index into the flattened `[B * T]` hidden states: row n is the
+hidden state at position t - 1, which predicts token t. Prompts, padding and masked tokens never
+reach the LM head.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from lopd.data.demonstrations import Demonstration
+from lopd.errors import ConfigError, DataError
+from lopd.store import Rollout, RolloutStore, TeacherCache, TeacherSequence
+from lopd.training.metrics import POSITIONS, is_probed
+
+LOSS_AGGREGATIONS = ("token_mean", "sequence_mean")
+
+
+Item = Rollout | Demonstration | TeacherSequence
+Batch = dict[str, Any]
+
+
+class Source(Protocol):
+    """A TeacherCache, a RolloutStore or a list of items."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def sequence_of(item: Item) -> Rollout | Demonstration:
+    return item.rollout if isinstance(item, TeacherSequence) else item
+
+
+def sequence_name(item: Item) -> str:
+    sequence = sequence_of(item)
+    return f"{sequence.prompt_id}/{sequence.sample}"
+
+
+class SequenceDataset(torch.utils.data.Dataset):
+    """Map-style view of a source, checked once against the model that will read it.
+
+    Args:
+        context: longest sequence that the model takes; None for no bound.
+        vocab_size: rows of the model's embedding.
+        drop_truncated: leave out sequences whose finish reason is "length"; prints their share.
+
+    Raises:
+        DataError: a sequence is longer than the context or holds an id beyond the vocabulary,
+            or nothing is left to train on.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        context: int | None = None,
+        vocab_size: int | None = None,
+        drop_truncated: bool = False,
+    ) -> None:
+        self.source = source
+        self.indices: list[int] = []
+        self.names: list[str] = []
+        self.lengths: list[int] = []  # tokens
+        sequences: Iterator[Rollout | Demonstration]
+        if isinstance(source, RolloutStore | TeacherCache):
+            sequences = source.rollouts()
+        else:
+            sequences = (sequence_of(source[index]) for index in range(len(source)))
+        for index, sequence in enumerate(sequences):
+            if drop_truncated and sequence.finish_reason == "length":
+                continue
+            _check_sequence(sequence, context, vocab_size)
+            self.indices.append(index)
+            self.names.append(sequence_name(sequence))
+            self.lengths.append(len(sequence.tokens))
+        self.dropped_share = 1.0 - len(self.indices) / max(len(source), 1)
+        if drop_truncated:
+            print(
+                f"drop_truncated: left out {len(source) - len(self.indices)} of {len(source)} "
+                f"sequences ({100 * self.dropped_share:.1f} %)",
+                file=sys.stderr,
+            )
+        if not self.indices:
+            left = " is left once truncated ones are dropped" if self.dropped_share else ""
+            raise DataError(
+                f"training data: no sequence of {len(source)}{left}; expected at least one"
+            )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.source[self.indices[index]]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
+        """What a DataLoader asks for: the items of a batch, which a store reads together."""
+        wanted = [self.indices[index] for index in indices]
+        if isinstance(self.source, RolloutStore | TeacherCache):
+            return [*self.source.read(wanted)]
+        return [self.source[index] for index in wanted]
+
+
+Part = torch.utils.data.Subset
+
+
+def lengths_of(dataset: SequenceDataset | Part) -> list[int]:
+    """Tokens of each sequence."""
+    if isinstance(dataset, SequenceDataset):
+        return dataset.lengths
+    lengths = lengths_of(dataset.dataset)  # type: ignore[arg-type]
+    return [lengths[index] for index in dataset.indices]
+
+
+def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Part, Part]:
+    """Sequences to train on, and those kept out: a share below 1, or a number of them.
+
+    A hash of its name places a sequence in [0, 1): those below the share are kept out, or the
+    lowest so many. Neither order nor seed has a say, and with a share neither have the others.
+
+    Raises:
+        ConfigError: nothing would be kept out, or nothing be left.
+    """
+    places = [hashlib.sha256(name.encode()).digest() for name in dataset.names]
+    if amount < 1:
+        out = [int.from_bytes(place[:6], "big") < amount * 2**48 for place in places]
+    else:
+        lowest = set(sorted(range(len(places)), key=lambda index: places[index])[: int(amount)])
+        out = [index in lowest for index in range(len(places))]
+    if not any(out) or all(out):
+        raise ConfigError(
+            f"holdout: {amount:g} keeps {sum(out)} of {len(out)} sequences out of training; "
+            "expected at least one, and one to train on"
+        )
+    kept = [index for index, held in enumerate(out) if not held]
+    held_out = [index for index, held in enumerate(out) if held]
+    return Part(dataset, kept), Part(dataset, held_out)
+
+
+def _check_sequence(
+    sequence: Rollout | Demonstration, context: int | None, vocab_size: int | None
+) -> None:
+    name, length = sequence_name(sequence), len(sequence.tokens)
+    if context is not None and length > context:
+        raise DataError(
+            f"sequence {name}: {length} tokens; the model's context holds {context}; use a model "
+            "with a longer context, or roll out with fewer --max_new_tokens"
+        )
+    if vocab_size is not None and (largest := int(sequence.tokens.max())) >= vocab_size:
+        raise DataError(
+            f"sequence {name}: token id {largest}; the model's vocabulary ends at "
+            f"{vocab_size - 1}; use the model and tokenizer that the data were made with"
+        )
+    if not sequence.loss_mask.any():
+        raise DataError(
+            f"sequence {name}: its loss mask is empty; expected at least one loss token"
+        )
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Items of one kind to a batch of CPU tensors, right-padded or packed.
+
+    With B sequences of at most T tokens, N loss tokens and K teacher ids:
+
+        input_ids, attention_mask                                   [B, T] int64, padded
+        input_ids, position_ids                                     [1, T] int64, packed: T in all
+        sequence_lengths                                            tuple of B numbers, packed
+        loss_index, labels, sequence_index                          [N] int64
+        parts, of lopd.training.metrics.POSITIONS                   [N] int64
+        probes, rows measured by topk_overlap                       [P] int64, with a teacher
+        unlisted, rows without a list                               [U] int64, with a teacher
+        row_weights                                                 [N] fp32
+        rollout_logprobs (where every sequence has them)            [N] fp32
+        topk_ids [N, K] int32, topk_logprobs [N, K] fp32            with a teacher
+        tail_logprobs, teacher_logprobs                             [N] fp32, with a teacher
+        teacher_entropy                                             [N] fp32, where it is known
+        sequence_names                                              list of B strings
+
+    `row_weights` are 1 (`token_mean`) or one over the sequence's loss tokens (`sequence_mean`);
+    a loss is `sum_n row_weights[n] * L[n] / num_items`, with `num_items` the sum of `row_weights`
+    over the whole optimizer step.
+    """
+
+    loss_aggregation: str = "token_mean"
+    pad_token_id: int = 0
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.loss_aggregation not in LOSS_AGGREGATIONS:
+            raise ConfigError(
+                f"loss_aggregation: found '{self.loss_aggregation}'; expected one of "
+                f"{', '.join(LOSS_AGGREGATIONS)}"
+            )
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        sequences = [sequence_of(item) for item in items]
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        batch = self._inputs([sequence.tokens for sequence in sequences], lengths)
+        width = batch["input_ids"].shape[1]
+        starts = np.cumsum([0, *lengths]) if self.packed else width * np.arange(len(lengths))
+        columns: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("loss_index", "labels", "row_weights", "sequence_index", "parts")
+        }
+        offsets = []
+        for row, sequence in enumerate(sequences):
+            positions = np.flatnonzero(sequence.loss_mask)
+            offsets.append(positions - sequence.prompt_length)
+            weight = 1.0 if self.loss_aggregation == "token_mean" else 1.0 / len(positions)
+            columns["loss_index"].append(starts[row] + positions - 1)
+            columns["labels"].append(sequence.tokens[positions].astype(np.int64))
+            columns["row_weights"].append(np.full(len(positions), weight, dtype=np.float32))
+            columns["sequence_index"].append(np.full(len(positions), row, dtype=np.int64))
+            columns["parts"].append(np.searchsorted(POSITIONS, offsets[-1], side="right") - 1)
+        if all(map(_has_rollout_logprobs, sequences)):
+            columns["rollout_logprobs"] = [
+                sequence.rollout_logprobs[offset]  # type: ignore[union-attr]
+                for sequence, offset in zip(sequences, offsets, strict=True)
+            ]
+        arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+        if isinstance(items[0], TeacherSequence):
+            arrays.update(_teacher_columns(items, offsets))
+        batch |= {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch["sequence_names"] = [sequence_name(item) for item in items]
+        return batch
+
+    def _inputs(self, tokens: list[np.ndarray], lengths: list[int]) -> Batch:
+        if self.packed:
+            return {
+                "input_ids": torch.from_numpy(np.concatenate(tokens).astype(np.int64)[None]),
+                "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+                "sequence_lengths": tuple(lengths),
+            }
+        input_ids = np.full((len(tokens), max(lengths)), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for row, (own, length) in enumerate(zip(tokens, lengths, strict=True)):
+            input_ids[row, :length], attention_mask[row, :length] = own, 1
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+        }
+
+
+def _has_rollout_logprobs(sequence: Rollout | Demonstration) -> bool:
+    """Nobody sampled a demonstration; imported rollouts may come without (NaN)."""
+    return isinstance(sequence, Rollout) and not np.isnan(sequence.rollout_logprobs).any()
+
+
+def _teacher_columns(items: Sequence[Any], offsets: list[np.ndarray]) -> dict[str, np.ndarray]:
+    names = ["tail_logprobs", "teacher_logprobs"]
+    if not any(np.isnan(item.teacher_entropy[0]) for item in items):
+        names.append("teacher_entropy")
+    arrays = {
+        name: np.concatenate(
+            [getattr(item, name)[offset] for item, offset in zip(items, offsets, strict=True)]
+        )
+        for name in names
+    }
+    rows, width = sum(map(len, offsets)), max(item.topk_ids.shape[1] for item in items)
+    ids = np.full((rows, width), -1, dtype=np.int32)
+    logprobs = np.full((rows, width), -np.inf, dtype=np.float32)
+    start = 0
+    for item, offset in zip(items, offsets, strict=True):
+        end, k = start + len(offset), item.topk_ids.shape[1]
+        ids[start:end, :k] = item.topk_ids[offset]
+        logprobs[start:end, :k] = item.topk_logprobs[offset]
+        start = end
+    probed = np.concatenate(
+        [is_probed(sequence_name(i), offset) for i, offset in zip(items, offsets, strict=True)]
+    )
+    arrays |= {"probes": np.flatnonzero(probed), "unlisted": np.flatnonzero((ids < 0).all(1))}
+    return {**arrays, "topk_ids": ids, "topk_logprobs": logprobs}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; names stay what they are."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

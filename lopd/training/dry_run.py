@@ -1,0 +1,243 @@
+"""What a training step of a model would hold, from runs on the meta device.
+
+A forward there has shapes, dtypes and autograd's graph, and no memory: what it saves for the
+backward can be counted in seconds for a model of any size, and so can an optimizer's state.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lopd.errors import ConfigError, ModelError
+from lopd.models.head import HeadOptions, run_with_loss
+from lopd.models.load import check_model_folder, resolve_dtype
+from lopd.models.lora import LoraOptions, add_lora
+from lopd.training.options import optimizer_class
+
+ATTENTION = "lopd_dry"
+BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
+UNQUANTISED = 4096  # tensors with fewer elements keep 32-bit states there
+EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit")
+
+
+def held_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages under tensors, each counted once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def meta_model(path: str, dtype: str, lora: LoraOptions | None = None) -> Any:
+    """The model in training mode on the meta device, with adapters where some are asked for.
+
+    Raises:
+        ModelError: no causal LM with scaled-dot-product attention can be made of its config.
+    """
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION, fused_attention)
+    folder = check_model_folder(path)
+    try:
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=resolve_dtype(dtype), attn_implementation=ATTENTION
+            )
+    except (OSError, ValueError, KeyError) as error:
+        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{folder}: not a causal language model with scaled-dot-product attention ({found})"
+        ) from error
+    if lora is not None and lora.lora_rank:
+        with torch.device("meta"):
+            model = add_lora(model, lora)
+    return model.train()
+
+
+def fused_attention(
+    module: nn.Module,
+    query: Tensor,  # [B, H, T, d]
+    key: Tensor,  # [B, H_kv, T, d]
+    value: Tensor,
+    attention_mask: Tensor | None,  # [B, 1, T, T]
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sequence_lengths: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # [B, T, H, d]
+    """What fused kernels save: q, k, v, the mask as floats, the output, one number a row and head.
+
+    On the meta device torch would choose the kernel that saves [T, T] scores instead.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and (attention_mask is not None or sequence_lengths is not None):
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    bias = attention_mask
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -torch.inf)
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout, bias is None, attn_mask=bias, scale=scaling
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def dry_inputs(batch: int, length: int, *, packed: bool, device: str = "meta") -> dict[str, Any]:
+    """Ids [B, T], and the mask [B, 1, T, T] of a padded batch or the marks of a pack.
+
+    One sequence has no padding, and so no mask.
+    """
+    ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if packed:
+        inputs["sequence_lengths"] = (length,)
+    elif batch > 1:
+        inputs["attention_mask"] = torch.ones(
+            batch, 1, length, length, dtype=torch.bool, device=device
+        )
+    return inputs
+
+
+def optimizer_bytes(model: nn.Module, optim: str) -> int:
+    """State of an optimizer after one step.
+
+    The 8-bit AdamW of bitsandbytes, whose states live on a GPU alone, is counted by its layout:
+    two bytes an element and two fp32 scales for every BLOCK of them.
+
+    Raises:
+        ConfigError: the optimizer is unknown, not installed, or has no step on meta parameters.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if optim in EIGHT_BIT:
+        return sum(
+            2 * p.numel() + 8 * -(-p.numel() // BLOCK)
+            if p.numel() >= UNQUANTISED
+            else 8 * p.numel()
+            for p in trained
+        )
+    kind, options = optimizer_class(optim)
+    if options.pop("fused", False):
+        options["foreach"] = False
+    stand_ins = [nn.Parameter(torch.empty_like(p, device="meta")) for p in trained]
+    for stand_in in stand_ins:
+        stand_in.grad = torch.empty_like(stand_in)
+    try:
+        optimizer = kind(stand_ins, **options)
+        optimizer.step()
+    except RuntimeError as error:
+        raise ConfigError(f"optim: {optim} cannot be planned for on the meta device") from error
+    return state_bytes(optimizer)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return held_bytes([value for value in states if isinstance(value, Tensor)])
+
+
+def activation_bytes(model: Any, inputs: dict[str, Any], checkpointing: bool) -> int:
+    """What the backward needs of a forward, parameters aside: bytes of distinct storages.
+
+    With checkpointing, the checkpoints and the largest layer between two of them.
+    """
+    with _checkpointing(model, False), _largest_layer(model) as layer:
+        whole = saved_bytes(model, inputs, layer)
+    if not checkpointing:
+        return whole
+    if not layer.found:
+        raise ModelError(f"{type(model).__name__}: has no layers to checkpoint")
+    with _checkpointing(model, True):
+        return saved_bytes(model, inputs) + layer.bytes
+
+
+class Saved:
+    """Storages that autograd keeps, parameters aside; held, so that none is counted twice."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.storages: dict[int, Any] = {}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.parameters:
+            self.storages[storage._cdata] = storage
+        return tensor
+
+    def bytes(self, but: frozenset[int] | set[int] = frozenset()) -> int:
+        return sum(s.nbytes() for key, s in self.storages.items() if key not in but)
+
+
+class _Layer:
+    """The largest layer of a forward, by what it saves beyond its inputs."""
+
+    def __init__(self) -> None:
+        self.bytes, self.found = 0, False
+        self.saved: Saved | None = None
+        self._before: set[int] = set()
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.saved is None:
+            return
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        self._before = {x.untyped_storage()._cdata for x in given} | set(self.saved.storages)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.saved is not None:
+            self.found = True
+            self.bytes = max(self.bytes, self.saved.bytes(but=self._before))
+
+
+@contextmanager
+def _largest_layer(model: nn.Module) -> Iterator[_Layer]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layer, hooks = _Layer(), []
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            hooks.append(module.register_forward_pre_hook(layer.enter, with_kwargs=True))
+            hooks.append(module.register_forward_hook(layer.leave))
+    try:
+        yield layer
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    if wanted:
+        model.gradient_checkpointing_enable()
+    try:
+        yield
+    finally:
+        if wanted:
+            model.gradient_checkpointing_disable()
+
+
+def saved_bytes(model: Any, inputs: dict[str, Any], layer: _Layer | None = None) -> int:
+    """Bytes that one forward saves, the rows that the loss gets among them.
+
+    Raises:
+        ModelError: the model cannot run on the meta device, as where shapes depend on values.
+    """
+    saved = Saved(model)
+    if layer is not None:
+        layer.saved = saved
+
+    def loss_fn(hidden: Tensor, weight: Tensor, bias: Any, options: HeadOptions) -> Tensor:
+        index = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device)
+        return nn.functional.linear(hidden.flatten(0, 1)[index], weight[:1]).sum()
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
+            loss = run_with_loss(model, inputs, loss_fn)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{type(model).__name__}: its forward needs values, which a dry run has not ("
+            f"{str(error).splitlines()[0]})"
+        ) from error
+    total = saved.bytes()
+    del loss
+    return total

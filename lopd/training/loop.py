@@ -1,0 +1,115 @@
+"""The training loop without a framework: AdamW, clipping, a schedule, nothing else.
+
+It gives the same weights as `lopd.training.trainer.LopdTrainer` on the same batches, which is how
+both are tested, and it takes its batches from any iterator: an online run generates them
+from the model that is being trained.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from lopd.errors import ConfigError, DataError
+from lopd.models.head import check_head, check_trainable
+from lopd.training.batch import Batch, to_device
+from lopd.training.metrics import StatsWindow
+from lopd.training.objective import Objective
+from lopd.training.options import TrainOptions
+from lopd.training.step import check_finite, step
+
+
+def train_loop(
+    model: Any, batches: Iterable[Sequence[Batch]], objective: Objective, options: TrainOptions
+) -> list[dict[str, float]]:
+    """Train in place for `options.max_steps` optimizer steps; returns the log.
+
+    Of `options` the optimizer, the schedule, the clipping, `gradient_checkpointing` and
+    `log_every` are used: batches come as they come, the model stays where it is, nothing is
+    saved. The model is in eval mode whenever `batches` is asked for the next step.
+
+    Args:
+        batches: for every optimizer step its micro-batches, from `lopd.training.batch.Collator`.
+
+    Raises:
+        ConfigError: max_steps is not given.
+        DataError: the loss or the gradient is not finite, or `batches` ends too early.
+    """
+    if options.max_steps < 1:
+        raise ConfigError("max_steps: train_loop cannot count epochs; give the number of steps")
+    check_trainable(model)
+    check_head(model)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = adamw(model, options)
+    kind, schedule = options.schedule()
+    scheduler = get_scheduler(
+        kind,
+        optimizer=optimizer,
+        num_warmup_steps=options.warmup_steps,
+        num_training_steps=options.max_steps,
+        scheduler_specific_kwargs=schedule,
+    )
+    model.eval()
+    log: list[dict[str, float]] = []
+    window = StatsWindow()
+    number = 0
+    for number, micro_batches in enumerate(itertools.islice(batches, options.max_steps), 1):
+        window.begin_step()
+        model.train()
+        optimizer.zero_grad()
+        norm = _accumulate(model, micro_batches, objective, options, number, window)
+        rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        model.eval()  # for an iterator that generates
+        if number % options.log_every == 0 or number == options.max_steps:
+            entry = {"step": number, "learning_rate": rate, "grad_norm": norm.item()}
+            log.append({**entry, **window.pop()})
+    if number < options.max_steps:
+        raise DataError(
+            f"batches: ended after {number} of max_steps={options.max_steps}; the schedule needs "
+            "them all"
+        )
+    return log
+
+
+def adamw(model: Any, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW with decay on matrices and none on vectors (norms, biases)."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        fused=True,
+    )
+
+
+def _accumulate(
+    model: Any,
+    micro_batches: Sequence[Batch],
+    objective: Objective,
+    options: TrainOptions,
+    number: int,
+    window: StatsWindow,
+) -> torch.Tensor:
+    """Gradients of one optimizer step, clipped; returns their norm before clipping."""
+    device = next(model.parameters()).device
+    num_items = sum(batch["row_weights"].sum().item() for batch in micro_batches)
+    for batch in micro_batches:
+        moved = to_device(batch, device)
+        loss, stats = step(model, moved, objective, num_items)
+        check_finite("loss", loss, [moved], number)
+        loss.backward()
+        window.add({"loss": loss.detach(), **stats}, len(moved["labels"]))
+    limit = options.max_grad_norm or torch.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    check_finite("norm of the gradient", norm, micro_batches, number)
+    return norm

@@ -1,0 +1,309 @@
+"""A thin `transformers.Trainer` over `lopd.training.step`.
+
+It adds what a run needs: steps cut into micro-batches, schedule, logging, checkpoints, resume,
+several processes. `lopd.training.loop.train_loop` is the same in a plain loop.
+"""
+
+import contextlib
+import copy
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from tqdm import tqdm
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy
+
+from lopd.errors import ConfigError
+from lopd.models.flops import Meter
+from lopd.models.head import check_head, check_trainable
+from lopd.models.packing import check_packing, pack_attention
+from lopd.training.batch import Batch, Collator, lengths_of
+from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl
+from lopd.training.logging import LogAtEnds, Reporter, saving
+from lopd.training.metrics import WINDOW_NAME, StatsWindow
+from lopd.training.objective import Objective
+from lopd.training.options import TrainOptions
+from lopd.training.sampler import StepDataset, StepLoader, StepSampler
+from lopd.training.step import check_finite, step
+
+__all__ = ["LopdTrainer", "Objective", "TrainOptions", "step"]
+
+
+class LopdTrainer(Trainer):
+    """`transformers.Trainer` that minimises an `Objective`.
+
+    An item of its DataLoader is a whole optimizer step of one process: micro-batches that
+    `lopd.training.sampler` cuts it into. The loss is normalised by `num_items` over all of them, on
+    all processes, so accumulation, packing and processes change memory and rounding alone.
+    Stops on a loss or gradient that is not finite; logs what `step` reports, also as JSON lines
+    in `out/train_log.jsonl`.
+
+    Args:
+        args: from `TrainOptions.training_arguments`.
+        train_dataset: map-style, items of `lopd.training.batch`.
+        holdout: evaluated every `eval_steps` and at the end; the best step gets a checkpoint
+            that stays when it says `keep_best`.
+        max_tokens_per_batch: packs of at most so many tokens instead of padded micro-batches.
+        attention: for packs, one of `lopd.models.packing.PATHS`.
+
+    Raises:
+        ModelError: `check_head`, `check_trainable` or `check_packing` refuses the model.
+        ConfigError: a sequence is longer than a pack; DataParallel, DeepSpeed, or `fsdp` where
+            accelerate cannot shard.
+        ShardError: a checkpoint or the log cannot be written.
+    """
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        objective: Objective,
+        train_dataset: torch.utils.data.Dataset,
+        data_collator: Collator | None = None,
+        holdout: Holdout | None = None,
+        *,
+        max_tokens_per_batch: int | None = None,
+        attention: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        for found, wanted in (
+            ("DataParallel", args.n_gpu > 1),
+            ("DeepSpeed", args.deepspeed),
+            ("FSDP by accelerate's settings", os.environ.get("ACCELERATE_USE_FSDP") == "true"),
+        ):
+            if wanted:
+                raise ConfigError(f"{found}: expected one process a GPU, by torchrun, fsdp or not")
+        check_trainable(model)
+        args = copy.copy(args)  # Trainer is to count one batch a step
+        self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
+        if args.device.type == "cpu":  # "cpu:0" in several processes, which torch.load refuses
+            args.__dict__["_setup_devices"] = torch.device("cpu")
+        self.max_tokens, self.attention = max_tokens_per_batch, attention
+        if holdout is not None:
+            args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, holdout.eval_steps
+        use_cache = model.config.use_cache
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=None if holdout is None else holdout.dataset,
+            data_collator=replace(
+                data_collator or Collator(), packed=max_tokens_per_batch is not None
+            ),
+            **kwargs,
+        )
+        if args.fsdp:
+            self._check_sharding(args)
+        model.config.use_cache = use_cache  # Trainer's would be saved with the result
+        self.model_accepts_loss_kwargs = True  # losses come normalised by num_items
+        self.objective, self.holdout = objective, holdout
+        self.window = StatsWindow(self.gather)
+        low = torch.bfloat16 if args.bf16 else None
+        self.meter = Meter(model, args.device, dtype=low, devices=args.world_size)
+        self.pop_callback(PrinterCallback)
+        self.add_callback(LogAtEnds(0 if holdout is None else holdout.eval_steps))
+        self.reporter = Reporter(Path(args.output_dir)) if self.is_world_process_zero() else None
+        if self.reporter is not None:
+            self.add_callback(self.reporter)
+        check_head(model)
+        if self.max_tokens is not None:
+            self.attention = pack_attention(model, attention, args.device, low)
+
+    def _check_sharding(self, args: TrainingArguments) -> None:
+        accelerator = self.accelerator
+        if not accelerator.is_fsdp2:
+            raise ConfigError(
+                f"fsdp: found {args.world_size} processes on {args.device.type}; accelerate shards "
+                "over several GPUs alone: start several by torchrun, or leave it out"
+            )
+        if args.bf16:  # accelerate's policy would round the loss, and the sums of gradients
+            accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """Weights on the CPU, in the first process; to be called in all of them."""
+        return self.accelerator.get_state_dict(self.model)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of every process, in order."""
+        return gather_object([value]) if self.args.world_size > 1 else [value]
+
+    def get_train_dataloader(self) -> StepLoader:
+        sampler = StepSampler(
+            lengths_of(self.train_dataset),
+            self.args.per_device_train_batch_size,
+            self.accumulation,
+            max_tokens=self.max_tokens,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            seed=self.args.seed,
+        )
+        return StepLoader(
+            self.step_dataset(sampler),
+            batch_sampler=sampler,
+            collate_fn=lambda parts: [self.data_collator(items) for items in parts],
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+
+    def step_dataset(self, sampler: StepSampler) -> StepDataset:
+        """Where the items of each step come from; asked once for a run."""
+        return StepDataset(self.train_dataset)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.max_tokens is not None:
+            with self.accelerator.autocast():
+                check_packing(prepared[0], self.attention, self.max_tokens)
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[Batch]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[Batch]], float]:
+        self.window.begin_step()
+        step_batches = [next(epoch_iterator) for _ in range(num_batches)]
+        weight = sum(
+            batch["row_weights"].sum().item() for batches in step_batches for batch in batches
+        )
+        return step_batches, sum(self.gather(weight))
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One optimizer step's micro-batches, forward and backward.
+
+        Where gradients are sharded each is reduced at once: waiting would hold whole ones.
+        """
+        losses, self.micro_batches = [], inputs
+        for number, batch in enumerate(inputs, 1):
+            sync = number == len(inputs) or self.is_fsdp_enabled
+            with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
+                try:
+                    losses.append(super().training_step(model, batch, num_items_in_batch))
+                except torch.OutOfMemoryError as error:
+                    raise ConfigError(self._out_of_memory(batch)) from error
+        return torch.stack(losses).sum()
+
+    def _out_of_memory(self, batch: Batch) -> str:
+        rows, length = batch["input_ids"].shape
+        return (
+            f"step {self.state.global_step + 1}: out of memory in a micro-batch of {rows} x "
+            f"{length} tokens; run the same command with --gradient_checkpointing, a smaller "
+            "--max_tokens_per_batch or --workspace_bytes, or a smaller --batch_size and so many "
+            "more --gradient_accumulation_steps: it continues from the last checkpoint (lopd plan "
+            "tells what fits)"
+        )
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: float | None = None,
+    ) -> Any:
+        assert num_items_in_batch is not None
+        # accelerate's own autocast is in the forward, which `run_with_loss` replaces
+        with self.accelerator.autocast():
+            loss, stats = step(model, inputs, self.objective, num_items_in_batch)
+        check_finite("loss", loss, [inputs], self.state.global_step + 1)
+        self.window.add({"loss": loss.detach(), **stats}, len(inputs["labels"]))
+        loss = loss * self.args.world_size  # gradients are averaged over processes
+        return (loss, stats) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: list[Batch]) -> float:
+        return self.meter.count(inputs)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As Trainer's; a run that had stopped for want of improvement stays as it ended."""
+        if resume_from_checkpoint is not None and self.holdout is not None:
+            state = TrainerState.load_from_json(f"{resume_from_checkpoint}/trainer_state.json")
+            if exhausted(state.log_history, self.holdout.patience):
+                self.state = state
+                return self._load_from_checkpoint(resume_from_checkpoint)
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.args.device)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            if self.reporter is not None:
+                self.reporter.close()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out KL of the model as it is."""
+        if self.holdout is None:
+            raise ConfigError("evaluate: nothing was held out; pass holdout to LopdTrainer")
+        began = time.perf_counter()
+        with self.accelerator.autocast():
+            kl = holdout_kl(
+                self.model,
+                self.holdout,
+                self.data_collator,
+                self.args.per_device_train_batch_size,
+                self.state.global_step,
+                max_tokens=self.max_tokens,
+                rank=self.args.process_index,
+                gather=self.gather,
+            )
+        self.window.leave_out(time.perf_counter() - began)
+        metrics = {"holdout_kl": kl}
+        self.log({**metrics})
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        assert self.holdout is not None
+        best = min(evaluations(self.state.log_history))
+        improved = best[1] == self.state.global_step
+        if improved and self.holdout.keep_best:
+            self.state.best_metric, self.state.best_global_step = best
+            self.control.should_save = True
+        if exhausted(self.state.log_history, self.holdout.patience):
+            self.control.should_training_stop = True
+            tqdm.write(
+                f"step {self.state.global_step}: stops, held-out KL {metrics['holdout_kl']:.4g} is "
+                f"no better than {best[0]:.4g} at step {best[1]}, {self.holdout.patience} "
+                "evaluations on",
+                file=sys.stderr,
+            )
+        return improved
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with saving(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        state = self.window.state()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / WINDOW_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / WINDOW_NAME, weights_only=True)
+            self.window.load(state, first=self.is_world_process_zero())
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        number = self.state.global_step + 1
+        check_finite("norm of the gradient", norm, self.micro_batches, number)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.window.pop())
+            logs.update(self.meter.read(logs["tokens_per_second"]))
+        super().log(logs, start_time)

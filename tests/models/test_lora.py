@@ -1,0 +1,128 @@
+"""Adapters: what they train, the plain model that comes of them, and what is refused."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from helpers_training import make_rollouts, make_scored, tiny_model, tiny_moe, weights
+
+from lopd.errors import ConfigError, ModelError
+from lopd.models.head import check_head, check_trainable
+from lopd.models.lora import LoraOptions, add_lora, merged
+from lopd.training.batch import Collator
+from lopd.training.objective import Objective
+from lopd.training.step import step
+
+
+def lora(**changes):
+    return LoraOptions(
+        **{"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": "q_proj,v_proj", **changes}
+    )
+
+
+def train(model, steps=3):
+    batch = Collator()(make_scored(make_rollouts(4)))
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(chosen, lr=1.0)
+    losses = []
+    for _ in range(steps):
+        loss, _ = step(model, batch, Objective("reverse_kl"), float(len(batch["labels"])))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("qwen3", "all-linear"),
+        ("qwen3-tied", "q_proj, v_proj"),
+        ("qwen3", "q_proj,lm_head"),
+        ("gemma2", "all-linear"),
+        ("phi", "q_proj,lm_head"),
+    ],
+)
+def test_training_moves_the_adapters_alone_and_merging_keeps_what_was_learnt(family, targets):
+    model = tiny_model(family, spread=3.0)
+    before = weights(model)
+    adapted = add_lora(model, lora(lora_targets=targets))
+    check_trainable(adapted)
+    check_head(adapted)
+    losses = train(adapted)
+    assert losses[-1] < losses[0] - 1e-3
+    base = {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora" not in n}
+    assert base.keys() == before.keys()
+    assert all(torch.equal(base[name], value) for name, value in before.items())
+    adapted.train()
+    plain = merged(copy.deepcopy(adapted))
+    assert type(plain) is type(tiny_model(family))
+    assert weights(plain).keys() == before.keys()
+    ids = torch.arange(6)[None]
+    adapted.eval()
+    assert torch.allclose(plain(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain(ids).logits, tiny_model(family, spread=3.0)(ids).logits)
+
+
+def test_checkpointing_keeps_the_gradients_of_adapters():
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = add_lora(tiny_model(), lora()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        train(model, steps=2)
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, value in grads[0].items():
+        assert value is not None and grads[1][name] is not None, name
+        assert torch.allclose(value, grads[1][name], rtol=1e-4, atol=1e-7), name
+
+
+def test_a_mixture_of_experts_takes_adapters_on_its_attention():
+    model = add_lora(tiny_moe("qwen3_moe"), lora())
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    merged(model)
+
+
+def test_a_merge_that_changes_the_model_is_refused(monkeypatch):
+    model = add_lora(tiny_model(spread=3.0), lora())
+    train(model)
+    layer = type(model.get_base_model().base_model.layers[0].self_attn.q_proj)
+    monkeypatch.setattr(layer, "get_delta_weight", lambda self, name: 2.0)
+    with pytest.raises(ModelError, match="merged, its logits differ"):
+        merged(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"lora_rank": -1}, "lora_rank: found -1"),
+        ({"lora_rank": 0}, "means no adapters"),
+        ({"lora_alpha": 0.0}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"lora_targets": "q_proj,,v_proj"}, "commas"),
+        ({"lora_targets": ""}, "commas"),
+        ({"lora_targets": "w_qkv"}, "no layer 'w_qkv'; expected all-linear or some of down_proj"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        add_lora(tiny_model(), lora(**changes))
+
+
+def test_adapters_that_could_not_be_merged_or_followed_are_refused():
+    for target in ("lm_head", "embed_tokens"):
+        with pytest.raises(ModelError, match="in one"):
+            add_lora(tiny_model("qwen3-tied"), lora(lora_targets=target))
+    with pytest.raises(ModelError, match="dropout"):
+        add_lora(tiny_model(), lora(lora_targets="lm_head", lora_dropout=0.1))
+
+
+def test_without_peft_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"lopd\[peft\]"):
+        add_lora(tiny_model(), lora())

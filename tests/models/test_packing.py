@@ -1,0 +1,194 @@
+"""In a pack no sequence sees another: the same hidden states, losses and gradients as alone."""
+
+import pytest
+import torch
+from helpers_training import largest_difference, make_rollouts, make_scored, tiny_model, tiny_window
+
+from lopd.errors import ConfigError, ModelError
+from lopd.models import packing as attention
+from lopd.models.packing import check_packing, pack_attention, varlen_attention
+from lopd.training.batch import Collator
+from lopd.training.objective import Objective
+from lopd.training.step import model_inputs, step
+
+FAMILIES = ["qwen3", "qwen3-tied", "gemma2", "gemma3", "cohere", "granite", "phi", "opt"]
+
+
+def gradients(model, batches, objective=None):
+    model.zero_grad()
+    num_items = sum(batch["row_weights"].sum().item() for batch in batches)
+    total = 0.0
+    for batch in batches:
+        loss, _ = step(model, batch, objective or Objective("reverse_kl"), num_items)
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_padded(family, checkpointing):
+    model, items = tiny_model(family), make_scored(make_rollouts(7))
+    loss, expected = gradients(model, [Collator()(items)])  # sdpa with a mask of padding
+    assert pack_attention(model) == "sdpa"
+    check_packing(model, "sdpa")
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable()
+    pack = Collator(packed=True)
+    assert pack(items)["input_ids"].shape == (1, sum(len(i.rollout.tokens) for i in items))
+    for batches in ([items], [items[:3], items[3:]]):
+        again, found = gradients(model, [pack(part) for part in batches])
+        assert again == pytest.approx(loss, rel=1e-5)
+        assert (
+            largest_difference(found, expected)
+            < 2e-6 * max(g.abs().max().item() for g in expected.values()) + 1e-6
+        )
+    again, found = gradients(model, [Collator()(items)])  # padded batches still work
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert largest_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
+def test_sequences_longer_than_a_window_see_no_further_than_it(family):
+    if family == "mistral":
+        model = tiny_window()
+    else:
+        model = tiny_model(family)
+        model.config.sliding_window = 4
+        model.config.layer_types = ["sliding_attention", "full_attention"]
+        reference = type(model)(model.config).eval()
+        reference.load_state_dict(model.state_dict())
+        model = reference
+    ids = torch.arange(20)[None] % 40
+    lengths = (13, 7)
+    alone = [model(part[None]).logits[0] for part in ids[0].split(lengths)]
+    wide = model(ids[:, :13], attention_mask=None).logits
+    model.config.sliding_window = 4
+    pack_attention(model)
+    batch = {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "sequence_lengths": lengths,
+    }
+    found = model(**model_inputs(batch), use_cache=False).logits[0]
+    for own, expected in zip(found.split(lengths), alone, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids[:, :13]).logits, wide, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_goes_on_working():
+    model = tiny_model()
+    prompt = torch.tensor([[0, 3, 4, 5], [1, 2, 3, 4]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    before = model.generate(prompt, attention_mask=mask, **options)
+    pack_attention(model)
+    assert torch.equal(model.generate(prompt, attention_mask=mask, **options), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layers", [(0, 1), (1,), (17,)], ids=["all", "one of two", "one of 28"])
+def test_a_layer_that_keeps_the_bounds_to_itself_is_found(layers, dtype):
+    import transformers as t
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 90, "head_dim": 16}
+    config = t.Qwen3Config(
+        **size,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=28 if layers == (17,) else 2,
+    )
+    model = t.Qwen3ForCausalLM(config).to(dtype)
+    pack_attention(model)
+    check_packing(model, "sdpa")
+    for number in layers:
+        layer = model.model.layers[number].self_attn
+        forward = layer.forward
+
+        def deaf(*args, forward=forward, **kwargs):
+            kwargs.pop("sequence_lengths", None)
+            return forward(*args, **kwargs)
+
+        layer.forward = deaf
+    with pytest.raises(
+        ModelError, match=r"in a pack its hidden states differ by .* cannot be packed"
+    ):
+        check_packing(model, "sdpa")
+
+
+def test_a_window_is_looked_beyond(monkeypatch):
+    """Where packs may be longer than it: a mistake that only shows there."""
+    model = tiny_window()
+    model.config.sliding_window = 14
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 14
+    pack_attention(model)
+    check_packing(model, "sdpa")
+    monkeypatch.setattr(attention, "_band", lambda query, window: None)
+    check_packing(model, "sdpa", longest=14)
+    with pytest.raises(ModelError, match="cannot be packed"):
+        check_packing(model, "sdpa")
+
+
+def test_under_autocast_packs_are_checked_as_they_will_be_run():
+    model = tiny_model()
+    pack_attention(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_packing(model, "sdpa")
+
+
+@pytest.mark.parametrize("path", ["varlen", "flash_attention_2", "flash_attention_3"])
+def test_what_needs_a_gpu_says_so(path):
+    with pytest.raises(
+        ConfigError, match=f"attention: found '{path}'; it needs CUDA and a 16-bit dtype"
+    ):
+        pack_attention(tiny_model(), path)
+    with pytest.raises(ConfigError, match="found 'fast'; expected one of auto"):
+        pack_attention(tiny_model(), "fast")
+
+
+def test_a_torch_whose_varlen_lacks_a_window_is_passed_over(monkeypatch):
+    import torch.nn.attention.varlen as varlen
+
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    assert attention._unavailable("varlen", device, dtype) == ""
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, is_causal=False: None)
+    assert "no varlen_attn with a window" in attention._unavailable("varlen", device, dtype)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_varlen_asks_torch_for_the_same_attention(monkeypatch, window):
+    """The call as torch documents it, computed densely in its place: the kernel needs a GPU."""
+
+    def dense(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window_size):
+        assert torch.equal(ends_q, ends_k) and longest_q == longest_k == 9
+        assert ends_q.dtype == torch.int32 and window_size[1] == 0
+        parts = torch.bucketize(torch.arange(len(q)), ends_q[1:].long(), right=True)
+        distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        seen = (parts[:, None] == parts) & (distance >= 0)
+        if window_size[0] >= 0:
+            seen &= distance <= window_size[0]
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+    import torch.nn.attention.varlen as varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", dense)
+    from lopd.models.packing import pack_kwargs, sdpa_attention
+
+    class Module:
+        num_key_value_groups = 2
+        is_causal = True
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 14, 8), torch.randn(1, 2, 14, 8), torch.randn(1, 2, 14, 8)
+    options = {"scaling": 0.3, "sliding_window": window, **pack_kwargs((5, 9), "cpu")}
+    found, _ = varlen_attention(Module(), query, key, value, None, **options)
+    expected, _ = sdpa_attention(Module(), query, key, value, None, **options)
+    torch.testing.assert_close(found, expected)
+    with torch.autocast("cpu", torch.bfloat16):  # as of norms in float32 around 16-bit layers
+        found, _ = varlen_attention(Module(), query, key, value.bfloat16(), None, **options)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)

@@ -1,0 +1,115 @@
+"""The demo on one seed: the method's effects, and a folder that can be worked on further."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from lopd.cli import main
+from lopd.stages.demo import Demo
+from lopd.stages.demo import arithmetic as toy
+from lopd.stages.demo.report import (
+    CLIPPED,
+    DISTILLED,
+    FINE_TUNED,
+    MORE,
+    SAMPLED,
+    draw_curves,
+    format_table,
+)
+from lopd.training.logging import LOG_NAME
+
+
+def test_the_task_is_what_it_says():
+    assert toy.solve("3+5*2-7*4=") == ("3+5=8;8*2=6;6-7=9;9*4=6;#6", "6")
+    tokenizer = toy.build_tokenizer()
+    solution, _ = toy.solve("3+5*2-7*4=")
+    ids = tokenizer(solution)["input_ids"]
+    assert len(ids) == len(solution) and tokenizer.pad_token_id not in ids
+    assert tokenizer.decode(ids) == solution
+    assert len(tokenizer) == 28
+
+
+def test_prompt_sets_do_not_overlap():
+    seen: set[str] = set()
+    first = toy.sample_prompts(200, 1, exclude=seen)
+    second = toy.sample_prompts(200, 1, exclude=seen)
+    assert len(set(first) | set(second)) == 400 == len(seen)
+    assert toy.sample_prompts(200, 1, exclude=set()) == first
+
+
+def test_curves_are_drawn_of_what_a_log_has_of_them(tmp_path):
+    (tmp_path / "online").mkdir()
+    records = [
+        {"step": 0, "generation_seconds": 1.0},
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 0.4},
+    ]
+    log = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "online" / LOG_NAME).write_text(log)
+    draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_the_online_run_is_a_refresh_at_every_step(tmp_path, monkeypatch):
+    """With the offline run's settings, so that the two can be laid side by side."""
+    demo, configs = Demo(tmp_path / "demo", seed=0), []
+    monkeypatch.setattr(demo, "run_stage", lambda stage, config: configs.append(asdict(config)))
+    for entry in demo.entries(online=True):
+        if entry.folder in ("distill", "online"):
+            entry.run()
+    offline, online = configs
+    live = {"out": str(demo.out / "online"), "refresh_every": 1, "teacher": demo.path("teacher")}
+    assert {key: value for key, value in online.items() if value != offline[key]} == live
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert main(["demo", "--out", str(out), "--seed", "0"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def rows(demo):
+    return {row["stage"]: row for row in json.loads((demo / "results.json").read_text())["rows"]}
+
+
+@pytest.mark.demo
+def test_distillation_reaches_the_teacher(rows):
+    start, end = rows[FINE_TUNED], rows[DISTILLED]
+    assert rows["teacher"]["sampled"] >= 0.95
+    assert 0.5 <= start["sampled"] <= 0.93
+    assert end["sampled"] >= max(0.93, start["sampled"] + 0.05)
+    assert end["kl"] <= 0.35 * start["kl"]
+    assert {"greedy", "sampled", "kl"} <= set(rows[MORE])
+
+
+@pytest.mark.demo
+def test_clipping_helps_the_sampled_token_form(rows):
+    start, clipped = rows[FINE_TUNED], rows[CLIPPED]
+    assert clipped["sampled"] >= start["sampled"] + 0.02
+    assert clipped["kl"] <= 0.8 * start["kl"]
+    assert rows[DISTILLED]["kl"] < min(clipped["kl"], rows[SAMPLED]["kl"])
+
+
+@pytest.mark.demo
+def test_the_table_shows_every_stage(rows, demo):
+    table = format_table(list(rows.values()))
+    assert all(f"| {name}" in table for name in rows)
+    assert (demo / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.demo
+def test_stage_commands_run_on_what_it_keeps(demo, tmp_path):
+    assert main(["inspect", "--path", str(demo / "cache"), "--verify"]) == 0
+    argv = ["--student", str(demo / "sft"), "--cache", str(demo / "cache"), "--max_steps", "1"]
+    assert main(["distill", *argv, "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    assert Path(tmp_path / "again/model.safetensors").is_file()
+
+
+@pytest.mark.demo
+def test_a_finished_demo_is_not_overwritten(demo, capsys):
+    assert main(["demo", "--out", str(demo)]) == 2
+    assert "a finished demo is there" in capsys.readouterr().err

@@ -1,0 +1,32 @@
+"""What `lopd inspect` prints of a cache are the numbers of the cache."""
+
+import numpy as np
+import pytest
+from helpers_cache import make_manifest, write_cache
+
+from lopd.cli import main
+from lopd.store import CODECS, TeacherCache
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_cache_is_described_to_the_byte(tmp_path, capsys, codec):
+    write_cache(tmp_path, make_manifest(codec=codec, top_p=0.8))
+    assert main(["inspect", "--path", str(tmp_path)]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    parts = [float(value) for name, value in rows.items() if name.startswith("bytes/token ")]
+    assert sum(parts) == pytest.approx(size / 30, rel=2e-3) and len(parts) > 15
+    assert float(rows["bytes_per_response_token"]) == pytest.approx(size / 30, rel=1e-3)
+    sequences = list(TeacherCache.open(tmp_path, support="list"))
+    lengths = np.sort(np.concatenate([(s.topk_ids >= 0).sum(axis=1) for s in sequences]))
+    assert float(rows["mean_list_length"]) == pytest.approx(lengths.mean(), rel=1e-3)
+    expected = [
+        f"{q:.0%} <= {lengths[int(np.ceil(q * 30)) - 1]}" for q in (0.1, 0.5, 0.9, 0.99, 1.0)
+    ]
+    assert rows["list lengths"] == ", ".join(expected)
+    error = TeacherCache.open(tmp_path).summary()["codec_error"]
+    assert rows["codec_error"] == f"{error:.3g} nat"
+    assert {"mean_covered_mass", "mean_entropy"} <= rows.keys()
+    assert rows["temperature"] == "1"
+    assert rows["scoring"] == "tail computed, entropy computed, rollout_logprobs computed"

@@ -1,0 +1,261 @@
+"""Recipes: what follows from what, what is skipped, what is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lopd.cli import main
+from lopd.errors import ConfigError
+from lopd.stages import run as recipe
+
+STAGES = {
+    "sft-data": {"prompts": "a.jsonl"},
+    "sft": None,
+    "rollout": {"prompts": "b.jsonl"},
+    "score": {"k": 5},
+    "distill": {"max_steps": 3},
+    "eval": {"prompts": "c.jsonl"},
+}
+BASE = {"out": "runs/x", "teacher": "T", "student": "S", "dtype": "float16", "stages": STAGES}
+
+
+def test_each_stage_takes_up_what_the_one_before_it_wrote():
+    plan = recipe.plan(BASE, "r.yaml")
+    assert list(plan) == ["sft-data", "sft", "rollout", "score", "distill", "eval"]
+    assert plan["sft-data"].teacher == plan["score"].teacher == plan["eval"].teacher == "T"
+    assert (plan["sft"].model, plan["sft"].data) == ("S", "runs/x/sft-data")
+    assert plan["rollout"].student == plan["distill"].student == "runs/x/sft"
+    assert plan["score"].rollouts == "runs/x/rollout"
+    assert plan["distill"].cache == "runs/x/score"
+    assert plan["eval"].model == "runs/x/distill"
+    assert {name: config.dtype for name, config in plan.items()} == {
+        "sft-data": "float16",
+        "sft": "float32",
+        "rollout": "float16",
+        "score": "float16",
+        "distill": "float32",
+        "eval": "float16",
+    }
+    assert plan["score"].k == 5 and plan["distill"].max_steps == 3
+
+
+def test_without_sft_the_student_is_the_fine_tuned_one():
+    stages = {name: STAGES[name] for name in ("rollout", "score", "eval")}
+    plan = recipe.plan(BASE | {"stages": stages}, "r.yaml")
+    assert plan["rollout"].student == plan["eval"].model == "S"
+
+
+def test_extra_ids_are_those_of_the_student_that_rolls_out():
+    stages = STAGES | {"score": {"extra_ids": 4}}
+    assert recipe.plan(BASE | {"stages": stages}, "r.yaml")["score"].student == "runs/x/sft"
+    assert recipe.plan(BASE, "r.yaml")["score"].student is None
+
+
+def test_a_recipe_runs_in_one_process(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="found worker 1/2; expected one process"):
+        recipe.main(recipe.RunConfig(recipe="r.yaml"))
+
+
+def test_a_folder_set_by_hand_is_followed():
+    stages = STAGES | {"rollout": {"prompts": "b.jsonl", "out": "elsewhere"}}
+    assert recipe.plan(BASE | {"stages": stages}, "r.yaml")["score"].rollouts == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stagse": {}}, "r.yaml: unknown setting 'stagse'; did you mean 'stages'"),
+        ({"stages": {}}, "'stages' is {}; expected a mapping"),
+        ({"stages": {"rolout": {}}}, "unknown setting 'rolout'; did you mean 'rollout'"),
+        ({"stages": {"score": {"top_q": 1}}}, "stages: score: unknown setting 'top_q'"),
+        ({"stages": {"score": 3}}, "stages: score: expected a mapping"),
+        ({"stages": {"sft-data": {"prompts": "p"}, "rollout": 3}}, "rollout: expected a mapping"),
+        ({"stages": ["rollout"]}, "'stages' is .'rollout'.; expected a mapping"),
+        ({"stages": {"score": {"out": 3}}}, "score: 'out' is not a folder"),
+        ({"stages": {"score": {"plan": True}}}, "score: 'plan' writes nothing for later stages"),
+        ({"out": 5}, "'out' is 5; expected a folder"),
+        ({"teacher": None}, "'teacher' is None; expected a folder"),
+        ({"stages": {"rollout": {}}}, "required: --prompts"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe.plan(BASE | changes, "r.yaml")
+
+
+@pytest.mark.parametrize("key", ["out", "teacher", "student", "stages"])
+def test_a_missing_key_is_named(key):
+    given = {name: value for name, value in BASE.items() if name != key}
+    with pytest.raises(ConfigError, match=f"'{key}' is missing"):
+        recipe.plan(given, "r.yaml")
+
+
+@pytest.fixture(scope="module")
+def finished_run(teacher_folder, student_folder, tmp_path_factory):
+    """A whole recipe on randomly initialised models, run from the command line."""
+    root = tmp_path_factory.mktemp("recipe")
+    prompts = root / "prompts.jsonl"
+    texts = [f"the {a} {b}" for a in ("cat", "dog", "mat") for b in ("sat", "ran")]
+    prompts.write_text("".join(json.dumps({"prompt": t, "answer": "1"}) + "\n" for t in texts))
+    sample = {"prompts": str(prompts), "max_new_tokens": 6}
+    train = {"max_steps": 2, "batch_size": 2, "save_every": 0, "log_every": 1}
+    values = {
+        "out": str(root / "run"),
+        "teacher": str(teacher_folder),
+        "student": str(student_folder),
+        "dtype": "float32",
+        "device": "cpu",
+        "stages": {
+            "sft-data": sample | {"shard_size": 4},
+            "sft": train,
+            "rollout": sample | {"shard_size": 4},
+            "score": {"k": 4, "codec": "packed"},
+            "distill": train | {"learning_rate": 1e-4},
+            "eval": sample | {"num_samples": 2},
+        },
+    }
+    path = root / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["run", str(path)]) == 0
+    return path, values
+
+
+def test_every_stage_leaves_its_product(finished_run):
+    out = Path(finished_run[1]["out"])
+    kinds = {
+        folder.name: json.loads((folder / "manifest.json").read_text())["kind"]
+        for folder in sorted(out.iterdir())
+    }
+    assert kinds == {
+        "sft-data": "sft_data",
+        "sft": "checkpoint",
+        "rollout": "rollouts",
+        "score": "cache",
+        "distill": "checkpoint",
+        "eval": "evaluation",
+    }
+
+
+def test_a_second_run_changes_nothing(finished_run):
+    path, values = finished_run
+    files = [file for file in Path(values["out"]).rglob("*") if file.is_file()]
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+    assert main(["run", str(path)]) == 0
+    after = [file for file in Path(values["out"]).rglob("*") if file.is_file()]
+    assert sorted(after) == sorted(before)
+    assert all(before[file] == (file.stat().st_mtime_ns, file.read_bytes()) for file in after)
+
+
+def test_a_changed_setting_of_a_finished_stage_is_refused(finished_run, tmp_path, capsys):
+    values = finished_run[1]
+    stages = values["stages"] | {"distill": values["stages"]["distill"] | {"max_steps": 5}}
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(values | {"stages": stages}))
+    assert main(["run", str(changed)]) == 2
+    assert "finished with max_steps=2, the recipe now says 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "named"),
+    [
+        ("sft", {"model": "teacher"}, "base"),
+        ("sft", {"data": "rollout"}, "holds 'rollouts', expected 'sft_data'"),
+        ("distill", {"student": "student"}, "base"),
+        ("eval", {"model": "sft"}, "model"),
+        ("eval", {"prompts": "prompts"}, "prompts"),
+        ("eval", {"teacher": "sft"}, "teacher"),
+        ("eval", {"cache": "score"}, "inputs cache"),
+    ],
+)
+def test_a_finished_stage_whose_inputs_changed_is_refused(
+    finished_run, tmp_path, stage, changes, named
+):
+    """The folder's contents change under the same name: settings agree, digests do not."""
+    path, values = finished_run
+    other = tmp_path / "prompts.jsonl"
+    other.write_text('{"prompt": "a", "answer": "1"}\n')
+    out = Path(values["out"])
+    paths = {"teacher": values["teacher"], "student": values["student"], "prompts": str(other)}
+    paths |= {name: str(out / name) for name in ("sft", "rollout", "score")}
+    config = recipe.plan(values, str(path))[stage]
+    assert recipe.finished(config)
+    copy = tmp_path / stage
+    shutil.copytree(out / stage, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    ((key, name),) = changes.items()
+    manifest["config"] |= {"out": str(copy), key: paths[name]}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    changed = dataclasses.replace(config, out=str(copy), **{key: paths[name]})
+    with pytest.raises(ConfigError, match=named):
+        recipe.finished(changed)
+
+
+@pytest.mark.parametrize("stage", ["sft", "distill", "eval"])
+def test_settings_that_do_not_change_the_product_may_change(finished_run, stage):
+    path, values = finished_run
+    config = recipe.plan(values, str(path))[stage]
+    assert recipe.finished(dataclasses.replace(config, device="auto"))
+    if stage == "eval":
+        assert recipe.finished(dataclasses.replace(config, batch_size=3))
+    else:
+        assert recipe.finished(dataclasses.replace(config, log_every=7))
+        cut = {"batch_size": 1, "gradient_accumulation_steps": config.batch_size}
+        assert recipe.finished(dataclasses.replace(config, gradient_checkpointing=True, **cut))
+        with pytest.raises(ConfigError, match="sequences_per_step=2, the recipe now says 3"):
+            recipe.finished(dataclasses.replace(config, batch_size=3))
+
+
+def test_a_teacher_that_was_not_evaluated_against_is_missed(finished_run):
+    path, values = finished_run
+    config = recipe.plan(values, str(path))["eval"]
+    copy = Path(config.out).parent / "eval-alone"
+    shutil.copytree(config.out, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["inputs"]["teacher"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        with pytest.raises(ConfigError, match="finished with inputs teacher None"):
+            recipe.finished(dataclasses.replace(config, out=str(copy)))
+    finally:
+        shutil.rmtree(copy)
+
+
+def test_weights_that_were_changed_are_found(finished_run, tmp_path, capsys):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(Path(finished_run[1]["out"]) / "sft", copy)
+    assert main(["inspect", "--path", str(copy), "--verify"]) == 0
+    file = copy / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert main(["inspect", "--path", str(copy), "--verify"]) == 2
+    assert "its weights are not those" in capsys.readouterr().err
+    evaluation = str(Path(finished_run[1]["out"]) / "eval")
+    assert main(["inspect", "--path", evaluation, "--verify"]) == 2
+
+
+def test_the_products_can_be_inspected(finished_run, capsys):
+    out = Path(finished_run[1]["out"])
+    for name in ("sft-data", "rollout", "score"):
+        assert main(["inspect", "--path", str(out / name), "--verify"]) == 0
+        shown = capsys.readouterr().out
+        assert "sequences" in shown and "every shard matches its receipt" in shown
+    assert main(["inspect", "--path", str(out / "distill")]) == 0
+    assert "fine-tuned on" in capsys.readouterr().out
+
+
+def test_a_bit_flip_is_found(finished_run, tmp_path, capsys):
+    copy = tmp_path / "cache"
+    shutil.copytree(Path(finished_run[1]["out"]) / "score", copy)
+    shard = copy / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert main(["inspect", "--path", str(copy), "--verify"]) == 2
+    assert "shard-00000" in capsys.readouterr().err

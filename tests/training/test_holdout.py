@@ -1,0 +1,368 @@
+"""Stale caches are told, held-out sequences are held out, and the best checkpoint is the result."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from helpers_artefacts import write_pipeline
+from helpers_training import (
+    largest_difference,
+    make_rollouts,
+    make_scored,
+    options,
+    tiny_model,
+    weights,
+)
+
+from lopd.errors import ConfigError, DataError, ShardError
+from lopd.models.load import load_model
+from lopd.provenance import manifest_digest, read_manifest
+from lopd.stages import distill
+from lopd.training import holdout as watch
+from lopd.training.batch import Collator, SequenceDataset, split_holdout
+from lopd.training.checkpoints import checkpoints
+from lopd.training.logging import LOG_NAME
+from lopd.training.objective import Objective
+from lopd.training.options import WatchOptions
+from lopd.training.step import step
+from lopd.training.trainer import LopdTrainer
+
+SHARE = 0.4
+
+
+def scored(count=12):
+    return make_scored(make_rollouts(count))
+
+
+def names(part):
+    return sorted(part.dataset.names[index] for index in part.indices)
+
+
+@pytest.mark.parametrize("amount", [SHARE, 4])
+def test_the_split_depends_on_the_names_alone(amount):
+    items = scored()
+    kept, held_out = split_holdout(SequenceDataset(items), amount)
+    assert len(kept) + len(held_out) == 12 and not {*names(kept)} & {*names(held_out)}
+    shuffled = random.Random(3).sample(items, len(items))
+    _, again = split_holdout(SequenceDataset(shuffled), amount)
+    assert names(again) == names(held_out)
+    assert [item.rollout.prompt_id for item in held_out.__getitems__([0, 1])] == [
+        name.split("/")[0] for name in (held_out.dataset.names[i] for i in held_out.indices[:2])
+    ]
+    if amount < 1:
+        part = [item for item in items if f"{item.rollout.prompt_id}/0" in names(held_out)[1:]]
+        rest = [item for item in items if f"{item.rollout.prompt_id}/0" in names(kept)]
+        _, fewer = split_holdout(SequenceDataset(part + rest), amount)
+        assert names(fewer) == names(held_out)[1:]
+    else:
+        assert len(held_out) == amount
+
+
+def test_a_share_is_about_that_share():
+    rollouts = make_rollouts(400, shortest=1, longest=2)
+    _, held_out = split_holdout(SequenceDataset(rollouts), 0.25)
+    assert 70 < len(held_out) < 130
+
+
+@pytest.mark.parametrize("amount", [1e-9, 12, 50])
+def test_a_split_with_an_empty_side_is_refused(amount):
+    with pytest.raises(ConfigError, match=rf"holdout: {amount:g} keeps \d+ of 12"):
+        split_holdout(SequenceDataset(scored()), amount)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stale_ess": 1.0}, "stale_ess: found 1.0"),
+        ({"stale_ess": float("nan")}, "stale_ess: found nan"),
+        ({"stale_every": 0}, "stale_every: found 0"),
+        ({"holdout": 1.5}, "holdout: found 1.5"),
+        ({"holdout": -0.1}, "holdout: found -0.1"),
+        ({"holdout": float("nan")}, "holdout: found nan"),
+        ({"holdout": float("inf")}, "holdout: found inf"),
+        ({"eval_steps": 0}, "eval_steps: found 0"),
+        ({"patience": -1}, "patience: found -1"),
+        ({"keep_best": True}, "keep_best: nothing is held out"),
+        ({"patience": 2}, "patience: nothing is held out"),
+    ],
+)
+def test_options_refuse(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        WatchOptions(**changes)
+
+
+def test_options_take_the_ends_of_their_ranges():
+    assert WatchOptions(holdout=1, patience=1, keep_best=True, stale_ess=0).holdout == 1
+    assert WatchOptions(holdout=0.999).holdout == 0.999
+
+
+def make_trainer(out, objective=None, holdout=None, model=None, **changes):
+    objective = objective or Objective("reverse_kl")
+    kept, held_out = split_holdout(SequenceDataset(scored()), SHARE)
+    holdout = {"eval_steps": 2, **(holdout or {})}
+    return LopdTrainer(
+        tiny_model() if model is None else model,
+        options(**changes).training_arguments(out),
+        objective,
+        kept,
+        Collator(),
+        watch.Holdout(held_out, objective.held_out, **holdout),
+    )
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "policy_gradient"])
+def test_held_out_kl_is_the_divergence_over_all_its_sequences(name, aggregation):
+    model, collate = tiny_model(), Collator(aggregation)
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+    _, held_out = split_holdout(SequenceDataset(scored()), 5)
+    judged = Objective(name, temperature=1.3).held_out
+    assert judged.name == ("reverse_kl" if name == "policy_gradient" else name)
+    whole = collate([held_out[i] for i in range(5)])
+    n = whole["row_weights"].sum().item()
+    expected = step(model, whole, judged, n)[0].item()
+    assert judged.temperature == 1.3
+    model.train()
+    state = torch.get_rng_state()
+    for size in (1, 2, 5, 64):
+        holdout = watch.Holdout(held_out, judged, 1)
+        found = watch.holdout_kl(model, holdout, collate, size, 3)
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(state, torch.get_rng_state()) and model.training
+    held_out.dataset.source[held_out.indices[4]].tail_logprobs[0] = float("nan")
+    with pytest.raises(DataError, match="step 3: the held-out loss is nan"):
+        watch.holdout_kl(model, holdout, collate, 2, 3)
+
+
+def test_evaluating_changes_no_weight_and_trains_on_the_others(tmp_path):
+    watched = make_trainer(tmp_path / "a", max_steps=5)
+    seen = set()
+    compute_loss = watched.compute_loss
+
+    def recorded(model, inputs, *args, **kwargs):
+        seen.update(inputs["sequence_names"])
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    watched.compute_loss = recorded
+    watched.train()
+    assert seen == {*names(watched.train_dataset)}
+    args = options(max_steps=5).training_arguments(tmp_path / "b")
+    plain = LopdTrainer(tiny_model(), args, Objective("reverse_kl"), watched.train_dataset)
+    plain.train()
+    assert largest_difference(weights(watched.model), weights(plain.model)) == 0.0
+    found = watch.evaluations(watched.state.log_history)
+    assert [number for _, number in found] == [2, 4, 5]
+    now = watch.holdout_kl(watched.model, watched.holdout, Collator(), 4, 5)
+    assert found[-1][0] == now != found[0][0]
+    lines = [json.loads(line) for line in (tmp_path / "a" / LOG_NAME).read_text().splitlines()]
+    assert [line["holdout_kl"] for line in lines if "holdout_kl" in line] == [kl for kl, _ in found]
+
+
+def test_nothing_held_out_is_nothing_to_evaluate(tmp_path):
+    args = options().training_arguments(tmp_path)
+    trainer = LopdTrainer(tiny_model(), args, Objective("reverse_kl"), SequenceDataset(scored()))
+    with pytest.raises(ConfigError, match="evaluate: nothing was held out"):
+        trainer.evaluate()
+
+
+def test_exhausted_counts_from_the_best():
+    def history(*values):
+        return [{"holdout_kl": kl, "step": 10 * i} for i, kl in enumerate(values)] + [{"loss": 0}]
+
+    assert not watch.exhausted(history(), 1)
+    assert not watch.exhausted(history(3.0, 2.0, 2.5), 0)
+    assert watch.exhausted(history(3.0, 2.0, 2.5), 1)
+    assert not watch.exhausted(history(3.0, 2.0, 2.5), 2)
+    assert watch.exhausted(history(3.0, 2.0, 2.0, 2.0), 2)
+    assert not watch.exhausted(history(2.0, 3.0, 1.0), 1)
+
+
+def fake_kl(monkeypatch, values):
+    """Evaluations at steps 1, 2, ... find these."""
+
+    def found(model, holdout, collate, batch_size, step_number, **processes):
+        return values[step_number - 1]
+
+    monkeypatch.setattr("lopd.training.trainer.holdout_kl", found)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+SETTINGS = {"batch_size": 4, "learning_rate": 1e-2, "device": "cpu", "log_every": 1}
+
+
+def config(pipeline, out, **changes):
+    paths = {name: str(pipeline / name) for name in ("student", "cache")}
+    return distill.DistillConfig(**{**paths, "out": str(out), **SETTINGS, **changes})
+
+
+def trained(folder):
+    return weights(load_model(str(folder), dtype="float32", device="cpu"))
+
+
+BEST = {"max_steps": 6, "holdout": 4, "eval_steps": 1, "keep_best": True}
+
+
+@pytest.mark.parametrize(("save_every", "limit"), [(0, 2), (1, 2), (2, 1)])
+def test_the_result_is_the_best_checkpoint(pipeline, tmp_path, monkeypatch, save_every, limit):
+    fake_kl(monkeypatch, [5.0, 4.0, 1.0, 3.0, 2.0, 2.5])
+    saving = {"save_every": save_every, "save_total_limit": limit}
+    out = distill.main(config(pipeline, tmp_path / "best", **BEST, **saving))
+    assert read_manifest(out)["holdout"] == {
+        "sequences": 4,
+        "objective": "reverse_kl",
+        "best": {"kl": 1.0, "step": 3},
+        "last": {"kl": 2.5, "step": 6},
+        "result_step": 3,
+        "stopped_early": False,
+    }
+    assert read_manifest(out)["training"]["sequences"] == 8
+    kept = [folder.name for folder in checkpoints(out)]
+    assert "checkpoint-3" in kept and len(kept) <= 2
+    if not save_every:
+        assert kept == ["checkpoint-3", "checkpoint-2"]
+    assert largest_difference(trained(out), trained(out / "checkpoint-3")) == 0.0
+    last = distill.main(config(pipeline, tmp_path / "last", **{**BEST, "keep_best": False}))
+    assert read_manifest(last)["holdout"]["result_step"] == 6
+    assert largest_difference(trained(out), trained(last)) > 0.0
+    short = {**BEST, "keep_best": False, "max_steps": 3}
+    at_three = distill.main(
+        config(pipeline, tmp_path / "three", **short, lr_scheduler_type="constant")
+    )
+    assert largest_difference(trained(out), trained(at_three)) == 0.0
+
+
+def test_a_best_checkpoint_that_is_gone_is_named(pipeline, tmp_path, monkeypatch):
+    fake_kl(monkeypatch, [1.0, 2.0])
+    out, train = tmp_path / "out", LopdTrainer.train
+
+    def losing(self, **kwargs):
+        train(self, **kwargs)
+        shutil.rmtree(out / "checkpoint-1")
+
+    monkeypatch.setattr(LopdTrainer, "train", losing)
+    with pytest.raises(ShardError, match="checkpoint-1: the checkpoint with the best held-out KL"):
+        distill.main(config(pipeline, out, **{**BEST, "max_steps": 2}))
+
+
+def test_training_stops_after_patience_and_says_so(pipeline, tmp_path, monkeypatch, capsys):
+    fake_kl(monkeypatch, [5.0, 3.0, 4.0, 3.5, 1.0, 1.0])
+    out = distill.main(config(pipeline, tmp_path, **BEST, patience=2))
+    assert "step 4: stops, held-out KL 3.5 is no better than 3 at step 2" in capsys.readouterr().err
+    found = read_manifest(out)["holdout"]
+    assert found["stopped_early"] is True
+    assert (found["result_step"], found["last"]["step"]) == (2, 4)
+
+
+@pytest.mark.parametrize("cut_at", [1, 3, 5])
+def test_a_killed_run_resumes_with_what_it_had_found(pipeline, tmp_path, monkeypatch, cut_at):
+    settings = {**BEST, "save_every": 2, "patience": 3}
+    values = [5.0, 1.0, 4.0, 3.0, 2.0, 6.0]  # best at 2, exhausted at 5
+    fake_kl(monkeypatch, values)
+    whole = distill.main(config(pipeline, tmp_path / "whole", **settings))
+    evaluate = LopdTrainer.evaluate
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == cut_at:
+            raise KeyboardInterrupt
+        return evaluate(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LopdTrainer, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill.main(config(pipeline, tmp_path / "cut", **settings))
+    cut = distill.main(config(pipeline, tmp_path / "cut", **settings))
+    assert read_manifest(whole)["holdout"]["last"]["step"] == 5
+    assert largest_difference(trained(whole), trained(cut)) == 0.0
+    assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
+    assert read_manifest(whole)["stale"] == read_manifest(cut)["stale"]
+
+
+def test_a_run_that_had_stopped_is_not_trained_on(pipeline, tmp_path, monkeypatch):
+    fake_kl(monkeypatch, [1.0, 2.0, 0.5])
+    settings = {"max_steps": 3, "holdout": 4, "eval_steps": 1, "patience": 1, "save_every": 2}
+    whole = distill.main(config(pipeline, tmp_path / "whole", **settings))
+    train = LopdTrainer.train
+
+    def killed(self, **kwargs):
+        train(self, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LopdTrainer, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill.main(config(pipeline, tmp_path / "cut", **settings))
+    cut = distill.main(config(pipeline, tmp_path / "cut", **settings))
+    assert read_manifest(cut)["holdout"]["last"]["step"] == 2
+    assert largest_difference(trained(whole), trained(cut)) == 0.0
+    assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
+
+
+class Shares:
+    """Stands in for a window: what each step's tokens are worth."""
+
+    def __init__(self, shares):
+        self.shares = iter(shares)
+
+    def step_ess(self):
+        return next(self.shares)
+
+
+def watched(shares, limit=0.5, every=3, history=(), first=1):
+    from transformers import TrainerState
+
+    state = TrainerState(log_history=[*history])
+    callback = watch.StaleWatch(Shares(shares), limit, every)
+    for number in range(first, first + len(shares)):
+        state.global_step = number
+        callback.on_step_end(None, state, None)
+    return state.log_history
+
+
+def test_a_stale_cache_is_told_once_and_every_so_many_steps(capsys):
+    shares = [0.9, 0.5, 0.4, 0.3, 0.2, 0.1, 0.3, 0.7, 0.45]
+    history = watched(shares)
+    assert [entry["step"] for entry in history] == [3, 6, 9]
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 3
+    assert told[0].startswith("step 3: the cache has gone stale: ") and "worth 40 %" in told[0]
+    assert watch.stale_summary(0.5, history) == {
+        "limit": 0.5,
+        "watched": True,
+        "warnings": 3,
+        "first": {"ess": 0.4, "step": 3},
+        "lowest": {"ess": 0.1, "step": 6},
+    }
+    resumed = watched(shares[4:], history=watched(shares[:4]), first=5)
+    assert resumed == history
+    assert watch.stale_summary(0.5, [])["watched"] is True
+    assert watch.stale_summary(0.0, [])["watched"] is False
+
+
+def test_drift_that_is_unknown_is_said_once(capsys):
+    history = watched([None] * 6)
+    assert len(history) == 1
+    assert capsys.readouterr().err.count("not known, so a cache that goes stale will not") == 1
+    summary = watch.stale_summary(0.5, history)
+    assert summary["watched"] is False and summary["warnings"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "watched", "some"),
+    [({}, True, True), ({"stale_ess": 0.0}, False, False), ({"tail": "renormalize"}, False, False)],
+)
+def test_the_manifest_says_how_stale_the_cache_went(
+    pipeline, tmp_path, capsys, changes, watched, some
+):
+    settings = {"max_steps": 3, "save_every": 0, "stale_every": 2, **changes}
+    out = distill.main(config(pipeline, tmp_path, **settings))
+    summary = read_manifest(out)["stale"]
+    assert summary["watched"] is watched and (summary["warnings"] > 0) is some
+    assert ("gone stale" in capsys.readouterr().err) is some
+    if some:
+        assert summary["first"]["step"] == 1 and 0 < summary["lowest"]["ess"] < 0.5

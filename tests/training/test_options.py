@@ -1,0 +1,144 @@
+"""Settings of a training run and of its objective: what is refused, and with which words."""
+
+import pytest
+from helpers_training import make_rollouts, make_scored, tiny_model
+from transformers import TrainingArguments
+
+from lopd.errors import ConfigError
+from lopd.training.batch import Collator
+from lopd.training.objective import Objective
+from lopd.training.options import TrainOptions
+from lopd.training.step import step
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "kl"}, "objective: found 'kl'"),
+        ({"tail": "clip"}, "tail: found 'clip'"),
+        ({"name": "jsd", "beta": 1.0}, "beta: found 1.0"),
+        ({"name": "jsd", "beta": float("nan")}, "beta: found nan"),
+        ({"beta": 0.5}, "beta: reverse_kl has no mixture"),
+        ({"name": "policy_gradient", "beta": 0.3}, "beta: policy_gradient has no mixture"),
+        ({"temperature": float("inf")}, "temperature: found inf"),
+        ({"temperature": 0.0}, "temperature: found 0.0"),
+        ({"advantage_clip": 1.0}, "use policy_gradient"),
+        ({"name": "policy_gradient", "advantage_clip": 0.0}, "advantage_clip: found 0.0"),
+        (
+            {"name": "policy_gradient", "advantage_clip": float("nan")},
+            "advantage_clip: found nan",
+        ),
+        ({"name": "policy_gradient", "tail": "truncate"}, "policy_gradient has none"),
+    ],
+)
+def test_objective_refuses(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Objective(**{"name": "reverse_kl", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 0}, "max_steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"warmup_steps": 4, "max_steps": 3}, "warmup_steps: found 4; the run ends at max_steps=3"),
+        ({"adam_beta1": 1.0}, "adam_beta1: found 1.0"),
+        ({"adam_beta2": -0.1}, "adam_beta2: found -0.1"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon: found 0.0"),
+        ({"min_lr_ratio": 1.5, "lr_scheduler_type": "cosine_with_min_lr"}, "min_lr_ratio"),
+        ({"seed": -1}, "seed: found -1"),
+        ({"seed": 2**32}, "seed: found 4294967296"),
+        ({"device": "mps"}, "device: found 'mps'"),
+        ({"device": "meta"}, "device: found 'meta'"),
+        ({"report_to": "wandbb"}, "report_to: found 'wandbb'; expected one of none,"),
+        ({"dtype": "float16"}, "loss scaling"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"loss_aggregation": "mean"}, "loss_aggregation"),
+        ({"min_lr_ratio": 0.1}, "cosine does not use it"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr_ratio: found 0.0"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "constant_with_warmup"),
+    ],
+)
+def test_options_refuse(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainOptions(**changes)
+
+
+NUMBERS = [
+    *("num_epochs", "learning_rate", "min_lr_ratio", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "weight_decay", "max_grad_norm"),
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_options_refuse_what_is_no_number_in_range(name, value):
+    with pytest.raises(ConfigError, match=f"{name}: found {value}; expected"):
+        TrainOptions(**{name: value})
+
+
+def test_options_take_the_ends_of_their_ranges():
+    zero = {"weight_decay": 0, "max_grad_norm": 0, "adam_beta1": 0.0, "warmup_steps": 0}
+    assert TrainOptions(**zero, seed=2**32 - 1).seed == 2**32 - 1
+    assert TrainOptions(warmup_steps=3, max_steps=3).warmup_steps == 3
+    assert TrainOptions(warmup_steps=3).max_steps == -1
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    from transformers.integrations import integration_utils
+
+    found = ["tensorboard"]
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: found)
+    assert TrainOptions(report_to="tensorboard").report_to == "tensorboard"
+    with pytest.raises(ConfigError, match="report_to: 'wandb' is not installed"):
+        TrainOptions(report_to="wandb")
+
+
+def test_beta_is_half_for_jsd_and_nothing_for_the_others():
+    assert Objective("jsd").beta == 0.5
+    assert Objective("jsd") == Objective("jsd", beta=0.5) != Objective("jsd", beta=0.3)
+    assert Objective("reverse_kl").beta is None
+    model, batch = tiny_model(), Collator()(make_scored(make_rollouts(4)))
+    half, less = (step(model, batch, Objective("jsd", beta=b), 1.0)[0].item() for b in (None, 0.1))
+    assert half != pytest.approx(less, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "adam"}, "optim: found 'adam'; expected one of adamw_torch,"),
+        ({"optim": "galore_adamw"}, "optim: 'galore_adamw' cannot be used here"),
+        ({"workspace_bytes": "2 pies"}, "workspace_bytes: found '2 pies'"),
+        ({"workspace_bytes": 0}, "workspace_bytes: found '0'"),
+        ({"mixed_precision": "fp16"}, "mixed_precision: found 'fp16'"),
+        ({"mixed_precision": "bf16", "dtype": "bfloat16"}, "it is for float32 weights"),
+    ],
+)
+def test_options_of_memory_refuse(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainOptions(**changes)
+
+
+def test_options_of_memory_reach_the_trainer(tmp_path):
+    args = TrainOptions(device="cpu").training_arguments(tmp_path)
+    assert (args.optim, args.bf16) == (TrainingArguments(output_dir="x", use_cpu=True).optim, False)
+    changed = TrainOptions(device="cpu", optim="adafactor", mixed_precision="bf16")
+    args = changed.training_arguments(tmp_path)
+    assert (args.optim, args.bf16) == ("adafactor", True)
+    assert TrainOptions().workspace is None
+    assert TrainOptions(workspace_bytes="1.5KiB").workspace == 1536
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "policy_gradient", "reverse_kl", "jsd"])
+def test_workspace_bytes_bounds_every_loss(name):
+    model, batch = tiny_model(), Collator()(make_scored(make_rollouts(4)))
+    with pytest.raises(ValueError, match="workspace_bytes is 10, .* need at least"):
+        step(model, batch, Objective(name, workspace_bytes=10), 1.0)
+    free, bounded = (
+        step(model, batch, Objective(name, workspace_bytes=bound), 1.0)[0]
+        for bound in (None, 50_000)
+    )
+    assert bounded.item() == pytest.approx(free.item(), rel=1e-6)
+    assert Objective(name, workspace_bytes=7).held_out.workspace_bytes == 7

@@ -1,0 +1,312 @@
+"""Rollouts renewed during training: against a loop by hand, resumed, and refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers_artefacts import COUNT, describe, write_cache, write_model, write_pipeline
+from helpers_training import SAME_UPDATE, largest_difference, update_error, weights
+
+from lopd.data.prompts import Prompt
+from lopd.engines.base import Sampling, sequence_seed, to_rollout
+from lopd.engines.transformers import HfEngine
+from lopd.errors import ConfigError, DataError, ProvenanceError, ShardError
+from lopd.models.load import load_model
+from lopd.provenance import MANIFEST_NAME, manifest_digest, read_manifest, write_manifest
+from lopd.stages import distill
+from lopd.store import TeacherCache, scored_sequence
+from lopd.training.batch import Collator
+from lopd.training.logging import LOG_NAME
+from lopd.training.loop import train_loop
+from lopd.training.objective import Objective
+from lopd.training.options import TrainOptions
+from lopd.training.refresh import RefreshTrainer
+from lopd.training.sampler import StepSampler
+from lopd.training.trainer import LopdTrainer
+
+SETTINGS = {
+    "max_steps": 7,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "device": "cpu",
+    "save_every": 0,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def distilled(pipeline, out, every, **changes):
+    paths = {name: str(pipeline / name) for name in ("student", "cache")}
+    live = {"refresh_every": every, "teacher": str(pipeline / "teacher")} if every else {}
+    given = {**paths, **SETTINGS, **live, **changes}
+    return distill.main(distill.DistillConfig(out=str(out), **given))
+
+
+def trained(folder):
+    return weights(load_model(folder, dtype="float32", device="cpu"))
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines()]
+
+
+def by_hand(pipeline, every):
+    """On-policy distillation in a plain loop: sample, score, step."""
+    student = HfEngine.load(pipeline / "student", dtype="float32", device="cpu")
+    teacher = HfEngine.load(pipeline / "teacher", dtype="float32", device="cpu")
+    cached = [*TeacherCache.open(pipeline / "cache").rollouts()]
+    options = TrainOptions(**SETTINGS, weight_decay=0.1)
+    sampler = StepSampler([len(r.tokens) for r in cached], 2, 2, seed=options.seed)
+    turns = [turn for epoch in range(4) for turn in sampler.steps(epoch)]
+
+    def answer(index, window):
+        old = cached[index]
+        prompt = Prompt(old.prompt_id, old.tokens[: old.prompt_length].tolist(), None)
+        stream = sequence_seed(sequence_seed(options.seed, "window", window), old.prompt_id, 0)
+        (given,) = student.generate([prompt.tokens], Sampling(9), [stream])
+        rollout = to_rollout(prompt, 0, given)
+        (scores,) = teacher.score([rollout.tokens], [rollout.prompt_length], 4)
+        return scored_sequence(rollout, scores)
+
+    def batches():
+        for step in range(options.max_steps):
+            if step % every == 0:
+                wanted = {i for turn in turns[step : step + every] for i in turn}
+                fresh = {i: answer(i, step // every) for i in wanted}
+            items = [fresh[i] for i in turns[step]]
+            yield [Collator()(items[:2]), Collator()(items[2:])]
+
+    train_loop(student.model, batches(), Objective("reverse_kl"), options)
+    return weights(student.model)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_it_is_on_policy_distillation(pipeline, tmp_path, every):
+    out = distilled(pipeline, tmp_path / "out", every)
+    expected = by_hand(pipeline, every)
+    start = weights(load_model(pipeline / "student", dtype="float32", device="cpu"))
+    assert update_error(trained(out), expected, start) < SAME_UPDATE
+    assert largest_difference(start, expected) > 1e-2
+    other = by_hand(pipeline, 4 - every)
+    assert largest_difference(trained(out), other) > 1e-3
+
+
+def test_packs_and_recomputed_activations_change_nothing_but_rounding(pipeline, tmp_path):
+    plain = distilled(pipeline, tmp_path / "plain", 2)
+    packed = distilled(pipeline, tmp_path / "packed", 2, max_tokens_per_batch=30)
+    again = distilled(pipeline, tmp_path / "again", 2, gradient_checkpointing=True)
+    start = trained(pipeline / "student")
+    for other in (packed, again):
+        assert update_error(trained(other), trained(plain), start) < SAME_UPDATE
+
+
+def test_adapters_are_trained_on_renewed_rollouts(pipeline, tmp_path):
+    pytest.importorskip("peft")
+    out = distilled(pipeline, tmp_path / "out", 2, lora_rank=2, max_steps=3)
+    start = weights(load_model(pipeline / "student", dtype="float32", device="cpu"))
+    assert largest_difference(trained(out), start) > 1e-5
+
+
+def kill_at(monkeypatch, step):
+    compute_loss = LopdTrainer.compute_loss
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(LopdTrainer, "compute_loss", killed)
+
+
+def windows(out):
+    return sorted(folder.name for folder in (out / "refresh").iterdir())
+
+
+@pytest.mark.parametrize("kept", [2, 1], ids=["inside a window", "between two"])
+def test_a_killed_run_continues_to_the_same_weights(pipeline, tmp_path, monkeypatch, kept):
+    settings = {"save_every": 2 * kept, "max_steps": 8}
+    every = 3 if kept == 2 else 2
+    whole = distilled(pipeline, tmp_path / "whole", every, **settings)
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at(patch, 7)
+        distilled(pipeline, cut, every, **settings)
+    renewed, renew = [], RefreshTrainer.renew
+    monkeypatch.setattr(
+        RefreshTrainer, "renew", lambda *given: renewed.append(given[2]) or renew(*given)
+    )
+    distilled(pipeline, cut, every, **settings)
+    assert renewed == ([2] if kept == 2 else [3])
+    assert largest_difference(trained(whole), trained(cut)) == 0.0
+    first, second = read_manifest(whole), read_manifest(cut)
+    assert manifest_digest(first) == manifest_digest(second)
+    assert first["seconds"] != second["seconds"]
+
+
+def test_a_window_that_is_gone_is_named(pipeline, tmp_path, monkeypatch):
+    out, settings = tmp_path / "out", {"save_every": 4}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at(patch, 5)
+        distilled(pipeline, out, 3, **settings)
+    assert windows(out) == ["step-00000003"]
+    shutil.rmtree(out / "refresh" / "step-00000003")
+    with pytest.raises(ShardError, match="step-00000003: gone or altered, and checkpoint-4"):
+        distilled(pipeline, out, 3, **settings)
+    with pytest.raises(ConfigError, match=r"another recipe \(refresh_every was 3, is 2\)"):
+        distilled(pipeline, out, 2, **settings)
+
+
+def test_the_windows_that_checkpoints_are_within_are_kept(pipeline, tmp_path):
+    out = distilled(pipeline, tmp_path / "a", 3, save_every=4, save_total_limit=3)
+    assert windows(out) == ["step-00000003", "step-00000006"]
+    assert windows(distilled(pipeline, tmp_path / "b", 3)) == ["step-00000006"]
+
+
+def test_a_window_is_a_cache_like_the_runs(pipeline, tmp_path):
+    cache = tmp_path / "compact"
+    shutil.copytree(pipeline / "cache", cache)
+    (receipts,) = [[*cache.glob("shard-*")]]
+    manifest = read_manifest(cache) | {"codec": "compact", "top_p": 0.6}
+    for file in receipts:
+        file.unlink()
+    write_manifest(cache, manifest)
+    rewritten = rewrite(cache, manifest, pipeline)
+    out = distilled(pipeline, tmp_path / "out", 20, cache=str(rewritten), max_steps=6)
+    window = TeacherCache.open(out / "refresh" / "step-00000000")
+    assert len(window) == COUNT
+    keys = ("codec", "top_p", "k", "temperature")
+    assert [window.manifest[key] for key in keys] == ["compact", 0.6, 4, 1.0]
+    assert window.manifest["model"]["weights"] == describe(pipeline / "teacher")["weights"]
+    old = {r.prompt_id: r for r in TeacherCache.open(pipeline / "cache").rollouts()}
+    for new in window.rollouts():
+        length = new.prompt_length
+        assert (new.tokens[:length] == old[new.prompt_id].tokens[:length]).all()
+    assert any(len(n.tokens) != len(old[n.prompt_id].tokens) for n in window.rollouts())
+
+
+def rewrite(cache, manifest, pipeline):
+    from lopd.store import CacheWriter, RolloutStore, TeacherScores
+
+    source = TeacherCache.open(pipeline / "cache", support="list")
+    store = RolloutStore.open(pipeline / "rollouts")
+    start = 0
+    with CacheWriter.create(cache, manifest) as writer:
+        for shard, count in enumerate(manifest["plan"]["shards"]):
+            items = source.read(range(start, start + count))
+            scores = [
+                TeacherScores(
+                    item.teacher_logprobs,
+                    item.teacher_entropy,
+                    item.topk_ids,
+                    item.topk_logprobs,
+                    item.tail_logprobs,
+                )
+                for item in items
+            ]
+            writer.write(shard, [*zip(store.shard(shard), scores, strict=True)])
+            start += count
+        writer.finish()
+    return cache
+
+
+def test_log_and_manifest_say_what_was_spent(pipeline, tmp_path):
+    out = distilled(pipeline, tmp_path / "out", 3)
+    manifest, log = read_manifest(out), logged(out)
+    begun = [entry for entry in log if "generation_seconds" in entry]
+    ended = [entry for entry in log if "update_seconds" in entry]
+    assert [entry["step"] for entry in begun] == [0, 3, 6]
+    assert [(e["step"], e["update_steps"]) for e in ended] == [(3, 3), (6, 3), (7, 1)]
+    assert manifest["refresh"]["every"] == 3 and manifest["refresh"]["windows"] == 3
+    assert manifest["refresh"]["sequences"] == sum(e["renewed_sequences"] for e in begun)
+    for name, entries in (("generation", begun), ("scoring", begun), ("update", ended)):
+        spent = sum(entry[f"{name}_seconds"] for entry in entries)
+        assert manifest["seconds"][name] == pytest.approx(spent) and spent > 0
+    assert manifest["inputs"]["teacher"]["weights"] == describe(pipeline / "teacher")["weights"]
+    assert "refresh" not in read_manifest(distilled(pipeline, tmp_path / "offline", 0))
+
+
+def test_the_models_mode_is_restored_and_no_random_number_drawn(pipeline, tmp_path, monkeypatch):
+    found, renew = [], RefreshTrainer.renew
+
+    def watched(self, *given):
+        self.model.train()
+        before = torch.get_rng_state()
+        result = renew(self, *given)
+        found.append((self.model.training, torch.equal(before, torch.get_rng_state())))
+        return result
+
+    monkeypatch.setattr(RefreshTrainer, "renew", watched)
+    distilled(pipeline, tmp_path / "out", 2, max_steps=3)
+    assert found == [(True, True)] * 2
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    import transformers
+
+    def explode(*args, **kwargs):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", explode)
+
+
+def test_another_teacher_is_refused(pipeline, tmp_path, no_model):
+    other = write_model(tmp_path / "other", seed=5)
+    with pytest.raises(ProvenanceError, match=r"other has weights \w{12}, .* scored with \w{12}"):
+        distilled(pipeline, tmp_path / "out", 1, teacher=str(other))
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_refused(pipeline, tmp_path, no_model, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="refresh_every: found 2 processes"):
+        distilled(pipeline, tmp_path / "out", 1)
+
+
+def altered(pipeline, folder, change):
+    """The cache with another manifest; receipts belong to the old one, hence --no-verify."""
+    cache = write_cache(folder / "cache", pipeline / "teacher", pipeline / "rollouts")
+    manifest = read_manifest(cache)
+    change(manifest)
+    from helpers_cache import rebind
+
+    rebind(cache, manifest)
+    return str(cache)
+
+
+def test_a_pack_that_an_answer_may_not_fit_into_is_refused(pipeline, tmp_path, no_model):
+    with pytest.raises(ConfigError, match="found 12, but a renewed sequence may have 13 tokens"):
+        distilled(pipeline, tmp_path / "out", 1, max_tokens_per_batch=12)
+
+
+def test_a_teacher_without_room_is_refused(tmp_path, no_model):
+    pipeline = write_pipeline(tmp_path / "pipeline")
+    for name in ("student", "teacher"):
+        file = pipeline / name / "config.json"
+        file.write_text(file.read_text().replace(": 64", ": 12", 1))
+    assert (pipeline / "cache" / MANIFEST_NAME).exists()
+    with pytest.raises((DataError, ProvenanceError)):
+        distilled(pipeline, tmp_path / "out", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"refresh_every": 2}, "refresh_every: found 2 with teacher None"),
+        ({"teacher": "t"}, "refresh_every: found 0 with teacher 't'"),
+        ({"refresh_every": -1, "teacher": "t"}, "refresh_every: found -1"),
+        ({"refresh_every": 1, "teacher": "t", "drop_truncated": True}, "drop_truncated: goes by"),
+        ({"refresh_batch_size": 0}, "refresh_batch_size: found 0"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        distill.DistillConfig(student="s", cache="c", out="o", **changes)

@@ -1,0 +1,246 @@
+"""Real processes and adapters through the commands: what one process and a whole model give."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_artefacts import write_pipeline
+from helpers_training import SAME_UPDATE, largest_difference, update_error, weights
+from safetensors.torch import load_file
+
+from lopd.errors import ConfigError
+from lopd.models.load import load_model
+from lopd.provenance import read_manifest
+from lopd.stages import distill
+from lopd.training.checkpoints import ADAPTER_WEIGHTS, checkpoints, is_whole
+
+SETTINGS = {"learning_rate": 1e-2, "max_steps": 5, "device": "cpu", "log_every": 2, "save_every": 2}
+# Through a command of its own: argv[1] is the step at which the second process dies, 0 for never.
+# accelerate passes a request to shard over when the processes are on a CPU; here it must not.
+RUN = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+init = AcceleratorState.__init__
+def __init__(self, *args, fsdp_plugin=None, **kwargs):
+    init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self.mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self.mixed_precision)
+AcceleratorState.__init__ = __init__
+from lopd.cli import main
+from lopd.training.trainer import LopdTrainer
+step = LopdTrainer.training_step
+def training_step(self, *args):
+    if os.environ["RANK"] == "1" and self.state.global_step + 1 == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+LopdTrainer.training_step = training_step
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def config(pipeline, out, **changes):
+    paths = {name: str(pipeline / name) for name in ("student", "cache")}
+    return distill.DistillConfig(**{**paths, "out": str(out), **SETTINGS, **changes})
+
+
+def in_two_processes(script, pipeline, out, killed_at=0, **changes):
+    settings = {"student": pipeline / "student", "cache": pipeline / "cache", "out": out}
+    settings |= SETTINGS | changes
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run(
+        [sys.executable, *command, str(script), str(killed_at), "distill", *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def log_of(out):
+    clock = {"tokens_per_second", "epoch"}
+    lines = (Path(out) / "train_log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+# Packed, 12 sequences less the held-out ones: steps of 4, the last of an epoch shorter.
+PACKED = {"holdout": 2, "eval_steps": 2, "max_tokens_per_batch": 64}
+
+
+@pytest.fixture(scope="module")
+def alone(pipeline, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "out"
+    return distill.main(config(pipeline, out, batch_size=4, **PACKED))
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    file = tmp_path_factory.mktemp("script") / "run.py"
+    file.write_text(RUN)
+    return file
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one_also_when_killed_and_resumed(
+    pipeline, alone, script, tmp_path, fsdp
+):
+    out, changes = tmp_path / "two", {**PACKED, "batch_size": 2, "fsdp": fsdp}
+    done = in_two_processes(script, pipeline, out, killed_at=4, **changes)
+    assert done.returncode != 0 and str(-signal.SIGKILL) in done.stderr
+    assert [folder.name for folder in checkpoints(out)] == ["checkpoint-2"]
+    assert is_whole(checkpoints(out)[0])
+    assert (checkpoints(out)[0] / "pytorch_model_fsdp.bin").exists() == fsdp
+    done = in_two_processes(script, pipeline, out, **changes)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("continues from checkpoint-2") == 1
+    start, one, two = (
+        weights(load_model(folder, dtype="float32", device="cpu"))
+        for folder in (pipeline / "student", alone, out)
+    )
+    assert largest_difference(start, one) > 1e-3
+    assert update_error(two, one, start) < SAME_UPDATE
+    ours, theirs = log_of(alone), log_of(out)
+    assert len(ours) == len(theirs) == 3 + 3
+    for entry, other in zip(ours, theirs, strict=True):
+        assert entry.keys() == other.keys()
+        for name in entry:
+            assert other[name] == pytest.approx(entry[name], rel=2e-3, abs=1e-6), name
+    assert read_manifest(out)["training"] == read_manifest(alone)["training"]
+
+
+def test_sharded_adapters_equal_those_of_one_process(script, tmp_path):
+    """On the head too, cut into more micro-batches than one a step, killed and resumed."""
+    pipeline = write_pipeline(tmp_path / "pipeline", tie_word_embeddings=False)
+    changes = {"lora_rank": 3, "lora_targets": "q_proj,down_proj,lm_head"}
+    alone = distill.main(config(pipeline, tmp_path / "alone", batch_size=4, **changes))
+    changes |= {"fsdp": True, "batch_size": 1, "gradient_accumulation_steps": 2}
+    done = in_two_processes(script, pipeline, tmp_path / "two", killed_at=4, **changes)
+    assert done.returncode != 0 and is_whole(tmp_path / "two" / "checkpoint-2")
+    done = in_two_processes(script, pipeline, tmp_path / "two", **changes)
+    assert done.returncode == 0, done.stderr
+    start, one, two = (
+        load_file(folder / "model.safetensors")
+        for folder in (pipeline / "student", alone, tmp_path / "two")
+    )
+    assert largest_difference(start, one) > 1e-3
+    assert update_error(two, one, start) < SAME_UPDATE
+    one, two = (load_file(out / "adapter" / ADAPTER_WEIGHTS) for out in (alone, tmp_path / "two"))
+    assert update_error(two, one, {name: 0.0 * value for name, value in one.items()}) < SAME_UPDATE
+
+
+def test_mixed_precision_does_not_round_the_loss_of_a_sharded_model(pipeline, script, tmp_path):
+    changes = {"fsdp": True, "mixed_precision": "bf16", "max_steps": 2, "save_every": 0}
+    done = in_two_processes(script, pipeline, tmp_path / "out", batch_size=2, **changes)
+    assert done.returncode == 0, done.stderr
+    exact = distill.main(config(pipeline, tmp_path / "exact", batch_size=4, max_steps=2))
+    for entry, other in zip(log_of(tmp_path / "out"), log_of(exact), strict=True):
+        loss = torch.tensor(entry["loss"])
+        assert loss.item() == pytest.approx(other["loss"], rel=2e-2)
+        assert loss != loss.bfloat16().float()
+
+
+def test_sharding_is_refused_where_there_is_nothing_to_shard_over(pipeline, tmp_path):
+    with pytest.raises(ConfigError, match="fsdp: found one process; expected several"):
+        distill.main(config(pipeline, tmp_path / "out", fsdp=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_request_that_accelerate_passes_over_is_refused(pipeline, script, tmp_path):
+    plain = tmp_path / "plain.py"
+    plain.write_text(RUN.replace("AcceleratorState.__init__ = __init__\n", ""))
+    done = in_two_processes(plain, pipeline, tmp_path / "out", fsdp=True)
+    assert done.returncode != 0
+    assert (
+        "fsdp: found 2 processes on cpu; accelerate shards over several GPUs alone" in done.stderr
+    )
+
+
+def test_processes_wait_for_the_first_longer_than_torch_would(pipeline, tmp_path, monkeypatch):
+    """Its checkpoint may take longer to write than NCCL waits; accelerate's first state decides."""
+    import accelerate
+
+    from lopd.training import run as runs
+
+    asked = []
+
+    class State:
+        is_main_process = True
+
+        def __init__(self, **given):
+            asked.append(given)
+
+    monkeypatch.setattr(accelerate, "PartialState", State)
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda found: found)
+    monkeypatch.setattr(runs, "this_worker", lambda given: runs.Worker(0, 2, 0))
+    base = {"weights": "w", "config": "c", "tokenizer": "t"}
+    found = config(pipeline, tmp_path / "out")
+    assert runs.begin(found, base=base) is None
+    args = found.training_arguments(tmp_path / "args")
+    assert asked[0]["cpu"] and asked[0]["timeout"].total_seconds() == args.ddp_timeout > 3600
+
+
+def test_a_run_of_two_processes_is_not_continued_by_one(pipeline, tmp_path, monkeypatch):
+    from lopd.training import run as runs
+
+    found = config(pipeline, tmp_path / "out")
+    base = {"weights": "w", "config": "c", "tokenizer": "t"}
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    monkeypatch.setattr("lopd.training.checkpoints.is_whole", lambda folder: True)
+    (tmp_path / "out" / runs.RECIPE_NAME).write_text("{}")
+    worker = runs.Worker(0, 2, 0)
+    with pytest.raises(ConfigError):
+        runs._claim(found, base, {}, worker)
+    (tmp_path / "out" / "checkpoint-1").rmdir()
+    runs._claim(found, base, {}, worker)
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    assert runs._claim(found, base, {}, worker) is not None
+    with pytest.raises(ConfigError, match=r"another recipe \(processes was 2, is None\)"):
+        runs._claim(found, base, {}, runs.Worker())
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_a_run_with_adapters_resumes_and_ends_as_a_plain_model(
+    pipeline, tmp_path, monkeypatch, keep_best
+):
+    from lopd.training.trainer import LopdTrainer
+
+    changes = {"lora_rank": 4, "lora_alpha": 8.0, "gradient_checkpointing": True, "batch_size": 4}
+    changes |= {"holdout": 2, "eval_steps": 2, "keep_best": keep_best}
+    whole = distill.main(config(pipeline, tmp_path / "whole", **changes))
+    step = LopdTrainer.training_step
+
+    def killed(self, *args):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(LopdTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill.main(config(pipeline, tmp_path / "cut", **changes))
+    monkeypatch.setattr(LopdTrainer, "training_step", step)
+    cut = distill.main(config(pipeline, tmp_path / "cut", **changes))
+    start, one, two = (
+        weights(load_model(folder, dtype="float32", device="cpu"))
+        for folder in (pipeline / "student", whole, cut)
+    )
+    assert largest_difference(one, two) == 0.0
+    changed = {name for name in start if not torch.equal(start[name], one[name])}
+    assert changed and all("proj" in name for name in changed)
+    assert (cut / "adapter" / "adapter_config.json").is_file()
+    assert read_manifest(cut)["config"]["lora_rank"] == 4
+    assert log_of(whole) == log_of(cut)
