@@ -13,7 +13,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OLDER := .triton36/.ready
-LOSSES := $(addprefix tests/test_,losses.py numerics.py ops.py readout.py sampled.py)
+KERNELS := tests/kernels
+LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
 LATEST := tests/test-all.txt
 VLLM := .venv-vllm/bin/python
 
@@ -34,14 +35,14 @@ demo: $(READY)
 
 test: $(READY) $(OLDER)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
-	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py
+	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py
 
 test-all: SHELL := /bin/bash -o pipefail
 test-all: $(READY) $(OLDER)
 	git log -1 --format="%H %cs" > $(LATEST)
 	$(BIN)/python -m pytest -m "not gpu and not vllm" | tee >(tail -1 >> $(LATEST))
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/test_triton.py $(LOSSES) \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py $(LOSSES) \
 		| tee >(tail -1 >> $(LATEST))
 
 test-gpu:

@@ -16,11 +16,11 @@ from benchmarks.harness import SANITY, Variant, excess
 from benchmarks.problems import REVERSE_KL, Problem, loss_error, row_losses, wide_mm
 from benchmarks.variants import project
 from lopd_kernels import linear_topk
-from lopd_kernels.divergence import row_rule, teacher_buckets
-from lopd_kernels.engine import in_place
-from lopd_kernels.matmul import operand_dtype
-from lopd_kernels.rowpass import STATS, Head, row_functions
-from lopd_kernels.schedule import padded
+from lopd_kernels._core.backend import row_functions
+from lopd_kernels._core.gemm import in_place, operand_dtype
+from lopd_kernels._core.rules import row_rule, teacher_buckets
+from lopd_kernels._core.types import STATS, Head
+from lopd_kernels._core.workspace import padded
 
 SWEEP = ((1024, 4), (2048, 4), (2048, 16), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 
@@ -70,7 +70,7 @@ def launched_as(block: int | None, warps: int) -> Iterator[None]:
     if block is None:
         yield
         return
-    from lopd_kernels import triton_rows
+    from lopd_kernels._triton import rows as triton_rows
 
     kept = dict(triton_rows.LAUNCHES)
     triton_rows.LAUNCHES.clear()

@@ -1,8 +1,8 @@
 """Distillation losses fused into the LM head: the [N, V] logits never exist in memory."""
 
-from lopd_kernels.losses import SparseStats, linear_sparse_divergence, sparse_divergence
-from lopd_kernels.readout import TopK, linear_logprobs, linear_topk
-from lopd_kernels.sampled import PolicyStats, linear_cross_entropy, linear_policy_gradient
+from lopd_kernels.divergence import SparseStats, linear_sparse_divergence, sparse_divergence
+from lopd_kernels.logprobs import TopK, linear_logprobs, linear_topk
+from lopd_kernels.policy import PolicyStats, linear_cross_entropy, linear_policy_gradient
 
 __all__ = [
     "PolicyStats",

@@ -18,7 +18,7 @@ TEMPLATE = (
 )
 
 
-ON_EVERY_DEVICE = {"test_losses", "test_numerics", "test_ops", "test_readout", "test_sampled"}
+ON_EVERY_DEVICE = {"test_divergence", "test_logprobs", "test_numerics", "test_ops", "test_policy"}
 
 
 def pytest_generate_tests(metafunc):

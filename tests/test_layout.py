@@ -24,19 +24,19 @@ PACKAGES = [
     "cli",
 ]
 USES_KERNELS = {"models", "engines", "training"}
+# Modules of a package in this list stand in several layers; a package alone is one layer.
 KERNEL_LAYERS = [
-    {"_triton"},
-    {"divergence", "matmul", "reference"},
-    {"rowpass", "checks"},
-    {"torch_rows", "triton_rows", "torch_sparse"},
-    {"triton_sparse", "schedule"},
-    {"engine"},
-    {"sparse"},
-    {"queries"},
-    {"ops"},
-    {"query_ops"},
-    {"losses"},
-    {"sampled", "readout"},
+    {"_core.gemm", "_core.rules", "_core.support", "_triton.kernels", "reference"},
+    {"_core.types", "_core.workspace", "_checks"},
+    {"_core.backend", "_core.buckets"},
+    {"_core.linear", "_torch", "_triton"},
+    {"_core.scaling"},
+    {"_core.chunks", "_core.panels"},
+    {"_core.listed"},
+    {"_core.logprobs", "_core.topk", "_core.given_logits"},
+    {"_ops"},
+    {"divergence", "workspace"},
+    {"policy", "logprobs"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, name in enumerate(PACKAGES)}
@@ -90,22 +90,35 @@ def test_modules_do_not_import_each_other_in_a_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted((ROOT / "lopd_kernels").rglob("*.py")),
-    ids=lambda path: str(path.relative_to(ROOT / "lopd_kernels")),
+KERNEL_MODULES = sorted(
+    path.relative_to(ROOT / "lopd_kernels") for path in (ROOT / "lopd_kernels").rglob("*.py")
 )
+
+
+def kernel_layer(dotted: str) -> str:
+    """The entry of KERNEL_LAYERS that a module below lopd_kernels belongs to."""
+    parts = dotted.split(".")
+    two = ".".join(parts[:2])
+    return two if two in KERNEL_LEVEL else parts[0]
+
+
+@pytest.mark.parametrize("path", KERNEL_MODULES, ids=str)
 def test_the_kernels_stand_alone_and_point_one_way(path):
-    own = path.relative_to(ROOT / "lopd_kernels").parts[0].removesuffix(".py")
-    for name in imported(path):
-        parts = name.split(".")
-        assert parts[0] not in {"lopd", "transformers", "accelerate"}
-        if parts[0] == "triton":
-            assert own in {"_triton", "triton_rows", "triton_sparse"}
-        if parts[0] == "lopd_kernels" and len(parts) > 1 and parts[1] in KERNEL_LEVEL:
-            if own == "_triton" == parts[1]:
-                continue
-            assert KERNEL_LEVEL[parts[1]] < KERNEL_LEVEL[own], f"{own} imports {name}"
+    own = kernel_layer(".".join(path.with_suffix("").parts))
+    for name in imported(ROOT / "lopd_kernels" / path):
+        first, *rest = name.split(".")
+        assert first not in {"lopd", "transformers", "accelerate"}
+        if first == "triton":
+            assert path.parts[0] == "_triton"
+        other = kernel_layer(".".join(rest)) if first == "lopd_kernels" and rest else own
+        if other != own and other in KERNEL_LEVEL:
+            assert KERNEL_LEVEL[other] < KERNEL_LEVEL[own], f"{own} imports {name}"
+
+
+def test_every_module_of_the_kernels_has_its_layer():
+    modules = {".".join(path.with_suffix("").parts) for path in KERNEL_MODULES}
+    packages = {name for name in modules if name.endswith("__init__") and "." in name}
+    assert {kernel_layer(name) for name in modules - packages} == set(KERNEL_LEVEL)
 
 
 def test_importing_is_inert():

@@ -2,7 +2,7 @@
 
     weights, gradients   the model on the meta device: shapes and dtypes without memory
     optimizer            its state after a real step on meta parameters
-    loss                 the memory model of `lopd_kernels.schedule`, with its choice of schedule
+    loss                 the memory model of `lopd_kernels.workspace`, with its choice of schedule
     activations          what a forward on the meta device saves for the backward
 
 Their sum is the peak where gradients are accumulated, and a bound of it where they are not.
@@ -29,8 +29,7 @@ from lopd.training.dry_run import (
     optimizer_bytes,
 )
 from lopd.training.options import DEFAULT_OPTIM, TrainOptions, parse_bytes
-from lopd_kernels import schedule
-from lopd_kernels.schedule import Needs, Sizes
+from lopd_kernels.workspace import workspace_needed
 
 SMALLEST_WORKSPACE = 128 << 20
 SHARED = (  # settings of a run that a plan has too
@@ -164,12 +163,17 @@ def loss_bytes(model: Any, config: MemorySettings) -> int:
     head, rows = lm_head(model), config.rows[0] * config.rows[1]
     weight = head.weight
     width = 1 if config.objective == "policy_gradient" else config.k + 1  # and the sampled token
-    hidden = weight.new_empty(rows, weight.shape[1])
-    on_gpu: dict[str, Any] = {"device": "cuda", "mixed": weight.element_size() == 2, "widened": 0}
-    sizes = Sizes.of(hidden, weight, width)._replace(**on_gpu)
-    needs = Needs(True, weight.requires_grad, head.bias is not None and head.bias.requires_grad)
     try:
-        return schedule.allocated(sizes, needs, config.workspace)
+        return workspace_needed(
+            rows,
+            weight.shape[0],
+            weight.shape[1],
+            width,
+            dtype=weight.dtype,
+            weight_grad=weight.requires_grad,
+            bias_grad=head.bias is not None and head.bias.requires_grad,
+            workspace_bytes=config.workspace,
+        )
     except ValueError as error:
         raise ConfigError(f"workspace_bytes: {error}") from error
 

@@ -1,1 +1,1 @@
-"""Triton kernels; nothing here is imported before a tensor needs it."""
+"""The implementation in Triton; nothing here is imported before a tensor needs it."""

@@ -1,0 +1,1 @@
+"""The mathematics, the schedules and the memory model; independent of the implementations."""

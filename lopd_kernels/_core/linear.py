@@ -1,0 +1,57 @@
+"""The LM head of a call."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopd_kernels._core.backend import RowFunctions, row_functions
+from lopd_kernels._core.gemm import compute_dtype, operand_dtype
+from lopd_kernels._core.types import Head
+from lopd_kernels._core.workspace import Sizes
+
+
+class Linear(NamedTuple):
+    """The LM head: u = hidden weight^T, then `head`."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    head: Head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.hidden.dtype)
+
+    @property
+    def functions(self) -> RowFunctions:
+        return row_functions(self.hidden)
+
+    def sizes(self, width: int) -> Sizes:
+        return Sizes.of(self.hidden, self.weight, width)
+
+    def operand(self, active: Tensor | None) -> Tensor:
+        """hidden [N, D] as the GEMMs take it: zeros in inactive rows, NaN in spoilt ones."""
+        spoilt = self.functions.spoilt(self.hidden, self.weight, self.head)
+        if spoilt is None and active is None:
+            return self.hidden.to(operand_dtype(self.hidden))
+        hidden = self.hidden.to(operand_dtype(self.hidden), copy=True)
+        if spoilt is not None:
+            hidden.masked_fill_(spoilt.unsqueeze(1), math.nan)
+        if active is not None:
+            hidden.masked_fill_(~active.unsqueeze(1), 0.0)
+        return hidden
+
+
+def make_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Linear:
+    bias = None if bias is None else bias.to(compute_dtype(hidden.dtype)).contiguous()
+    return Linear(hidden, weight, Head(logit_scale, softcap, temperature, bias))

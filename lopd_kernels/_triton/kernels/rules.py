@@ -1,0 +1,99 @@
+"""The losses as jit functions of the buckets: `lopd_kernels.divergence` in Triton.
+
+A divergence maps the student's and the teacher's log-prob of a bucket to (phi, g), its
+term of the loss and dphi/dlog p up to `SHIFTS[name] * p`. To add one, add it here to
+`DIVERGENCES` and `SHIFTS`, and in `lopd_kernels/divergence.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from lopd_kernels._triton.kernels.math import expm1, log1p
+
+NO_MASS = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def reverse_kl(lp, lq, beta):
+    terms = tl.exp(lp) * (lp - lq)
+    terms = tl.where(lq == NO_MASS, float("inf"), terms)
+    terms = tl.where(lp == NO_MASS, 0.0, terms)
+    return terms, terms
+
+
+@triton.jit
+def forward_kl(lp, lq, beta):
+    q = tl.exp(lq)
+    return tl.where(lq == NO_MASS, 0.0, q * (lq - lp)), tl.exp(lp) - q
+
+
+@triton.jit
+def jsd(lp, lq, beta):
+    # p or q is below e^-80 where the bound acts, and so is what it changes.
+    ratio = lq - lp
+    ratio = tl.where(ratio > 80.0, 80.0, tl.where(ratio < -80.0, -80.0, ratio))
+    student = (beta - 1.0) * tl.exp(lp) * log1p(beta * expm1(ratio))
+    teacher = -beta * tl.exp(lq) * log1p((1.0 - beta) * expm1(-ratio))
+    student = tl.where(lp == NO_MASS, 0.0, student)
+    return student + tl.where(lq == NO_MASS, 0.0, teacher), student
+
+
+DIVERGENCES = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jsd}
+SHIFTS = {"reverse_kl": 1.0, "forward_kl": -1.0, "jsd": 0.0}
+
+
+@triton.jit
+def policy_terms(
+    lp, score, rollout, advantage_clip, importance_cap, clip_range,
+    DERIVED: tl.constexpr, IMPORTANCE: tl.constexpr,
+):  # fmt: skip
+    """(loss, dloss/dlp, advantage, ratio) of the sampled token."""
+    advantage = score + 0.0 * lp
+    if DERIVED:
+        advantage = score - lp
+        advantage = tl.where(advantage > advantage_clip, advantage_clip, advantage)
+        advantage = tl.where(advantage < -advantage_clip, -advantage_clip, advantage)
+    ratio = tl.exp(lp - rollout)
+    if IMPORTANCE == "clipped":
+        low, high = 1.0 - clip_range, 1.0 + clip_range
+        bounded = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
+        free, held = -ratio * advantage, -bounded * advantage
+        loss = tl.where(free >= held, free, held)
+        loss = tl.where(free != free, free, loss)
+        slope = tl.where(free >= held, free, 0.0)
+        slope = tl.where(free != free, free, slope)
+    else:
+        if IMPORTANCE == "none":
+            ratio = 1.0 + 0.0 * lp
+        elif IMPORTANCE == "token_truncated":
+            ratio = tl.where(ratio > importance_cap, importance_cap, ratio)
+        slope = -ratio * advantage
+        loss = slope * lp
+    return loss, slope, advantage, ratio
+
+
+@triton.jit
+def bucket_rule(
+    lp,  # log-probs of the buckets `k`; bucket K is the tail, -inf beyond
+    k, K, target_row, option_0, option_1, option_2,
+    RULE: tl.constexpr, DIVERGENCE: tl.constexpr, SHIFT: tl.constexpr, TRUNCATE: tl.constexpr,
+    DERIVED: tl.constexpr, IMPORTANCE: tl.constexpr,
+):  # fmt: skip
+    """(terms of the loss, g) of a block of buckets."""
+    if RULE == "divergence":
+        lq = tl.load(target_row + k, mask=k <= K, other=NO_MASS)
+        phi, g = DIVERGENCE(lp, lq, option_0)
+        if TRUNCATE:
+            phi = tl.where(k < K, phi, 0.0)
+            g = tl.where(k < K, g + SHIFT * tl.exp(lp), 0.0)
+    elif RULE == "cross_entropy":
+        phi = tl.where(k == 0, -lp, 0.0)
+        g = tl.where(k == 0, -1.0, 0.0)
+    else:
+        score, rollout = tl.load(target_row), tl.load(target_row + 1)
+        phi, g, _advantage, _ratio = policy_terms(
+            lp, score, rollout, option_0, option_1, option_2, DERIVED, IMPORTANCE
+        )
+        phi = tl.where(k == 0, phi, 0.0)
+        g = tl.where(k == 0, g, 0.0)
+    return phi, g

@@ -1,0 +1,48 @@
+"""The memory that a loss needs beyond its inputs and outputs, computed from sizes only."""
+
+from __future__ import annotations
+
+import torch
+
+from lopd_kernels._core.workspace import Needs, Sizes, allocated
+
+
+def workspace_needed(
+    rows: int,
+    vocab: int,
+    hidden_size: int,
+    k: int,
+    *,
+    dtype: torch.dtype,
+    device: str = "cuda",
+    hidden_grad: bool = True,
+    weight_grad: bool = True,
+    bias_grad: bool = False,
+    workspace_bytes: int | None = None,
+) -> int:
+    """Bytes that a loss with reduction "sum" or "mean" allocates beyond inputs and outputs.
+
+    This is the model by which the losses choose their schedule. Temporaries of single
+    operators and what the allocator leaves unused are not counted.
+
+    Args:
+        rows: loss-bearing rows N of hidden [N, D].
+        vocab: rows V of the LM head's weight [V, D].
+        hidden_size: D.
+        k: ids in a row's list; 1 for the losses on one id per row.
+        dtype: of hidden and weight.
+        device: "cuda" or "cpu".
+        hidden_grad, weight_grad, bias_grad: which gradients the backward computes.
+        workspace_bytes: the bound that the call would get.
+
+    Returns:
+        The number of bytes, forward and backward together at their peak.
+
+    Raises:
+        ValueError: no schedule fits in `workspace_bytes`; the message names the smallest bound.
+
+    >>> workspace_needed(8192, 151936, 4096, 64, dtype=torch.bfloat16) >> 20
+    3415
+    """
+    sizes = Sizes.of_shapes(rows, vocab, hidden_size, k, dtype, device)
+    return allocated(sizes, Needs(hidden_grad, weight_grad, bias_grad), workspace_bytes)

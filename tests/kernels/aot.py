@@ -1,0 +1,192 @@
+"""Compile every kernel for GPUs that are not there: `python tests/kernels/aot.py CAPABILITY...`
+
+The launchers of `lopd_kernels` run on meta tensors of real sizes; what they would launch is
+recorded and compiled for each target. One JSON line a kernel: registers, stack, spills, shared
+memory. Not to be run with TRITON_INTERPRET=1. The results are cached by source in
+TRITON_CACHE_DIR.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lopd_kernels._core.rules import row_rule
+from lopd_kernels._core.types import Coefficients, Head, Reduction
+from lopd_kernels._core.workspace import padded
+from lopd_kernels._triton import listed as triton_listed
+from lopd_kernels._triton import rows as triton_rows
+from lopd_kernels._triton.kernels import listed as listed_kernels
+from lopd_kernels._triton.kernels import rows as row_kernels
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+class Recorder:
+    """Stands where a kernel stands and keeps what it would have been launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.calls = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            given = dict(zip(self.kernel.arg_names, args, strict=False))
+            options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+            self.calls.append((given | kwargs, options))
+
+        return launch
+
+
+def source(kernel, given):
+    """The specialisation that a launch with these arguments compiles."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, given[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def heads(vocab):
+    yield "plain", Head()
+    yield "capped+biased", Head(1.5, 30.0, 0.7, meta(vocab, dtype=torch.bfloat16))
+
+
+def row_passes():
+    """(label, call) of the row kernel at its extremes."""
+    for vocab, k, dtype, rule, head in (
+        (151936, 64, torch.bfloat16, "reverse_kl:bucket", "plain"),
+        (262208, 1000, torch.bfloat16, "jsd:bucket", "capped+biased"),
+        (50257, 8, torch.float16, "forward_kl:truncate", "plain"),
+        (33, 33, torch.float32, "jsd:truncate", "capped+biased"),
+        (128256, 1, torch.bfloat16, "policy_gradient:log_ratio:clipped", "capped+biased"),
+        (151936, 1, torch.bfloat16, "policy_gradient:given:token_truncated", "plain"),
+        (151936, 1, torch.float32, "cross_entropy", "plain"),
+    ):
+        u = meta(2048, padded(vocab))[:, :vocab]
+        out = u if dtype == u.dtype else meta(2048, 2 * padded(vocab), dtype=dtype)[:, :vocab]
+        law = row_rule(rule, [1.0, 1.0, 0.2])
+        support = triton_rows.locate(meta(2048, k, dtype=torch.int64), None, vocab)
+        target = meta(2048, 2 if rule.startswith("policy") else k + 1)
+        arguments = (u, support, target, meta(2048), law, dict(heads(vocab))[head], True,
+                     meta(2048, 4 + len(law.extras)), out)  # fmt: skip
+        yield f"{rule} {head} V={vocab} K={k} {dtype}", triton_rows.row_pass, arguments
+
+
+def panels():
+    for (name, head), vocab, k in ((h, 151936, k) for h in heads(151936) for k in (8, 64)):
+        u = meta(8192, 2048)
+        support = triton_rows.locate(meta(8192, k, dtype=torch.int64), None, vocab)
+        reduction = Reduction(meta(8192, 4), meta(8192, k))
+        yield (
+            f"reduce {name} K={k}",
+            triton_rows.reduce,
+            (u, 4096, support, head, True, reduction),
+        )
+        slopes = Coefficients(meta(8192), meta(8192), meta(8192), meta(8192, k))
+        out = meta(8192, 4096, dtype=torch.bfloat16)[:, :2048]
+        yield (
+            f"write {name} K={k}",
+            triton_rows.write,
+            (u, 4096, support, head, slopes, reduction.on, out),
+        )
+
+
+def listed():
+    for d in (4096, 1000):
+        hidden, weight = (meta(size, d, dtype=torch.bfloat16) for size in (8192, 151936))
+        ids, grad = meta(8192, 64, dtype=torch.int64), meta(8192, 64)
+        yield f"dots D={d}", triton_listed.dots, (hidden, weight, ids, 1)
+        yield f"hidden_grad D={d}", triton_listed.hidden_grad, (grad, weight, ids, 1)
+        for add, out in ((False, weight), (True, meta(151936, d))):
+            arguments = (grad, hidden, ids, 1, out, add)
+            yield f"weight_grad D={d} add={add}", triton_listed.weight_grad, arguments
+
+
+def launches():
+    """(label, kernel, arguments, options) of everything that is to be compiled."""
+    for module, names in (
+        (row_kernels, ("row_kernel", "reduce_kernel", "write_kernel")),
+        (listed_kernels, ("gather_dot_kernel", "gather_sum_kernel", "segment_sum_kernel")),
+    ):
+        for name in names:
+            setattr(module, name, Recorder(getattr(module, name)))
+    recorders = {
+        name: value for m in (row_kernels, listed_kernels) for name, value in vars(m).items()
+        if isinstance(value, Recorder)
+    }  # fmt: skip
+    for label, function, arguments in (*row_passes(), *panels(), *listed()):
+        function(*arguments)
+        for recorder in recorders.values():
+            for given, options in recorder.calls:
+                yield label, recorder.kernel, given, options
+            recorder.calls.clear()
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    command = [TOOLS / name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def nvidia_usage(cubin: bytes) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        code = run_tool("nvdisasm", "-c", file.name)
+    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return {
+        "registers": int(found["REG"]),
+        "stack": int(found["STACK"]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
+    }
+
+
+def amd_usage(assembly: str) -> dict:
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1]),
+        "spills": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1]),
+    }
+
+
+def main(architectures: list[str]) -> None:
+    for label, kernel, given, options in launches():
+        for name in architectures:
+            is_amd = name.startswith("gfx")
+            target = GPUTarget("hip", name, 64) if is_amd else GPUTarget("cuda", int(name), 32)
+            built = triton.compile(source(kernel, given), target=target, options=options)
+            usage = amd_usage(built.asm["amdgcn"]) if is_amd else nvidia_usage(built.asm["cubin"])
+            row = {"kernel": kernel.__name__, "case": label, "target": name, **options}
+            print(json.dumps({**row, "shared": built.metadata.shared, **usage}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,93 @@
+"""Every kernel compiles for GPUs that are not there, without spills and within shared memory.
+
+With the installed Triton and with the one in `.triton36` (torch 2.11's), which `make` installs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED_KIB = {"80": 163, "90": 227, "100": 227, "gfx942": 64}
+VERSIONS = {"installed": None, "3.6": ROOT / ".triton36"}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Version -> rows of aot.py; the versions are compiled at the same time."""
+    running = {}
+    for version, path in VERSIONS.items():
+        if path is not None and not path.exists():
+            continue
+        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        places = [str(p) for p in (path, ROOT) if p is not None]
+        env |= {
+            "PYTHONPATH": os.pathsep.join(places),
+            "TRITON_CACHE_DIR": str(ROOT / ".triton-cache" / version),
+        }
+        output = (tmp_path_factory.mktemp("aot") / f"{version}.jsonl").open("w+")
+        command = [sys.executable, Path(__file__).with_name("aot.py"), *SHARED_KIB]
+        running[version] = (
+            subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.PIPE, text=True),
+            output,
+        )
+    rows = {}
+    for version, (process, output) in running.items():
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
+        output.seek(0)
+        rows[version] = [json.loads(line) for line in output]
+    return rows
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_kernel_compiles_without_spills(version, reports):
+    if version not in reports:
+        pytest.skip("Triton 3.6 is not in .triton36: `make .triton36/.ready` puts it there")
+    rows = reports[version]
+    kernels = {row["kernel"] for row in rows}
+    assert len(kernels) == 6
+    for kernel in kernels:
+        assert {row["target"] for row in rows if row["kernel"] == kernel} == set(SHARED_KIB)
+    for row in rows:
+        assert row["shared"] <= SHARED_KIB[row["target"]] << 10, row
+        if row["target"].startswith("gfx"):
+            continue
+        assert row["stack"] == 0 and row["spills"] == 0, row
+        if row["kernel"] == "row_kernel" and "V=33 " not in row["case"]:
+            assert row["wide_loads"] > 0, row
+
+
+def test_a_spill_would_be_seen(tmp_path):
+    """The same reading of a kernel that keeps far more than a thread has registers for."""
+    script = tmp_path / "spilling.py"
+    script.write_text(
+        """
+import sys, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+sys.path[:0] = sys.argv[1:]
+import aot
+
+@triton.jit
+def wide(x_ptr, n, BLOCK: tl.constexpr):
+    j = tl.arange(0, BLOCK)
+    a, b = tl.load(x_ptr + j), tl.load(x_ptr + BLOCK + j)
+    for i in range(n):
+        a, b = tl.exp(a + b), tl.exp(a - b)
+    tl.store(x_ptr + j, a * b)
+
+source = ASTSource(wide, {"x_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr"}, {(2,): 32768}, {})
+built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+usage = aot.nvidia_usage(built.asm["cubin"])
+assert usage["stack"] > 0 and usage["spills"] > 0, usage
+""",
+        encoding="utf-8",
+    )
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, script, str(ROOT), str(ROOT / "tests")]
+    subprocess.run(command, check=True, env=env | {"TRITON_CACHE_DIR": str(tmp_path / "cache")})

@@ -1,0 +1,316 @@
+"""The divergence losses against the dense fp64 definition, and the laws they obey."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import (
+    HEAD,
+    assert_close,
+    gradients,
+    make_case,
+    skip_what_the_interpreter_rounds_wrongly,
+)
+
+import lopd_kernels
+from lopd_kernels import (
+    linear_sparse_divergence,
+    reference,
+    sparse_divergence,
+)
+from lopd_kernels._core.rules import DIVERGENCES, TAILS
+
+FORMS = list(itertools.product(DIVERGENCES, TAILS))
+OPTIONS = [
+    dict(pairs)
+    for size in (0, 1, 2)
+    for pairs in itertools.combinations([*HEAD.items(), ("bias", True)], size)
+]
+
+
+def both(case, dtype, upstream=1.0, **kwargs):
+    """(ours, oracle): value, dH, dW and, with bias=True, db."""
+    with_bias = kwargs.pop("bias", False)
+    exact_case = case.double()
+    sides = []
+    for function, side in (
+        (linear_sparse_divergence, case),
+        (
+            reference.linear_sparse_divergence,
+            exact_case,
+        ),
+    ):
+        options = {k: v.double() if k == "row_weights" and side is exact_case else v
+                   for k, v in kwargs.items()}  # fmt: skip
+        parameters = [side.hidden, side.weight] + ([side.bias] if with_bias else [])
+
+        def loss(hidden, weight, bias=None, function=function, side=side, options=options):
+            return function(hidden, weight, *side.teacher, bias=bias, **options)
+
+        sides.append(gradients(loss, *parameters, upstream=upstream))
+    return sides
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("regime", ["far", "near"])
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+@pytest.mark.parametrize(("divergence", "tail"), FORMS)
+def test_accuracy_gate(divergence, tail, size, regime, dtype):
+    if tail == "renormalize":
+        skip_what_the_interpreter_rounds_wrongly(dtype)
+    case = make_case(regime, dtype)
+    weights = torch.full((len(case.hidden),), size)
+    weights[::3] *= 0.5
+    ours, exact = both(
+        case, dtype, upstream=1.0 / size, divergence=divergence, tail=tail, beta=0.3,
+        row_weights=weights, reduction="none",
+    )  # fmt: skip
+    assert_close(ours, exact, dtype, size)
+    ours, exact = both(
+        case, dtype, upstream=1.0 / size, divergence=divergence, tail=tail, beta=0.3,
+        row_weights=weights, tail_logprobs=case.tail,
+    )  # fmt: skip
+    assert_close(ours, exact, dtype, size)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "none")
+@pytest.mark.parametrize("tail", TAILS)
+def test_head_options_pairwise(tail, options):
+    case = make_case("near", **{k: v for k, v in options.items() if k != "bias"},
+                     with_bias="bias" in options)  # fmt: skip
+    for divergence in DIVERGENCES:
+        ours, exact = both(case, torch.float32, divergence=divergence, tail=tail, **options)
+        assert_close(ours, exact, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("divergence", "tail"), FORMS)
+def test_on_logits_equals_the_definition(divergence, tail, dtype):
+    skip_what_the_interpreter_rounds_wrongly(dtype)
+    case = make_case("near", temperature=0.7)
+    logits = reference.linear_logits(case.hidden, case.weight).to(dtype)
+    weights = torch.linspace(-1.0, 1.0, len(logits))
+    options = dict(divergence=divergence, tail=tail, temperature=0.7, row_weights=weights)
+    ours = gradients(lambda z: sparse_divergence(z, *case.teacher, **options), logits)
+    exact = gradients(
+        lambda z: reference.sparse_divergence(z, *case.double().teacher, **options),
+        logits.double(),
+    )
+    assert_close(ours, exact, dtype)
+
+
+MUTANTS = {
+    "zeroed gradients": None,
+    "swapped direction": {"divergence": "forward_kl"},
+    "missing temperature": {"temperature": 1.0},
+    "dropped tail": {"tail": "truncate"},
+}
+
+
+@pytest.mark.parametrize("regime", ["far", "near"])
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_gate_catches_mutants(mutant, regime):
+    case = make_case(regime, torch.bfloat16, temperature=0.7)
+    right, exact = both(case, torch.bfloat16, temperature=0.7, reduction="none")
+    assert_close(right, exact, torch.bfloat16)
+    if MUTANTS[mutant] is None:
+        wrong = (right[0], *(torch.zeros_like(grad) for grad in right[1:]))
+    else:
+        options = {"temperature": 0.7, "reduction": "none", **MUTANTS[mutant]}
+        wrong, _ = both(case, torch.bfloat16, **options)
+    with pytest.raises(AssertionError):
+        assert_close((exact[0], *wrong[1:]), exact, torch.bfloat16)
+
+
+def test_the_gate_catches_logits_rounded_to_16_bits():
+    """Near the teacher, where distillation ends up, they alone cost several percent."""
+    case = make_case("near", torch.bfloat16)
+    right, exact = both(case, torch.bfloat16, reduction="none")
+    assert_close(right, exact, torch.bfloat16)
+
+    def rounded(h, w):
+        logits = (h.float() @ w.float().t()).bfloat16().float()
+        return sparse_divergence(logits, *case.teacher, reduction="none")
+
+    wrong = gradients(rounded, case.hidden, case.weight)
+    for index in (1, 2):
+        only = [exact[0], *right[1:]]
+        only[index] = wrong[index]
+        with pytest.raises(AssertionError):
+            assert_close(only, exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_bucket_is_at_rest_where_student_is_teacher(divergence):
+    case = make_case(dtype=torch.float64)
+    logprobs = reference.linear_logits(case.hidden, case.weight).log_softmax(1)
+    logprobs, ids = logprobs.topk(5, 1)
+    value, *grads = gradients(
+        lambda h, w: linear_sparse_divergence(h, w, ids, logprobs, divergence=divergence),
+        case.hidden,
+        case.weight,
+    )
+    assert abs(float(value)) < 1e-12
+    assert max(float(grad.abs().max()) for grad in grads) < 1e-12
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_full_list_is_the_full_divergence(divergence, tail):
+    case = make_case(vocab=37)
+    full = torch.randn(20, 37).log_softmax(1)
+    ids = torch.stack([torch.randperm(37) for _ in range(20)])
+
+    def dense(hidden, weight):
+        p = (hidden @ weight.t()).log_softmax(1)
+        q = full.double()
+        if divergence == "reverse_kl":
+            return (p.exp() * (p - q)).sum()
+        if divergence == "forward_kl":
+            return (q.exp() * (q - p)).sum()
+        m = (0.5 * p.exp() + 0.5 * q.exp()).log()
+        return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum()
+
+    ours = gradients(
+        lambda h, w: linear_sparse_divergence(
+            h, w, ids, full.gather(1, ids), divergence=divergence, tail=tail
+        ),
+        case.hidden,
+        case.weight,
+    )
+    exact = gradients(dense, case.hidden.double(), case.weight.double())
+    assert_close(ours, exact, torch.float32)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(FORMS))
+@settings(max_examples=25, deadline=None)
+def test_order_and_padding_of_the_list_change_nothing(seed, form):
+    divergence, tail = form
+    case = make_case(seed=seed, rows=5, vocab=40, k=5, dtype=torch.float64)
+    order = torch.stack([torch.randperm(8) for _ in range(5)])
+    ids = torch.nn.functional.pad(case.ids, (0, 3), value=-1).gather(1, order)
+    logprobs = torch.nn.functional.pad(case.logprobs, (0, 3), value=7.0).gather(1, order)
+
+    def run(ids, logprobs):
+        return gradients(
+            lambda h, w: linear_sparse_divergence(
+                h, w, ids, logprobs, divergence=divergence, tail=tail
+            ),
+            case.hidden,
+            case.weight,
+        )
+
+    assert_close(run(ids, logprobs), run(*case.teacher), torch.float64)
+
+
+@given(st.lists(st.booleans(), min_size=6, max_size=6), st.sampled_from(FORMS))
+@settings(max_examples=25, deadline=None)
+def test_weight_zero_is_removal_whatever_the_row_holds(kept, form):
+    divergence, tail = form
+    case = make_case(rows=6, vocab=40, dtype=torch.float64)
+    keep = torch.tensor(kept)
+    hidden, ids, logprobs = case.hidden.clone(), case.ids.clone(), case.logprobs.clone()
+    hidden[~keep], ids[~keep], logprobs[~keep] = math.nan, 10**6, math.nan
+    options = dict(divergence=divergence, tail=tail, reduction="mean")
+
+    def all_rows(h, w):
+        return linear_sparse_divergence(h, w, ids, logprobs, row_weights=keep.double(), **options)
+
+    def kept_rows(h, w):
+        return linear_sparse_divergence(h, w, ids[keep], logprobs[keep], **options)
+
+    value, dhidden, dweight = gradients(all_rows, hidden, case.weight)
+    expected = gradients(kept_rows, hidden[keep], case.weight)
+    assert (dhidden[~keep] == 0.0).all()
+    assert_close((value, dhidden[keep], dweight), expected, torch.float64)
+
+
+def test_reductions():
+    case = make_case()
+    weights = torch.linspace(0.1, 2.0, 20)
+
+    def run(reduction):
+        return linear_sparse_divergence(
+            case.hidden, case.weight, *case.teacher, row_weights=weights, reduction=reduction
+        )
+
+    assert run("none").shape == (20,)
+    torch.testing.assert_close(run("sum"), run("none").sum())
+    torch.testing.assert_close(run("mean"), run("none").sum() / weights.sum())
+    zero = linear_sparse_divergence(
+        case.hidden, case.weight, *case.teacher, row_weights=torch.zeros(20), reduction="mean"
+    )
+    assert zero == 0.0
+
+
+def test_an_empty_row_and_an_empty_batch_weigh_nothing():
+    case = make_case()
+    hidden, ids = case.hidden.clone(), case.ids.clone()
+    hidden[3], ids[3] = math.nan, -1
+    for tail in TAILS:
+        value, dhidden, dweight = gradients(
+            lambda h, w, tail=tail: linear_sparse_divergence(
+                h, w, ids, case.logprobs, tail_logprobs=case.tail, tail=tail, reduction="none"
+            ),
+            hidden,
+            case.weight,
+        )
+        assert value[3] == 0.0
+        assert (dhidden[3] == 0.0).all()
+        assert dweight.isfinite().all()
+        for reduction in ("sum", "mean", "none"):
+            value, dhidden, dweight = gradients(
+                lambda h, w, tail=tail, reduction=reduction: linear_sparse_divergence(
+                    h, w, ids[:0], case.logprobs[:0], tail=tail, reduction=reduction
+                ),
+                hidden[:0],
+                case.weight,
+            )
+            assert value.sum() == 0.0
+            assert dhidden.shape == (0, 24)
+            assert (dweight == 0.0).all()
+
+
+def test_stats():
+    case = make_case("near", softcap=4.0)
+    weights = torch.ones(20)
+    weights[7] = 0.0
+    loss, stats = linear_sparse_divergence(
+        case.hidden, case.weight, *case.teacher, tail_logprobs=case.tail, softcap=4.0,
+        row_weights=2.0 * weights, reduction="none", return_stats=True,
+    )  # fmt: skip
+    exact = case.double()
+    logits = reference.linear_logits(exact.hidden, exact.weight, softcap=4.0)
+    logprobs = logits.log_softmax(1)
+    entropy = -(logprobs.exp() * logprobs).sum(1)
+    torch.testing.assert_close(loss, 2.0 * stats.loss)
+    torch.testing.assert_close(stats.student_lse.double(), logits.logsumexp(1) * weights)
+    torch.testing.assert_close(stats.student_entropy.double(), entropy * weights, rtol=1e-5, atol=0)
+    listed = torch.zeros(20, 212, dtype=torch.bool).scatter(1, case.ids % 212, True)[:, :211]
+    off = logprobs.masked_fill(listed, -math.inf).logsumexp(1) * weights
+    torch.testing.assert_close(stats.student_tail_logprobs.double(), off, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.teacher_tail_logprobs, case.tail * weights)
+    assert stats.loss[7] == stats.student_entropy[7] == 0.0
+    _, stats = linear_sparse_divergence(
+        case.hidden, case.weight, *case.teacher, tail="renormalize", return_stats=True
+    )
+    assert stats.student_lse is None
+
+
+def test_importing_the_library_imports_no_other():
+    code = (
+        "import sys, lopd_kernels; "
+        "print(sorted({'transformers', 'triton', 'lopd'} & {m.split('.')[0] for m in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_has_a_docstring():
+    for name in lopd_kernels.__all__:
+        assert getattr(lopd_kernels, name).__doc__

@@ -1,0 +1,238 @@
+"""Where digits are lost and what is not finite: edges of the losses, against fp64."""
+
+import math
+
+import pytest
+import torch
+from kernel_cases import assert_close, gradients, make_case, relative_error
+
+from lopd_kernels import (
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_sparse_divergence,
+    linear_topk,
+    reference,
+    sparse_divergence,
+)
+from lopd_kernels._core.rules import TAILS
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("bad", [-2, 211, 2**31 - 1, "twice"])
+def test_an_unchecked_bad_id_makes_its_row_nan_and_no_other(bad, tail):
+    case = make_case()
+    ids = case.ids.clone()
+    ids[5, 0] = ids[5, 1] if bad == "twice" else bad
+    losses = linear_sparse_divergence(
+        case.hidden, case.weight, ids, case.logprobs, tail=tail, reduction="none", validate=False
+    )
+    assert losses[5].isnan()
+    others = torch.arange(20) != 5
+    assert losses[others].isfinite().all()
+    _, dhidden, dweight = gradients(
+        lambda h, w: linear_sparse_divergence(h, w, ids, case.logprobs, tail=tail, validate=False),
+        case.hidden,
+        case.weight,
+    )
+    assert dhidden[5].isnan().all()
+    assert dhidden[others].isfinite().all()
+    assert dweight.isnan().any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_nan_and_inf_in_a_row_stay_there_as_nan(tail, reduction, softcap, value):
+    case = make_case()
+    hidden = case.hidden.clone()
+    hidden[2, 0] = value
+    options = dict(tail=tail, softcap=softcap, reduction=reduction)
+
+    def loss(h, w):
+        return linear_sparse_divergence(h, w, *case.teacher, **options)
+
+    losses, dhidden, dweight = gradients(loss, hidden, case.weight)
+    others = torch.arange(20) != 2
+    wanted = ~others if reduction == "none" else torch.tensor(True)
+    assert torch.equal(losses.isnan(), wanted)
+    assert dhidden[2].isnan().all()
+    assert dhidden[others].isfinite().all()
+    assert dweight.isnan().any()
+    if softcap is None:
+        logits = reference.linear_logits(case.hidden, case.weight)
+        logits[2, 0] = math.inf if tail != "renormalize" else math.nan
+        logits[2, case.ids[2, 0]] = math.nan
+        _, dlogits = gradients(
+            lambda z: sparse_divergence(z, *case.teacher, tail=tail, reduction=reduction), logits
+        )
+        assert dlogits[2].isnan().any()
+        assert dlogits[others].isfinite().all()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("tail", TAILS)
+def test_one_bad_weight_makes_every_row_that_it_enters_nan(tail, softcap):
+    case = make_case()
+    weight = case.weight.clone()
+    weight[case.ids[4, 0], 3] = math.inf
+    options = dict(tail=tail, softcap=softcap, reduction="none")
+    losses = linear_sparse_divergence(case.hidden, weight, *case.teacher, **options)
+    entered = torch.ones(20, dtype=torch.bool)
+    if tail == "renormalize":
+        entered = (case.ids == case.ids[4, 0]).any(1)
+    assert losses.isnan().tolist() == entered.tolist()
+    if softcap is not None:
+        bias = torch.zeros(211).index_fill(0, case.ids[4, 0], -math.inf)
+        losses = linear_sparse_divergence(
+            case.hidden, case.weight, *case.teacher, bias=bias, **options
+        )
+        assert losses.isnan().tolist() == entered.tolist()
+
+
+def test_a_bias_of_minus_infinity_removes_an_id_from_the_vocabulary():
+    case = make_case()
+    bias = torch.zeros(211).index_fill(0, torch.arange(150, 211), -math.inf)
+    labels = torch.arange(20)
+    masked = gradients(lambda h, w: linear_cross_entropy(h, w, labels, bias=bias),
+                       case.hidden, case.weight)  # fmt: skip
+    cut = gradients(lambda h, w: linear_cross_entropy(h, w[:150], labels),
+                    case.hidden, case.weight)  # fmt: skip
+    assert_close(masked, [x.double() for x in cut], torch.float32)
+
+
+def test_idle_rows_read_nothing_of_a_bad_weight():
+    case = make_case()
+    weight = case.weight.clone()
+    weight[7] = math.nan
+    weights = torch.ones(20)
+    weights[3] = 0.0
+    for tail in TAILS:
+        ids = case.ids.clone()
+        ids[3, 0] = 7
+        losses, dhidden = gradients(
+            lambda h, ids=ids, tail=tail: linear_sparse_divergence(
+                h, weight, ids, case.logprobs, tail=tail, row_weights=weights, reduction="none"
+            ),
+            case.hidden,
+        )
+        assert losses[3] == 0.0
+        assert (dhidden[3] == 0.0).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_bad_upstream_gradient_spoils_its_own_row_alone(tail, value):
+    case = make_case()
+    upstream = torch.linspace(0.5, 1.5, 20)
+    upstream[6] = value
+    hidden = case.hidden.clone().requires_grad_()
+    losses = linear_sparse_divergence(
+        hidden, case.weight, *case.teacher, tail=tail, reduction="none"
+    )
+    losses.backward(upstream)
+    found = hidden.grad.clone()
+    assert not found[6].isfinite().any()
+    upstream[6], hidden.grad = 0.0, None
+    linear_sparse_divergence(
+        hidden, case.weight, *case.teacher, tail=tail, reduction="none"
+    ).backward(upstream)
+    others = torch.arange(20) != 6
+    torch.testing.assert_close(found[others], hidden.grad[others])
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e3, 1e4, -1e4])
+def test_an_offset_of_all_logits_costs_no_digits(offset):
+    case = make_case("near")
+    logits = reference.linear_logits(case.hidden, case.weight) + offset
+    ours = gradients(lambda z: sparse_divergence(z, *case.teacher, reduction="none"), logits)
+    exact = gradients(
+        lambda z: reference.sparse_divergence(z, *case.double().teacher, reduction="none"),
+        logits.double(),
+    )
+    difference = (ours[0] - exact[0]).abs() / (1.0 + exact[0].abs())
+    assert difference.max() < 2e-6
+    assert relative_error(ours[1], exact[1]) < 1e-5
+    labels = torch.arange(20)
+    loss = linear_cross_entropy(torch.eye(20), logits.t(), labels, reduction="none")
+    right = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    assert ((loss - right).abs() / (1.0 + right)).max() < 2e-6
+    found = linear_logprobs(torch.eye(20), logits.t(), labels[:, None])[:, 0]
+    assert ((found + right).abs() / (1.0 + right)).max() < 2e-6
+    top = linear_topk(torch.eye(20), logits.t(), 5)
+    right = logits.double().log_softmax(1).topk(5, 1).values
+    assert ((top.logprobs - right).abs() / (1.0 + right.abs())).max() < 2e-6
+
+
+def test_entropy_of_a_row_that_lists_every_id():
+    hidden, weight = torch.ones(1, 1), torch.tensor([[-100.0], [-101.0], [-102.0]])
+    _, stats = linear_sparse_divergence(
+        hidden, weight, torch.arange(3)[None], torch.full((1, 3), 1 / 3).log(), return_stats=True
+    )
+    p = weight[:, 0].double().softmax(0)
+    expected = torch.special.entr(p).sum()
+    torch.testing.assert_close(stats.student_entropy[0].double(), expected)
+    torch.testing.assert_close(linear_topk(hidden, weight, 3).entropy[0].double(), expected)
+
+
+def test_the_teachers_tail_is_read_only_where_the_loss_uses_it():
+    hidden, weight = torch.randn(2, 4), torch.randn(3, 4)
+    ids = torch.tensor([[0, 1, 2], [0, 1, -1]])
+    logprobs = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.0]]).log()
+    tail = torch.tensor([math.nan, math.log(0.25)])
+    loss = linear_sparse_divergence(hidden, weight, ids, logprobs, tail_logprobs=tail)
+    assert loss.isfinite()
+    for form in ("truncate", "renormalize"):
+        linear_sparse_divergence(
+            hidden, weight, ids, logprobs, tail_logprobs=torch.full((2,), math.nan), tail=form
+        )
+
+
+def test_statistics_of_idle_rows_are_zero():
+    hidden, weight = torch.randn(3, 4), torch.randn(9, 4)
+    ids = torch.tensor([[0], [1], [-1]])
+    _, stats = linear_sparse_divergence(
+        hidden, weight, ids, torch.zeros(3, 1), row_weights=torch.tensor([1.0, 0.0, 1.0]),
+        return_stats=True,
+    )  # fmt: skip
+    assert stats.tail_floored.tolist() == [True, False, False]
+    assert stats.teacher_tail_logprobs[1:].tolist() == [0.0, 0.0]
+
+
+def test_tails_derived_floored_and_explicit():
+    case = make_case(rows=4, vocab=30)
+    ids = torch.arange(3).repeat(4, 1)
+    logprobs = torch.tensor([[0.5, 0.25, 0.125], [0.5, 0.25, 0.25], [0.5, 0.3, 0.2005], [1, 1, 1]])
+    logprobs[3] = torch.tensor([1e-3, 1e-3, 1e-3])
+    loss, stats = linear_sparse_divergence(
+        case.hidden, case.weight, ids, logprobs.log(), reduction="none", return_stats=True
+    )
+    floor = -23 * math.log(2)
+    expected = torch.tensor([math.log(0.125), floor, floor, math.log1p(-3e-3)])
+    torch.testing.assert_close(stats.teacher_tail_logprobs, expected, rtol=1e-5, atol=1e-6)
+    assert stats.tail_floored.tolist() == [False, True, True, False]
+    assert loss.isfinite().all()
+    explicit = torch.tensor([math.log(0.125), -math.inf, -30.0, -1.0])
+    loss = linear_sparse_divergence(
+        case.hidden, case.weight, ids, logprobs.log(), tail_logprobs=explicit, reduction="none"
+    )
+    assert loss.isinf().tolist() == [False, True, False, False]
+
+
+def test_small_student_tails_keep_their_digits():
+    weight = torch.zeros(50, 2)
+    weight[0, 0] = 30.0
+    weight[1:, 1] = torch.linspace(0.0, 1.0, 49)
+    hidden = torch.tensor([[1.0, 1.0]])
+    ids, logprobs = torch.tensor([[0]]), torch.tensor([[math.log(0.5)]])
+    options = dict(divergence="reverse_kl", return_stats=True)
+    _, stats = linear_sparse_divergence(hidden, weight, ids, logprobs, **options)
+    logits = (hidden @ weight.t()).double()
+    exact = logits[:, 1:].logsumexp(1) - logits.logsumexp(1)
+    assert abs(float(stats.student_tail_logprobs.double() - exact)) < 1e-5
+    ours = gradients(lambda h: linear_sparse_divergence(h, weight, ids, logprobs), hidden)
+    right = gradients(
+        lambda h: reference.linear_sparse_divergence(h, weight.double(), ids, logprobs.double()),
+        hidden.double(),
+    )
+    assert relative_error(ours[1], right[1]) < 1e-5

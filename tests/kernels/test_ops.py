@@ -1,0 +1,327 @@
+"""The operators: opcheck, gradcheck, full graphs, and what autograd may ask of them."""
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import (
+    HEAD,
+    assert_close,
+    gradients,
+    make_case,
+    relative_error,
+    skip_what_the_interpreter_rounds_wrongly,
+)
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+from lopd_kernels import (
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_policy_gradient,
+    linear_sparse_divergence,
+    linear_topk,
+    sparse_divergence,
+)
+from lopd_kernels._core.rules import DIVERGENCES, TAILS, teacher_buckets
+from lopd_kernels._ops import losses as ops
+from lopd_kernels._ops import queries
+
+FORMS = list(itertools.product(DIVERGENCES, TAILS))
+
+
+def operator_args(rule="reverse_kl:bucket"):
+    case = make_case(rows=5, vocab=30, width=6, k=3)
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    target = teacher_buckets(case.ids, case.logprobs, case.tail, 30).logprobs
+    weights = torch.linspace(0.5, 2.0, 5)
+    return (*leaves, case.ids, target, weights), (rule, [0.5]), (1.3, 4.0, 0.7)
+
+
+@pytest.mark.parametrize("rule", ["reverse_kl:bucket", "jsd:renormalize"])
+def test_opcheck_losses(rule):
+    tensors, constants, head = operator_args(rule)
+    opcheck(ops.row_losses, (*tensors, *constants, *head, True, True, True, False, None))
+    plain = tuple(x.detach() for x in tensors)
+    buffer = torch.zeros_like(plain[1])
+    *_, state, on = ops.row_losses(*plain, *constants, *head, True, True, True, False, None)
+    saved = (*plain, state, on)
+    opcheck(ops.row_grads, (*saved, *constants, *head, True, True, True, None))
+    opcheck(ops.row_grads_into_, (*saved, buffer, *constants, *head, True, True, None))
+    if rule.endswith("renormalize"):
+        return
+    for operator in (ops.fused_loss, ops.kept_loss):
+        opcheck(operator, (*tensors, *constants, *head, True, True, True, True, None))
+        frozen = (plain[0], tensors[1], None, *plain[3:])
+        opcheck(operator, (*frozen, *constants, *head, False, True, False, False, None))
+    _, _, dz, scale = ops.kept_loss(*plain, *constants, *head, True, True, True, False, None)
+    saved = (*plain[:4], plain[5], dz, scale)
+    opcheck(ops.kept_grads, (*saved, True, True, True))
+
+
+def test_opcheck_queries():
+    tensors, constants, head = operator_args()
+    hidden, weight, bias, ids, target, weights = tensors
+    needs = (True, True, True)
+    opcheck(queries.logprobs, (hidden, weight, bias, ids, *head, *needs, True, None))
+    opcheck(queries.logprobs, (hidden, weight, None, ids, *head, *needs, False, None))
+    with torch.no_grad():
+        opcheck(queries.topk, (hidden.detach(), weight.detach(), None, 3, ids, *head, None))
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    opcheck(queries.logits_losses, (logits, ids, target, weights, *constants, 0.7, True))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize(("divergence", "tail"), FORMS)
+def test_gradcheck_divergences(divergence, tail, reduction):
+    case = make_case(rows=4, vocab=11, width=4, k=3, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+    options = dict(divergence=divergence, tail=tail, beta=0.3, reduction=reduction, **HEAD)
+    assert gradcheck(
+        lambda h, w, b: linear_sparse_divergence(
+            h, w, *case.teacher, bias=b, row_weights=weights, **options
+        ),
+        leaves,
+    )
+    logits = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
+    options = dict(divergence=divergence, tail=tail, reduction=reduction, temperature=0.7)
+    assert gradcheck(lambda z: sparse_divergence(z, *case.teacher, **options), (logits,))
+
+
+def test_gradcheck_of_the_others():
+    case = make_case(rows=4, vocab=17, width=5, k=3, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    ids = case.ids[:, 0]
+    repeated = torch.tensor([[1, 2, 1], [3, -1, 0], [5, 5, 5], [16, 0, 1]])
+    advantages = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    assert gradcheck(lambda h, w, b: linear_cross_entropy(h, w, ids, bias=b, **HEAD), leaves)
+    assert gradcheck(
+        lambda h, w, b: linear_policy_gradient(
+            h, w, ids, None, advantages=advantages, bias=b, reduction="none", **HEAD
+        ),
+        leaves,
+    )
+
+    def finite_logprobs(h, w, b):
+        logprobs, entropy = linear_logprobs(h, w, repeated, return_entropy=True, bias=b, **HEAD)
+        return logprobs.masked_fill(repeated < 0, 0.0), entropy
+
+    assert gradcheck(finite_logprobs, leaves)
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_full_graph(tail, reduction):
+    case = make_case()
+
+    def loss(h, w):
+        total, stats = linear_sparse_divergence(
+            h, w, *case.teacher, tail=tail, reduction=reduction, return_stats=True
+        )
+        return total.sum() + stats.loss.sum() * 0.0
+
+    graph = gradients(compiled(loss), case.hidden, case.weight)
+    assert_close(
+        graph, [x.double() for x in gradients(loss, case.hidden, case.weight)], torch.float32
+    )
+
+
+def test_full_graph_of_the_others():
+    case = make_case()
+    ids = case.ids[:, 0]
+
+    def everything(h, w):
+        scores = linear_topk(h, w, 3, extra_ids=case.ids)
+        logprobs, entropy = linear_logprobs(h, w, ids.unsqueeze(1), return_entropy=True)
+        policy = linear_policy_gradient(h, w, ids, scores.logprobs[:, 0], advantage_clip=1.0)
+        logits = sparse_divergence(h @ w.t(), *case.teacher)
+        return linear_cross_entropy(h, w, ids) + logprobs.sum() + entropy.sum() + policy + logits
+
+    graph = gradients(compiled(everything), case.hidden, case.weight)
+    eager = gradients(everything, case.hidden, case.weight)
+    assert_close(graph, [x.double() for x in eager], torch.float32)
+
+
+def test_full_graph_with_a_weight_grad_buffer():
+    case = make_case()
+
+    def run(function):
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        buffer = torch.zeros_like(case.weight)
+        loss = function(hidden, weight, buffer)
+        loss.backward()
+        return loss.detach(), hidden.grad, buffer
+
+    def loss(h, w, buffer):
+        return linear_sparse_divergence(h, w, *case.teacher, weight_grad_buffer=buffer)
+
+    graph, eager = run(compiled(loss)), run(loss)
+    assert_close(graph, [x.double() for x in eager], torch.float32)
+
+
+def test_one_full_graph_serves_changing_numbers_and_sizes():
+    case = make_case()
+    torch._dynamo.reset()
+    graph = torch.compile(
+        linear_sparse_divergence, fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for rows, temperature in ((20, 1.0), (20, 0.9), (12, 0.7)):
+        args = case.hidden[:rows], case.weight, case.ids[:rows], case.logprobs[:rows]
+        options = {"temperature": temperature, "softcap": 5.0 + temperature}
+        torch.testing.assert_close(
+            graph(*args, **options), linear_sparse_divergence(*args, **options)
+        )
+    torch._dynamo.reset()
+    graph = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for temperature in (1.0, 0.9, 0.8):
+        args = case.hidden, case.weight, torch.arange(20)
+        torch.testing.assert_close(
+            graph(*args, temperature=temperature),
+            linear_cross_entropy(*args, temperature=temperature),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tail", [*TAILS, "logprobs", "cross_entropy", "buffer"])
+def test_autocast_changes_nothing_of_one_dtype(tail, dtype, default_device):
+    case = make_case("near", dtype)
+    buffer = torch.zeros(211, 24)
+
+    def loss(h, w):
+        if tail == "logprobs":
+            return linear_logprobs(h, w, case.ids[:, :1], return_entropy=True)[1]
+        if tail == "cross_entropy":
+            return linear_cross_entropy(h, w, torch.arange(20), bias=case.bias)
+        if tail == "buffer":
+            options = {"weight_grad_buffer": buffer, "tail": "renormalize"}
+            return linear_sparse_divergence(h, w, *case.teacher, **options) + 0.0 * w.sum()
+        return linear_sparse_divergence(h, w, *case.teacher, tail=tail)
+
+    plain = gradients(loss, case.hidden, case.weight)
+    added = buffer.clone()
+    with torch.autocast(default_device, torch.bfloat16):
+        cast = gradients(loss, case.hidden, case.weight)
+        top = linear_topk(case.hidden, case.weight, 3)
+    for found, expected in zip(cast, plain, strict=True):
+        assert torch.equal(found, expected)
+    assert relative_error(buffer, 2.0 * added) < 1e-6
+    assert torch.equal(top.logprobs, linear_topk(case.hidden, case.weight, 3).logprobs)
+
+
+def test_autocast_casts_what_is_of_several_dtypes(default_device):
+    """As F.linear does: bf16 hidden states meet the fp32 weight of a model under autocast."""
+    case = make_case("near")
+    hidden, labels = case.hidden.bfloat16(), torch.arange(20)
+
+    def loss(h, w):
+        return linear_cross_entropy(h, w, labels) + linear_sparse_divergence(h, w, *case.teacher)
+
+    with torch.autocast(default_device, torch.bfloat16):
+        found = gradients(loss, hidden, case.weight)
+    exact = gradients(loss, hidden, case.weight.bfloat16())
+    assert found[2].dtype == torch.float32
+    for a, b in zip(found, exact, strict=True):
+        assert relative_error(a, b) < 3e-3
+    with pytest.raises(TypeError, match="cast one"):
+        loss(hidden, case.weight)
+
+
+def losses_of(case, **options):
+    return {
+        "fused": lambda h, w: linear_sparse_divergence(h, w, *case.teacher, **options),
+        "rows": lambda h, w: linear_sparse_divergence(
+            h, w, *case.teacher, reduction="none", **options
+        ).sum(),
+        "logprobs": lambda h, w: linear_logprobs(h, w, case.ids[:, :1]).sum(),
+        "logits": lambda h, w: sparse_divergence(h @ w.t(), *case.teacher, **options),
+    }
+
+
+@pytest.mark.parametrize("name", ["fused", "rows", "logprobs", "logits"])
+def test_a_second_derivative_raises(name):
+    case = make_case()
+    hidden = case.hidden.requires_grad_()
+    loss = losses_of(case)[name](hidden, case.weight.requires_grad_())
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss**2, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["fused", "rows", "logprobs", "logits"])
+def test_a_retained_graph_and_an_existing_grad_add_up(name):
+    case = make_case()
+    loss_of = losses_of(case)[name]
+    _, once, weight_once = gradients(loss_of, case.hidden, case.weight)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    hidden.grad = torch.ones_like(hidden)
+    loss = loss_of(hidden, weight)
+    loss.backward(retain_graph=True)
+    (2.0 * loss).backward()
+    torch.testing.assert_close(hidden.grad, 1.0 + 3.0 * once, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.grad, 3.0 * weight_once, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_weight_gets_both_gradients():
+    case = make_case()
+    ids = torch.arange(20)
+
+    def tied(w):
+        return linear_cross_entropy(w[ids], w, ids)
+
+    def parts(h, w):
+        return linear_cross_entropy(h, w, ids)
+
+    _, found = gradients(tied, case.weight)
+    _, dhidden, dweight = gradients(parts, case.weight[ids], case.weight)
+    dweight[ids] += dhidden
+    assert relative_error(found, dweight) < 1e-5
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weight_grad_buffer_takes_the_weights_gradient(dtype, tail, reduction):
+    if tail == "renormalize":
+        skip_what_the_interpreter_rounds_wrongly(dtype)
+    case = make_case(dtype=dtype)
+    options = dict(tail=tail, reduction=reduction, row_weights=torch.linspace(0.1, 1.0, 20))
+    buffer = torch.zeros(211, 24)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    bias = case.bias.clone().requires_grad_()
+    loss = linear_sparse_divergence(
+        hidden, weight, *case.teacher, bias=bias, weight_grad_buffer=buffer, **options
+    ).sum()
+    assert (buffer == 0.0).all()
+    (3.0 * loss).backward(retain_graph=True)
+    wide = case.double()
+    value, dhidden, dweight, dbias = gradients(
+        lambda h, w, b: linear_sparse_divergence(h, w, *wide.teacher, bias=b, **options),
+        wide.hidden,
+        wide.weight,
+        wide.bias,
+        upstream=3.0,
+    )
+    bound = 1e-5 if dtype == torch.float32 else 3e-3
+    assert weight.grad is None
+    assert relative_error(buffer, dweight) < bound
+    assert relative_error(hidden.grad, dhidden) < bound
+    assert relative_error(bias.grad, dbias) < bound
+    torch.testing.assert_close(loss.double(), value.sum(), rtol=1e-5, atol=1e-5)
+    (3.0 * loss).backward()
+    assert relative_error(buffer, 2.0 * dweight.double()) < bound
+
+
+def test_layouts_do_not_matter():
+    case = make_case()
+    strided = case.hidden.t().contiguous().t()
+    turned = case.weight.t().contiguous().t()
+
+    def loss(h, w):
+        return linear_sparse_divergence(h, w, *case.teacher)
+
+    torch.testing.assert_close(loss(strided, turned), loss(case.hidden, case.weight))

@@ -1,0 +1,399 @@
+"""The Triton kernels, interpreted on a CPU and compiled on a GPU.
+
+Every kernel against the torch implementation in fp64, which the other tests hold against the
+definition. On a CPU the process needs TRITON_INTERPRET=1 (`make test` sees to it); there bf16 is
+left out, because the interpreter rounds it wrongly, and races cannot show.
+"""
+
+import math
+
+import pytest
+import torch
+from kernel_cases import INTERPRETED, assert_close, gradients, make_case, relative_error
+from pairwise import label, pairwise
+
+from lopd_kernels import (
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_policy_gradient,
+    linear_sparse_divergence,
+    linear_topk,
+    sparse_divergence,
+)
+from lopd_kernels._core.buckets import settle
+from lopd_kernels._core.rules import DIVERGENCES, IMPORTANCE, TAILS, row_rule
+from lopd_kernels._core.types import Coefficients, Head, Reduction
+from lopd_kernels._torch import listed as torch_listed
+from lopd_kernels._torch import rows as torch_rows
+
+needs_interpreter = pytest.mark.skipif(
+    not INTERPRETED, reason="runs with TRITON_INTERPRET=1 or on a GPU: make test"
+)
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+DIVERGENCE_RULES = [f"{name}:{tail}" for name in DIVERGENCES for tail in ("bucket", "truncate")]
+POLICY_RULES = [
+    f"policy_gradient:{source}:{mode}"
+    for source in ("given", "log_ratio")
+    for mode in (*IMPORTANCE, "clipped")
+]
+HEADS = {
+    "plain": dict(),
+    "scaled": dict(logit_scale=1.3, temperature=0.7),
+    "capped": dict(softcap=4.0, temperature=1.2),
+    "biased": dict(bias=True, logit_scale=0.8),
+    "capped+biased": dict(softcap=30.0, bias=True),
+}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=needs_interpreter),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def device(request):
+    torch.manual_seed(0)
+    with torch.device(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def triton_rows(device):
+    from lopd_kernels._triton import rows as triton_rows
+
+    return triton_rows
+
+
+def make_head(name, vocab, dtype=torch.float32):
+    options = dict(HEADS[name])
+    if options.pop("bias", False):
+        options["bias"] = torch.randn(vocab, generator=generator()).to(dtype)
+    return Head(**options)
+
+
+def generator():
+    return torch.Generator(torch.get_default_device()).manual_seed(7)
+
+
+def padded_rows(rows, vocab, scale=3.0):
+    """u as the schedules hold it: rows with room behind them, filled with junk."""
+    buffer = torch.full((rows, vocab + 16 - vocab % 16), math.nan)
+    buffer[:, :vocab] = scale * torch.randn(rows, vocab)
+    return buffer[:, :vocab]
+
+
+def ragged_ids(rows, vocab, k):
+    ids = torch.rand(rows, vocab).topk(min(k, vocab), 1).indices
+    ids = torch.nn.functional.pad(ids, (0, k - ids.shape[1]), value=-1)
+    counts = torch.randint(1, k + 1, (rows, 1))
+    return ids.masked_fill(torch.arange(k) >= counts, -1)
+
+
+def make_target(rule, ids, u):
+    """Teacher buckets near the student's, or what a sampled-token rule compares with."""
+    n = len(ids)
+    if rule == "cross_entropy":
+        return torch.zeros(n, 1)
+    if rule.startswith("policy"):
+        student = u.log_softmax(1).gather(1, ids[:, :1].clamp(min=0))
+        return student + 0.5 * torch.randn(n, 2)
+    teacher = (u + 0.25 * torch.randn_like(u)).log_softmax(1)
+    on = teacher.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
+    listed = torch.zeros(n, u.shape[1] + 1, dtype=torch.bool).scatter(
+        1, ids % (u.shape[1] + 1), True
+    )
+    tail = teacher.masked_fill(listed[:, :-1], -math.inf).logsumexp(1, keepdim=True)
+    return torch.cat([on, tail], 1)
+
+
+def options_of(rule):
+    return [1.0, 1.2, 0.2] if rule.startswith("policy") else [0.3]
+
+
+def oracle_pass(u, ids, target, weights, rule, head, out_dtype=torch.float64):
+    """(stats, gradient) by torch in fp64."""
+    u, rows = u.double(), len(u)
+    bias = None if head.bias is None else head.bias.double()
+    head = Head(head.logit_scale, head.softcap, head.temperature, bias)
+    support = torch_rows.locate(ids, weights, u.shape[1])
+    stats = torch.zeros(rows, 4 + len(rule.extras), dtype=torch.float64)
+    u = u.clone()
+    torch_rows.row_pass(
+        u, support, target.double(), weights.double(), rule, head, True, stats, u, inf_masks=True
+    )
+    return stats, u
+
+
+PAIRS = pairwise(
+    rule=[*DIVERGENCE_RULES, *POLICY_RULES, "cross_entropy"],
+    head=list(HEADS),
+    vocab=[33, 211, 1000],
+    k=[1, 2, 8, 64, 300],
+    weights=["ones", "mixed", "tiny"],
+    ids=[torch.int64, torch.int32],
+)
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=label)
+def test_the_row_kernel(case, triton_rows):
+    vocab = case["vocab"]
+    k = 1 if case["rule"].split(":")[0] in ("policy_gradient", "cross_entropy") else case["k"]
+    rows = 5
+    u, ids = padded_rows(rows, vocab), ragged_ids(rows, vocab, min(k, vocab))
+    weights = torch.ones(rows)
+    if case["weights"] == "mixed":
+        weights, ids[3] = torch.tensor([0.5, -2.0, 0.0, 1.0, 3.0]), -1
+    elif case["weights"] == "tiny":
+        weights = weights * 1e-6
+    head = make_head(case["head"], vocab)
+    rule = row_rule(case["rule"], options_of(case["rule"]))
+    target = make_target(case["rule"], ids, u)
+    stats, exact = oracle_pass(u, ids, target, weights, rule, head)
+    support = triton_rows.locate(ids.to(case["ids"]), weights, vocab)
+    found = torch.zeros(rows, 4 + len(rule.extras))
+    triton_rows.row_pass(u, support, target, weights, rule, head, True, found, u)
+    idle = (weights == 0.0) | (ids == -1).all(1)
+    assert (u[idle] == 0.0).all()
+    assert relative_error(u, exact) < 1e-5
+    error = (found.double() - stats).abs()
+    assert (error <= 1e-5 * (1.0 + stats.abs()))[stats.isfinite()].all()
+
+
+@pytest.mark.parametrize("block", [128, 256])
+@pytest.mark.parametrize("support_block", [16, 64])
+def test_rows_and_supports_in_many_blocks(block, support_block, triton_rows, monkeypatch):
+    options = {"BLOCK": block, "KBLOCK": support_block, "num_warps": 4}
+    monkeypatch.setattr(triton_rows, "launch", lambda *given: options)
+    u, ids = padded_rows(4, 700), ragged_ids(4, 700, 130)
+    rule, head, weights = row_rule("reverse_kl:bucket", [0.5]), Head(), torch.ones(4)
+    target = make_target("reverse_kl:bucket", ids, u)
+    stats, exact = oracle_pass(u, ids, target, weights, rule, head)
+    found = torch.zeros(4, 4)
+    support = triton_rows.locate(ids, None, 700)
+    triton_rows.row_pass(u, support, target, weights, rule, head, True, found, u)
+    assert relative_error(u, exact) < 1e-5
+    torch.testing.assert_close(found.double(), stats, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [33, 4100])
+def test_half_precision_gradients_fit_into_the_first_half_of_their_row(vocab, triton_rows):
+    u, ids = padded_rows(3, vocab), ragged_ids(3, vocab, 8)
+    rule, head = row_rule("forward_kl:bucket", [0.5]), make_head("capped", vocab)
+    weights = torch.full((3,), 256.0)  # without it the small entries would be subnormal
+    target = make_target("forward_kl:bucket", ids, u)
+    _, exact = oracle_pass(u, ids, target, weights, rule, head)
+    apart, stats = torch.empty(3, vocab, dtype=torch.float16), torch.zeros(3, 4)
+    support = triton_rows.locate(ids, None, vocab)
+    triton_rows.row_pass(u.clone(), support, target, weights, rule, head, True, stats, apart)
+    inside = u.view(torch.float16)[:, :vocab]
+    triton_rows.row_pass(u, support, target, weights, rule, head, True, stats, inside)
+    assert torch.equal(inside, apart)
+    assert relative_error(inside, exact) < 1e-3
+
+
+@pytest.mark.parametrize("columns", [7, 100, 211])
+@pytest.mark.parametrize("name", HEADS)
+def test_panels_reduce_and_write_what_whole_rows_do(name, columns, triton_rows):
+    rows, vocab = 5, 211
+    u, ids = padded_rows(rows, vocab), ragged_ids(rows, vocab, 12)
+    ids[3] = -1
+    head = make_head(name, vocab)
+    wide = Head(head.logit_scale, head.softcap, head.temperature,
+                None if head.bias is None else head.bias.double())  # fmt: skip
+    slopes = Coefficients(torch.randn(rows), torch.randn(rows), torch.randn(rows),
+                          torch.randn(rows, 12))  # fmt: skip
+    sides = []
+    for functions, dtype, used in ((triton_rows, torch.float32, head),
+                                   (torch_rows, torch.float64, wide)):  # fmt: skip
+        support = functions.locate(ids, None, vocab)
+        reduction = Reduction.start(u, rows, 12, dtype)
+        out = torch.empty(rows, vocab, dtype=dtype)
+        kind = Coefficients(*(x.to(dtype) for x in slopes))
+        for first in range(0, vocab, columns):
+            panel = u[:, first : first + columns].to(dtype, copy=True)
+            functions.reduce(panel, first, support, used, True, reduction)
+        for first in range(0, vocab, columns):
+            panel = u[:, first : first + columns].to(dtype, copy=True)
+            functions.write(panel, first, support, used, kind, reduction.on,
+                            out[:, first : first + columns])  # fmt: skip
+        sides.append((settle(reduction), out, support.active))
+    (ours, found, active), (exact, wanted, _) = sides
+    for field, right in zip(ours, exact, strict=True):
+        field, right = field[active].double(), right[active]
+        torch.testing.assert_close(field, right, rtol=1e-5, atol=1e-5)
+    assert (found[~active] == 0.0).all()
+    assert relative_error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("bad", ["twin", "far twin", "below", "beyond", "inf", "-inf", "nan"])
+@pytest.mark.parametrize("columns", [64, 211])
+def test_what_is_broken_makes_its_row_nan_and_no_other(columns, bad, triton_rows):
+    vocab = 211
+    u, ids = padded_rows(4, vocab), torch.rand(4, vocab).topk(20, 1).indices
+    if bad.endswith("twin"):
+        ids[2, 17] = ids[2, 1 if bad == "twin" else 16]
+    elif bad in ("below", "beyond"):
+        ids[2, 5] = {"below": -2, "beyond": vocab}[bad]
+    else:
+        u[2, 40] = float(bad)
+    rule, head = row_rule("reverse_kl:bucket", [0.5]), Head()
+    support = triton_rows.locate(ids, None, vocab)
+    reduction = Reduction.start(u, 4, 20, torch.float32)
+    for first in range(0, vocab, columns):
+        panel = u[:, first : first + columns].clone()
+        triton_rows.reduce(panel, first, support, head, True, reduction)
+    assert settle(reduction).buckets.isnan().any(1).tolist() == [False, False, True, False]
+    stats, target = torch.zeros(4, 4), make_target("reverse_kl:bucket", ids.clamp(0, 210), u)
+    triton_rows.row_pass(u, support, target, torch.ones(4), rule, head, True, stats, u)
+    assert stats[:, 0].isnan().tolist() == [False, False, True, False]
+    assert u[2].isnan().all() and u[[0, 1, 3]].isfinite().all()
+
+
+def test_minus_infinity_in_given_logits_masks_an_id(device):
+    case = make_case()
+    logits = case.hidden @ case.weight.t()
+    logits[:, 100:] = -math.inf
+    ids = torch.rand(20, 100).topk(4, 1).indices
+    logprobs = torch.full((20, 4), math.log(0.2))
+    ours = gradients(lambda z: sparse_divergence(z, ids, logprobs), logits)
+    cut = gradients(lambda z: sparse_divergence(z, ids, logprobs), logits[:, :100].double())
+    torch.testing.assert_close(ours[0].double(), cut[0], rtol=1e-5, atol=1e-5)
+    assert relative_error(ours[1][:, :100], cut[1]) < 1e-5
+    assert (ours[1][:, 100:] == 0.0).all()
+
+
+SPARSE = pairwise(rows=[1, 7], width=[24, 300], k=[1, 5, 40], vocab=[50, 211], idle=[False, True])
+
+
+@pytest.mark.parametrize("case", SPARSE, ids=label)
+def test_products_with_listed_rows(case, device):
+    from lopd_kernels._triton import listed as triton_listed
+
+    n, d, k, v = case["rows"], case["width"], case["k"], case["vocab"]
+    hidden, weight = torch.randn(n, d), torch.randn(v, d)
+    ids, grad = torch.randint(0, min(v, 20), (n, k)), torch.randn(n, k)
+    if case["idle"]:
+        grad[0] = 0.0
+        hidden[0] = math.nan
+    wide = [x.double() for x in (hidden, weight, grad)]
+    u = triton_listed.dots(hidden, weight, ids, 1)
+    exact = torch_listed.dots(wide[0], wide[1], ids, 3)
+    kept = slice(1 if case["idle"] else 0, None)
+    assert (n == 1 and case["idle"]) or relative_error(u[kept], exact[kept]) < 1e-6
+    dhidden = triton_listed.hidden_grad(grad, weight, ids, 1)
+    assert relative_error(dhidden, torch_listed.hidden_grad(wide[2], wide[1], ids, 3)) < 1e-6
+    for add in (False, True):
+        out, right = torch.ones(v, d), torch.ones(v, d, dtype=torch.float64)
+        triton_listed.weight_grad(grad, hidden, ids, 1, out, add)
+        torch_listed.weight_grad(wide[2], wide[0], ids, 3, right, add)
+        assert relative_error(out, right) < 1e-6
+
+
+PUBLIC = {
+    **{
+        f"{divergence}:{tail}": lambda h, w, case, d=divergence, t=tail, **options: (
+            linear_sparse_divergence(h, w, *case.teacher, divergence=d, tail=t, **options)
+        )
+        for divergence in DIVERGENCES
+        for tail in TAILS
+    },
+    "policy_gradient": lambda h, w, case, **options: linear_policy_gradient(
+        h, w, case.ids[:, 0], case.logprobs[:, 0], advantage_clip=1.0, **options
+    ),
+    "cross_entropy": lambda h, w, case, **options: linear_cross_entropy(
+        h, w, case.ids[:, 0], **options
+    ),
+    "logprobs": lambda h, w, case, reduction, **options: sum(
+        x.masked_fill(x == -math.inf, 0.0).sum()
+        for x in linear_logprobs(h, w, case.ids, return_entropy=True, **options)
+    ),
+}
+CALLS = pairwise(
+    loss=list(PUBLIC),
+    reduction=["sum", "none"],
+    head=[{}, {"softcap": 4.0, "temperature": 0.7}, {"logit_scale": 1.3}],
+    dtype=[torch.float32, torch.float16],
+    regime=["far", "near"],
+)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=label)
+def test_public_functions_reach_the_kernels_and_pass_the_gate(call, device, monkeypatch):
+    case = make_case(call["regime"], call["dtype"], rows=6, vocab=67, k=4, **call["head"])
+    loss = PUBLIC[call["loss"]]
+    options = {"reduction": call["reduction"], **call["head"]}
+    launched = spy_on_launches(monkeypatch)
+    ours = gradients(lambda h, w: loss(h, w, case, **options), case.hidden, case.weight)
+    assert launched
+    launched.clear()
+    wide = case.double()
+    exact = gradients(lambda h, w: loss(h, w, wide, **options), wide.hidden, wide.weight)
+    assert not launched
+    assert_close(ours, exact, call["dtype"])
+
+
+def spy_on_launches(monkeypatch):
+    from lopd_kernels._triton import listed as triton_listed
+    from lopd_kernels._triton import rows as triton_rows
+
+    launched = []
+    for module in (triton_rows, triton_listed):
+        context = module.on_device
+
+        def noted(device, context=context):
+            launched.append(device)
+            return context(device)
+
+        monkeypatch.setattr(module, "on_device", noted)
+    return launched
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_topk(bias, device):
+    case = make_case(rows=6, vocab=67, k=4)
+    options = dict(softcap=9.0, temperature=0.8)
+    found = linear_topk(case.hidden, case.weight, 5, extra_ids=case.ids,
+                        bias=case.bias if bias else None, **options)  # fmt: skip
+    wide = case.double()
+    exact = linear_topk(wide.hidden, wide.weight, 5, extra_ids=case.ids,
+                        bias=wide.bias if bias else None, **options)  # fmt: skip
+    assert torch.equal(found.ids, exact.ids)
+    for ours, right in zip(found[1:], exact[1:], strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_small_tails_keep_their_digits(triton_rows):
+    """At a student tail of e^-30 a difference from one would have none left."""
+    u = torch.zeros(1, 48)
+    u[0, 0] = 30.0
+    ids, target = torch.tensor([[0]]), torch.tensor([[math.log(0.5), math.log(0.5)]])
+    stats, support = torch.zeros(1, 4), triton_rows.locate(ids, None, 48)
+    rule = row_rule("reverse_kl:bucket", [0.5])
+    exact, grad = oracle_pass(u, ids, target, torch.ones(1), rule, Head())
+    triton_rows.row_pass(u, support, target, torch.ones(1), rule, Head(), True, stats, u)
+    assert abs(float(stats[0, 2]) - float(exact[0, 2])) < 1e-5
+    assert relative_error(u, grad) < 1e-5
+
+
+def test_an_offset_of_all_logits_costs_no_digits(triton_rows):
+    ids = torch.arange(4).repeat(3, 1)
+    plain = torch.randn(3, 96).mul(64).round().div(64)
+    target, rule = make_target("jsd:bucket", ids, plain), row_rule("jsd:bucket", [0.3])
+    support, weights = triton_rows.locate(ids, None, 96), torch.ones(3)
+    grads = []
+    for offset in (0.0, 1e4, -1e4):
+        u, stats = plain + offset, torch.zeros(3, 4)
+        triton_rows.row_pass(u, support, target, weights, rule, Head(), True, stats, u)
+        grads.append((u, stats[:, 0]))
+    for u, loss in grads[1:]:
+        torch.testing.assert_close(u, grads[0][0], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(loss, grads[0][1], rtol=1e-5, atol=1e-7)
+
+
+def test_the_tables_of_divergences_agree(device):
+    """One place in torch, one in Triton: each has every divergence, with the same constant."""
+    from lopd_kernels._triton.kernels import rules
+
+    assert set(rules.DIVERGENCES) == set(rules.SHIFTS) == set(DIVERGENCES)
+    assert all(DIVERGENCES[name].shift == shift for name, shift in rules.SHIFTS.items())
