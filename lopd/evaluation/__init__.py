@@ -1,1 +1,1 @@
-"""Measures of a trained model: accuracy, grading, KL, noise floor."""
+"""Evaluation of models and caches: accuracy, grading, KL to a teacher, noise floor."""

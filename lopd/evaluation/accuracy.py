@@ -1,26 +1,114 @@
-"""Accuracy: pass@k, confidence intervals, accuracy by answer length, and the table of results."""
+"""Accuracy of a model on prompts with answers: greedy, avg@n, pass@k, by answer length."""
 
 import math
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from lopd.data.prompts import Prompt
+from lopd.engines.base import Engine, Generation, Sampling, sequence_seed
 from lopd.errors import ConfigError
+from lopd.evaluation.grading import Grader
 
-Z95 = 1.959964
-
-
+Z95 = 1.959964  # the normal distribution's 97.5 % quantile
 LENGTH_BUCKETS = 4
 
 
-def by_length(
+def generate_answers(
+    engine: Engine, prompts: list[Prompt], sampling: Sampling, num_samples: int, seed: int
+) -> list[Generation]:
+    """Generate `num_samples` answers to each prompt, ordered by prompt."""
+    with tqdm(total=len(prompts) * num_samples, unit="seq", desc="answering") as bar:
+        return engine.generate(
+            [prompt.tokens for prompt in prompts for _ in range(num_samples)],
+            sampling,
+            [sequence_seed(seed, prompt.id, i) for prompt in prompts for i in range(num_samples)],
+            progress=bar.update,
+        )
+
+
+def measure_accuracy(
+    engine: Engine,
+    prompts: list[Prompt],
+    grader: Grader,
+    sampling: Sampling,
+    *,
+    num_samples: int,
+    seed: int,
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[Generation]]:
+    """Answer each prompt once greedily and `num_samples` times by sampling, and grade the answers.
+
+    An answer that was cut off at `max_new_tokens` counts as wrong.
+
+    Args:
+        sampling: of the sampled answers; the greedy ones share its `max_new_tokens`.
+
+    Returns:
+        The accuracies; one record for each answer, the greedy ones first; the sampled answers,
+        ordered by prompt.
+    """
+    greedy_sampling = Sampling(sampling.max_new_tokens, temperature=0.0)
+    greedy = generate_answers(engine, prompts, greedy_sampling, 1, 0)
+    sampled = generate_answers(engine, prompts, sampling, num_samples, seed)
+
+    def record(prompt: Prompt, sample: int | None, generation: Generation) -> dict[str, Any]:
+        text = engine.tokenizer.decode(generation.tokens.tolist(), skip_special_tokens=True)
+        answer, correct = grader(text, str(prompt.answer))
+        return {
+            "id": prompt.id,
+            "sample": sample,
+            "text": text,
+            "tokens": len(generation.tokens),
+            "finish_reason": generation.finish_reason,
+            "answer": answer,
+            "correct": generation.finish_reason == "stop" and correct,
+        }
+
+    jobs = [(prompt, i) for prompt in prompts for i in range(num_samples)]
+    greedy_records = [record(p, None, answer) for p, answer in zip(prompts, greedy, strict=True)]
+    sampled_records = [record(*job, answer) for job, answer in zip(jobs, sampled, strict=True)]
+    results = summarize(
+        np.array([item["correct"] for item in greedy_records]),
+        np.array([item["correct"] for item in sampled_records]).reshape(len(prompts), num_samples),
+        np.array([item["tokens"] for item in sampled_records]),
+        np.array([item["finish_reason"] == "length" for item in sampled_records]),
+    )
+    return results, greedy_records + sampled_records, sampled
+
+
+def summarize(
+    greedy_correct: np.ndarray,  # [P] bool
+    correct: np.ndarray,  # [P, n] bool, of the sampled answers
+    lengths: np.ndarray,  # [P * n] tokens
+    truncated: np.ndarray,  # [P * n] bool
+) -> dict[str, Any]:
+    """Accuracies over P prompts with n sampled answers each."""
+    prompts, n = correct.shape
+    powers_of_two = {1 << i for i in range(n.bit_length())}
+    return {
+        "prompts": prompts,
+        "samples": n,
+        "greedy": mean_with_interval(greedy_correct.astype(float)),
+        f"avg@{n}": mean_with_interval(correct.mean(1)),
+        "truncated": float(truncated.mean()),
+        "mean_tokens": float(lengths.mean()),
+        "by_length": accuracy_by_length(lengths, correct.ravel(), truncated),
+        **{
+            f"pass@{k}": mean_with_interval(pass_at_k(correct.sum(1), n, k))
+            for k in sorted(powers_of_two | {n})
+        },
+    }
+
+
+def accuracy_by_length(
     lengths: np.ndarray,  # [N] tokens
     correct: np.ndarray,  # [N] bool
     truncated: np.ndarray,  # [N] bool
 ) -> list[dict[str, float]]:
     """Accuracy by answer length, in buckets between quantiles of the lengths.
 
-    Answers of one length share a bucket, so that ties make fewer buckets of uneven size.
+    Answers of equal length share a bucket, so ties give fewer buckets of unequal size.
     """
     shares = np.arange(1, LENGTH_BUCKETS) / LENGTH_BUCKETS
     bucket = np.searchsorted(np.quantile(lengths, shares), lengths)
@@ -36,18 +124,33 @@ def by_length(
     ]
 
 
-def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
-    """Chance that k answers drawn from n, c of them right, hold a right one; per prompt."""
+def pass_at_k(
+    num_correct: np.ndarray,  # [P] int
+    n: int,
+    k: int,
+) -> np.ndarray:  # [P]
+    """Unbiased pass@k of each prompt: 1 - C(n - c, k) / C(n, k), c of n answers correct.
+
+    Raises:
+        ConfigError: k is not between 1 and n.
+
+    Source: Chen et al., arXiv 2107.03374.
+    """
     if not 1 <= k <= n:
         raise ConfigError(f"pass@k: found k={k}; expected 1 to the {n} samples")
-    return np.array([1.0 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct])
+    return np.array([1.0 - math.comb(n - int(c), k) / math.comb(n, k) for c in num_correct])
 
 
-def estimate(per_prompt: np.ndarray) -> dict[str, float]:
-    """Mean over prompts and its 95 % Wilson interval.
+def mean_with_interval(
+    per_prompt: np.ndarray,  # [P] in [0, 1]
+) -> dict[str, float]:
+    """Mean over prompts with its 95 % Wilson interval.
 
-    The spread of the prompts fixes the number of 0/1 trials with the same standard error,
-    at least one a prompt; so the interval keeps a width when all prompts agree.
+    The interval is that of as many 0/1 trials as give the same standard error, and of at least
+    one trial for each prompt, so it has a width even if all prompts agree.
+
+    Returns:
+        `mean`, `low` and `high`.
     """
     count, mean = len(per_prompt), float(per_prompt.mean())
     variance = float(per_prompt.var(ddof=1)) / count if count > 1 else 0.0
@@ -56,29 +159,3 @@ def estimate(per_prompt: np.ndarray) -> dict[str, float]:
     spread = mean * (1 - mean) / trials + Z95**2 / (4 * trials**2)
     half = Z95 * math.sqrt(spread) / (1 + Z95**2 / trials)
     return {"mean": mean, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
-
-
-def table(results: dict[str, Any]) -> list[str]:
-    lines = [f"{results['prompts']} prompts, {results['samples']} sampled answers each"]
-    for name, value in results.items():
-        if isinstance(value, dict) and "low" in value:
-            lines.append(
-                f"{name:>8}  {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
-            )
-    lines.append(f"truncated {results['truncated']:.3f}, mean tokens {results['mean_tokens']:.1f}")
-    for row in results["by_length"]:
-        lines.append(
-            f"{row['shortest']:>6} to {row['longest']} tokens: {row['count']} answers, "
-            f"{row['accuracy']:.3f} right, {row['truncated']:.3f} truncated"
-        )
-    if "kl" in results:
-        kl = results["kl"]
-        lines.append(f"KL to the teacher {kl['nats_per_token']:.4f} nat/token (k={kl['k']})")
-    if "cache_kl" in results:
-        kl = results["cache_kl"]
-        seen = "" if kl["held_out"] else ", which it was trained on"
-        lines.append(
-            f"KL to the cached teacher {kl['nats_per_token']:.4f} nat/token "
-            f"({kl['sequences']} sequences{seen})"
-        )
-    return lines

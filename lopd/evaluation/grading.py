@@ -1,7 +1,4 @@
-"""Whether an answer is right: what in the text is the answer, and what equals what.
-
-A judge takes the text and the expected answer and returns what it read and its verdict.
-"""
+"""Graders: they extract the answer from a text and compare it with the expected one."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -10,34 +7,43 @@ from typing import Any
 from lopd.data.prompts import Prompt
 from lopd.errors import ConfigError, DataError
 
-JUDGES = ("exact", "math")
+GRADERS = ("exact", "math")
 BOXED = r"\boxed{"
 
-Judge = Callable[[str, str], tuple[str | None, bool]]
+# Takes the text and the expected answer; returns the extracted answer (None if the text has
+# none) and whether it is correct.
+Grader = Callable[[str, str], tuple[str | None, bool]]
 
 
-def exact_judge(pattern: str) -> Judge:
-    """The last match's one group, equal to the expected answer but for spaces around it."""
+def exact_grader(pattern: str) -> Grader:
+    """Compare as strings, ignoring surrounding white space.
+
+    Args:
+        pattern: regular expression with one group; the group of its last match is the answer.
+    """
     compiled = re.compile(pattern)
 
-    def judge(text: str, expected: str) -> tuple[str | None, bool]:
-        found = compiled.findall(text)
-        given = found[-1].strip() if found else None
-        return given, given == expected.strip()
+    def grade(text: str, expected: str) -> tuple[str | None, bool]:
+        matches = compiled.findall(text)
+        answer = matches[-1].strip() if matches else None
+        return answer, answer == expected.strip()
 
-    return judge
+    return grade
 
 
-def math_judge(prompts: Sequence[Prompt] = ()) -> Judge:
-    r"""Mathematically equal, as math-verify judges it: 0.5 is `\frac{1}{2}`, and 2 is `x = 2`.
+def math_grader(prompts: Sequence[Prompt] = ()) -> Grader:
+    r"""Compare as mathematics, with math-verify: 0.5 equals `\frac{1}{2}`, and 2 equals `x = 2`.
 
-    The answer is what the text's last closed `\boxed{...}` holds; in a text without one, what
-    math-verify finds in all of it: what follows "the answer is", else the last formula or
-    number. The expected answer is an expression, or a text with a `\boxed{...}`.
+    The answer is the content of the last closed `\boxed{...}`. In a text without one,
+    math-verify searches the whole text: it takes what follows "the answer is", or else the last
+    formula or number. The expected answer is an expression, or a text with a `\boxed{...}`.
+
+    Args:
+        prompts: their expected answers are checked.
 
     Raises:
         ConfigError: math-verify is not installed.
-        DataError: the expected answer of one of `prompts` is nothing that it can read.
+        DataError: math-verify cannot parse the expected answer of a prompt.
     """
     try:
         from math_verify import parse, verify
@@ -46,29 +52,30 @@ def math_judge(prompts: Sequence[Prompt] = ()) -> Judge:
             f"judge: math needs the package math-verify ({error}); pip install 'lopd[eval]'"
         ) from None
 
-    def read(expected: str) -> list[Any]:
-        inner = last_boxed(expected)
-        return parse(f"{BOXED}{expected if inner is None else inner}}}")
+    def parse_expected(expected: str) -> list[Any]:
+        boxed = last_boxed(expected)
+        return parse(f"{BOXED}{expected if boxed is None else boxed}}}")
 
     for prompt in prompts:
-        if not read(str(prompt.answer)):
+        if not parse_expected(str(prompt.answer)):
             raise DataError(
-                f"prompt '{prompt.id}': its answer {prompt.answer!r} is no formula or number; "
-                "mend it, or use --judge exact"
+                f"prompt '{prompt.id}': found answer {prompt.answer!r}; expected a formula or a "
+                "number; fix it, or use --judge exact"
             )
 
-    def judge(text: str, expected: str) -> tuple[str | None, bool]:
-        inner = last_boxed(text)
-        found = parse(text if inner is None else f"{BOXED}{inner}}}")
-        if not found:
-            return inner, False
-        return str(found[-1]) if inner is None else inner, bool(verify(read(expected), found))
+    def grade(text: str, expected: str) -> tuple[str | None, bool]:
+        boxed = last_boxed(text)
+        parsed = parse(text if boxed is None else f"{BOXED}{boxed}}}")
+        if not parsed:
+            return boxed, False
+        answer = str(parsed[-1]) if boxed is None else boxed
+        return answer, bool(verify(parse_expected(expected), parsed))
 
-    return judge
+    return grade
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` that is closed holds, braces within it balanced."""
+    r"""The content of the last `\boxed{...}` with balanced braces, or None."""
     start = len(text)
     while (start := text.rfind(BOXED, 0, start)) >= 0:
         depth, begin = 1, start + len(BOXED)

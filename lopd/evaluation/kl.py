@@ -1,7 +1,7 @@
-"""Reverse KL of a model to a teacher over K + 1 buckets, in nats per token.
+"""Reverse KL of a model to a teacher, in nats per token.
 
-KL(p || q), p the model, over the teacher's list and one bucket for the rest: what `lopd
-distill` descends, through the same step, on the model's own samples or on a stored cache.
+KL(p || q), p the model, q the teacher, over the ids in the teacher's list and one bucket for
+all others. `lopd distill` minimises the same quantity with the same code.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from lopd.engines.transformers import HfEngine
 from lopd.errors import ConfigError
 from lopd.provenance import load_vocab, tokenizer_digest
 from lopd.provenance.gate import check_same_tokens
-from lopd.store import TeacherCache, scored_sequence
+from lopd.store import TeacherCache, scored_sequence, scoring_of
 from lopd.training.batch import Collator, SequenceDataset, to_device
 from lopd.training.objective import Objective
 from lopd.training.step import step
@@ -26,12 +26,18 @@ from lopd.training.step import step
 def on_policy_kl(
     student: HfEngine, teacher: HfEngine, prompts: list[Prompt], sampled: list[Generation], k: int
 ) -> dict[str, float]:
-    """KL(student || teacher) on the student's samples.
+    """KL(student || teacher) on the student's own samples.
 
-    The samples are the student's own at temperature 1 and top_p 1; k is at most the vocabulary,
-    and what was used is in the result.
+    Args:
+        sampled: answers of the student at temperature 1 and top_p 1, the same number for each
+            prompt, ordered by prompt.
+        k: length of the teacher's lists; lowered to the size of the teacher's vocabulary.
 
-    Raises ProvenanceError where an id that occurs means different tokens to the two.
+    Returns:
+        `nats_per_token`, `tokens`, and the `k` that was used.
+
+    Raises:
+        ProvenanceError: an id that occurs stands for different tokens in the two tokenizers.
     """
     repeats = len(sampled) // len(prompts)
     jobs = [(prompt, i) for prompt in prompts for i in range(repeats)]
@@ -56,15 +62,18 @@ def on_policy_kl(
 
 
 def open_cache(path: str | Path, model: str | Path, student: HfEngine) -> TeacherCache:
-    """A teacher's cache as `model` will be compared with it, complete, its hashes checked.
+    """Open a teacher cache for `cache_kl` and check that it is complete and unaltered.
+
+    Args:
+        model: folder of the student, for its tokenizer.
 
     Raises:
-        ConfigError: the lists were renormalised, so that nothing is known of the rest.
-        ProvenanceError: an id that occurs means different tokens to cache and model.
+        ConfigError: the lists were renormalised, so the mass outside them is unknown.
+        ProvenanceError: an id that occurs stands for different tokens in the two tokenizers.
         ShardError: a shard is missing or altered.
     """
     cache = TeacherCache.open(path, vocab_size=student.vocab_size)
-    if cache.manifest.get("tail") == "renormalized":
+    if scoring_of(cache.manifest)["tail"] == "renormalized":
         raise ConfigError(
             f"{path}: its lists were renormalised before they were imported, so the mass outside "
             "them is lost; a KL needs it: leave --cache out, or score the rollouts again"
@@ -78,11 +87,15 @@ def open_cache(path: str | Path, model: str | Path, student: HfEngine) -> Teache
 
 
 def cache_kl(student: HfEngine, cache: TeacherCache) -> dict[str, float]:
-    """KL(student || stored teacher) over every loss token of a cache, at the cache's temperature.
+    """KL(student || stored teacher) over all loss tokens of a cache, at the cache's temperature.
 
-    Buckets are those of training: the stored list with the sampled token in it, and the rest.
+    The buckets are those of training: the stored list with the sampled token, and all other ids.
 
-    Raises DataError where a sequence does not fit into the model.
+    Returns:
+        `nats_per_token`, `tokens`, `sequences` and `temperature`.
+
+    Raises:
+        DataError: a sequence is longer than the model's context.
     """
     data = SequenceDataset(cache, context=student.context, vocab_size=student.vocab_size)
     longest = max(len(rollout.tokens) for rollout in cache.rollouts())
@@ -97,7 +110,11 @@ def cache_kl(student: HfEngine, cache: TeacherCache) -> dict[str, float]:
 def reverse_kl(
     student: HfEngine, batches: Iterable[Sequence[Any]], temperature: float = 1.0
 ) -> dict[str, float]:
-    """Mean over the loss tokens of `batches` of scored sequences."""
+    """Mean reverse KL over the loss tokens of batches of scored sequences.
+
+    Returns:
+        `nats_per_token` and `tokens`.
+    """
     collate, objective = Collator(), Objective("reverse_kl", temperature=temperature)
     total, tokens = 0.0, 0
     for items in batches:

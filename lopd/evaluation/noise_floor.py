@@ -1,9 +1,10 @@
-"""How much of what a cache teaches is the numerics of the engine that scored it.
+"""The noise floor of a cache: how far the teacher, run again, is from its stored distributions.
 
-With q the stored distribution of a response token over its list and tail, and q' what the
-same teacher gives now, KL(q' || q) is the loss that a perfect student would still have: the
-noise floor. KL(p || q) of the student p on the same tokens and buckets is the signal. A cache
-without lists, of sampled-token log-probs alone, has the sampled token for its list.
+For each response token, q is the stored distribution over its list and tail, q' the same
+teacher's when it is run again, perhaps with another engine, dtype or batch size. KL(q' || q) is
+the loss that a perfect student would still have: the noise. KL(p || q) of the student p on the
+same tokens and buckets is the signal. In a cache without lists, which has only the log-probs of
+the sampled tokens, the sampled token takes the place of the list.
 """
 
 from collections.abc import Sequence
@@ -23,37 +24,24 @@ from lopd.store.codec import kl_terms
 
 
 @dataclass(frozen=True)
-class Noise:
-    """KLs in nat per response token, over the same buckets."""
+class NoiseFloor:
+    """Noise and signal, both KLs in nats per response token over the same buckets."""
 
     sequences: int
     tokens: int
-    noise: float
-    signal: float
-    coverage: float  # share of listed ids that both teachers list
-    own_mean: float  # |difference| of the tokens' own log-probs
-    own_largest: float
-    same_student: bool
+    noise: float  # KL(rescored teacher || stored)
+    signal: float  # KL(student || stored)
+    coverage: float  # share of the listed ids that have a bucket of their own
+    mean_gap: float  # of the response tokens' log-probs, |rescored - stored|
+    largest_gap: float
+    same_student: bool  # whether the student is the model that made the rollouts
 
     @property
-    def share(self) -> float:
+    def noise_share(self) -> float:
         return self.noise / self.signal if self.signal > 0 else float("inf")
 
-    def rows(self) -> dict[str, str]:
-        """The measurement, in words."""
-        student = "" if self.same_student else " (not the one that rolled out)"
-        return {
-            "rescored": f"{self.sequences} sequences, {self.tokens} response tokens",
-            "buckets": f"{100 * self.coverage:.1f} % of the listed ids, and the rest as one",
-            "own log-prob": f"differs by {self.own_mean:.3g} in the mean, {self.own_largest:.3g} "
-            "at most",
-            "teacher": f"{self.noise:.4g} nat/token, KL(teacher again || stored)",
-            "student": f"{self.signal:.4g} nat/token, KL(student || stored){student}",
-            "noise share": f"{self.share:.3g}",
-        }
 
-
-def measure_noise(
+def measure_noise_floor(
     path: str | Path,
     count: int,
     *,
@@ -62,14 +50,19 @@ def measure_noise(
     options: EngineOptions,
     tokens_per_batch: int,
     seed: int,
-) -> Noise:
-    """Score `count` sequences of a cache again with the teacher, and with the student.
+) -> NoiseFloor:
+    """Rescore sequences of a cache with the teacher and with the student.
 
-    The student, for which no options but dtype and device are meant, runs in transformers.
+    Args:
+        count: number of sequences; at most all of them.
+        options: engine of the teacher. The student runs in transformers and shares only its
+            dtype and device.
+        seed: of the choice of sequences.
 
     Raises:
         ProvenanceError: `teacher` is not the model that scored the cache.
-        ConfigError: the mass outside the lists was lost before they were imported.
+        ConfigError: the lists were renormalised, so the mass outside them is unknown.
+        ModelError: the engine did not score all sequences.
     """
     cache = TeacherCache.open(path, support="list")
     if cache.has_no_lists:
@@ -95,30 +88,35 @@ def measure_noise(
         "tokens_per_batch": tokens_per_batch,
     }
     engine = load_engine(options.engine, teacher, options=options.options(), **settings)
-    again = _score(engine, options.engine, items, manifest)
-    del engine
+    teacher_scores = _score(engine, options.engine, items, manifest)
+    del engine  # before the student takes its memory
     engine = load_engine("transformers", student, **settings)
-    own = _score(engine, "transformers", items, manifest)
+    student_scores = _score(engine, "transformers", items, manifest)
     maker = manifest["inputs"]["rollouts"]["model"]["weights"]
     return _compare(
-        items, again, own, engine.vocab_size, same_student=fingerprint_weights(student) == maker
+        items,
+        teacher_scores,
+        student_scores,
+        engine.vocab_size,
+        same_student=fingerprint_weights(student) == maker,
     )
 
 
 def _score(
     engine: Engine, name: str, items: Sequence[TeacherSequence], manifest: dict[str, Any]
 ) -> list[TeacherScores]:
-    """Scores at the stored ids where the engine can, at its own top-k else."""
-    rows = engine.vocab_size
-    k, stored = min(max(1, manifest["k"]), rows), None
+    """Score the stored ids if the engine can, else the model's own top k."""
+    vocab_size = engine.vocab_size
+    k, stored_ids = min(max(1, manifest["k"]), vocab_size), None
     if name == "transformers":
-        k, stored = 1, [np.where(item.topk_ids < rows, item.topk_ids, -1) for item in items]
+        k = 1
+        stored_ids = [np.where(item.topk_ids < vocab_size, item.topk_ids, -1) for item in items]
     scores = engine.score(
         [item.rollout.tokens for item in items],
         [item.rollout.prompt_length for item in items],
         k,
         temperature=manifest["temperature"],
-        extra_ids=stored,
+        extra_ids=stored_ids,
     )
     if len(scores) != len(items):
         raise ModelError(f"engine: {name} scored {len(scores)} of {len(items)} sequences")
@@ -127,35 +125,40 @@ def _score(
 
 def _compare(
     items: Sequence[TeacherSequence],
-    again: Sequence[TeacherScores],
-    own: Sequence[TeacherScores],
-    student_rows: int,
+    teacher_scores: Sequence[TeacherScores],
+    student_scores: Sequence[TeacherScores],
+    student_vocab_size: int,
     *,
     same_student: bool,
-) -> Noise:
-    """Both KLs over the stored ids that teacher and student know, and the rest as one bucket."""
+) -> NoiseFloor:
+    """Both KLs over the stored ids that teacher and student can score, and one bucket for others.
+
+    A stored id without a score, or beyond the student's vocabulary, joins the bucket of the
+    others in all three distributions.
+    """
     noise: list[np.ndarray] = []
     signal: list[np.ndarray] = []
     gaps: list[np.ndarray] = []
-    known = listed = 0
-    for item, teacher, student in zip(items, again, own, strict=True):
-        told, *_ = _candidates(teacher)
-        shared = np.where(item.topk_ids < student_rows, item.topk_ids, -1)
-        shared = np.where(_in(shared, told), shared, -1)
-        stored = _fold(shared, item.topk_ids, item.topk_logprobs, item.tail_logprobs)
-        noise.append(_bucket_kl(_fold(shared, *_candidates(teacher)), stored))
-        signal.append(_bucket_kl(_fold(shared, *_candidates(student)), stored))
+    num_buckets = num_listed = 0
+    for item, teacher, student in zip(items, teacher_scores, student_scores, strict=True):
+        teacher_lists = _with_extra_ids(teacher)
+        has_bucket = _is_in(item.topk_ids, teacher_lists[0]) & (item.topk_ids < student_vocab_size)
+        buckets = np.where(has_bucket, item.topk_ids, -1)
+        stored = _to_buckets(buckets, item.topk_ids, item.topk_logprobs, item.tail_logprobs)
+        noise.append(_bucket_kl(_to_buckets(buckets, *teacher_lists), stored))
+        signal.append(_bucket_kl(_to_buckets(buckets, *_with_extra_ids(student)), stored))
         gaps.append(np.abs(teacher.logprobs - item.teacher_logprobs))
-        known, listed = known + int((shared >= 0).sum()), listed + int((item.topk_ids >= 0).sum())
+        num_buckets += int(has_bucket.sum())
+        num_listed += int((item.topk_ids >= 0).sum())
     gap = np.concatenate(gaps)
-    return Noise(
+    return NoiseFloor(
         sequences=len(items),
         tokens=len(gap),
         noise=float(np.concatenate(noise).mean()),
         signal=float(np.concatenate(signal).mean()),
-        coverage=known / max(listed, 1),
-        own_mean=float(gap.mean()),
-        own_largest=float(gap.max()),
+        coverage=num_buckets / max(num_listed, 1),
+        mean_gap=float(gap.mean()),
+        largest_gap=float(gap.max()),
         same_student=same_student,
     )
 
@@ -163,47 +166,53 @@ def _compare(
 _Lists = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids [R, C], log-probs [R, C], tail [R]
 
 
-def _candidates(scores: TeacherScores) -> _Lists:
-    """Every id that scores tell of, once, and the log of the mass outside them."""
+def _with_extra_ids(scores: TeacherScores) -> _Lists:
+    """Lists that hold the extra ids too, each id once, and the tail outside them."""
     ids, logprobs = scores.topk_ids, scores.topk_logprobs
     if scores.extra_ids is None or scores.extra_logprobs is None:
         return ids, logprobs, scores.tail_logprobs
     assert scores.extra_tail_logprobs is not None
-    extra = np.where(_in(scores.extra_ids, ids), -1, scores.extra_ids)
+    extra_ids = np.where(_is_in(scores.extra_ids, ids), -1, scores.extra_ids)
     return (
-        np.concatenate([ids, extra], axis=1),
+        np.concatenate([ids, extra_ids], axis=1),
         np.concatenate([logprobs, scores.extra_logprobs], axis=1),
         scores.extra_tail_logprobs,
     )
 
 
-def _in(ids: np.ndarray, others: np.ndarray) -> np.ndarray:  # [R, K] bool of [R, K], [R, C]
-    """Which ids (-1 never) a row's others hold."""
-    held = np.zeros(ids.shape, bool)
-    for column in others.T:
-        held |= ids == column[:, None]
-    return held & (ids >= 0)
+def _is_in(
+    ids: np.ndarray,  # [R, K], -1 pads
+    lists: np.ndarray,  # [R, C]
+) -> np.ndarray:  # [R, K] bool, False at pads
+    """Whether each id is in the list of its row."""
+    found = np.zeros(ids.shape, bool)
+    for column in lists.T:
+        found |= ids == column[:, None]
+    return found & (ids >= 0)
 
 
-def _fold(
+def _to_buckets(
     buckets: np.ndarray,  # [R, K] ids, -1 pads
     ids: np.ndarray,  # [R, C]
     logprobs: np.ndarray,  # [R, C]
     tail: np.ndarray,  # [R]
 ) -> np.ndarray:  # [R, K + 1] fp64
-    """Log-probs of the buckets and, last, of all the others; -inf at pads."""
+    """Log-probs of the bucketed ids and, in the last column, of all others; -inf at pads."""
     result = np.full((len(buckets), buckets.shape[1] + 1), -np.inf)
-    rest = tail.astype(np.float64)
+    others = tail.astype(np.float64)
     for column in range(ids.shape[1]):
         match = (buckets == ids[:, column, None]) & (buckets >= 0)
-        value = logprobs[:, column].astype(np.float64)
-        result[:, :-1] = np.where(match, value[:, None], result[:, :-1])
-        lone = (ids[:, column] >= 0) & ~match.any(axis=1)
-        rest = np.where(lone, np.logaddexp(rest, value), rest)
-    result[:, -1] = rest
+        logprob = logprobs[:, column].astype(np.float64)
+        result[:, :-1] = np.where(match, logprob[:, None], result[:, :-1])
+        outside = (ids[:, column] >= 0) & ~match.any(axis=1)
+        others = np.where(outside, np.logaddexp(others, logprob), others)
+    result[:, -1] = others
     return result
 
 
-def _bucket_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:  # [R] of [R, B] log-probs
-    """KL over the buckets, not negative where a mass is not quite 1."""
+def _bucket_kl(
+    p: np.ndarray,  # [R, B] log-probs
+    q: np.ndarray,  # [R, B]
+) -> np.ndarray:  # [R]
+    """KL(p || q) over the buckets; stays non-negative if rounding leaves a mass other than 1."""
     return kl_terms(p, q).sum(axis=1)

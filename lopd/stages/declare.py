@@ -1,4 +1,4 @@
-"""Admit a checkpoint that was fine-tuned elsewhere (`lopd declare`)."""
+"""Declare which teacher a checkpoint from elsewhere was fine-tuned on (`lopd declare`)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,5 +18,6 @@ class DeclareConfig:
 
 
 def main(config: DeclareConfig) -> Path:
+    """Write the statement into the model's folder, and return the folder."""
     declare(config.model, teacher=config.teacher)
     return Path(config.model)

@@ -1,7 +1,7 @@
-"""Distil a teacher into a student from the cache alone (`lopd distill`).
+"""Distil a teacher into a student from a cache, without the teacher (`lopd distill`).
 
-Whether teacher, cache, rollouts and student belong together is checked first, from files,
-before any model is built. Overrides given by flags are recorded in the result's manifest.
+First the manifests are checked: teacher, cache, rollouts and student must belong together. No
+model is loaded before that. The manifest of the checkpoint records the checks that flags override.
 """
 
 from collections.abc import Mapping
@@ -110,7 +110,7 @@ class DistillConfig(WatchOptions):
             )
 
     def objective_at(self, cache_temperature: float) -> Objective:
-        """The objective on a cache that was scored at this temperature."""
+        """The objective; its temperature is the cache's unless one is set."""
         temperature = cache_temperature if self.temperature is None else self.temperature
         return Objective(
             self.objective,
@@ -125,26 +125,28 @@ class DistillConfig(WatchOptions):
         )
 
     def allowed(self) -> frozenset[str]:
-        flags = {name: getattr(self, f"allow_{name.replace('-', '_')}") for name in OVERRIDES}
-        return frozenset(name for name, given in flags.items() if given)
+        """The checks of `lopd.provenance` that flags override."""
+        return frozenset(
+            name for name in OVERRIDES if getattr(self, f"allow_{name.replace('-', '_')}")
+        )
 
 
 def main(config: DistillConfig) -> Path:
-    """Check, train, save, and write the manifest last. Returns the model's folder.
+    """Check, train, save the model and, last, its manifest. Returns the model's folder.
 
     Raises:
-        ProvenanceError: artefacts that do not belong together.
+        ProvenanceError: the artefacts do not belong together.
         ShardError: a shard is altered.
-        ConfigError: `out` holds a finished run or another recipe, or another temperature than
-            the cache's is asked for.
-        MissingFileError, DataError, ModelError: student or cache that cannot be used.
+        ConfigError: `out` holds a finished run or another recipe, the temperature is not the
+            cache's, or the cache lacks what the objective needs.
+        MissingFileError, DataError, ModelError: the student or the cache cannot be used.
     """
     check_model_folder(config.student)
     cache, overrides = open_cache(config)
     check_lists(config, cache)
     temperature = cache.manifest["temperature"]
     objective = config.objective_at(temperature)
-    check_correction(config, objective, cache.manifest)
+    check_importance(config, objective, cache.manifest)
     if objective.temperature != temperature:
         raise ConfigError(
             f"temperature: found {objective.temperature}, but {config.cache} was scored at "
@@ -185,7 +187,7 @@ def main(config: DistillConfig) -> Path:
 
 
 def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> tuple[Any, Any]:
-    """What renews the cache's rollouts, and the description of its teacher; None for neither."""
+    """The refresh of the rollouts and the description of its teacher; None without --teacher."""
     if config.teacher is None:
         return None, None
     from lopd.training.refresh import Refresh, check_refresh
@@ -196,49 +198,49 @@ def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> tuple[Any
 
 
 def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
-    """Refuse an objective that needs more of the lists than an imported cache has.
+    """Check that an imported cache has the lists that the objective needs.
 
     Raises:
-        ConfigError: there are none, or they were renormalised before they were imported.
+        ConfigError: it has none, or they were renormalised before they were imported.
     """
     if config.objective in SPARSE and config.support == "list" and cache.has_no_lists:
         raise ConfigError(
-            f"{config.cache}: holds the log-probs of the sampled tokens and no lists; found "
-            f"objective {config.objective} with support list, expected --objective "
-            "policy_gradient, or --support list+sampled with its two buckets a token"
+            f"{config.cache}: has no lists, only the log-probs of the sampled tokens; found "
+            f"objective {config.objective} with support list; expected --objective "
+            "policy_gradient, or --support list+sampled with two buckets for each token"
         )
-    sees_lists_alone = (
+    ignores_tail = (
         config.objective in SPARSE and config.tail == "renormalize" and config.support == "list"
     )
-    if scoring_of(cache.manifest)["tail"] == "renormalized" and not sees_lists_alone:
+    if scoring_of(cache.manifest)["tail"] == "renormalized" and not ignores_tail:
         raise ConfigError(
             f"{config.cache}: its lists were renormalised before they were imported, so the mass "
             f"outside them is lost; found objective {config.objective} with tail {config.tail} and "
-            f"support {config.support}, expected one of {', '.join(SPARSE)} with --tail "
+            f"support {config.support}; expected one of {', '.join(SPARSE)} with --tail "
             "renormalize --support list; or score the rollouts again"
         )
 
 
-def check_correction(
+def check_importance(
     config: DistillConfig, objective: Objective, manifest: Mapping[str, Any]
 ) -> None:
-    """Refuse a correction by ratios that the cache does not have.
+    """Check that the cache has the rollout log-probs that an importance correction needs.
 
     Raises:
-        ConfigError: rollout log-probs that are unknown, or rollouts that were not sampled.
+        ConfigError: they are unknown, or the rollouts were not sampled.
     """
-    if objective.needs_rollout_logprobs and (why := without_ratios(manifest)):
+    if objective.needs_rollout_logprobs and (reason := missing_ratios(manifest)):
         flag = "clip_range" if objective.importance == "none" else "importance"
         raise ConfigError(
-            f"{flag}: {config.cache}: {why}, and the correction divides by the probability that "
-            f"a token was sampled with; leave --{flag} out, or roll out and score again"
+            f"{flag}: {config.cache}: {reason}, and the correction divides by the probability "
+            f"that a token was sampled with; leave --{flag} out, or roll out and score again"
         )
 
 
-def without_ratios(manifest: Mapping[str, Any]) -> str | None:
-    """Why the cache's rollouts have no ratio to the policy that sampled them, if so."""
+def missing_ratios(manifest: Mapping[str, Any]) -> str | None:
+    """Why the ratio to the policy that sampled the rollouts is unknown; None if it is known."""
     if scoring_of(manifest)["rollout_logprobs"] == "absent":
-        return "its rollout log-probs are unknown (they were imported without)"
+        return "its rollout log-probs are unknown (it was imported without them)"
     sampling = manifest["inputs"]["rollouts"].get("sampling") or {}
     if sampling.get("temperature") == 0:
         return "its rollouts are greedy (temperature 0)"
@@ -246,7 +248,7 @@ def without_ratios(manifest: Mapping[str, Any]) -> str | None:
 
 
 def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]]]:
-    """The cache as the student will read it, and the overrides that admitted it."""
+    """Open the cache for the student's vocabulary; also return the overrides that were needed."""
     cache = TeacherCache.open(
         config.cache,
         support=config.support,
@@ -261,13 +263,13 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]
         missing_shards=cache.missing_shards,
         allow=config.allowed(),
     )
-    if config.verify and runs.is_first():  # the others wait for it where the run begins
+    if config.verify and runs.is_first():  # the other processes wait for it when the run begins
         cache.verify()
     return cache, overrides
 
 
 def _lineage(student: str) -> dict[str, Any]:
-    """The student's lineage; unknown where an override admitted one that contradicts itself."""
+    """The student's lineage; unknown if it is contradictory, which only an override admits."""
     try:
         return lineage_of(student)
     except ProvenanceError:

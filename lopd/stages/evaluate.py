@@ -1,12 +1,9 @@
-"""Measure a model on prompts with answers (`lopd eval`).
+"""Measure a model on prompts with answers, and its KL to a teacher (`lopd eval`).
 
-Greedy accuracy, and over n sampled answers avg@n and the unbiased
-pass@k = 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374), each the mean over
-prompts with a 95 % interval: Wilson's, at the number of independent trials that the
-prompts' spread is worth. Answers are judged by `lopd.evaluation.grading`, and one that did not
-end by itself is wrong. With a teacher, also the on-policy reverse KL: nats per token of the model's
-own samples, K+1 buckets, the same quantity that `lopd distill` descends; exact when k covers
-the vocabulary and a lower bound otherwise. With a teacher cache, the same on its sequences.
+Accuracy is that of one greedy answer and of n sampled answers to each prompt, as avg@n and
+pass@k. The KL is the reverse KL that `lopd distill` minimises, on the model's own samples with
+`--teacher` and on stored sequences with `--cache`. It is exact if the lists cover the vocabulary
+and a lower bound otherwise.
 """
 
 import json
@@ -17,15 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from tqdm import tqdm
-
 from lopd.data.prompts import Prompt, check_prompts, load_prompts
-from lopd.engines.base import Generation, Sampling, sequence_seed
+from lopd.engines.base import Sampling
 from lopd.engines.transformers import HfEngine
 from lopd.errors import ConfigError, DataError
-from lopd.evaluation.accuracy import by_length, estimate, pass_at_k, table
-from lopd.evaluation.grading import JUDGES, Judge, exact_judge, math_judge
+from lopd.evaluation.accuracy import generate_answers, measure_accuracy
+from lopd.evaluation.grading import GRADERS, exact_grader, math_grader
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
 from lopd.models.load import resolve_device, resolve_dtype
 from lopd.provenance import (
@@ -37,6 +31,7 @@ from lopd.provenance import (
     write_manifest,
 )
 from lopd.provenance.io import pretty_json, write_atomic
+from lopd.stages.table import print_fields
 
 ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
 
@@ -93,26 +88,30 @@ class EvalConfig:
             raise ConfigError(f"answer_regex: {error}; expected a regular expression") from None
         if groups != 1:
             raise ConfigError(f"answer_regex: found {groups} groups; expected exactly one")
-        if self.judge not in JUDGES:
-            raise ConfigError(f"judge: found '{self.judge}'; expected one of {', '.join(JUDGES)}")
+        if self.judge not in GRADERS:
+            raise ConfigError(f"judge: found '{self.judge}'; expected one of {', '.join(GRADERS)}")
         if self.judge == "math":
             if self.answer_regex != ANSWER_REGEX:
                 raise ConfigError(
                     "answer_regex: --judge math does not use it; leave one of them out"
                 )
-            math_judge()
+            math_grader()
 
     def sampling(self) -> Sampling:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 
 def main(config: EvalConfig) -> Path:
-    """Evaluate, write answers, results and, last, the manifest; returns the folder.
+    """Evaluate, and write the answers, the results and, last, the manifest.
+
+    Returns:
+        The folder.
 
     Raises:
-        ConfigError: `out` holds something already.
-        ProvenanceError: model and teacher, or cache, do not mean the same by the ids that occur.
-        DataError: prompts without answers, or that the model has no room for.
+        ConfigError: `out` is not a new or empty folder.
+        ProvenanceError: an id that occurs stands for different tokens in the model's tokenizer
+            and in that of the teacher or the cache.
+        DataError: a prompt has no answer, or is too long for the model.
         ShardError: the cache is incomplete or altered.
     """
     out = claim(config.out)
@@ -123,7 +122,15 @@ def main(config: EvalConfig) -> Path:
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
         inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest["model"]}
-    results, answers, sampled = measure(engine, prompts, config)
+    grader = math_grader(prompts) if config.judge == "math" else exact_grader(config.answer_regex)
+    results, answers, sampled = measure_accuracy(
+        engine,
+        prompts,
+        grader,
+        config.sampling(),
+        num_samples=config.num_samples,
+        seed=config.seed,
+    )
     if config.cache is not None:
         held_out = not _trained_on(config.model, inputs["cache"]["digest"])
         results["cache_kl"] = cache_kl(engine, cache) | {"held_out": held_out}
@@ -131,7 +138,8 @@ def main(config: EvalConfig) -> Path:
         inputs["teacher"] = describe_model(config.teacher, dtype=dtype, engine=name)
         teacher = _load(config, config.teacher)
         if not config.sampling().is_raw:
-            sampled = sample(engine, prompts, Sampling(config.max_new_tokens), 1, config.seed)
+            sampling = Sampling(config.max_new_tokens)
+            sampled = generate_answers(engine, prompts, sampling, 1, config.seed)
         results["kl"] = on_policy_kl(engine, teacher, prompts, sampled, config.kl_k)
     manifest = build_manifest(
         "evaluation",
@@ -145,8 +153,7 @@ def main(config: EvalConfig) -> Path:
     write_atomic(out / "answers.jsonl", lines.encode())
     write_atomic(out / "results.json", pretty_json(results))
     write_manifest(out, manifest)
-    for line in table(results):
-        print(line)
+    print_fields(_summary(results))
     return out
 
 
@@ -177,7 +184,7 @@ def _load(config: EvalConfig, path: str) -> HfEngine:
 
 
 def _prompts(config: EvalConfig, engine: HfEngine) -> list[Prompt]:
-    """The prompts, each with an answer and with room for the model's."""
+    """Load the prompts; check that each has an answer and fits into the model's context."""
     prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
     if unanswered:
@@ -196,67 +203,31 @@ def _prompts(config: EvalConfig, engine: HfEngine) -> list[Prompt]:
 
 
 def _trained_on(model: str, digest: str) -> bool:
-    """Whether the model's manifest, if it has one, says that it was distilled on this cache."""
+    """Whether the model's manifest says that it was distilled on this cache."""
     if not (Path(model) / MANIFEST_NAME).is_file():
         return False
     return (read_manifest(model)["inputs"] or {}).get("cache", {}).get("digest") == digest
 
 
-def _judge(config: EvalConfig, prompts: list[Prompt]) -> Judge:
-    return math_judge(prompts) if config.judge == "math" else exact_judge(config.answer_regex)
-
-
-def sample(
-    engine: HfEngine, prompts: list[Prompt], sampling: Sampling, n: int, seed: int
-) -> list[Generation]:
-    """n answers to every prompt, prompt by prompt."""
-    with tqdm(total=len(prompts) * n, unit="seq", desc="answering") as bar:
-        return engine.generate(
-            [prompt.tokens for prompt in prompts for _ in range(n)],
-            sampling,
-            [sequence_seed(seed, prompt.id, i) for prompt in prompts for i in range(n)],
-            progress=bar.update,
+def _summary(results: dict[str, Any]) -> dict[str, str]:
+    """The results as `main` prints them."""
+    fields = {"prompts": f"{results['prompts']}, {results['samples']} sampled answers each"}
+    for name, value in results.items():
+        if isinstance(value, dict) and "low" in value:
+            fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
+    fields["truncated"] = f"{results['truncated']:.3f}"
+    fields["mean tokens"] = f"{results['mean_tokens']:.1f}"
+    for row in results["by_length"]:
+        fields[f"{row['shortest']} to {row['longest']} tokens"] = (
+            f"{row['accuracy']:.3f} of {row['count']} answers, {row['truncated']:.3f} truncated"
         )
-
-
-def measure(
-    engine: HfEngine, prompts: list[Prompt], config: EvalConfig
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[Generation]]:
-    """Accuracies; every answer as a record; the sampled answers as tokens, prompt by prompt."""
-    n, judge = config.num_samples, _judge(config, prompts)
-    first = sample(engine, prompts, Sampling(config.max_new_tokens, temperature=0.0), 1, 0)
-    sampled = sample(engine, prompts, config.sampling(), n, config.seed)
-
-    def record(prompt: Prompt, answer: Generation, number: int | None) -> dict[str, Any]:
-        text = engine.tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True)
-        given, right = judge(text, str(prompt.answer))
-        return {
-            "id": prompt.id,
-            "sample": number,
-            "text": text,
-            "tokens": len(answer.tokens),
-            "finish_reason": answer.finish_reason,
-            "answer": given,
-            "correct": answer.finish_reason == "stop" and right,
-        }
-
-    jobs = [(prompt, number) for prompt in prompts for number in range(n)]
-    greedy = [record(*pair, None) for pair in zip(prompts, first, strict=True)]
-    drawn = [record(p, answer, i) for (p, i), answer in zip(jobs, sampled, strict=True)]
-    correct = np.array([answer["correct"] for answer in drawn]).reshape(len(prompts), n)
-    results: dict[str, Any] = {
-        "prompts": len(prompts),
-        "samples": n,
-        "greedy": estimate(np.array([answer["correct"] for answer in greedy], dtype=float)),
-        f"avg@{n}": estimate(correct.mean(1)),
-        "truncated": float(np.mean([answer.finish_reason == "length" for answer in sampled])),
-        "mean_tokens": float(np.mean([len(answer.tokens) for answer in sampled])),
-    }
-    results["by_length"] = by_length(
-        np.array([len(answer.tokens) for answer in sampled]),
-        correct.ravel(),
-        np.array([answer.finish_reason == "length" for answer in sampled]),
-    )
-    for k in sorted({1 << i for i in range(n.bit_length())} | {n}):
-        results[f"pass@{k}"] = estimate(pass_at_k(correct.sum(1), n, k))
-    return results, greedy + drawn, sampled
+    if "kl" in results:
+        kl = results["kl"]
+        fields["KL to the teacher"] = f"{kl['nats_per_token']:.4f} nat/token (k={kl['k']})"
+    if "cache_kl" in results:
+        kl = results["cache_kl"]
+        trained = "" if kl["held_out"] else ", which the model was trained on"
+        fields["KL to the cached teacher"] = (
+            f"{kl['nats_per_token']:.4f} nat/token ({kl['sequences']} sequences{trained})"
+        )
+    return fields

@@ -1,4 +1,4 @@
-"""Totals of an artefact folder, and on demand a check of its hashes (`lopd inspect`)."""
+"""Print what an artefact folder holds and, on demand, check its hashes (`lopd inspect`)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.provenance import fingerprint_weights, read_manifest
+from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, scoring_of
 
 
@@ -18,6 +19,13 @@ class InspectConfig:
 
 
 def main(config: InspectConfig) -> None:
+    """Print the totals of the folder; with `verify`, hash its shards or its weights first.
+
+    Raises:
+        ConfigError: `verify`, and the folder has no hashes.
+        ProvenanceError: the weights are not those that the manifest describes.
+        ShardError: a shard is unfinished or altered.
+    """
     manifest = read_manifest(Path(config.path))
     kind = manifest["kind"]
     rows: dict[str, Any] = {"kind": kind, "stage": manifest["stage"]}
@@ -31,38 +39,48 @@ def main(config: InspectConfig) -> None:
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in sampling.items())
     if manifest.get("overrides"):
         rows["overrides"] = ", ".join(item["name"] for item in manifest["overrides"])
-    store: RolloutStore | TeacherCache | None = None
     if kind == "cache":
-        store = TeacherCache.open(config.path, allow_incomplete=True)
+        cache = TeacherCache.open(config.path, allow_incomplete=True)
+        rows.update(cache.summary())
+        rows.update(_describe_cache(cache))
+        if config.verify:
+            rows["verified"] = _verify_shards(cache)
     elif kind in ("rollouts", "sft_data"):
         store = RolloutStore.open(config.path, kind=kind)
-    if store is None and config.verify:
-        if kind != "checkpoint":
-            raise ConfigError(f"{config.path}: holds '{kind}', which has no hashes to verify")
-        if fingerprint_weights(config.path, rehash=True) != manifest["model"]["weights"]:
-            raise ProvenanceError(
-                f"{config.path}: its weights are not those that its manifest describes; restore "
-                "them, or make the checkpoint again"
-            )
-        rows["verified"] = "the weights are those that the manifest describes"
-    if store is not None:
         rows.update(store.summary())
-        if isinstance(store, TeacherCache):
-            rows.update(_cache_rows(store))
         if config.verify:
-            if store.missing_shards:
-                raise ShardError(
-                    f"{config.path}: {len(store.missing_shards)} of {store.num_shards} shards are "
-                    f"unfinished or damaged, the first is shard-{store.missing_shards[0]:05d}; run "
-                    f"'lopd {manifest['stage']}' again to write them"
-                )
-            store.verify()
-            rows["verified"] = "every shard matches its receipt"
-    _print(rows)
+            rows["verified"] = _verify_shards(store)
+    elif config.verify:
+        rows["verified"] = _verify_weights(config.path, manifest)
+    print_fields(rows)
 
 
-def _cache_rows(cache: TeacherCache) -> dict[str, Any]:
-    """What the lists cost and lose; the error stands in the receipts, as it was measured."""
+def _verify_shards(store: RolloutStore | TeacherCache) -> str:
+    if store.missing_shards:
+        raise ShardError(
+            f"{store.path}: {len(store.missing_shards)} of {store.num_shards} shards are "
+            f"unfinished or damaged, the first is shard-{store.missing_shards[0]:05d}; run "
+            f"'lopd {store.manifest['stage']}' again to write them"
+        )
+    store.verify()
+    return "every shard matches its receipt"
+
+
+def _verify_weights(folder: str, manifest: dict[str, Any]) -> str:
+    if manifest["kind"] != "checkpoint":
+        raise ConfigError(
+            f"{folder}: holds '{manifest['kind']}', which has no hashes; leave --verify out"
+        )
+    if fingerprint_weights(folder, rehash=True) != manifest["model"]["weights"]:
+        raise ProvenanceError(
+            f"{folder}: its weights are not those that its manifest describes; restore them, or "
+            "make the checkpoint again"
+        )
+    return "the weights match the manifest"
+
+
+def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
+    """Lengths, sizes and provenance of the lists."""
     details = cache.details()
     quantiles = details["list_length_quantiles"].items()
     rows: dict[str, Any] = {
@@ -70,21 +88,15 @@ def _cache_rows(cache: TeacherCache) -> dict[str, Any]:
     }
     error = cache.summary()["codec_error"]
     rows["codec_error"] = (
-        "not measured when it was written" if error is None else f"{error:.3g} nat"
+        "not measured when the cache was written" if error is None else f"{error:.3g} nat"
     )
     manifest = cache.manifest
     if manifest.get("declared"):
-        rows["declared"] = "who scored and who rolled out are taken on trust"
+        rows["declared"] = "the models that scored and rolled out are taken on trust"
     rows["temperature"] = manifest["temperature"]
-    rows["scoring"] = ", ".join(f"{name} {word}" for name, word in scoring_of(manifest).items())
+    rows["scoring"] = ", ".join(f"{name} {value}" for name, value in scoring_of(manifest).items())
     if support := (manifest.get("scoring") or {}).get("support"):
         rows["lists"] = support["ids"]
     for name, size in details["bytes_per_token_by_array"].items():
         rows[f"bytes/token {name}"] = size
     return rows
-
-
-def _print(rows: dict[str, Any]) -> None:
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")

@@ -1,11 +1,10 @@
-"""Peak memory of a training run, before there is one (`lopd plan`)."""
+"""Predict the peak memory of a training run (`lopd plan`)."""
 
 from dataclasses import dataclass, field
 
 from lopd.errors import ConfigError, MemoryPlanError
-from lopd.training.dry_run import (
-    meta_model,
-)
+from lopd.stages.table import print_rows
+from lopd.training.dry_run import meta_model
 from lopd.training.memory import MemorySettings, Planner, proposals
 from lopd.training.options import parse_bytes
 
@@ -32,16 +31,19 @@ class PlanConfig(MemorySettings):
             raise ConfigError(f"reserve: found {self.reserve}; expected a share in [0, 1)")
 
 
-def changes(before: MemorySettings, after: MemorySettings) -> str:
-    """The flags that lead from one to the other."""
+FLAGS = (  # of the settings that `proposals` changes
+    "gradient_checkpointing",
+    "workspace_bytes",
+    "batch_size",
+    "max_tokens_per_batch",
+    "optim",
+)
+
+
+def changed_flags(before: MemorySettings, after: MemorySettings) -> str:
+    """The flags that turn the settings `before` into `after`."""
     flags = []
-    for name in (
-        "gradient_checkpointing",
-        "workspace_bytes",
-        "batch_size",
-        "max_tokens_per_batch",
-        "optim",
-    ):
+    for name in FLAGS:
         value = getattr(after, name)
         if value != getattr(before, name):
             if name == "workspace_bytes":
@@ -51,35 +53,34 @@ def changes(before: MemorySettings, after: MemorySettings) -> str:
 
 
 def gib(count: int) -> str:
-    return f"{count / GIB:9.2f} GiB"
+    return f"{count / GIB:.2f} GiB"
 
 
 def main(config: PlanConfig) -> None:
-    """Print the table, and what would make the run fit where it does not.
+    """Print the memory of each part and, if the run does not fit, settings that need less.
 
     Raises:
-        MemoryPlanError: it does not fit.
-        ConfigError, ModelError, MissingFileError: settings or a model that cannot be planned for.
+        MemoryPlanError: the run does not fit.
+        ConfigError, ModelError, MissingFileError: the settings or the model cannot be planned for.
     """
     installed = parse_bytes("gpu_memory", config.gpu_memory)
     memory = int((1 - config.reserve) * installed)
     planner = Planner(meta_model(config.model, config.dtype, config))
     parts = planner.parts(config)
-    rows = [*vars(parts).items(), ("total", parts.total), ("available", memory)]
-    print("\n".join(f"{name:<12}{gib(size)}" for name, size in rows))
+    sizes = {**vars(parts), "total": parts.total, "available": memory}
+    print_rows([(name, gib(size)) for name, size in sizes.items()], right={1})
     if parts.total <= memory:
-        print(f"fits, {gib(memory - parts.total).strip()} to spare")
+        print(f"fits, {gib(memory - parts.total)} to spare")
         return
-    print("does not fit; one after the other:")
-    fitting = None
+    print("does not fit; each line adds to the one before:")
+    rows, advice = [], "use a larger GPU or a smaller model"
     for candidate in proposals(planner, config, memory):
-        total = planner.parts(candidate).total
-        fitting = candidate if total <= memory else None
-        print(f"{gib(total)}  {'fits' if fitting else 'no':<4}  {changes(config, candidate)}")
-    advice = "use a larger GPU or a smaller model"
-    if fitting is not None:
-        advice = f"train with {changes(config, fitting)}"
+        total, flags = planner.parts(candidate).total, changed_flags(config, candidate)
+        rows.append((gib(total), "fits" if total <= memory else "no", flags))
+        if total <= memory:  # only the last one may
+            advice = f"train with {flags}"
+    print_rows(rows, right={0})
     raise MemoryPlanError(
-        f"{config.model}: needs {gib(parts.total).strip()} of the {gib(memory).strip()} that a "
-        f"reserve of {config.reserve:.0%} leaves of {gib(installed).strip()}; {advice}"
+        f"{config.model}: needs {gib(parts.total)} of the {gib(memory)} that a reserve of "
+        f"{config.reserve:.0%} leaves of {gib(installed)}; {advice}"
     )

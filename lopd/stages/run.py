@@ -1,10 +1,10 @@
 """Run the missing stages of a recipe, in order (`lopd run recipe.yaml`).
 
-    out: runs/mine            # every stage writes a folder of its own name here
-    teacher: models/teacher   # answers the prompts, and scores the rollouts
-    student: models/base      # what is fine-tuned
-    device: cuda              # settings that several stages share: device, seed, and
-    dtype: bfloat16           # the dtype of sampling, scoring and evaluation
+    out: runs/mine            # each stage writes to a folder of its name here
+    teacher: models/teacher   # answers the prompts and scores the rollouts
+    student: models/base      # is fine-tuned
+    device: cuda              # shared settings of the stages: device, seed, and dtype,
+    dtype: bfloat16           # which applies to sampling, scoring and evaluation only
     stages:
       sft-data: {prompts: sft.jsonl}
       sft: {learning_rate: 8.0e-5}
@@ -13,10 +13,10 @@
       distill: {}
       eval: {prompts: test.jsonl}
 
-A stage's folder, model and data follow from the stages before it and can be set by hand.
-Without `sft`, `student` is the fine-tuned one; `extra_ids` of score are those of the student that
-rolls out. What is finished is left alone; a finished stage whose settings or inputs have changed
-since is refused, never reused or overwritten.
+The output, model and data of a stage follow from the other stages and can be set by hand.
+Without `sft`, `student` must be fine-tuned already. With `extra_ids`, `score` uses the student
+that rolls out. Finished stages are skipped; if the settings or inputs of a finished stage have
+changed, the run stops with an error, and nothing is reused or overwritten.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -40,9 +40,9 @@ STAGES: dict[str, tuple[Any, type]] = {
     "eval": (evaluate, evaluate.EvalConfig),
 }
 SHARED = ["dtype", "device", "seed"]
-# Their dtype is that of weights and optimizer, which wants more bits than inference does.
-TRAINING = ("sft", "distill")
-# What leaves an evaluation as it is; its inputs count by their digests.
+# Stages without the shared dtype: weights and optimizer need more bits than inference.
+TRAINING_STAGES = ("sft", "distill")
+# Settings that do not change an evaluation's results; its inputs are compared by digest.
 EVAL_FREE = frozenset({"prompts", "teacher", "cache", "batch_size", "tokens_per_batch"})
 
 
@@ -54,70 +54,90 @@ class RunConfig:
 
 
 def main(config: RunConfig) -> Path:
+    """Run the stages that are not finished; returns the recipe's output folder.
+
+    Raises:
+        ConfigError: an invalid recipe, several processes, or a finished stage whose settings or
+            inputs have changed.
+        LopdError: what the stages raise.
+    """
     if not (worker := this_worker(None)).alone:
         raise ConfigError(
-            f"RANK/WORLD_SIZE: found {worker}; expected one process for a recipe; start "
-            "lopd rollout and lopd score themselves by torchrun"
+            f"RANK/WORLD_SIZE: found {worker}; expected one process for a recipe; "
+            "start 'lopd rollout' and 'lopd score' with torchrun instead"
         )
     recipe = load_yaml(config.recipe)
-    configs = plan(recipe, config.recipe)
-    for name, settings in configs.items():
+    for name, stage_config in stage_configs(recipe, config.recipe).items():
         module, _ = STAGES[name]
-        if finished(settings):
-            print(f"{name}: done, {settings.out}")
+        if is_finished(stage_config):
+            print(f"{name}: done, {stage_config.out}")
         else:
-            print(f"{name}: running, {settings.out}")
-            module.main(settings)
+            print(f"{name}: running, {stage_config.out}")
+            module.main(stage_config)
     return Path(recipe["out"])
 
 
-def plan(recipe: dict[str, Any], where: str) -> dict[str, Any]:
-    """The config of every stage that the recipe names, checked before anything runs."""
-    check_keys(recipe, ["out", "teacher", "student", *SHARED, "stages"], where)
-    for key in ("out", "teacher", "student", "stages"):
-        if key not in recipe:
-            raise ConfigError(f"{where}: '{key}' is missing; see the head of lopd/stages/run.py")
-    for key in ("out", "teacher", "student"):
-        if not isinstance(recipe[key], str) or not recipe[key]:
-            raise ConfigError(f"{where}: '{key}' is {recipe[key]!r}; expected a folder's name")
-    given = recipe["stages"]
-    if not isinstance(given, dict) or not given:
-        raise ConfigError(
-            f"{where}: 'stages' is {given!r}; expected a mapping of some of {', '.join(STAGES)}"
-        )
-    check_keys(given, list(STAGES), f"{where}: stages")
-    for name, settings in given.items():
-        if not isinstance(settings, dict | None):
-            raise ConfigError(f"{where}: stages: {name}: expected a mapping of settings")
-        if settings and not isinstance(settings.get("out", ""), str):
-            raise ConfigError(f"{where}: stages: {name}: 'out' is not a folder's name")
-        if settings and settings.get("plan"):
-            raise ConfigError(
-                f"{where}: stages: {name}: 'plan' writes nothing for later stages to read; call "
-                "'lopd score --plan' by itself"
-            )
+def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
+    """Build and check the config of each stage of a recipe before any stage runs.
+
+    Args:
+        source: name of the recipe in error messages.
+
+    Raises:
+        ConfigError: an unknown, missing or invalid key.
+    """
+    _check_recipe(recipe, source)
     configs = {}
-    for name in STAGES:
-        if name in given:
-            settings = given[name] or {}
-            _, config_class = STAGES[name]
-            known = {item.name for item in fields(config_class)}
-            shared = {key: recipe[key] for key in SHARED if key in recipe}
-            if name in TRAINING:
-                shared.pop("dtype", None)
-            implied = wiring(name, recipe) | shared
-            chosen = {key: value for key, value in implied.items() if key in known} | settings
-            configs[name] = build_config(
-                config_class, chosen, [], f"{where}: stages: {name}", f"lopd {name}"
-            )
+    for name, (_, config_class) in STAGES.items():
+        if name not in recipe["stages"]:
+            continue
+        shared = {key: recipe[key] for key in SHARED if key in recipe}
+        if name in TRAINING_STAGES:
+            shared.pop("dtype", None)
+        known = {item.name for item in fields(config_class)}
+        implied = {
+            key: value
+            for key, value in (implied_settings(name, recipe) | shared).items()
+            if key in known
+        }
+        chosen = implied | (recipe["stages"][name] or {})
+        where = f"{source}: stages: {name}"
+        configs[name] = build_config(config_class, chosen, [], where, f"lopd {name}")
     return configs
 
 
-def wiring(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The inputs and the folder that a stage gets from the recipe's other stages."""
+def _check_recipe(recipe: dict[str, Any], source: str) -> None:
+    check_keys(recipe, ["out", "teacher", "student", *SHARED, "stages"], source)
+    for key in ("out", "teacher", "student", "stages"):
+        if key not in recipe:
+            raise ConfigError(f"{source}: '{key}' is missing; see the top of lopd/stages/run.py")
+    for key in ("out", "teacher", "student"):
+        if not isinstance(recipe[key], str) or not recipe[key]:
+            raise ConfigError(f"{source}: '{key}' is {recipe[key]!r}; expected a folder")
+    stages = recipe["stages"]
+    if not isinstance(stages, dict) or not stages:
+        raise ConfigError(
+            f"{source}: 'stages' is {stages!r}; expected a mapping with some of {', '.join(STAGES)}"
+        )
+    check_keys(stages, list(STAGES), f"{source}: stages")
+    for name, settings in stages.items():
+        where = f"{source}: stages: {name}"
+        if not isinstance(settings, dict | None):
+            raise ConfigError(f"{where}: expected a mapping of settings")
+        if settings and not isinstance(settings.get("out", ""), str):
+            raise ConfigError(f"{where}: 'out' is {settings['out']!r}; expected a folder")
+        if settings and settings.get("plan"):
+            raise ConfigError(
+                f"{where}: 'plan' writes nothing for later stages to read; run "
+                "'lopd score --plan' instead"
+            )
 
-    def out(of: str) -> str:
-        return str((recipe["stages"].get(of) or {}).get("out", Path(recipe["out"]) / of))
+
+def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The output folder and the inputs of a stage that follow from the rest of the recipe."""
+
+    def out(stage: str) -> str:
+        return str((recipe["stages"].get(stage) or {}).get("out", Path(recipe["out"]) / stage))
 
     student = out("sft") if "sft" in recipe["stages"] else recipe["student"]
     extra_ids = (recipe["stages"].get("score") or {}).get("extra_ids")
@@ -138,14 +158,14 @@ def wiring(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     }[name]
 
 
-def finished(config: Any) -> bool:
-    """Whether a stage's product is there, whole, made with these settings from these inputs.
+def is_finished(config: Any) -> bool:
+    """Whether a stage's output is complete and was made with these settings from these inputs.
 
-    Stores of sequences count their shards themselves when their stage is called, so only
-    stages whose manifest is their last file are judged here.
+    Only of stages whose manifest is their last file; False for stores of sequences, whose stages
+    find their missing shards themselves.
 
     Raises:
-        ConfigError: a finished product whose settings or inputs have changed since.
+        ConfigError: the output is complete, and its settings or inputs have changed.
     """
     out = Path(config.out)
     if not (out / MANIFEST_NAME).is_file():
@@ -167,22 +187,22 @@ def finished(config: Any) -> bool:
         key = changed[0]
         raise ConfigError(
             f"{out}: finished with {key}={found.get(key)!r}, the recipe now says {wanted[key]!r}; "
-            "restore the setting, or choose another 'out' for what follows"
+            "restore the setting, or choose another 'out' for this stage and those after it"
         )
-    for place, now in inputs_now(config).items():
+    for keys, now in input_digests(config).items():
         then: Any = manifest
-        for key in place:
+        for key in keys:
             then = (then or {}).get(key)
         if then != now:
             raise ConfigError(
-                f"{out}: finished with {' '.join(place[:-1])} {str(then)[:12]}, found {now[:12]}; "
-                "restore it, or choose another 'out' for what follows"
+                f"{out}: finished with {' '.join(keys[:-1])} {str(then)[:12]}, found {now[:12]}; "
+                "restore it, or choose another 'out' for this stage and those after it"
             )
     return True
 
 
-def inputs_now(config: Any) -> dict[tuple[str, ...], str]:
-    """Content digests of what a stage reads, by where its manifest keeps them."""
+def input_digests(config: Any) -> dict[tuple[str, ...], str]:
+    """Digests of what a stage would read now, by their keys in its manifest."""
     inputs: dict[tuple[str, ...], str]
     if isinstance(config, sft.SftConfig):
         inputs = {("base", "weights"): fingerprint_weights(config.model)}

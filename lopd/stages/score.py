@@ -30,6 +30,7 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.table import print_fields
 from lopd.store import CacheWriter, Codec, Rollout, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import is_unused, require_same_recipe
 from lopd.store.size import (
@@ -308,5 +309,4 @@ def _print_plan(
         f"{probe.tokens / probe.seconds:.0f} tokens/s",
         "time": f"{format_seconds(probe.seconds_for(work) / worker.count)}{share}",
     }
-    for name, value in rows.items():
-        print(f"{name:<9}  {value}")
+    print_fields(rows)

@@ -1,7 +1,7 @@
 """Fine-tune the student on the teacher's answers (`lopd sft`).
 
-The result's manifest names that teacher by the digest of its weights: `lopd distill` wants
-the rollouts to be scored by the same one.
+The manifest of the checkpoint records the teacher's fingerprint, so that `lopd distill` can
+check that the same teacher scored the rollouts.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -41,12 +41,12 @@ class SftConfig(TrainOptions):
 
 
 def main(config: SftConfig) -> Path:
-    """Train, save, and write the manifest last. Returns the model's folder.
+    """Train, save the model and, last, its manifest. Returns the model's folder.
 
     Raises:
         ProvenanceError: the answers were sampled with another tokenizer.
         ConfigError: `out` holds a finished run or another recipe.
-        MissingFileError, DataError, ModelError: model or data that cannot be used.
+        MissingFileError, DataError, ModelError: the model or the data cannot be used.
     """
     check_model_folder(config.model)
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
@@ -71,12 +71,21 @@ def main(config: SftConfig) -> Path:
 
 
 def open_data(data: str, model: str) -> tuple[Source, dict[str, Any], dict[str, Any] | None]:
-    """Sequences, what the manifest says of them, and the teacher that made them, if known."""
+    """Open the answers.
+
+    Returns:
+        The sequences, their description for the manifest, and that of the teacher that sampled
+        them, None if unknown.
+
+    Raises:
+        ProvenanceError: the answers were sampled with another tokenizer.
+        MissingFileError, DataError, ShardError: the data cannot be used.
+    """
     tokenizer = load_tokenizer(model)
     if Path(data).is_file():
         return load_sft_jsonl(data, tokenizer), {"demonstrations": describe_file(data)}, None
     store = RolloutStore.open(data, kind="sft_data")
-    if runs.is_first():  # the others wait for it where the run begins
+    if runs.is_first():  # the other processes wait for it when the run begins
         store.verify()
     teacher = store.manifest["model"]
     check_tokenizer(store, tokenizer, model)
@@ -85,27 +94,27 @@ def open_data(data: str, model: str) -> tuple[Source, dict[str, Any], dict[str, 
 
 
 def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
-    """Refuse answers in which an id means another token to the student than to the teacher.
+    """Check that all ids in the answers stand for the same tokens in `model` as in the teacher.
 
     Raises:
-        ProvenanceError: such an id, or tokenizers that differ and no copy of the teacher's
-            vocabulary beside the answers to compare them by.
+        ProvenanceError: an id stands for different tokens, or the tokenizers differ and the
+            teacher's vocabulary was not stored with the answers.
     """
     if tokenizer_digest(model) == store.manifest["model"]["tokenizer"]:
         return
     remedy = "fine-tune a model with the teacher's tokenizer"
     try:
-        theirs = load_vocab(store.path)
+        teacher_vocab = load_vocab(store.path)
     except MissingFileError:
         raise ProvenanceError(
             f"{store.path}: its answers were sampled with another tokenizer than that of {model}, "
-            f"and the folder has no copy of it to compare ids by; {remedy}"
+            f"and the teacher's vocabulary, needed to compare them, is missing; {remedy}"
         ) from None
-    if found := differing_token(tokenizer.get_vocab(), theirs, store.used_ids()):
-        index, ours, other = found
+    if found := differing_token(tokenizer.get_vocab(), teacher_vocab, store.used_ids()):
+        index, student_token, teacher_token = found
         raise ProvenanceError(
-            f"{store.path}: id {index} is {other!r} to the teacher and {ours!r} to {model}; "
-            f"{remedy}"
+            f"{store.path}: id {index} is {teacher_token!r} to the teacher and {student_token!r} "
+            f"to {model}; {remedy}"
         )
 
 

@@ -1,11 +1,10 @@
-"""Is an artefact what it says, and is its signal above its noise? (`lopd verify`)
+"""Check an artefact folder and, on demand, a cache's noise floor (`lopd verify`).
 
-Alone: receipts, hashes, ranges and provenance of any artefact folder, from files.
+Without options: receipts, hashes, value ranges and provenance, from files only.
 
 With `--rescore N`: the teacher scores N sequences of a cache again, perhaps with another
-engine, dtype or batch size. KL(again || stored), over the stored list and its tail, is the
-loss that a perfect student would still have: the noise floor. KL(student || stored) on the
-same tokens and buckets is the signal. Names can agree while numerics do not.
+engine, dtype or batch size, and the noise floor is compared with the student's signal (see
+`lopd.evaluation.noise_floor`). This finds numerical differences that fingerprints cannot.
 """
 
 import json
@@ -15,7 +14,7 @@ from typing import Any
 
 from lopd.engines.options import EngineOptions
 from lopd.errors import ConfigError, DataError, NoiseError, ProvenanceError
-from lopd.evaluation.noise_floor import measure_noise
+from lopd.evaluation.noise_floor import NoiseFloor, measure_noise_floor
 from lopd.provenance import (
     VOCAB_NAME,
     config_digest,
@@ -25,10 +24,11 @@ from lopd.provenance import (
     tokenizer_digest,
 )
 from lopd.provenance.io import json_digest
+from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, TeacherSequence, scoring_of
 from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequence
 
-LOSSY_MASS_TOLERANCE = 5e-3  # list and tail, where log-probs were quantised
+LOSSY_MASS_TOLERANCE = 5e-3  # of list and tail, for codecs that round log-probs
 
 
 @dataclass(kw_only=True)
@@ -52,9 +52,9 @@ class VerifyConfig(EngineOptions):
         if self.rescore < 0:
             raise ConfigError(f"rescore: found {self.rescore}; expected 0 or a positive number")
         if self.rescore and (self.teacher is None or self.student is None):
-            raise ConfigError("rescore: needs --teacher and --student, model folders both")
+            raise ConfigError("rescore: requires --teacher and --student, both model folders")
         if not self.rescore and (self.teacher or self.student):
-            raise ConfigError("teacher, student: only with --rescore N do they have a use")
+            raise ConfigError("--teacher and --student require --rescore N")
         if not self.max_noise_share > 0:
             raise ConfigError(
                 f"max_noise_share: found {self.max_noise_share}; expected a positive number"
@@ -62,20 +62,19 @@ class VerifyConfig(EngineOptions):
 
 
 def main(config: VerifyConfig) -> None:
-    """Print what was checked.
+    """Check the folder and print what was checked.
 
     Raises:
-        LopdError: the first thing that is not as it should be.
-        NoiseError: the noise floor is above the set share of the signal.
+        LopdError: the first check that fails.
+        NoiseError: the noise exceeds `max_noise_share` of the signal.
     """
     manifest = read_manifest(config.path)
     if config.rescore and manifest["kind"] != "cache":
-        raise ConfigError(f"{config.path}: holds '{manifest['kind']}'; only a cache is rescored")
-    rows = {"kind": manifest["kind"], **check_artefact(Path(config.path), manifest)}
-    _print(rows)
+        raise ConfigError(f"{config.path}: holds '{manifest['kind']}'; --rescore requires a cache")
+    print_fields({"kind": manifest["kind"], **check_artefact(Path(config.path), manifest)})
     if config.rescore:
         assert config.teacher is not None and config.student is not None
-        noise = measure_noise(
+        floor = measure_noise_floor(
             config.path,
             config.rescore,
             teacher=config.teacher,
@@ -84,22 +83,39 @@ def main(config: VerifyConfig) -> None:
             tokens_per_batch=config.tokens_per_batch,
             seed=config.seed,
         )
-        how = f"{config.engine}, {config.dtype}, tokens_per_batch {config.tokens_per_batch}"
-        _print({"again with": how, **noise.rows()})
-        if not noise.share <= config.max_noise_share:
+        settings = f"{config.engine}, {config.dtype}, tokens_per_batch {config.tokens_per_batch}"
+        print_fields({"rescored with": settings, **_describe_noise(floor)})
+        if not floor.noise_share <= config.max_noise_share:
             raise NoiseError(
-                f"{config.path}: the noise floor is {noise.share:.3g} of the signal, expected at "
-                f"most {config.max_noise_share}; score in a wider --dtype or with the engine that "
-                "will be trusted, or allow more with --max_noise_share"
+                f"{config.path}: the noise floor is {floor.noise_share:.3g} of the signal; "
+                f"expected at most {config.max_noise_share}; score with a wider --dtype or with "
+                "the engine that you trust, or raise --max_noise_share"
             )
 
 
+def _describe_noise(floor: NoiseFloor) -> dict[str, str]:
+    student = "" if floor.same_student else " (not the model that made the rollouts)"
+    return {
+        "rescored": f"{floor.sequences} sequences, {floor.tokens} response tokens",
+        "buckets": f"{100 * floor.coverage:.1f} % of the listed ids, and one for all others",
+        "log-prob": f"differs by {floor.mean_gap:.3g} on average, by {floor.largest_gap:.3g} at "
+        "most",
+        "teacher": f"{floor.noise:.4g} nat/token, KL(rescored || stored)",
+        "student": f"{floor.signal:.4g} nat/token, KL(student || stored){student}",
+        "noise share": f"{floor.noise_share:.3g}",
+    }
+
+
 def check_artefact(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    """Check what files can tell; returns what was found, in words.
+    """Check a folder from its files, without a model.
+
+    Returns:
+        What was checked, as fields to print.
 
     Raises:
-        ShardError: an unfinished, truncated or altered shard. DataError: contents out of range.
-        ProvenanceError: the folder does not hold what its manifest describes.
+        ShardError: a shard is unfinished, truncated or altered.
+        DataError: a value is out of range, or answers are missing.
+        ProvenanceError: the contents do not match the manifest.
     """
     kind = manifest["kind"]
     if kind == "checkpoint":
@@ -110,24 +126,24 @@ def check_artefact(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
         rows = _check_store(folder, manifest)
     for role in ("model", "base"):
         if manifest.get(role) and not (kind == "checkpoint" and role == "model"):
-            rows[role] = _whereabouts(manifest[role])
+            rows[role] = _describe_source(manifest[role])
     return rows
 
 
 def _check_checkpoint(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    found = {
+    digests = {
         "weights": fingerprint_weights(folder, rehash=True),
         "config": config_digest(folder),
         "tokenizer": tokenizer_digest(folder),
     }
-    for what, digest in found.items():
+    for what, digest in digests.items():
         expected = manifest["model"].get(what)
         if expected is not None and digest != expected:
             raise ProvenanceError(
-                f"{folder}: its {what} ({digest[:12]}) are not those that its manifest describes "
-                f"({expected[:12]}); restore them, or make the checkpoint again"
+                f"{folder}: found {what} {digest[:12]}, the manifest describes {expected[:12]}; "
+                "restore the files, or make the checkpoint again"
             )
-    return {"model": "weights, config and tokenizer are those of the manifest"}
+    return {"model": "weights, config and tokenizer match the manifest"}
 
 
 def _check_evaluation(folder: Path) -> dict[str, str]:
@@ -137,11 +153,11 @@ def _check_evaluation(folder: Path) -> dict[str, str]:
         lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
         answers = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: torn or altered ({error}); evaluate again") from error
+        raise DataError(f"{folder}: torn or altered ({error}); run 'lopd eval' again") from error
     expected = results["prompts"] * (1 + results["samples"])
     if len(answers) != expected:
-        raise DataError(f"{folder}: holds {len(answers)} answers, expected {expected}")
-    return {"answers": f"{len(answers)}, as many as the results count"}
+        raise DataError(f"{folder}: found {len(answers)} answers; expected {expected}")
+    return {"answers": f"{len(answers)}, as the results say"}
 
 
 def _check_store(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
@@ -154,7 +170,7 @@ def _check_store(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     rows = manifest["model"]["vocab_size"]
     tolerance = MASS_TOLERANCE if manifest.get("codec") == "exact" else LOSSY_MASS_TOLERANCE
     has_logprobs = scoring_of(manifest)["rollout_logprobs"] != "absent"
-    names = set()
+    names = set()  # of sequences
     for item in store:
         rollout = item.rollout if isinstance(item, TeacherSequence) else item
         check_rollout(rollout, rows, has_logprobs=has_logprobs)
@@ -162,9 +178,9 @@ def _check_store(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
         if isinstance(item, TeacherSequence):
             check_scored_sequence(item, tolerance)
     if len(names) != len(store):
-        raise DataError(f"{folder}: {len(store) - len(names)} sequences are there twice")
+        raise DataError(f"{folder}: {len(store) - len(names)} sequences occur twice")
     return {
-        "shards": f"{store.num_shards}, every one as its receipt says",
+        "shards": f"{store.num_shards}, all match their receipts",
         "sequences": f"{len(store)}, all in range",
         "vocabulary": _check_vocabulary(folder, manifest),
     }
@@ -172,27 +188,22 @@ def _check_store(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
 
 def _check_vocabulary(folder: Path, manifest: dict[str, Any]) -> str:
     if not (folder / VOCAB_NAME).exists():
-        return "none stored beside it"
+        return "not stored"
     if json_digest(load_vocab(folder)) != manifest["model"]["tokenizer"]:
         raise ProvenanceError(
-            f"{folder / VOCAB_NAME}: is not the tokenizer that the manifest describes; run the "
-            "stage again to write it"
+            f"{folder / VOCAB_NAME}: is not the tokenizer that the manifest describes; "
+            "restore the file"
         )
-    return "the tokenizer that the manifest describes"
+    return "matches the manifest"
 
 
-def _whereabouts(model: dict[str, Any]) -> str:
-    """Whether the model that a manifest names is still where it was; a note, not a check."""
+def _describe_source(model: dict[str, Any]) -> str:
+    """Where a model of the manifest was, and whether it is still there; not a check."""
     path, weights = model.get("path"), str(model.get("weights"))
     if not path or not Path(path).is_dir():
-        state = "not there now"
+        state = "no longer there"
     elif fingerprint_weights(path) == weights:
-        state = "there, unchanged"
+        state = "unchanged"
     else:
-        state = "other weights there now"
+        state = "its weights have changed"
     return f"{path} (weights {weights[:12]}, {state})"
-
-
-def _print(rows: dict[str, str]) -> None:
-    for name, value in rows.items():
-        print(f"{name:<12}  {value}")

@@ -1,4 +1,4 @@
-"""What is read as the answer, and what equals what."""
+"""Graders: which part of a text is the answer, and which answers are equal."""
 
 import sys
 
@@ -6,12 +6,12 @@ import pytest
 
 from lopd.data.prompts import Prompt
 from lopd.errors import ConfigError, DataError
-from lopd.evaluation.grading import exact_judge, last_boxed, math_judge
+from lopd.evaluation.grading import exact_grader, last_boxed, math_grader
 from lopd.stages.evaluate import EvalConfig
 
 
 @pytest.mark.parametrize(
-    ("text", "inner"),
+    ("text", "content"),
     [
         (r"\boxed{3}", "3"),
         (r"first \boxed{3}, no, \boxed{4}.", "4"),
@@ -23,12 +23,12 @@ from lopd.stages.evaluate import EvalConfig
         ("4", None),
     ],
 )
-def test_the_last_closed_box(text, inner):
-    assert last_boxed(text) == inner
+def test_last_boxed_is_the_last_closed_box(text, content):
+    assert last_boxed(text) == content
 
 
 @pytest.mark.parametrize(
-    ("text", "expected", "right"),
+    ("text", "expected", "is_correct"),
     [
         (r"so it is \boxed{\frac{1}{2}}.", "0.5", True),
         (r"so it is \boxed{0.5}", r"\frac{1}{2}", True),
@@ -49,40 +49,28 @@ def test_the_last_closed_box(text, inner):
         ("I do not know", "7", False),
     ],
 )
-def test_a_mathematical_answer(text, expected, right):
-    given, verdict = math_judge()(text, expected)
-    assert verdict is right
-    assert (given is None) == ("know" in text)
-    assert given == last_boxed(text) or r"\boxed" not in text
+def test_math_grader_compares_as_mathematics(text, expected, is_correct):
+    answer, correct = math_grader()(text, expected)
+    assert correct is is_correct
+    assert (answer is None) == ("know" in text)
+    assert answer == last_boxed(text) or r"\boxed" not in text
 
 
-def test_the_exact_judge_wants_the_very_text():
-    judge = exact_judge(r"#(\S+)")
-    assert judge("#0.50 #0.5", " 0.5 ") == ("0.5", True)
-    assert judge("#0.50", "0.5") == ("0.50", False)
-    assert judge("0.5", "0.5") == (None, False)
+def test_exact_grader_compares_as_text():
+    grade = exact_grader(r"#(\S+)")
+    assert grade("#0.50 #0.5", " 0.5 ") == ("0.5", True)
+    assert grade("#0.50", "0.5") == ("0.50", False)
+    assert grade("0.5", "0.5") == (None, False)
 
 
 @pytest.mark.parametrize("answer", ["", " ", " $$ ", r"\boxed{}"])
-def test_an_expected_answer_that_nothing_can_equal_is_refused(answer):
+def test_expected_answer_that_is_no_mathematics_is_refused(answer):
     prompts = [Prompt("good", [1], "3"), Prompt("bad", [1], answer)]
-    with pytest.raises(DataError, match="prompt 'bad': its answer .* use --judge exact"):
-        math_judge(prompts)
+    with pytest.raises(DataError, match="prompt 'bad': found answer .* use --judge exact"):
+        math_grader(prompts)
 
 
-def test_without_math_verify_the_error_says_what_to_install(monkeypatch):
+def test_missing_math_verify_is_named_with_its_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ConfigError, match=r"math-verify .*pip install 'lopd\[eval\]'"):
         EvalConfig(model="m", prompts="p", out="o", judge="math", device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"judge": "vibes"}, "judge: found 'vibes'; expected one of exact, math"),
-        ({"judge": "math", "answer_regex": "(a)"}, "answer_regex: --judge math does not use it"),
-    ],
-)
-def test_settings_that_do_not_fit(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        EvalConfig(model="m", prompts="p", out="o", device="cpu", **changes)

@@ -1,19 +1,32 @@
-"""The KL on a stored cache against dense logits of both models."""
+"""Both KLs of an evaluation against dense logits; what `lopd eval --cache` refuses and reports."""
 
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from helpers_stages import make_rollouts, one_line, score_argv
+from helpers_stages import COMMON, make_rollouts, one_line, score_argv
 
 from lopd.cli import main
+from lopd.data.prompts import Prompt
+from lopd.engines.base import Sampling
 from lopd.engines.transformers import HfEngine
 from lopd.errors import ConfigError, DataError
-from lopd.evaluation.kl import cache_kl, open_cache
+from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
+from lopd.provenance import declare
 from lopd.store import TeacherCache
 
 TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def student_folder(student_folder, teacher_folder, tmp_path_factory):
+    """The student with a statement of its teacher, as `lopd distill` requires."""
+    folder = tmp_path_factory.mktemp("declared") / "student"
+    shutil.copytree(student_folder, folder)
+    declare(folder, teacher=teacher_folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +43,7 @@ def load(folder, **limits):
 
 
 def dense_kl(student, teacher, rollout, k):
-    """Sum over a response's tokens, on the teacher's top k with the sampled token, and the rest."""
+    """Sum over response tokens; buckets: the teacher's top k, the sampled token, all others."""
     ids = torch.from_numpy(rollout.tokens).long()
     positions = slice(rollout.prompt_length - 1, -1)
     with torch.no_grad():
@@ -47,7 +60,7 @@ def dense_kl(student, teacher, rollout, k):
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 50, 10**6])
-def test_the_kl_on_a_cache_is_that_of_dense_logits(
+def test_kl_on_a_cache_equals_that_of_dense_logits(
     cache_folder, teacher_folder, student_folder, tokens_per_batch
 ):
     student, teacher = load(student_folder, tokens_per_batch=tokens_per_batch), load(teacher_folder)
@@ -60,23 +73,42 @@ def test_the_kl_on_a_cache_is_that_of_dense_logits(
     assert result["temperature"] == TEMPERATURE
 
 
-def test_the_teacher_has_no_kl_to_its_own_cache(cache_folder, teacher_folder):
+def test_teacher_has_no_kl_to_its_own_cache(cache_folder, teacher_folder):
     teacher = load(teacher_folder)
     result = cache_kl(teacher, open_cache(cache_folder, teacher_folder, teacher))
     assert abs(result["nats_per_token"]) < 1e-5
 
 
-def test_a_cache_without_its_tail_is_refused(cache_folder, student_folder, monkeypatch):
-    student, opened = load(student_folder), TeacherCache.open
+@pytest.fixture
+def renormalized_cache(cache_folder, teacher_folder, student_folder, tmp_path):
+    """The scores of the cache, renormalised over their lists, dumped and imported."""
+    records = []
+    for item in TeacherCache.open(cache_folder, support="list+sampled"):
+        tokens, length = item.rollout.tokens.tolist(), item.rollout.prompt_length
+        logprobs = item.topk_logprobs - np.logaddexp.reduce(item.topk_logprobs, 1, keepdims=True)
+        lists = [
+            {str(i): float(value) for i, value in zip(*row, strict=True) if i >= 0}
+            for row in zip(item.topk_ids, logprobs, strict=True)
+        ]
+        responses = {"response_token_ids": tokens[length:], "logprobs": lists}
+        records.append({"prompt_token_ids": tokens[:length], **responses})
+    dump = tmp_path / "dump.jsonl"
+    dump.write_text("".join(json.dumps(record) + "\n" for record in records))
+    argv = ["import", "--source", dump, "--format", "topk", "--allow_renormalized"]
+    argv += ["--teacher", teacher_folder, "--student", student_folder]
+    assert main(list(map(str, [*argv, "--out", tmp_path / "renormalized"]))) == 0
+    return tmp_path / "renormalized"
 
-    def renormalized(*args, **kwargs):
-        cache = opened(*args, **kwargs)
-        cache.manifest = {**cache.manifest, "tail": "renormalized"}
-        return cache
 
-    monkeypatch.setattr(TeacherCache, "open", renormalized)
+def test_cache_with_renormalized_lists_is_refused(
+    renormalized_cache, student_folder, prompt_file, tmp_path, capsys
+):
+    student = load(student_folder)
     with pytest.raises(ConfigError, match="mass outside them is lost"):
-        open_cache(cache_folder, student_folder, student)
+        open_cache(renormalized_cache, student_folder, student)
+    argv = eval_argv(student_folder, renormalized_cache, prompt_file, tmp_path / "out")
+    assert main(argv) == 2
+    assert "leave --cache out" in one_line(capsys) and not (tmp_path / "out").exists()
 
 
 def test_sequences_longer_than_the_model_are_refused(cache_folder, student_folder):
@@ -92,7 +124,7 @@ def eval_argv(model, cache, prompts, out):
     return list(map(str, argv + flags))
 
 
-def test_an_altered_cache_is_refused(cache_folder, student_folder, prompt_file, tmp_path, capsys):
+def test_altered_cache_is_refused(cache_folder, student_folder, prompt_file, tmp_path, capsys):
     cache = tmp_path / "cache"
     shutil.copytree(cache_folder, cache)
     shard = cache / "shard-00001.safetensors"
@@ -103,7 +135,9 @@ def test_an_altered_cache_is_refused(cache_folder, student_folder, prompt_file, 
     assert "shard-00001" in one_line(capsys) and not (tmp_path / "out").exists()
 
 
-def test_another_tokenizer_is_refused(cache_folder, student_folder, prompt_file, tmp_path, capsys):
+def test_model_with_another_tokenizer_is_refused(
+    cache_folder, student_folder, prompt_file, tmp_path, capsys
+):
     other = tmp_path / "model"
     shutil.copytree(student_folder, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -116,21 +150,52 @@ def test_another_tokenizer_is_refused(cache_folder, student_folder, prompt_file,
 
 
 @pytest.mark.parametrize("trained_on", [False, True])
-def test_the_result_says_whether_the_cache_was_held_out(
+def test_eval_reports_whether_the_cache_was_held_out(
     cache_folder, student_folder, prompt_file, tmp_path, capsys, trained_on
 ):
-    model = tmp_path / "model"
-    shutil.copytree(student_folder, model)
+    model = student_folder
     if trained_on:
-        from lopd.provenance import build_manifest, describe_model, write_manifest
-
-        described = describe_model(model, dtype="float32", engine="transformers")
-        digest = TeacherCache.open(cache_folder).digest()
-        parts = {"model": described, "base": described, "inputs": {"cache": {"digest": digest}}}
-        write_manifest(model, build_manifest("checkpoint", stage="distill", config={}, **parts))
+        model = tmp_path / "model"
+        argv = ["distill", "--student", student_folder, "--cache", cache_folder, "--out", model]
+        assert main(list(map(str, [*argv, "--max_steps", 1, "--save_every", 0, *COMMON]))) == 0
     assert main(eval_argv(model, cache_folder, prompt_file, tmp_path / "out")) == 0
     result = json.loads((tmp_path / "out/results.json").read_text())["cache_kl"]
     assert result["held_out"] is not trained_on and result["nats_per_token"] > 0
-    assert ("which it was trained on" in capsys.readouterr().out) == trained_on
+    assert ("which the model was trained on" in capsys.readouterr().out) == trained_on
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["inputs"]["cache"]["digest"] == TeacherCache.open(cache_folder).digest()
+
+
+@pytest.mark.parametrize("k", [4, 10**9])
+def test_on_policy_kl_equals_that_of_dense_logits(teacher_folder, student_folder, k):
+    teacher = load(teacher_folder)
+    student = load(student_folder, batch_size=2)
+    prompts = [Prompt(str(i), [5 + i, 6], None) for i in range(3)]
+    sampled = student.generate([p.tokens for p in prompts], Sampling(9), [1, 2, 3])
+    result = on_policy_kl(student, teacher, prompts, sampled, k)
+    total, tokens = 0.0, 0
+    for prompt, answer in zip(prompts, sampled, strict=True):
+        ids = torch.tensor([[*prompt.tokens, *answer.tokens.tolist()]])
+        with torch.no_grad():
+            p, q = (
+                torch.softmax(engine.model(ids).logits[0, 1:-1].double(), -1)
+                for engine in (student, teacher)
+            )
+        if k < q.shape[1]:
+            top = q.topk(k).indices
+            p, q = (
+                torch.cat([x.gather(1, top), 1 - x.gather(1, top).sum(1, keepdim=True)], 1)
+                for x in (p, q)
+            )
+        total += float((p * (p / q).log()).sum())
+        tokens += len(answer.tokens)
+    assert result["tokens"] == tokens
+    assert result["k"] == min(k, teacher.vocab_size)
+    assert result["nats_per_token"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_model_has_no_kl_to_itself(teacher_folder):
+    engine = load(teacher_folder)
+    prompts = [Prompt("a", [5, 6], None)]
+    sampled = engine.generate([[5, 6]], Sampling(9), [1])
+    assert abs(on_policy_kl(engine, engine, prompts, sampled, 8)["nats_per_token"]) < 1e-6

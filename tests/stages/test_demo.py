@@ -1,4 +1,4 @@
-"""The demo on one seed: the method's effects, and a folder that can be worked on further."""
+"""The demo on one seed: its results, and the use of its artefacts by the stage commands."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from lopd.stages.demo.report import (
     CLIPPED,
     DISTILLED,
     FINE_TUNED,
-    MORE,
+    MORE_SFT,
     SAMPLED,
     draw_curves,
     format_table,
@@ -21,7 +21,7 @@ from lopd.stages.demo.report import (
 from lopd.training.logging import LOG_NAME
 
 
-def test_the_task_is_what_it_says():
+def test_solutions_and_tokenizer():
     assert toy.solve("3+5*2-7*4=") == ("3+5=8;8*2=6;6-7=9;9*4=6;#6", "6")
     tokenizer = toy.build_tokenizer()
     solution, _ = toy.solve("3+5*2-7*4=")
@@ -39,7 +39,7 @@ def test_prompt_sets_do_not_overlap():
     assert toy.sample_prompts(200, 1, exclude=set()) == first
 
 
-def test_curves_are_drawn_of_what_a_log_has_of_them(tmp_path):
+def test_curves_skip_log_records_without_the_metric(tmp_path):
     (tmp_path / "online").mkdir()
     records = [
         {"step": 0, "generation_seconds": 1.0},
@@ -52,14 +52,14 @@ def test_curves_are_drawn_of_what_a_log_has_of_them(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_the_online_run_is_a_refresh_at_every_step(tmp_path, monkeypatch):
-    """With the offline run's settings, so that the two can be laid side by side."""
+def test_online_run_refreshes_at_every_step(tmp_path, monkeypatch):
+    """Its other settings are those of the offline run, so that the two can be compared."""
     demo, configs = Demo(tmp_path / "demo", seed=0), []
-    monkeypatch.setattr(demo, "run_stage", lambda stage, config: configs.append(asdict(config)))
-    for entry in demo.entries(online=True):
-        if entry.folder in ("distill", "online"):
-            entry.run()
-    offline, online = configs
+    monkeypatch.setattr(demo, "run_unless_finished", lambda _, config: configs.append(config))
+    for stage in demo.stages(online=True):
+        if stage.folder in ("distill", "online"):
+            stage.run()
+    offline, online = map(asdict, configs)
     live = {"out": str(demo.out / "online"), "refresh_every": 1, "teacher": demo.path("teacher")}
     assert {key: value for key, value in online.items() if value != offline[key]} == live
 
@@ -83,11 +83,11 @@ def test_distillation_reaches_the_teacher(rows):
     assert 0.5 <= start["sampled"] <= 0.93
     assert end["sampled"] >= max(0.93, start["sampled"] + 0.05)
     assert end["kl"] <= 0.35 * start["kl"]
-    assert {"greedy", "sampled", "kl"} <= set(rows[MORE])
+    assert {"greedy", "sampled", "kl"} <= set(rows[MORE_SFT])
 
 
 @pytest.mark.demo
-def test_clipping_helps_the_sampled_token_form(rows):
+def test_clipping_helps_the_sampled_token_objective(rows):
     start, clipped = rows[FINE_TUNED], rows[CLIPPED]
     assert clipped["sampled"] >= start["sampled"] + 0.02
     assert clipped["kl"] <= 0.8 * start["kl"]
@@ -95,14 +95,14 @@ def test_clipping_helps_the_sampled_token_form(rows):
 
 
 @pytest.mark.demo
-def test_the_table_shows_every_stage(rows, demo):
+def test_table_has_a_row_for_every_stage(rows, demo):
     table = format_table(list(rows.values()))
     assert all(f"| {name}" in table for name in rows)
     assert (demo / "curves.png").stat().st_size > 10_000
 
 
 @pytest.mark.demo
-def test_stage_commands_run_on_what_it_keeps(demo, tmp_path):
+def test_stage_commands_run_on_its_artefacts(demo, tmp_path):
     assert main(["inspect", "--path", str(demo / "cache"), "--verify"]) == 0
     argv = ["--student", str(demo / "sft"), "--cache", str(demo / "cache"), "--max_steps", "1"]
     assert main(["distill", *argv, "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
@@ -110,6 +110,6 @@ def test_stage_commands_run_on_what_it_keeps(demo, tmp_path):
 
 
 @pytest.mark.demo
-def test_a_finished_demo_is_not_overwritten(demo, capsys):
+def test_finished_demo_is_not_overwritten(demo, capsys):
     assert main(["demo", "--out", str(demo)]) == 2
-    assert "a finished demo is there" in capsys.readouterr().err
+    assert "the demo is finished" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What `lopd inspect` prints of a cache are the numbers of the cache."""
+"""`lopd inspect` against the arrays and files of a cache."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from lopd.store import CODECS, TeacherCache
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_cache_is_described_to_the_byte(tmp_path, capsys, codec):
+def test_totals_of_a_cache(tmp_path, capsys, codec):
     write_cache(tmp_path, make_manifest(codec=codec, top_p=0.8))
     assert main(["inspect", "--path", str(tmp_path)]) == 0
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())

@@ -1,4 +1,4 @@
-"""Recipes: what follows from what, what is skipped, what is refused."""
+"""Recipes: implied settings, skipped stages, refused changes."""
 
 import dataclasses
 import json
@@ -23,16 +23,16 @@ STAGES = {
 BASE = {"out": "runs/x", "teacher": "T", "student": "S", "dtype": "float16", "stages": STAGES}
 
 
-def test_each_stage_takes_up_what_the_one_before_it_wrote():
-    plan = recipe.plan(BASE, "r.yaml")
-    assert list(plan) == ["sft-data", "sft", "rollout", "score", "distill", "eval"]
-    assert plan["sft-data"].teacher == plan["score"].teacher == plan["eval"].teacher == "T"
-    assert (plan["sft"].model, plan["sft"].data) == ("S", "runs/x/sft-data")
-    assert plan["rollout"].student == plan["distill"].student == "runs/x/sft"
-    assert plan["score"].rollouts == "runs/x/rollout"
-    assert plan["distill"].cache == "runs/x/score"
-    assert plan["eval"].model == "runs/x/distill"
-    assert {name: config.dtype for name, config in plan.items()} == {
+def test_stages_read_what_earlier_stages_wrote():
+    configs = recipe.stage_configs(BASE, "r.yaml")
+    assert list(configs) == ["sft-data", "sft", "rollout", "score", "distill", "eval"]
+    assert configs["sft-data"].teacher == configs["score"].teacher == configs["eval"].teacher == "T"
+    assert (configs["sft"].model, configs["sft"].data) == ("S", "runs/x/sft-data")
+    assert configs["rollout"].student == configs["distill"].student == "runs/x/sft"
+    assert configs["score"].rollouts == "runs/x/rollout"
+    assert configs["distill"].cache == "runs/x/score"
+    assert configs["eval"].model == "runs/x/distill"
+    assert {name: config.dtype for name, config in configs.items()} == {
         "sft-data": "float16",
         "sft": "float32",
         "rollout": "float16",
@@ -40,31 +40,35 @@ def test_each_stage_takes_up_what_the_one_before_it_wrote():
         "distill": "float32",
         "eval": "float16",
     }
-    assert plan["score"].k == 5 and plan["distill"].max_steps == 3
+    assert configs["score"].k == 5 and configs["distill"].max_steps == 3
 
 
-def test_without_sft_the_student_is_the_fine_tuned_one():
+def test_without_sft_the_student_rolls_out():
     stages = {name: STAGES[name] for name in ("rollout", "score", "eval")}
-    plan = recipe.plan(BASE | {"stages": stages}, "r.yaml")
-    assert plan["rollout"].student == plan["eval"].model == "S"
+    configs = recipe.stage_configs(BASE | {"stages": stages}, "r.yaml")
+    assert configs["rollout"].student == configs["eval"].model == "S"
 
 
-def test_extra_ids_are_those_of_the_student_that_rolls_out():
+def test_extra_ids_come_from_the_student_that_rolls_out():
     stages = STAGES | {"score": {"extra_ids": 4}}
-    assert recipe.plan(BASE | {"stages": stages}, "r.yaml")["score"].student == "runs/x/sft"
-    assert recipe.plan(BASE, "r.yaml")["score"].student is None
+    assert (
+        recipe.stage_configs(BASE | {"stages": stages}, "r.yaml")["score"].student == "runs/x/sft"
+    )
+    assert recipe.stage_configs(BASE, "r.yaml")["score"].student is None
 
 
-def test_a_recipe_runs_in_one_process(monkeypatch):
+def test_recipe_runs_in_one_process(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="found worker 1/2; expected one process"):
         recipe.main(recipe.RunConfig(recipe="r.yaml"))
 
 
-def test_a_folder_set_by_hand_is_followed():
+def test_output_folder_of_a_stage_can_be_set():
     stages = STAGES | {"rollout": {"prompts": "b.jsonl", "out": "elsewhere"}}
-    assert recipe.plan(BASE | {"stages": stages}, "r.yaml")["score"].rollouts == "elsewhere"
+    assert (
+        recipe.stage_configs(BASE | {"stages": stages}, "r.yaml")["score"].rollouts == "elsewhere"
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,23 +81,23 @@ def test_a_folder_set_by_hand_is_followed():
         ({"stages": {"score": 3}}, "stages: score: expected a mapping"),
         ({"stages": {"sft-data": {"prompts": "p"}, "rollout": 3}}, "rollout: expected a mapping"),
         ({"stages": ["rollout"]}, "'stages' is .'rollout'.; expected a mapping"),
-        ({"stages": {"score": {"out": 3}}}, "score: 'out' is not a folder"),
+        ({"stages": {"score": {"out": 3}}}, "score: 'out' is 3; expected a folder"),
         ({"stages": {"score": {"plan": True}}}, "score: 'plan' writes nothing for later stages"),
         ({"out": 5}, "'out' is 5; expected a folder"),
         ({"teacher": None}, "'teacher' is None; expected a folder"),
         ({"stages": {"rollout": {}}}, "required: --prompts"),
     ],
 )
-def test_a_recipe_that_cannot_be_run(changes, message):
+def test_invalid_recipe_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        recipe.plan(BASE | changes, "r.yaml")
+        recipe.stage_configs(BASE | changes, "r.yaml")
 
 
 @pytest.mark.parametrize("key", ["out", "teacher", "student", "stages"])
-def test_a_missing_key_is_named(key):
-    given = {name: value for name, value in BASE.items() if name != key}
+def test_missing_key_is_named(key):
+    recipe_without = {name: value for name, value in BASE.items() if name != key}
     with pytest.raises(ConfigError, match=f"'{key}' is missing"):
-        recipe.plan(given, "r.yaml")
+        recipe.stage_configs(recipe_without, "r.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +130,7 @@ def finished_run(teacher_folder, student_folder, tmp_path_factory):
     return path, values
 
 
-def test_every_stage_leaves_its_product(finished_run):
+def test_every_stage_writes_its_artefact(finished_run):
     out = Path(finished_run[1]["out"])
     kinds = {
         folder.name: json.loads((folder / "manifest.json").read_text())["kind"]
@@ -142,7 +146,7 @@ def test_every_stage_leaves_its_product(finished_run):
     }
 
 
-def test_a_second_run_changes_nothing(finished_run):
+def test_second_run_changes_nothing(finished_run):
     path, values = finished_run
     files = [file for file in Path(values["out"]).rglob("*") if file.is_file()]
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
@@ -152,7 +156,7 @@ def test_a_second_run_changes_nothing(finished_run):
     assert all(before[file] == (file.stat().st_mtime_ns, file.read_bytes()) for file in after)
 
 
-def test_a_changed_setting_of_a_finished_stage_is_refused(finished_run, tmp_path, capsys):
+def test_changed_setting_of_a_finished_stage_is_refused(finished_run, tmp_path, capsys):
     values = finished_run[1]
     stages = values["stages"] | {"distill": values["stages"]["distill"] | {"max_steps": 5}}
     changed = tmp_path / "changed.yaml"
@@ -173,18 +177,18 @@ def test_a_changed_setting_of_a_finished_stage_is_refused(finished_run, tmp_path
         ("eval", {"cache": "score"}, "inputs cache"),
     ],
 )
-def test_a_finished_stage_whose_inputs_changed_is_refused(
+def test_changed_input_of_a_finished_stage_is_refused(
     finished_run, tmp_path, stage, changes, named
 ):
-    """The folder's contents change under the same name: settings agree, digests do not."""
+    """The settings agree and the digests do not, as if the contents of a folder had changed."""
     path, values = finished_run
     other = tmp_path / "prompts.jsonl"
     other.write_text('{"prompt": "a", "answer": "1"}\n')
     out = Path(values["out"])
     paths = {"teacher": values["teacher"], "student": values["student"], "prompts": str(other)}
     paths |= {name: str(out / name) for name in ("sft", "rollout", "score")}
-    config = recipe.plan(values, str(path))[stage]
-    assert recipe.finished(config)
+    config = recipe.stage_configs(values, str(path))[stage]
+    assert recipe.is_finished(config)
     copy = tmp_path / stage
     shutil.copytree(out / stage, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -193,27 +197,27 @@ def test_a_finished_stage_whose_inputs_changed_is_refused(
     (copy / "manifest.json").write_text(json.dumps(manifest))
     changed = dataclasses.replace(config, out=str(copy), **{key: paths[name]})
     with pytest.raises(ConfigError, match=named):
-        recipe.finished(changed)
+        recipe.is_finished(changed)
 
 
 @pytest.mark.parametrize("stage", ["sft", "distill", "eval"])
-def test_settings_that_do_not_change_the_product_may_change(finished_run, stage):
+def test_settings_that_do_not_affect_the_artefact_may_change(finished_run, stage):
     path, values = finished_run
-    config = recipe.plan(values, str(path))[stage]
-    assert recipe.finished(dataclasses.replace(config, device="auto"))
+    config = recipe.stage_configs(values, str(path))[stage]
+    assert recipe.is_finished(dataclasses.replace(config, device="auto"))
     if stage == "eval":
-        assert recipe.finished(dataclasses.replace(config, batch_size=3))
+        assert recipe.is_finished(dataclasses.replace(config, batch_size=3))
     else:
-        assert recipe.finished(dataclasses.replace(config, log_every=7))
+        assert recipe.is_finished(dataclasses.replace(config, log_every=7))
         cut = {"batch_size": 1, "gradient_accumulation_steps": config.batch_size}
-        assert recipe.finished(dataclasses.replace(config, gradient_checkpointing=True, **cut))
+        assert recipe.is_finished(dataclasses.replace(config, gradient_checkpointing=True, **cut))
         with pytest.raises(ConfigError, match="sequences_per_step=2, the recipe now says 3"):
-            recipe.finished(dataclasses.replace(config, batch_size=3))
+            recipe.is_finished(dataclasses.replace(config, batch_size=3))
 
 
-def test_a_teacher_that_was_not_evaluated_against_is_missed(finished_run):
+def test_evaluation_without_the_teacher_is_refused(finished_run):
     path, values = finished_run
-    config = recipe.plan(values, str(path))["eval"]
+    config = recipe.stage_configs(values, str(path))["eval"]
     copy = Path(config.out).parent / "eval-alone"
     shutil.copytree(config.out, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -221,12 +225,12 @@ def test_a_teacher_that_was_not_evaluated_against_is_missed(finished_run):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     try:
         with pytest.raises(ConfigError, match="finished with inputs teacher None"):
-            recipe.finished(dataclasses.replace(config, out=str(copy)))
+            recipe.is_finished(dataclasses.replace(config, out=str(copy)))
     finally:
         shutil.rmtree(copy)
 
 
-def test_weights_that_were_changed_are_found(finished_run, tmp_path, capsys):
+def test_changed_weights_are_detected(finished_run, tmp_path, capsys):
     copy = tmp_path / "checkpoint"
     shutil.copytree(Path(finished_run[1]["out"]) / "sft", copy)
     assert main(["inspect", "--path", str(copy), "--verify"]) == 0
@@ -240,7 +244,7 @@ def test_weights_that_were_changed_are_found(finished_run, tmp_path, capsys):
     assert main(["inspect", "--path", evaluation, "--verify"]) == 2
 
 
-def test_the_products_can_be_inspected(finished_run, capsys):
+def test_artefacts_can_be_inspected(finished_run, capsys):
     out = Path(finished_run[1]["out"])
     for name in ("sft-data", "rollout", "score"):
         assert main(["inspect", "--path", str(out / name), "--verify"]) == 0
@@ -250,7 +254,7 @@ def test_the_products_can_be_inspected(finished_run, capsys):
     assert "fine-tuned on" in capsys.readouterr().out
 
 
-def test_a_bit_flip_is_found(finished_run, tmp_path, capsys):
+def test_bit_flip_is_detected(finished_run, tmp_path, capsys):
     copy = tmp_path / "cache"
     shutil.copytree(Path(finished_run[1]["out"]) / "score", copy)
     shard = copy / "shard-00000.safetensors"

@@ -1,4 +1,4 @@
-"""Fine-tuning on sampled or given answers, and the lineage that it leaves behind."""
+"""Fine-tuning on sampled answers and on demonstrations, and the lineage that it records."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_sft_on_sampled_answers_records_their_teacher(folder, tmp_path):
         sft.main(config(folder, tmp_path / "out", drop_truncated=True))
 
 
-def test_sft_on_demonstrations_learns_them_and_knows_no_teacher(folder, tmp_path):
+def test_sft_on_demonstrations_learns_them_and_records_no_teacher(folder, tmp_path):
     prompts = toy.sample_prompts(16, 0, exclude=set())
     data = toy.write_prompts(tmp_path / "sft.jsonl", prompts, completions=True)
     settings = {"data": str(data), "max_steps": 80, "batch_size": 16, "learning_rate": 1e-2}
@@ -75,7 +75,7 @@ def test_sft_on_demonstrations_learns_them_and_knows_no_teacher(folder, tmp_path
 
 
 def other_tokenizer(folder, **swap):
-    """Give a model folder's tokenizer other tokens for some ids."""
+    """Replace tokens in the tokenizer of a model folder."""
     file = folder / "tokenizer.json"
     settings = json.loads(file.read_text())
     vocab = settings["model"]["vocab"]
@@ -83,16 +83,16 @@ def other_tokenizer(folder, **swap):
     file.write_text(json.dumps(settings))
 
 
-def test_answers_in_another_tokenizer_are_refused_before_a_model_is_built(
+def test_answers_of_another_tokenizer_are_refused_before_a_model_is_loaded(
     folder, tmp_path, monkeypatch
 ):
     def explode(*args, **kwargs):
-        raise AssertionError("a model was built")
+        raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", explode)
     base = write_model(tmp_path / "base", seed=2)
     other_tokenizer(base, **{"3": "x"})
-    with pytest.raises(ProvenanceError, match="no copy of it"):
+    with pytest.raises(ProvenanceError, match="vocabulary, needed to compare them, is missing"):
         sft.main(config(folder, tmp_path / "out", model=str(base)))
     data = write_sequences(tmp_path / "data", folder / "teacher", kind="sft_data")
     save_vocab(folder / "teacher", data)
@@ -101,7 +101,7 @@ def test_answers_in_another_tokenizer_are_refused_before_a_model_is_built(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_that_differs_only_in_unused_ids_is_admitted(folder, tmp_path):
+def test_tokenizer_that_differs_in_unused_ids_only_is_accepted(folder, tmp_path):
     base = write_model(tmp_path / "base", seed=2)
     data = write_sequences(tmp_path / "data", folder / "teacher", kind="sft_data", vocab=20)
     save_vocab(folder / "teacher", data)

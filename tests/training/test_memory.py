@@ -219,7 +219,8 @@ def test_it_says_whether_it_fits(folder, capsys):
     with pytest.raises(MemoryPlanError, match="needs .* use a larger GPU"):
         main(config(folder, gpu_memory="100kB"))
     table = capsys.readouterr().out
-    assert f"total       {total / GIB:9.2f} GiB" in table and "--gradient_checkpointing" in table
+    assert ["total", f"{total / GIB:.2f}", "GiB"] in [line.split() for line in table.splitlines()]
+    assert "--gradient_checkpointing" in table
     main(config(folder, gpu_memory=str(total), reserve=0.0))
     with pytest.raises(MemoryPlanError, match="that a reserve of 5% leaves of"):
         main(config(folder, gpu_memory=str(total)))

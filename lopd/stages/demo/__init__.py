@@ -1,13 +1,13 @@
-"""The whole pipeline from nothing, at toy scale, on a CPU (`lopd demo`).
+"""The whole pipeline at toy scale, on a CPU (`lopd demo`).
 
-A tiny teacher learns chain arithmetic (arithmetic.py); a smaller student is fine-tuned on
-its answers, rolled out once, its rollouts are scored once, and from there on no teacher is
-needed: the student is distilled with the sparse reverse KL (the default) and with the
-paper's sampled-token objective, plain and with its advantage clipped. The fair control
-fine-tunes the same student for as many steps on fresh teacher answers. `--online` adds a
-run whose rollouts are sampled anew and scored by a live teacher at every step.
+A tiny teacher learns chain arithmetic (arithmetic.py). A smaller student is fine-tuned on its
+answers and rolled out once, and its rollouts are scored once. From then on no teacher is needed:
+the student is distilled with the sparse reverse KL (the default) and with the sampled-token
+objective, plain and with a clipped advantage. As a control, the same student is fine-tuned for
+as many steps on new answers of the teacher. `--online` adds a run that samples new rollouts and
+scores them with a live teacher at each step.
 
-Every artefact stays under `--out`, and every stage command can be run on it again.
+All artefacts stay under `--out`, and the stage commands can be run on them.
 """
 
 import importlib.util
@@ -28,14 +28,14 @@ from lopd.stages.demo.report import (
     CLIPPED,
     DISTILLED,
     FINE_TUNED,
-    MORE,
+    MORE_SFT,
     ONLINE,
     SAMPLED,
     conclusion,
     draw_curves,
     format_table,
 )
-from lopd.stages.run import finished
+from lopd.stages.run import is_finished
 
 SFT_SETTINGS: dict[str, Any] = {
     "batch_size": 64,
@@ -82,39 +82,43 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of the demo's table."""
+class DemoStage:
+    """One stage of the demo, and one row of its table."""
 
     name: str
     folder: str
-    run: Callable[[], Any]
-    model: bool  # whether the product is a model to evaluate, or data
+    run: Callable[[], None]
+    makes_model: bool = False  # which is evaluated
 
 
 def main(config: DemoConfig) -> Path:
-    """Every stage in order, continuing where it stopped; then table, figure, `results.json`."""
+    """Run or continue the demo; write `results.json` and `curves.png`, and print the table.
+
+    Raises:
+        ConfigError: `out` holds a finished demo or one of another seed, or matplotlib is missing.
+    """
     out = Path(config.out)
     results_file, progress_file = out / "results.json", out / "progress.json"
     if results_file.is_file():
-        raise ConfigError(f"{results_file}: a finished demo is there; remove it or choose --out")
+        raise ConfigError(f"{results_file}: the demo is finished; choose another --out")
     progress: dict[str, Any] = {"seed": config.seed, "steps": OPD_STEPS, "rows": []}
     if progress_file.is_file():
         progress = json.loads(progress_file.read_text(encoding="utf-8"))
         if progress["seed"] != config.seed:
             raise ConfigError(
-                f"{out}: holds an unfinished demo of seed {progress['seed']}, found --seed "
-                f"{config.seed}; continue that one, or choose another --out"
+                f"{out}: holds an unfinished demo; found seed {config.seed}, expected "
+                f"{progress['seed']}; use that seed, or choose another --out"
             )
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("matplotlib: not installed, and the demo draws curves; pip install it")
+        raise ConfigError("matplotlib: not installed; the demo draws with it; pip install it")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models; and the numbers do not depend on the machine's cores
+    torch.set_num_threads(1)  # the numbers must not depend on the number of cores
     try:
         demo = Demo(out, config.seed)
-        entries, rows = demo.entries(config.online), progress["rows"]
-        for number in range(len(rows), len(entries)):
-            print(f"[{number + 1}/{len(entries)}] {entries[number].name}", flush=True)
-            rows.append(demo.row(entries[number]))
+        stages, rows = demo.stages(config.online), progress["rows"]
+        for number, stage in enumerate(stages[len(rows) :], start=len(rows) + 1):
+            print(f"[{number}/{len(stages)}] {stage.name}", flush=True)
+            rows.append(demo.run_stage(stage))
             write_atomic(progress_file, pretty_json(progress))
     finally:
         torch.set_num_threads(threads)
@@ -151,78 +155,68 @@ class Demo:
     def path(self, name: str) -> str:
         return str(self.out / name)
 
-    def entries(self, online: bool) -> list[Entry]:
-        """Every stage, in order."""
-        clipped: dict[str, Any] = {"objective": "policy_gradient", "advantage_clip": 1.0}
-        entries = [
-            Entry("teacher", "teacher", self.train_teacher, True),
-            Entry("teacher's answers", "sft-data", lambda: self.answers("sft-data", "sft"), False),
-            Entry(FINE_TUNED, "sft", self.train_student, True),
-            Entry("student's rollouts", "rollouts", self.roll_out, False),
-            Entry("teacher's scores", "cache", self.score, False),
-            Entry(DISTILLED, "distill", lambda: self.distill("distill"), True),
-            Entry(
-                SAMPLED,
-                "distill-sampled",
-                lambda: self.distill("distill-sampled", objective="policy_gradient"),
-                True,
-            ),
-            Entry(
-                CLIPPED,
-                "distill-clipped",
-                lambda: self.distill("distill-clipped", **clipped),
-                True,
-            ),
-            Entry("control: answers", "more-data", lambda: self.answers("more-data", "opd"), False),
-            Entry(MORE, "more-sft", self.train_more, True),
+    def stages(self, online: bool) -> list[DemoStage]:
+        """All stages, in order."""
+        sampled: dict[str, Any] = {"objective": "policy_gradient"}
+        stages = [
+            DemoStage("teacher", "teacher", self.train_teacher, True),
+            DemoStage("teacher's answers", "sft-data", lambda: self.answers("sft-data", "sft")),
+            DemoStage(FINE_TUNED, "sft", self.train_student, True),
+            DemoStage("student's rollouts", "rollouts", self.roll_out),
+            DemoStage("teacher's scores", "cache", self.score),
+            self._distillation(DISTILLED, "distill"),
+            self._distillation(SAMPLED, "distill-sampled", **sampled),
+            self._distillation(CLIPPED, "distill-clipped", **sampled, advantage_clip=1.0),
+            DemoStage("control: answers", "more-data", lambda: self.answers("more-data", "opd")),
+            DemoStage(MORE_SFT, "more-sft", self.train_more, True),
         ]
         if online:
             live = {"refresh_every": 1, "teacher": self.path("teacher")}
-            entries.append(Entry(ONLINE, "online", lambda: self.distill("online", **live), True))
-        return entries
+            stages.append(self._distillation(ONLINE, "online", **live))
+        return stages
 
-    def row(self, entry: Entry) -> dict[str, Any]:
-        """Run a stage, evaluate its model, and report both; a continued stage has no time."""
-        continued, began = (self.out / entry.folder).exists(), time.perf_counter()
-        entry.run()
+    def _distillation(self, name: str, folder: str, **changes: Any) -> DemoStage:
+        return DemoStage(name, folder, lambda: self.distill(folder, **changes), True)
+
+    def run_stage(self, stage: DemoStage) -> dict[str, Any]:
+        """Run a stage and evaluate its model.
+
+        Returns:
+            The row of the table; without a time if the stage was continued.
+        """
+        continued, began = (self.out / stage.folder).exists(), time.perf_counter()
+        stage.run()
         seconds = None if continued else time.perf_counter() - began
-        row: dict[str, Any] = {"stage": entry.name, "seconds": seconds}
-        if entry.model:
-            row |= self.evaluate(entry.folder)
+        row: dict[str, Any] = {"stage": stage.name, "seconds": seconds}
+        if stage.makes_model:
+            row |= self.evaluate(stage.folder)
         return row
 
-    def run_stage(self, module: Any, config: Any) -> None:
-        if not finished(config):
+    def run_unless_finished(self, module: Any, config: Any) -> None:
+        if not is_finished(config):
             module.main(config)
 
     def train_teacher(self) -> None:
-        self.fine_tune("teacher-init", str(self.prompts["demonstrations"]), "teacher", 600)
+        demonstrations = str(self.prompts["demonstrations"])
+        self.fine_tune("teacher-init", demonstrations, "teacher", max_steps=600, **SFT_SETTINGS)
 
     def train_student(self) -> None:
-        self.fine_tune("student-init", self.path("sft-data"), "sft", 430)
+        answers = self.path("sft-data")
+        self.fine_tune("student-init", answers, "sft", max_steps=430, **SFT_SETTINGS)
 
     def train_more(self) -> None:
-        config = sft.SftConfig(
-            model=self.path("sft"),
-            data=self.path("more-data"),
-            out=self.path("more-sft"),
-            seed=self.seed,
-            **OPD_SETTINGS,
-            **COMMON,
-        )
-        self.run_stage(sft, config)
+        self.fine_tune("sft", self.path("more-data"), "more-sft", **OPD_SETTINGS)
 
-    def fine_tune(self, model: str, data: str, out: str, steps: int) -> None:
+    def fine_tune(self, model: str, data: str, out: str, **settings: Any) -> None:
         config = sft.SftConfig(
             model=self.path(model),
             data=data,
             out=self.path(out),
-            max_steps=steps,
             seed=self.seed,
-            **SFT_SETTINGS,
+            **settings,
             **COMMON,
         )
-        self.run_stage(sft, config)
+        self.run_unless_finished(sft, config)
 
     def answers(self, out: str, prompts: str) -> None:
         config = sft_data.SftDataConfig(
@@ -266,7 +260,7 @@ class Demo:
             **OPD_SETTINGS,
             **COMMON,
         )
-        self.run_stage(distill, config)
+        self.run_unless_finished(distill, config)
 
     def evaluate(self, name: str) -> dict[str, float]:
         config = evaluate.EvalConfig(
@@ -278,7 +272,7 @@ class Demo:
             seed=self.seed,
             **SAMPLING,
         )
-        self.run_stage(evaluate, config)
+        self.run_unless_finished(evaluate, config)
         results = json.loads((Path(config.out) / "results.json").read_text(encoding="utf-8"))
         return {
             "greedy": results["greedy"]["mean"],

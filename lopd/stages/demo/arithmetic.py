@@ -1,9 +1,8 @@
-"""The demo's world: chain arithmetic modulo 10, solved in steps, and two tiny models.
+"""The demo's task, chain arithmetic modulo 10, and its two tiny models.
 
-A prompt is `3+5*2-7*4=`, evaluated from left to right; the answer writes every step,
-`3+5=8;8*2=6;6-7=9;9*4=6;#6`, and is right when what follows the last `#` is. All prompts
-have one length, 8.1 million of them exist, and a model of 50k parameters learns the task
-in seconds.
+A prompt like `3+5*2-7*4=` is evaluated from left to right. The answer lists the steps,
+`3+5=8;8*2=6;6-7=9;9*4=6;#6`; it is correct if the digit after the last `#` is. All 8.1 million
+prompts have the same length, and a model of 50k parameters learns the task in seconds.
 """
 
 import json
@@ -16,8 +15,8 @@ CHAIN = 4
 CONTEXT = 64
 MAX_NEW_TOKENS = 32
 PAD, EOS = "<pad>", "<eos>"
-# The spare symbols are never used: a vocabulary has rows that data does not touch.
 SYMBOLS = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", *OPERATORS, "=", ";", "#"]
+# Never used in the data: real vocabularies have unused rows too.
 SPARES = [f"<spare{i}>" for i in range(10)]
 
 TEACHER_SIZE = {"hidden_size": 64, "intermediate_size": 128}
@@ -25,7 +24,7 @@ STUDENT_SIZE = {"hidden_size": 48, "intermediate_size": 96}
 
 
 def sample_prompts(count: int, seed: int, *, exclude: set[str]) -> list[str]:
-    """Draw `count` distinct prompts outside `exclude`, and add them to it."""
+    """Draw `count` distinct prompts that are not in `exclude`, and add them to it."""
     source = random.Random(seed)
     prompts: list[str] = []
     while len(prompts) < count:
@@ -40,7 +39,7 @@ def sample_prompts(count: int, seed: int, *, exclude: set[str]) -> list[str]:
 
 
 def solve(prompt: str) -> tuple[str, str]:
-    """The worked solution and the final digit of a prompt."""
+    """The answer to a prompt, with its steps, and the final digit."""
     value, steps = int(prompt[0]), []
     for i in range(1, len(prompt) - 1, 2):
         operator, digit = prompt[i], int(prompt[i + 1])
@@ -51,7 +50,7 @@ def solve(prompt: str) -> tuple[str, str]:
 
 
 def write_prompts(path: Path, prompts: list[str], *, completions: bool = False) -> Path:
-    """Write a JSONL of prompts with answers, or of worked demonstrations."""
+    """Write JSONL of prompts with final digits or, with `completions`, with whole answers."""
     with path.open("w", encoding="utf-8") as file:
         for prompt in prompts:
             solution, answer = solve(prompt)
@@ -61,7 +60,7 @@ def write_prompts(path: Path, prompts: list[str], *, completions: bool = False) 
 
 
 def build_tokenizer() -> Any:
-    """A tokenizer of one token a character."""
+    """A tokenizer with one token for each character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +72,7 @@ def build_tokenizer() -> Any:
 
 
 def write_model(folder: Path, size: dict[str, int], seed: int) -> Path:
-    """Save a freshly initialised Qwen3 of the given size, with its tokenizer."""
+    """Save a randomly initialised Qwen3 with its tokenizer; `size` is part of its config."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -1,0 +1,90 @@
+"""The noise floor and its signal against dense distributions."""
+
+import numpy as np
+import pytest
+from conftest import save_qwen3
+from helpers_stages import make_rollouts, score_argv
+
+from lopd.cli import main
+from lopd.engines.options import EngineOptions
+from lopd.engines.transformers import HfEngine
+from lopd.evaluation.noise_floor import (
+    _bucket_kl,
+    _to_buckets,
+    _with_extra_ids,
+    measure_noise_floor,
+)
+from lopd.store import TeacherCache
+
+
+def dense_signal(cache, student_folder):
+    """Mean KL(student || stored) and share of the listed ids in its buckets, from full rows."""
+    chosen = np.sort(np.random.default_rng(0).choice(20, 12, replace=False))
+    items = [TeacherCache.open(cache, support="list")[int(i)] for i in chosen]
+    student = HfEngine.load(student_folder, dtype="float32", device="cpu")
+    size = student.vocab_size
+    sequences = [s.rollout.tokens for s in items], [s.rollout.prompt_length for s in items]
+    kls, shares = [], []
+    for item, score in zip(items, student.score(*sequences, size), strict=True):
+        for row in range(len(score.logprobs)):
+            dense = np.empty(size)
+            dense[score.topk_ids[row]] = score.topk_logprobs[row]
+            listed = item.topk_ids[row] >= 0
+            bucketed = listed & (item.topk_ids[row] < size)
+            ids, q = item.topk_ids[row][bucketed], np.exp(item.topk_logprobs[row].astype(float))
+            p = np.append(np.exp(dense[ids]), np.exp(np.delete(dense, ids)).sum())
+            tail = np.exp(item.tail_logprobs[row]) + q[listed & ~bucketed].sum()
+            kls.append((p * np.log(p / np.append(q[bucketed], tail))).sum())
+            shares.append(bucketed.sum() / listed.sum())
+    return np.mean(kls), np.mean(shares)
+
+
+@pytest.mark.parametrize("teacher_rows", [None, 450], ids=["same rows", "more rows"])
+def test_signal_equals_that_of_dense_distributions(
+    teacher_folder, student_folder, tmp_path, teacher_rows
+):
+    """Ids in the lists that are beyond the student's vocabulary join the bucket of the others."""
+    teacher = teacher_folder
+    if teacher_rows is not None:
+        teacher = save_qwen3(tmp_path / "teacher", seed=1, vocab_size=teacher_rows)
+    rollouts, cache = make_rollouts(student_folder, tmp_path), tmp_path / "cache"
+    assert main(score_argv(teacher, rollouts, cache, "--top_p", "1")) == 0
+    floor = measure_noise_floor(
+        cache,
+        12,
+        teacher=teacher,
+        student=student_folder,
+        options=EngineOptions(dtype="float32", device="cpu"),
+        tokens_per_batch=16384,
+        seed=0,
+    )
+    signal, coverage = dense_signal(cache, student_folder)
+    assert (coverage < 0.9) == (teacher_rows is not None)
+    assert floor.coverage == pytest.approx(coverage)
+    assert floor.signal == pytest.approx(signal, rel=1e-5)
+    assert floor.noise < 1e-6 < 0.01 < floor.signal
+    assert floor.same_student and floor.sequences == 12
+
+
+def test_ids_without_a_bucket_join_the_others():
+    stored_ids = np.array([[3, 5, 7, -1]])
+    stored = np.log(np.array([[0.5, 0.2, 0.1, 0.0]]) + 1e-300)
+    shared = np.array([[3, -1, 7, -1]])
+    q = _to_buckets(shared, stored_ids, stored, np.log(np.array([0.2])))
+    np.testing.assert_allclose(np.exp(q), [[0.5, 0, 0.1, 0, 0.4]], atol=1e-12)
+    p = _to_buckets(
+        shared, np.array([[3, 7, 9]]), np.log(np.array([[0.6, 0.1, 0.1]])), np.log(np.array([0.2]))
+    )
+    np.testing.assert_allclose(np.exp(p), [[0.6, 0, 0.1, 0, 0.3]], atol=1e-12)
+    expected = 0.6 * np.log(0.6 / 0.5) + 0.3 * np.log(0.3 / 0.4)
+    np.testing.assert_allclose(_bucket_kl(p, q), expected)
+    assert 0 < _bucket_kl(q + 1e-6, q)[0] < 1e-11 and 0 < _bucket_kl(q - 1e-6, q)[0] < 1e-11
+
+
+def test_extra_ids_are_merged_without_duplicates(teacher_folder):
+    engine = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    (top,) = engine.score([np.array([5, 6, 7, 8])], [2], 3)
+    (score,) = engine.score([np.array([5, 6, 7, 8])], [2], 3, extra_ids=[top.topk_ids])
+    ids, logprobs, tail = _with_extra_ids(score)
+    mass = np.where(ids >= 0, np.exp(logprobs.astype(float)), 0).sum(1) + np.exp(tail.astype(float))
+    np.testing.assert_allclose(mass, 1, atol=1e-5)
