@@ -37,7 +37,7 @@ def test_commands_that_are_shown_parse(line, monkeypatch):
     command, *flags = shlex.split(line, comments=True)[1:]
     assert command in COMMANDS
     module_name, class_name, _ = COMMANDS[command]
-    module = __import__(f"lopd.{module_name}", fromlist=[class_name])
+    module = __import__(f"lopd.stages.{module_name}", fromlist=[class_name])
     seen = []
     monkeypatch.setattr(module, "main", seen.append)
     cli.run([command, *flags])

@@ -26,6 +26,7 @@ from lopd.training.checkpoints import checkpoints
 from lopd.training.logging import LOG_NAME
 from lopd.training.objective import Objective
 from lopd.training.options import WatchOptions
+from lopd.training.staleness import StaleWatch
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
 
@@ -317,7 +318,7 @@ def watched(shares, limit=0.5, every=3, history=(), first=1):
     from transformers import TrainerState
 
     state = TrainerState(log_history=[*history])
-    callback = watch.StaleWatch(Shares(shares), limit, every)
+    callback = StaleWatch(Shares(shares), limit, every)
     for number in range(first, first + len(shares)):
         state.global_step = number
         callback.on_step_end(None, state, None)
