@@ -26,7 +26,7 @@ from lopd.training.checkpoints import checkpoints
 from lopd.training.logging import LOG_NAME
 from lopd.training.objective import Objective
 from lopd.training.options import WatchOptions
-from lopd.training.staleness import StaleWatch
+from lopd.training.staleness import StaleWatch, stale_summary
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
 
@@ -332,7 +332,7 @@ def test_a_stale_cache_is_told_once_and_every_so_many_steps(capsys):
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 3
     assert told[0].startswith("step 3: the cache has gone stale: ") and "worth 40 %" in told[0]
-    assert watch.stale_summary(0.5, history) == {
+    assert stale_summary(0.5, history) == {
         "limit": 0.5,
         "watched": True,
         "warnings": 3,
@@ -341,15 +341,15 @@ def test_a_stale_cache_is_told_once_and_every_so_many_steps(capsys):
     }
     resumed = watched(shares[4:], history=watched(shares[:4]), first=5)
     assert resumed == history
-    assert watch.stale_summary(0.5, [])["watched"] is True
-    assert watch.stale_summary(0.0, [])["watched"] is False
+    assert stale_summary(0.5, [])["watched"] is True
+    assert stale_summary(0.0, [])["watched"] is False
 
 
 def test_drift_that_is_unknown_is_said_once(capsys):
     history = watched([None] * 6)
     assert len(history) == 1
     assert capsys.readouterr().err.count("not known, so a cache that goes stale will not") == 1
-    summary = watch.stale_summary(0.5, history)
+    summary = stale_summary(0.5, history)
     assert summary["watched"] is False and summary["warnings"] == 0
 
 
