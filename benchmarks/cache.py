@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import lopd
-from benchmarks.rows import identity
+from benchmarks.recorder import identity
 from lopd.provenance import build_manifest
 from lopd.store import CacheWriter, Rollout, TeacherCache, TeacherScores
 

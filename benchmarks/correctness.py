@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 import lopd_kernels
-from benchmarks.harness import classify, gradient_bound, one_line, short
+from benchmarks.harness import classify, dtype_name, gradient_bound, one_line
 from benchmarks.problems import Problem, Shape, make_problem, relative_error
-from benchmarks.rows import ROOT, Recorder
+from benchmarks.recorder import ROOT, Recorder
 from lopd_kernels import reference
 
 FULL, QUICK = Shape(96, 136, 4099, 16), Shape(12, 24, 211, 6)
@@ -218,10 +218,10 @@ def run_api(recorder: Recorder, quick: bool) -> None:
         for case in cases(problem):
             recorder.check_time()
             repeats = 2 if quick else 20
-            name = f"{case.function}: {case.label}, {short(dtype)}"
+            name = f"{case.function}: {case.label}, {dtype_name(dtype)}"
             fields = {
                 "kind": "ours",
-                "dtype": short(dtype),
+                "dtype": dtype_name(dtype),
                 "repetitions": repeats,
             }
             try:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.rows import identity
+from benchmarks.recorder import identity
 from lopd.stages.demo import DemoConfig, main
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 

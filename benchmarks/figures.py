@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import Row, read
+from benchmarks.criteria import Row, read
 
 COLOURS = {"ours": "#0b6e4f", "peer": "#9a6324", "floor": "#555555", "piece": "#555555"}
 

@@ -27,7 +27,7 @@ import torch
 from benchmarks.clock import take_turns
 from benchmarks.harness import Variant, gate
 from benchmarks.problems import REVERSE_KL, Problem, Shape, oracle
-from benchmarks.rows import identity
+from benchmarks.recorder import identity
 from benchmarks.variants import eager, ours, peer
 
 TIME_BAR = 1.0

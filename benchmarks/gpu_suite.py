@@ -23,19 +23,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import bars, correctness, figures, pieces, training, variants
+from benchmarks import components, correctness, criteria, figures, training, variants
 from benchmarks.harness import (
     Outcome,
     Prepared,
-    collect,
+    free_memory,
     is_red,
     measure,
     one_line,
     take_turns,
 )
 from benchmarks.problems import Problem, Shape, make_problem, student_tail
+from benchmarks.recorder import OutOfTime, Recorder, query_gpu
 from benchmarks.roofline import TARGET
-from benchmarks.rows import OutOfTime, Recorder, smi
 
 QUICK = Shape(rows=64, hidden=32, vocab=509, topk=8)
 TIME_LIMIT_S = 520.0
@@ -82,7 +82,7 @@ class Suite:
         key = (shape or self.shape, regime)
         if self.kept is None or self.kept[0] != key:
             self.kept = None
-            collect(self.device)
+            free_memory(self.device)
             self.kept = key, make_problem(key[0], torch.bfloat16, self.device, regime)
         return self.kept[1]
 
@@ -99,7 +99,7 @@ def environment(suite: Suite) -> None:
         memory_mib=facts.total_memory / MIB if facts else None,
         multiprocessors=facts.multi_processor_count if facts else None,
         l2_mib=getattr(facts, "L2_cache_size", 0) / MIB if facts else None,
-        nvidia_smi={name: smi(name) for name in fields} if cuda else None,
+        nvidia_smi={name: query_gpu(name) for name in fields} if cuda else None,
     )  # fmt: skip
     side, size = (64, 4096) if suite.quick else (8192, 4 << 30)
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
@@ -160,20 +160,20 @@ def accuracy(suite: Suite) -> None:
 def row_kernel(suite: Suite) -> None:
     """Bandwidth of the row kernel against a copy, on a chunk of rows; other launches beside it."""
     problem = suite.problem().rows(slice(0, 2048))
-    others = pieces.launch_sweep() if problem.device.type == "cuda" else []
-    found = [pieces.row_kernel(), *others, pieces.copy()]
+    others = components.launch_sweep() if problem.device.type == "cuda" else []
+    found = [components.row_kernel(), *others, components.copy()]
     suite.measure("row_kernel", problem, found, gate_rows=256)
 
 
 def scoring(suite: Suite) -> None:
     """`linear_topk` against full logits and torch.topk: tokens/s and memory."""
     bound = QUICK_WORKSPACES[1] if suite.quick else 512 * MIB
-    suite.measure("scoring", suite.problem(), pieces.scorers(bound), gate_rows=256)
+    suite.measure("scoring", suite.problem(), components.scorers(bound), gate_rows=256)
 
 
 def ablation(suite: Suite) -> None:
     """The pieces of one call, and the call."""
-    found = [*pieces.pieces(), variants.ours("ours")]
+    found = [*components.pieces(), variants.ours("ours")]
     suite.measure("ablation", suite.problem(), found, gate_rows=256)
 
 
@@ -221,11 +221,11 @@ def run_part(suite: Suite, name: str) -> None:
     """Its rows, and one of the part itself, named `suite`."""
     recorder, (planned, function) = suite.recorder, PARTS[name]
     start, status, fields = time.monotonic(), "ok", {"planned_s": planned}
-    if recorder.late:
+    if recorder.out_of_time:
         recorder.emit("suite", name, "skipped", reason="the time limit has passed", **fields)
         return
     try:
-        collect(suite.device)
+        free_memory(suite.device)
         function(suite)
     except OutOfTime:
         status, fields["reason"] = "cut off", "the time limit passed in it"
@@ -242,7 +242,7 @@ def write_summary(rows: list[dict[str, Any]], out: Path) -> str:
     ]
     parts = [r for r in rows if r["part"] == "suite" and r["status"] in ("cut off", "skipped")]
     late = [f"{r['variant']}: {r['status']}, {r['reason']}" for r in parts]
-    lines = [bars.table(rows), "", f"Wrong: {len(wrong)}.", *(f"* {line}" for line in wrong)]
+    lines = [criteria.table(rows), "", f"Wrong: {len(wrong)}.", *(f"* {line}" for line in wrong)]
     lines += ["", f"Incomplete parts: {len(late)}.", *(f"* {line}" for line in late)]
     text = "\n".join(lines) + "\n"
     (out / "summary.md").write_text(text, encoding="utf-8")

@@ -38,11 +38,11 @@ SMALL = {
 }
 
 
-class Wrong(Exception):
+class InvalidResult(Exception):
     """A result that must not be timed."""
 
 
-def published(name: str) -> dict[str, int]:
+def qwen3_shape(name: str) -> dict[str, int]:
     """The shape of a Qwen3."""
     config = MODELS[name].config()
     return {key: getattr(config, key) for key in SHAPE}
@@ -76,7 +76,7 @@ SIZES = {
     ),
     "0.6b": Size(
         16, 16, 256, 512, 64, 64, "bfloat16", 64, (0,), (1, 4, 16),
-        {"student": published("0.6B"), "teacher": published("1.7B")},
+        {"student": qwen3_shape("0.6B"), "teacher": qwen3_shape("1.7B")},
     ),
     "quick": Size(
         8, 4, 16, 6, 16, 4, "float32", 8, (0,), (1, 4),
@@ -219,7 +219,7 @@ class Bench:
             out = self.distill(cache, name, None)
             seconds = dict(zip(PARTS, (generation, scoring, clock.lap()), strict=True))
             if "seconds" in read_manifest(out):
-                raise Wrong("the offline run's manifest tells of renewed rollouts")
+                raise InvalidResult("the offline run's manifest tells of renewed rollouts")
             return Run(out, seconds, {}, None, clock.peak_mib())
         out = self.distill(cache, name, every)
         whole, manifest = clock.lap(), read_manifest(out)
@@ -274,11 +274,11 @@ class Clock:
 def check_parts(
     told: dict[str, float], whole: float, renewed: dict[str, Any], size: Size, every: int
 ) -> None:
-    """Raise Wrong unless a live run renewed what it had to, in parts that fit its time."""
+    """Raise InvalidResult unless a live run renewed what it had to, in parts that fit its time."""
     if not all(value > 0 for value in told.values()) or sum(told.values()) > whole:
-        raise Wrong(f"R = {every}: parts {told} do not fit into {whole:.3f} s")
+        raise InvalidResult(f"R = {every}: parts {told} do not fit into {whole:.3f} s")
     starts = range(0, size.steps, every)
     expected = sum(size.batch * min(every, size.steps - start, size.epoch) for start in starts)
     found = renewed["windows"], renewed["sequences"]
     if found != (len(starts), expected):
-        raise Wrong(f"R = {every}: renewed {found}, expected {(len(starts), expected)}")
+        raise InvalidResult(f"R = {every}: renewed {found}, expected {(len(starts), expected)}")

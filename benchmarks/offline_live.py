@@ -43,8 +43,8 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.live_runs import PARTS, SIZES, Bench, Run, Size, Wrong
-from benchmarks.rows import identity
+from benchmarks.live_runs import PARTS, SIZES, Bench, InvalidResult, Run, Size
+from benchmarks.recorder import identity
 from lopd.models.load import load_model
 
 NAME = "offline_live.jsonl"
@@ -67,7 +67,7 @@ def gate(bench: Bench) -> dict[str, float]:
     |run - offline| / |offline - start| over all weights, of a run of one window and of R = 1.
 
     Raises:
-        Wrong: a run of one window is not the offline run, or R = 1 is.
+        InvalidResult: a run of one window is not the offline run, or R = 1 is.
     """
     rollouts = bench.roll_out("gate-rollouts", GATE_STEPS * bench.size.batch, temperature=0.0)
     cache = bench.score(rollouts, "gate-cache")
@@ -80,9 +80,9 @@ def gate(bench: Bench) -> dict[str, float]:
     )
     bound = GATE_BOUND[bench.device]
     if not once <= bound:
-        raise Wrong(f"one window of all steps is off the offline run by {once:.1e}")
+        raise InvalidResult(f"one window of all steps is off the offline run by {once:.1e}")
     if not each > 2 * bound:
-        raise Wrong(f"R = 1 is within {each:.1e} of the offline run: nothing was renewed")
+        raise InvalidResult(f"R = 1 is within {each:.1e} of the offline run: nothing was renewed")
     return {"one_window": once, "every_step": each}
 
 
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = (Path(folder), SIZES[args.size], args.device, args.every, args.seeds)
         try:
             rows = [{**about, **row} for row in measure(*given)]
-        except Wrong as error:
+        except InvalidResult as error:
             print(f"benchmarks.offline_live: {error}", file=sys.stderr)
             return 1
     text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import cache
 from benchmarks.clock import Outcome, Prepared
-from benchmarks.harness import classify, collect, one_line
+from benchmarks.harness import classify, free_memory, one_line
 from lopd.models.packing import pack_attention
 from lopd.store import TeacherSequence
 from lopd.training.batch import Batch, Collator, to_device
@@ -81,7 +81,7 @@ def build(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
     return model.train()
 
 
-def make_items(size: Size, count: int, prompt: int) -> list[TeacherSequence]:
+def make_sequences(size: Size, count: int, prompt: int) -> list[TeacherSequence]:
     """Sequences of the made-up teacher of `benchmarks/cache.py`; the prompt bears no loss."""
     shape = cache.Shape(count, size.length - prompt, prompt, size.vocab, size.topk)
     return [
@@ -101,14 +101,14 @@ class Job:
     """A model, its optimizer, and packs of the same sequences over and over."""
 
     def __init__(self, size: Size, device: torch.device, attention: str) -> None:
-        collect(device)
+        free_memory(device)
         self.size, self.device = size, device
         self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.model = build(size, device, torch.bfloat16)
         pack_attention(self.model, attention)
         kind, options = optimizer_class(size.optim)
         self.optimizer = kind(self.model.parameters(), **{**options, "lr": LEARNING_RATE})
-        self.items = make_items(size, 2, size.prompt)
+        self.items = make_sequences(size, 2, size.prompt)
 
     def batch(self, sequences: int) -> tuple[Batch, float]:
         return self.pack([self.items[i % len(self.items)] for i in range(sequences)])
@@ -141,7 +141,7 @@ class Job:
         except Exception as error:
             found = {"status": classify(error), "reason": one_line(error), "peak_mib": None}
         self.optimizer.zero_grad()
-        collect(self.device)
+        free_memory(self.device)
         return found
 
     def forget_peak(self) -> None:

@@ -30,10 +30,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import Prepared, take_turns
-from benchmarks.harness import classify, excess, one_line, short
+from benchmarks.harness import classify, dtype_name, exceeded, one_line
 from benchmarks.projects import tail_bucket
-from benchmarks.qwen3 import ADAMW, MIB, MODELS, STATELESS, TOY, Job, Loss, Size, build, make_items
-from benchmarks.rows import Recorder
+from benchmarks.qwen3 import (
+    ADAMW,
+    MIB,
+    MODELS,
+    STATELESS,
+    TOY,
+    Job,
+    Loss,
+    Size,
+    build,
+    make_sequences,
+)
+from benchmarks.recorder import Recorder
 from lopd.models.flops import mfu, peak_flops, size_of, step_flops
 from lopd.models.head import run_with_loss
 from lopd.models.packing import check_packing, pack_attention
@@ -114,7 +125,7 @@ def gate(model: Any, size: Size, device: torch.device) -> dict[str, Any]:
 
     `model` is a bf16 one of this size; the fp32 one has the same weights.
     """
-    batch = to_device(Collator(packed=True)(make_items(size, 3, size.prompt)), device)
+    batch = to_device(Collator(packed=True)(make_sequences(size, 3, size.prompt)), device)
     given = batch, batch["row_weights"].sum().item()
     wide = build(size, device, torch.float32)
     pack_attention(wide, "sdpa")
@@ -130,10 +141,10 @@ def gate(model: Any, size: Size, device: torch.device) -> dict[str, Any]:
         "dense_bf16_gradient_error": dense_16,
     }
     bounds = {**FP32_BOUNDS, "bf16_gradient_error": max(1.25 * dense_16, 3e-3)}
-    return {**found, "red": excess(found, bounds)}
+    return {**found, "red": exceeded(found, bounds)}
 
 
-def attend(recorder: Recorder, part: str, model: Any) -> str:
+def choose_attention(recorder: Recorder, part: str, model: Any) -> str:
     """The attention of packs that a run takes by itself; where that fails, a red row and sdpa."""
     try:
         path = pack_attention(model)
@@ -149,7 +160,7 @@ def attend(recorder: Recorder, part: str, model: Any) -> str:
 # memory
 
 
-def largest(
+def largest_fitting(
     fits: Callable[[int], bool | None], first: int, tries: int, good: int = 0
 ) -> tuple[int, int | None, int]:
     """(largest count that fitted, smallest that did not, how many were tried).
@@ -188,7 +199,7 @@ def search(job: Job, loss: Loss, sequence_s: float, deadline: float) -> dict[str
         peaks[count] = found["peak_mib"]
         return found["status"] == "ok"
 
-    good, bad, tried = largest(fits, 1, 2)
+    good, bad, tried = largest_fitting(fits, 1, 2)
     expected = None
     if good == 2:
         one, two = peaks[1], peaks[2]
@@ -199,7 +210,7 @@ def search(job: Job, loss: Loss, sequence_s: float, deadline: float) -> dict[str
         affordable = int((end - time.monotonic()) / sequence_s)
         first = max(3, min(expected or 4, affordable))
         most = TRIES if job.device.type == "cuda" else 2
-        good, bad, more = largest(fits, first, most, good=2)
+        good, bad, more = largest_fitting(fits, first, most, good=2)
         tried += more
     return {
         "largest_sequences": good if tried else None,
@@ -224,7 +235,7 @@ def planned(job: Job) -> dict[str, Any]:
             k=size.topk,
         )
         parts = Planner(meta_model(folder, "bfloat16")).parts(settings)
-    given = job.pack(make_items(size, 1, prompt=1))
+    given = job.pack(make_sequences(size, 1, prompt=1))
 
     def accumulate() -> None:
         for _ in range(2):
@@ -248,7 +259,7 @@ def run(recorder: Recorder, part: str, name: str, quick: bool, budget_s: float) 
     size, device = MODELS[name], recorder.device
     toy = replace(size, **TOY)
     model = build(toy, device, torch.bfloat16)
-    attention = attend(recorder, part, model)
+    attention = choose_attention(recorder, part, model)
     found = gate(model, toy, device)
     red = found.pop("red")
     recorder.emit(
@@ -264,7 +275,7 @@ def run(recorder: Recorder, part: str, name: str, quick: bool, budget_s: float) 
         "model": "toy" if quick else f"Qwen3-{name} shape",
         **{key: value for key, value in asdict(size).items() if key != "search_s"},
         "parameters": sum(p.numel() for p in job.model.parameters()),
-        "dtype": short(torch.bfloat16),
+        "dtype": dtype_name(torch.bfloat16),
         "attention": attention,
         "gradient_checkpointing": True,
         "prompt_share": size.prompt / size.length,

@@ -7,11 +7,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks import bars, correctness, figures, gpu_suite, harness, projects, variants
+from benchmarks import correctness, criteria, figures, gpu_suite, harness, projects, variants
 from benchmarks.harness import Variant
 from benchmarks.problems import REVERSE_KL
+from benchmarks.recorder import Recorder, describe
 from benchmarks.roofline import TARGET
-from benchmarks.rows import Recorder, describe
 
 TOY = ["--quick", "--device", "cpu"]
 ALWAYS = {
@@ -31,7 +31,7 @@ GRADED = {"fused_loss", "memory_curve", "shapes"}
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("suite")
     code = gpu_suite.main(["--out", str(out), *TOY])
-    return code, out, bars.read([out / "rows.jsonl"])
+    return code, out, criteria.read([out / "rows.jsonl"])
 
 
 def test_every_part_runs(run):
@@ -110,7 +110,7 @@ def test_figures_and_summary(run):
     assert made == {"times.png", "gradient_error.png", "shapes.png"}  # no memory on a CPU
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in made)
     summary = (out / "summary.md").read_text()
-    assert summary.count("not measured") == len(bars.bars([])) + 1
+    assert summary.count("not measured") == len(criteria.evaluate([])) + 1
     assert "Wrong: 0." in summary and "Incomplete parts: 0." in summary
 
 
@@ -128,7 +128,7 @@ def wrong_competitors():
 def test_a_red_gate_fails_the_run_and_has_no_speed(tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "competitors", wrong_competitors)
     assert gpu_suite.main(["--out", str(tmp_path), *TOY, "--only", "fused_loss"]) == 1
-    found = {row["variant"]: row for row in bars.read([tmp_path / "rows.jsonl"])}
+    found = {row["variant"]: row for row in criteria.read([tmp_path / "rows.jsonl"])}
     assert found["zero"]["status"] == "red gate" and "median_ms" not in found["zero"]
     assert found["ours"]["median_ms"] > 0
     assert "fused_loss: zero: red gate" in (tmp_path / "summary.md").read_text()
@@ -147,7 +147,7 @@ def test_a_wrong_public_loss_fails_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lopd_kernels, "linear_topk", shifted)
     assert gpu_suite.main(["--out", str(tmp_path), *TOY, "--only", "correctness"]) == 1
-    rows = bars.read([tmp_path / "rows.jsonl"])
+    rows = criteria.read([tmp_path / "rows.jsonl"])
     red = {row["variant"].split(":")[0] for row in rows if row["status"] == "red gate"}
     assert red == {"linear_cross_entropy", "linear_topk"}
 
@@ -181,7 +181,7 @@ def test_a_part_that_crashes_fails_the_run(tmp_path, monkeypatch, capsys):
 
 def test_after_the_time_limit_parts_are_skipped(tmp_path):
     assert gpu_suite.main(["--out", str(tmp_path), *TOY, "--time-limit", "-1"]) == 0
-    rows = bars.read([tmp_path / "rows.jsonl"])
+    rows = criteria.read([tmp_path / "rows.jsonl"])
     assert [row["variant"] for row in rows] == gpu_suite.DEFAULT
     assert {row["status"] for row in rows} == {"skipped"}
     assert f"Incomplete parts: {len(rows)}." in (tmp_path / "summary.md").read_text()
@@ -286,8 +286,8 @@ def all_met():
 
 def test_bars_can_be_met():
     rows = [{"median_ms": None, "tb_per_s": None, **row} for row in all_met()]
-    assert {bar.verdict for bar in bars.bars(rows)} == {"met"}
-    assert "790 TFLOP/s" in bars.table(rows) and "44.0 ms" in bars.table(rows)
+    assert {bar.verdict for bar in criteria.evaluate(rows)} == {"met"}
+    assert "790 TFLOP/s" in criteria.table(rows) and "44.0 ms" in criteria.table(rows)
 
 
 @pytest.mark.parametrize(
@@ -315,13 +315,13 @@ def test_each_bar_can_be_missed(variant, changes, missed):
         for row in all_met()
     ]
     rows = [row for row in rows if not (row["part"] == "accuracy" and "median_ms" in changes)]
-    found = [bar.name for bar in bars.bars(rows) if bar.verdict == "missed"]
+    found = [bar.name for bar in criteria.evaluate(rows) if bar.verdict == "missed"]
     assert len(found) == len(missed)
     assert all(part in name for part, name in zip(missed, found, strict=True))
 
 
 def test_toy_rows_meet_no_bar(run):
-    assert {bar.verdict for bar in bars.bars(run[2])} == {"not measured"}
+    assert {bar.verdict for bar in criteria.evaluate(run[2])} == {"not measured"}
 
 
 def test_the_time_memory_figure(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import clock, harness, pieces, problems, projects, roofline, variants
+from benchmarks import clock, components, harness, problems, projects, roofline, variants
 from benchmarks.clock import Outcome, Prepared, take_turns
 from benchmarks.harness import Variant, gate, measure
 from benchmarks.problems import (
@@ -24,7 +24,7 @@ from benchmarks.problems import (
     oracle,
     relative_error,
 )
-from benchmarks.rows import Recorder
+from benchmarks.recorder import Recorder
 from lopd_kernels import reference
 
 SMALL = Shape(rows=12, hidden=16, vocab=97, topk=5)
@@ -132,7 +132,7 @@ def test_the_gate_sees(name, problem):
 
 def test_the_gate_lets_ours_through(problem):
     exact = {loss: oracle(problem, loss) for loss in LOSSES}
-    for variant in (*variants.own_variants(), *variants.curve([1 << 20])):
+    for variant in (*variants.our_variants(), *variants.curve([1 << 20])):
         assert gate(variant, problem, exact[variant.loss])["red"] == [], variant.name
 
 
@@ -225,15 +225,15 @@ def test_variants_take_turns():
     ready = {"a": step("a"), "b": step("b"), "c": step("c", fail_at=4)}
     times, failures = take_turns(ready, CPU, budget_s=1e-9)
     assert list(failures) == ["c"] and set(times) == {"a", "b"}
-    assert times["a"]["repetitions"] == clock.LEAST
+    assert times["a"]["repetitions"] == clock.MIN_STEPS
     turns = [ran[at : at + 3] for at in range(0, 12, 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
-    assert ran.count("a") == clock.LEAST + 2
+    assert ran.count("a") == clock.MIN_STEPS + 2
     assert seen == ran  # restored before each
-    times, _ = take_turns({"a": step("a")}, CPU, budget_s=1e-9, least=2)
+    times, _ = take_turns({"a": step("a")}, CPU, budget_s=1e-9, min_steps=2)
     assert times["a"]["repetitions"] == 2
     times, _ = take_turns({"a": step("a")}, CPU, budget_s=1e3)
-    assert times["a"]["repetitions"] == clock.MOST
+    assert times["a"]["repetitions"] == clock.MAX_STEPS
     times, _ = take_turns({"a": step("a")}, CPU, budget_s=1e3, deadline=0.0)
     assert times["a"]["repetitions"] == 1
 
@@ -260,7 +260,7 @@ def test_steps_are_timed_from_flushed_caches_and_disturbances_are_told(monkeypat
     """On a GPU: more than any L2 is written before each step; retries are those of the turns."""
     events, retries = [], iter([3, 5])
     monkeypatch.setattr(clock, "allocator_retries", lambda device: next(retries))
-    monkeypatch.setattr(clock, "smi", lambda *fields: "1980 MHz")
+    monkeypatch.setattr(clock, "query_gpu", lambda *fields: "1980 MHz")
 
     class Event:
         def __init__(self, enable_timing):
@@ -286,7 +286,7 @@ def test_steps_are_timed_from_flushed_caches_and_disturbances_are_told(monkeypat
     times, _ = take_turns(ready, torch.device("cuda"), budget_s=1e-9)
     assert sizes[0] >= 128 << 20
     once = ["restore", "flush", "record", "step", "record", "synchronize"]
-    assert events == once * (clock.LEAST + 2)
+    assert events == once * (clock.MIN_STEPS + 2)
     assert (times["a"]["allocator_retries"], times["a"]["clocks"]) == (2, "1980 MHz")
 
 
@@ -324,7 +324,7 @@ def test_what_is_timed_is_checked_where_the_gate_saw_few_rows(problem, recorder)
 
 
 def test_floor_ratios_compare_equal_work(problem, recorder):
-    found = [*variants.floors("three", "two"), *variants.own_variants()[:4]]
+    found = [*variants.floors("three", "two"), *variants.our_variants()[:4]]
     rows = measure(recorder, "part", problem, found, budget_s=0)
     by_name = {row["variant"]: row for row in rows}
     for name, count in (("ours", 3), ("ours, frozen weight", 2)):
@@ -335,7 +335,7 @@ def test_floor_ratios_compare_equal_work(problem, recorder):
 
 
 def test_only_floors_are_floors(problem, recorder):
-    slow = pieces.piece("slow", lambda some: lambda: time.sleep(0.03))
+    slow = components.component("slow", lambda some: lambda: time.sleep(0.03))
     found = [replace(slow, kind="floor"), variants.ours("ours")]
     rows = measure(recorder, "part", problem, found, budget_s=0)
     assert {row["variant"]: row["floor_ratio"] < 1.0 for row in rows} == {
@@ -345,18 +345,18 @@ def test_only_floors_are_floors(problem, recorder):
 
 
 def test_row_kernel_and_scoring_have_gates(problem, monkeypatch):
-    assert pieces.row_kernel().check(problem)["red"] == []
-    run = pieces.time_row_kernel
+    assert components.row_kernel().check(problem)["red"] == []
+    run = components.time_row_kernel
 
     def wrong(some, logits):
         step, stats = run(some, logits)
         return (lambda: (step(), stats.mul_(1.001))), stats
 
-    monkeypatch.setattr(pieces, "time_row_kernel", wrong)
-    assert pieces.row_kernel().check(problem)["red"]
-    good = pieces.scorer("ours", "ours", pieces.scores_ours)
+    monkeypatch.setattr(components, "time_row_kernel", wrong)
+    assert components.row_kernel().check(problem)["red"]
+    good = components.scorer("ours", "ours", components.scores_ours)
     assert good.check(problem)["red"] == []
-    assert pieces.scorer("ours", "ours", pieces.scores_full).check(problem)["red"]
+    assert components.scorer("ours", "ours", components.scores_full).check(problem)["red"]
 
 
 def test_roofline_formulas():
@@ -389,12 +389,12 @@ def test_extra_memory_is_the_peak_less_the_gradients(monkeypatch):
     )  # fmt: skip
     dhidden, dweight = torch.empty(mib), torch.empty(2 * mib, dtype=torch.bfloat16)
     cuda, outcome = torch.device("cuda"), Outcome(torch.ones(()), dhidden, dweight)
-    found = harness.memory(Prepared(lambda: outcome), cuda)
+    found = harness.measure_memory(Prepared(lambda: outcome), cuda)
     assert found == {
         "peak_mib": 20.0, "dhidden_mib": 4.0, "dweight_mib": 4.0, "extra_mib": 12.0,
         "reserved_mib": 32.0,
     }  # fmt: skip
-    found = harness.memory(Prepared(lambda: outcome._replace(given=True)), cuda)
+    found = harness.measure_memory(Prepared(lambda: outcome._replace(is_buffer=True)), cuda)
     assert (found["dweight_mib"], found["extra_mib"]) == (0.0, 16.0)
 
 
@@ -404,5 +404,5 @@ def test_a_baseline_that_does_not_fit_gets_fewer_rows(monkeypatch, problem):
     eager = variants.eager_variants()[0]
     for free, rows in ((1e9, 600), (8 * 26 * 599 / 0.85, 512), (0, 256)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        assert harness.fitting(eager, large).shape.rows == rows
-        assert harness.fitting(variants.ours("ours"), large) is large
+        assert harness.fit_to_memory(eager, large).shape.rows == rows
+        assert harness.fit_to_memory(variants.ours("ours"), large) is large

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from benchmarks import live_runs, offline_live, readme
-from benchmarks.live_runs import PARTS, SIZES, Bench, Run, Wrong
+from benchmarks.live_runs import PARTS, SIZES, Bench, InvalidResult, Run
 from benchmarks.offline_live import GATE_STEPS
 
 QUICK = SIZES["quick"]
@@ -89,7 +89,7 @@ TOLD = {"generation": 1.0, "scoring": 1.0, "update": 1.0}
 )
 def test_parts_that_do_not_add_up_are_refused(told, renewed):
     live_runs.check_parts(TOLD, 4.0, {"windows": 2, "sequences": 32}, QUICK, 4)
-    with pytest.raises(Wrong, match="R = 4"):
+    with pytest.raises(InvalidResult, match="R = 4"):
         live_runs.check_parts(told, 4.0, renewed, QUICK, 4)
 
 

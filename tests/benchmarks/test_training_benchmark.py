@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bars, gpu_suite, training
+from benchmarks import criteria, gpu_suite, training
 from benchmarks.clock import Prepared
 from benchmarks.qwen3 import MODELS, TOY, Job
 from lopd.models import flops
@@ -20,7 +20,7 @@ SEARCHED = "{}, largest micro-batch"
 
 def rows_of(tmp_path, part=PART):
     code = gpu_suite.main(["--out", str(tmp_path), "--quick", "--device", "cpu", "--only", part])
-    return code, {row["variant"]: row for row in bars.read([tmp_path / "rows.jsonl"])}
+    return code, {row["variant"]: row for row in criteria.read([tmp_path / "rows.jsonl"])}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -117,7 +117,7 @@ def test_the_largest_that_fits_is_found(room, first):
         asked.append(count)
         return count <= room
 
-    good, bad, tried = training.largest(fits, first, tries=40)
+    good, bad, tried = training.largest_fitting(fits, first, tries=40)
     assert good <= room < bad and bad - good <= max(1, good // 16)
     assert len(asked) == len(set(asked)) == tried and min(asked) > 0
 
@@ -163,6 +163,10 @@ def test_a_search_without_time_for_the_largest_gives_a_lower_bound(monkeypatch):
 
 
 def test_a_search_ends_with_its_tries_or_its_time():
-    assert training.largest(lambda count: True, 1, tries=4) == (8, None, 4)
-    assert training.largest(lambda count: None if count > 2 else True, 1, tries=4) == (2, None, 2)
-    assert training.largest(lambda count: False, 1, tries=4) == (0, 1, 1)
+    assert training.largest_fitting(lambda count: True, 1, tries=4) == (8, None, 4)
+    assert training.largest_fitting(lambda count: None if count > 2 else True, 1, tries=4) == (
+        2,
+        None,
+        2,
+    )
+    assert training.largest_fitting(lambda count: False, 1, tries=4) == (0, 1, 1)
