@@ -174,7 +174,7 @@ def test_a_lock_file_that_its_owner_removed_meanwhile_is_no_lock(tmp_path, monke
 
     assert first is not None
     first.release()
-    monkeypatch.setattr("lopd.store.shards.os.fstat", racing)
+    monkeypatch.setattr("lopd.store.locks.os.fstat", racing)
     lock = ShardLock.take(tmp_path, 0)
     monkeypatch.undo()
     assert raced and lock is not None
