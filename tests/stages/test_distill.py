@@ -1,4 +1,4 @@
-"""The gate before the model, runs that resume, and what the manifest says at the end."""
+"""`lopd distill`: checks before a model is loaded, resumed runs, the final manifest."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def config(pipeline, out, **changes):
 @pytest.fixture
 def no_model(monkeypatch):
     def explode(*args, **kwargs):
-        raise AssertionError("a model was built")
+        raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", explode)
 
@@ -65,7 +65,7 @@ def trained_weights(folder):
     [{}, {"objective": "jsd"}, {"objective": "policy_gradient", "advantage_clip": 1.0}],
     ids=["reverse_kl", "jsd", "policy_gradient"],
 )
-def test_distill_trains_and_its_manifest_says_from_what(pipeline, tmp_path, objective):
+def test_distill_trains_and_records_its_inputs(pipeline, tmp_path, objective):
     out = distill.main(config(pipeline, tmp_path / "out", **objective))
     manifest = read_manifest(out, kind="checkpoint")
     student, teacher = describe(pipeline / "student"), describe(pipeline / "teacher")
@@ -99,7 +99,7 @@ def test_settings_reach_the_training(pipeline, tmp_path):
     assert plain["teacher_tail"] < 0.99 * stored["teacher_tail"]
 
 
-def test_ids_beyond_the_students_head_go_to_the_tail(tmp_path):
+def test_ids_beyond_the_students_vocabulary_join_the_tail(tmp_path):
     teacher = write_model(tmp_path / "teacher", seed=1)
     settings = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(settings | {"vocab_size": 60}))
@@ -112,14 +112,14 @@ def test_ids_beyond_the_students_head_go_to_the_tail(tmp_path):
     assert logged(out)[0]["loss"] > 0
 
 
-def test_the_loss_on_a_small_cache_falls(pipeline, tmp_path):
+def test_loss_on_a_small_cache_falls(pipeline, tmp_path):
     settings = {"max_steps": 60, "batch_size": 12, "learning_rate": 1e-2, "log_every": 10}
     out = distill.main(config(pipeline, tmp_path / "out", **settings))
     losses = [entry["loss"] for entry in logged(out)]
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_killed_run_continues_to_the_same_weights(pipeline, tmp_path, monkeypatch):
+def test_killed_run_resumes_to_the_same_weights(pipeline, tmp_path, monkeypatch):
     settings = {"max_steps": 6, "save_every": 2}
     whole = distill.main(config(pipeline, tmp_path / "whole", **settings))
     compute_loss = LopdTrainer.compute_loss
@@ -147,15 +147,15 @@ def test_a_killed_run_continues_to_the_same_weights(pipeline, tmp_path, monkeypa
     monkeypatch.setattr(LopdTrainer, "compute_loss", counted)
     with pytest.raises(ConfigError, match=r"another recipe \(learning_rate was 0.001, is 0.002\)"):
         distill.main(config(pipeline, tmp_path / "cut", learning_rate=2e-3, **settings))
-    # how much the loss may allocate is no part of the recipe
+    # the workspace bound is not part of the recipe
     cut = distill.main(config(pipeline, tmp_path / "cut", workspace_bytes="64MiB", **settings))
     assert steps == [4, 5]
     assert largest_difference(trained_weights(whole), trained_weights(cut)) == 0.0
     assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
 
 
-def test_a_run_is_continued_with_other_micro_batches(pipeline, tmp_path, monkeypatch):
-    """What an out-of-memory error asks for, and what it does not: another number a step."""
+def test_run_resumes_with_other_micro_batches(pipeline, tmp_path, monkeypatch):
+    """As an out-of-memory error advises; but the number of sequences per step must not change."""
     settings = {"max_steps": 4, "save_every": 2}
     whole = distill.main(config(pipeline, tmp_path / "whole", batch_size=4, **settings))
     training_step = LopdTrainer.training_step
@@ -184,7 +184,7 @@ def test_a_run_is_continued_with_other_micro_batches(pipeline, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "warned"),
     [
         ({"dtype": "bfloat16", "learning_rate": 2e-6}, True),
         ({"dtype": "bfloat16", "learning_rate": 1e-3}, False),
@@ -192,15 +192,17 @@ def test_a_run_is_continued_with_other_micro_batches(pipeline, tmp_path, monkeyp
         ({"mixed_precision": "bf16", "learning_rate": 2e-6}, False),
     ],
 )
-def test_updates_that_bfloat16_loses_are_told(pipeline, tmp_path, capsys, changes, told):
+def test_updates_lost_to_bfloat16_rounding_are_reported(
+    pipeline, tmp_path, capsys, changes, warned
+):
     if "lora_rank" in changes:
         pytest.importorskip("peft")
     out = distill.main(config(pipeline, tmp_path / "out", max_steps=1, **changes))
-    assert ("updates are lost in rounding" in capsys.readouterr().err) == told
+    assert ("updates are lost in rounding" in capsys.readouterr().err) == warned
     assert out.is_dir()
 
 
-def test_a_finished_run_and_foreign_folders_are_left_alone(pipeline, tmp_path, no_model):
+def test_finished_runs_and_other_folders_are_not_overwritten(pipeline, tmp_path, no_model):
     done = tmp_path / "done"
     done.mkdir()
     (done / MANIFEST_NAME).write_text("{}")
@@ -214,7 +216,7 @@ def test_a_finished_run_and_foreign_folders_are_left_alone(pipeline, tmp_path, n
     assert [file.name for file in other.iterdir()] == ["notes.txt"]
 
 
-def test_a_run_without_a_checkpoint_has_nothing_to_lose(pipeline, checkpoints, tmp_path):
+def test_run_without_a_checkpoint_may_change_its_recipe(pipeline, checkpoints, tmp_path):
     (tmp_path / ".recipe.json.1.tmp").write_text("{")
     base = describe(pipeline / "student")
     assert runs.begin(config(pipeline, tmp_path), base=base, cache="c") is None
@@ -232,7 +234,7 @@ def test_a_run_without_a_checkpoint_has_nothing_to_lose(pipeline, checkpoints, t
 
 @pytest.fixture(scope="module")
 def checkpoints(pipeline, tmp_path_factory):
-    """A run that was killed after its last checkpoint: 2, 4 and 6 are whole."""
+    """A run that was killed after its last checkpoint: 2, 4 and 6 are complete."""
     out = tmp_path_factory.mktemp("killed") / "out"
     settings = {"max_steps": 6, "save_every": 2, "save_total_limit": 3}
     distill.main(config(pipeline, out, **settings))
@@ -260,20 +262,18 @@ TORN = {
 
 
 @pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
-def test_resuming_takes_the_last_checkpoint_that_is_whole(checkpoints, tmp_path, tear):
+def test_run_resumes_from_the_last_complete_checkpoint(checkpoints, tmp_path, tear):
     assert last_checkpoint(tmp_path / "nowhere") is None
     out = shutil.copytree(checkpoints, tmp_path / "out")
     (out / "checkpoint-bak").mkdir()
     (out / "checkpoint-7").write_text("a file")
-    shutil.copytree(out / "checkpoint-6", out / "checkpoint-10")  # which says step 6
+    shutil.copytree(out / "checkpoint-6", out / "checkpoint-10")  # its state says step 6
     assert last_checkpoint(out) == out / "checkpoint-6"
     tear(out / "checkpoint-6")
     assert last_checkpoint(out) == out / "checkpoint-4"
 
 
-def test_a_torn_checkpoint_is_put_aside_and_the_run_says_so(
-    pipeline, checkpoints, tmp_path, capsys
-):
+def test_torn_checkpoint_is_set_aside_and_reported(pipeline, checkpoints, tmp_path, capsys):
     out = shutil.copytree(checkpoints, tmp_path / "out")
     truncate(out / "checkpoint-6" / "optimizer.pt")
     shutil.copytree(out / "checkpoint-6", out / "checkpoint-7")
@@ -281,16 +281,16 @@ def test_a_torn_checkpoint_is_put_aside_and_the_run_says_so(
     (out / "checkpoint-bak").mkdir()
     settings = {"max_steps": 6, "save_every": 1, "save_total_limit": 1}
     distill.main(config(pipeline, out, **settings))
-    told = capsys.readouterr().err
-    assert f"{out}: checkpoint-6 is torn, put aside as torn-checkpoint-6\n" in told
-    assert f"{out}: checkpoint-7 was never finished, removed\n" in told
-    assert f"{out}: continues from checkpoint-4\n" in told
+    errors = capsys.readouterr().err
+    assert f"{out}: checkpoint-6 is torn, put aside as torn-checkpoint-6\n" in errors
+    assert f"{out}: checkpoint-7 was never finished, removed\n" in errors
+    assert f"{out}: continues from checkpoint-4\n" in errors
     assert not [*out.glob("*checkpoint-7")]
     assert is_whole(out / "checkpoint-6") and (out / "torn-checkpoint-6").is_dir()
     assert largest_difference(trained_weights(out), trained_weights(checkpoints)) == 0.0
 
 
-def test_a_run_in_progress_is_not_disturbed(pipeline, tmp_path, no_model):
+def test_second_process_in_the_same_folder_is_refused(pipeline, tmp_path, no_model):
     first = config(pipeline, tmp_path / "out")
     (tmp_path / "out").mkdir()
     lock = FolderLock(tmp_path / "out")
@@ -301,7 +301,7 @@ def test_a_run_in_progress_is_not_disturbed(pipeline, tmp_path, no_model):
     lock.release()
 
 
-def test_an_out_that_cannot_be_a_folder_is_refused(pipeline, tmp_path, no_model):
+def test_out_that_cannot_be_a_folder_is_refused(pipeline, tmp_path, no_model):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="file: is a file"):
         distill.main(config(pipeline, tmp_path / "file"))
@@ -310,15 +310,13 @@ def test_an_out_that_cannot_be_a_folder_is_refused(pipeline, tmp_path, no_model)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
-def test_a_torn_recipe_is_named(pipeline, tmp_path, no_model, text):
+def test_torn_recipe_is_named(pipeline, tmp_path, no_model, text):
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(DataError, match=r"recipe\.json: (torn|holds no settings)"):
         distill.main(config(pipeline, tmp_path))
 
 
-def test_a_model_that_cannot_be_saved_is_named_and_the_checkpoint_stays(
-    pipeline, tmp_path, monkeypatch
-):
+def test_failure_to_save_the_model_leaves_the_checkpoint(pipeline, tmp_path, monkeypatch):
     settings = {"max_steps": 2, "save_every": 2}
     save, out = transformers.PreTrainedModel.save_pretrained, tmp_path / "out"
 
@@ -335,9 +333,7 @@ def test_a_model_that_cannot_be_saved_is_named_and_the_checkpoint_stays(
     assert read_manifest(distill.main(config(pipeline, out, **settings)))["stage"] == "distill"
 
 
-def test_a_cache_of_another_teacher_is_refused_before_a_model_is_built(
-    pipeline, tmp_path, no_model
-):
+def test_cache_of_another_teacher_is_refused_before_a_model_is_loaded(pipeline, tmp_path, no_model):
     other = write_model(tmp_path / "other", seed=3)
     cache = write_cache(tmp_path / "cache", other, pipeline / "rollouts")
     with pytest.raises(ProvenanceError, match="teacher-mismatch.*--allow-teacher-mismatch"):
@@ -345,7 +341,7 @@ def test_a_cache_of_another_teacher_is_refused_before_a_model_is_built(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_override_admits_it_and_is_recorded(pipeline, tmp_path):
+def test_override_accepts_another_teacher_and_is_recorded(pipeline, tmp_path):
     other = write_model(tmp_path / "other", seed=3)
     cache = write_cache(tmp_path / "cache", other, pipeline / "rollouts")
     changes = {"cache": str(cache), "allow_teacher_mismatch": True, "max_steps": 1}
@@ -354,14 +350,14 @@ def test_an_override_admits_it_and_is_recorded(pipeline, tmp_path):
     assert override["name"] == "teacher-mismatch"
 
 
-def test_a_student_that_did_not_make_the_rollouts_is_refused(pipeline, tmp_path, no_model):
+def test_student_that_did_not_make_the_rollouts_is_refused(pipeline, tmp_path, no_model):
     other = write_model(tmp_path / "other", seed=4)
     declare(other, teacher=pipeline / "teacher")
     with pytest.raises(ProvenanceError, match="student-mismatch"):
         distill.main(config(pipeline, tmp_path / "out", student=str(other)))
 
 
-def test_an_incomplete_cache_is_refused_and_can_be_admitted(pipeline, tmp_path):
+def test_incomplete_cache_needs_its_override(pipeline, tmp_path):
     part = write_cache(tmp_path / "cache", pipeline / "teacher", pipeline / "rollouts", shards=(1,))
     with pytest.raises(ProvenanceError, match="incomplete-cache"):
         distill.main(config(pipeline, tmp_path / "out", cache=str(part)))
@@ -370,7 +366,7 @@ def test_an_incomplete_cache_is_refused_and_can_be_admitted(pipeline, tmp_path):
     assert read_manifest(out)["training"]["sequences"] == 4
 
 
-def test_an_altered_shard_is_refused(pipeline, tmp_path, no_model):
+def test_altered_shard_is_refused(pipeline, tmp_path, no_model):
     cache = shutil.copytree(pipeline / "cache", tmp_path / "cache")
     shard = cache / "shard-00001.safetensors"
     data = bytearray(shard.read_bytes())
@@ -380,7 +376,7 @@ def test_an_altered_shard_is_refused(pipeline, tmp_path, no_model):
         distill.main(config(pipeline, tmp_path / "out", cache=str(cache)))
 
 
-def test_the_temperature_is_the_caches(pipeline, tmp_path):
+def test_temperature_must_be_that_of_the_cache(pipeline, tmp_path):
     warm = write_cache(
         tmp_path / "cache", pipeline / "teacher", pipeline / "rollouts", temperature=0.7
     )
@@ -397,7 +393,7 @@ def test_missing_inputs_are_named(pipeline, tmp_path, no_model):
         distill.main(config(pipeline, tmp_path / "out", cache=str(tmp_path / "nowhere")))
 
 
-def test_a_sequence_beyond_the_context_is_refused(tmp_path):
+def test_sequence_beyond_the_context_is_refused(tmp_path):
     write_model(tmp_path / "teacher", seed=1)
     student = write_model(tmp_path / "student", seed=2)
     settings = json.loads((student / "config.json").read_text())
@@ -419,7 +415,7 @@ def test_truncated_rollouts_can_be_dropped(tmp_path):
     assert read_manifest(out)["training"] == {"sequences": 9, "dropped_share": 0.25}
 
 
-def test_seed_and_only_the_seed_decides_the_result(pipeline, tmp_path):
+def test_result_depends_only_on_the_seed(pipeline, tmp_path):
     results = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.rand(7)
