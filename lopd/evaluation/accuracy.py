@@ -68,37 +68,28 @@ def measure_accuracy(
     jobs = [(prompt, i) for prompt in prompts for i in range(num_samples)]
     greedy_records = [record(p, None, answer) for p, answer in zip(prompts, greedy, strict=True)]
     sampled_records = [record(*job, answer) for job, answer in zip(jobs, sampled, strict=True)]
-    results = summarize(
-        np.array([item["correct"] for item in greedy_records]),
-        np.array([item["correct"] for item in sampled_records]).reshape(len(prompts), num_samples),
-        np.array([item["tokens"] for item in sampled_records]),
-        np.array([item["finish_reason"] == "length" for item in sampled_records]),
-    )
+    results = summarize(greedy_records, sampled_records)
     return results, greedy_records + sampled_records, sampled
 
 
-def summarize(
-    greedy_correct: np.ndarray,  # [P] bool
-    correct: np.ndarray,  # [P, n] bool, of the sampled answers
-    lengths: np.ndarray,  # [P * n] tokens
-    truncated: np.ndarray,  # [P * n] bool
-) -> dict[str, Any]:
-    """Accuracies over P prompts with n sampled answers each."""
-    prompts, n = correct.shape
-    powers_of_two = {1 << i for i in range(n.bit_length())}
-    return {
+def summarize(greedy: list[dict[str, Any]], sampled: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies from the records of one greedy and n sampled answers to each prompt."""
+    prompts, n = len(greedy), len(sampled) // len(greedy)
+    correct = np.array([item["correct"] for item in sampled]).reshape(prompts, n)
+    lengths = np.array([item["tokens"] for item in sampled])
+    truncated = np.array([item["finish_reason"] == "length" for item in sampled])
+    results = {
         "prompts": prompts,
         "samples": n,
-        "greedy": mean_with_interval(greedy_correct.astype(float)),
+        "greedy": mean_with_interval(np.array([item["correct"] for item in greedy], dtype=float)),
         f"avg@{n}": mean_with_interval(correct.mean(1)),
         "truncated": float(truncated.mean()),
         "mean_tokens": float(lengths.mean()),
         "by_length": accuracy_by_length(lengths, correct.ravel(), truncated),
-        **{
-            f"pass@{k}": mean_with_interval(pass_at_k(correct.sum(1), n, k))
-            for k in sorted(powers_of_two | {n})
-        },
     }
+    for k in sorted({1 << i for i in range(n.bit_length())} | {n}):
+        results[f"pass@{k}"] = mean_with_interval(pass_at_k(correct.sum(1), n, k))
+    return results
 
 
 def accuracy_by_length(
@@ -124,11 +115,7 @@ def accuracy_by_length(
     ]
 
 
-def pass_at_k(
-    num_correct: np.ndarray,  # [P] int
-    n: int,
-    k: int,
-) -> np.ndarray:  # [P]
+def pass_at_k(num_correct: np.ndarray, n: int, k: int) -> np.ndarray:  # [P], [P]
     """Unbiased pass@k of each prompt: 1 - C(n - c, k) / C(n, k), c of n answers correct.
 
     Raises:
@@ -141,9 +128,7 @@ def pass_at_k(
     return np.array([1.0 - math.comb(n - int(c), k) / math.comb(n, k) for c in num_correct])
 
 
-def mean_with_interval(
-    per_prompt: np.ndarray,  # [P] in [0, 1]
-) -> dict[str, float]:
+def mean_with_interval(per_prompt: np.ndarray) -> dict[str, float]:  # [P] in [0, 1]
     """Mean over prompts with its 95 % Wilson interval.
 
     The interval is that of as many 0/1 trials as give the same standard error, and of at least

@@ -93,13 +93,8 @@ def measure_noise_floor(
     engine = load_engine("transformers", student, **settings)
     student_scores = _score(engine, "transformers", items, manifest)
     maker = manifest["inputs"]["rollouts"]["model"]["weights"]
-    return _compare(
-        items,
-        teacher_scores,
-        student_scores,
-        engine.vocab_size,
-        same_student=fingerprint_weights(student) == maker,
-    )
+    same_student = fingerprint_weights(student) == maker
+    return _compare(items, teacher_scores, student_scores, engine.vocab_size, same_student)
 
 
 def _score(
@@ -128,7 +123,6 @@ def _compare(
     teacher_scores: Sequence[TeacherScores],
     student_scores: Sequence[TeacherScores],
     student_vocab_size: int,
-    *,
     same_student: bool,
 ) -> NoiseFloor:
     """Both KLs over the stored ids that teacher and student can score, and one bucket for others.
@@ -180,11 +174,8 @@ def _with_extra_ids(scores: TeacherScores) -> _Lists:
     )
 
 
-def _is_in(
-    ids: np.ndarray,  # [R, K], -1 pads
-    lists: np.ndarray,  # [R, C]
-) -> np.ndarray:  # [R, K] bool, False at pads
-    """Whether each id is in the list of its row."""
+def _is_in(ids: np.ndarray, lists: np.ndarray) -> np.ndarray:  # [R, K], [R, C] -> [R, K] bool
+    """Whether each id is in the list of its row; False at pads."""
     found = np.zeros(ids.shape, bool)
     for column in lists.T:
         found |= ids == column[:, None]
@@ -210,9 +201,6 @@ def _to_buckets(
     return result
 
 
-def _bucket_kl(
-    p: np.ndarray,  # [R, B] log-probs
-    q: np.ndarray,  # [R, B]
-) -> np.ndarray:  # [R]
+def _bucket_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:  # [R, B] log-probs -> [R]
     """KL(p || q) over the buckets; stays non-negative if rounding leaves a mass other than 1."""
     return kl_terms(p, q).sum(axis=1)

@@ -11,13 +11,11 @@ def align(rows: Iterable[Sequence[Any]], right: Collection[int] = ()) -> list[li
         rows: cells of equal number; floats are written with four significant digits.
         right: indices of the columns that are aligned to the right.
     """
-    cells = [
-        [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows
-    ]
+    cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         [
-            cell.rjust(width) if column in right else cell.ljust(width)
+            f"{cell:{'>' if column in right else '<'}{width}}"
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         for row in cells
