@@ -8,19 +8,26 @@ Several processes may score into one folder (`--worker i/n`, or torchrun); which
 writes a shard changes nothing in it.
 """
 
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from lopd.config.fields import (
+    ABOVE_0_TO_1,
+    AT_LEAST_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    setting,
+    setting_of,
+)
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import Engine, Progress
-from lopd.engines.options import EngineOptions
+from lopd.engines.options import EngineOptions, ScoringOptions
 from lopd.errors import ConfigError, DataError, ModelError, ProvenanceError
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
@@ -30,6 +37,7 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.rollout import SamplingOptions
 from lopd.store import CacheWriter, Codec, Rollout, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import is_unused, require_same_recipe
 from lopd.store.size import (
@@ -49,46 +57,58 @@ from lopd.store.workers import Worker, this_worker
 
 
 @dataclass(kw_only=True)
-class ScoreConfig(EngineOptions):
+class ScoreConfig(EngineOptions, ScoringOptions):
     """Score rollouts with the teacher (`lopd score`)."""
 
-    teacher: str = field(metadata={"help": "Teacher, a local model folder."})
-    rollouts: str = field(metadata={"help": "Folder that `lopd rollout` wrote."})
-    out: str = field(metadata={"help": "Cache folder; an interrupted one is continued."})
-    k: int = field(default=64, metadata={"help": "Largest list of teacher tokens at a position."})
-    top_p: float = field(
-        default=0.999, metadata={"help": "Lists end where their mass reaches this; 1 keeps all k."}
+    teacher: str = setting(identity=False, help="Folder of the teacher model.")
+    rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
+    out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
+    k: int = setting(
+        64,
+        within=AT_LEAST_ONE,
+        group="Cache",
+        help="Maximum number of teacher tokens per position.",
     )
-    codec: Codec = field(
-        default="exact",
-        metadata={"help": "How lists and log-probs are stored; all but exact round them."},
+    top_p: float = setting(
+        0.999,
+        within=ABOVE_0_TO_1,
+        group="Cache",
+        help="Cut each list where its mass reaches this; 1 keeps all k tokens.",
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Divides the teacher's logits; distillation uses the same."}
+    codec: Codec = setting(
+        "exact",
+        group="Cache",
+        help="Storage format of lists and log-probs; all but exact round them.",
     )
-    student: str | None = field(
-        default=None, metadata={"help": "The student that rolled out, for --extra_ids."}
+    temperature: float = setting(
+        1.0,
+        within=POSITIVE,
+        group="Cache",
+        help="Divides the teacher's logits; distillation uses the same temperature.",
     )
-    extra_ids: int = field(
-        default=0, metadata={"help": "Add so many of the student's own top ids to every list."}
+    student: str | None = setting(
+        None,
+        group="Cache",
+        identity=False,
+        help="Folder of the student that rolled out, for extra_ids.",
     )
-    tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens in a forward."})
-    worker: str | None = field(
-        default=None, metadata={"help": "i/n: be worker i, from 0, of n on this folder."}
+    extra_ids: int = setting(
+        0,
+        within=NOT_NEGATIVE,
+        group="Cache",
+        help="Add the student's own top N ids to every list.",
     )
-    plan: bool = field(
-        default=False, metadata={"help": "Print bytes, shards, time and free disk; write nothing."}
+    worker: str | None = setting_of(SamplingOptions, "worker")
+    plan: bool = setting(
+        False,
+        group="Model and data",
+        identity=False,
+        help="Print bytes, shards, time and free disk space, and write nothing.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tokens_per_batch < 1:
-            raise ConfigError(
-                f"tokens_per_batch: found {self.tokens_per_batch}; expected at least 1"
-            )
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
-        if self.extra_ids < 0 or (self.extra_ids > 0) != (self.student is not None):
+        if (self.extra_ids > 0) != (self.student is not None):
             raise ConfigError(
                 f"extra_ids: found {self.extra_ids} with student {self.student!r}; expected a "
                 "positive number and the student that made the rollouts, or neither"
