@@ -1,9 +1,10 @@
 """Settings as dataclass fields: help, group, range and run identity are field metadata."""
 
 import math
-import sys
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import cache
 from numbers import Real
 from typing import Any, Literal, get_args, get_origin
 
@@ -30,28 +31,37 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`, and those in `also`. NaN and infinities are outside."""
+    """The numbers from `low` to `high`, and `also` outside of them. NaN is never among them."""
 
     low: float
     high: float
+    also: float | None
     words: str  # as error messages state it
-    also: tuple[float, ...] = ()
 
     def __contains__(self, value: Any) -> bool:
         is_number = isinstance(value, Real)
-        return is_number and (self.low <= value <= self.high or value in self.also)
+        return is_number and (self.low <= value <= self.high or value == self.also)
 
 
-_LARGEST = sys.float_info.max
-ANY_NUMBER = Range(-_LARGEST, _LARGEST, "a finite number")
-AT_LEAST_ONE = Range(1, _LARGEST, "at least 1")
-NOT_NEGATIVE = Range(0, _LARGEST, "0 or a positive number")
-POSITIVE = Range(math.ulp(0.0), _LARGEST, "a positive number")
-FROM_0_TO_1 = Range(0, 1, "a number in [0, 1]")
-FROM_0_BELOW_1 = Range(0, math.nextafter(1.0, 0.0), "a number in [0, 1)")
-ABOVE_0_TO_1 = Range(math.ulp(0.0), 1, "a number in (0, 1]")
-BETWEEN_0_AND_1 = Range(math.ulp(0.0), math.nextafter(1.0, 0.0), "a number in (0, 1)")
-SEED = Range(0, 2**32 - 1, "an integer in [0, 2**32)")
+@cache
+def parse_range(text: str) -> Range:
+    """The range that `[0, 1)`, `(0, inf)` or `[1, inf) or -1` stands for."""
+    match = re.fullmatch(r"([\[(])(\S+), (\S+)([\])])(?: or (\S+))?", text)
+    assert match is not None, f"found '{text}'; expected an interval such as [0, 1)"
+    low, high = float(match[2]), float(match[3])
+    if match[1] == "(":
+        low = math.nextafter(low, math.inf)
+    if match[4] == ")":
+        high = math.nextafter(high, -math.inf)
+    interval, _, also = text.partition(" or ")
+    known = {
+        "(-inf, inf)": "a finite number",
+        "[0, inf)": "0 or a positive number",
+        "(0, inf)": "a positive number",
+        "[1, inf)": "at least 1",
+    }
+    words = known.get(interval, f"a number in {interval}") + (f", or {also}" if also else "")
+    return Range(low, high, float(also) if also else None, words)
 
 
 def setting(
@@ -59,7 +69,7 @@ def setting(
     *,
     help: str,
     group: str = "Required",
-    within: Range | None = None,
+    within: str | None = None,
     choices: Sequence[str] = (),
     remedy: str = "",
     identity: bool = True,
@@ -70,13 +80,15 @@ def setting(
         default: leave it out for a required setting.
         help: text of `--help`.
         group: one of GROUPS, under which `--help` shows the setting.
-        within: numbers that are allowed.
+        within: numbers that are allowed, an interval such as `[0, 1)`.
         choices: strings that are allowed; a `Literal` annotation declares them by itself.
         remedy: what the error message adds for a value that is not allowed.
         identity: whether the setting belongs to the identity of a run: whether it changes the
             result by more than rounding. Inputs and outputs do not, since inputs are identified
             by their digests.
     """
+    assert group in GROUPS, group
+    assert within is None or parse_range(within)
     about = {
         "help": help,
         "group": group,
@@ -114,9 +126,10 @@ def check_settings(config: Any) -> None:
         if (choices := choices_of(item)) and value not in choices:
             expected = f"one of {', '.join(choices)}"
             raise ConfigError(f"{item.name}: found '{value}'; expected {expected}{remedy}")
-        within = item.metadata.get("within")
-        if within is not None and value not in within:
-            raise ConfigError(f"{item.name}: found {value}; expected {within.words}{remedy}")
+        if within := item.metadata.get("within"):
+            allowed = parse_range(within)
+            if value not in allowed:
+                raise ConfigError(f"{item.name}: found {value}; expected {allowed.words}{remedy}")
 
 
 def choices_of(item: Field) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lopd.config.fields import ABOVE_0_TO_1, AT_LEAST_ONE, NOT_NEGATIVE, Settings, setting
+from lopd.config.fields import Settings, setting
 from lopd.data.prompts import Prompt
 from lopd.errors import ConfigError, DataError
 from lopd.store import Rollout, TeacherScores
@@ -28,14 +28,14 @@ class Sampling(Settings):
     """How answers are drawn. `temperature=0` is greedy decoding."""
 
     max_new_tokens: int = _sampling(
-        within=AT_LEAST_ONE, help="Maximum length of an answer, in tokens."
+        within="[1, inf)", help="Maximum length of an answer, in tokens."
     )
     temperature: float = _sampling(
-        1.0, within=NOT_NEGATIVE, help="Sampling temperature; 0 is greedy."
+        1.0, within="[0, inf)", help="Sampling temperature; 0 is greedy."
     )
     top_p: float = _sampling(
         1.0,
-        within=ABOVE_0_TO_1,
+        within="(0, 1]",
         help="Sample from the smallest set of tokens with this probability mass.",
     )
 

@@ -13,18 +13,10 @@ For data parallelism, start several workers (`--worker i/n`, or torchrun) on one
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from lopd.config.fields import (
-    ABOVE_0_TO_1,
-    ANY_NUMBER,
-    AT_LEAST_ONE,
-    NOT_NEGATIVE,
-    Range,
-    Settings,
-    setting,
-    setting_of,
-)
+from lopd.config.fields import Settings, parse_range, setting, setting_of
 from lopd.config.parse import check_keys
 from lopd.engines import ENGINES
 from lopd.engines.base import Sampling
@@ -32,8 +24,8 @@ from lopd.errors import ConfigError
 from lopd.models.load import DTYPES, resolve_device
 
 # name: (types, range if it is a number, words for an error message)
-_Option = tuple[type | tuple[type, ...], Range | None, str]
-_COUNT: _Option = (int, AT_LEAST_ONE, "a positive integer")
+_Option = tuple[type | tuple[type, ...], str | None, str]
+_COUNT: _Option = (int, "[1, inf)", "a positive integer")
 _SWITCH: _Option = (bool, None, "true or false")
 _OPTIONS: dict[str, dict[str, _Option]] = {
     "transformers": {"device_map": ((str, dict), None, "a name such as auto, or a mapping")},
@@ -41,13 +33,13 @@ _OPTIONS: dict[str, dict[str, _Option]] = {
         "tensor_parallel_size": _COUNT,
         "pipeline_parallel_size": _COUNT,
         "enforce_eager": _SWITCH,
-        "gpu_memory_utilization": ((int, float), ABOVE_0_TO_1, ABOVE_0_TO_1.words),
+        "gpu_memory_utilization": ((int, float), "(0, 1]", "a number in (0, 1]"),
         "max_num_batched_tokens": _COUNT,
         "max_num_seqs": _COUNT,
         "max_model_len": _COUNT,
         "enable_prefix_caching": _SWITCH,
         "enable_chunked_prefill": _SWITCH,
-        "cpu_offload_gb": ((int, float), NOT_NEGATIVE, NOT_NEGATIVE.words),
+        "cpu_offload_gb": ((int, float), "[0, inf)", "0 or a positive number"),
         "distributed_executor_backend": (str, None, "a name"),
     },
 }
@@ -60,19 +52,16 @@ _REFUSED = {
     "logprobs_mode": "it follows from what is stored",
 }
 
+_engine = partial(setting, group="Engine")
+
 
 @dataclass(kw_only=True)
 class InferenceOptions(Settings):
     """Dtype and device of a model that samples or scores."""
 
-    dtype: str = setting(
-        "bfloat16", choices=tuple(DTYPES), group="Engine", help="Dtype of the model's weights."
-    )
+    dtype: str = _engine("bfloat16", choices=tuple(DTYPES), help="Dtype of the model's weights.")
     device: str = setting(
-        "auto",
-        group="Devices and processes",
-        identity=False,
-        help="auto, cpu, cuda or cuda:N.",
+        "auto", group="Devices and processes", identity=False, help="auto, cpu, cuda or cuda:N."
     )
 
 
@@ -85,18 +74,17 @@ class GenerationOptions(InferenceOptions):
     )
     limit: int | None = setting(
         None,
-        within=AT_LEAST_ONE,
+        within="[1, inf)",
         group="Model and data",
         help="Use only the first N prompts; all by default.",
     )
     max_new_tokens: int = setting_of(Sampling, "max_new_tokens", default=4096)
     temperature: float = setting_of(Sampling, "temperature")
     top_p: float = setting_of(Sampling, "top_p")
-    seed: int = setting(0, within=ANY_NUMBER, group="Sampling", help="Seed of the sampling.")
-    batch_size: int = setting(
+    seed: int = setting(0, within="(-inf, inf)", group="Sampling", help="Seed of the sampling.")
+    batch_size: int = _engine(
         64,
-        within=AT_LEAST_ONE,
-        group="Engine",
+        within="[1, inf)",
         identity=False,
         help="Sequences decoded together (transformers engine).",
     )
@@ -109,10 +97,9 @@ class GenerationOptions(InferenceOptions):
 class ScoringOptions(InferenceOptions):
     """Settings of the stages that score sequences."""
 
-    tokens_per_batch: int = setting(
+    tokens_per_batch: int = _engine(
         16384,
-        within=AT_LEAST_ONE,
-        group="Engine",
+        within="[1, inf)",
         identity=False,
         help="Padded tokens per forward pass (transformers engine).",
     )
@@ -122,12 +109,9 @@ class ScoringOptions(InferenceOptions):
 class EngineOptions(InferenceOptions):
     """Settings of the inference engine of a stage that can use any of them."""
 
-    engine: str = setting(
-        "transformers", choices=tuple(ENGINES), group="Engine", help="Inference engine."
-    )
-    engine_options: str | None = setting(
+    engine: str = _engine("transformers", choices=tuple(ENGINES), help="Inference engine.")
+    engine_options: str | None = _engine(
         None,
-        group="Engine",
         identity=False,
         help="Further options of the engine, a YAML mapping such as '{gpu_memory_utilization: "
         "0.8}'.",
@@ -175,6 +159,6 @@ def parse_options(engine: str, text: str | None) -> dict[str, Any]:
     for name, value in options.items():
         types, within, words = _OPTIONS[engine][name]
         is_type = isinstance(value, types) and isinstance(value, bool) == (types is bool)
-        if not is_type or (within is not None and value not in within):
+        if not is_type or (within and value not in parse_range(within)):
             raise ConfigError(f"engine_options: {name}: found {value!r}; expected {words}")
     return options

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopd.config.fields import FROM_0_BELOW_1, NOT_NEGATIVE, POSITIVE, Settings, setting
+from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError, ModelError
 from lopd.models.head import lm_head, plain_model
 
@@ -20,14 +20,14 @@ class LoraOptions(Settings):
     """`W + (lora_alpha / lora_rank) * B A`, with W frozen, in the layers of `lora_targets`."""
 
     lora_rank: int = _lora(
-        0, within=NOT_NEGATIVE, help="Rank of the LoRA adapters; 0 trains the whole model."
+        0, within="[0, inf)", help="Rank of the LoRA adapters; 0 trains the whole model."
     )
     lora_alpha: float = _lora(
-        32.0, within=POSITIVE, help="Adapter output is scaled by lora_alpha / lora_rank."
+        32.0, within="(0, inf)", help="Adapter output is scaled by lora_alpha / lora_rank."
     )
     lora_dropout: float = _lora(
         0.0,
-        within=FROM_0_BELOW_1,
+        within="[0, 1)",
         help="Dropout on the adapters' inputs; must be 0 if the output head is a target.",
     )
     lora_targets: str = _lora(

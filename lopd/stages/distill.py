@@ -6,10 +6,11 @@ before any model is built. Overrides given by flags are recorded in the result's
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lopd.config.fields import AT_LEAST_ONE, NOT_NEGATIVE, setting, setting_of
+from lopd.config.fields import setting, setting_of
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.models.load import check_model_folder
 from lopd.provenance import (
@@ -26,6 +27,8 @@ from lopd.training import run as runs
 from lopd.training.memory import MemorySettings
 from lopd.training.objective import SPARSE, Importance, Objective, Tail
 from lopd.training.options import Schedule, WatchOptions
+
+_override = partial(setting, group="Provenance overrides")
 
 
 @dataclass(kw_only=True)
@@ -59,25 +62,21 @@ class DistillConfig(WatchOptions):
         identity=False,
         help="Check the hashes of the cache before training.",
     )
-    allow_teacher_mismatch: bool = setting(
-        False,
-        group="Provenance overrides",
-        help="Train although another teacher made the SFT answers.",
+    allow_teacher_mismatch: bool = _override(
+        False, help="Train although another teacher made the SFT answers."
     )
-    allow_student_mismatch: bool = setting(
-        False, group="Provenance overrides", help="Train although another model made the rollouts."
+    allow_student_mismatch: bool = _override(
+        False, help="Train although another model made the rollouts."
     )
-    allow_tokenizer_mismatch: bool = setting(
-        False,
-        group="Provenance overrides",
-        help="Train although ids mean different tokens to teacher and student.",
+    allow_tokenizer_mismatch: bool = _override(
+        False, help="Train although ids mean different tokens to teacher and student."
     )
-    allow_incomplete_cache: bool = setting(
-        False, group="Provenance overrides", help="Train on the finished shards of the cache."
+    allow_incomplete_cache: bool = _override(
+        False, help="Train on the finished shards of the cache."
     )
     refresh_every: int = setting(
         0,
-        within=NOT_NEGATIVE,
+        within="[0, inf)",
         group="Objective",
         help="Resample and rescore rollouts every N steps (needs --teacher); 0 uses the cache.",
     )
@@ -89,7 +88,7 @@ class DistillConfig(WatchOptions):
     )
     refresh_batch_size: int = setting(
         64,
-        within=AT_LEAST_ONE,
+        within="[1, inf)",
         group="Memory",
         help="Sequences decoded together when rollouts are resampled.",
     )

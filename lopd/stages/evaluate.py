@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from lopd.config.fields import AT_LEAST_ONE, POSITIVE, setting, setting_of
+from lopd.config.fields import setting, setting_of
 from lopd.data.prompts import Prompt, check_prompts, load_prompts
 from lopd.engines.base import Generation, Sampling, sequence_seed
 from lopd.engines.options import GenerationOptions, ScoringOptions
@@ -63,15 +63,15 @@ class EvalConfig(GenerationOptions, ScoringOptions):
         help="Teacher cache of held-out rollouts, for the KL on them.",
     )
     kl_k: int = setting(
-        64, within=AT_LEAST_ONE, group="Evaluation", help="Teacher tokens per position of the KL."
+        64, within="[1, inf)", group="Evaluation", help="Teacher tokens per position of the KL."
     )
     num_samples: int = setting(
-        4, within=AT_LEAST_ONE, group="Sampling", help="Number of sampled answers to each prompt."
+        4, within="[1, inf)", group="Sampling", help="Number of sampled answers to each prompt."
     )
     temperature: float = setting_of(
         GenerationOptions,
         "temperature",
-        within=POSITIVE,
+        within="(0, inf)",
         remedy=" (greedy answers are evaluated as well)",
         help="Temperature of the sampled answers; greedy answers are evaluated as well.",
     )

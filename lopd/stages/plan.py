@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lopd.config.fields import FROM_0_BELOW_1, setting
+from lopd.config.fields import setting
 from lopd.errors import MemoryPlanError
 from lopd.training.dry_run import meta_model
 from lopd.training.memory import MemorySettings, Planner, proposals
@@ -22,7 +22,7 @@ class PlanConfig(MemorySettings):
     gpu_memory: str = setting(help="Memory of the GPU: 24GiB, 80GB, 24000MiB or bytes.")
     reserve: float = setting(
         0.05,
-        within=FROM_0_BELOW_1,
+        within="[0, 1)",
         group="Memory",
         help="Share of the GPU's memory to keep free for what the plan does not count.",
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lopd.config.fields import AT_LEAST_ONE, setting
+from lopd.config.fields import setting
 from lopd.data.prompts import Prompt, check_prompts, load_prompts
 from lopd.engines import load_engine
 from lopd.engines.base import sequence_seed, to_rollout
@@ -38,10 +38,10 @@ class SamplingOptions(EngineOptions, GenerationOptions):
 
     out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
     num_samples: int = setting(
-        1, within=AT_LEAST_ONE, group="Sampling", help="Number of answers to each prompt."
+        1, within="[1, inf)", group="Sampling", help="Number of answers to each prompt."
     )
     shard_size: int = setting(
-        1024, within=AT_LEAST_ONE, group="Cache", help="Sequences per shard file."
+        1024, within="[1, inf)", group="Cache", help="Sequences per shard file."
     )
     worker: str | None = setting(
         None,

@@ -11,20 +11,14 @@ writes a shard changes nothing in it.
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from lopd.config.fields import (
-    ABOVE_0_TO_1,
-    AT_LEAST_ONE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    setting,
-    setting_of,
-)
+from lopd.config.fields import setting, setting_of
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import Engine, Progress
 from lopd.engines.options import EngineOptions, ScoringOptions
@@ -55,6 +49,8 @@ from lopd.store.size import (
 from lopd.store.types import name_of
 from lopd.store.workers import Worker, this_worker
 
+_cache = partial(setting, group="Cache")
+
 
 @dataclass(kw_only=True)
 class ScoreConfig(EngineOptions, ScoringOptions):
@@ -63,16 +59,10 @@ class ScoreConfig(EngineOptions, ScoringOptions):
     teacher: str = setting(identity=False, help="Folder of the teacher model.")
     rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
     out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
-    k: int = setting(
-        64,
-        within=AT_LEAST_ONE,
-        group="Cache",
-        help="Maximum number of teacher tokens per position.",
-    )
-    top_p: float = setting(
+    k: int = _cache(64, within="[1, inf)", help="Maximum number of teacher tokens per position.")
+    top_p: float = _cache(
         0.999,
-        within=ABOVE_0_TO_1,
-        group="Cache",
+        within="(0, 1]",
         help="Cut each list where its mass reaches this; 1 keeps all k tokens.",
     )
     codec: Codec = setting(
@@ -80,23 +70,16 @@ class ScoreConfig(EngineOptions, ScoringOptions):
         group="Cache",
         help="Storage format of lists and log-probs; all but exact round them.",
     )
-    temperature: float = setting(
+    temperature: float = _cache(
         1.0,
-        within=POSITIVE,
-        group="Cache",
+        within="(0, inf)",
         help="Divides the teacher's logits; distillation uses the same temperature.",
     )
-    student: str | None = setting(
-        None,
-        group="Cache",
-        identity=False,
-        help="Folder of the student that rolled out, for extra_ids.",
+    student: str | None = _cache(
+        None, identity=False, help="Folder of the student that rolled out, for extra_ids."
     )
-    extra_ids: int = setting(
-        0,
-        within=NOT_NEGATIVE,
-        group="Cache",
-        help="Add the student's own top N ids to every list.",
+    extra_ids: int = _cache(
+        0, within="[0, inf)", help="Add the student's own top N ids to every list."
     )
     worker: str | None = setting_of(SamplingOptions, "worker")
     plan: bool = setting(

@@ -10,10 +10,11 @@ same tokens and buckets is the signal. Names can agree while numerics do not.
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import NOT_NEGATIVE, POSITIVE, SEED, setting
+from lopd.config.fields import setting
 from lopd.engines.options import EngineOptions, ScoringOptions
 from lopd.errors import ConfigError, DataError, NoiseError, ProvenanceError
 from lopd.evaluation.noise_floor import measure_noise
@@ -31,30 +32,25 @@ from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequ
 
 LOSSY_MASS_TOLERANCE = 5e-3  # list and tail, where log-probs were quantised
 
+_evaluation = partial(setting, group="Evaluation")
+
 
 @dataclass(kw_only=True)
 class VerifyConfig(EngineOptions, ScoringOptions):
     """Check an artefact folder, and with --rescore a cache's noise floor (`lopd verify`)."""
 
     path: str = setting(help="Folder of answers, rollouts, a cache, a checkpoint or an evaluation.")
-    rescore: int = setting(
-        0,
-        within=NOT_NEGATIVE,
-        group="Evaluation",
-        help="Score N sequences of a cache again; 0 checks files only.",
+    rescore: int = _evaluation(
+        0, within="[0, inf)", help="Score N sequences of a cache again; 0 checks files only."
     )
-    teacher: str | None = setting(
-        None, group="Evaluation", help="Folder of the teacher that scored the cache."
+    teacher: str | None = _evaluation(None, help="Folder of the teacher that scored the cache.")
+    student: str | None = _evaluation(
+        None, help="Folder of the student; its KL on the same tokens is the signal."
     )
-    student: str | None = setting(
-        None,
-        group="Evaluation",
-        help="Folder of the student; its KL on the same tokens is the signal.",
+    max_noise_share: float = _evaluation(
+        0.1, within="(0, inf)", help="Fail if noise / signal is above this."
     )
-    max_noise_share: float = setting(
-        0.1, within=POSITIVE, group="Evaluation", help="Fail if noise / signal is above this."
-    )
-    seed: int = setting(0, within=SEED, group="Evaluation", help="Seed for choosing the sequences.")
+    seed: int = _evaluation(0, within="[0, 4294967296)", help="Seed for choosing the sequences.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

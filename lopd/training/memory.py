@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lopd.config.fields import AT_LEAST_ONE, setting
+from lopd.config.fields import setting
 from lopd.errors import ConfigError
 from lopd.models.head import lm_head
 from lopd.training.dry_run import activation_bytes, dry_inputs, held_bytes, optimizer_bytes
@@ -33,13 +33,13 @@ class MemorySettings(MemoryOptions):
     """Settings of a training run that decide how much memory it needs."""
 
     sequence_length: int = setting(
-        4096, within=AT_LEAST_ONE, group="Memory", help="Tokens per sequence, prompt included."
+        4096, within="[1, inf)", group="Memory", help="Tokens per sequence, prompt included."
     )
     objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting(
         "reverse_kl", group="Objective", help="Loss that is minimised at every response token."
     )
     k: int = setting(
-        64, within=AT_LEAST_ONE, group="Cache", help="Teacher tokens per position in the cache."
+        64, within="[1, inf)", group="Cache", help="Teacher tokens per position in the cache."
     )
 
     def __post_init__(self) -> None:

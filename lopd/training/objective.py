@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from lopd.config.fields import BETWEEN_0_AND_1, POSITIVE, Settings, setting
+from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError
 
 SPARSE = ("reverse_kl", "forward_kl", "jsd")
@@ -40,26 +40,26 @@ class Objective(Settings):
     )
     beta: float | None = _objective(
         None,
-        within=BETWEEN_0_AND_1,
+        within="(0, 1)",
         remedy="; at the ends use forward_kl or reverse_kl",
         help="jsd: weight of its mixture, between 0 and 1; 0.5 by default.",
     )
     advantage_clip: float | None = _objective(
         None,
-        within=POSITIVE,
+        within="(0, inf)",
         help="policy_gradient: clip |log q - log p| to this; not clipped by default.",
     )
-    temperature: float = _objective(1.0, within=POSITIVE, help="Divides the student's logits.")
+    temperature: float = _objective(1.0, within="(0, inf)", help="Divides the student's logits.")
     importance: Importance = setting(
         "none",
         group="Objective",
         help="policy_gradient: importance weights relative to the rollout policy.",
     )
     importance_cap: float | None = _objective(
-        None, within=POSITIVE, help="Upper bound on the weights of token_truncated or sequence."
+        None, within="(0, inf)", help="Upper bound on the weights of token_truncated or sequence."
     )
     clip_range: float | None = _objective(
-        None, within=POSITIVE, help="policy_gradient: PPO's clip range around a ratio of 1."
+        None, within="(0, inf)", help="policy_gradient: PPO's clip range around a ratio of 1."
     )
     workspace_bytes: int | None = None
 

@@ -1,22 +1,12 @@
 """Settings of a training run, shared by the stages that train."""
 
 import re
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lopd.config.fields import (
-    AT_LEAST_ONE,
-    FROM_0_BELOW_1,
-    FROM_0_TO_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SEED,
-    Range,
-    setting,
-)
+from lopd.config.fields import setting
 from lopd.errors import ConfigError
 from lopd.models.load import resolve_device
 from lopd.models.lora import LoraOptions
@@ -29,7 +19,11 @@ _memory = partial(setting, group="Memory")
 _optimizer = partial(setting, group="Optimizer")
 _logging = partial(setting, group="Logging and checkpoints", identity=False)
 _watch = partial(setting, group="Hold-out and staleness")
-_HOLDOUT = Range(0, sys.float_info.max, "a share in [0, 1) or a whole number")
+_NAMED_ALIKE = (  # in transformers.TrainingArguments
+    *("max_steps", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "adam_beta1"),
+    *("adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "gradient_checkpointing"),
+    *("optim", "fsdp", "seed", "save_total_limit", "report_to"),
+)
 _UNITS = {"": 1, "b": 1} | {
     letter + unit: base**power
     for power, letter in enumerate("kmgt", 1)
@@ -49,13 +43,13 @@ class MemoryOptions(LoraOptions):
     )
     batch_size: int = _memory(
         8,
-        within=AT_LEAST_ONE,
+        within="[1, inf)",
         identity=False,  # only its product with gradient_accumulation_steps does
         help="Sequences per micro-batch, per process.",
     )
     max_tokens_per_batch: int | None = _memory(
         None,
-        within=AT_LEAST_ONE,
+        within="[1, inf)",
         identity=False,
         help="Pack the sequences of a step into rows of at most this many tokens, instead of "
         "padded batches.",
@@ -90,16 +84,11 @@ class TrainOptions(MemoryOptions):
     """Settings of a training run, shared by `lopd sft` and `lopd distill`."""
 
     max_steps: int = _optimizer(
-        -1,
-        within=Range(1, sys.maxsize, "at least 1, or -1", also=(-1,)),
-        help="Number of optimizer steps; -1 trains for num_epochs.",
+        -1, within="[1, inf) or -1", help="Number of optimizer steps; -1 trains for num_epochs."
     )
-    num_epochs: float = _optimizer(1.0, within=POSITIVE, help="Number of passes over the data.")
+    num_epochs: float = _optimizer(1.0, within="(0, inf)", help="Number of passes over the data.")
     gradient_accumulation_steps: int = _memory(
-        1,
-        within=AT_LEAST_ONE,
-        identity=False,
-        help="Micro-batches per optimizer step, per process.",
+        1, within="[1, inf)", identity=False, help="Micro-batches per optimizer step, per process."
     )
     attention: str = _memory(
         "auto",
@@ -108,25 +97,25 @@ class TrainOptions(MemoryOptions):
         help="Attention implementation for packed sequences (max_tokens_per_batch).",
     )
     learning_rate: float = _optimizer(
-        1e-5, within=POSITIVE, help="Peak learning rate of the schedule."
+        1e-5, within="(0, inf)", help="Peak learning rate of the schedule."
     )
     lr_scheduler_type: Schedule = setting(
         "cosine", group="Optimizer", help="Learning rate schedule, by its name in transformers."
     )
     min_lr_ratio: float = _optimizer(
         0.0,
-        within=FROM_0_TO_1,
+        within="[0, 1]",
         help="Final learning rate of cosine_with_min_lr, as a share of the peak.",
     )
-    warmup_steps: int = _optimizer(0, within=NOT_NEGATIVE, help="Steps of linear warm-up from 0.")
-    adam_beta1: float = _optimizer(0.9, within=FROM_0_BELOW_1, help="AdamW's beta1.")
-    adam_beta2: float = _optimizer(0.98, within=FROM_0_BELOW_1, help="AdamW's beta2.")
-    adam_epsilon: float = _optimizer(1e-8, within=POSITIVE, help="AdamW's epsilon.")
+    warmup_steps: int = _optimizer(0, within="[0, inf)", help="Steps of linear warm-up from 0.")
+    adam_beta1: float = _optimizer(0.9, within="[0, 1)", help="AdamW's beta1.")
+    adam_beta2: float = _optimizer(0.98, within="[0, 1)", help="AdamW's beta2.")
+    adam_epsilon: float = _optimizer(1e-8, within="(0, inf)", help="AdamW's epsilon.")
     weight_decay: float = _optimizer(
-        0.0, within=NOT_NEGATIVE, help="Decoupled weight decay; norms and biases are not decayed."
+        0.0, within="[0, inf)", help="Decoupled weight decay; norms and biases are not decayed."
     )
     max_grad_norm: float = _optimizer(
-        1.0, within=NOT_NEGATIVE, help="Clip gradients to this norm; 0 disables clipping."
+        1.0, within="[0, inf)", help="Clip gradients to this norm; 0 disables clipping."
     )
     loss_aggregation: Literal["token_mean", "sequence_mean"] = setting(
         "token_mean",
@@ -149,12 +138,14 @@ class TrainOptions(MemoryOptions):
     device: str = setting(
         "auto", group="Devices and processes", identity=False, help="auto, cpu or cuda."
     )
-    seed: int = _optimizer(0, within=SEED, help="Seed of the data order and of dropout.")
-    save_every: int = _logging(
-        500, within=NOT_NEGATIVE, help="Save a checkpoint every N steps; 0 saves none."
+    seed: int = _optimizer(
+        0, within="[0, 4294967296)", help="Seed of the data order and of dropout."
     )
-    save_total_limit: int = _logging(2, within=AT_LEAST_ONE, help="Number of checkpoints to keep.")
-    log_every: int = _logging(10, within=AT_LEAST_ONE, help="Log every N steps.")
+    save_every: int = _logging(
+        500, within="[0, inf)", help="Save a checkpoint every N steps; 0 saves none."
+    )
+    save_total_limit: int = _logging(2, within="[1, inf)", help="Number of checkpoints to keep.")
+    log_every: int = _logging(10, within="[1, inf)", help="Log every N steps.")
     report_to: str = _logging(
         "none", help="Experiment tracker of transformers, such as tensorboard or wandb."
     )
@@ -209,37 +200,24 @@ class TrainOptions(MemoryOptions):
                 "device to cuda"
             )
         kind, schedule = self.schedule()
+        same = {name: getattr(self, name) for name in _NAMED_ALIKE}
         args = TrainingArguments(
             output_dir=str(out),
-            max_steps=self.max_steps,
             num_train_epochs=self.num_epochs,
             per_device_train_batch_size=self.batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            learning_rate=self.learning_rate,
             lr_scheduler_type=kind,
             lr_scheduler_kwargs=schedule,
-            warmup_steps=self.warmup_steps,
-            adam_beta1=self.adam_beta1,
-            adam_beta2=self.adam_beta2,
-            adam_epsilon=self.adam_epsilon,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            gradient_checkpointing=self.gradient_checkpointing,
-            optim=self.optim,
             bf16=self.mixed_precision == "bf16",
-            fsdp=self.fsdp,
             fsdp_config={"state_dict_type": "FULL_STATE_DICT"} if self.fsdp else None,
             use_cpu=device.type == "cpu",
-            seed=self.seed,
             save_strategy="steps" if self.save_every else "no",
             save_steps=self.save_every or 1,
-            save_total_limit=self.save_total_limit,
             logging_steps=self.log_every,
             logging_nan_inf_filter=False,
-            report_to=self.report_to,
             disable_tqdm=True,
             remove_unused_columns=False,
             ddp_timeout=PATIENCE_S,
+            **same,
         )
         assert args.device.type == device.type
         args._n_gpu = min(args.n_gpu, 1)  # with several visible GPUs Trainer would use DataParallel
@@ -252,38 +230,40 @@ class WatchOptions(TrainOptions):
 
     stale_ess: float = _watch(
         0.5,
-        within=FROM_0_BELOW_1,
+        within="[0, 1)",
         identity=False,
         help="Warn when a step's token-level effective sample size falls below this share; 0 "
         "disables.",
     )
     stale_every: int = _watch(
         100,
-        within=AT_LEAST_ONE,
+        within="[1, inf)",
         identity=False,
         help="Minimum number of steps between two such warnings.",
     )
     holdout: float = _watch(
         0.0,
-        within=_HOLDOUT,
+        within="[0, inf)",
         help="Sequences to hold out from training: a share below 1, or a number; 0 holds out none.",
     )
     eval_steps: int = _watch(
-        100, within=AT_LEAST_ONE, help="Evaluate the held-out sequences every N steps."
+        100, within="[1, inf)", help="Evaluate the held-out sequences every N steps."
     )
     keep_best: bool = _watch(
         False, help="Save the weights that are best on the held-out sequences as the result."
     )
     patience: int = _watch(
         0,
-        within=NOT_NEGATIVE,
+        within="[0, inf)",
         help="Stop after N evaluations without improvement; 0 never stops early.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.holdout > 1 and self.holdout % 1:
-            raise ConfigError(f"holdout: found {self.holdout}; expected {_HOLDOUT.words}")
+            raise ConfigError(
+                f"holdout: found {self.holdout}; expected a share in [0, 1) or a whole number"
+            )
         for name in ("keep_best", "patience"):
             if getattr(self, name) and not self.holdout:
                 raise ConfigError(

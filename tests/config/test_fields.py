@@ -10,13 +10,11 @@ import pytest
 
 from lopd.cli import COMMANDS
 from lopd.config.fields import (
-    ANY_NUMBER,
     GROUPS,
-    NOT_NEGATIVE,
-    Range,
     Settings,
     check_settings,
     identity_of,
+    parse_range,
     setting,
     setting_of,
 )
@@ -60,27 +58,51 @@ def test_every_setting_has_help_group_and_identity(config, item):
 
 @pytest.mark.parametrize(("config", "item"), NUMERIC)
 def test_every_number_has_a_range_that_is_checked(config, item):
-    within = item.metadata["within"]
-    assert isinstance(within, Range)
+    allowed = parse_range(item.metadata["within"])
     good = build(config)
     outside = [math.nan, math.inf, -math.inf]
-    if within is not ANY_NUMBER:
-        outside += [within.low - 1, math.nextafter(within.high, math.inf)]
+    for bound, away in ((allowed.low, -math.inf), (allowed.high, math.inf)):
+        outside.append(math.nextafter(bound, away))
+        setattr(good, item.name, bound)
+        check_settings(good)
     for value in outside:
         setattr(good, item.name, value)
         with pytest.raises(ConfigError) as error:
             check_settings(good)
-        assert str(error.value).startswith(f"{item.name}: found {value}; expected {within.words}")
-    for value in (within.low, within.high, *within.also):
-        setattr(good, item.name, value)
-        check_settings(good)
+        assert str(error.value).startswith(f"{item.name}: found {value}; expected {allowed.words}")
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "outside", "words"),
+    [
+        ("[1, inf)", [1, 7.5, 2**64], [0, -1, math.inf, math.nan, "1", None], "at least 1"),
+        ("(0, inf)", [5e-324, 1e308], [0, -0.0, math.inf], "a positive number"),
+        ("[0, inf)", [0, 3], [-5e-324, math.inf], "0 or a positive number"),
+        ("[0, 1)", [0, 0.999], [1, -0.1], "a number in [0, 1)"),
+        ("(0, 1]", [1, 5e-324], [0, 1.01], "a number in (0, 1]"),
+        ("(-inf, inf)", [0, -1e308], [math.inf, -math.inf, math.nan], "a finite number"),
+        ("[1, inf) or -1", [-1, 1], [0, -2, math.nan], "at least 1, or -1"),
+    ],
+)
+def test_ranges(text, inside, outside, words):
+    allowed = parse_range(text)
+    assert all(value in allowed for value in inside)
+    assert not any(value in allowed for value in outside)
+    assert allowed.words == words
+
+
+def test_a_misspelt_range_or_group_fails_at_declaration():
+    with pytest.raises(AssertionError, match="expected an interval"):
+        setting(0, within="0..1", group="Memory", help="Number.")
+    with pytest.raises(AssertionError, match="Memry"):
+        setting(0, group="Memry", help="Number.")
 
 
 @dataclass(kw_only=True)
 class Example(Settings):
     path: str = setting(identity=False, help="A folder.")
-    count: int = setting(0, within=NOT_NEGATIVE, group="Memory", remedy="; use 0", help="Count.")
-    limit: int | None = setting(None, within=NOT_NEGATIVE, group="Memory", help="Limit.")
+    count: int = setting(0, within="[0, inf)", group="Memory", remedy="; use 0", help="Count.")
+    limit: int | None = setting(None, within="[0, inf)", group="Memory", help="Limit.")
     kind: Literal["a", "b"] = setting("a", group="Memory", help="Kind.")
     engine: str = setting("x", choices=("x", "y"), group="Memory", identity=False, help="Engine.")
 

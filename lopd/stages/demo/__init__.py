@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lopd.config.fields import SEED, Settings, setting
+from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError
 from lopd.provenance.io import pretty_json, write_atomic
 from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
@@ -81,7 +81,10 @@ class DemoConfig(Settings):
         "lopd-demo", group="Model and data", identity=False, help="Folder of all artefacts."
     )
     seed: int = setting(
-        0, within=SEED, group="Model and data", help="Seed of models, data and sampling."
+        0,
+        within="[0, 4294967296)",
+        group="Model and data",
+        help="Seed of models, data and sampling.",
     )
     online: bool = setting(
         False, group="Model and data", identity=False, help="Add the run with a live teacher."
