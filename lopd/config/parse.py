@@ -103,7 +103,7 @@ def _parser(config_class: type, prog: str, where: str) -> Any:
                 group._group_actions[-1].help = f"Turn off --{item.name}."
 
     required = [item.name for item in fields(config_class) if item.default is MISSING]
-    words = " ".join(f"--{name} {name.upper()}" for name in required)
+    words = "".join(f" --{name} {name.upper()}" for name in required)
     used = {item.metadata["group"] for item in fields(config_class)}
     parser = Parser(
         [],
@@ -111,7 +111,7 @@ def _parser(config_class: type, prog: str, where: str) -> Any:
         allow_abbrev=False,
         add_help=False,
         formatter_class=Formatter,
-        usage=f"{prog} [--config FILE.yaml] {words} [--flag value ...]",
+        usage=f"{prog} [--config FILE.yaml]{words} [--flag value ...]",
         description=config_class.__doc__,
         epilog="Flags override the settings of the YAML file, which has the same names.",
     )

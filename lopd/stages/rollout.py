@@ -41,7 +41,7 @@ class SamplingOptions(EngineOptions, GenerationOptions):
         1, within="[1, inf)", group="Sampling", help="Number of answers to each prompt."
     )
     shard_size: int = setting(
-        1024, within="[1, inf)", group="Cache", help="Sequences per shard file."
+        1024, within="[1, inf)", group="Model and data", help="Sequences per shard file."
     )
     worker: str | None = setting(
         None,
