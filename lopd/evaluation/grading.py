@@ -7,7 +7,6 @@ from typing import Any
 from lopd.data.prompts import Prompt
 from lopd.errors import ConfigError, DataError
 
-GRADERS = ("exact", "math")
 BOXED = r"\boxed{"
 
 # Takes the text and the expected answer; returns the extracted answer (None if the text has
