@@ -31,8 +31,7 @@ import numpy as np
 
 from lopd.data.jsonl import read_records
 from lopd.errors import ConfigError, DataError, LopdError
-from lopd.store import Rollout
-from lopd.store.types import FINISH_REASONS
+from lopd.store import FINISH_REASONS, Rollout, TopKLists
 from lopd.store.validate import MASS_TOLERANCE
 
 Format = Literal["lightning-opd", "topk"]
@@ -48,14 +47,12 @@ _TOPK = (
 
 @dataclass(frozen=True)
 class Dumped:
-    """One sequence of a dump: R response tokens, a ragged list at each, descending."""
+    """One sequence of a dump, with a list sorted by log-prob at each of R response tokens."""
 
     where: str
     rollout: Rollout
-    logprobs: np.ndarray  # [R] fp64, of the response tokens
-    ids: np.ndarray  # [E] int64, the lists end to end
-    listed: np.ndarray  # [E] fp64, their log-probs
-    lengths: np.ndarray  # [R] int64, sums to E
+    teacher_logprobs: np.ndarray  # [R] fp64, of the response tokens
+    lists: TopKLists  # int64 ids, fp64 log-probs
 
 
 def read_dump(
@@ -107,7 +104,7 @@ def _lightning(where: str, record: dict[str, Any], tokenizer: Any) -> dict[str, 
         "prompt": tokenizer.encode(record["prompt"], add_special_tokens=False),
         "response": response,
         "mask": metadata["loss_mask"],
-        "own": metadata["teacher_log_probs"],
+        "teacher": metadata["teacher_log_probs"],
         "lists": [{}] * len(response),
     }
 
@@ -137,7 +134,7 @@ def _topk(where: str, record: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         "prompt": prompt,
         "response": response,
         "mask": record.get("loss_mask"),
-        "own": record.get("teacher_logprobs"),
+        "teacher": record.get("teacher_logprobs"),
         "lists": lists,
         "rollout": record.get("rollout_logprobs"),
         "finish": record.get("finish_reason"),
@@ -163,7 +160,7 @@ def _assemble(
             "least one of each; drop the record"
         )
     count = len(response)
-    for name in ("mask", "own", "lists", "rollout"):
+    for name in ("mask", "teacher", "lists", "rollout"):
         value = fields.get(name)
         if value is not None and len(value) != count:
             raise DataError(
@@ -195,27 +192,29 @@ def _assemble(
     return Dumped(
         where=where,
         rollout=rollout,
-        logprobs=_own(where, response, fields["own"], entries),
-        ids=np.concatenate([ids for ids, _ in entries]),
-        listed=np.concatenate([logprobs for _, logprobs in entries]),
-        lengths=np.array([len(ids) for ids, _ in entries]),
+        teacher_logprobs=_teacher_logprobs(where, response, fields["teacher"], entries),
+        lists=TopKLists(
+            np.concatenate([ids for ids, _ in entries]),
+            np.concatenate([logprobs for _, logprobs in entries]),
+            np.array([len(ids) for ids, _ in entries]),
+        ),
     )
 
 
 _NAMES = {
     "mask": "loss_mask",
-    "own": "the teacher's log-probs",
+    "teacher": "the teacher's log-probs",
     "lists": "log-probs",
     "rollout": "rollout_logprobs",
 }
 
 
-def _own(
-    where: str, response: np.ndarray, given: Any, entries: list[tuple[np.ndarray, np.ndarray]]
+def _teacher_logprobs(
+    where: str, response: np.ndarray, dumped: Any, entries: list[tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:  # [R] fp64
-    if given is not None:
-        return _numbers(where, _NAMES["own"], given, np.float64)
-    own = np.empty(len(response))
+    if dumped is not None:
+        return _numbers(where, _NAMES["teacher"], dumped, np.float64)
+    found = np.empty(len(response))
     for t, (token, (ids, logprobs)) in enumerate(zip(response.tolist(), entries, strict=True)):
         at = np.flatnonzero(ids == token)
         if not len(at):
@@ -223,8 +222,8 @@ def _own(
                 f"{where}: response token {t} (id {token}) is not in its own list; dump its "
                 "log-prob too (vLLM always does), or give 'teacher_logprobs'"
             )
-        own[t] = logprobs[at[0]]
-    return own
+        found[t] = logprobs[at[0]]
+    return found
 
 
 def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # ids, log-probs, [n]

@@ -16,6 +16,7 @@ from typing import Any
 
 from lopd.data.jsonl import read_records
 from lopd.errors import ConfigError, DataError
+from lopd.models.limits import ModelLimits
 
 
 @dataclass(frozen=True)
@@ -127,21 +128,19 @@ def check_prompts(
     vocab_size: int,
     max_new_tokens: int,
 ) -> None:
-    """Refuse prompts that the model has no room or no embedding for.
+    """Refuse prompts that a model cannot read, or has no room to answer.
 
-    Raises DataError, naming the prompt: with `max_new_tokens` it passes the context, or a token
-    id is beyond the model's rows.
+    Raises:
+        DataError: names the first prompt that exceeds the context with `max_new_tokens`, or has a
+            token id beyond the vocabulary.
     """
-    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
-    if context is not None and len(longest.tokens) + max_new_tokens > context:
-        raise DataError(
-            f"{source}: prompt '{longest.id}' has {len(longest.tokens)} tokens, with "
-            f"max_new_tokens={max_new_tokens} that passes the model's context of {context}; "
-            "lower --max_new_tokens or remove long prompts"
-        )
-    largest = max(prompts, key=lambda prompt: max(prompt.tokens))
-    if max(largest.tokens) >= vocab_size:
-        raise DataError(
-            f"{source}: prompt '{largest.id}' has token id {max(largest.tokens)}, the model's "
-            f"vocabulary ends at {vocab_size - 1}; its tokenizer belongs to another model"
-        )
+    limits = ModelLimits(
+        "the model",
+        vocab_size,
+        context,
+        length_remedy="lower --max_new_tokens or remove long prompts",
+        id_remedy="use the tokenizer that belongs to the model",
+    )
+    for prompt in prompts:
+        name = f"{source}: prompt '{prompt.id}'"
+        limits.check(name, prompt.tokens, max_new_tokens=max_new_tokens)

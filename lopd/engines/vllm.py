@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from lopd.engines.base import Generation, Progress, Sampling, check_k, check_sequences
+from lopd.data.alignment import predicting_rows, response_positions
+from lopd.engines.base import Generation, Progress, Sampling, check_sequences
 from lopd.engines.vllm_output import by_entries, read_prompt_logprobs, to_scores
 from lopd.errors import ConfigError, DataError, ModelError
+from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of, eos_ids_of, load_tokenizer
 from lopd.provenance import vocab_size_of
 from lopd.store import TeacherScores
@@ -39,6 +41,7 @@ class VllmEngine:
     ) -> None:
         self.llm, self.tokenizer = llm, tokenizer
         self.vocab_size, self.context, self.eos_ids = vocab_size, context, eos_ids
+        self._limits = ModelLimits("the scoring model", vocab_size, context)
 
     @classmethod
     def load(
@@ -150,28 +153,25 @@ class VllmEngine:
             raise ConfigError(
                 "extra_ids: vllm scores its own top-k alone; use --engine transformers"
             )
-        check_k(k, self.vocab_size)
-        check_sequences(sequences, prompt_lengths, context=self.context, vocab_size=self.vocab_size)
+        self._limits.check_k(k)
+        check_sequences(sequences, prompt_lengths, self._limits)
         scores: list[TeacherScores] = []
         for part in by_entries(sequences, k + 1):
             for i, output in zip(part, self._read_prompts(sequences, part, k), strict=True):
                 ids, logprobs = read_prompt_logprobs(i, output, sequences[i], k)
-                rows = slice(prompt_lengths[i] - 1, None)
+                rows = predicting_rows(response_positions(prompt_lengths[i], len(sequences[i])))
                 scores.append(to_scores(i, ids[rows], logprobs[rows], self.vocab_size))
             if progress is not None:
                 progress(len(part))
         return scores
 
     def _check_room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        remedy = "lower --max_new_tokens or raise max_model_len"
+        limits = ModelLimits("vllm", self.vocab_size, self.context, length_remedy=remedy)
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise DataError(f"prompt {i}: has no tokens; expected at least one")
-            if self.context is not None and len(prompt) + max_new_tokens > self.context:
-                raise DataError(
-                    f"prompt {i}: {len(prompt)} tokens and max_new_tokens={max_new_tokens} pass "
-                    f"the {self.context} that vllm was given room for; lower --max_new_tokens or "
-                    "raise max_model_len"
-                )
+            limits.check(f"prompt {i}", prompt, max_new_tokens=max_new_tokens)
 
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Any) -> list[Any]:
         requests = [{"prompt_token_ids": [int(token) for token in prompt]} for prompt in prompts]
@@ -219,7 +219,8 @@ class VllmEngine:
         for part in by_entries(sequences, 1):
             for i, output in zip(part, self._read_prompts(sequences, part, 0), strict=True):
                 _, logprobs = read_prompt_logprobs(i, output, sequences[i], 0)
-                raw.append(logprobs[len(prompts[i]) - 1 :, 0])
+                positions = response_positions(len(prompts[i]), len(sequences[i]))
+                raw.append(logprobs[predicting_rows(positions), 0])
         return raw
 
     def _read_prompts(self, sequences: Sequence[np.ndarray], part: range, k: int) -> list[Any]:

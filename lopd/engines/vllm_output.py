@@ -58,14 +58,16 @@ def to_scores(
     vocab_size: int,
 ) -> TeacherScores:
     """The scores of sequence i, without entropy."""
-    own, listed = logprobs[:, 0], logprobs[:, 1:]
+    sampled, listed = logprobs[:, 0], logprobs[:, 1:]
     inside = (ids[:, 1:] == ids[:, :1]).any(axis=1)
     try:
-        tail = derived_tail(listed, np.where(inside, -np.inf, own), listed.shape[1] == vocab_size)
+        tail = derived_tail(
+            listed, np.where(inside, -np.inf, sampled), listed.shape[1] == vocab_size
+        )
     except DataError as error:
         raise DataError(f"vllm: sequence {i}: {error}; nothing is written") from None
-    unknown = np.full(len(own), np.nan, np.float32)
-    return TeacherScores(own.copy(), unknown, ids[:, 1:].copy(), listed.copy(), tail)
+    entropy = np.full(len(sampled), np.nan, np.float32)
+    return TeacherScores(sampled.copy(), entropy, ids[:, 1:].copy(), listed.copy(), tail)
 
 
 def by_entries(sequences: Sequence[np.ndarray], width: int) -> Iterator[range]:

@@ -21,7 +21,7 @@ from lopd.errors import ConfigError, DataError
 from lopd.models.load import eos_ids_of, load_tokenizer
 from lopd.provenance import build_manifest, describe_file, describe_model, lineage_of, save_vocab
 from lopd.store import CacheWriter, Codec, Rollout, TeacherScores
-from lopd.store.lists import derived_tail, row_sums
+from lopd.store.lists import derived_tail
 from lopd.store.validate import MASS_TOLERANCE
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -174,9 +174,9 @@ def take_survey(config: ImportConfig, vocab_size: int, records: Iterable[Dumped]
     for dumped in records:
         sequences += 1
         known += not np.isnan(dumped.rollout.rollout_logprobs).any()
-        lengths = dumped.lengths
+        lengths = dumped.lists.lengths
         shortest, longest = min(shortest, lengths.min()), max(longest, lengths.max())
-        over = row_sums(np.exp(dumped.listed), lengths) - 1
+        over = dumped.lists.row_sums(np.exp(dumped.lists.logprobs)) - 1
         tokens, excess = tokens + len(over), excess + float(over.sum())
         whole &= bool(((np.abs(over) <= MASS_TOLERANCE) & (lengths < vocab_size)).all())
     if not sequences:
@@ -202,22 +202,22 @@ def _scores(
 ) -> Iterator[tuple[Rollout, TeacherScores]]:
     """The first k of every list as the top-k, the rest as extra ids."""
     for item in dumped:
-        rows = len(item.logprobs)
+        rows, lists = len(item.teacher_logprobs), item.lists
         ids = np.full((rows, k + width), -1, np.int64)
         listed = np.full((rows, k + width), -np.inf)
-        filled = np.arange(k + width) < item.lengths[:, None]
-        ids[filled], listed[filled] = item.ids, item.listed
-        own = item.rollout.tokens[item.rollout.prompt_length :]
-        outside = np.where((ids == own[:, None]).any(axis=1), -np.inf, item.logprobs)
-        tail = derived_tail(listed, outside, item.lengths == vocab_size)
+        filled = np.arange(k + width) < lists.lengths[:, None]
+        ids[filled], listed[filled] = lists.ids, lists.logprobs
+        sampled = item.rollout.tokens[item.rollout.prompt_length :]
+        outside = np.where(lists.contains(sampled), -np.inf, item.teacher_logprobs)
+        tail = derived_tail(listed, outside, lists.lengths == vocab_size)
         buckets = np.column_stack([listed, tail])
         mass = np.exp(buckets)
         entropy = -(mass * np.where(mass > 0, buckets, 0)).sum(axis=1)
         yield (
             item.rollout,
             TeacherScores(
-                logprobs=item.logprobs.astype(np.float32),
-                entropy=np.maximum(entropy, 0).astype(np.float32),
+                teacher_logprobs=item.teacher_logprobs.astype(np.float32),
+                teacher_entropy=np.maximum(entropy, 0).astype(np.float32),
                 topk_ids=ids[:, :k],
                 topk_logprobs=listed[:, :k].astype(np.float32),
                 tail_logprobs=np.logaddexp.reduce(buckets[:, k:], axis=1).astype(np.float32),

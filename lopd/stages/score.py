@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from lopd.engines import ENGINES, load_engine
-from lopd.engines.base import Engine, Progress
+from lopd.engines.base import Engine, Progress, score_rollouts
 from lopd.engines.options import EngineOptions
-from lopd.errors import ConfigError, DataError, ModelError, ProvenanceError
+from lopd.errors import ConfigError, ProvenanceError
+from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
     MANIFEST_NAME,
@@ -139,10 +139,7 @@ def main(config: ScoreConfig) -> Path | None:
 def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
     source, numerics = rollouts.manifest, ENGINES[config.engine]
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
-    if not 1 <= config.k <= model["vocab_size"]:
-        raise ConfigError(
-            f"k: found {config.k}; expected 1 to the teacher's vocabulary of {model['vocab_size']}"
-        )
+    ModelLimits("the teacher", model["vocab_size"]).check_k(config.k)
     return build_manifest(
         "cache",
         stage="score",
@@ -180,11 +177,7 @@ def _describe_support(config: ScoreConfig, maker: dict[str, Any]) -> dict[str, A
             f"student: {config.student} has weights {student['weights'][:12]}, the rollouts were "
             f"made by {maker['weights'][:12]}; name the student that made them"
         )
-    if config.extra_ids > student["vocab_size"]:
-        raise ConfigError(
-            f"extra_ids: found {config.extra_ids}; expected at most the student's vocabulary of "
-            f"{student['vocab_size']}"
-        )
+    ModelLimits("the student", student["vocab_size"]).check_k(config.extra_ids, "extra_ids")
     return {
         "ids": "teacher's top k and student's top extra_ids",
         "extra_ids": config.extra_ids,
@@ -203,24 +196,14 @@ def _missing(config: ScoreConfig, manifest: dict[str, Any]) -> list[int]:
 
 
 def _check_sequences(rollouts: RolloutStore, shards: Sequence[int], teacher: str) -> None:
-    """Refuse before the first shard what the teacher could not score in the last."""
-    context, rows = context_of(teacher), vocab_size_of(teacher)
+    """Check all sequences before the first is scored."""
+    limits = ModelLimits("the teacher", vocab_size_of(teacher), context_of(teacher))
     for rollout in (rollout for shard in shards for rollout in rollouts.shard(shard)):
-        length, largest = len(rollout.tokens), int(rollout.tokens.max())
-        if context is not None and length > context:
-            raise DataError(
-                f"{name_of(rollout)}: {length} tokens; the teacher's context holds {context}; roll "
-                "out with fewer --max_new_tokens"
-            )
-        if largest >= rows:
-            raise DataError(
-                f"{name_of(rollout)}: token id {largest}; the teacher's vocabulary ends at "
-                f"{rows - 1}: the two models do not share a tokenizer"
-            )
+        limits.check(name_of(rollout), rollout.tokens)
 
 
 class _Scorer:
-    """The teacher and, for its ids, the student."""
+    """The teacher and, for extra ids, the student."""
 
     def __init__(self, config: ScoreConfig, worker: Worker) -> None:
         self.config = config
@@ -239,30 +222,15 @@ class _Scorer:
     def __call__(
         self, rollouts: Sequence[Rollout], progress: Progress | None = None
     ) -> list[TeacherScores]:
-        tokens = [rollout.tokens for rollout in rollouts]
-        lengths = [rollout.prompt_length for rollout in rollouts]
-        temperature = self.config.temperature
-        extra = None
-        if self.student is not None:
-            own = self.student.score(
-                tokens, lengths, self.config.extra_ids, temperature=temperature
-            )
-            rows = self.teacher.vocab_size  # a student's padding rows may lie beyond
-            extra = [np.where(s.topk_ids < rows, s.topk_ids, -1) for s in own]
-        scores = self.teacher.score(
-            tokens,
-            lengths,
+        return score_rollouts(
+            self.teacher,
+            rollouts,
             self.config.k,
-            temperature=temperature,
-            extra_ids=extra,
+            temperature=self.config.temperature,
+            student=self.student,
+            extra_ids=self.config.extra_ids,
             progress=progress,
         )
-        if len(scores) != len(rollouts):
-            raise ModelError(
-                f"engine: {self.config.engine} scored {len(scores)} of {len(rollouts)} sequences; "
-                "nothing of them is written"
-            )
-        return scores
 
 
 def _fill(

@@ -14,10 +14,10 @@ from lopd.provenance import (
     write_manifest,
 )
 from lopd.provenance.io import remove_temporaries
-from lopd.store.codec import CODECS, Scored, check_storable
+from lopd.store.arrays import index_digest, rollout_arrays, rollout_counts, score_arrays
+from lopd.store.codec import CODECS, check_storable
 from lopd.store.folders import holds, require_ours, require_same_recipe
-from lopd.store.layout import index_digest, rollout_arrays, rollout_counts, score_shard
-from lopd.store.lists import build_lists
+from lopd.store.lists import to_columns
 from lopd.store.locks import FolderLock, ShardLock, remove_shard_locks, start_lock
 from lopd.store.shards import (
     check_hash,
@@ -100,7 +100,7 @@ class _ShardWriter:
                     write_manifest(folder, manifest)
                 else:
                     require_same_recipe(folder, manifest)
-                lock.settle()
+                lock.share()
             except BaseException:
                 lock.release()
                 raise
@@ -313,16 +313,14 @@ def encode_records(
     rows = head_rows(manifest)
     rollouts = [rollout for rollout, _ in records]
     has_entropy = scoring_of(manifest)["entropy"] != "absent"
-    scored = []
+    columns = []
     for rollout, scores in records:
         check_scores(rollout, scores, rows, k, has_entropy=has_entropy)
-        lists, tail = build_lists(scores, top_p)
-        cut = Scored(scores.logprobs, scores.entropy, lists, tail)
-        own = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
-        check_storable(name_of(rollout), codec, cut, *own)
-        scored.append(cut)
+        columns.append(to_columns(scores, top_p))
+        logprobs = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
+        check_storable(name_of(rollout), codec, columns[-1], *logprobs)
     arrays = rollout_arrays(rollouts, codec, rows)
-    more, counts = score_shard(rollouts, scored, codec, rows)
+    more, counts = score_arrays(rollouts, columns, codec, rows)
     return arrays | more, rollout_counts(rollouts) | counts
 
 

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from lopd.data.prompts import Prompt, check_prompts
-from lopd.engines.base import Sampling, sequence_seed, to_rollout
+from lopd.engines.base import Sampling, score_rollouts, sequence_seed, to_rollout
 from lopd.engines.transformers import HfEngine
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.models.load import check_model_folder, context_of
@@ -182,19 +182,16 @@ class RefreshTrainer(LopdTrainer):
 
     def _score(self, rollouts: list[Rollout]) -> list[TeacherScores]:
         manifest = self.refresh.cache.manifest
-        tokens = [rollout.tokens for rollout in rollouts]
-        lengths = [rollout.prompt_length for rollout in rollouts]
-        temperature, extra = manifest["temperature"], None
-        if self.refresh.extra_ids:
-            own = self.student.score(
-                tokens, lengths, self.refresh.extra_ids, temperature=temperature
-            )
-            rows = self.teacher.vocab_size  # a student's padding rows may lie beyond
-            extra = [np.where(s.topk_ids < rows, s.topk_ids, -1) for s in own]
-        scores = self.teacher.score(
-            tokens, lengths, manifest["k"], temperature=temperature, extra_ids=extra
+        scores = score_rollouts(
+            self.teacher,
+            rollouts,
+            manifest["k"],
+            temperature=manifest["temperature"],
+            student=self.student,
+            extra_ids=self.refresh.extra_ids,
         )
         if self.teacher_vocab is not None:
+            tokens = [rollout.tokens for rollout in rollouts]
             used = np.unique(np.concatenate([*tokens, *(s.topk_ids.ravel() for s in scores)]))
             check_same_tokens(
                 self.student.tokenizer.get_vocab(), self.teacher_vocab, used, "teacher"

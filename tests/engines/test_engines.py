@@ -19,7 +19,7 @@ from lopd.engines.vllm_output import (
 )
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.models.load import check_model_folder, resolve_device
-from lopd.store.lists import TAIL_FLOOR, build_lists, derived_tail
+from lopd.store.lists import TAIL_FLOOR, derived_tail, to_columns
 
 PROMPTS = [[5, 6, 7], [9, 8], [30, 31, 32, 33, 34], [12], [40, 41, 42]]
 
@@ -135,7 +135,7 @@ def test_a_model_spread_by_a_device_map_scores_and_samples_alike(
     for a, b in zip(
         whole.score(sequences, LENGTHS, 4), spread.score(sequences, LENGTHS, 4), strict=True
     ):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        np.testing.assert_allclose(a.teacher_logprobs, b.teacher_logprobs, atol=1e-5)
     for a, b in zip(
         *(e.generate(PROMPTS, Sampling(6), [0] * 5) for e in (whole, spread)), strict=True
     ):
@@ -151,7 +151,7 @@ def test_a_bf16_model_scores_close_to_its_fp32_self(engine, sequences, teacher_f
     for a, b in zip(
         engine.score(sequences, LENGTHS, 4), half.score(sequences, LENGTHS, 4), strict=True
     ):
-        assert 0 < np.abs(a.logprobs - b.logprobs).max() < 0.2
+        assert 0 < np.abs(a.teacher_logprobs - b.teacher_logprobs).max() < 0.2
 
 
 def test_extra_ids_and_the_mass_outside_them_are_those_of_a_full_list(engine, sequences):
@@ -175,7 +175,8 @@ def test_extra_ids_and_the_mass_outside_them_are_those_of_a_full_list(engine, se
             out = np.setdiff1d(np.arange(rows), [*score.topk_ids[row], *ids[row]])
             expected = np.log(np.exp(dense[row, out]).sum())
             assert score.extra_tail_logprobs[row] == pytest.approx(expected, abs=2e-5)
-        lists, tail = build_lists(score, 1.0)
+        columns = to_columns(score, 1.0)
+        lists, tail = columns.lists, columns.tail_logprobs
         ends = np.cumsum(lists.lengths)
         for row, (start, stop) in enumerate(zip(ends - lists.lengths, ends, strict=True)):
             mass = np.exp(lists.logprobs[start:stop].astype(float)).sum() + np.exp(float(tail[row]))
@@ -190,8 +191,8 @@ def test_extra_ids_that_hold_nearly_all_of_the_tail_keep_its_digits(engine, sequ
     extra = full.topk_ids[:, 1:-1]
     (score,) = engine.score(tokens, LENGTHS[:1], 1, extra_ids=[extra])
     np.testing.assert_allclose(score.extra_tail_logprobs, full.topk_logprobs[:, -1], atol=2e-5)
-    _, tail = build_lists(score, 1.0)
-    np.testing.assert_allclose(tail, full.topk_logprobs[:, -1], atol=2e-5)
+    columns = to_columns(score, 1.0)
+    np.testing.assert_allclose(columns.tail_logprobs, full.topk_logprobs[:, -1], atol=2e-5)
 
 
 @dataclass
@@ -217,9 +218,9 @@ def test_prompt_logprobs_are_read_as_arrays():
     assert ids.tolist() == [[51, 0, 1], [52, 0, 1], [53, 0, 1]]
     score = to_scores(0, ids[1:], logprobs[1:], vocab_size=60)
     assert score.topk_ids.tolist() == [[0, 1]] * 2
-    np.testing.assert_allclose(score.logprobs, -3)
+    np.testing.assert_allclose(score.teacher_logprobs, -3)
     np.testing.assert_allclose(score.tail_logprobs, np.log(0.1), rtol=1e-5)
-    assert np.isnan(score.entropy).all()
+    assert np.isnan(score.teacher_entropy).all()
 
 
 def test_prompt_logprobs_that_are_one_off_are_refused():
@@ -267,7 +268,7 @@ def test_sequences_are_read_in_runs_that_are_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "tokens, message", [([5] * 65, "context holds 64"), ([5], "are the prompt")]
+    "tokens, message", [([5] * 65, "at most 64, the context"), ([5], "are the prompt")]
 )
 def test_every_engine_refuses_what_it_cannot_score(tmp_path, tokens, message):
     from lopd.engines.vllm import VllmEngine

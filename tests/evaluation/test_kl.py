@@ -82,7 +82,7 @@ def test_a_cache_without_its_tail_is_refused(cache_folder, student_folder, monke
 def test_sequences_longer_than_the_model_are_refused(cache_folder, student_folder):
     student = load(student_folder)
     student.context = 8
-    with pytest.raises(DataError, match="the model's context holds 8"):
+    with pytest.raises(DataError, match="expected at most 8, the context of the model"):
         cache_kl(student, open_cache(cache_folder, student_folder, student))
 
 

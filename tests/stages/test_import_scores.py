@@ -48,7 +48,7 @@ def lists_of(answer, scores):
     rows = []
     for t, token in enumerate(answer):
         pairs = zip(scores.topk_ids[t].tolist(), scores.topk_logprobs[t].tolist(), strict=True)
-        rows.append({**dict(pairs), token: float(scores.logprobs[t])})
+        rows.append({**dict(pairs), token: float(scores.teacher_logprobs[t])})
     return rows
 
 
@@ -85,7 +85,7 @@ def lightning_record(text, answer, scores):
         "response_tokens": answer,
         "loss_mask": [1] * len(answer),
         "response": "text that is not the truth",
-        "teacher_log_probs": [float(x) for x in scores.logprobs],
+        "teacher_log_probs": [float(x) for x in scores.teacher_logprobs],
     }
     return {"prompt": text, "label": "0", "metadata": metadata}
 
@@ -138,7 +138,7 @@ def test_every_form_of_a_dump_gives_the_same_cache(
         assert found.rollout.tokens.tolist() == prompt + answer
         assert found.rollout.prompt_length == len(prompt)
         assert np.isnan(found.rollout.rollout_logprobs).all()
-        np.testing.assert_allclose(found.teacher_logprobs, scores.logprobs, rtol=1e-6)
+        np.testing.assert_allclose(found.teacher_logprobs, scores.teacher_logprobs, rtol=1e-6)
         for t, row in enumerate(lists_of(answer, scores)):
             listed = found.topk_ids[t][found.topk_ids[t] >= 0]
             assert sorted(listed.tolist()) == sorted(row)
@@ -182,7 +182,7 @@ def test_given_rollout_logprobs_and_own_logprobs_are_kept(
         record = topk_record(prompt, answer, scores, "arrays")
         record["topk_ids"] = scores.topk_ids.tolist()
         record["topk_logprobs"] = scores.topk_logprobs.tolist()
-        record["teacher_logprobs"] = scores.logprobs.tolist()
+        record["teacher_logprobs"] = scores.teacher_logprobs.tolist()
         record["rollout_logprobs"] = [-0.5] * len(answer)
         record |= {"id": "same", "finish_reason": "stop", "loss_mask": [0] + [1] * len(answer[1:])}
         records.append(record)
@@ -210,7 +210,7 @@ def test_the_papers_parquet_serves_the_sampled_token(
     assert run(source, "lightning-opd", student, teacher_folder, cache) == 0
     for found, (prompt, answer, scores) in zip(TeacherCache.open(cache), dumped, strict=True):
         assert found.rollout.tokens.tolist() == prompt + answer
-        np.testing.assert_allclose(found.teacher_logprobs, scores.logprobs, rtol=1e-6)
+        np.testing.assert_allclose(found.teacher_logprobs, scores.teacher_logprobs, rtol=1e-6)
         assert found.topk_ids[:, 0].tolist() == answer
         np.testing.assert_allclose(
             np.exp(found.tail_logprobs), 1 - np.exp(found.teacher_logprobs), atol=1e-6
@@ -311,7 +311,7 @@ def test_a_list_of_the_whole_vocabulary_has_no_tail(student, teacher_folder, dum
     assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
     (item,) = TeacherCache.open(tmp_path / "cache")
     assert np.isneginf(item.tail_logprobs).all()
-    np.testing.assert_allclose(item.teacher_entropy, full.entropy, rtol=1e-4)
+    np.testing.assert_allclose(item.teacher_entropy, full.teacher_entropy, rtol=1e-4)
 
 
 def test_every_end_of_sequence_id_of_the_student_stops(student, teacher_folder, dumped, tmp_path):

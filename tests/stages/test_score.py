@@ -144,7 +144,7 @@ def test_the_students_own_top_ids_join_the_lists(
     asked = [s.rollout.tokens for s in sequences], [s.rollout.prompt_length for s in sequences]
     everything, top = teacher.score(*asked, teacher.vocab_size), student.score(*asked, 3)
     for item, full, own in zip(sequences, everything, top, strict=True):
-        dense = np.empty((len(full.logprobs), teacher.vocab_size))
+        dense = np.empty((len(full.teacher_logprobs), teacher.vocab_size))
         np.put_along_axis(dense, full.topk_ids.astype(int), full.topk_logprobs, axis=1)
         for row in range(len(dense)):
             ids = item.topk_ids[row][item.topk_ids[row] >= 0]

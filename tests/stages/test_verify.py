@@ -110,10 +110,10 @@ def unknown(arrays):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (shift, "lacks an own log-prob"),
+        (shift, "lacks teacher_logprobs"),
         (shrink, "lacks a mass of list and tail of 1"),
-        (positive, "lacks a log-prob of its own"),
-        (unknown, "lacks a log-prob of its own"),
+        (positive, "lacks valid teacher_logprobs"),
+        (unknown, "lacks valid teacher_logprobs"),
     ],
 )
 def test_contents_out_of_range_are_found_though_hashes_fit(
@@ -190,7 +190,7 @@ def test_the_noise_is_that_of_dense_distributions(teacher_folder, student_folder
     asked = [s.rollout.tokens for s in items], [s.rollout.prompt_length for s in items]
     kls = []
     for item, score in zip(items, student.score(*asked, student.vocab_size), strict=True):
-        for row in range(len(score.logprobs)):
+        for row in range(len(score.teacher_logprobs)):
             dense = np.empty(student.vocab_size)
             dense[score.topk_ids[row]] = score.topk_logprobs[row]
             ids = item.topk_ids[row][item.topk_ids[row] >= 0]

@@ -115,8 +115,8 @@ def test_dataset_drops_truncated_sequences_and_tells_the_share(capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"context": 7}, "p/3: 8 tokens; the model's context holds 7"),
-        ({"vocab_size": 30}, "token id 30; the model's vocabulary ends at 29"),
+        ({"context": 7}, "p/3: found 8 tokens; expected at most 7, the context"),
+        ({"vocab_size": 30}, r"token 7 has id 30; expected ids in \[0, 30\), the vocabulary"),
     ],
 )
 def test_dataset_refuses_what_the_model_cannot_read(change, message):
