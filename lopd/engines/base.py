@@ -120,9 +120,12 @@ def to_rollout(prompt: Prompt, sample: int, generation: Generation) -> Rollout:
 
 
 def check_sequences(
-    sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], limits: ModelLimits
+    sequences: Sequence[np.ndarray],
+    prompt_lengths: Sequence[int],
+    limits: ModelLimits,
+    extra_ids: Sequence[np.ndarray] | None = None,
 ) -> None:
-    """Refuse sequences that a model cannot score; see `Engine.score`."""
+    """Refuse sequences and extra ids that a model cannot score; see `Engine.score`."""
     for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         if not 1 <= prompt_length < len(tokens):
             raise DataError(
@@ -130,6 +133,13 @@ def check_sequences(
                 "expected at least one prompt token and one response token"
             )
         limits.check(f"sequence {i}", tokens)
+        if extra_ids is not None and (
+            extra_ids[i].ndim != 2 or len(extra_ids[i]) != len(tokens) - prompt_length
+        ):
+            raise DataError(
+                f"sequence {i}: extra_ids are {extra_ids[i].dtype} {list(extra_ids[i].shape)}; "
+                f"expected integers [{len(tokens) - prompt_length}, E], a row per response token"
+            )
 
 
 def score_rollouts(

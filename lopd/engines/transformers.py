@@ -164,7 +164,7 @@ class HfEngine:
         Extra ids cost one more pass over the LM head, which reduces the tail without them.
         """
         self._limits.check_k(k)
-        check_sequences(sequences, prompt_lengths, self._limits)
+        check_sequences(sequences, prompt_lengths, self._limits, extra_ids)
         results: dict[int, TeacherScores] = {}
         for rows in _by_tokens(sequences, self.tokens_per_batch):
             batch = self._score_batch(

@@ -136,6 +136,7 @@ class TopKLists:
             ids [R, width] int32 with -1 as padding, log-probs [R, width] fp32 with -inf.
         """
         width = self.width if width is None else width
+        assert width >= self.width, (width, self.width)
         shape = (len(self.lengths), width)
         ids, logprobs = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
         starts = np.cumsum(self.lengths) - self.lengths

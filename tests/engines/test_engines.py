@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from conftest import save_qwen3
+from helpers_training import make_rollouts
 
 from lopd.engines import load_engine
-from lopd.engines.base import Sampling, sequence_seed
+from lopd.engines.base import Sampling, score_rollouts, sequence_seed
 from lopd.engines.options import EngineOptions, parse_options
 from lopd.engines.transformers import HfEngine
 from lopd.engines.vllm import gpus_of
@@ -19,6 +20,7 @@ from lopd.engines.vllm_output import (
 )
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.models.load import check_model_folder, resolve_device
+from lopd.store import TeacherScores
 from lopd.store.lists import TAIL_FLOOR, derived_tail, to_columns
 
 PROMPTS = [[5, 6, 7], [9, 8], [30, 31, 32, 33, 34], [12], [40, 41, 42]]
@@ -182,6 +184,58 @@ def test_extra_ids_and_the_mass_outside_them_are_those_of_a_full_list(engine, se
             mass = np.exp(lists.logprobs[start:stop].astype(float)).sum() + np.exp(float(tail[row]))
             assert mass == pytest.approx(1, abs=1e-5)
             assert set(ids[row]) - {-1} <= set(lists.ids[start:stop])
+
+
+def test_extra_ids_may_differ_in_number(engine, sequences):
+    """A sequence's scores are those that it has without neighbours of another width."""
+    rng, rows = np.random.default_rng(1), engine.vocab_size
+    extra = [
+        np.stack([rng.choice(rows, width, replace=False) for _ in tokens[n:]])
+        for width, tokens, n in zip((3, 0, 7, 1, 5), sequences, LENGTHS, strict=True)
+    ]
+    together = engine.score(sequences, LENGTHS, 4, extra_ids=extra)
+    for tokens, length, ids, score in zip(sequences, LENGTHS, extra, together, strict=True):
+        (alone,) = engine.score([tokens], [length], 4, extra_ids=[ids])
+        assert score.extra_ids.tolist() == alone.extra_ids.tolist() == ids.tolist()
+        for name in ("extra_logprobs", "extra_tail_logprobs", "tail_logprobs"):
+            np.testing.assert_allclose(getattr(score, name), getattr(alone, name), atol=1e-5)
+
+
+def test_extra_ids_of_other_rows_are_refused(engine, sequences):
+    extra = [
+        np.zeros((len(tokens) - n, 1), int) for tokens, n in zip(sequences, LENGTHS, strict=True)
+    ]
+    extra[0], extra[1] = extra[0][:-1], np.zeros((len(extra[1]) + 1, 1), int)
+    with pytest.raises(DataError, match=r"sequence 0: extra_ids are int64 \[\d+, 1\]; expected"):
+        engine.score(sequences, LENGTHS, 4, extra_ids=extra)
+
+
+class FixedIds:
+    """An engine that records what is asked and lists the ids 0 to k - 1."""
+
+    def __init__(self, vocab_size):
+        self.name, self.vocab_size, self.asked = "fixed", vocab_size, []
+
+    def score(
+        self, sequences, prompt_lengths, k, *, temperature=1.0, extra_ids=None, progress=None
+    ):
+        self.asked.append((k, temperature, extra_ids))
+        rows = [len(t) - n for t, n in zip(sequences, prompt_lengths, strict=True)]
+        column = np.zeros(0)
+        ids = [np.tile(np.arange(k), (r, 1)) for r in rows]
+        return [TeacherScores(column, column, i, column, column) for i in ids]
+
+
+def test_the_students_ids_beyond_the_teachers_vocabulary_are_left_out():
+    rollouts = make_rollouts(3)
+    teacher, student = FixedIds(6), FixedIds(40)
+    scores = score_rollouts(teacher, rollouts, 2, temperature=0.5, student=student, extra_ids=8)
+    assert len(scores) == 3 and student.asked == [(8, 0.5, None)]
+    ((k, temperature, extra),) = teacher.asked
+    assert (k, temperature) == (2, 0.5)
+    assert all((ids == [0, 1, 2, 3, 4, 5, -1, -1]).all() for ids in extra)
+    score_rollouts(teacher, rollouts, 2, student=student)
+    assert teacher.asked[-1] == (2, 1.0, None) and len(student.asked) == 1
 
 
 def test_extra_ids_that_hold_nearly_all_of_the_tail_keep_its_digits(engine, sequences):

@@ -157,6 +157,26 @@ def test_the_students_own_top_ids_join_the_lists(
             assert item.tail_logprobs[row] == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.parametrize("extra", [0, 3])
+def test_lists_of_different_widths_are_rescored_together(
+    teacher_folder, student_folder, rollouts, tmp_path, capsys, extra
+):
+    """A cut at top_p leaves lists of different lengths, so every sequence has its own width."""
+    flags = ["--top_p", "0.6", "--temperature", "0.5"]
+    flags += ["--student", str(student_folder), "--extra_ids", str(extra)] * bool(extra)
+    argv = score_argv(teacher_folder, rollouts, tmp_path / "cache", *flags)
+    argv[argv.index("--k") + 1] = "16"
+    assert main(argv) == 0
+    cache = TeacherCache.open(tmp_path / "cache", support="list")
+    assert len({item.lists.width for item in cache}) > 1
+    models = ["--teacher", str(teacher_folder), "--student", str(student_folder)]
+    for count in (2, 3, 7, len(cache)):
+        command = ["verify", "--path", str(tmp_path / "cache"), "--rescore", str(count), *models]
+        assert main([*command, "--dtype", "float32", "--device", "cpu"]) == 0
+        printed = capsys.readouterr().out
+        assert f"{count} sequences, " in printed and "100.0 % of the listed ids" in printed
+
+
 def test_extra_ids_of_another_student_are_refused(teacher_folder, rollouts, tmp_path, capsys):
     flags = ["--student", str(teacher_folder), "--extra_ids", "3"]
     assert main(score_argv(teacher_folder, rollouts, tmp_path / "out", *flags)) == 2
