@@ -237,8 +237,8 @@ def run_api(recorder: Recorder, quick: bool) -> None:
 
 
 def gpu_tests() -> list[str]:
-    """Arguments of pytest: only files that have such a test, the others may need more packages."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    """Arguments for pytest: only files with GPU tests, because others may need more packages."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     marked = [
         str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text("utf-8")
     ]

@@ -235,6 +235,13 @@ def test_the_tests_run_in_a_process_of_their_own(body, status, tests, tmp_path):
     assert json.loads((tmp_path / "rows.jsonl").read_text()) == row
 
 
+def test_the_suite_runs_the_gpu_tests_of_every_folder():
+    marker, expression, *paths = correctness.gpu_tests()
+    assert (marker, expression) == ("-m", "gpu and not slow")
+    assert {"tests/kernels", "tests/training"} <= {path.rsplit("/", 1)[0] for path in paths}
+    assert all((correctness.ROOT / path).is_file() for path in paths)
+
+
 def target_row(part, variant, kind, ms, extra=None, **fields):
     return {
         "part": part, "variant": variant, "kind": kind, "status": "ok", "loss": REVERSE_KL,

@@ -79,7 +79,7 @@ def test_only_active_experts_count():
 
 
 def test_a_mixture_of_unknown_share_has_no_utilisation(monkeypatch):
-    monkeypatch.setattr("lopd.models.moe.EXPERTS", ())
+    monkeypatch.setattr("lopd.models.flops.EXPERTS", ())
     model = mixture(1)
     assert size_of(model) is None
     meter = Meter(model, torch.device("cpu"))

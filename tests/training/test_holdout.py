@@ -26,6 +26,7 @@ from lopd.training.checkpoints import checkpoints
 from lopd.training.logging import LOG_NAME
 from lopd.training.objective import Objective
 from lopd.training.options import WatchOptions
+from lopd.training.staleness import StaleWatch, stale_summary
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
 
@@ -317,7 +318,7 @@ def watched(shares, limit=0.5, every=3, history=(), first=1):
     from transformers import TrainerState
 
     state = TrainerState(log_history=[*history])
-    callback = watch.StaleWatch(Shares(shares), limit, every)
+    callback = StaleWatch(Shares(shares), limit, every)
     for number in range(first, first + len(shares)):
         state.global_step = number
         callback.on_step_end(None, state, None)
@@ -331,7 +332,7 @@ def test_a_stale_cache_is_told_once_and_every_so_many_steps(capsys):
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 3
     assert told[0].startswith("step 3: the cache has gone stale: ") and "worth 40 %" in told[0]
-    assert watch.stale_summary(0.5, history) == {
+    assert stale_summary(0.5, history) == {
         "limit": 0.5,
         "watched": True,
         "warnings": 3,
@@ -340,15 +341,15 @@ def test_a_stale_cache_is_told_once_and_every_so_many_steps(capsys):
     }
     resumed = watched(shares[4:], history=watched(shares[:4]), first=5)
     assert resumed == history
-    assert watch.stale_summary(0.5, [])["watched"] is True
-    assert watch.stale_summary(0.0, [])["watched"] is False
+    assert stale_summary(0.5, [])["watched"] is True
+    assert stale_summary(0.0, [])["watched"] is False
 
 
 def test_drift_that_is_unknown_is_said_once(capsys):
     history = watched([None] * 6)
     assert len(history) == 1
     assert capsys.readouterr().err.count("not known, so a cache that goes stale will not") == 1
-    summary = watch.stale_summary(0.5, history)
+    summary = stale_summary(0.5, history)
     assert summary["watched"] is False and summary["warnings"] == 0
 
 
