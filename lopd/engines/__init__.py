@@ -57,8 +57,8 @@ def load_engine(
         return VllmEngine.load(
             path, dtype=dtype, device=device, local_rank=local_rank, options=options
         )
-    from lopd.engines.transformers import HfEngine
+    from lopd.engines.transformers import TransformersEngine
 
-    return HfEngine.load(
+    return TransformersEngine.load(
         path, dtype=dtype, device=device, local_rank=local_rank, options=options, **limits
     )

@@ -19,7 +19,7 @@ from lopd.store import TeacherScores
 from lopd_kernels import TopK, linear_sparse_divergence, linear_topk
 
 
-class HfEngine:
+class TransformersEngine:
     """One `transformers` causal LM that generates and scores.
 
     `batch_size` bounds the sequences decoded together, `tokens_per_batch` the padded tokens
@@ -56,7 +56,7 @@ class HfEngine:
         local_rank: int | None = None,
         options: dict[str, Any] | None = None,
         **limits: int,
-    ) -> "HfEngine":
+    ) -> "TransformersEngine":
         """The model at `path`; `options` may hold a `device_map`.
 
         Raises:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from lopd.data.prompts import Prompt, check_prompts
 from lopd.engines.base import Sampling, score_rollouts, sequence_seed, to_rollout
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import build_manifest, describe_model, vocab_size_of
@@ -73,10 +73,11 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dic
             f"refresh_every: found {worker.count} processes; rollouts are renewed in one: start "
             "without torchrun, or leave --refresh_every out"
         )
-    if scorer["engine"] != HfEngine.name:
+    if scorer["engine"] != TransformersEngine.name:
         raise ConfigError(
             f"refresh_every: {cache.path} was scored by engine {scorer['engine']}; found that, "
-            f"expected {HfEngine.name}, which scores while the student trains: score again with it"
+            f"expected {TransformersEngine.name}, which scores while the student trains: score "
+            "again with it"
         )
     said = cache.manifest["inputs"]["rollouts"].get("sampling") or {}
     if absent := {"max_new_tokens", "temperature", "top_p"} - said.keys():
@@ -85,7 +86,7 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dic
             "and score again, or leave --refresh_every out"
         )
     check_model_folder(refresh.teacher)
-    teacher = describe_model(refresh.teacher, dtype=scorer["dtype"], engine=HfEngine.name)
+    teacher = describe_model(refresh.teacher, dtype=scorer["dtype"], engine=TransformersEngine.name)
     for what in ("weights", "config", "tokenizer"):
         if teacher[what] != scorer[what]:
             raise ProvenanceError(
@@ -130,8 +131,8 @@ class RefreshTrainer(LopdTrainer):
     ) -> None:
         super().__init__(*given, callbacks=[Clock(refresh.every)], **kwargs)
         self.refresh = refresh
-        self.student = HfEngine(self.model, tokenizer, batch_size=refresh.batch_size)
-        self.teacher = HfEngine.load(
+        self.student = TransformersEngine(self.model, tokenizer, batch_size=refresh.batch_size)
+        self.teacher = TransformersEngine.load(
             refresh.teacher,
             dtype=refresh.cache.manifest["model"]["dtype"],
             device=str(self.args.device),

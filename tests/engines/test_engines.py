@@ -11,7 +11,7 @@ from helpers_training import make_rollouts
 from lopd.engines import load_engine
 from lopd.engines.base import Sampling, score_rollouts, sequence_seed
 from lopd.engines.options import EngineOptions, parse_options
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.engines.vllm import gpus_of
 from lopd.engines.vllm_output import (
     by_entries,
@@ -129,10 +129,10 @@ def test_a_model_spread_by_a_device_map_scores_and_samples_alike(
     engine, sequences, student_folder, tmp_path
 ):
     """A layer that lies on disk is moved by hooks, as layers on other GPUs are."""
-    whole = HfEngine.load(student_folder, dtype="float32", device="cpu")
+    whole = TransformersEngine.load(student_folder, dtype="float32", device="cpu")
     parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     parts |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    spread = HfEngine.load(student_folder, dtype="float32", options={"device_map": parts})
+    spread = TransformersEngine.load(student_folder, dtype="float32", options={"device_map": parts})
     assert any(p.is_meta for p in spread.model.parameters())
     for a, b in zip(
         whole.score(sequences, LENGTHS, 4), spread.score(sequences, LENGTHS, 4), strict=True
@@ -143,7 +143,7 @@ def test_a_model_spread_by_a_device_map_scores_and_samples_alike(
     ):
         assert a.tokens.tolist() == b.tokens.tolist()
     with pytest.raises(ModelError, match="offloads the LM head"):
-        HfEngine.load(
+        TransformersEngine.load(
             student_folder, dtype="float32", options={"device_map": parts | {"lm_head": "disk"}}
         )
 
@@ -383,10 +383,10 @@ def test_engines_agree_on_the_end_of_an_answer(tmp_path):
     from lopd.models.load import eos_ids_of, load_tokenizer
 
     folder = save_qwen3(tmp_path, seed=0)
-    hf = HfEngine.load(folder, dtype="float32", device="cpu")
+    hf = TransformersEngine.load(folder, dtype="float32", device="cpu")
     assert eos_ids_of(folder, load_tokenizer(folder)) == hf.eos_ids
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
-    hf = HfEngine.load(folder, dtype="float32", device="cpu")
+    hf = TransformersEngine.load(folder, dtype="float32", device="cpu")
     assert eos_ids_of(folder, load_tokenizer(folder)) == hf.eos_ids == [1, 7]
     (folder / "generation_config.json").unlink()
     assert eos_ids_of(folder, load_tokenizer(folder)) == [1]

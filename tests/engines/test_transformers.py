@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lopd.engines.base import Sampling, sequence_seed
-from lopd.engines.transformers import HfEngine, draw
+from lopd.engines.transformers import TransformersEngine, draw
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.models.load import load_model, load_tokenizer
 
@@ -15,7 +15,7 @@ SEEDS = [sequence_seed(0, str(i), 0) for i in range(len(PROMPTS))]
 
 @pytest.fixture(scope="module")
 def engine(teacher_folder):
-    return HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    return TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
 
 
 def dense_logprobs(engine, tokens, temperature=1.0):
@@ -56,7 +56,7 @@ def test_one_position_off_is_seen(engine):
 
 def test_an_answer_does_not_depend_on_its_neighbours(engine, teacher_folder):
     together = engine.generate(PROMPTS, Sampling(12), SEEDS)
-    small = HfEngine(engine.model, engine.tokenizer, batch_size=2)
+    small = TransformersEngine(engine.model, engine.tokenizer, batch_size=2)
     backwards = small.generate(PROMPTS[::-1], Sampling(12), SEEDS[::-1])[::-1]
     for a, b in zip(together, backwards, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
@@ -166,7 +166,7 @@ def test_scores_that_are_one_position_off_are_seen(engine):
 
 def test_scores_do_not_depend_on_the_batch(engine):
     sequences, lengths = rollouts(engine)
-    one_by_one = HfEngine(engine.model, engine.tokenizer, tokens_per_batch=1)
+    one_by_one = TransformersEngine(engine.model, engine.tokenizer, tokens_per_batch=1)
     for a, b in zip(
         engine.score(sequences, lengths, 4), one_by_one.score(sequences, lengths, 4), strict=True
     ):
@@ -217,4 +217,4 @@ def test_a_head_that_lopd_does_not_know_is_refused(teacher_folder):
 
     model.forward = scaled
     with pytest.raises(ModelError, match="its logits differ"):
-        HfEngine(model, load_tokenizer(teacher_folder))
+        TransformersEngine(model, load_tokenizer(teacher_folder))

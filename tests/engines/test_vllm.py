@@ -11,7 +11,7 @@ from helpers_stages import make_rollouts, score_argv
 from lopd.cli import main
 from lopd.engines import load_engine
 from lopd.engines.base import Sampling, sequence_seed
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.engines.vllm import VllmEngine
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.store import RolloutStore, TeacherCache
@@ -44,7 +44,7 @@ def vllm(folder):
 
 @pytest.fixture(scope="module")
 def hf(folder):
-    return HfEngine.load(folder, dtype="float32", device="cpu")
+    return TransformersEngine.load(folder, dtype="float32", device="cpu")
 
 
 def joined(prompts, answers):

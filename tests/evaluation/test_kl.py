@@ -8,7 +8,7 @@ import torch
 from helpers_stages import make_rollouts, one_line, score_argv
 
 from lopd.cli import main
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.kl import cache_kl, open_cache
 from lopd.store import TeacherCache
@@ -26,7 +26,7 @@ def cache_folder(teacher_folder, student_folder, tmp_path_factory):
 
 
 def load(folder, **limits):
-    return HfEngine.load(folder, dtype="float32", device="cpu", **limits)
+    return TransformersEngine.load(folder, dtype="float32", device="cpu", **limits)
 
 
 def dense_kl(student, teacher, rollout, k):

@@ -11,7 +11,7 @@ import pytest
 
 from lopd.cli import main
 from lopd.data.external_scores import read_dump
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import load_tokenizer
 from lopd.provenance import declare, read_manifest
@@ -33,7 +33,7 @@ def student(student_folder, teacher_folder, tmp_path_factory):
 def dumped(teacher_folder, student):
     """What a teacher says of made-up answers, as it would be dumped: ids, log-probs, own."""
     tokenizer = load_tokenizer(student)
-    teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    teacher = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in PROMPTS]
     rng = np.random.default_rng(0)
     answers = [rng.integers(5, 200, 4 + i).tolist() for i in range(len(prompts))]
@@ -304,7 +304,7 @@ def test_a_token_beside_a_list_of_all_mass_has_its_own_tail(student, teacher_fol
 
 def test_a_list_of_the_whole_vocabulary_has_no_tail(student, teacher_folder, dumped, tmp_path):
     prompt, answer, _ = dumped[0]
-    teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    teacher = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     sequence = np.array(prompt + answer, np.int32)
     (full,) = teacher.score([sequence], [len(prompt)], teacher.vocab_size)
     source = write(tmp_path / "dump.jsonl", [topk_record(prompt, answer, full)])

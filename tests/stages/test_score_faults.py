@@ -13,7 +13,7 @@ import pytest
 from conftest import save_qwen3
 
 from lopd.cli import main
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.store import RolloutStore
 
 # One interpreter with everything imported, which forks a child for each life of the command.
@@ -142,7 +142,7 @@ def test_an_engine_that_cannot_be_right_is_refused_by_sequence_and_keeps_what_wa
 ):
     argv = roll_out(student_folder, write_jsonl, tmp_path / "rollouts")
     argv += ["--teacher", str(teacher_folder), "--out", str(tmp_path / "cache")]
-    right, calls = HfEngine.score, []
+    right, calls = TransformersEngine.score, []
 
     def wrong(self, sequences, *args, **kwargs):
         scores = right(self, sequences, *args, **kwargs)
@@ -155,7 +155,7 @@ def test_an_engine_that_cannot_be_right_is_refused_by_sequence_and_keeps_what_wa
         return [dataclasses.replace(item, **change(item)) for item in scores]
 
     with monkeypatch.context() as patch:
-        patch.setattr(HfEngine, "score", wrong)
+        patch.setattr(TransformersEngine, "score", wrong)
         assert main(argv) == 2
     error = capsys.readouterr().err
     assert re.search(f"sequence .*{message}", error), error

@@ -13,7 +13,7 @@ from conftest import TEMPLATE, TEXT, save_qwen3
 from safetensors.numpy import load_file, save_file
 
 from lopd.cli import main
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.models.load import load_model
 from lopd.store import RolloutStore, TeacherCache, scored_sequence
 from lopd.training.batch import Collator
@@ -188,7 +188,7 @@ def test_offline_and_live_gradients_agree_at_the_student_that_rolled_out(
     assert score(teacher_folder, rollouts, tmp_path / "cache", "--top_p", "1") == 0
     stored = TeacherCache.open(tmp_path / "cache")
     items = [stored[i] for i in range(8)]
-    teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    teacher = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     scores = teacher.score(
         [item.rollout.tokens for item in items], [item.rollout.prompt_length for item in items], 6
     )
@@ -390,7 +390,7 @@ def test_an_interrupted_command_says_so(tuned, prompts, tmp_path, capsys, monkey
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(HfEngine, "generate", interrupt)
+    monkeypatch.setattr(TransformersEngine, "generate", interrupt)
     assert roll_out(tuned, prompts, tmp_path / "out") == 130
     assert "interrupted; the same command continues it" in capsys.readouterr().err
 
