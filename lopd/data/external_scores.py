@@ -1,22 +1,22 @@
-"""Teacher scores as other tools dump them, one sequence a record.
+"""Teacher scores in the formats of other tools, one sequence per record.
 
-`lightning-opd`, the parquet of the paper's own code: `prompt`, text that a chat template has been
-applied to, and a struct `metadata` of `is_lightning_opd`, `response_tokens`, `loss_mask`,
-`response` and `teacher_log_probs` (of the response tokens). There is no list and no tail.
+`lightning-opd` is the parquet of the paper's code: `prompt`, text with the chat template applied,
+and a struct `metadata` of `is_lightning_opd`, `response_tokens`, `loss_mask`, `response` and
+`teacher_log_probs` (of the response tokens). There is no list and no tail.
 
-`topk`, log-probs in JSONL or parquet as users of vLLM dump them:
+`topk` holds log-probs in JSONL or parquet, as written by users of vLLM:
 
     prompt_token_ids      list of ids
     response_token_ids    list of ids, or `token_ids`
-    logprobs              one entry a response token: {"id": logprob, ...},
+    logprobs              one entry per response token: {"id": logprob, ...},
                           {"id": {"logprob": x, ...}, ...}, [[id, logprob], ...] or
                           [{"token_id": id, "logprob": x}, ...]
 
-In place of `logprobs`, `topk_ids` and `topk_logprobs`, a list each a response token. In place of
-`response_token_ids` and `logprobs`, `prompt_length` and vLLM's `prompt_logprobs`, where
-`prompt_token_ids` is prompt and response and entry t is of token t.
+`topk_ids` and `topk_logprobs`, one list each per response token, may replace `logprobs`.
+`prompt_length` and vLLM's `prompt_logprobs` may replace `response_token_ids` and `logprobs`; then
+`prompt_token_ids` is prompt and response, and entry t belongs to token t.
 
-Optional: `teacher_logprobs` (of the response tokens, where a list lacks them), `rollout_logprobs`,
+Optional: `teacher_logprobs` (of the response tokens, for lists that lack them), `rollout_logprobs`,
 `loss_mask` (of the response), `finish_reason`, `id` and `sample`.
 """
 
@@ -61,13 +61,13 @@ def read_dump(
     """The sequences of a file, in order.
 
     Args:
-        tokenizer: of the student, which encodes the prompts of `lightning-opd`.
-        eos_ids: of the student: they tell whether an answer stopped where no `finish_reason` says
-            it.
+        tokenizer: of the student; encodes the prompts of `lightning-opd`.
+        eos_ids: of the student; a response that ends with one has finish reason "stop" where the
+            record has no `finish_reason`.
 
     Raises:
-        DataError: place and fault of a record that is not of the format.
-        MissingFileError, ConfigError: as `tables.read_records`; `tokenizer` or `eos_ids` is needed.
+        DataError: a record is not of the format; names the record and the fault.
+        MissingFileError, ConfigError: as `jsonl.read_records`; `tokenizer` or `eos_ids` is needed.
     """
     seen: Counter[str] = Counter()
     for where, record in read_records(path):
@@ -78,7 +78,7 @@ def read_dump(
             raise
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"{where}: a field is of another type than format '{form}' has ({error})"
+                f"{where}: a field has another type than in format '{form}' ({error})"
             ) from error
         yield dumped
 
@@ -94,11 +94,11 @@ def _lightning(where: str, record: dict[str, Any], tokenizer: Any) -> dict[str, 
     if absent or metadata["is_lightning_opd"] is not True:
         what = f"no '{absent[0]}'" if absent else "is_lightning_opd not true"
         raise DataError(
-            f"{where}: metadata has {what}; expected the file that has the teacher's log-probs "
+            f"{where}: metadata has {what}; expected the file with the teacher's log-probs "
             "(its name ends with -precomputed)"
         )
     if tokenizer is None:
-        raise ConfigError(f"{where}: prompts are text; give the folder of the student")
+        raise ConfigError(f"{where}: prompts are text; name the folder of the student")
     response = metadata["response_tokens"]
     return {
         "prompt": tokenizer.encode(record["prompt"], add_special_tokens=False),
@@ -219,58 +219,58 @@ def _teacher_logprobs(
         at = np.flatnonzero(ids == token)
         if not len(at):
             raise DataError(
-                f"{where}: response token {t} (id {token}) is not in its own list; dump its "
-                "log-prob too (vLLM always does), or give 'teacher_logprobs'"
+                f"{where}: response token {t} (id {token}) is not in its list; dump its "
+                "log-prob too (vLLM always does), or add 'teacher_logprobs'"
             )
         found[t] = logprobs[at[0]]
     return found
 
 
 def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # ids, log-probs, [n]
-    """One list, in any of its forms, by descending log-prob."""
+    """One list, in any of its forms, sorted by descending log-prob."""
     pairs: Any = entry.items() if isinstance(entry, dict) else entry
     try:
         if isinstance(entry, list) and entry and isinstance(entry[0], dict):
             pairs = [(item["token_id"], item["logprob"]) for item in entry]
-        found = [
+        entries = [
             (_whole(token), float(value["logprob"] if isinstance(value, dict) else value))
             for token, value in pairs
         ]
     except (KeyError, TypeError, ValueError):
         raise DataError(
-            f"{where}: {_short(entry)} is no list of log-probs; expected {{id: logprob}}, "
+            f"{where}: {_short(entry)} is not a list of log-probs; expected {{id: logprob}}, "
             "[[id, logprob], ...] or [{'token_id': id, 'logprob': x}, ...]"
         ) from None
-    found.sort(key=lambda pair: (-pair[1], pair[0]))
-    ids = np.array([token for token, _ in found], np.int64)
+    entries.sort(key=lambda pair: (-pair[1], pair[0]))
+    ids = np.array([token for token, _ in entries], np.int64)
     if len(np.unique(ids)) != len(ids):
         raise DataError(f"{where}: an id is listed twice; expected distinct ids")
-    logprobs = np.array([value for _, value in found])
+    logprobs = np.array([value for _, value in entries])
     mass = np.exp(logprobs).sum()
     if not (np.isfinite(logprobs).all() and mass <= 1 + MASS_TOLERANCE):
         raise DataError(
             f"{where}: a list of mass {mass:.6g}; expected finite natural logs of probabilities "
-            "that sum to 1 at most"
+            "that sum to at most 1"
         )
     return ids, logprobs
 
 
 def _whole(token: Any) -> int:
     if not isinstance(token, int | str):
-        raise TypeError(f"{token!r} is no id")
+        raise TypeError(f"{token!r} is not an id")
     return int(token)
 
 
-def _finish(where: str, given: Any, last: int, eos_ids: Sequence[int]) -> str:
-    if given in FINISH_REASONS:
-        return str(given)
-    if given is not None:
+def _finish(where: str, reason: Any, last: int, eos_ids: Sequence[int]) -> str:
+    if reason in FINISH_REASONS:
+        return str(reason)
+    if reason is not None:
         raise DataError(
-            f"{where}: finish_reason is {given!r}; expected {' or '.join(FINISH_REASONS)}"
+            f"{where}: finish_reason is {reason!r}; expected {' or '.join(FINISH_REASONS)}"
         )
     if not eos_ids:
         raise ConfigError(
-            f"{where}: no finish_reason; give it in the file, or the folder of the student"
+            f"{where}: no finish_reason; add it to the file, or name the folder of the student"
         )
     return "stop" if last in eos_ids else "length"
 

@@ -1,7 +1,7 @@
 """Settings of the engine, shared by the stages that sample and score.
 
-`engine_options` is a mapping, as YAML, of what the chosen engine takes besides. None of it
-changes more than rounding, so none of it is part of a recipe.
+`engine_options` is a YAML mapping of further options of the chosen engine. They change results by
+rounding only, so they are not part of a recipe.
 
     engine="transformers"   device_map
     engine="vllm"           tensor_parallel_size, pipeline_parallel_size, enforce_eager,
@@ -9,7 +9,7 @@ changes more than rounding, so none of it is part of a recipe.
                             max_model_len, enable_prefix_caching, enable_chunked_prefill,
                             cpu_offload_gb, distributed_executor_backend
 
-Data parallelism is several workers (`--worker i/n`, or torchrun) on one folder.
+For data parallelism, start several workers (`--worker i/n`, or torchrun) on one folder.
 """
 
 from dataclasses import dataclass, field

@@ -20,11 +20,11 @@ from lopd_kernels import TopK, linear_sparse_divergence, linear_topk
 
 
 class TransformersEngine:
-    """One `transformers` causal LM that generates and scores.
+    """A `transformers` causal LM that generates and scores.
 
     `batch_size` bounds the sequences decoded together, `tokens_per_batch` the padded tokens
-    scored together. The LM head is checked once against the model's own logits, so that a head
-    with an unknown scale or cap is refused before anything is scored with it.
+    scored together. The LM head is checked once against the logits of the model, so that a head
+    with an unknown scale or cap is refused before it is used.
     """
 
     name = "transformers"
@@ -57,10 +57,10 @@ class TransformersEngine:
         options: dict[str, Any] | None = None,
         **limits: int,
     ) -> "TransformersEngine":
-        """The model at `path`; `options` may hold a `device_map`.
+        """Load the model at `path`; `options` may hold a `device_map`.
 
         Raises:
-            ModelError: not loadable, or its LM head would be offloaded.
+            ModelError: the model cannot be loaded, or its LM head would be offloaded.
         """
         model = load_model(
             path, dtype=dtype, device=device, local_rank=local_rank, **(options or {})
@@ -161,7 +161,7 @@ class TransformersEngine:
     ) -> list[TeacherScores]:
         """See `Engine.score`. Memory does not depend on the vocabulary times the tokens.
 
-        Extra ids cost one more pass over the LM head, which reduces the tail without them.
+        Extra ids cost one more pass over the LM head, which computes the tail without them.
         """
         self._limits.check_k(k)
         check_sequences(sequences, prompt_lengths, self._limits, extra_ids)
@@ -262,9 +262,9 @@ def _floats(values: Tensor) -> np.ndarray:
 def _tail_without(
     rows: Tensor, weight: Tensor, top: TopK, extra: Tensor, options: dict[str, Any]
 ) -> Tensor:  # [N]
-    """Log of the mass outside the top-k and the extra ids, reduced with all of them removed.
+    """Log of the mass outside the top-k and the extra ids, summed without them.
 
-    The divergence of the model to its own log-probs, whose statistics hold that mass.
+    It is a statistic of the divergence between the model and its own log-probs.
     """
     assert top.extra_logprobs is not None
     new = extra.masked_fill((extra[:, :, None] == top.ids[:, None, :]).any(2), -1)
@@ -282,7 +282,7 @@ def _tail_without(
 
 
 def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pick one token a row by inverse CDF.
+    """Sample one token per row by inverse CDF.
 
     Args: logits [B, V] fp32, uniforms [B] in [0, 1).
     Returns: token ids, their log-probs under the sampling distribution, and at temperature 1
@@ -341,7 +341,7 @@ def _collect(
 
 
 def _by_tokens(sequences: Sequence[np.ndarray], budget: int) -> Iterator[list[int]]:
-    """Indices grouped by similar length, each group at most `budget` padded tokens (or one row)."""
+    """Indices grouped by similar length, each at most `budget` padded tokens (or 1 sequence)."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     group: list[int] = []
     for i in order:

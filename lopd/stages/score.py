@@ -1,11 +1,11 @@
 """Score stored rollouts with the teacher, once, into the sparse cache (`lopd score`).
 
-Shard i of the cache holds the sequences of shard i of the rollouts, tokens included, so
-that the cache is complete without them. The teacher must tokenise as the student does:
-its vocabulary is stored beside the shards for the check that `lopd distill` makes.
+Shard i of the cache holds the sequences of shard i of the rollouts, tokens included, so that
+training needs only the cache. The teacher and the student must share a tokenizer: the teacher's
+vocabulary is stored beside the shards, and `lopd distill` compares the two.
 
-Several processes may score into one folder (`--worker i/n`, or torchrun); which of them
-writes a shard changes nothing in it.
+Several processes may score into one folder (`--worker i/n`, or torchrun); a shard does not depend
+on the process that writes it.
 """
 
 import math
@@ -100,14 +100,15 @@ class ScoreConfig(EngineOptions):
 
 
 def main(config: ScoreConfig) -> Path | None:
-    """Score what is missing of the cache; returns its folder, None after `plan`.
+    """Score the missing shards of the cache; returns its folder, None after `plan`.
 
     Raises:
-        ShardError: rollouts that are altered (what is trained on is hashed first), or another
-            process at work in the folder.
-        ConfigError: a setting out of range, a folder of another recipe, or no room on the disk.
-        ProvenanceError: `student` is not the one that made the rollouts.
-        DataError: a sequence that the teacher has no room or no embedding for.
+        ShardError: the rollouts are altered (they are hashed first), or another process is
+            writing into the folder.
+        ConfigError: a setting is out of range, the folder holds another recipe, or the disk has
+            no room.
+        ProvenanceError: `student` did not make the rollouts.
+        DataError: a sequence exceeds the teacher's context or vocabulary.
     """
     worker = this_worker(config.worker)
     check_model_folder(config.teacher)
@@ -129,10 +130,10 @@ def main(config: ScoreConfig) -> Path | None:
         missing = writer.missing()
         if missing:
             save_vocab(config.teacher, config.out)
-            doubtful = bounds[1].of(work) > free_bytes(config.out)
-            _fill(writer, missing, rollouts, config, worker, probe=doubtful)
+            may_not_fit = bounds[1].of(work) > free_bytes(config.out)
+            _fill(writer, missing, rollouts, config, worker, probe=may_not_fit)
         if not writer.finish():
-            print(f"{config.out}: {worker} is done, others still write", file=sys.stderr)
+            print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)
 
 
@@ -168,7 +169,7 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
 
 
 def _describe_support(config: ScoreConfig, maker: dict[str, Any]) -> dict[str, Any]:
-    """Which ids the lists hold; with extra ids, whose."""
+    """The ids that the lists hold and, with extra ids, the student that chose them."""
     if config.student is None:
         return {"ids": "teacher's top k", "extra_ids": 0}
     student = describe_model(config.student, dtype=config.dtype, engine="transformers")
@@ -186,7 +187,7 @@ def _describe_support(config: ScoreConfig, maker: dict[str, Any]) -> dict[str, A
 
 
 def _missing(config: ScoreConfig, manifest: dict[str, Any]) -> list[int]:
-    """Shards without a receipt, found without writing anything."""
+    """Shards without a receipt; does not write anything."""
     if not (Path(config.out) / MANIFEST_NAME).exists():
         return list(range(len(manifest["plan"]["shards"])))
     if is_unused(config.out, manifest):
@@ -240,7 +241,7 @@ def _fill(
     config: ScoreConfig,
     worker: Worker,
     *,
-    probe: bool,  # whether it is in doubt that the rest fits on the disk
+    probe: bool,  # measure a few sequences first, to check that the rest fits on the disk
 ) -> None:
     scorer, sizes = _Scorer(config, worker), rollouts.manifest["plan"]["shards"]
     work = work_left(rollouts, missing)
@@ -259,7 +260,7 @@ def _print_plan(
     rollouts: RolloutStore,
     work: Work,
     probe: Probe,
-    sizes: list[int],  # by the probe, at least, at most
+    sizes: list[int],  # measured, lower bound, upper bound
     free: int,
     worker: Worker,
 ) -> None:

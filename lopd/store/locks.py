@@ -18,7 +18,7 @@ class FolderLock:
     """The right to write into a folder, until it is released or the process ends.
 
     It excludes all other writers or, with `shared`, those that do not share. A sharing writer that
-    finds the folder free holds it exclusively (`alone`) until it calls `share`. Sharing writers
+    finds the folder free holds it exclusively until it calls `share`. Sharing writers
     take the lock and call `share` under a `start_lock`.
 
     Raises:
@@ -28,7 +28,7 @@ class FolderLock:
     def __init__(self, folder: Path, *, shared: bool = False) -> None:
         path = folder / LOCK_NAME
         descriptor = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.alone = descriptor is not None
+        self.is_exclusive = descriptor is not None
         if descriptor is None and shared:
             descriptor = _lock(path, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if descriptor is None:

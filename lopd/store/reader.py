@@ -1,4 +1,4 @@
-"""Readers of shard folders: random access by sequence, shards opened when first needed."""
+"""Readers of shard folders: random access by sequence; shards are opened when needed."""
 
 import math
 from collections import Counter

@@ -64,14 +64,14 @@ def head_rows(manifest: Mapping[str, Any]) -> int:
 
 
 def scoring_of(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Where tail, entropy and rollout log-probs come from; what is not mentioned is computed.
+    """The sources of tail, entropy and rollout log-probs; `computed` unless the manifest says more.
 
-    `computed` by a model from all of its logits; `derived` from the list alone: the tail as 1 less
-    the listed mass, the entropy of list and tail, a lower bound; `absent`, NaN in the shards;
-    `renormalized`, a tail that was lost before the scores came here.
+    `computed`: by a model, from all of its logits. `derived`: from the list; the tail is 1 minus
+    the listed mass, the entropy that of list and tail, a lower bound. `absent`: NaN in the shards.
+    `renormalized`: the lists were renormalised before they were imported, and the tail is lost.
 
     Raises:
-        ConfigError: another word.
+        ConfigError: an unknown value.
     """
     said = manifest.get("scoring") or {}
     found = {name: said.get(name, "computed") for name in SCORING}

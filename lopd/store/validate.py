@@ -63,7 +63,7 @@ def check_scores(
     Without `has_entropy`, for engines that do not compute it, the entropy must be NaN.
 
     Raises:
-        DataError: names the sequence, the response token and what is wrong with it.
+        DataError: names the sequence, the response token and the fault.
     """
     name = name_of(rollout)
     length = len(rollout.tokens) - rollout.prompt_length

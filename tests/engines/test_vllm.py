@@ -152,9 +152,9 @@ def test_sequences_that_cannot_be_scored(vllm, tokens, prompt_length, error):
 
 def test_what_this_engine_cannot_do_is_refused(vllm):
     one = ([np.array([5, 6])], [1], 2)
-    with pytest.raises(ConfigError, match="vllm scores at 1 alone"):
+    with pytest.raises(ConfigError, match="vllm scores only at 1"):
         vllm.score(*one, temperature=0.7)
-    with pytest.raises(ConfigError, match="its own top-k alone"):
+    with pytest.raises(ConfigError, match="only its top-k"):
         vllm.score(*one, extra_ids=[np.array([[1]])])
     with pytest.raises(ConfigError, match=r"would raise it to 0\.01"):
         vllm.generate([[5]], Sampling(4, temperature=0.001), [0])

@@ -350,7 +350,7 @@ def test_names_that_identify_nothing_need_overrides(
     assert distill(student, cache, tmp_path / "out", *flags) == 0
     capsys.readouterr()
     assert run(source, "topk", "someone", "org/teacher-8B", tmp_path / "none") == 2
-    assert "which tells the vocabulary" in capsys.readouterr().err
+    assert "to read the vocabulary from" in capsys.readouterr().err
 
 
 def test_an_interrupted_import_continues(student, teacher_folder, dumped, tmp_path):
@@ -376,23 +376,26 @@ BAD = {
     "two forms": ({"topk_ids": [[7], [8]], "topk_logprobs": [[-1], [-1]]}, "and either"),
     "no response": ({"response_token_ids": [], "logprobs": []}, "0 response tokens"),
     "too few": ({"logprobs": [{"7": -0.1}]}, "1 entries of log-probs for 2 response tokens"),
-    "own absent": ({"logprobs": [{"7": -1.0}, {"9": -1.0}]}, r"token 1 \(id 8\) is not in its own"),
+    "own absent": (
+        {"logprobs": [{"7": -1.0}, {"9": -1.0}]},
+        r"token 1 \(id 8\) is not in its list",
+    ),
     "nan": ({"logprobs": [{"7": float("nan")}, {"8": -1}]}, "token 0: a list of mass nan"),
     "overfull": (
         {"logprobs": [{"7": -0.1}, {"8": -0.1, "9": -0.1}]},
         "token 1: a list of mass 1.8",
     ),
     "twice": ({"logprobs": [[[7, -1.0], [7, -2.0]], {"8": -1}]}, "token 0: an id is listed twice"),
-    "words": ({"logprobs": [{"cat": -1.0}, {"8": -1}]}, "token 0: .* is no list of log-probs"),
-    "numbers": ({"logprobs": [-1.0, -2.0]}, "token 0: -1.0 is no list of log-probs"),
-    "null": ({"logprobs": [None, {"8": -1}]}, "token 0: None is no list"),
+    "words": ({"logprobs": [{"cat": -1.0}, {"8": -1}]}, "token 0: .* is not a list of log-probs"),
+    "numbers": ({"logprobs": [-1.0, -2.0]}, "token 0: -1.0 is not a list of log-probs"),
+    "null": ({"logprobs": [None, {"8": -1}]}, "token 0: None is not a list"),
     "mask": ({"loss_mask": [1]}, "1 entries of loss_mask for 2"),
-    "mask of words": ({"loss_mask": ["a", 1]}, "a field is of another type"),
+    "mask of words": ({"loss_mask": ["a", 1]}, "a field has another type"),
     "mask of two": ({"loss_mask": [2, 1]}, "loss_mask holds 1 to 2; expected 0 and 1"),
     "finish": ({"finish_reason": "abort"}, "finish_reason is 'abort'; expected stop or length"),
-    "sample": ({"sample": "x"}, "a field is of another type than format 'topk' has"),
-    "list is no list": ({"logprobs": 3}, "a field is of another type"),
-    "float listed": ({"logprobs": [[[7.5, -1.0]], {"8": -1}]}, "token 0: .* is no list"),
+    "sample": ({"sample": "x"}, "a field has another type than in format 'topk'"),
+    "list is no list": ({"logprobs": 3}, "a field has another type"),
+    "float listed": ({"logprobs": [[[7.5, -1.0]], {"8": -1}]}, "token 0: .* is not a list"),
     "float ids": ({"response_token_ids": [7.5, 8]}, "expected a list of integers"),
 }
 

@@ -123,7 +123,7 @@ def test_duplicates_are_refused(tmp_path):
             writer.write(0, [make_pair(0)[:2], (rollout, scores)])
         with pytest.raises(DataError, match=r"prompt-0/0 is twice in shard 0"):
             writer.write(0, [make_pair(0)[:2]] * 2)
-        with pytest.raises(DataError, match="given 1 sequences, the plan says 2"):
+        with pytest.raises(DataError, match="found 1 sequences; expected 2, as planned"):
             writer.write(0, [make_pair(0)[:2]])
 
 
