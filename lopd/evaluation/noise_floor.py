@@ -141,7 +141,7 @@ def _compare(
         stored = _to_buckets(buckets, item.topk_ids, item.topk_logprobs, item.tail_logprobs)
         noise.append(_bucket_kl(_to_buckets(buckets, *teacher_lists), stored))
         signal.append(_bucket_kl(_to_buckets(buckets, *_with_extra_ids(student)), stored))
-        gaps.append(np.abs(teacher.logprobs - item.teacher_logprobs))
+        gaps.append(np.abs(teacher.teacher_logprobs - item.teacher_logprobs))
         num_buckets += int(has_bucket.sum())
         num_listed += int((item.topk_ids >= 0).sum())
     gap = np.concatenate(gaps)

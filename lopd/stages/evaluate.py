@@ -17,7 +17,7 @@ from lopd.config.fields import setting, setting_of
 from lopd.data.prompts import Prompt, check_prompts, load_prompts
 from lopd.engines.base import Sampling
 from lopd.engines.options import GenerationOptions, ScoringOptions
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.accuracy import generate_answers, measure_accuracy
 from lopd.evaluation.grading import exact_grader, math_grader
@@ -114,7 +114,7 @@ def main(config: EvalConfig) -> Path:
     out = claim(config.out)
     engine = _load(config, config.model)
     prompts = _prompts(config, engine)
-    dtype, name = config.dtype, HfEngine.name
+    dtype, name = config.dtype, TransformersEngine.name
     inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
@@ -170,8 +170,8 @@ def claim(folder: str) -> Path:
     return out
 
 
-def _load(config: EvalConfig, path: str) -> HfEngine:
-    return HfEngine.load(
+def _load(config: EvalConfig, path: str) -> TransformersEngine:
+    return TransformersEngine.load(
         path,
         dtype=config.dtype,
         device=config.device,
@@ -180,7 +180,7 @@ def _load(config: EvalConfig, path: str) -> HfEngine:
     )
 
 
-def _prompts(config: EvalConfig, engine: HfEngine) -> list[Prompt]:
+def _prompts(config: EvalConfig, engine: TransformersEngine) -> list[Prompt]:
     """Load the prompts; check that each has an answer and fits into the model's context."""
     prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]

@@ -7,7 +7,7 @@ import pytest
 
 from lopd.data.prompts import Prompt
 from lopd.engines.base import Generation, Sampling
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError
 from lopd.evaluation.accuracy import (
     accuracy_by_length,
@@ -158,7 +158,7 @@ def test_accuracy_by_length_counts_the_sampled_answers():
 
 def test_answers_stop_at_the_end_of_sequence_token(tmp_path):
     folder = toy.write_model(tmp_path / "m", toy.STUDENT_SIZE, seed=0)
-    engine = HfEngine.load(folder, dtype="float32", device="cpu", batch_size=8)
+    engine = TransformersEngine.load(folder, dtype="float32", device="cpu", batch_size=8)
     eos = engine.tokenizer.eos_token_id
     prompts = [Prompt(str(i), [5, 6, 7 + i % 9], "1") for i in range(16)]
     _, records, sampled = measure(engine, prompts, 2, max_new_tokens=24)

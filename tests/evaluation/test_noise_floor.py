@@ -7,7 +7,7 @@ from helpers_stages import make_rollouts, score_argv
 
 from lopd.cli import main
 from lopd.engines.options import EngineOptions
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.evaluation.noise_floor import (
     _bucket_kl,
     _to_buckets,
@@ -21,12 +21,12 @@ def dense_signal(cache, student_folder):
     """Mean KL(student || stored) and share of the listed ids in its buckets, from full rows."""
     chosen = np.sort(np.random.default_rng(0).choice(20, 12, replace=False))
     items = [TeacherCache.open(cache, support="list")[int(i)] for i in chosen]
-    student = HfEngine.load(student_folder, dtype="float32", device="cpu")
+    student = TransformersEngine.load(student_folder, dtype="float32", device="cpu")
     size = student.vocab_size
     sequences = [s.rollout.tokens for s in items], [s.rollout.prompt_length for s in items]
     kls, shares = [], []
     for item, score in zip(items, student.score(*sequences, size), strict=True):
-        for row in range(len(score.logprobs)):
+        for row in range(len(score.teacher_logprobs)):
             dense = np.empty(size)
             dense[score.topk_ids[row]] = score.topk_logprobs[row]
             listed = item.topk_ids[row] >= 0
@@ -82,7 +82,7 @@ def test_ids_without_a_bucket_join_the_others():
 
 
 def test_extra_ids_are_merged_without_duplicates(teacher_folder):
-    engine = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    engine = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     (top,) = engine.score([np.array([5, 6, 7, 8])], [2], 3)
     (score,) = engine.score([np.array([5, 6, 7, 8])], [2], 3, extra_ids=[top.topk_ids])
     ids, logprobs, tail = _with_extra_ids(score)

@@ -109,10 +109,10 @@ def unknown(arrays):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (shift, "lacks an own log-prob"),
+        (shift, "lacks teacher_logprobs"),
         (shrink, "lacks a mass of list and tail of 1"),
-        (positive, "lacks a log-prob of its own"),
-        (unknown, "lacks a log-prob of its own"),
+        (positive, "lacks valid teacher_logprobs"),
+        (unknown, "lacks valid teacher_logprobs"),
     ],
 )
 def test_value_out_of_range_is_named_though_hashes_match(cache, tmp_path, capsys, change, message):
