@@ -23,7 +23,7 @@ from lopd.config.fields import setting, setting_of
 from lopd.data.prompts import Prompt, check_prompts, load_prompts
 from lopd.engines.base import Generation, Sampling, sequence_seed
 from lopd.engines.options import GenerationOptions, ScoringOptions
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.accuracy import by_length, estimate, pass_at_k, table
 from lopd.evaluation.grading import Judge, exact_judge, math_judge
@@ -115,7 +115,7 @@ def main(config: EvalConfig) -> Path:
     out = claim(config.out)
     engine = _load(config, config.model)
     prompts = _prompts(config, engine)
-    dtype, name = config.dtype, HfEngine.name
+    dtype, name = config.dtype, TransformersEngine.name
     inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
@@ -163,8 +163,8 @@ def claim(folder: str) -> Path:
     return out
 
 
-def _load(config: EvalConfig, path: str) -> HfEngine:
-    return HfEngine.load(
+def _load(config: EvalConfig, path: str) -> TransformersEngine:
+    return TransformersEngine.load(
         path,
         dtype=config.dtype,
         device=config.device,
@@ -173,7 +173,7 @@ def _load(config: EvalConfig, path: str) -> HfEngine:
     )
 
 
-def _prompts(config: EvalConfig, engine: HfEngine) -> list[Prompt]:
+def _prompts(config: EvalConfig, engine: TransformersEngine) -> list[Prompt]:
     """The prompts, each with an answer and with room for the model's."""
     prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
@@ -204,7 +204,7 @@ def _judge(config: EvalConfig, prompts: list[Prompt]) -> Judge:
 
 
 def sample(
-    engine: HfEngine, prompts: list[Prompt], sampling: Sampling, n: int, seed: int
+    engine: TransformersEngine, prompts: list[Prompt], sampling: Sampling, n: int, seed: int
 ) -> list[Generation]:
     """n answers to every prompt, prompt by prompt."""
     with tqdm(total=len(prompts) * n, unit="seq", desc="answering") as bar:
@@ -217,7 +217,7 @@ def sample(
 
 
 def measure(
-    engine: HfEngine, prompts: list[Prompt], config: EvalConfig
+    engine: TransformersEngine, prompts: list[Prompt], config: EvalConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[Generation]]:
     """Accuracies; every answer as a record; the sampled answers as tokens, prompt by prompt."""
     n, judge = config.num_samples, _judge(config, prompts)

@@ -1,10 +1,10 @@
 """Sample a model's answers to prompts, once, into a crash-safe store.
 
-`lopd rollout` samples the fine-tuned student; `lopd sft-data` (lopd/stages/sft_data.py) samples
-the teacher by the same road. Token ids are the product: text is never stored, the
-end-of-sequence token is kept, and log-probs are those of the sampling distribution, with
-those at temperature 1 beside them where the two differ. Several processes may sample into
-one folder (`--worker i/n`, or torchrun).
+`lopd rollout` samples the fine-tuned student; `lopd sft-data` (lopd/stages/sft_data.py) uses the
+same code path to sample the teacher. The store holds token ids, never text, with the
+end-of-sequence token, and the log-probs of the sampling distribution; those at temperature 1 are
+stored beside them where the two differ. Several processes may sample into one folder
+(`--worker i/n`, or torchrun).
 """
 
 import sys
@@ -63,10 +63,10 @@ def main(config: RolloutConfig) -> Path:
 
 
 def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: str) -> Path:
-    """Sample what is missing of a store of answers; returns its folder.
+    """Sample the missing shards of a store of answers; returns its folder.
 
-    Sequences are numbered prompt by prompt, sample by sample; shard i holds the i-th run of
-    `shard_size` of them, so an interrupted run continues with the shards it lacks.
+    Sequences are numbered prompt by prompt, sample by sample. Shard i holds the i-th run of
+    `shard_size` sequences, so an interrupted run continues with the missing shards.
     """
     worker = this_worker(config.worker)
     check_model_folder(model)
@@ -101,7 +101,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
             save_vocab(model, config.out)
             _fill(writer, missing, shards, config, model, worker)
         if not writer.finish():
-            print(f"{config.out}: {worker} is done, others still write", file=sys.stderr)
+            print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)
 
 
@@ -135,7 +135,7 @@ def _fill(
             if len(generations) != len(jobs):
                 raise ModelError(
                     f"engine: {config.engine} gave {len(generations)} answers to {len(jobs)} "
-                    "prompts; nothing of them is written"
+                    "prompts; nothing is written"
                 )
             pairs = zip(jobs, generations, strict=True)
             writer.write(index, [to_rollout(*job, generation) for job, generation in pairs])

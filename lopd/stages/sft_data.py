@@ -1,6 +1,6 @@
 """Sample the teacher's answers, the data that the student is fine-tuned on (`lopd sft-data`).
 
-Its manifest names the teacher by the digest of its weights; fine-tuning passes that on,
+Its manifest identifies the teacher by the digest of its weights. `lopd sft` copies that digest,
 and `lopd distill` compares it with the teacher that scored the rollouts.
 """
 
