@@ -218,11 +218,11 @@ class Bench:
             scoring = clock.lap()
             out = self.distill(cache, name, None)
             seconds = dict(zip(PARTS, (generation, scoring, clock.lap()), strict=True))
-            if "seconds" in read_manifest(out):
+            if "seconds" in read_manifest(out).raw:
                 raise Wrong("the offline run's manifest tells of renewed rollouts")
             return Run(out, seconds, {}, None, clock.peak_mib())
         out = self.distill(cache, name, every)
-        whole, manifest = clock.lap(), read_manifest(out)
+        whole, manifest = clock.lap(), read_manifest(out).raw
         told = manifest["seconds"]
         check_parts(told, whole, manifest["refresh"], self.size, every)
         rest = whole - told["generation"] - told["scoring"]

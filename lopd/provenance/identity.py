@@ -1,12 +1,15 @@
 """Run identity: which settings and inputs decide what an artefact holds."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lopd.provenance.io import json_digest
+from lopd.provenance.manifest import Manifest
+from lopd.provenance.typed_json import plain
 
 # How a run is carried out and where things are; inputs count by their digests.
-NOT_IN_TRAINING_RECIPE = frozenset(
+NOT_IDENTITY = frozenset(
     {
         "out",
         "model",
@@ -14,44 +17,86 @@ NOT_IN_TRAINING_RECIPE = frozenset(
         "student",
         "teacher",
         "cache",
+        "prompts",
         "device",
         "log_every",
         "save_every",
         "save_total_limit",
         "report_to",
         "verify",
-        "workspace_bytes",  # this and the next five: memory and rounding
+        "workspace_bytes",  # this and the next six: memory and rounding
         "gradient_checkpointing",
         "attention",
+        "tokens_per_batch",
         "max_tokens_per_batch",
-        "batch_size",  # but for its product with the next
+        "batch_size",  # in training, only its product with the next counts
         "gradient_accumulation_steps",
         "stale_ess",
         "stale_every",
     }
 )
-
-
-def training_recipe_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's settings decides its result, but for rounding."""
-    micro_batches = settings.get("batch_size", 0), settings.get("gradient_accumulation_steps", 0)
-    kept = {key: value for key, value in settings.items() if key not in NOT_IN_TRAINING_RECIPE}
-    return {**kept, "sequences_per_step": micro_batches[0] * micro_batches[1]}
-
-
-# How and when a stage was called; everything else is the recipe.
+# How and when a stage was called; everything else in a manifest is the recipe.
 NOT_RECIPE = frozenset({"config", "created", "environment", "seconds"})
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """sha256 of the recipe: the manifest without paths, times, environment and `config`."""
+def settings_identity(config: Any, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings of a training or evaluation run that decide its result, but for rounding.
+
+    Args:
+        config: the stage's config, a dataclass.
+        settings: values to take instead of `config`'s: those in the manifest of a finished run.
+    """
+    values = asdict(config) if settings is None else settings
+    identity = {key: value for key, value in values.items() if key not in NOT_IDENTITY}
+    if "gradient_accumulation_steps" in values:
+        micro_batches = values["gradient_accumulation_steps"]
+        identity["sequences_per_step"] = values["batch_size"] * micro_batches
+    return identity
+
+
+def digests_of(inputs: Mapping[str, Any]) -> dict[str, str | None]:
+    """The content digest of everything in the `inputs` of a manifest, by name."""
+    digests = {}
+    for name, described in plain(inputs).items():
+        keys = ("digest", "sha256", "weights")  # of a folder of shards, a file, a model
+        digests[name] = next((described[key] for key in keys if key in described), None)
+    return digests
+
+
+def recipe_of(manifest: Manifest) -> dict[str, Any]:
+    """The part of a manifest that decides what the artefact holds: no paths, times, `config`."""
+    return _without_paths({k: v for k, v in manifest.raw.items() if k not in NOT_RECIPE})
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """sha256 of the recipe, which receipts and shards repeat."""
     return json_digest(recipe_of(manifest))
 
 
-def recipe_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a manifest that decides what the artefact holds."""
-    recipe = {key: value for key, value in manifest.items() if key not in NOT_RECIPE}
-    return _without_paths(recipe)
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any], most: int = 3) -> str:
+    """What differs between two identities, in words; empty where nothing does.
+
+    >>> difference({"k": 8, "model": {"dtype": "float32"}}, {"k": 4, "model": {"dtype": "float32"}})
+    'k was 8, is 4'
+    """
+    was, now = _flat(found), _flat(expected)
+    keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    words = [f"{key} was {_brief(was.get(key))}, is {_brief(now.get(key))}" for key in keys[:most]]
+    more = [f"and {len(keys) - most} more"] if len(keys) > most else []
+    return "; ".join([*words, *more])
+
+
+def _flat(value: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """The values of nested objects by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{at}{key}.") if isinstance(item, Mapping) else {at + key: item}
+    return flat
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 32 else f"{text[:16]}..."
 
 
 def _without_paths(value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 The formats are those of `lopd.data.external_scores`. Who scored and who rolled out is taken on
 trust and marked `declared`: a model folder is fingerprinted, a digest is taken as it is, and any
-other name cannot be verified, so that `lopd distill` asks for its override. What a dump lacks
-stands in the manifest's `scoring` (`lopd.store.scoring_of`): tail and entropy are derived from the
+other name cannot be verified, so that `lopd distill` asks for its override. The manifest's `scoring`
+says what a dump lacks (`lopd.provenance.manifest.Scoring`): tail and entropy are derived from the
 lists, rollout log-probs may be absent.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,15 @@ import numpy as np
 from lopd.data.external_scores import Dumped, Format, read_dump
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import eos_ids_of, load_tokenizer
-from lopd.provenance import build_manifest, describe_file, describe_model, lineage_of, save_vocab
+from lopd.provenance import (
+    ModelIdentity,
+    build_manifest,
+    describe_file,
+    describe_model,
+    lineage_of,
+    save_vocab,
+    vocab_size_of,
+)
 from lopd.store import CacheWriter, Codec, Rollout, TeacherScores
 from lopd.store.lists import derived_tail, row_sums
 from lopd.store.validate import MASS_TOLERANCE
@@ -81,6 +89,7 @@ def main(config: ImportConfig) -> Path:
         MissingFileError: no such file.
     """
     student, teacher = _describe_both(config.student, config.teacher)
+    assert teacher.vocab_size is not None
     tokenizer, eos_ids = None, []
     if Path(config.student).is_dir():
         tokenizer = load_tokenizer(config.student)
@@ -89,7 +98,7 @@ def main(config: ImportConfig) -> Path:
     def read() -> Iterator[Dumped]:
         return read_dump(config.source, config.format, tokenizer, eos_ids)
 
-    survey = take_survey(config, teacher["vocab_size"], read())
+    survey = take_survey(config, teacher.vocab_size, read())
     source = describe_file(config.source)
     full, rest = divmod(survey.sequences, config.shard_size)
     manifest = build_manifest(
@@ -125,41 +134,37 @@ def main(config: ImportConfig) -> Path:
             save_vocab(config.teacher, config.out)
         records = read()
         width = survey.longest - survey.shortest
-        for shard, size in enumerate(manifest["plan"]["shards"]):
+        for shard, size in enumerate(manifest.shards):
             dumped = list(islice(records, size))
             if shard in missing:
-                scored = _scores(dumped, survey.shortest, width, teacher["vocab_size"])
+                scored = _scores(dumped, survey.shortest, width, teacher.vocab_size)
                 writer.write(shard, list(scored))
         writer.finish()
     return Path(config.out)
 
 
-def _describe_both(student: str, teacher: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    known = {name: _describe_folder(name) for name in {student, teacher} if Path(name).is_dir()}
-    if not known:
+def _describe_both(student: str, teacher: str) -> tuple[ModelIdentity, ModelIdentity]:
+    rows = [vocab_size_of(name) for name in (student, teacher) if Path(name).is_dir()]
+    if not rows:
         raise ConfigError(
             f"neither student '{student}' nor teacher '{teacher}' is a folder; give the folder of "
             "one of them, which tells the vocabulary"
         )
-    rows = max(found["vocab_size"] for found in known.values())
-    found = [known.get(name) or _describe_name(name, rows) for name in (student, teacher)]
-    return found[0], found[1]
+    return _describe(student, max(rows)), _describe(teacher, max(rows))
 
 
-def _describe_folder(folder: str) -> dict[str, Any]:
-    described = describe_model(folder, dtype="unspecified", engine="unspecified")
-    return {**described, "declared": True}
-
-
-def _describe_name(name: str, vocab_size: int) -> dict[str, Any]:
+def _describe(name: str, vocab_size: int) -> ModelIdentity:
+    """A model by its folder, or as far as a digest or another name identifies it."""
     unknown = f"unidentified: {name}"
-    return {
+    known: Mapping[str, Any] = {
         "path": name,
         "weights": name if _DIGEST.fullmatch(name) else unknown,
         "tokenizer": unknown,
         "vocab_size": vocab_size,
-        "declared": True,
     }
+    if Path(name).is_dir():
+        known = describe_model(name, dtype="unspecified", engine="unspecified").raw
+    return ModelIdentity.from_json({**known, "declared": True})
 
 
 def take_survey(config: ImportConfig, vocab_size: int, records: Iterable[Dumped]) -> Survey:

@@ -24,14 +24,15 @@ from lopd.engines.options import EngineOptions
 from lopd.errors import ConfigError, DataError, ModelError, ProvenanceError
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
-    MANIFEST_NAME,
+    CacheManifest,
+    ModelIdentity,
     build_manifest,
     describe_model,
     save_vocab,
     vocab_size_of,
 )
 from lopd.store import CacheWriter, Codec, Rollout, RolloutStore, TeacherCache, TeacherScores
-from lopd.store.folders import is_unused, require_same_recipe
+from lopd.store.folders import examine_shard_folder
 from lopd.store.size import (
     Probe,
     Work,
@@ -136,13 +137,12 @@ def main(config: ScoreConfig) -> Path | None:
     return Path(config.out)
 
 
-def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
+def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
     source, numerics = rollouts.manifest, ENGINES[config.engine]
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
-    if not 1 <= config.k <= model["vocab_size"]:
-        raise ConfigError(
-            f"k: found {config.k}; expected 1 to the teacher's vocabulary of {model['vocab_size']}"
-        )
+    rows = vocab_size_of(config.teacher)
+    if not 1 <= config.k <= rows:
+        raise ConfigError(f"k: found {config.k}; expected 1 to the teacher's vocabulary of {rows}")
     return build_manifest(
         "cache",
         stage="score",
@@ -151,12 +151,12 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
         inputs={
             "rollouts": {
                 "digest": rollouts.digest(),
-                "model": source["model"],
-                "lineage": source["lineage"],
-                "sampling": source["sampling"],
+                "model": source.model,
+                "lineage": source.lineage,
+                "sampling": source.sampling,
             }
         },
-        plan=source["plan"],
+        plan={"shards": source.shards},
         k=config.k,
         top_p=config.top_p,
         codec=config.codec,
@@ -165,25 +165,26 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
             "tail": numerics.tail,
             "entropy": numerics.entropy,
             "rollout_logprobs": "computed",
-            "support": _describe_support(config, source["model"]),
+            "support": _describe_support(config, source.model),
         },
     )
 
 
-def _describe_support(config: ScoreConfig, maker: dict[str, Any]) -> dict[str, Any]:
+def _describe_support(config: ScoreConfig, policy: ModelIdentity) -> dict[str, Any]:
     """Which ids the lists hold; with extra ids, whose."""
     if config.student is None:
         return {"ids": "teacher's top k", "extra_ids": 0}
     student = describe_model(config.student, dtype=config.dtype, engine="transformers")
-    if student["weights"] != maker["weights"]:
+    if student.weights != policy.weights:
         raise ProvenanceError(
-            f"student: {config.student} has weights {student['weights'][:12]}, the rollouts were "
-            f"made by {maker['weights'][:12]}; name the student that made them"
+            f"student: {config.student} has weights {student.weights[:12]}, the rollouts were "
+            f"made by {policy.weights[:12]}; name the student that made them"
         )
-    if config.extra_ids > student["vocab_size"]:
+    rows = vocab_size_of(config.student)
+    if config.extra_ids > rows:
         raise ConfigError(
             f"extra_ids: found {config.extra_ids}; expected at most the student's vocabulary of "
-            f"{student['vocab_size']}"
+            f"{rows}"
         )
     return {
         "ids": "teacher's top k and student's top extra_ids",
@@ -192,13 +193,10 @@ def _describe_support(config: ScoreConfig, maker: dict[str, Any]) -> dict[str, A
     }
 
 
-def _missing(config: ScoreConfig, manifest: dict[str, Any]) -> list[int]:
+def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
     """Shards without a receipt, found without writing anything."""
-    if not (Path(config.out) / MANIFEST_NAME).exists():
-        return list(range(len(manifest["plan"]["shards"])))
-    if is_unused(config.out, manifest):
-        return list(range(len(manifest["plan"]["shards"])))
-    require_same_recipe(config.out, manifest)
+    if examine_shard_folder(config.out, manifest).state == "new":
+        return list(range(len(manifest.shards)))
     return TeacherCache.open(config.out, allow_incomplete=True).missing_shards
 
 
@@ -274,7 +272,7 @@ def _fill(
     *,
     probe: bool,  # whether it is in doubt that the rest fits on the disk
 ) -> None:
-    scorer, sizes = _Scorer(config, worker), rollouts.manifest["plan"]["shards"]
+    scorer, sizes = _Scorer(config, worker), rollouts.manifest.shards
     work = work_left(rollouts, missing)
     if probe:
         scored = measure(writer.manifest, sample(rollouts), scorer)

@@ -9,7 +9,6 @@ there and matches; resuming writes what is missing.
 from lopd.store.codec import CODECS, Codec
 from lopd.store.reader import RolloutStore, TeacherCache
 from lopd.store.sequences import SUPPORTS, scored_sequence
-from lopd.store.shards import scoring_of
 from lopd.store.types import Rollout, TeacherScores, TeacherSequence
 from lopd.store.writer import CacheWriter, RolloutWriter
 
@@ -25,5 +24,4 @@ __all__ = [
     "TeacherScores",
     "TeacherSequence",
     "scored_sequence",
-    "scoring_of",
 ]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,15 @@ from lopd.engines.base import Sampling, sequence_seed, to_rollout
 from lopd.engines.transformers import HfEngine
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.models.load import check_model_folder, context_of
-from lopd.provenance import build_manifest, describe_model, vocab_size_of
+from lopd.provenance import (
+    CacheManifest,
+    ModelIdentity,
+    build_manifest,
+    describe_model,
+    vocab_size_of,
+)
 from lopd.provenance.gate import check_same_tokens
+from lopd.provenance.manifest import short
 from lopd.store import CacheWriter, Rollout, TeacherCache, TeacherScores
 from lopd.store.workers import this_worker
 from lopd.training.batch import sequence_of
@@ -47,19 +54,37 @@ class Refresh:
 
     @property
     def sampling(self) -> Sampling:
-        said = self.cache.manifest["inputs"]["rollouts"]["sampling"]
-        return Sampling(said["max_new_tokens"], said["temperature"], said["top_p"])
+        """How the cache's rollouts were sampled."""
+        return Sampling(*known_sampling(self.cache))
 
     @property
     def extra_ids(self) -> int:
-        said = (self.cache.manifest.get("scoring") or {}).get("support") or {}
-        return said.get("extra_ids", 0)
+        """How many of the student's top ids every list of the cache gained."""
+        return self.cache.manifest.scoring.extra_ids
 
 
-def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dict[str, Any]:
-    """Refuse, from files alone, what could not renew the cache's rollouts as it was made.
+def known_sampling(cache: TeacherCache) -> tuple[int, float, float]:
+    """Longest answer, temperature and top_p of a cache's rollouts.
 
-    Returns the description of the teacher.
+    Raises:
+        ConfigError: the cache does not say, because it was imported.
+    """
+    sampling = cache.manifest.rollouts.sampling
+    values = {
+        name: getattr(sampling, name, None) for name in ("max_new_tokens", "temperature", "top_p")
+    }
+    if absent := [name for name, value in values.items() if value is None]:
+        raise ConfigError(
+            f"refresh_every: {cache.path} does not say the {absent[0]} of its rollouts; roll out "
+            "and score again, or leave --refresh_every out"
+        )
+    return cast(tuple[int, float, float], tuple(values.values()))
+
+
+def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> ModelIdentity:
+    """Refuse, from files only, what cannot renew the cache's rollouts in the way it was made.
+
+    Returns the identity of the teacher.
 
     Raises:
         ProvenanceError: the teacher is not the one that scored the cache.
@@ -67,32 +92,28 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dic
             that an answer may not fit into.
         DataError: a prompt leaves a model no room for the longest answer.
     """
-    cache, scorer = refresh.cache, refresh.cache.manifest["model"]
+    cache, scorer = refresh.cache, refresh.cache.manifest.model
     if not (worker := this_worker(None)).alone:
         raise ConfigError(
             f"refresh_every: found {worker.count} processes; rollouts are renewed in one: start "
             "without torchrun, or leave --refresh_every out"
         )
-    if scorer["engine"] != HfEngine.name:
+    if scorer.engine != HfEngine.name:
         raise ConfigError(
-            f"refresh_every: {cache.path} was scored by engine {scorer['engine']}; found that, "
-            f"expected {HfEngine.name}, which scores while the student trains: score again with it"
+            f"refresh_every: {cache.path} was scored by engine {scorer.engine}; expected "
+            f"{HfEngine.name}, which scores while the student trains; score again with it"
         )
-    said = cache.manifest["inputs"]["rollouts"].get("sampling") or {}
-    if absent := {"max_new_tokens", "temperature", "top_p"} - said.keys():
-        raise ConfigError(
-            f"refresh_every: {cache.path} does not say the {min(absent)} of its rollouts; roll out "
-            "and score again, or leave --refresh_every out"
-        )
+    longest, *_ = known_sampling(cache)
     check_model_folder(refresh.teacher)
-    teacher = describe_model(refresh.teacher, dtype=scorer["dtype"], engine=HfEngine.name)
+    teacher = describe_model(refresh.teacher, dtype=str(scorer.dtype), engine=HfEngine.name)
     for what in ("weights", "config", "tokenizer"):
-        if teacher[what] != scorer[what]:
+        found, expected = getattr(teacher, what), getattr(scorer, what)
+        if found != expected:
             raise ProvenanceError(
-                f"teacher: {refresh.teacher} has {what} {teacher[what][:12]}, {cache.path} was "
-                f"scored with {scorer[what][:12]}; name that teacher, or score with this one"
+                f"teacher: {refresh.teacher} has {what} {short(found)}, {cache.path} was "
+                f"scored with {short(expected)}; name that teacher, or score with this one"
             )
-    prompts, longest = [_prompt(rollout) for rollout in cache.rollouts()], said["max_new_tokens"]
+    prompts = [_prompt(rollout) for rollout in cache.rollouts()]
     for model in (student, refresh.teacher):
         check_prompts(
             prompts,
@@ -133,7 +154,7 @@ class RefreshTrainer(LopdTrainer):
         self.student = HfEngine(self.model, tokenizer, batch_size=refresh.batch_size)
         self.teacher = HfEngine.load(
             refresh.teacher,
-            dtype=refresh.cache.manifest["model"]["dtype"],
+            dtype=str(refresh.cache.manifest.model.dtype),
             device=str(self.args.device),
         )
         self.described = {"base": refresh.base, "dtype": dtype, "seed": self.args.seed}
@@ -184,7 +205,7 @@ class RefreshTrainer(LopdTrainer):
         manifest = self.refresh.cache.manifest
         tokens = [rollout.tokens for rollout in rollouts]
         lengths = [rollout.prompt_length for rollout in rollouts]
-        temperature, extra = manifest["temperature"], None
+        temperature, extra = manifest.temperature, None
         if self.refresh.extra_ids:
             own = self.student.score(
                 tokens, lengths, self.refresh.extra_ids, temperature=temperature
@@ -192,7 +213,7 @@ class RefreshTrainer(LopdTrainer):
             rows = self.teacher.vocab_size  # a student's padding rows may lie beyond
             extra = [np.where(s.topk_ids < rows, s.topk_ids, -1) for s in own]
         scores = self.teacher.score(
-            tokens, lengths, manifest["k"], temperature=temperature, extra_ids=extra
+            tokens, lengths, manifest.k, temperature=temperature, extra_ids=extra
         )
         if self.teacher_vocab is not None:
             used = np.unique(np.concatenate([*tokens, *(s.topk_ids.ravel() for s in scores)]))
@@ -263,27 +284,29 @@ class WindowDataset(StepDataset):
             if folder.name not in needed:
                 shutil.rmtree(folder)
 
-    def _manifest(self, first: int, sequences: int) -> dict[str, Any]:
-        """Of a cache like the run's, but for who sampled it and how many sequences."""
+    def _manifest(self, first: int, sequences: int) -> CacheManifest:
+        """Like that of the run's cache, except for who sampled and how many sequences."""
         refresh, source = self.trainer.refresh, self.trainer.refresh.cache.manifest
-        rollouts, keys = source["inputs"]["rollouts"], ("k", "top_p", "codec", "temperature")
         maker = {"weights": f"{refresh.base} after {first} steps", **self.trainer.described}
         return build_manifest(
             "cache",
             stage="refresh",
             config={},
-            model=source["model"],
+            model=source.model,
             inputs={
                 "rollouts": {
                     "digest": refresh.cache.digest(),  # of the cache whose prompts these are
                     "model": maker,
-                    "sampling": rollouts["sampling"],
-                    "lineage": rollouts.get("lineage"),
+                    "sampling": source.rollouts.sampling,
+                    "lineage": source.rollouts.lineage,
                 }
             },
             plan={"shards": [sequences]},
-            **{key: source[key] for key in keys},
-            scoring=source.get("scoring") or {},
+            k=source.k,
+            top_p=source.top_p,
+            codec=source.codec,
+            temperature=source.temperature,
+            scoring=source.scoring,
         )
 
 
