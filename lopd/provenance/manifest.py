@@ -40,13 +40,15 @@ SCORING = {
     "entropy": ("computed", "derived", "absent"),
     "rollout_logprobs": ("computed", "absent"),
 }
-# Before `scoring` had these words, caches used others, some of them outside `scoring`.
+# Older caches use other words, some of them as keys of the manifest itself.
 OLD_WORDS = {
-    "buckets": "derived",
-    "unknown": "absent",
-    "reduced over the vocabulary without the list": "computed",
-    "subtracted: log1mexp(logsumexp(unrounded list)), floored at log 2^-23 and at the "
-    "log-prob of a token outside the list": "derived",
+    "tail": {
+        "reduced over the vocabulary without the list": "computed",
+        "subtracted: log1mexp(logsumexp(unrounded list)), floored at log 2^-23 and at the "
+        "log-prob of a token outside the list": "derived",
+    },
+    "entropy": {"buckets": "derived"},
+    "rollout_logprobs": {"unknown": "absent"},
 }
 _PACKAGES = ("lopd", "torch", "transformers", "numpy", "safetensors")
 
@@ -327,7 +329,7 @@ def _parse_scoring(raw: Mapping[str, Any], source: str, error: type[LopdError]) 
     words = {}
     for name, known in SCORING.items():
         word = said.get(name, raw.get(name, "computed"))
-        words[name] = OLD_WORDS.get(word, word)
+        words[name] = OLD_WORDS[name].get(word, word)
         if words[name] not in known:
             raise error(f"{source} has scoring.{name} {word!r}, expected one of {', '.join(known)}")
     lists = said.get("support") or {}

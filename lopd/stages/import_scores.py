@@ -2,9 +2,9 @@
 
 The formats are those of `lopd.data.external_scores`. Who scored and who rolled out is taken on
 trust and marked `declared`: a model folder is fingerprinted, a digest is taken as it is, and any
-other name cannot be verified, so that `lopd distill` asks for its override. The manifest's `scoring`
-says what a dump lacks (`lopd.provenance.manifest.Scoring`): tail and entropy are derived from the
-lists, rollout log-probs may be absent.
+other name cannot be verified, so that `lopd distill` asks for its override. The `scoring` of the
+manifest says what a dump lacks: tail and entropy are derived from the lists, rollout log-probs may
+be absent.
 """
 
 import re
