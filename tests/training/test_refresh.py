@@ -148,7 +148,7 @@ def test_a_killed_run_continues_to_the_same_weights(pipeline, tmp_path, monkeypa
     assert largest_difference(trained(whole), trained(cut)) == 0.0
     first, second = read_manifest(whole), read_manifest(cut)
     assert manifest_digest(first) == manifest_digest(second)
-    assert first["seconds"] != second["seconds"]
+    assert first.raw["seconds"] != second.raw["seconds"]
 
 
 def test_a_window_that_is_gone_is_named(pipeline, tmp_path, monkeypatch):
