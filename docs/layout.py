@@ -7,9 +7,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "layout.md"
 HEAD = """# Layout
 
-Written by `python docs/layout.py` from the docstrings; change those and run it again.
-`tests/test_docs.py` fails when this page is out of date. [design.md](design.md) explains the
-direction of the imports.
+Every module with the first line of its docstring; `__init__.py` says what a package is for.
+`python docs/layout.py` writes this page, and `tests/test_docs.py` fails when it is out of date.
+[design.md](design.md) explains the direction of the imports.
 """
 PACKAGES = ("lopd_kernels", "lopd", "benchmarks", "docs")
 TESTS = "tests"
