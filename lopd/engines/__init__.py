@@ -14,7 +14,7 @@ from lopd.errors import ConfigError
 
 @dataclass(frozen=True)
 class Numerics:
-    """How an engine gets tail and entropy, in the words of `lopd.provenance.manifest.Scoring`."""
+    """How an engine gets tail and entropy, in the words of `lopd.provenance.scoring.Scoring`."""
 
     tail: str
     entropy: str

@@ -1,4 +1,4 @@
-"""Manifests: what made an artefact, as typed objects; written once, beside the artefact."""
+"""Manifests: what made an artefact, as typed objects, and their file beside the artefact."""
 
 import json
 import platform
@@ -11,44 +11,21 @@ from typing import Any, Literal, overload
 
 from lopd.errors import ConfigError, DataError, LopdError, MissingFileError, ShardError
 from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.scoring import Scoring, parse_scoring
 from lopd.provenance.typed_json import Unfit, parse, plain, value_at
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
 KEYS = ("config", "model", "base", "sampling", "inputs", "lineage", "overrides", "plan")
-_STORE = ("model.path", "model.weights", "model.tokenizer", "model.vocab_size", "plan.shards")
-# What readers of a kind rely on; "a.b" is key b of the object under a.
+_SEQUENCES = ("model.path", "model.tokenizer", "model.vocab_size", "plan.shards")
+# What a kind needs beyond the fields that its class needs; "a.b" is key b of the object under a.
 REQUIRED = {
-    "sft_data": _STORE,
-    "checkpoint": ("model.weights",),
-    "rollouts": _STORE,
-    "cache": (
-        *_STORE,
-        "inputs.rollouts.digest",
-        "inputs.rollouts.model.weights",
-        "k",
-        "top_p",
-        "codec",
-        "temperature",
-    ),
-    "evaluation": ("model.weights", "inputs.prompts.sha256"),
-}
-# The words of `scoring`: where each column of a cache comes from.
-SCORING = {
-    "tail": ("computed", "derived", "renormalized"),
-    "entropy": ("computed", "derived", "absent"),
-    "rollout_logprobs": ("computed", "absent"),
-}
-# Older caches use other words, some of them as keys of the manifest itself.
-OLD_WORDS = {
-    "tail": {
-        "reduced over the vocabulary without the list": "computed",
-        "subtracted: log1mexp(logsumexp(unrounded list)), floored at log 2^-23 and at the "
-        "log-prob of a token outside the list": "derived",
-    },
-    "entropy": {"buckets": "derived"},
-    "rollout_logprobs": {"unknown": "absent"},
+    "sft_data": _SEQUENCES,
+    "rollouts": _SEQUENCES,
+    "cache": _SEQUENCES,
+    "checkpoint": (),
+    "evaluation": ("inputs.prompts.sha256",),
 }
 _PACKAGES = ("lopd", "torch", "transformers", "numpy", "safetensors")
 
@@ -69,11 +46,11 @@ class ModelIdentity:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ModelIdentity":
-        """The model that a JSON object describes; raises ConfigError where it has no weights."""
+        """The model that a JSON object describes; ConfigError if it does not name the weights."""
         return parse(cls, value, "model.", _unfit("manifest", "model", ConfigError))
 
     def as_teacher(self) -> dict[str, Any]:
-        """The part of the description that a lineage keeps of a teacher."""
+        """The part of the JSON that a lineage records of a teacher."""
         return {"weights": self.weights, "tokenizer": self.tokenizer, "path": self.path}
 
     def __str__(self) -> str:
@@ -109,27 +86,6 @@ class Override:
     name: str
     found: str
     expected: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """Where a cache's columns come from.
-
-    `computed` by a model from all of its logits; `derived` from the list only: the tail as 1 less
-    the listed mass, the entropy of list and tail, a lower bound; `absent`, NaN in the shards;
-    `renormalized`, a tail that was lost before the scores were imported.
-    """
-
-    tail: str
-    entropy: str
-    rollout_logprobs: str
-    list_ids: str | None  # which ids the lists hold, in words
-    extra_ids: int  # of the student's top ids that every list gained
-    raw: Mapping[str, Any] = field(repr=False)
-
-    def words(self) -> dict[str, str]:
-        """The columns and where they come from."""
-        return {name: getattr(self, name) for name in SCORING}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,13 +262,13 @@ def parse_manifest(
     absent += [key for key in REQUIRED[raw["kind"]] if value_at(raw, key) is None]
     if absent:
         raise unfit(absent[0])
-    scoring = _parse_scoring(raw, source, error)
+    scoring = parse_scoring(raw, source, error, unfit)
     kind = CacheManifest if raw["kind"] == "cache" else Manifest
     manifest = parse(kind, raw, "", unfit, scoring=scoring)
     if value_at(raw, "plan.shards") is not None and min(manifest.shards, default=0) < 1:
-        shards = list(manifest.shards)
         raise error(
-            f"{source} has a plan with a shard of 0 sequences: {shards}; expected 1 or more"
+            f"{source} has plan.shards {list(manifest.shards)}; expected 1 or more sequences in "
+            "each of one or more shards"
         )
     if manifest.model.vocab_size is not None and manifest.model.vocab_size < 1:
         raise unfit("model.vocab_size")
@@ -322,20 +278,6 @@ def parse_manifest(
 def short(digest: Any) -> str:
     """The first 12 hex digits, which is what messages show."""
     return str(digest)[:12] if digest else "unknown"
-
-
-def _parse_scoring(raw: Mapping[str, Any], source: str, error: type[LopdError]) -> Scoring:
-    said = raw.get("scoring") or {}
-    words = {}
-    for name, known in SCORING.items():
-        word = said.get(name, raw.get(name, "computed"))
-        words[name] = OLD_WORDS[name].get(word, word)
-        if words[name] not in known:
-            raise error(f"{source} has scoring.{name} {word!r}, expected one of {', '.join(known)}")
-    lists = said.get("support") or {}
-    return Scoring(
-        **words, list_ids=lists.get("ids"), extra_ids=lists.get("extra_ids", 0), raw=said
-    )
 
 
 def _unfit(source: str, kind: str, error: type[LopdError]) -> Unfit:

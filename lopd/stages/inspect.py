@@ -77,8 +77,8 @@ def _cache_rows(cache: TeacherCache) -> dict[str, Any]:
         rows["declared"] = "who scored and who rolled out are taken on trust"
     rows["temperature"] = manifest.temperature
     rows["scoring"] = ", ".join(f"{name} {word}" for name, word in manifest.scoring.words().items())
-    if manifest.scoring.list_ids is not None:
-        rows["lists"] = manifest.scoring.list_ids
+    if manifest.scoring.support is not None:
+        rows["lists"] = manifest.scoring.support.ids
     for name, size in details["bytes_per_token_by_array"].items():
         rows[f"bytes/token {name}"] = size
     return rows

@@ -60,7 +60,8 @@ class Refresh:
     @property
     def extra_ids(self) -> int:
         """How many of the student's top ids every list of the cache gained."""
-        return self.cache.manifest.scoring.extra_ids
+        support = self.cache.manifest.scoring.support
+        return 0 if support is None else support.extra_ids
 
 
 def known_sampling(cache: TeacherCache) -> tuple[int, float, float]:
@@ -100,8 +101,8 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Mod
         )
     if scorer.engine != HfEngine.name:
         raise ConfigError(
-            f"refresh_every: {cache.path} was scored by engine {scorer.engine}; expected "
-            f"{HfEngine.name}, which scores while the student trains; score again with it"
+            f"refresh_every: {cache.path} was scored by engine {scorer.engine or 'unknown'}; "
+            f"expected {HfEngine.name}, which scores while the student trains; score again with it"
         )
     longest, *_ = known_sampling(cache)
     check_model_folder(refresh.teacher)

@@ -145,8 +145,8 @@ def test_packed_refuses_what_fp16_cannot_hold(tmp_path):
         ({"k": 41}, "k is 41"),
         ({"top_p": 0}, "top_p is 0"),
         ({"codec": "zip"}, "codec is 'zip'"),
-        ({"plan": []}, "plan"),
-        ({"plan": [0, 2]}, "shard of 0"),
+        ({"plan": []}, r"plan\.shards \[\]; expected 1 or more"),
+        ({"plan": [0, 2]}, r"plan\.shards \[0, 2\]; expected 1 or more"),
         ({"vocab_size": None}, "has no model.vocab_size"),
     ],
 )
