@@ -4,51 +4,25 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from lopd.config.fields import identity_of
 from lopd.provenance.io import json_digest
 from lopd.provenance.manifest import Manifest
 from lopd.provenance.typed_json import plain
 
-# How a run is carried out and where things are; inputs count by their digests.
-NOT_IDENTITY = frozenset(
-    {
-        "out",
-        "model",
-        "data",
-        "student",
-        "teacher",
-        "cache",
-        "prompts",
-        "device",
-        "log_every",
-        "save_every",
-        "save_total_limit",
-        "report_to",
-        "verify",
-        "workspace_bytes",  # this and the next six: memory and rounding
-        "gradient_checkpointing",
-        "attention",
-        "tokens_per_batch",
-        "max_tokens_per_batch",
-        "batch_size",  # in training, only its product with the next counts
-        "gradient_accumulation_steps",
-        "stale_ess",
-        "stale_every",
-    }
-)
 # How and when a stage was called; everything else in a manifest is the recipe.
 NOT_RECIPE = frozenset({"config", "created", "environment", "seconds"})
 
 
-def settings_identity(config: Any, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def settings_identity(config: Any, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings of a training or evaluation run that decide its result, but for rounding.
 
     Args:
-        config: the stage's config, a dataclass.
-        settings: values to take instead of `config`'s: those in the manifest of a finished run.
+        config: the stage's config, whose fields declare which settings these are.
+        stored: values to take instead of `config`'s: those in the manifest of a finished run.
     """
-    values = asdict(config) if settings is None else settings
-    identity = {key: value for key, value in values.items() if key not in NOT_IDENTITY}
-    if "gradient_accumulation_steps" in values:
+    values = asdict(config) if stored is None else stored
+    identity = identity_of(config, stored)
+    if "gradient_accumulation_steps" in values:  # micro-batches count by their product only
         micro_batches = values["gradient_accumulation_steps"]
         identity["sequences_per_step"] = values["batch_size"] * micro_batches
     return identity

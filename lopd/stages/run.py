@@ -19,10 +19,11 @@ rolls out. What is finished is left alone; a finished stage whose settings or in
 since is refused, never reused or overwritten.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lopd.config.fields import Settings, setting
 from lopd.config.parse import build_config, check_keys, load_yaml
 from lopd.errors import ConfigError
 from lopd.provenance import (
@@ -51,10 +52,10 @@ TRAINING = ("sft", "distill")
 
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """Run a recipe's missing stages (`lopd run recipe.yaml`)."""
+class RunConfig(Settings):
+    """Run the stages of a recipe that are not finished, in order (`lopd run recipe.yaml`)."""
 
-    recipe: str = field(metadata={"help": "YAML file; see lopd/stages/run.py for its keys."})
+    recipe: str = setting(help="YAML file; see lopd/stages/run.py for its keys.")
 
 
 def main(config: RunConfig) -> Path:

@@ -19,8 +19,8 @@ import torch
 from transformers import TrainerCallback
 
 from lopd.data.prompts import Prompt, check_prompts
-from lopd.engines.base import Sampling, sequence_seed, to_rollout
-from lopd.engines.transformers import HfEngine
+from lopd.engines.base import Sampling, score_rollouts, sequence_seed, to_rollout
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
@@ -99,14 +99,16 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Mod
             f"refresh_every: found {worker.count} processes; rollouts are renewed in one: start "
             "without torchrun, or leave --refresh_every out"
         )
-    if scorer.engine != HfEngine.name:
+    if scorer.engine != TransformersEngine.name:
         raise ConfigError(
             f"refresh_every: {cache.path} was scored by engine {scorer.engine or 'unknown'}; "
-            f"expected {HfEngine.name}, which scores while the student trains; score again with it"
+            f"expected {TransformersEngine.name}, which scores while the student trains; score "
+            "again with it"
         )
     longest, *_ = known_sampling(cache)
     check_model_folder(refresh.teacher)
-    teacher = describe_model(refresh.teacher, dtype=str(scorer.dtype), engine=HfEngine.name)
+    dtype = str(scorer.dtype)
+    teacher = describe_model(refresh.teacher, dtype=dtype, engine=TransformersEngine.name)
     for what in ("weights", "config", "tokenizer"):
         found, expected = getattr(teacher, what), getattr(scorer, what)
         if found != expected:
@@ -152,8 +154,8 @@ class RefreshTrainer(LopdTrainer):
     ) -> None:
         super().__init__(*given, callbacks=[Clock(refresh.every)], **kwargs)
         self.refresh = refresh
-        self.student = HfEngine(self.model, tokenizer, batch_size=refresh.batch_size)
-        self.teacher = HfEngine.load(
+        self.student = TransformersEngine(self.model, tokenizer, batch_size=refresh.batch_size)
+        self.teacher = TransformersEngine.load(
             refresh.teacher,
             dtype=str(refresh.cache.manifest.model.dtype),
             device=str(self.args.device),
@@ -204,19 +206,16 @@ class RefreshTrainer(LopdTrainer):
 
     def _score(self, rollouts: list[Rollout]) -> list[TeacherScores]:
         manifest = self.refresh.cache.manifest
-        tokens = [rollout.tokens for rollout in rollouts]
-        lengths = [rollout.prompt_length for rollout in rollouts]
-        temperature, extra = manifest.temperature, None
-        if self.refresh.extra_ids:
-            own = self.student.score(
-                tokens, lengths, self.refresh.extra_ids, temperature=temperature
-            )
-            rows = self.teacher.vocab_size  # a student's padding rows may lie beyond
-            extra = [np.where(s.topk_ids < rows, s.topk_ids, -1) for s in own]
-        scores = self.teacher.score(
-            tokens, lengths, manifest.k, temperature=temperature, extra_ids=extra
+        scores = score_rollouts(
+            self.teacher,
+            rollouts,
+            manifest.k,
+            temperature=manifest.temperature,
+            student=self.student,
+            extra_ids=self.refresh.extra_ids,
         )
         if self.teacher_vocab is not None:
+            tokens = [rollout.tokens for rollout in rollouts]
             used = np.unique(np.concatenate([*tokens, *(s.topk_ids.ravel() for s in scores)]))
             check_same_tokens(
                 self.student.tokenizer.get_vocab(), self.teacher_vocab, used, "teacher"
