@@ -22,7 +22,8 @@ from lopd.store.locks import LOCK_NAME, START_LOCK_NAME
 State = Literal["new", "unfinished", "finished", "other recipe", "foreign", "file", "read-only"]
 REASONS = {
     "finished": "holds a finished run; choose another --out, or remove it",
-    "other recipe": "holds another recipe ({}); choose another --out, or remove it to start over",
+    "other recipe": "holds another recipe ({}); restore that, choose another --out, or remove the "
+    "folder to start over",
     "foreign": "holds {}; choose a new or empty folder",
     "file": "{} is a file; choose another --out, a folder",
     "read-only": "{} cannot be written to; choose another --out",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
     CacheManifest,
-    ModelIdentity,
     build_manifest,
     describe_model,
     vocab_size_of,
@@ -54,8 +53,17 @@ class Refresh:
 
     @property
     def sampling(self) -> Sampling:
-        """How the cache's rollouts were sampled."""
-        return Sampling(*known_sampling(self.cache))
+        """How the cache's rollouts were sampled; ConfigError if an imported cache does not say."""
+        names = ("max_new_tokens", "temperature", "top_p")
+        recorded = self.cache.manifest.rollouts.sampling
+        values: list[Any] = [getattr(recorded, name, None) for name in names]
+        if None in values:
+            raise ConfigError(
+                f"refresh_every: {self.cache.path} does not record the "
+                f"{names[values.index(None)]} of its rollouts; roll out and score again, or leave "
+                "--refresh_every out"
+            )
+        return Sampling(*values)
 
     @property
     def extra_ids(self) -> int:
@@ -64,28 +72,8 @@ class Refresh:
         return 0 if support is None else support.extra_ids
 
 
-def known_sampling(cache: TeacherCache) -> tuple[int, float, float]:
-    """Longest answer, temperature and top_p of a cache's rollouts.
-
-    Raises:
-        ConfigError: the cache does not say, because it was imported.
-    """
-    sampling = cache.manifest.rollouts.sampling
-    values = {
-        name: getattr(sampling, name, None) for name in ("max_new_tokens", "temperature", "top_p")
-    }
-    if absent := [name for name, value in values.items() if value is None]:
-        raise ConfigError(
-            f"refresh_every: {cache.path} does not say the {absent[0]} of its rollouts; roll out "
-            "and score again, or leave --refresh_every out"
-        )
-    return cast(tuple[int, float, float], tuple(values.values()))
-
-
-def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> ModelIdentity:
+def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> None:
     """Refuse, from files only, what cannot renew the cache's rollouts in the way it was made.
-
-    Returns the identity of the teacher.
 
     Raises:
         ProvenanceError: the teacher is not the one that scored the cache.
@@ -105,7 +93,7 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Mod
             f"expected {TransformersEngine.name}, which scores while the student trains; score "
             "again with it"
         )
-    longest, *_ = known_sampling(cache)
+    longest = refresh.sampling.max_new_tokens
     check_model_folder(refresh.teacher)
     dtype = str(scorer.dtype)
     teacher = describe_model(refresh.teacher, dtype=dtype, engine=TransformersEngine.name)
@@ -131,7 +119,6 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Mod
             f"max_tokens_per_batch: found {max_tokens}, but a renewed sequence may have {needed} "
             f"tokens (max_new_tokens {longest}); expected at least that many"
         )
-    return teacher
 
 
 def _prompt(rollout: Any) -> Prompt:

@@ -348,6 +348,9 @@ def test_names_that_identify_nothing_need_overrides(
     assert "teacher-mismatch" in capsys.readouterr().err
     flags = ["--allow_teacher_mismatch", "--allow_tokenizer_mismatch"]
     assert distill(student, cache, tmp_path / "out", *flags) == 0
+    refresh = ["--refresh_every", "1", "--teacher", str(teacher_folder)]
+    assert distill(student, cache, tmp_path / "live", *flags, *refresh) == 2
+    assert "was scored by engine unknown; expected transformers" in capsys.readouterr().err
     capsys.readouterr()
     assert run(source, "topk", "someone", "org/teacher-8B", tmp_path / "none") == 2
     assert "to read the vocabulary from" in capsys.readouterr().err

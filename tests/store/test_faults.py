@@ -265,7 +265,7 @@ def test_arrays_that_do_not_fit_are_not_read(cache, change, message):
 
 def test_another_recipe_is_refused_and_named(cache, finished):
     with pytest.raises(
-        ConfigError, match=r"codec was 'exact', is 'packed'; top_p was 1\.0, is 0\.5\); choose"
+        ConfigError, match=r"codec was 'exact', is 'packed'; top_p was 1\.0, is 0\.5\); restore"
     ):
         CacheWriter.create(cache, make_manifest(plan=PLAN, codec="packed", top_p=0.5))
     assert files_of(cache) == files_of(finished)
