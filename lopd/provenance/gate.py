@@ -29,7 +29,7 @@ def check_distill(
     missing_shards: Sequence[int] = (),
     allow: Collection[str] = frozenset(),
 ) -> list[Override]:
-    """Refuse artefacts that do not belong together; return the overrides that were needed.
+    """Refuse artefacts that do not belong together.
 
     Four comparisons, in this order: the cache is complete; the teacher that scored it is the
     one whose answers the student was fine-tuned on; the rollouts were made by the student; no
@@ -41,6 +41,9 @@ def check_distill(
             if the tokenizers differ or the student's head is short.
         cache_path: folder of the cache and its copy of the teacher's vocabulary.
         allow: names from `OVERRIDES`, one for each flag `--allow-<name>`.
+
+    Returns:
+        The overrides that were needed.
 
     Raises:
         ProvenanceError: found, expected, remedy, and the flag that overrides.

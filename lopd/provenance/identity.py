@@ -48,7 +48,12 @@ def manifest_digest(manifest: Manifest) -> str:
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any], most: int = 3) -> str:
-    """What differs between two identities, in words; empty where nothing does.
+    """What differs between two identities, in words; empty if nothing does.
+
+    A key that is missing counts as one without a value, so that settings may be added.
+
+    Args:
+        most: number of differences that are named; the others are only counted.
 
     >>> difference({"k": 8, "model": {"dtype": "float32"}}, {"k": 4, "model": {"dtype": "float32"}})
     'k was 8, is 4'
@@ -69,8 +74,9 @@ def _flat(value: Mapping[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 32 else f"{text[:16]}..."
+    if isinstance(value, str) and len(value) > 32:
+        return repr(f"{value[:12]}...")
+    return repr(value)
 
 
 def _without_paths(value: Any) -> Any:

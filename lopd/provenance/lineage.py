@@ -46,8 +46,8 @@ def declare(model: str | Path, *, teacher: str | Path) -> Manifest:
         teacher: folder of the model whose answers it was fine-tuned on, or the 64 hex digits of
             that model's weights fingerprint.
 
-    Returns the manifest. Its lineage is marked as declared, a person's word, which every later
-    manifest repeats.
+    Returns:
+        The manifest. Its lineage is marked as declared, as is that of every later manifest.
 
     Raises:
         ProvenanceError: a stage of lopd has recorded whose answers they were.

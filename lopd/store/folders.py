@@ -13,6 +13,7 @@ from lopd.provenance import (
     VOCAB_NAME,
     Manifest,
     difference,
+    manifest_digest,
     read_manifest,
     recipe_of,
 )
@@ -109,6 +110,12 @@ def examine_shard_folder(
     """
     folder = Path(path)
 
+    def differs() -> str:
+        recorded = read_manifest(folder)
+        if manifest_digest(recorded) == manifest_digest(manifest):
+            return ""
+        return difference(recipe_of(recorded), recipe_of(manifest)) or "in keys without a value"
+
     def has_results() -> bool:
         other_kind = read_manifest(folder).kind != manifest.kind
         return in_use or other_kind or any(folder.glob("shard-*"))
@@ -116,7 +123,7 @@ def examine_shard_folder(
     return examine_folder(
         folder,
         record=MANIFEST_NAME,
-        differs=lambda: difference(recipe_of(read_manifest(folder)), recipe_of(manifest)),
+        differs=differs,
         has_results=has_results,
         own_files={VOCAB_NAME},
     ).require_writable(ShardError)

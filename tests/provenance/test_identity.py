@@ -59,9 +59,10 @@ def test_inputs_are_identified_by_their_content(tmp_path):
         ({"k": 8, "p": {"a": 1}}, {"k": 8, "p": {"a": 1}}, ""),
         ({"k": 8}, {"k": 4}, "k was 8, is 4"),
         ({"k": 8}, {}, "k was 8, is None"),
+        ({"k": None, "p": {}}, {}, ""),
         ({"p": {"a": {"b": 1}}}, {"p": {"a": {"b": 2}}}, "p.a.b was 1, is 2"),
         ({"p": None}, {"p": {"a": 1}}, "p.a was None, is 1"),
-        ({"p": {"a": "0" * 64}}, {"p": None}, f"p.a was '{'0' * 15}..., is None"),
+        ({"p": {"a": "0" * 64}}, {"p": None}, f"p.a was '{'0' * 12}...', is None"),
         (dict.fromkeys("edcba", 1), {}, "a was 1, is None; b was 1, is None; and 3 more"),
     ],
 )

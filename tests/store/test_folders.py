@@ -83,3 +83,10 @@ def test_a_recipe_in_use_by_other_workers_is_not_replaced(tmp_path):
     assert examine_shard_folder(tmp_path, make_manifest(), in_use=True).state == "unfinished"
     with pytest.raises(ConfigError, match=r"holds another recipe \(k was 8, is 4\)"):
         examine_shard_folder(tmp_path, other, in_use=True)
+
+
+def test_a_recipe_that_differs_only_in_keys_without_a_value_is_another(tmp_path):
+    """Receipts hold the digest of the recipe, in which such keys count."""
+    write_cache(tmp_path, make_manifest())
+    with pytest.raises(ConfigError, match="holds another recipe .in keys without a value"):
+        examine_shard_folder(tmp_path, make_manifest(note=None))
