@@ -17,7 +17,7 @@ from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError
 from lopd.provenance import load_vocab, tokenizer_digest
 from lopd.provenance.gate import check_same_tokens
-from lopd.store import TeacherCache, scored_sequence, scoring_of
+from lopd.store import TeacherCache, scored_sequence
 from lopd.training.batch import Collator, SequenceDataset, to_device
 from lopd.training.objective import Objective
 from lopd.training.step import step
@@ -77,13 +77,13 @@ def open_cache(path: str | Path, model: str | Path, student: TransformersEngine)
         ShardError: a shard is missing or altered.
     """
     cache = TeacherCache.open(path, vocab_size=student.vocab_size)
-    if scoring_of(cache.manifest)["tail"] == "renormalized":
+    if cache.manifest.scoring.tail == "renormalized":
         raise ConfigError(
             f"{path}: its lists were renormalised before they were imported, so the mass outside "
             "them is lost; a KL needs it: leave --cache out, or score the rollouts again"
         )
     cache.verify()
-    if tokenizer_digest(model) != cache.manifest["model"]["tokenizer"]:
+    if tokenizer_digest(model) != cache.manifest.model.tokenizer:
         check_same_tokens(
             student.tokenizer.get_vocab(), load_vocab(path), cache.used_ids(), "cache"
         )
@@ -105,7 +105,7 @@ def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, floa
     longest = max(len(rollout.tokens) for rollout in cache.rollouts())
     size = max(1, student.tokens_per_batch // longest)
     batches = (data.__getitems__(range(len(data))[i : i + size]) for i in range(0, len(data), size))
-    temperature = cache.manifest["temperature"]
+    temperature = cache.manifest.temperature
     result = reverse_kl(student, batches, temperature)
     return {**result, "sequences": len(data), "temperature": temperature}
 

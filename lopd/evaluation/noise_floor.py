@@ -18,8 +18,8 @@ from lopd.engines import load_engine
 from lopd.engines.base import Engine
 from lopd.engines.options import EngineOptions
 from lopd.errors import ConfigError, ModelError, ProvenanceError
-from lopd.provenance import fingerprint_weights
-from lopd.store import TeacherCache, TeacherScores, TeacherSequence, scoring_of
+from lopd.provenance import CacheManifest, fingerprint_weights
+from lopd.store import TeacherCache, TeacherScores, TeacherSequence
 from lopd.store.codec import kl_terms
 
 
@@ -68,12 +68,12 @@ def measure_noise_floor(
     if cache.has_no_lists:
         cache = TeacherCache.open(path, support="list+sampled")
     manifest = cache.manifest
-    if scoring_of(manifest)["tail"] == "renormalized":
+    if manifest.scoring.tail == "renormalized":
         raise ConfigError(
             f"{path}: its lists were renormalised before they were imported, so the teacher's own "
             "distribution is lost and there is nothing to compare with; score the rollouts again"
         )
-    found, expected = fingerprint_weights(teacher), manifest["model"]["weights"]
+    found, expected = fingerprint_weights(teacher), manifest.model.weights
     if found != expected:
         raise ProvenanceError(
             f"teacher: {teacher} has weights {found[:12]}, the cache was scored by "
@@ -92,17 +92,16 @@ def measure_noise_floor(
     del engine  # before the student takes its memory
     engine = load_engine("transformers", student, **settings)
     student_scores = _score(engine, "transformers", items, manifest)
-    maker = manifest["inputs"]["rollouts"]["model"]["weights"]
-    same_student = fingerprint_weights(student) == maker
+    same_student = fingerprint_weights(student) == manifest.rollouts.model.weights
     return _compare(items, teacher_scores, student_scores, engine.vocab_size, same_student)
 
 
 def _score(
-    engine: Engine, name: str, items: Sequence[TeacherSequence], manifest: dict[str, Any]
+    engine: Engine, name: str, items: Sequence[TeacherSequence], manifest: CacheManifest
 ) -> list[TeacherScores]:
     """Score the stored ids if the engine can, else the model's own top k."""
     vocab_size = engine.vocab_size
-    k, stored_ids = min(max(1, manifest["k"]), vocab_size), None
+    k, stored_ids = min(max(1, manifest.k), vocab_size), None
     if name == "transformers":
         k = 1
         stored_ids = [np.where(item.topk_ids < vocab_size, item.topk_ids, -1) for item in items]
@@ -110,7 +109,7 @@ def _score(
         [item.rollout.tokens for item in items],
         [item.rollout.prompt_length for item in items],
         k,
-        temperature=manifest["temperature"],
+        temperature=manifest.temperature,
         extra_ids=stored_ids,
     )
     if len(scores) != len(items):

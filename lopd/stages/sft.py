@@ -17,6 +17,7 @@ from lopd.provenance import (
     describe_file,
     describe_model,
     differing_token,
+    digests_of,
     load_vocab,
     tokenizer_digest,
     write_manifest,
@@ -26,8 +27,6 @@ from lopd.training import run as runs
 from lopd.training.batch import Source
 from lopd.training.objective import Objective
 from lopd.training.options import TrainOptions
-
-TEACHER_KEYS = ("weights", "tokenizer", "path")
 
 
 @dataclass(kw_only=True)
@@ -51,8 +50,10 @@ def main(config: SftConfig) -> Path:
     """
     check_model_folder(config.model)
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
-    source, inputs, teacher = open_data(config.data, config.model)
-    checkpoint = runs.begin(config, data=_digest(inputs), base=base)
+    source, teacher = open_data(config.data, config.model)
+    inputs = describe_inputs(config)
+    (data,) = digests_of(inputs).values()
+    checkpoint = runs.begin(config, data=data, base=base)
     objective = Objective("cross_entropy", workspace_bytes=config.workspace)
     trained = runs.train(config, source, objective, model_path=config.model, checkpoint=checkpoint)
     if not runs.is_first():
@@ -71,12 +72,19 @@ def main(config: SftConfig) -> Path:
     return Path(config.out)
 
 
-def open_data(data: str, model: str) -> tuple[Source, dict[str, Any], dict[str, Any] | None]:
+def describe_inputs(config: SftConfig) -> dict[str, Any]:
+    """Describe the training data for the manifest."""
+    if Path(config.data).is_file():
+        return {"demonstrations": describe_file(config.data)}
+    store = RolloutStore.open(config.data, kind="sft_data")
+    return {"sft_data": {"digest": store.digest(), "model": store.manifest.model}}
+
+
+def open_data(data: str, model: str) -> tuple[Source, dict[str, Any] | None]:
     """Open the answers.
 
     Returns:
-        The sequences, their description for the manifest, and that of the teacher that sampled
-        them, None if unknown.
+        The sequences, and the description of the teacher that sampled them, None if unknown.
 
     Raises:
         ProvenanceError: the answers were sampled with another tokenizer.
@@ -84,14 +92,12 @@ def open_data(data: str, model: str) -> tuple[Source, dict[str, Any], dict[str, 
     """
     tokenizer = load_tokenizer(model)
     if Path(data).is_file():
-        return load_sft_jsonl(data, tokenizer), {"demonstrations": describe_file(data)}, None
+        return load_sft_jsonl(data, tokenizer), None
     store = RolloutStore.open(data, kind="sft_data")
     if runs.is_first():  # the other processes wait for it when the run begins
         store.verify()
-    teacher = store.manifest["model"]
     check_tokenizer(store, tokenizer, model)
-    inputs = {"sft_data": {"digest": store.digest(), "model": teacher}}
-    return store, inputs, {key: teacher[key] for key in TEACHER_KEYS}
+    return store, store.manifest.model.as_teacher()
 
 
 def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
@@ -101,7 +107,7 @@ def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
         ProvenanceError: an id stands for different tokens, or the tokenizers differ and the
             teacher's vocabulary was not stored with the answers.
     """
-    if tokenizer_digest(model) == store.manifest["model"]["tokenizer"]:
+    if tokenizer_digest(model) == store.manifest.model.tokenizer:
         return
     remedy = "fine-tune a model with the teacher's tokenizer"
     try:
@@ -117,8 +123,3 @@ def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
             f"{store.path}: id {index} is {teacher_token!r} to the teacher and {student_token!r} "
             f"to {model}; {remedy}"
         )
-
-
-def _digest(inputs: dict[str, Any]) -> str:
-    (described,) = inputs.values()
-    return described["digest"] if "digest" in described else described["sha256"]

@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lopd.config.fields import setting
 from lopd.engines.options import EngineOptions, ScoringOptions
@@ -19,6 +18,9 @@ from lopd.errors import ConfigError, DataError, NoiseError, ProvenanceError
 from lopd.evaluation.noise_floor import NoiseFloor, measure_noise_floor
 from lopd.provenance import (
     VOCAB_NAME,
+    CacheManifest,
+    Manifest,
+    ModelIdentity,
     config_digest,
     fingerprint_weights,
     load_vocab,
@@ -27,7 +29,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.io import json_digest
 from lopd.stages.table import print_fields
-from lopd.store import RolloutStore, TeacherCache, TeacherSequence, scoring_of
+from lopd.store import RolloutStore, TeacherCache, TeacherSequence
 from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequence
 
 LOSSY_MASS_TOLERANCE = 5e-3  # of list and tail, for codecs that round log-probs
@@ -68,9 +70,9 @@ def main(config: VerifyConfig) -> None:
         NoiseError: the noise exceeds `max_noise_share` of the signal.
     """
     manifest = read_manifest(config.path)
-    if config.rescore and manifest["kind"] != "cache":
-        raise ConfigError(f"{config.path}: holds '{manifest['kind']}'; --rescore requires a cache")
-    print_fields({"kind": manifest["kind"], **check_artefact(Path(config.path), manifest)})
+    if config.rescore and manifest.kind != "cache":
+        raise ConfigError(f"{config.path}: holds '{manifest.kind}'; --rescore requires a cache")
+    print_fields({"kind": manifest.kind, **check_artefact(Path(config.path), manifest)})
     if config.rescore:
         assert config.teacher is not None and config.student is not None
         floor = measure_noise_floor(
@@ -105,7 +107,7 @@ def _describe_noise(floor: NoiseFloor) -> dict[str, str]:
     }
 
 
-def check_artefact(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+def check_artefact(folder: Path, manifest: Manifest) -> dict[str, str]:
     """Check a folder from its files, without a model.
 
     Returns:
@@ -116,27 +118,28 @@ def check_artefact(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
         DataError: a value is out of range, or answers are missing.
         ProvenanceError: the contents do not match the manifest.
     """
-    kind = manifest["kind"]
+    kind = manifest.kind
     if kind == "checkpoint":
         rows = _check_checkpoint(folder, manifest)
     elif kind == "evaluation":
         rows = _check_evaluation(folder)
     else:
         rows = _check_store(folder, manifest)
-    for role in ("model", "base"):
-        if manifest.get(role) and not (kind == "checkpoint" and role == "model"):
-            rows[role] = _describe_source(manifest[role])
+    if kind != "checkpoint":
+        rows["model"] = _describe_source(manifest.model)
+    if manifest.base is not None:
+        rows["base"] = _describe_source(manifest.base)
     return rows
 
 
-def _check_checkpoint(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+def _check_checkpoint(folder: Path, manifest: Manifest) -> dict[str, str]:
     digests = {
         "weights": fingerprint_weights(folder, rehash=True),
         "config": config_digest(folder),
         "tokenizer": tokenizer_digest(folder),
     }
     for what, digest in digests.items():
-        expected = manifest["model"].get(what)
+        expected = getattr(manifest.model, what)
         if expected is not None and digest != expected:
             raise ProvenanceError(
                 f"{folder}: found {what} {digest[:12]}, the manifest describes {expected[:12]}; "
@@ -159,16 +162,16 @@ def _check_evaluation(folder: Path) -> dict[str, str]:
     return {"answers": f"{len(answers)}, as the results say"}
 
 
-def _check_store(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+def _check_store(folder: Path, manifest: Manifest) -> dict[str, str]:
     store: RolloutStore | TeacherCache
-    if manifest["kind"] == "cache":
+    tolerance = 0.0
+    if isinstance(manifest, CacheManifest):
         store = TeacherCache.open(folder, support="list")
+        tolerance = MASS_TOLERANCE if manifest.codec == "exact" else LOSSY_MASS_TOLERANCE
     else:
-        store = RolloutStore.open(folder, kind=manifest["kind"])
+        store = RolloutStore.open(folder, kind=manifest.kind)
     store.verify()
-    rows = manifest["model"]["vocab_size"]
-    tolerance = MASS_TOLERANCE if manifest.get("codec") == "exact" else LOSSY_MASS_TOLERANCE
-    has_logprobs = scoring_of(manifest)["rollout_logprobs"] != "absent"
+    rows, has_logprobs = manifest.vocab_size, manifest.scoring.rollout_logprobs != "absent"
     names = set()  # of sequences
     for item in store:
         rollout = item.rollout if isinstance(item, TeacherSequence) else item
@@ -185,10 +188,10 @@ def _check_store(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _check_vocabulary(folder: Path, manifest: dict[str, Any]) -> str:
+def _check_vocabulary(folder: Path, manifest: Manifest) -> str:
     if not (folder / VOCAB_NAME).exists():
         return "not stored"
-    if json_digest(load_vocab(folder)) != manifest["model"]["tokenizer"]:
+    if json_digest(load_vocab(folder)) != manifest.model.tokenizer:
         raise ProvenanceError(
             f"{folder / VOCAB_NAME}: is not the tokenizer that the manifest describes; "
             "restore the file"
@@ -196,9 +199,9 @@ def _check_vocabulary(folder: Path, manifest: dict[str, Any]) -> str:
     return "matches the manifest"
 
 
-def _describe_source(model: dict[str, Any]) -> str:
+def _describe_source(model: ModelIdentity) -> str:
     """Where a model of the manifest was, and whether it is still there; not a check."""
-    path, weights = model.get("path"), str(model.get("weights"))
+    path, weights = model.path, model.weights
     if not path or not Path(path).is_dir():
         state = "no longer there"
     elif fingerprint_weights(path) == weights:

@@ -10,18 +10,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lopd.errors import ConfigError, DataError, ShardError
+from lopd.errors import ShardError
 from lopd.provenance.io import canonical_json, pretty_json, sha256_file, sync_folder, write_atomic
 
 RECEIPT_SCHEMA = 1
 COUNTS = ("bytes", "sha256", "tokens", "response_tokens", "finish_reasons")
 SCORE_COUNTS = ("list_entries", "covered_mass", "entropy", "floored_tails")
-# Values of a manifest's `scoring`: the source of each column of a cache.
-SCORING = {
-    "tail": ("computed", "derived", "renormalized"),
-    "entropy": ("computed", "derived", "absent"),
-    "rollout_logprobs": ("computed", "absent"),
-}
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -32,55 +26,6 @@ def shard_path(folder: Path, shard: int) -> Path:
 def receipt_path(folder: Path, shard: int) -> Path:
     """The path of its receipt."""
     return folder / f"shard-{shard:05d}.json"
-
-
-def plan_of(manifest: Mapping[str, Any]) -> list[int]:
-    """Sequences per shard, from a manifest.
-
-    Raises:
-        ConfigError: no plan, or one with an empty shard.
-    """
-    plan = (manifest.get("plan") or {}).get("shards")
-    if not isinstance(plan, list) or not plan or not all(isinstance(n, int) for n in plan):
-        raise ConfigError(
-            f"manifest has plan {manifest.get('plan')!r}, expected "
-            '{"shards": [sequences of shard 0, ...]}'
-        )
-    if min(plan) < 1:
-        raise ConfigError(f"plan has a shard of {min(plan)} sequences, expected at least 1")
-    return plan
-
-
-def head_rows(manifest: Mapping[str, Any]) -> int:
-    """The vocabulary size of the model that a manifest describes.
-
-    Raises:
-        ConfigError: the manifest describes none.
-    """
-    size = (manifest.get("model") or {}).get("vocab_size")
-    if not isinstance(size, int) or size < 1:
-        raise ConfigError(f"manifest has model.vocab_size {size!r}, expected a positive integer")
-    return size
-
-
-def scoring_of(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The sources of tail, entropy and rollout log-probs; `computed` unless the manifest says more.
-
-    `computed`: by a model, from all of its logits. `derived`: from the list; the tail is 1 minus
-    the listed mass, the entropy that of list and tail, a lower bound. `absent`: NaN in the shards.
-    `renormalized`: the lists were renormalised before they were imported, and the tail is lost.
-
-    Raises:
-        ConfigError: an unknown value.
-    """
-    said = manifest.get("scoring") or {}
-    found = {name: said.get(name, "computed") for name in SCORING}
-    for name, word in found.items():
-        if word not in SCORING[name]:
-            raise ConfigError(
-                f"manifest has scoring.{name} {word!r}, expected one of {', '.join(SCORING[name])}"
-            )
-    return found
 
 
 def write_shard(
@@ -225,11 +170,3 @@ def check_offsets(path: Path, name: str, offsets: np.ndarray, count: int, total:
             f"{path}: {name} do not divide {total} entries among {count}: altered; run the "
             "stage again to redo it"
         )
-
-
-def require_kind(manifest: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
-    """The manifest's kind, which must be one of `kinds`."""
-    kind = manifest.get("kind")
-    if kind not in kinds:
-        raise DataError(f"manifest has kind {kind!r}, expected one of {', '.join(kinds)}")
-    return str(kind)

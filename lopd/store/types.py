@@ -17,7 +17,7 @@ class Rollout:
     `rollout_logprobs` are under the distribution that was sampled from (temperature and
     top_p applied), `rollout_logprobs_raw` at temperature 1 and top_p 1; pass the same array
     twice where they agree. Both are all NaN where the manifest of the cache declares them
-    absent (`shards.scoring_of`).
+    absent (`lopd.provenance.scoring`).
     """
 
     prompt_id: str  # stable under reordering of the prompts

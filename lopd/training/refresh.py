@@ -23,8 +23,14 @@ from lopd.engines.base import Sampling, score_rollouts, sequence_seed, to_rollou
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.models.load import check_model_folder, context_of
-from lopd.provenance import build_manifest, describe_model, vocab_size_of
+from lopd.provenance import (
+    CacheManifest,
+    build_manifest,
+    describe_model,
+    vocab_size_of,
+)
 from lopd.provenance.gate import check_same_tokens
+from lopd.provenance.manifest import short
 from lopd.store import CacheWriter, Rollout, TeacherCache, TeacherScores
 from lopd.store.workers import this_worker
 from lopd.training.batch import sequence_of
@@ -47,19 +53,27 @@ class Refresh:
 
     @property
     def sampling(self) -> Sampling:
-        said = self.cache.manifest["inputs"]["rollouts"]["sampling"]
-        return Sampling(said["max_new_tokens"], said["temperature"], said["top_p"])
+        """How the cache's rollouts were sampled; ConfigError if an imported cache does not say."""
+        names = ("max_new_tokens", "temperature", "top_p")
+        recorded = self.cache.manifest.rollouts.sampling
+        values: list[Any] = [getattr(recorded, name, None) for name in names]
+        if None in values:
+            raise ConfigError(
+                f"refresh_every: {self.cache.path} does not record the "
+                f"{names[values.index(None)]} of its rollouts; roll out and score again, or leave "
+                "--refresh_every out"
+            )
+        return Sampling(*values)
 
     @property
     def extra_ids(self) -> int:
-        said = (self.cache.manifest.get("scoring") or {}).get("support") or {}
-        return said.get("extra_ids", 0)
+        """How many of the student's top ids every list of the cache gained."""
+        support = self.cache.manifest.scoring.support
+        return 0 if support is None else support.extra_ids
 
 
-def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dict[str, Any]:
-    """Refuse, from files alone, what could not renew the cache's rollouts as it was made.
-
-    Returns the description of the teacher.
+def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> None:
+    """Refuse, from files only, what cannot renew the cache's rollouts in the way it was made.
 
     Raises:
         ProvenanceError: the teacher is not the one that scored the cache.
@@ -67,33 +81,30 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dic
             that an answer may not fit into.
         DataError: a prompt leaves a model no room for the longest answer.
     """
-    cache, scorer = refresh.cache, refresh.cache.manifest["model"]
+    cache, scorer = refresh.cache, refresh.cache.manifest.model
     if not (worker := this_worker(None)).alone:
         raise ConfigError(
             f"refresh_every: found {worker.count} processes; rollouts are renewed in one: start "
             "without torchrun, or leave --refresh_every out"
         )
-    if scorer["engine"] != TransformersEngine.name:
+    if scorer.engine != TransformersEngine.name:
         raise ConfigError(
-            f"refresh_every: {cache.path} was scored by engine {scorer['engine']}; found that, "
-            f"expected {TransformersEngine.name}, which scores while the student trains: score "
+            f"refresh_every: {cache.path} was scored by engine {scorer.engine or 'unknown'}; "
+            f"expected {TransformersEngine.name}, which scores while the student trains; score "
             "again with it"
         )
-    said = cache.manifest["inputs"]["rollouts"].get("sampling") or {}
-    if absent := {"max_new_tokens", "temperature", "top_p"} - said.keys():
-        raise ConfigError(
-            f"refresh_every: {cache.path} does not say the {min(absent)} of its rollouts; roll out "
-            "and score again, or leave --refresh_every out"
-        )
+    longest = refresh.sampling.max_new_tokens
     check_model_folder(refresh.teacher)
-    teacher = describe_model(refresh.teacher, dtype=scorer["dtype"], engine=TransformersEngine.name)
+    dtype = str(scorer.dtype)
+    teacher = describe_model(refresh.teacher, dtype=dtype, engine=TransformersEngine.name)
     for what in ("weights", "config", "tokenizer"):
-        if teacher[what] != scorer[what]:
+        found, expected = getattr(teacher, what), getattr(scorer, what)
+        if found != expected:
             raise ProvenanceError(
-                f"teacher: {refresh.teacher} has {what} {teacher[what][:12]}, {cache.path} was "
-                f"scored with {scorer[what][:12]}; name that teacher, or score with this one"
+                f"teacher: {refresh.teacher} has {what} {short(found)}, {cache.path} was "
+                f"scored with {short(expected)}; name that teacher, or score with this one"
             )
-    prompts, longest = [_prompt(rollout) for rollout in cache.rollouts()], said["max_new_tokens"]
+    prompts = [_prompt(rollout) for rollout in cache.rollouts()]
     for model in (student, refresh.teacher):
         check_prompts(
             prompts,
@@ -108,7 +119,6 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dic
             f"max_tokens_per_batch: found {max_tokens}, but a renewed sequence may have {needed} "
             f"tokens (max_new_tokens {longest}); expected at least that many"
         )
-    return teacher
 
 
 def _prompt(rollout: Any) -> Prompt:
@@ -134,7 +144,7 @@ class RefreshTrainer(LopdTrainer):
         self.student = TransformersEngine(self.model, tokenizer, batch_size=refresh.batch_size)
         self.teacher = TransformersEngine.load(
             refresh.teacher,
-            dtype=refresh.cache.manifest["model"]["dtype"],
+            dtype=str(refresh.cache.manifest.model.dtype),
             device=str(self.args.device),
         )
         self.described = {"base": refresh.base, "dtype": dtype, "seed": self.args.seed}
@@ -186,8 +196,8 @@ class RefreshTrainer(LopdTrainer):
         scores = score_rollouts(
             self.teacher,
             rollouts,
-            manifest["k"],
-            temperature=manifest["temperature"],
+            manifest.k,
+            temperature=manifest.temperature,
             student=self.student,
             extra_ids=self.refresh.extra_ids,
         )
@@ -261,27 +271,29 @@ class WindowDataset(StepDataset):
             if folder.name not in needed:
                 shutil.rmtree(folder)
 
-    def _manifest(self, first: int, sequences: int) -> dict[str, Any]:
-        """Of a cache like the run's, but for who sampled it and how many sequences."""
+    def _manifest(self, first: int, sequences: int) -> CacheManifest:
+        """Like that of the run's cache, except for who sampled and how many sequences."""
         refresh, source = self.trainer.refresh, self.trainer.refresh.cache.manifest
-        rollouts, keys = source["inputs"]["rollouts"], ("k", "top_p", "codec", "temperature")
         maker = {"weights": f"{refresh.base} after {first} steps", **self.trainer.described}
         return build_manifest(
             "cache",
             stage="refresh",
             config={},
-            model=source["model"],
+            model=source.model,
             inputs={
                 "rollouts": {
                     "digest": refresh.cache.digest(),  # of the cache whose prompts these are
                     "model": maker,
-                    "sampling": rollouts["sampling"],
-                    "lineage": rollouts.get("lineage"),
+                    "sampling": source.rollouts.sampling,
+                    "lineage": source.rollouts.lineage,
                 }
             },
             plan={"shards": [sequences]},
-            **{key: source[key] for key in keys},
-            scoring=source.get("scoring") or {},
+            k=source.k,
+            top_p=source.top_p,
+            codec=source.codec,
+            temperature=source.temperature,
+            scoring=source.scoring,
         )
 
 

@@ -82,7 +82,7 @@ def test_folder_in_use_is_not_written_to(student_folder, prompt_file, tmp_path, 
     shutil.copytree(student_folder, tmp_path / "model")
     inputs = {"model": str(student_folder), "prompts": str(prompt_file), "num_samples": 1}
     main(settings(out=str(tmp_path / "finished"), **inputs))
-    with pytest.raises(ConfigError, match="out: found|another --out|file is not a folder"):
+    with pytest.raises(ConfigError, match="another --out|a new or empty folder"):
         main(settings(out=str(tmp_path / name) if name else "", **inputs))
     assert not (tmp_path / "model/manifest.json").exists()
 
