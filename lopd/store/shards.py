@@ -78,10 +78,13 @@ def read_receipt(folder: Path, shard: int, *, kind: str, recipe: str, sequences:
     if not file.exists():
         what = "receipt" if path.exists() else "shard and its receipt"
         raise ShardError(f"{file}: the {what} is missing; run the stage again to write it")
+    data = file.read_bytes()
     try:
-        receipt = json.loads(file.read_bytes())
+        receipt = json.loads(data)
     except ValueError as error:
         raise ShardError(f"{file}: not JSON ({error}); run the stage again to redo it") from error
+    if not data.endswith(b"\n"):
+        raise ShardError(f"{file}: its last byte is missing: torn; run the stage again to redo it")
     expected = {
         "schema": RECEIPT_SCHEMA,
         "kind": kind,
