@@ -7,38 +7,38 @@ where batch shapes differ).
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
+from lopd.config.fields import Settings, setting
 from lopd.data.prompts import Prompt
-from lopd.errors import ConfigError, DataError, ModelError
+from lopd.errors import DataError, ModelError
 from lopd.models.limits import ModelLimits
 from lopd.store import Rollout, TeacherScores
 
 Progress = Callable[[int], object]  # called with the number of sequences just finished
+_sampling = partial(setting, group="Sampling")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Settings):
     """How answers are drawn. `temperature=0` is greedy decoding."""
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: found {self.max_new_tokens}; expected at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(
-                f"temperature: found {self.temperature}; expected 0 (greedy) or a positive number"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: found {self.top_p}; expected a number in (0, 1]")
+    max_new_tokens: int = _sampling(
+        within="[1, inf)", help="Maximum length of an answer, in tokens."
+    )
+    temperature: float = _sampling(
+        1.0, within="[0, inf)", help="Sampling temperature; 0 is greedy."
+    )
+    top_p: float = _sampling(
+        1.0,
+        within="(0, 1]",
+        help="Sample from the smallest set of tokens with this probability mass.",
+    )
 
     @property
     def is_raw(self) -> bool:

@@ -9,17 +9,20 @@ log-probs may be absent.
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lopd.config.fields import Settings, setting, setting_of
 from lopd.data.external_scores import Dumped, Format, read_dump
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import eos_ids_of, load_tokenizer
 from lopd.provenance import build_manifest, describe_file, describe_model, lineage_of, save_vocab
+from lopd.stages.rollout import SamplingOptions
+from lopd.stages.score import ScoreConfig
 from lopd.store import CacheWriter, Codec, Rollout, TeacherScores
 from lopd.store.lists import derived_tail
 from lopd.store.validate import MASS_TOLERANCE
@@ -30,35 +33,34 @@ RENORMALIZED = 1e-4
 
 
 @dataclass(kw_only=True)
-class ImportConfig:
-    """A cache from scores that another tool dumped (`lopd import`)."""
+class ImportConfig(Settings):
+    """Make a teacher cache from scores that another tool wrote (`lopd import`)."""
 
-    source: str = field(metadata={"help": "Parquet (.parquet) or JSONL file."})
-    format: Format = field(
-        metadata={
-            "help": "The paper's parquet, or top-k log-probs; see lopd/data/external_scores.py."
-        }
+    source: str = setting(identity=False, help="Parquet (.parquet) or JSONL file.")
+    format: Format = setting(
+        help="lightning-opd: parquet in the format of the paper's code; topk: lists of top-k "
+        "log-probs. See lopd/data/external_scores.py."
     )
-    teacher: str = field(metadata={"help": "Who scored: a folder, a digest of weights, or a name."})
-    student: str = field(metadata={"help": "Who rolled out: likewise; a folder for its tokenizer."})
-    out: str = field(metadata={"help": "Cache folder; an interrupted one is continued."})
-    codec: Codec = field(
-        default="exact",
-        metadata={"help": "How lists and log-probs are stored; all but exact round them."},
+    teacher: str = setting(
+        identity=False, help="Teacher that scored: a folder, a digest of weights, or a name."
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Temperature that the log-probs were taken at."}
+    student: str = setting(
+        identity=False,
+        help="Student that rolled out: a folder, which also provides the tokenizer, a digest of "
+        "weights, or a name.",
     )
-    shard_size: int = field(default=1024, metadata={"help": "Sequences in a shard file."})
-    allow_renormalized: bool = field(
-        default=False, metadata={"help": "Admit renormalised lists, for --tail renormalize alone."}
+    out: str = setting_of(ScoreConfig, "out")
+    codec: Codec = setting_of(ScoreConfig, "codec")
+    temperature: float = setting_of(
+        ScoreConfig, "temperature", help="Temperature at which the log-probs were computed."
     )
-
-    def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ConfigError(f"shard_size: found {self.shard_size}; expected at least 1")
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
+    shard_size: int = setting_of(SamplingOptions, "shard_size")
+    allow_renormalized: bool = setting(
+        False,
+        group="Provenance overrides",
+        identity=False,
+        help="Accept renormalised lists, which only --tail renormalize can train on.",
+    )
 
 
 @dataclass(frozen=True)

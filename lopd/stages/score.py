@@ -8,18 +8,19 @@ Several processes may score into one folder (`--worker i/n`, or torchrun); a sha
 on the process that writes it.
 """
 
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from lopd.config.fields import setting, setting_of
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import Engine, Progress, score_rollouts
-from lopd.engines.options import EngineOptions
+from lopd.engines.options import EngineOptions, ScoringOptions
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
@@ -30,6 +31,7 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.rollout import SamplingOptions
 from lopd.store import CacheWriter, Codec, Rollout, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import is_unused, require_same_recipe
 from lopd.store.size import (
@@ -47,48 +49,49 @@ from lopd.store.size import (
 from lopd.store.types import name_of
 from lopd.store.workers import Worker, this_worker
 
+_cache = partial(setting, group="Cache")
+
 
 @dataclass(kw_only=True)
-class ScoreConfig(EngineOptions):
+class ScoreConfig(EngineOptions, ScoringOptions):
     """Score rollouts with the teacher (`lopd score`)."""
 
-    teacher: str = field(metadata={"help": "Teacher, a local model folder."})
-    rollouts: str = field(metadata={"help": "Folder that `lopd rollout` wrote."})
-    out: str = field(metadata={"help": "Cache folder; an interrupted one is continued."})
-    k: int = field(default=64, metadata={"help": "Largest list of teacher tokens at a position."})
-    top_p: float = field(
-        default=0.999, metadata={"help": "Lists end where their mass reaches this; 1 keeps all k."}
+    teacher: str = setting(identity=False, help="Folder of the teacher model.")
+    rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
+    out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
+    k: int = _cache(64, within="[1, inf)", help="Maximum number of teacher tokens per position.")
+    top_p: float = _cache(
+        0.999,
+        within="(0, 1]",
+        help="Cut each list where its mass reaches this; 1 keeps all k tokens.",
     )
-    codec: Codec = field(
-        default="exact",
-        metadata={"help": "How lists and log-probs are stored; all but exact round them."},
+    codec: Codec = setting(
+        "exact",
+        group="Cache",
+        help="Storage format of lists and log-probs; all but exact round them.",
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Divides the teacher's logits; distillation uses the same."}
+    temperature: float = _cache(
+        1.0,
+        within="(0, inf)",
+        help="Divides the teacher's logits; distillation uses the same temperature.",
     )
-    student: str | None = field(
-        default=None, metadata={"help": "The student that rolled out, for --extra_ids."}
+    student: str | None = _cache(
+        None, identity=False, help="Folder of the student that rolled out, for extra_ids."
     )
-    extra_ids: int = field(
-        default=0, metadata={"help": "Add so many of the student's own top ids to every list."}
+    extra_ids: int = _cache(
+        0, within="[0, inf)", help="Add the student's own top N ids to every list."
     )
-    tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens in a forward."})
-    worker: str | None = field(
-        default=None, metadata={"help": "i/n: be worker i, from 0, of n on this folder."}
-    )
-    plan: bool = field(
-        default=False, metadata={"help": "Print bytes, shards, time and free disk; write nothing."}
+    worker: str | None = setting_of(SamplingOptions, "worker")
+    plan: bool = setting(
+        False,
+        group="Model and data",
+        identity=False,
+        help="Print bytes, shards, time and free disk space, and write nothing.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tokens_per_batch < 1:
-            raise ConfigError(
-                f"tokens_per_batch: found {self.tokens_per_batch}; expected at least 1"
-            )
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
-        if self.extra_ids < 0 or (self.extra_ids > 0) != (self.student is not None):
+        if (self.extra_ids > 0) != (self.student is not None):
             raise ConfigError(
                 f"extra_ids: found {self.extra_ids} with student {self.student!r}; expected a "
                 "positive number and the student that made the rollouts, or neither"

@@ -11,7 +11,6 @@ writes and finishes the folder.
 
 import json
 import sys
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -73,7 +72,7 @@ def _claim(
     config: Any, base: dict[str, Any], inputs: dict[str, str], worker: Worker
 ) -> Path | None:
     out = Path(config.out)
-    settings = training_recipe_of(asdict(config))
+    settings = training_recipe_of(config)
     identity = {key: base[key] for key in ("weights", "config", "tokenizer")}
     processes = {} if worker.alone else {"processes": worker.count}
     recipe = json.loads(json.dumps({**settings, **inputs, **processes, "base": identity}))

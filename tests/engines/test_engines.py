@@ -91,7 +91,7 @@ def test_options_that_cannot_be_meant(engine, text, message):
 
 
 def test_a_device_that_contradicts_the_engine():
-    with pytest.raises(ConfigError, match="given its GPUs by CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ConfigError, match="choose its GPUs with CUDA_VISIBLE_DEVICES"):
         EngineOptions(engine="vllm", device="cuda:1")
     with pytest.raises(ConfigError, match="leave device at auto"):
         EngineOptions(device="cpu", engine_options="device_map: auto")

@@ -234,7 +234,7 @@ def test_a_teacher_that_did_not_score_the_cache_is_refused(student_folder, cache
     ("flags", "message"),
     [
         (["--rescore", "3"], "needs --teacher and --student"),
-        (["--teacher", "t"], "only with --rescore N"),
+        (["--teacher", "t"], "--teacher and --student require --rescore N"),
         (["--rescore", "-1"], "found -1; expected 0 or a positive number"),
         (["--max_noise_share", "0"], "expected a positive number"),
     ],
