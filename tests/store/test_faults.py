@@ -211,6 +211,15 @@ def test_resuming_after_any_loss_gives_the_same_bytes(finished, tmp_path_factory
     assert not list(folder.glob(".*.tmp"))
 
 
+def test_a_receipt_without_its_last_byte_is_torn(cache, finished):
+    """It is still JSON, but resuming has to give the same bytes."""
+    os.truncate(cache / RECEIPTS[0], (cache / RECEIPTS[0]).stat().st_size - 1)
+    with pytest.raises(ShardError, match=f"{RECEIPTS[0]}: its last byte is missing"):
+        TeacherCache.open(cache)
+    write_cache(cache, make_manifest(plan=PLAN))
+    assert files_of(cache) == files_of(finished)
+
+
 def rewrite(folder, change):
     """Shard 1 with changed arrays and a receipt of the right size and hash."""
     path = folder / SHARDS[1]
