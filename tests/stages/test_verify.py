@@ -87,7 +87,7 @@ def rewrite(cache, out, change):
     content = json.loads(receipt.read_text())
     content["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     content["bytes"] = file.stat().st_size
-    receipt.write_text(json.dumps(content))
+    receipt.write_text(json.dumps(content) + "\n")
 
 
 def shift(arrays):
