@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lopd.engines.base import Generation, Progress, Sampling, check_k, check_sequences
 from lopd.errors import ConfigError, ModelError
+from lopd.models.architecture import context_of_config, head_rows_of
 from lopd.models.head import HeadOptions, check_head, lm_head, run_with_loss
 from lopd.models.load import eos_token_ids, load_model, load_tokenizer
 from lopd.store import TeacherScores
@@ -36,9 +37,7 @@ class HfEngine:
             )
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        config = model.config.get_text_config()
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.vocab_size, self.context = head_rows_of(model), context_of_config(model.config)
         self.eos_ids = eos_token_ids(model, tokenizer)
         check_head(model)
 

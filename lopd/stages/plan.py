@@ -3,10 +3,8 @@
 from dataclasses import dataclass, field
 
 from lopd.errors import ConfigError, MemoryPlanError
-from lopd.training.dry_run import (
-    meta_model,
-)
-from lopd.training.memory import MemorySettings, Planner, proposals
+from lopd.training.dry_run import meta_model
+from lopd.training.memory import MemoryPlanner, MemorySettings, proposals
 from lopd.training.options import parse_bytes
 
 GIB = 1 << 30
@@ -63,8 +61,8 @@ def main(config: PlanConfig) -> None:
     """
     installed = parse_bytes("gpu_memory", config.gpu_memory)
     memory = int((1 - config.reserve) * installed)
-    planner = Planner(meta_model(config.model, config.dtype, config))
-    parts = planner.parts(config)
+    planner = MemoryPlanner(meta_model(config.model, config.dtype, config))
+    parts = planner.estimate(config)
     rows = [*vars(parts).items(), ("total", parts.total), ("available", memory)]
     print("\n".join(f"{name:<12}{gib(size)}" for name, size in rows))
     if parts.total <= memory:
@@ -73,7 +71,7 @@ def main(config: PlanConfig) -> None:
     print("does not fit; one after the other:")
     fitting = None
     for candidate in proposals(planner, config, memory):
-        total = planner.parts(candidate).total
+        total = planner.estimate(candidate).total
         fitting = candidate if total <= memory else None
         print(f"{gib(total)}  {'fits' if fitting else 'no':<4}  {changes(config, candidate)}")
     advice = "use a larger GPU or a smaller model"

@@ -18,7 +18,8 @@ import torch
 from lopd.data.demonstrations import Demonstration
 from lopd.errors import ConfigError, DataError
 from lopd.store import Rollout, RolloutStore, TeacherCache, TeacherSequence
-from lopd.training.metrics import POSITIONS, is_probed
+from lopd.training.metrics import POSITIONS
+from lopd.training.topk_overlap import is_overlap_position
 
 LOSS_AGGREGATIONS = ("token_mean", "sequence_mean")
 
@@ -108,10 +109,10 @@ class SequenceDataset(torch.utils.data.Dataset):
         return [self.source[index] for index in wanted]
 
 
-Part = torch.utils.data.Subset
+Subset = torch.utils.data.Subset
 
 
-def lengths_of(dataset: SequenceDataset | Part) -> list[int]:
+def lengths_of(dataset: SequenceDataset | Subset) -> list[int]:
     """Tokens of each sequence."""
     if isinstance(dataset, SequenceDataset):
         return dataset.lengths
@@ -119,7 +120,7 @@ def lengths_of(dataset: SequenceDataset | Part) -> list[int]:
     return [lengths[index] for index in dataset.indices]
 
 
-def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Part, Part]:
+def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Subset, Subset]:
     """Sequences to train on, and those kept out: a share below 1, or a number of them.
 
     A hash of its name places a sequence in [0, 1): those below the share are kept out, or the
@@ -141,7 +142,7 @@ def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Part, Part]:
         )
     kept = [index for index, held in enumerate(out) if not held]
     held_out = [index for index, held in enumerate(out) if held]
-    return Part(dataset, kept), Part(dataset, held_out)
+    return Subset(dataset, kept), Subset(dataset, held_out)
 
 
 def _check_sequence(
@@ -175,7 +176,7 @@ class Collator:
         sequence_lengths                                            tuple of B numbers, packed
         loss_index, labels, sequence_index                          [N] int64
         parts, of lopd.training.metrics.POSITIONS                   [N] int64
-        probes, rows measured by topk_overlap                       [P] int64, with a teacher
+        overlap_rows, rows measured by topk_overlap                 [P] int64, with a teacher
         unlisted, rows without a list                               [U] int64, with a teacher
         row_weights                                                 [N] fp32
         rollout_logprobs (where every sequence has them)            [N] fp32
@@ -272,10 +273,14 @@ def _teacher_columns(items: Sequence[Any], offsets: list[np.ndarray]) -> dict[st
         ids[start:end, :k] = item.topk_ids[offset]
         logprobs[start:end, :k] = item.topk_logprobs[offset]
         start = end
-    probed = np.concatenate(
-        [is_probed(sequence_name(i), offset) for i, offset in zip(items, offsets, strict=True)]
+    measured = np.concatenate(
+        [
+            is_overlap_position(sequence_name(item), offset)
+            for item, offset in zip(items, offsets, strict=True)
+        ]
     )
-    arrays |= {"probes": np.flatnonzero(probed), "unlisted": np.flatnonzero((ids < 0).all(1))}
+    arrays["overlap_rows"] = np.flatnonzero(measured)
+    arrays["unlisted"] = np.flatnonzero((ids < 0).all(1))
     return {**arrays, "topk_ids": ids, "topk_logprobs": logprobs}
 
 

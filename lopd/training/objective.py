@@ -1,4 +1,4 @@
-"""The training objectives and their settings."""
+"""Training objectives and their settings."""
 
 import math
 from dataclasses import dataclass
@@ -6,39 +6,41 @@ from dataclasses import dataclass
 from lopd.errors import ConfigError
 
 SPARSE = ("reverse_kl", "forward_kl", "jsd")
-
-
 OBJECTIVES = (*SPARSE, "policy_gradient", "cross_entropy")
-
-
 TAILS = ("bucket", "renormalize", "truncate")
-
-
 IMPORTANCE = ("none", "token", "token_truncated", "sequence")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised at a response token, p the student and q the teacher.
+    """The loss of a response token; p is the student and q the teacher.
 
-    `reverse_kl` KL(p || q), `forward_kl` KL(q || p), `jsd` between them at `beta`, each over
-    the teacher's list and, by `tail`, the mass outside it; `policy_gradient` -A log p of the
-    sampled token with A = log q - log p of the current student, a constant, clipped to
-    [-advantage_clip, advantage_clip]; `cross_entropy` -log p of the token.
+    Args:
+        name: `reverse_kl` KL(p || q), `forward_kl` KL(q || p), or `jsd` between them, each over the
+            teacher's list; `policy_gradient` -A log p of the sampled token with the advantage
+            A = log q - log p of the current student, a constant; `cross_entropy` -log p of the
+            token.
+        tail: how the divergences treat the mass outside the list, as in
+            `lopd_kernels.linear_sparse_divergence`.
+        beta: weight of the mixture of jsd.
+        advantage_clip: clips the advantage to [-advantage_clip, advantage_clip].
+        temperature: divides the student's logits; the temperature at which the teacher scored.
+        importance: constant ratio to the rollout policy that multiplies the policy gradient's
+            rows: `token` p / p_rollout of the token, `token_truncated` that but at most
+            `importance_cap`, `sequence` the product over the sequence's loss tokens, at most
+            `importance_cap` if set. The normaliser remains the sum of the uncorrected weights, so
+            the other sequences of a batch cause no bias.
+        importance_cap: upper bound of the ratio.
+        clip_range: PPO's clipped loss, which has its own ratio.
+        workspace_bytes: bound on what the loss allocates; affects only rounding.
 
-    `importance` multiplies the policy gradient's rows by a constant ratio to the policy that
-    sampled: `token` p / p_rollout of the token, `token_truncated` the smaller of that and
-    `importance_cap`, `sequence` the product over the sequence's loss tokens, capped where a cap
-    is given. The normaliser stays the sum of the uncorrected weights, so nothing is biased by
-    which sequences share a batch. `clip_range` is PPO's clipped form, which has its own ratio.
-
-    `temperature` divides the student's logits: the one that the teacher was scored at.
-    `workspace_bytes` bounds what the loss allocates, and so changes rounding alone.
+    Raises:
+        ConfigError: a setting is unknown, out of range, or not for this objective.
     """
 
     name: str
     tail: str = "bucket"
-    beta: float | None = None  # 0.5 for jsd, which alone has one
+    beta: float | None = None  # 0.5 for jsd
     advantage_clip: float | None = None
     temperature: float = 1.0
     importance: str = "none"
@@ -55,14 +57,14 @@ class Objective:
         if self.name == "jsd" and self.beta is None:
             object.__setattr__(self, "beta", 0.5)
         if self.beta is not None and self.name != "jsd":
-            raise ConfigError(f"beta: {self.name} has no mixture; only jsd does")
+            raise ConfigError(f"beta: {self.name} has no mixture; use jsd, or omit it")
         if self.beta is not None and not 0 < self.beta < 1:
             raise ConfigError(
                 f"beta: found {self.beta}; expected strictly between 0 and 1; at the ends use "
                 "forward_kl or reverse_kl"
             )
         if self.tail != "bucket" and self.name not in SPARSE:
-            raise ConfigError(f"tail: {self.name} has none; only {', '.join(SPARSE)} do")
+            raise ConfigError(f"tail: {self.name} has none; use one of {', '.join(SPARSE)}")
         if self.advantage_clip is not None and self.name != "policy_gradient":
             raise ConfigError(f"advantage_clip: {self.name} has no advantage; use policy_gradient")
         if self.advantage_clip is not None and not 0 < self.advantage_clip < math.inf:
@@ -86,27 +88,27 @@ class Objective:
             name = "clip_range" if self.importance == "none" else "importance"
             raise ConfigError(f"{name}: {self.name} has no correction; use policy_gradient")
         if self.importance == "token_truncated" and self.importance_cap is None:
-            raise ConfigError("importance_cap: token_truncated needs one; give a positive number")
+            raise ConfigError("importance_cap: token_truncated needs one; use a positive number")
         if self.importance_cap is not None and self.importance not in (
             "token_truncated",
             "sequence",
         ):
             raise ConfigError(
-                f"importance_cap: importance '{self.importance}' has none; only token_truncated "
-                "and sequence do"
+                f"importance_cap: importance '{self.importance}' has none; use token_truncated "
+                "or sequence"
             )
         if self.clip_range is not None and self.importance != "none":
             raise ConfigError(
-                f"clip_range: found importance '{self.importance}' too; the clipped form has its "
-                "own ratio, leave importance out"
+                f"clip_range: found importance '{self.importance}' too; the clipped loss has its "
+                "own ratio, omit importance"
             )
 
     @property
     def held_out(self) -> "Objective":
-        """What sequences kept out of training are judged by: the divergence that is minimised.
+        """The objective to evaluate on held-out sequences: a divergence.
 
-        The policy gradient's loss is none, and on stored tokens its log-ratio has no minimum; the
-        reverse KL that it estimates stands in for it.
+        The policy-gradient loss is not a divergence, and on stored tokens its log-ratio has no
+        minimum, so the reverse KL that it estimates takes its place.
         """
         if self.name == "policy_gradient":
             return Objective(
@@ -116,8 +118,10 @@ class Objective:
 
     @property
     def needs_rollout_logprobs(self) -> bool:
+        """Whether batches must have the log-probs of the rollout policy."""
         return self.importance != "none" or self.clip_range is not None
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether batches must have the teacher's scores."""
         return self.name != "cross_entropy"

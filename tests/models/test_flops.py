@@ -7,7 +7,7 @@ import torch
 from helpers_training import VOCAB, make_rollouts, make_scored, options, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from lopd.models.flops import Meter, mfu, pairs, peak_flops, size_of, step_flops
+from lopd.models.flops import FlopsMeter, mfu, pairs, peak_flops, size_of, step_flops
 from lopd.models.head import run_with_loss
 from lopd.models.lora import LoraOptions, add_lora
 from lopd.training.batch import Collator, SequenceDataset
@@ -79,10 +79,10 @@ def test_only_active_experts_count():
 
 
 def test_a_mixture_of_unknown_share_has_no_utilisation(monkeypatch):
-    monkeypatch.setattr("lopd.models.flops.EXPERTS", ())
+    monkeypatch.setattr("lopd.models.architecture.EXPERTS", ())
     model = mixture(1)
     assert size_of(model) is None
-    meter = Meter(model, torch.device("cpu"))
+    meter = FlopsMeter(model, torch.device("cpu"))
     batch = Collator()(make_scored(make_rollouts(2)))
     assert meter.count([batch]) == 0 and meter.read(1.0) == {}
 
@@ -110,7 +110,7 @@ def test_peaks_are_of_the_device_and_dtype():
 
 def test_utilisation_is_of_all_devices():
     assert mfu(flops=30.0, seconds=2.0, peak=10.0, devices=3) == 0.5
-    meter = Meter(tiny_model(), torch.device("cpu"), devices=2)
+    meter = FlopsMeter(tiny_model(), torch.device("cpu"), devices=2)
     meter.peak = 1e6
     batch = Collator()(make_scored(make_rollouts(4)))
     flops = meter.count([batch]) + meter.count([batch])
@@ -122,7 +122,7 @@ def test_utilisation_is_of_all_devices():
 
 def test_padding_and_packing_count_the_same():
     items = make_scored(make_rollouts(4))
-    meter = Meter(tiny_model(), torch.device("cpu"))
+    meter = FlopsMeter(tiny_model(), torch.device("cpu"))
     assert meter.count([Collator()(items)]) == meter.count([Collator(packed=True)(items)])
 
 

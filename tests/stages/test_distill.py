@@ -196,7 +196,7 @@ def test_updates_that_bfloat16_loses_are_told(pipeline, tmp_path, capsys, change
     if "lora_rank" in changes:
         pytest.importorskip("peft")
     out = distill.main(config(pipeline, tmp_path / "out", max_steps=1, **changes))
-    assert ("updates are lost in rounding" in capsys.readouterr().err) == told
+    assert ("this small are lost to rounding" in capsys.readouterr().err) == told
     assert out.is_dir()
 
 

@@ -34,7 +34,7 @@ class DenseTrainer(LopdTrainer):
         tail = 1.0 - student.exp().masked_fill(~listed, 0.0).sum(1)
         losses = terms.sum(1) + tail * (tail.log() - inputs["tail_logprobs"])
         loss = (inputs["row_weights"] * losses).sum() / num_items_in_batch
-        self.window.add({"loss": loss.detach()}, len(losses))
+        self.metrics.add({"loss": loss.detach()}, len(losses))
         return loss
 
 

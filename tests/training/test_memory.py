@@ -1,4 +1,4 @@
-"""Peak memory before a run: the parts against real runs, and what is proposed where they are many.
+"""Peak memory before a run: the parts against real runs, and settings that need less.
 
 That the real runs' tensors are counted at all is what the equalities rest on: see the first test.
 """
@@ -18,17 +18,24 @@ from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.dry_run import (
     activation_bytes,
     dry_inputs,
-    held_bytes,
     meta_model,
     optimizer_bytes,
     saved_bytes,
     state_bytes,
+    storage_bytes,
 )
-from lopd.training.memory import Parts, Planner, largest_batch, loss_bytes, proposals
+from lopd.training.memory import (
+    MemoryEstimate,
+    MemoryPlanner,
+    largest_batch,
+    loss_bytes,
+    planned_peak,
+    proposals,
+)
 from lopd.training.objective import Objective
 from lopd.training.options import parse_bytes
-from lopd.training.run import planned_peak
 from lopd.training.trainer import LopdTrainer
+from lopd_kernels.workspace import workspace_needed
 
 LENGTH = 16
 MIB = 1 << 20
@@ -84,9 +91,9 @@ def test_adapters_are_planned_for(folder, dtype):
     for checkpointing in (False, True):
         expected = activation_bytes(real, real_inputs(3), checkpointing)
         assert expected == activation_bytes(dry, dry_inputs(3, LENGTH, packed=False), checkpointing)
-    parts = Planner(dry).parts(config(folder, dtype=dtype))
-    assert parts.gradients == sum(p.nbytes for p in real.parameters() if p.requires_grad)
-    assert parts.gradients < parts.weights / 2
+    estimate = MemoryPlanner(dry).estimate(config(folder, dtype=dtype))
+    assert estimate.gradients == sum(p.nbytes for p in real.parameters() if p.requires_grad)
+    assert estimate.gradients < estimate.weights / 2
 
 
 def test_checkpoints_and_one_layer_are_less_than_all_layers(tmp_path):
@@ -125,9 +132,9 @@ def test_eight_bit_state_by_its_layout():
 def test_parts_of_a_tied_model_count_its_weight_once(tmp_path):
     model = tiny_model("qwen3-tied")
     model.config.save_pretrained(tmp_path)
-    parts = Planner(meta_model(str(tmp_path), "float32")).parts(config(str(tmp_path)))
-    assert parts.weights == held_bytes([*model.parameters(), *model.buffers()])
-    assert parts.gradients == sum(p.nbytes for p in model.parameters())
+    estimate = MemoryPlanner(meta_model(str(tmp_path), "float32")).estimate(config(str(tmp_path)))
+    assert estimate.weights == storage_bytes([*model.parameters(), *model.buffers()])
+    assert estimate.gradients == sum(p.nbytes for p in model.parameters())
 
 
 def test_a_pack_has_no_mask(folder):
@@ -156,17 +163,42 @@ def test_the_loss_keeps_to_its_workspace(tmp_path):
     assert loss_bytes(dry, pg) < free
 
 
-class Invented(Planner):
+@pytest.mark.parametrize("workspace", [None, 8 * MIB], ids=["free", "bounded"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_the_loss_memory_includes_the_gradient_of_the_hidden_states(tmp_path, frozen, workspace):
+    model = tiny_model()
+    model.config.vocab_size = 20000
+    model.config.save_pretrained(tmp_path)
+    dry = meta_model(str(tmp_path), "bfloat16").requires_grad_(not frozen)
+    settings = config(str(tmp_path), batch_size=64, workspace_bytes=workspace)
+    with_gradient, without = (
+        workspace_needed(
+            64 * LENGTH,
+            20000,
+            SIZE["hidden_size"],
+            settings.k + 1,
+            dtype=torch.bfloat16,
+            hidden_grad=hidden_grad,
+            weight_grad=not frozen,
+            workspace_bytes=workspace,
+        )
+        for hidden_grad in (True, False)
+    )
+    assert loss_bytes(dry, settings) == with_gradient > without
+
+
+class Invented(MemoryPlanner):
     """Parts by a rule instead of dry runs."""
 
     def __init__(self):
         super().__init__(torch.nn.Identity())
 
-    def parts(self, config):
+    def estimate(self, config):
         tokens = config.rows[0] * config.rows[1]
         state = {"adafactor": 1, "adamw_8bit": 40}.get(config.optim, 100) * MIB
         layers = 1 if config.gradient_checkpointing else 10
-        return Parts(100 * MIB, 100 * MIB, state, config.workspace or GIB, tokens * layers * MIB)
+        loss, activations = config.workspace or GIB, tokens * layers * MIB
+        return MemoryEstimate(100 * MIB, 100 * MIB, state, loss, activations)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +220,7 @@ class Invented(Planner):
 def test_proposals_come_in_order_and_end_with_the_first_that_fits(folder, memory, given, taken):
     planner, asked = Invented(), config(folder, **given)
     found = list(proposals(planner, asked, memory * MIB))
-    fits = [planner.parts(each).total <= memory * MIB for each in found]
+    fits = [planner.estimate(each).total <= memory * MIB for each in found]
     assert fits == [*[False] * (len(found) - 1), memory > 300]
     changed = [name for name in vars(asked) if getattr(found[-1], name) != getattr(asked, name)]
     assert sorted(changed) == sorted(taken)
@@ -215,7 +247,7 @@ def test_the_largest_batch_is_the_largest(folder, packed):
 def test_it_says_whether_it_fits(folder, capsys):
     main(config(folder))
     assert "fits, " in capsys.readouterr().out
-    total = Planner(meta_model(folder, "float32")).parts(config(folder)).total
+    total = MemoryPlanner(meta_model(folder, "float32")).estimate(config(folder)).total
     with pytest.raises(MemoryPlanError, match="needs .* use a larger GPU"):
         main(config(folder, gpu_memory="100kB"))
     table = capsys.readouterr().out
@@ -300,7 +332,7 @@ def test_a_run_knows_what_the_command_would_have_said(folder, changes):
     asked = config(folder, **{"batch_size": 4, "sequence_length": longest, "k": 4, **changes})
     if trainer.objective.name == "cross_entropy":
         asked = replace(asked, objective="policy_gradient")
-    expected = Planner(meta_model(folder, "float32", asked)).parts(asked).total
+    expected = MemoryPlanner(meta_model(folder, "float32", asked)).estimate(asked).total
     assert planned_peak(settings, trainer, folder, k=4) == expected
 
 

@@ -7,7 +7,7 @@ import torch
 from helpers_training import make_rollouts, make_scored, options, tiny_model
 
 from lopd.training.batch import Collator, SequenceDataset
-from lopd.training.metrics import StatsWindow, drift_moments
+from lopd.training.metrics import MetricsAccumulator, drift_moments
 from lopd.training.objective import Objective
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
@@ -33,13 +33,13 @@ def kish(log_ratio, weights):
 
 
 def popped(*steps):
-    """What a window says of steps of (stats, tokens) micro-batches."""
-    window = StatsWindow()
+    """Metrics of steps of (stats, tokens) micro-batches."""
+    metrics = MetricsAccumulator()
     for micro_batches in steps:
-        window.begin_step()
+        metrics.begin_step()
         for stats in micro_batches:
-            window.add(stats, 1)
-    return window, window.pop()
+            metrics.add(stats, 1)
+    return metrics, metrics.pop()
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
@@ -93,7 +93,7 @@ def test_a_row_without_a_list_has_its_log_ratio_too():
 def test_many_rows_are_gathered_in_parts(monkeypatch):
     model, batch = tiny_model(), Collator()(make_scored(make_rollouts(5)))
     whole = step(model, batch, Objective("reverse_kl"), 1.0)[1]["log_ratio_to_rollout"]
-    monkeypatch.setattr("lopd.training.step.GATHERED_ROWS", 4)
+    monkeypatch.setattr("lopd.training.row_losses.GATHERED_ROWS", 4)
     parts = step(model, batch, Objective("reverse_kl"), 1.0)[1]["log_ratio_to_rollout"]
     assert parts.item() == whole.item()
 
@@ -116,19 +116,19 @@ def test_a_window_pools_its_steps_and_tells_the_last_one():
         ones = torch.ones(len(ratios))
         return drift_moments(log_ratio, ones, torch.arange(len(ratios)), len(ratios))
 
-    window = StatsWindow()
-    assert window.step_ess() is None
-    window.begin_step()
-    window.add(moments([1.0, 1.0]), 2)
-    assert window.step_ess() == pytest.approx(1.0)
-    window.begin_step()
-    window.add(moments([4.0]), 1)
-    window.add(moments([1.0, 1.0]), 2)
-    assert window.step_ess() == pytest.approx(36 / (3 * 18), rel=1e-6)
-    assert window.pop()["ess_tokens"] == pytest.approx(64 / (5 * 20), rel=1e-6)
-    assert math.isclose(window.step_ess(), 36 / 54, rel_tol=1e-6)
-    window.begin_step()
-    assert window.step_ess() is None
+    metrics = MetricsAccumulator()
+    assert metrics.step_ess() is None
+    metrics.begin_step()
+    metrics.add(moments([1.0, 1.0]), 2)
+    assert metrics.step_ess() == pytest.approx(1.0)
+    metrics.begin_step()
+    metrics.add(moments([4.0]), 1)
+    metrics.add(moments([1.0, 1.0]), 2)
+    assert metrics.step_ess() == pytest.approx(36 / (3 * 18), rel=1e-6)
+    assert metrics.pop()["ess_tokens"] == pytest.approx(64 / (5 * 20), rel=1e-6)
+    assert math.isclose(metrics.step_ess(), 36 / 54, rel_tol=1e-6)
+    metrics.begin_step()
+    assert metrics.step_ess() is None
 
 
 def test_the_policy_that_sampled_is_worth_all_of_its_samples(tmp_path):
@@ -146,25 +146,25 @@ def test_the_policy_that_sampled_is_worth_all_of_its_samples(tmp_path):
 def test_time_left_out_is_not_counted(monkeypatch):
     now = iter([10.0, 15.0])
     monkeypatch.setattr("lopd.training.metrics.time.perf_counter", lambda: next(now))
-    window = StatsWindow()
-    window.begin_step()
-    window.add({}, 6)
-    window.leave_out(3.0)
-    assert window.pop()["tokens_per_second"] == pytest.approx(3.0)
+    metrics = MetricsAccumulator()
+    metrics.begin_step()
+    metrics.add({}, 6)
+    metrics.exclude_time(3.0)
+    assert metrics.pop()["tokens_per_second"] == pytest.approx(3.0)
 
 
 def test_a_window_goes_on_where_the_tensors_are():
     """A checkpoint's sums are on the CPU, a micro-batch's on the device that trains."""
-    window = StatsWindow()
-    window.begin_step()
+    metrics = MetricsAccumulator()
+    metrics.begin_step()
     stats = {
         "loss": torch.tensor(1.0),
         "token_moments": torch.zeros(3),
         "divergence_from": torch.ones(2, 7),
     }
-    window.add(stats, 1)
-    again = StatsWindow()
-    again.load(window.state())
+    metrics.add(stats, 1)
+    again = MetricsAccumulator()
+    again.load(metrics.state())
     again.begin_step()
     again.add({name: value.to("meta") for name, value in stats.items()}, 1)
     assert all(value.device.type == "meta" for value in again._sums.values())

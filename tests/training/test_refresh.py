@@ -157,7 +157,7 @@ def test_a_window_that_is_gone_is_named(pipeline, tmp_path, monkeypatch):
         distilled(pipeline, out, 3, **settings)
     assert windows(out) == ["step-00000003"]
     shutil.rmtree(out / "refresh" / "step-00000003")
-    with pytest.raises(ShardError, match="step-00000003: gone or altered, and checkpoint-4"):
+    with pytest.raises(ShardError, match="step-00000003: missing or altered, and checkpoint-4"):
         distilled(pipeline, out, 3, **settings)
     with pytest.raises(ConfigError, match=r"another recipe \(refresh_every was 3, is 2\)"):
         distilled(pipeline, out, 2, **settings)
@@ -283,7 +283,7 @@ def altered(pipeline, folder, change):
 
 
 def test_a_pack_that_an_answer_may_not_fit_into_is_refused(pipeline, tmp_path, no_model):
-    with pytest.raises(ConfigError, match="found 12, but a renewed sequence may have 13 tokens"):
+    with pytest.raises(ConfigError, match="found 12, but a refreshed sequence may have 13 tokens"):
         distilled(pipeline, tmp_path / "out", 1, max_tokens_per_batch=12)
 
 

@@ -165,9 +165,7 @@ def test_a_request_that_accelerate_passes_over_is_refused(pipeline, script, tmp_
     plain.write_text(RUN.replace("AcceleratorState.__init__ = __init__\n", ""))
     done = in_two_processes(plain, pipeline, tmp_path / "out", fsdp=True)
     assert done.returncode != 0
-    assert (
-        "fsdp: found 2 processes on cpu; accelerate shards over several GPUs alone" in done.stderr
-    )
+    assert "fsdp: found 2 processes on cpu; accelerate shards only over several GPUs" in done.stderr
 
 
 def test_processes_wait_for_the_first_longer_than_torch_would(pipeline, tmp_path, monkeypatch):

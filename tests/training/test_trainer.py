@@ -236,7 +236,7 @@ def test_trainer_equals_the_plain_loop(tmp_path, objective):
                 assert entry[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
-def told(trainer):
+def log_history(trainer):
     """Every logged value that does not depend on the clock."""
     clock = {"tokens_per_second", "train_runtime", "train_samples_per_second"}
     clock |= {"train_steps_per_second", "train_loss", "total_flos"}
@@ -265,7 +265,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, changes, killed_at)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{killed_at}"))
     assert resumed.state.global_step == 7
     assert largest_difference(weights(whole.model), weights(resumed.model)) == 0.0
-    assert told(resumed)[:-1] == told(whole)[:-1] and len(told(whole)) == 4
+    assert log_history(resumed)[:-1] == log_history(whole)[:-1] and len(log_history(whole)) == 4
     states = [t.optimizer.state_dict()["state"] for t in (whole, resumed)]
     assert all(
         torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i]
@@ -356,14 +356,14 @@ def test_trainer_checks_the_head_at_start_up(tmp_path):
 
 
 def test_other_kinds_of_parallelism_are_refused(tmp_path, monkeypatch):
-    def refused(args, found):
-        with pytest.raises(ConfigError, match=f"{found}.*: expected one process a GPU"):
+    def refused(args, name):
+        with pytest.raises(ConfigError, match=f"{name}.*: expected one process per GPU"):
             LopdTrainer(tiny_model(), args, Objective("reverse_kl"), SequenceDataset(scored()))
 
-    for found, change in (("DataParallel", "_n_gpu"), ("DeepSpeed", "deepspeed")):
+    for name, change in (("DataParallel", "_n_gpu"), ("DeepSpeed", "deepspeed")):
         args = options().training_arguments(tmp_path)
         setattr(args, change, 2)
-        refused(args, found)
+        refused(args, name)
     args = options().training_arguments(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused(args, "FSDP")
