@@ -9,6 +9,7 @@ SPARSE = ("reverse_kl", "forward_kl", "jsd")
 OBJECTIVES = (*SPARSE, "policy_gradient", "cross_entropy")
 TAILS = ("bucket", "renormalize", "truncate")
 IMPORTANCE = ("none", "token", "token_truncated", "sequence")
+CAPPED = ("token_truncated", "sequence")
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,19 @@ class Objective:
     workspace_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in OBJECTIVES:
-            known = ", ".join(OBJECTIVES)
-            raise ConfigError(f"objective: found '{self.name}'; expected one of {known}")
-        if self.tail not in TAILS:
-            raise ConfigError(f"tail: found '{self.tail}'; expected one of {', '.join(TAILS)}")
         if self.name == "jsd" and self.beta is None:
             object.__setattr__(self, "beta", 0.5)
+        for setting, value, known in (
+            ("objective", self.name, OBJECTIVES),
+            ("tail", self.tail, TAILS),
+            ("importance", self.importance, IMPORTANCE),
+        ):
+            if value not in known:
+                raise ConfigError(f"{setting}: found '{value}'; expected one of {', '.join(known)}")
+        for setting in ("advantage_clip", "temperature", "importance_cap", "clip_range"):
+            value = getattr(self, setting)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{setting}: found {value}; expected a positive number")
         if self.beta is not None and self.name != "jsd":
             raise ConfigError(f"beta: {self.name} has no mixture; use jsd, or omit it")
         if self.beta is not None and not 0 < self.beta < 1:
@@ -67,35 +74,18 @@ class Objective:
             raise ConfigError(f"tail: {self.name} has none; use one of {', '.join(SPARSE)}")
         if self.advantage_clip is not None and self.name != "policy_gradient":
             raise ConfigError(f"advantage_clip: {self.name} has no advantage; use policy_gradient")
-        if self.advantage_clip is not None and not 0 < self.advantage_clip < math.inf:
-            raise ConfigError(
-                f"advantage_clip: found {self.advantage_clip}; expected a positive number"
-            )
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
         self._check_importance()
 
     def _check_importance(self) -> None:
-        if self.importance not in IMPORTANCE:
-            raise ConfigError(
-                f"importance: found '{self.importance}'; expected one of {', '.join(IMPORTANCE)}"
-            )
-        for name in ("importance_cap", "clip_range"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name}: found {value}; expected a positive number")
         if self.needs_rollout_logprobs and self.name != "policy_gradient":
             name = "clip_range" if self.importance == "none" else "importance"
             raise ConfigError(f"{name}: {self.name} has no correction; use policy_gradient")
         if self.importance == "token_truncated" and self.importance_cap is None:
             raise ConfigError("importance_cap: token_truncated needs one; use a positive number")
-        if self.importance_cap is not None and self.importance not in (
-            "token_truncated",
-            "sequence",
-        ):
+        if self.importance_cap is not None and self.importance not in CAPPED:
             raise ConfigError(
-                f"importance_cap: importance '{self.importance}' has none; use token_truncated "
-                "or sequence"
+                f"importance_cap: importance '{self.importance}' has none; use "
+                f"{' or '.join(CAPPED)}"
             )
         if self.clip_range is not None and self.importance != "none":
             raise ConfigError(
