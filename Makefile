@@ -1,13 +1,12 @@
-# make demo      set up, then run the whole pipeline at toy scale (a few minutes)
-# make test      set up, then run the tests: on a CPU, the Triton kernels interpreted and
-#                compiled ahead of time
-# make test-all  the slow tests too, and the tests of the losses once more on the kernels; what
-#                came of it the last time is in tests/test-all.txt
-# make test-gpu  the kernels compiled, on a GPU, with the Python that is active
-# make test-vllm the tests of the vLLM engine, in .venv-vllm with a CPU build of vLLM (2.5 GB)
-# make lint      ruff and mypy
+# make demo       set up .venv, then run the whole pipeline at toy scale on a CPU
+# make test       set up .venv, then run the tests; Triton kernels are interpreted and compiled
+#                 ahead of time
+# make test-all   also run the slow tests, and the loss tests once more on the interpreted kernels
+# make test-gpu   run the compiled kernels on a GPU, with the active Python
+# make test-vllm  run the tests of the vLLM engine in .venv-vllm with a CPU build of vLLM (2.5 GB)
+# make lint       run ruff and mypy
 # make demo-seeds, make bench-cpu, make bench-cache, make bench-live
-#                regenerate the rows under benchmarks/results/
+#                 regenerate the rows under benchmarks/results/
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +14,6 @@ READY := .venv/.ready
 OLDER := .triton36/.ready
 KERNELS := tests/kernels
 LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
-LATEST := tests/test-all.txt
 VLLM := .venv-vllm/bin/python
 
 .PHONY: demo test test-all test-gpu test-vllm lint demo-seeds bench-cpu bench-cache bench-live
@@ -25,7 +23,7 @@ $(READY): setup.py pyproject.toml constraints/cpu.txt
 	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e ".[test]"
 	touch $(READY)
 
-# the Triton of torch 2.11, for compiling the kernels with it as well
+# The Triton version of torch 2.11: the kernels are also compiled with it.
 $(OLDER): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton36 triton==3.6.0
 	touch $(OLDER)
@@ -38,12 +36,9 @@ test: $(READY) $(OLDER)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py
 	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py
 
-test-all: SHELL := /bin/bash -o pipefail
 test-all: $(READY) $(OLDER)
-	git log -1 --format="%H %cs" > $(LATEST)
-	$(BIN)/python -m pytest -m "not gpu and not vllm" | tee >(tail -1 >> $(LATEST))
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py $(LOSSES) \
-		| tee >(tail -1 >> $(LATEST))
+	$(BIN)/python -m pytest -m "not gpu and not vllm"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py $(LOSSES)
 
 test-gpu:
 	python -m pytest -m gpu
@@ -55,7 +50,7 @@ test-gpu:
 	$(VLLM) -m pip install --quiet --no-deps -e .
 	touch $@
 
-# One process, offline, no usage reports; on a CPU vLLM's share of memory is set by the tests.
+# One process, offline, no usage reports. The tests set vLLM's share of memory on a CPU.
 test-vllm: .venv-vllm/.ready
 	$(VLLM) -c "import vllm"
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 \

@@ -1,17 +1,16 @@
-"""How small and how fast is the teacher cache, and what does it lose?
+"""How small and how fast is the teacher cache, and how much precision does it lose?
 
     python -m benchmarks.cache [--quick] [--out DIR]
 
-A made-up teacher scores made-up answers (`distributions`), one cache is written for each
-codec and top_p through the same writer and reader that `lopd score` and `lopd distill` use,
-and each is read back. First the answers of `exact` are compared with what was written; a
-difference ends the run. Bytes are those of the shard files, offsets and prompts included, per
-response token. The error is the codec's own: mean over tokens of the KL divergence between
-exact and decoded over K + 1 buckets, from the receipts. Rates are of one thread: reading is
-from a warm page cache, and into flat arrays (`read`) or into the padded records that a
-collator takes (`records`); writing is checks, cut, encoding, hash and fsync. The best of
-`--repeats` counts. One JSON row per cache is printed and, with --out, written to
-DIR/cache.jsonl. The exit code is 1 when a bar is missed; --quick has no bars on rates.
+A synthetic teacher (`distributions`) scores synthetic answers. For each codec and top_p one cache
+is written with the writer of `lopd score`, and read with the reader of `lopd distill`. First the
+contents of `exact` are compared with what was written; a difference ends the run. Bytes are those
+of the shard files per response token, including offsets and prompts. The error is the codec's own:
+the mean over tokens of the KL divergence between exact and decoded over K + 1 buckets, from the
+receipts. Rates are for one thread. Reading is from a warm page cache, into flat arrays (`read`) or
+into the padded records of a collator (`records`). Writing includes validation, cut, encoding, hash
+and fsync. The best of `--repeats` counts. One JSON row per cache is printed and, with --out,
+written to DIR/cache.jsonl. The exit code is 1 if a limit is missed; --quick has no limits on rates.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ import numpy as np
 import torch
 
 import lopd
-from benchmarks.rows import identity
+from benchmarks.recorder import identity
 from lopd.provenance import build_manifest
 from lopd.store import CacheWriter, Rollout, TeacherCache, TeacherScores
 
-READ_BAR, WRITE_BAR = 1e6, 1e5
-ERROR_BAR = 1e-3
-# (codec, top_p): bytes per response token, at most
-BYTES_BAR = {("packed", 0.999): 64, ("compact", 0.999): 40, ("compact", 0.99): 24}
-CACHES = [("exact", 0.999), *BYTES_BAR]
+MIN_READ_RATE, MIN_WRITE_RATE = 1e6, 1e5
+MAX_ERROR = 1e-3
+# (codec, top_p): bytes per response token
+MAX_BYTES = {("packed", 0.999): 64, ("compact", 0.999): 40, ("compact", 0.99): 24}
+CACHES = [("exact", 0.999), *MAX_BYTES]
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,9 @@ QUICK = Shape(sequences=8, response=64, prompt=8)
 def distributions(
     rows: int, vocab: int, k: int, rng: np.random.Generator, *, ids: str = "zipf"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Top-k of made-up next-token distributions: ids, log-probs [N, K], tail, entropy [N].
+    """Top-k of synthetic next-token distributions: ids, log-probs [N, K], tail, entropy [N].
 
-    The r-th likeliest token has probability proportional to (r + 2)^-a, the Zipf-Mandelbrot
+    The r-th most probable token has probability proportional to (r + 2)^-a, the Zipf-Mandelbrot
     law, over the whole vocabulary; log a is normal over positions with mean 2.25 and standard
     deviation 0.6, cut to a in [1.3, 60]: a mean entropy near 0.45 nat, half of the positions
     below 0.29, one in a hundred above 2.4. Their ids have density
@@ -78,7 +77,7 @@ def distributions(
 
 @functools.lru_cache
 def _table(vocab: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """512 exponents a and, of the law of each: top log-probs [512, k], tail, entropy."""
+    """512 exponents a; for each, the top log-probs [512, k], the tail and the entropy."""
     exponents = np.exp(np.linspace(np.log(1.3), np.log(60), 512))
     log_rank = np.log(np.arange(1, vocab + 1) + 2.0)
     columns = zip(*(_row_of(-a * log_rank, k) for a in exponents), strict=True)
@@ -95,7 +94,7 @@ def _row_of(logits: np.ndarray, k: int) -> tuple[np.ndarray, float, float]:
 
 
 def _distinct(drawn: np.ndarray, k: int) -> np.ndarray:  # [N, k] of [N, 3 k]
-    """The first k different ids of each row, in the order in which they were drawn."""
+    """The first k distinct ids of each row, in drawing order."""
     order = np.argsort(drawn, axis=1, kind="stable")
     ranked = np.take_along_axis(drawn, order, axis=1)
     first = np.ones(drawn.shape, bool)
@@ -106,7 +105,7 @@ def _distinct(drawn: np.ndarray, k: int) -> np.ndarray:  # [N, k] of [N, 3 k]
 
 
 def make_records(shape: Shape, *, ids: str) -> list[tuple[Rollout, TeacherScores]]:
-    """Answers sampled from the distributions themselves: half from the list's top, by mass."""
+    """Answers whose tokens are sampled from the distributions, and their scores."""
     rng = np.random.default_rng(0)
     records = []
     for number in range(shape.sequences):
@@ -120,10 +119,10 @@ def make_records(shape: Shape, *, ids: str) -> list[tuple[Rollout, TeacherScores
         outside = np.array([_absent(row, shape.vocab, rng) for row in listed])
         column = np.minimum(rank, shape.k - 1)
         token = np.where(inside, listed[rows, column], outside)
-        own = np.where(inside, logprobs[rows, column], tail - 5.0).astype(np.float32)
+        logprob = np.where(inside, logprobs[rows, column], tail - 5.0).astype(np.float32)
         prompt = rng.integers(0, shape.vocab, shape.prompt)
         tokens = np.concatenate([prompt, token]).astype(np.int32)
-        student = np.minimum(own + rng.normal(0, 0.1, shape.response), 0).astype(np.float32)
+        student = np.minimum(logprob + rng.normal(0, 0.1, shape.response), 0).astype(np.float32)
         rollout = Rollout(
             prompt_id=f"prompt-{number}",
             sample=0,
@@ -135,7 +134,7 @@ def make_records(shape: Shape, *, ids: str) -> list[tuple[Rollout, TeacherScores
             rollout_logprobs_raw=student,
         )
         scores = TeacherScores(
-            logprobs=own,
+            logprobs=logprob,
             entropy=entropy.astype(np.float32),
             topk_ids=listed,
             topk_logprobs=logprobs.astype(np.float32),
@@ -171,9 +170,9 @@ def manifest_of(shape: Shape, codec: str, top_p: float) -> dict[str, Any]:
 def seconds(work: Any, repeats: int) -> float:
     best = float("inf")
     for _ in range(repeats):
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start)
     return best
 
 
@@ -223,28 +222,28 @@ def measure(
 
 
 def check_exact(records: list[tuple[Rollout, TeacherScores]], cache: TeacherCache) -> None:
-    """The gate: what `exact` gives back is the prefix of what was written, bit for bit."""
-    for (_, scores), found in zip(records, cache, strict=True):
-        width = found.topk_ids.shape[1]
-        listed = found.topk_ids >= 0
-        same = (found.topk_ids == scores.topk_ids[:, :width]) & (
-            found.topk_logprobs == scores.topk_logprobs[:, :width]
+    """The gate: `exact` returns a prefix of each written list, bit for bit."""
+    for (_, scores), stored in zip(records, cache, strict=True):
+        width = stored.topk_ids.shape[1]
+        listed = stored.topk_ids >= 0
+        same = (stored.topk_ids == scores.topk_ids[:, :width]) & (
+            stored.topk_logprobs == scores.topk_logprobs[:, :width]
         )
         if not same[listed].all():
-            raise SystemExit("benchmarks.cache: 'exact' gives back other values than were written")
+            raise SystemExit("benchmarks.cache: 'exact' returns other values than were written")
 
 
 def missed(rows: list[dict[str, Any]], *, rates: bool) -> list[str]:
-    """The bars that the rows miss; those on sizes hold for ids as tokenizers number them."""
+    """The limits that the rows miss; limits on sizes apply to ids as tokenizers number them."""
     failures = []
     for row in rows:
         name = f"{row['codec']} at top_p {row['top_p']}, {row['ids']} ids"
-        bar = BYTES_BAR.get((row["codec"], row["top_p"]))
-        if bar and row["ids"] == "zipf" and row["bytes_per_token"] > bar:
-            failures.append(f"{name}: {row['bytes_per_token']:.1f} bytes, at most {bar}")
-        if row["error_nat"] > ERROR_BAR:
-            failures.append(f"{name}: error {row['error_nat']:.1e} nat, at most {ERROR_BAR}")
-        for what, least in (("read", READ_BAR), ("write", WRITE_BAR)):
+        limit = MAX_BYTES.get((row["codec"], row["top_p"]))
+        if limit and row["ids"] == "zipf" and row["bytes_per_token"] > limit:
+            failures.append(f"{name}: {row['bytes_per_token']:.1f} bytes, at most {limit}")
+        if row["error_nat"] > MAX_ERROR:
+            failures.append(f"{name}: error {row['error_nat']:.1e} nat, at most {MAX_ERROR}")
+        for what, least in (("read", MIN_READ_RATE), ("write", MIN_WRITE_RATE)):
             if rates and row[f"{what}_tokens_per_s"] < least:
                 rate = row[f"{what}_tokens_per_s"]
                 failures.append(f"{name}: {what} {rate:.2g} tokens/s, at least {least:.0e}")
@@ -253,12 +252,12 @@ def missed(rows: list[dict[str, Any]], *, rates: bool) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="toy size, no bars on rates")
+    parser.add_argument("--quick", action="store_true", help="toy size, no limits on rates")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     shape, rows = QUICK if args.quick else FULL, []
-    about = {
+    environment = {
         **identity(torch.device("cpu"), None),
         "numpy": np.__version__,
         "lopd": lopd.__version__,
@@ -267,7 +266,7 @@ def main() -> int:
     for ids in ("zipf", "uniform"):
         records = make_records(shape, ids=ids)
         for codec, top_p in CACHES:
-            rows.append({**about, **measure(records, shape, codec, top_p, ids, args.repeats)})
+            rows.append({**environment, **measure(records, shape, codec, top_p, ids, args.repeats)})
             print(json.dumps(rows[-1]), flush=True)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

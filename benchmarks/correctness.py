@@ -1,8 +1,8 @@
-"""Every public loss against its definition in fp64, and the same bits every time.
+"""Every public loss against its definition in fp64, and bitwise equality of repeated runs.
 
-The definition is `lopd_kernels.reference` on the CPU. Problems are small enough for it and
-large enough for several blocks of vocabulary; what the fused paths do at full size is
-checked by the gate of every measurement.
+The definition is `lopd_kernels.reference` on the CPU. The problems are small enough for it and
+large enough for several blocks of the vocabulary. The gate of each measurement checks the full
+size.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import torch
 from torch import Tensor
 
 import lopd_kernels
-from benchmarks.harness import classify, gradient_bound, one_line, short
+from benchmarks.harness import classify, dtype_name, gradient_bound, one_line
 from benchmarks.problems import Problem, Shape, make_problem, relative_error
-from benchmarks.rows import ROOT, Recorder
+from benchmarks.recorder import ROOT, Recorder
 from lopd_kernels import reference
 
 FULL, QUICK = Shape(96, 136, 4099, 16), Shape(12, 24, 211, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHARPEST = 6.0  # near the teacher, fp32 logits of 20 alone cost 1e-5 of the gradient
+SHARPEST = 6.0  # near the teacher, the rounding of fp32 logits near 20 costs 1e-5 of the gradient
 HEAD = {"logit_scale": 1.3, "softcap": 4.0, "temperature": 0.7}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A public function by name, its tensors and settings; `options` are not the definition's."""
+    """A call of a public function; `options` do not apply to the definition."""
 
     function: str
     label: str
-    given: tuple[Any, ...]  # after hidden and weight
+    inputs: tuple[Any, ...]  # after hidden and weight
     settings: dict[str, Any]
     options: dict[str, Any]
 
@@ -61,11 +61,11 @@ def cases(problem: Problem) -> Iterator[Case]:
 
     def sparse(
         label: str,
-        given: tuple[Tensor, Tensor] = full,
+        inputs: tuple[Tensor, Tensor] = full,
         options: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Case:
-        return Case("linear_sparse_divergence", label, given, {**tail, **settings}, options or {})
+        return Case("linear_sparse_divergence", label, inputs, {**tail, **settings}, options or {})
 
     for divergence in ("reverse_kl", "forward_kl", "jsd"):
         for kind in ("bucket", "renormalize", "truncate"):
@@ -113,30 +113,32 @@ def cases(problem: Problem) -> Iterator[Case]:
         )
 
 
-def on_cpu(value: Any) -> Any:
-    """The same in fp64 on the CPU."""
+def to_cpu(value: Any) -> Any:
+    """The same values in fp64 on the CPU."""
     if isinstance(value, tuple):
-        return tuple(map(on_cpu, value))
+        return tuple(map(to_cpu, value))
     if isinstance(value, dict):
-        return {key: on_cpu(item) for key, item in value.items()}
+        return {key: to_cpu(item) for key, item in value.items()}
     if not isinstance(value, Tensor):
         return value
     return value.cpu().double() if value.is_floating_point() else value.cpu()
 
 
 def evaluate(
-    function: Callable[..., Any], leaves: list[Tensor], case: Case, given: Any, settings: Any
+    function: Callable[..., Any], leaves: list[Tensor], case: Case, inputs: Any, settings: Any
 ) -> list[Tensor]:
-    """[values, gradients]: of sum_i c_i value_i, with fixed c, by every leaf that is not frozen."""
+    """Values, and gradients of sum_i c_i value_i, with fixed c, for every leaf not frozen."""
     frozen = case.options.get("frozen")
     names = ["logits"] if len(leaves) == 1 else ["hidden", "weight"]
     leaves = [
         x.detach().requires_grad_(name != frozen) for name, x in zip(names, leaves, strict=True)
     ]
-    found = function(*leaves, *given, **settings)
+    result = function(*leaves, *inputs, **settings)
     if case.function == "linear_topk":
-        return [x.detach() for x in found[1:]]
-    values = torch.cat([x.reshape(-1) for x in (found if isinstance(found, tuple) else (found,))])
+        return [x.detach() for x in result[1:]]
+    values = torch.cat(
+        [x.reshape(-1) for x in (result if isinstance(result, tuple) else (result,))]
+    )
     values = values.masked_fill(values == -math.inf, 0.0)
     scale = torch.cos(torch.arange(len(values), device=values.device, dtype=torch.float64))
     scale *= case.options.get("upstream", 1.0)
@@ -152,8 +154,8 @@ def leaves_of(problem: Problem, case: Case) -> list[Tensor]:
     return [problem.hidden, problem.weight]
 
 
-def fresh(case: Case, problem: Problem) -> dict[str, Any]:
-    """The settings of one call of ours."""
+def call_settings(case: Case, problem: Problem) -> dict[str, Any]:
+    """The settings of one call of the fused function."""
     settings = dict(case.settings)
     if case.options.get("buffer"):
         buffer = torch.zeros_like(problem.weight, dtype=torch.float32)
@@ -164,53 +166,54 @@ def fresh(case: Case, problem: Problem) -> dict[str, Any]:
 
 
 def smallest_workspace(case: Case, problem: Problem) -> int:
-    """As the error names it."""
+    """The smallest workspace, from the error message."""
     leaves = leaves_of(problem, case)
     try:
         evaluate(
-            getattr(lopd_kernels, case.function), leaves, case, case.given,
+            getattr(lopd_kernels, case.function), leaves, case, case.inputs,
             {**case.settings, "workspace_bytes": 1},
         )  # fmt: skip
     except ValueError as error:
-        found = re.search(r"workspace_bytes=(\d+)", str(error))
-        if found:
-            return int(found[1])
+        match = re.search(r"workspace_bytes=(\d+)", str(error))
+        if match:
+            return int(match[1])
         raise
     raise AssertionError("a workspace of one byte was accepted")
 
 
 def check(case: Case, problem: Problem, repeats: int) -> dict[str, Any]:
-    """Errors of one case, and in `red` what exceeds its bound."""
+    """Errors of one case; `red` lists those that exceed their bounds."""
     leaves = leaves_of(problem, case)
     function = getattr(lopd_kernels, case.function)
     runs = [
-        evaluate(function, leaves, case, case.given, fresh(case, problem)) for _ in range(repeats)
+        evaluate(function, leaves, case, case.inputs, call_settings(case, problem))
+        for _ in range(repeats)
     ]
     exact = evaluate(
         getattr(reference, case.function),
-        on_cpu(tuple(leaves)),
+        to_cpu(tuple(leaves)),
         case,
-        on_cpu(case.given),
-        on_cpu(case.settings),
+        to_cpu(case.inputs),
+        to_cpu(case.settings),
     )
     count = len(exact) if case.function == "linear_topk" else 1
     slack = problem.shape.rows if exact[0].numel() == 1 else 1.0
-    values = list(zip(on_cpu(tuple(runs[0])), exact, strict=True))
-    off = [
+    values = list(zip(to_cpu(tuple(runs[0])), exact, strict=True))
+    value_errors = [
         float(((a - b).abs() / (slack + b.abs())).nan_to_num(math.inf, math.inf).max())
         for a, b in values[:count]
     ]
     grads = [relative_error(a, b) for a, b in values[count:]]
     bound = gradient_bound(problem.dtype, 0.0)
-    red = [f"value off by {x:.1e}" for x in off if not x <= 1e-5]
+    red = [f"value off by {x:.1e}" for x in value_errors if not x <= 1e-5]
     red += [f"gradient off by {x:.1e} above {bound:.0e}" for x in grads if not x <= bound]
     if not all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True)):
         red.append(f"{repeats} runs differ in their bits")
-    return {"loss_error": max(off), "gradient_errors": grads, "red": red}
+    return {"loss_error": max(value_errors), "gradient_errors": grads, "red": red}
 
 
 def run_api(recorder: Recorder, quick: bool) -> None:
-    """One row for each case and dtype."""
+    """Emit one row per case and dtype."""
     for dtype in DTYPES:
         problem = make_problem(
             QUICK if quick else FULL, dtype, recorder.device, "near", 3, SHARPEST
@@ -218,27 +221,27 @@ def run_api(recorder: Recorder, quick: bool) -> None:
         for case in cases(problem):
             recorder.check_time()
             repeats = 2 if quick else 20
-            name = f"{case.function}: {case.label}, {short(dtype)}"
+            name = f"{case.function}: {case.label}, {dtype_name(dtype)}"
             fields = {
                 "kind": "ours",
-                "dtype": short(dtype),
+                "dtype": dtype_name(dtype),
                 "repetitions": repeats,
             }
             try:
-                found = check(case, problem, repeats)
+                errors = check(case, problem, repeats)
             except Exception as error:
                 recorder.emit(
                     "correctness", name, classify(error), reason=one_line(error), **fields
                 )
                 continue
-            red = found.pop("red")
+            red = errors.pop("red")
             status = "red gate" if red else "ok"
-            recorder.emit("correctness", name, status, reason="; ".join(red), **fields, **found)
+            recorder.emit("correctness", name, status, reason="; ".join(red), **fields, **errors)
 
 
 def gpu_tests() -> list[str]:
-    """Arguments of pytest: only files that have such a test, the others may need more packages."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    """Arguments for pytest: only files with GPU tests, because others may need more packages."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     marked = [
         str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text("utf-8")
     ]
@@ -246,7 +249,7 @@ def gpu_tests() -> list[str]:
 
 
 def run_tests(recorder: Recorder, log: Path, arguments: list[str], limit_s: float) -> None:
-    """pytest in a process of its own: one row, and its output in `log`."""
+    """Run pytest in a subprocess: one row, and its output in `log`."""
     command = [sys.executable, "-m", "pytest", "-q", *arguments]
     with log.open("w", encoding="utf-8") as file:
         try:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.demo_seeds --out benchmarks/results [--seeds 0 1 2]
 
-Runs `lopd demo --online` once a seed, writes one JSON line for every seed and stage to
-`demo_seeds.jsonl`, and fails unless on every seed the distilled student (top-8, tail
-bucket) samples at least 5 points better than the fine-tuned one and at least 0.93, has at
-most 0.35 of its KL to the teacher, and is within 4 points of the online run.
+It runs `lopd demo --online` once per seed and writes one JSON line per seed and stage to
+`demo_seeds.jsonl`. It fails unless, on every seed, the distilled student (top-8, tail bucket)
+samples at least 5 points better than the fine-tuned one and at least 0.93, has at most 0.35 of its
+KL to the teacher, and is within 4 points of the online run.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.rows import identity
+from benchmarks.recorder import identity
 from lopd.stages.demo import DemoConfig, main
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 
@@ -28,7 +28,7 @@ NAME = "demo_seeds.jsonl"
 
 def run(seeds: list[int], out: Path) -> list[dict[str, Any]]:
     torch.set_num_threads(1)  # as the demo sets it
-    about = {"transformers": transformers.__version__, **identity(torch.device("cpu"), None)}
+    environment = {"transformers": transformers.__version__, **identity(torch.device("cpu"), None)}
     rows: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
@@ -36,7 +36,9 @@ def run(seeds: list[int], out: Path) -> list[dict[str, Any]]:
             main(DemoConfig(out=f"{folder}/demo", seed=seed, online=True))
             results = json.loads(Path(folder, "demo/results.json").read_text(encoding="utf-8"))
         command = f"python -m benchmarks.demo_seeds --seeds {seed}"
-        rows += [{"seed": seed, **row, **about, "command": command} for row in results["rows"]]
+        rows += [
+            {"seed": seed, **row, **environment, "command": command} for row in results["rows"]
+        ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (out / NAME).write_text(text, encoding="utf-8")
     return rows
@@ -50,17 +52,17 @@ def by_stage(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def missed(rows: list[dict[str, Any]]) -> list[str]:
-    """The bars that some seed does not clear."""
+    """The criteria that some seed does not meet."""
     stages, failures = by_stage(rows), []
     triples = zip(stages[FINE_TUNED], stages[DISTILLED], stages[ONLINE], strict=True)
     for start, end, online in triples:
-        bars = {
+        criteria = {
             "5 points above fine-tuned": end["sampled"] >= start["sampled"] + 0.05,
             "at least 0.93": end["sampled"] >= 0.93,
             "at most 0.35 of its KL": end["kl"] <= 0.35 * start["kl"],
             "within 4 points of online": abs(end["sampled"] - online["sampled"]) <= 0.04,
         }
-        failures += [f"seed {start['seed']}: {bar}" for bar, met in bars.items() if not met]
+        failures += [f"seed {start['seed']}: {name}" for name, met in criteria.items() if not met]
     return failures
 
 
@@ -71,12 +73,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| model | pass@1 greedy | pass@1 sampled | of each seed | KL to teacher, nat/token |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for stage, found in by_stage(rows).items():
-        if "sampled" in found[0]:
+    for stage, results in by_stage(rows).items():
+        if "sampled" in results[0]:
             means = {
-                key: np.mean([row[key] for row in found]) for key in ("greedy", "sampled", "kl")
+                key: np.mean([row[key] for row in results]) for key in ("greedy", "sampled", "kl")
             }
-            each = " / ".join(f"{row['sampled']:.3f}" for row in found)
+            each = " / ".join(f"{row['sampled']:.3f}" for row in results)
             cells = [
                 f"{means['greedy']:.3f}",
                 f"{means['sampled']:.3f}",
@@ -95,5 +97,5 @@ if __name__ == "__main__":
     measured = run(arguments.seeds, arguments.out)
     print(table(measured))
     failures = missed(measured)
-    print("\n".join(failures) if failures else "every bar is met on every seed")
+    print("\n".join(failures) if failures else "every criterion is met on every seed")
     sys.exit(bool(failures))

@@ -1,6 +1,6 @@
 """PNGs from rows: `python -m benchmarks.figures ROWS.jsonl --out DIR`.
 
-A figure whose rows are missing is not drawn.
+Figures without rows are skipped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import Row, read
+from benchmarks.criteria import Row, read
 
 COLOURS = {"ours": "#0b6e4f", "peer": "#9a6324", "floor": "#555555", "piece": "#555555"}
 
@@ -24,13 +24,13 @@ def ok(rows: list[Row], *parts: str) -> list[Row]:
 
 
 def time_memory(rows: list[Row], axes: Any) -> bool:
-    """Extra memory against time over the floor, every setting and every peer."""
-    found = [
+    """Extra memory against time over the floor, for every setting and every peer."""
+    selected = [
         row
         for row in ok(rows, "fused_loss", "memory_curve")
         if row.get("floor_ratio") is not None and row.get("extra_mib") is not None
     ]
-    for row in found:
+    for row in selected:
         filled = row["part"] == "fused_loss"
         axes.plot(
             max(row["extra_mib"], 1.0), row["floor_ratio"], marker="s" if filled else "o",
@@ -40,57 +40,61 @@ def time_memory(rows: list[Row], axes: Any) -> bool:
             axes.annotate(
                 row["variant"], (max(row["extra_mib"], 1.0), row["floor_ratio"]), fontsize=5
             )
-    if found:
+    if selected:
         axes.set(xscale="log", yscale="log", xlabel="extra memory, MiB", ylabel="time / bare GEMMs")
-        axes.set_title(shape_of(found[0]), fontsize=8)
-    return bool(found)
+        axes.set_title(shape_of(selected[0]), fontsize=8)
+    return bool(selected)
 
 
 def times(rows: list[Row], axes: Any) -> bool:
     """Median with 10th to 90th percentile; the dashed line is the floor."""
-    found = sorted(ok(rows, "fused_loss"), key=lambda row: row["median_ms"])
-    for place, row in enumerate(found):
+    selected = sorted(ok(rows, "fused_loss"), key=lambda row: row["median_ms"])
+    for place, row in enumerate(selected):
         spread = [[row["median_ms"] - row["p10_ms"]], [row["p90_ms"] - row["median_ms"]]]
         axes.barh(place, row["median_ms"], xerr=spread, color=COLOURS[row["kind"]])
-    if found:
+    if selected:
         axes.set_yticks(
-            range(len(found)), [f"{r['variant']}: {r['loss']}" for r in found], fontsize=5
+            range(len(selected)), [f"{r['variant']}: {r['loss']}" for r in selected], fontsize=5
         )
-        floors = [row["median_ms"] for row in found if row["kind"] == "floor" and row["gemms"] == 3]
+        floors = [
+            row["median_ms"] for row in selected if row["kind"] == "floor" and row["gemms"] == 3
+        ]
         if floors:
             axes.axvline(min(floors), linestyle="--", color="black", linewidth=0.8)
         axes.set(xscale="log", xlabel="ms, forward and backward")
-        axes.set_title(shape_of(found[0]), fontsize=8)
-    return bool(found)
+        axes.set_title(shape_of(selected[0]), fontsize=8)
+    return bool(selected)
 
 
 def gradient_error(rows: list[Row], axes: Any) -> bool:
-    found = [row for row in ok(rows, "accuracy") if row.get("dweight_error") is not None]
-    names = list(dict.fromkeys(row["variant"] for row in found))
-    for row in found:
+    selected = [row for row in ok(rows, "accuracy") if row.get("dweight_error") is not None]
+    names = list(dict.fromkeys(row["variant"] for row in selected))
+    for row in selected:
         far = row["regime"] == "far"
         place = names.index(row["variant"]) + (0.2 if far else -0.2)
         colour = COLOURS[row["kind"]]
         axes.barh(place, row["dweight_error"], 0.4, color=colour, alpha=0.4 if far else 1.0)
-    if found:
+    if selected:
         axes.set_yticks(range(len(names)), names, fontsize=5)
-        axes.set(xscale="log", xlabel="error of dW against fp64; pale: far from the teacher")
-        axes.set_title(shape_of(found[0]), fontsize=8)
-    return bool(found)
+        axes.set(xscale="log", xlabel="error of dW against fp64 (pale: far from the teacher)")
+        axes.set_title(shape_of(selected[0]), fontsize=8)
+    return bool(selected)
 
 
 def shapes(rows: list[Row], axes: Any) -> bool:
-    """Time of ours over the floor of its shape."""
-    found = [row for row in ok(rows, "shapes") if row["variant"] == "ours" and row["floor_ratio"]]
-    labels = ["N={rows} D={hidden} V={vocab} K={topk}".format(**row) for row in found]
-    for place, row in enumerate(found):
+    """Our time over the floor of the same shape."""
+    selected = [
+        row for row in ok(rows, "shapes") if row["variant"] == "ours" and row["floor_ratio"]
+    ]
+    labels = ["N={rows} D={hidden} V={vocab} K={topk}".format(**row) for row in selected]
+    for place, row in enumerate(selected):
         axes.barh(place, row["floor_ratio"], color=COLOURS["ours"])
-    if found:
-        axes.set_yticks(range(len(found)), labels, fontsize=5)
+    if selected:
+        axes.set_yticks(range(len(selected)), labels, fontsize=5)
         axes.axvline(1.0, linestyle="--", color="black", linewidth=0.8)
         axes.set(xlabel="time / three bare GEMMs")
-        axes.set_title(found[0]["device"], fontsize=8)
-    return bool(found)
+        axes.set_title(selected[0]["device"], fontsize=8)
+    return bool(selected)
 
 
 FIGURES: dict[str, Callable[[list[Row], Any], bool]] = {

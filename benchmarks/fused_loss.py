@@ -1,15 +1,15 @@
-"""Is the fused loss on a CPU as fast as eager PyTorch, at a quarter of its extra memory?
+"""Is the fused loss on a CPU as fast as eager PyTorch, with a quarter of its extra memory?
 
     python -m benchmarks.fused_loss [--quick] [--vocab V ...] [--topk K] [--threads N] [--out DIR]
 
-One forward and backward of the reverse KL with a tail bucket in fp32, fused against eager
-(logits, log_softmax, gather, tail, autograd), at three sizes of vocabulary. First the
-gradients of the two are compared with the fp64 oracle on a small problem; a red gate ends
-the run. Times: the variants take turns, the median counts. Memory: peak resident size of a
-fresh process per variant, less that of the same process just before the call, with the
-kernel's high-water mark set back in between; inputs are not counted, outputs (gradients) are.
-One JSON row per size is printed and, with --out, appended to DIR/fused_loss_cpu.jsonl. The
-exit code is 1 when a bar is missed; the bars are those of V = 151936, --quick has none.
+It measures one forward and backward of the reverse KL with a tail bucket in fp32, fused against
+eager (logits, log_softmax, gather, tail, autograd), for three vocabulary sizes. First it compares
+the gradients of both with the fp64 oracle on a small problem; a failed gate ends the run. Times are
+medians of steps in alternation. Memory is the peak resident size of a fresh process per variant,
+minus that of the same process just before the call, with the kernel's high-water mark reset in
+between. Inputs are not counted; outputs (gradients) are. One JSON row per size is printed and, with
+--out, appended to DIR/fused_loss_cpu.jsonl. The exit code is 1 if a limit is exceeded. The limits
+apply to V = 151936; --quick has none.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ import torch
 from benchmarks.clock import take_turns
 from benchmarks.harness import Variant, gate
 from benchmarks.problems import REVERSE_KL, Problem, Shape, oracle
-from benchmarks.rows import identity
+from benchmarks.recorder import identity
 from benchmarks.variants import eager, ours, peer
 
-TIME_BAR = 1.0
-MEMORY_BAR = 0.25
-BARRED = 151936
-VOCABS = (32000, 128256, BARRED)
+MAX_TIME_RATIO = 1.0
+MAX_MEMORY_RATIO = 0.25
+LIMITED_VOCAB = 151936
+VOCABS = (32000, 128256, LIMITED_VOCAB)
 TOP_K = 64
 QUICK = Shape(rows=64, hidden=64, vocab=8192, topk=16)
 GATE = Shape(rows=32, hidden=64, vocab=4096, topk=16)
 VARIANTS = {"fused": ours("fused"), "eager": peer("eager", REVERSE_KL, eager, "fp32")}
 
 
-def full(vocab: int, topk: int = TOP_K) -> Shape:
+def full_shape(vocab: int, topk: int = TOP_K) -> Shape:
     return Shape(rows=2048, hidden=512, vocab=vocab, topk=topk)
 
 
 def problem(shape: Shape) -> Problem:
-    """Random tensors, made without anything of size [N, V]: the peak must be the step's."""
+    """Random tensors, made without any [N, V] tensor: the peak must be that of the step."""
     torch.manual_seed(0)
     hidden = torch.randn(shape.rows, shape.hidden)
     weight = torch.randn(shape.vocab, shape.hidden).mul_(2.0 * shape.hidden**-0.5)
@@ -55,14 +55,14 @@ def problem(shape: Shape) -> Problem:
     return Problem(hidden, weight, hidden, ids, logprobs, tail, ids[:, 0], logprobs[:, 0], "random")
 
 
-def gated(variant: Variant) -> dict[str, Any]:
-    """Errors against fp64 on a small problem, and what is red."""
+def gate_errors(variant: Variant) -> dict[str, Any]:
+    """Errors against fp64 on a small problem; `red` lists those that exceed their bounds."""
     small = problem(GATE)
     return gate(variant, small, oracle(small, REVERSE_KL))
 
 
 def peak_mib(variant: str, shape: Shape) -> float:
-    """Extra resident memory of one step, measured in a process of its own."""
+    """Extra resident memory of one step, measured in a fresh process."""
     sizes = ",".join(str(size) for size in asdict(shape).values())
     command = [sys.executable, "-m", "benchmarks.fused_loss", "--peak-of", variant, sizes]
     command += ["--threads", str(torch.get_num_threads())]
@@ -81,7 +81,7 @@ def measure_peak(variant: str, shape: Shape) -> float:
 
 
 def resident_mib(field: str) -> float:
-    """VmRSS, the resident size now, or VmHWM, its maximum so far."""
+    """VmRSS, the current resident size, or VmHWM, its maximum so far."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
@@ -89,15 +89,15 @@ def resident_mib(field: str) -> float:
 
 
 def measure(shape: Shape) -> dict[str, Any]:
-    cpu, whole = torch.device("cpu"), problem(shape)
-    ready = {name: variant.prepare(whole) for name, variant in VARIANTS.items()}
+    cpu, inputs = torch.device("cpu"), problem(shape)
+    ready = {name: variant.prepare(inputs) for name, variant in VARIANTS.items()}
     times, failures = take_turns(ready, cpu, budget_s=1.0)
     for error in failures.values():
         raise error
-    del whole, ready
+    del inputs, ready
     row: dict[str, Any] = {"question": "fused_loss_cpu", "dtype": "float32", **asdict(shape)}
-    for name, found in times.items():
-        row |= {f"{name}_{key}": value for key, value in found.items()}
+    for name, summary in times.items():
+        row |= {f"{name}_{key}": value for key, value in summary.items()}
         row[f"{name}_peak_mib"] = round(peak_mib(name, shape), 1)
     row["time_ratio"] = round(row["fused_median_ms"] / row["eager_median_ms"], 4)
     row["memory_ratio"] = round(row["fused_peak_mib"] / row["eager_peak_mib"], 4)
@@ -106,7 +106,7 @@ def measure(shape: Shape) -> dict[str, Any]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a toy size without bars")
+    parser.add_argument("--quick", action="store_true", help="a toy size without limits")
     parser.add_argument("--vocab", nargs="+", type=int, default=VOCABS, help="sizes to measure")
     parser.add_argument("--topk", type=int, default=TOP_K, help="ids in a list")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -122,12 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
         name, sizes = args.peak_of
         print(measure_peak(name, Shape(*map(int, sizes.split(",")))))
         return 0
-    found = gated(VARIANTS["fused"])
-    if found["red"]:
-        print("; ".join(found["red"]), file=sys.stderr)
+    errors = gate_errors(VARIANTS["fused"])
+    if errors["red"]:
+        print("; ".join(errors["red"]), file=sys.stderr)
         return 1
-    error = max(found["dhidden_error"], found["dweight_error"])
-    shapes = [QUICK] if args.quick else [full(v, args.topk) for v in args.vocab]
+    error = max(errors["dhidden_error"], errors["dweight_error"])
+    shapes = [QUICK] if args.quick else [full_shape(v, args.topk) for v in args.vocab]
     missed = False
     for shape in shapes:
         size = "--quick" if args.quick else f"--vocab {shape.vocab} --topk {shape.topk}"
@@ -138,8 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
             with (args.out / "fused_loss_cpu.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        over = row["time_ratio"] > TIME_BAR or row["memory_ratio"] > MEMORY_BAR
-        missed |= over and shape.vocab == BARRED
+        over = row["time_ratio"] > MAX_TIME_RATIO or row["memory_ratio"] > MAX_MEMORY_RATIO
+        missed |= over and shape.vocab == LIMITED_VOCAB
     return int(missed)
 
 

@@ -1,13 +1,13 @@
-"""Everything that needs a GPU, in one command.
+"""All GPU benchmarks in one command.
 
     python -m benchmarks.gpu_suite --out DIR [--quick] [--only PART ...] [--device cuda|cpu]
                                    [--time-limit SECONDS] [--commit HASH]
 
-Runs the parts of PARTS in order, those of ON_REQUEST by --only alone, appends rows to
-DIR/rows.jsonl as they come, and ends with DIR/summary.md (the bars: met, missed or not
-measured) and PNGs. A part that the time limit cuts off keeps its rows; the ones after it are
-skipped and named. The exit code is 1 when one of our own results is wrong, whatever the
-speed. `--quick` runs toy sizes, on a CPU too.
+It runs the parts of PARTS in order (those of ON_REQUEST only with --only), appends each row to
+DIR/rows.jsonl at once, and ends with DIR/summary.md (criteria: met, missed or not measured) and
+PNGs. If the time limit interrupts a part, its completed rows remain, and the summary names the
+skipped parts. The exit code is 1 if one of our own results is wrong, whatever the speed. `--quick`
+runs toy sizes, also on a CPU.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import bars, correctness, figures, pieces, training, variants
+from benchmarks import components, correctness, criteria, figures, training, variants
 from benchmarks.harness import (
     Outcome,
     Prepared,
-    collect,
+    free_memory,
     is_red,
     measure,
     one_line,
     take_turns,
 )
 from benchmarks.problems import Problem, Shape, make_problem, student_tail
+from benchmarks.recorder import OutOfTime, Recorder, query_gpu
 from benchmarks.roofline import TARGET
-from benchmarks.rows import OutOfTime, Recorder, smi
 
 QUICK = Shape(rows=64, hidden=32, vocab=509, topk=8)
 TIME_LIMIT_S = 520.0
@@ -59,7 +59,7 @@ class Suite:
     recorder: Recorder
     quick: bool
     log: Path
-    kept: tuple[tuple[Shape, str], Problem] | None = None
+    cached: tuple[tuple[Shape, str], Problem] | None = None
 
     @property
     def shape(self) -> Shape:
@@ -73,18 +73,18 @@ class Suite:
     def budget_s(self) -> float:
         return 0.01 if self.quick else 1.0
 
-    def measure(self, part: str, problem: Problem, found: list[Any], **rest: Any) -> None:
+    def measure(self, part: str, problem: Problem, variants: list[Any], **rest: Any) -> None:
         rest = {"budget_s": self.budget_s, **rest}
-        measure(self.recorder, part, problem, found, **rest)
+        measure(self.recorder, part, problem, variants, **rest)
 
     def problem(self, shape: Shape | None = None, regime: str = "near") -> Problem:
-        """The last one is kept, and gone before another is made."""
+        """The last problem is cached and freed before another is made."""
         key = (shape or self.shape, regime)
-        if self.kept is None or self.kept[0] != key:
-            self.kept = None
-            collect(self.device)
-            self.kept = key, make_problem(key[0], torch.bfloat16, self.device, regime)
-        return self.kept[1]
+        if self.cached is None or self.cached[0] != key:
+            self.cached = None
+            free_memory(self.device)
+            self.cached = key, make_problem(key[0], torch.bfloat16, self.device, regime)
+        return self.cached[1]
 
 
 def environment(suite: Suite) -> None:
@@ -99,7 +99,7 @@ def environment(suite: Suite) -> None:
         memory_mib=facts.total_memory / MIB if facts else None,
         multiprocessors=facts.multi_processor_count if facts else None,
         l2_mib=getattr(facts, "L2_cache_size", 0) / MIB if facts else None,
-        nvidia_smi={name: smi(name) for name in fields} if cuda else None,
+        nvidia_smi={name: query_gpu(name) for name in fields} if cuda else None,
     )  # fmt: skip
     side, size = (64, 4096) if suite.quick else (8192, 4 << 30)
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
@@ -116,9 +116,9 @@ def environment(suite: Suite) -> None:
         return Outcome()
 
     ready = {"GEMM ceiling": Prepared(gemm), "copy ceiling": Prepared(copy)}
-    found, _ = take_turns(ready, device, suite.budget_s)
+    measured, _ = take_turns(ready, device, suite.budget_s)
     work = {"GEMM ceiling": ("tflops", 2.0 * side**3), "copy ceiling": ("tb_per_s", 2.0 * size)}
-    for name, times in found.items():
+    for name, times in measured.items():
         unit, amount = work[name]
         rate = {unit: amount / times["median_ms"] * 1e-9}
         emit("environment", name, "ok", **times, **rate)
@@ -145,8 +145,8 @@ def fused_loss(suite: Suite) -> None:
 def memory_curve(suite: Suite) -> None:
     """Time over `workspace_bytes`; a bound that is too small is refused, which is a row too."""
     sizes = QUICK_WORKSPACES if suite.quick else WORKSPACES
-    found = [*variants.floors("three"), *variants.curve(sizes)]
-    suite.measure("memory_curve", suite.problem(), found, budget_s=suite.budget_s / 2)
+    compared = [*variants.floors("three"), *variants.curve(sizes)]
+    suite.measure("memory_curve", suite.problem(), compared, budget_s=suite.budget_s / 2)
 
 
 def accuracy(suite: Suite) -> None:
@@ -160,21 +160,21 @@ def accuracy(suite: Suite) -> None:
 def row_kernel(suite: Suite) -> None:
     """Bandwidth of the row kernel against a copy, on a chunk of rows; other launches beside it."""
     problem = suite.problem().rows(slice(0, 2048))
-    others = pieces.launch_sweep() if problem.device.type == "cuda" else []
-    found = [pieces.row_kernel(), *others, pieces.copy()]
-    suite.measure("row_kernel", problem, found, gate_rows=256)
+    others = components.launch_sweep() if problem.device.type == "cuda" else []
+    compared = [components.row_kernel(), *others, components.copy()]
+    suite.measure("row_kernel", problem, compared, gate_rows=256)
 
 
 def scoring(suite: Suite) -> None:
     """`linear_topk` against full logits and torch.topk: tokens/s and memory."""
     bound = QUICK_WORKSPACES[1] if suite.quick else 512 * MIB
-    suite.measure("scoring", suite.problem(), pieces.scorers(bound), gate_rows=256)
+    suite.measure("scoring", suite.problem(), components.scorers(bound), gate_rows=256)
 
 
 def ablation(suite: Suite) -> None:
     """The pieces of one call, and the call."""
-    found = [*pieces.pieces(), variants.ours("ours")]
-    suite.measure("ablation", suite.problem(), found, gate_rows=256)
+    compared = [*components.components(), variants.ours("ours")]
+    suite.measure("ablation", suite.problem(), compared, gate_rows=256)
 
 
 def shapes(suite: Suite) -> None:
@@ -190,14 +190,14 @@ def shapes(suite: Suite) -> None:
 
 def training_of(name: str) -> Callable[[Suite], None]:
     def part(suite: Suite) -> None:
-        suite.kept = None  # gigabytes
+        suite.cached = None  # frees gigabytes
         training.run(suite.recorder, f"training_{name}", name, suite.quick, suite.budget_s)
 
     part.__doc__ = f"A training step of the shape of Qwen3-{name}, fused against dense logits."
     return part
 
 
-# name -> (seconds that are planned for an H200, function)
+# name -> (planned seconds on an H200, function); the README quotes the docstrings
 PARTS: dict[str, tuple[float, Callable[[Suite], None]]] = {
     "environment": (10, environment),
     "correctness": (110, check_everything),
@@ -213,22 +213,22 @@ PARTS: dict[str, tuple[float, Callable[[Suite], None]]] = {
     "training_0.6B": (45, training_of("0.6B")),
     "training_4B": (70, training_of("4B")),
 }
-ON_REQUEST = ("training_0.6B", "training_4B")  # run by --only alone
+ON_REQUEST = ("training_0.6B", "training_4B")  # run only with --only
 DEFAULT = [name for name in PARTS if name not in ON_REQUEST]
 
 
 def run_part(suite: Suite, name: str) -> None:
-    """Its rows, and one of the part itself, named `suite`."""
+    """Run a part and emit its rows, and one row about the part itself, named `suite`."""
     recorder, (planned, function) = suite.recorder, PARTS[name]
     start, status, fields = time.monotonic(), "ok", {"planned_s": planned}
-    if recorder.late:
+    if recorder.out_of_time:
         recorder.emit("suite", name, "skipped", reason="the time limit has passed", **fields)
         return
     try:
-        collect(suite.device)
+        free_memory(suite.device)
         function(suite)
     except OutOfTime:
-        status, fields["reason"] = "cut off", "the time limit passed in it"
+        status, fields["reason"] = "cut off", "the time limit passed during this part"
     except Exception as error:
         traceback.print_exc()
         status, fields["reason"], fields["kind"] = "failed", one_line(error), "ours"
@@ -236,13 +236,13 @@ def run_part(suite: Suite, name: str) -> None:
 
 
 def write_summary(rows: list[dict[str, Any]], out: Path) -> str:
-    """The bars, what went wrong, and which parts are incomplete."""
+    """Write the criteria, the wrong results and the incomplete parts; return the text."""
     wrong = [
         f"{r['part']}: {r['variant']}: {r['status']}: {r['reason']}" for r in rows if is_red(r)
     ]
     parts = [r for r in rows if r["part"] == "suite" and r["status"] in ("cut off", "skipped")]
     late = [f"{r['variant']}: {r['status']}, {r['reason']}" for r in parts]
-    lines = [bars.table(rows), "", f"Wrong: {len(wrong)}.", *(f"* {line}" for line in wrong)]
+    lines = [criteria.table(rows), "", f"Wrong: {len(wrong)}.", *(f"* {line}" for line in wrong)]
     lines += ["", f"Incomplete parts: {len(late)}.", *(f"* {line}" for line in late)]
     text = "\n".join(lines) + "\n"
     (out / "summary.md").write_text(text, encoding="utf-8")
@@ -256,7 +256,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=DEFAULT)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, help="seconds")
-    parser.add_argument("--commit", help="of the sources, where they are no git checkout")
+    parser.add_argument("--commit", help="commit of the sources, if they are not a git checkout")
     args = parser.parse_args(arguments)
     if args.device == "cpu" and not args.quick:
         parser.error("the full sizes need a GPU; pass --quick with --device cpu")

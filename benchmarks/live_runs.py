@@ -1,4 +1,4 @@
-"""A teacher, a student, and runs of lopd on them by the clock, for `benchmarks.offline_live`."""
+"""Models, and timed runs of lopd on them, for `benchmarks.offline_live`."""
 
 from __future__ import annotations
 
@@ -29,44 +29,46 @@ SHAPE = (
     "head_dim",
 )
 SMALL = {
-    "vocab_size": 50,  # more than the toy's tokenizer has
+    "vocab_size": 50,  # at least that of the toy tokenizer
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
-    "initializer_range": 0.2,  # for answers that vary
+    "initializer_range": 0.2,  # so that answers vary
 }
 
 
-class Wrong(Exception):
-    """A result that must not be timed."""
+class InvalidResult(Exception):
+    """A run gave a wrong result; its time must not be reported."""
 
 
-def published(name: str) -> dict[str, int]:
-    """The shape of a Qwen3."""
+def qwen3_shape(name: str) -> dict[str, int]:
+    """The config of a published Qwen3 as a mapping."""
     config = MODELS[name].config()
     return {key: getattr(config, key) for key in SHAPE}
 
 
 @dataclass(frozen=True)
 class Size:
-    """A setting that all runs share."""
+    """Settings that all runs share."""
 
     steps: int
     batch: int
-    prompts: int  # rolled out once by the offline run, and read steps * batch / prompts times
+    prompts: int  # sampled once by the offline run; read steps * batch / prompts times
     new_tokens: int
-    decoded: int  # sequences decoded together, at most
+    decoded: int  # largest number of sequences decoded together
     k: int
     dtype: str
     eval_prompts: int
     seeds: tuple[int, ...]
     every: tuple[int, ...]
-    shapes: dict[str, dict[str, Any]] | None = None  # of random models; None: the demo's, trained
+    shapes: dict[str, dict[str, Any]] | None = (
+        None  # of random models; None: train those of the demo
+    )
 
     @property
     def epoch(self) -> int:
-        """Steps in which each prompt comes once."""
+        """Number of steps that use each prompt once."""
         return self.prompts // self.batch
 
 
@@ -76,7 +78,7 @@ SIZES = {
     ),
     "0.6b": Size(
         16, 16, 256, 512, 64, 64, "bfloat16", 64, (0,), (1, 4, 16),
-        {"student": published("0.6B"), "teacher": published("1.7B")},
+        {"student": qwen3_shape("0.6B"), "teacher": qwen3_shape("1.7B")},
     ),
     "quick": Size(
         8, 4, 16, 6, 16, 4, "float32", 8, (0,), (1, 4),
@@ -90,10 +92,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Run:
-    """A distilled student and its seconds by part."""
+    """A distilled student and the seconds of each part."""
 
     out: str
-    seconds: dict[str, float]  # by PARTS; they add up to the wall clock's
+    seconds: dict[str, float]  # by PARTS; the sum is the wall-clock time
     renewed: dict[str, Any]  # the manifest's `refresh`; empty offline
     update_seconds: float | None
     peak_mib: float | None
@@ -104,12 +106,12 @@ class Run:
 
 
 class Bench:
-    """Teacher, student and prompts of one seed, and the commands of lopd on them."""
+    """Teacher, student and prompts of one seed, and lopd commands that use them."""
 
     def __init__(self, folder: Path, size: Size, device: str, seed: int) -> None:
         folder.mkdir()
         self.folder, self.size, self.device, self.seed = folder, size, device, seed
-        make = self._train if size.shapes is None else self._draw
+        make = self._train if size.shapes is None else self._make_random
         self.student, self.teacher, self.prompts, self.eval_prompts = make()
 
     def _train(self) -> tuple[str, str, str, str]:
@@ -121,8 +123,8 @@ class Bench:
         prompts = str(demo.prompts["opd"]), str(demo.prompts["eval"])
         return demo.path("sft"), demo.path("teacher"), *prompts
 
-    def _draw(self) -> tuple[str, str, str, str]:
-        """Random weights; the student is declared to be the teacher's."""
+    def _make_random(self) -> tuple[str, str, str, str]:
+        """Random weights; `declare` records the teacher as the student's."""
         assert self.size.shapes is not None
         seen: set[str] = set()
         counts = {"opd": self.size.prompts, "eval": self.size.eval_prompts}
@@ -209,7 +211,7 @@ class Bench:
         }
 
     def run(self, cache: str, name: str, every: int | None) -> Run:
-        """Distil once, by the clock; with `every` None, rollouts and scores of its own first."""
+        """Distil once and time it; with `every` None, its rollouts and scores are included."""
         clock = Clock(self.device)
         if every is None:
             rollouts = self.roll_out(f"{name}-rollouts", self.size.prompts)
@@ -219,19 +221,19 @@ class Bench:
             out = self.distill(cache, name, None)
             seconds = dict(zip(PARTS, (generation, scoring, clock.lap()), strict=True))
             if "seconds" in read_manifest(out):
-                raise Wrong("the offline run's manifest tells of renewed rollouts")
+                raise InvalidResult("the offline run's manifest records renewed rollouts")
             return Run(out, seconds, {}, None, clock.peak_mib())
         out = self.distill(cache, name, every)
-        whole, manifest = clock.lap(), read_manifest(out)
-        told = manifest["seconds"]
-        check_parts(told, whole, manifest["refresh"], self.size, every)
-        rest = whole - told["generation"] - told["scoring"]
-        seconds = {"generation": told["generation"], "scoring": told["scoring"], "training": rest}
-        return Run(out, seconds, manifest["refresh"], told["update"], clock.peak_mib())
+        total, manifest = clock.lap(), read_manifest(out)
+        logged = manifest["seconds"]
+        check_parts(logged, total, manifest["refresh"], self.size, every)
+        seconds = {part: logged[part] for part in ("generation", "scoring")}
+        seconds["training"] = total - sum(seconds.values())
+        return Run(out, seconds, manifest["refresh"], logged["update"], clock.peak_mib())
 
 
 def write_random(folder: Path, shape: dict[str, Any], seed: int, dtype: str, device: str) -> None:
-    """A random Qwen3 with the toy's tokenizer, whose ids are the first of its vocabulary."""
+    """A random Qwen3 with the toy tokenizer, whose ids are the first ids of its vocabulary."""
     tokenizer = toy.build_tokenizer()
     config = transformers.Qwen3Config(
         max_position_embeddings=4096,
@@ -248,15 +250,15 @@ def write_random(folder: Path, shape: dict[str, Any], seed: int, dtype: str, dev
 
 
 class Clock:
-    """Seconds between laps, and the device's peak since the first."""
+    """Seconds between laps, and peak memory of the device since the start."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
-        gc.collect()  # trainers are cycles; their models would count for the next run
+        gc.collect()  # trainers are reference cycles; their models would count for the next run
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self.began = self._now()
+        self.start = self._now()
 
     def _now(self) -> float:
         if self.cuda:
@@ -264,21 +266,21 @@ class Clock:
         return time.perf_counter()
 
     def lap(self) -> float:
-        began, self.began = self.began, self._now()
-        return self.began - began
+        start, self.start = self.start, self._now()
+        return self.start - start
 
     def peak_mib(self) -> float | None:
         return round(torch.cuda.max_memory_allocated() / 2**20, 1) if self.cuda else None
 
 
 def check_parts(
-    told: dict[str, float], whole: float, renewed: dict[str, Any], size: Size, every: int
+    seconds: dict[str, float], total: float, renewed: dict[str, Any], size: Size, every: int
 ) -> None:
-    """Raise Wrong unless a live run renewed what it had to, in parts that fit its time."""
-    if not all(value > 0 for value in told.values()) or sum(told.values()) > whole:
-        raise Wrong(f"R = {every}: parts {told} do not fit into {whole:.3f} s")
+    """Raise InvalidResult unless a live run renewed every window and its parts fit its time."""
+    if not all(value > 0 for value in seconds.values()) or sum(seconds.values()) > total:
+        raise InvalidResult(f"R = {every}: parts {seconds} do not fit into {total:.3f} s")
     starts = range(0, size.steps, every)
     expected = sum(size.batch * min(every, size.steps - start, size.epoch) for start in starts)
-    found = renewed["windows"], renewed["sequences"]
-    if found != (len(starts), expected):
-        raise Wrong(f"R = {every}: renewed {found}, expected {(len(starts), expected)}")
+    counts = renewed["windows"], renewed["sequences"]
+    if counts != (len(starts), expected):
+        raise InvalidResult(f"R = {every}: renewed {counts}; expected {(len(starts), expected)}")

@@ -1,30 +1,30 @@
-"""What does a live teacher cost, and what does it buy? Offline against live at equal settings.
+"""What does a live teacher cost, and what does it gain? Offline against live at equal settings.
 
     python -m benchmarks.offline_live [--quick] [--size toy|0.6b] [--every R ...] [--seeds N ...]
                                       [--device cpu|cuda] [--threads N] [--out DIR]
 
-One student is distilled for the same steps on the same prompts in the same order, with its
-rollouts renewed every R steps by a live teacher (`lopd distill --refresh_every R`; 1 is standard
-on-policy distillation) and with those of its cache alone (never: Lightning OPD, `lopd rollout`
-and `lopd score` counted). Seconds are of the wall clock, from the first command's start to the last
-one's end, in three parts:
+One student is distilled for the same number of steps on the same prompts in the same order. In live
+runs the teacher renews the rollouts every R steps (`lopd distill --refresh_every R`; 1 is standard
+on-policy distillation). The offline run uses only its cache (never: Lightning OPD; `lopd rollout`
+and `lopd score` are included). Seconds are wall-clock time from the start of the first command to
+the end of the last one, in three parts:
 
-* generation, scoring: live, what the run's manifest says; offline, the two commands, which load
-  a model and write a store besides;
-* training: all the rest of `lopd distill`. `update_seconds` is what of it passes between a step's
-  first forward and its update, where that is logged: in live runs.
+* generation, scoring: in live runs, from the run's manifest; offline, the two commands, which also
+  load a model and write a store;
+* training: the rest of `lopd distill`. `update_seconds` is the time between a step's first forward
+  and its update, where it is logged: in live runs.
 
-The live runs also read a cache, for its prompts and settings; its making is not counted for them.
-Each seed has models, prompts and samples of its own. Runs take turns, in another order each seed;
-a ratio is between runs of one seed, and the median counts. Quality is that after the last step.
+Live runs also read a cache, for its prompts and settings; making it is not counted for them. Each
+seed has its own models, prompts and samples. Runs alternate, in another order for each seed. A
+ratio compares runs of one seed; the median is reported. Quality is measured after the last step.
 
-Correctness first: with greedy rollouts, a run whose one window is all of it must end with the
-offline run's weights, and one with R = 1 must not. A red gate, or a live run whose parts do not
-add up, ends it with exit code 1. One JSON row per R is printed and, with --out, all of them are
+Correctness first: with greedy rollouts, a run with a single window must end with the weights of the
+offline run, and a run with R = 1 must not. A failed gate, or a live run whose parts do not add up,
+ends the benchmark with exit code 1. One JSON row per R is printed and, with --out, all rows are
 written to DIR/offline_live.jsonl.
 
-`toy` trains the demo's two models first; `0.6b` and `--quick` have random weights, so that their
-quality says nothing.
+`toy` trains the two models of the demo first. `0.6b` and `--quick` use random weights, so their
+quality is meaningless.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.live_runs import PARTS, SIZES, Bench, Run, Size, Wrong
-from benchmarks.rows import identity
+from benchmarks.live_runs import PARTS, SIZES, Bench, InvalidResult, Run, Size
+from benchmarks.recorder import identity
 from lopd.models.load import load_model
 
 NAME = "offline_live.jsonl"
 GATE_STEPS = 4
-# Relative to how far training moves. A GPU's backward may add in another order each time, and
-# Adam's first steps are of one size however small a gradient is.
+# Relative to the size of the update. A GPU's backward may add in another order each time, and
+# Adam's first steps have the same size for any small gradient.
 GATE_BOUND = {"cpu": 1e-5, "cuda": 0.2}
 GATE: dict[str, Any] = {
     "max_steps": GATE_STEPS,
@@ -62,28 +62,33 @@ GATE: dict[str, Any] = {
 
 
 def gate(bench: Bench) -> dict[str, float]:
-    """Distances of weights with greedy rollouts, where R does what it says.
+    """Check with greedy rollouts that R has the documented effect.
 
-    |run - offline| / |offline - start| over all weights, of a run of one window and of R = 1.
+    Returns |run - offline| / |offline - start| over all weights, for a run with one window and for
+    R = 1.
 
     Raises:
-        Wrong: a run of one window is not the offline run, or R = 1 is.
+        InvalidResult: a run with one window differs from the offline run, or R = 1 does not.
     """
     rollouts = bench.roll_out("gate-rollouts", GATE_STEPS * bench.size.batch, temperature=0.0)
     cache = bench.score(rollouts, "gate-cache")
     start = weights_of(bench.student)
     offline = weights_of(bench.distill(cache, "gate-offline", None, **GATE))
-    moved = distance(offline, start)
-    once, each = (
-        distance(weights_of(bench.distill(cache, f"gate-{every}", every, **GATE)), offline) / moved
+    update = distance(offline, start)
+    one_window, every_step = (
+        distance(weights_of(bench.distill(cache, f"gate-{every}", every, **GATE)), offline) / update
         for every in (GATE_STEPS, 1)
     )
     bound = GATE_BOUND[bench.device]
-    if not once <= bound:
-        raise Wrong(f"one window of all steps is off the offline run by {once:.1e}")
-    if not each > 2 * bound:
-        raise Wrong(f"R = 1 is within {each:.1e} of the offline run: nothing was renewed")
-    return {"one_window": once, "every_step": each}
+    if not one_window <= bound:
+        raise InvalidResult(
+            f"one window of all steps differs from the offline run by {one_window:.1e}"
+        )
+    if not every_step > 2 * bound:
+        raise InvalidResult(
+            f"R = 1 is within {every_step:.1e} of the offline run: nothing was renewed"
+        )
+    return {"one_window": one_window, "every_step": every_step}
 
 
 def weights_of(folder: str) -> dict[str, torch.Tensor]:
@@ -97,10 +102,10 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def measure(
     folder: Path, size: Size, device: str, every: list[int], seeds: list[int]
 ) -> Iterator[dict[str, Any]]:
-    """One row for never and for each R."""
+    """One row for the offline run and one for each R."""
     kinds: list[int | None] = [None, *every]
     runs: dict[int | None, list[Run]] = {kind: [] for kind in kinds}
-    found: dict[Any, list[dict[str, float]]] = {kind: [] for kind in ["start", *kinds]}
+    quality: dict[Any, list[dict[str, float]]] = {kind: [] for kind in ["start", *kinds]}
     gates = []
     for number, seed in enumerate(seeds):
         bench = Bench(folder / str(seed), size, device, seed)
@@ -109,9 +114,9 @@ def measure(
         shift = number % len(kinds)
         for kind in kinds[shift:] + kinds[:shift]:
             runs[kind].append(bench.run(cache, f"run-{kind}", kind))
-        found["start"].append(bench.quality(bench.student, "start"))
+        quality["start"].append(bench.quality(bench.student, "start"))
         for kind in kinds:
-            found[kind].append(bench.quality(runs[kind][-1].out, str(kind)))
+            quality[kind].append(bench.quality(runs[kind][-1].out, str(kind)))
     setting = {key: value for key, value in asdict(size).items() if key not in ("seeds", "every")}
     for kind in kinds:
         yield {
@@ -120,19 +125,19 @@ def measure(
             **setting,
             "renewed": runs[kind][0].renewed,
             **timing(runs[kind], runs[None], size.steps),
-            "quality": by_name(found[kind]),
-            "start": by_name(found["start"]),
+            "quality": by_name(quality[kind]),
+            "start": by_name(quality["start"]),
             "gate": by_name(gates),
         }
 
 
-def by_name(found: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Values of each seed."""
-    return {name: [each[name] for each in found] for name in found[0]}
+def by_name(results: list[dict[str, float]]) -> dict[str, list[float]]:
+    """The values of all seeds, by name."""
+    return {name: [each[name] for each in results] for name in results[0]}
 
 
 def timing(runs: list[Run], offline: list[Run], steps: int) -> dict[str, Any]:
-    """Medians over seeds; ratios are between a run and the offline run of its seed."""
+    """Medians over seeds; a ratio compares a run with the offline run of the same seed."""
     pairs = list(zip(runs, offline, strict=True))
 
     def median(values: Iterable[float]) -> float:
@@ -161,8 +166,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="random models of toy size, seconds")
     parser.add_argument("--size", choices=("toy", "0.6b"), default="toy")
-    parser.add_argument("--every", nargs="+", type=int, help="R of the live runs; None: the size's")
-    parser.add_argument("--seeds", nargs="+", type=int, help="None: the size's")
+    parser.add_argument(
+        "--every", nargs="+", type=int, help="R of the live runs; default: those of the size"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the size")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder whose offline_live.jsonl is written")
@@ -172,11 +179,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.every = list(size.every) if args.every is None else args.every
     args.seeds = list(size.seeds) if args.seeds is None else args.seeds
     if min(args.every) < 1 or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("expected --every of at least 1, and --seeds that differ")
+        parser.error("expected --every of at least 1, and distinct --seeds")
     if uneven := [r for r in args.every if size.epoch % r and r % size.epoch]:
         parser.error(
             f"--every: found {uneven[0]}; expected a divisor or a multiple of the {size.epoch} "
-            "steps of an epoch, so that no window holds parts of two"
+            "steps of an epoch, so that no window spans two epochs"
         )
     return args
 
@@ -187,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = ["--quick"] if args.quick else ["--size", args.size]
     flags += ["--every", *args.every, "--seeds", *args.seeds]
     flags += ["--device", args.device, "--threads", args.threads]
-    about = {
+    environment = {
         "question": "offline_live",
         "size": args.size,
         "transformers": transformers.__version__,
@@ -195,10 +202,10 @@ def main(arguments: list[str] | None = None) -> int:
         "command": " ".join(["python -m benchmarks.offline_live", *map(str, flags)]),
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        given = (Path(folder), SIZES[args.size], args.device, args.every, args.seeds)
+        run_settings = (Path(folder), SIZES[args.size], args.device, args.every, args.seeds)
         try:
-            rows = [{**about, **row} for row in measure(*given)]
-        except Wrong as error:
+            rows = [{**environment, **row} for row in measure(*run_settings)]
+        except InvalidResult as error:
             print(f"benchmarks.offline_live: {error}", file=sys.stderr)
             return 1
     text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,10 +1,10 @@
-"""What is measured on: heads and teachers made from a seed, and the fp64 oracle of each loss.
+"""Benchmark problems: random heads and teachers from a seed, and the fp64 oracle of each loss.
 
-The student has rows of every sharpness: hidden states are noise plus a pull of random
-strength towards a few ids, so that the mass outside the top 64 runs from next to nothing
-to nearly all. The teacher is a head of its own over the same weight, so that a loss on
-dense teacher logits and a loss on a top-k list are measured on the same distributions:
-`near` is the student plus 0.25 nat of noise on its logits, `far` has nothing to do with it.
+The student's rows range from flat to sharp: a hidden state is noise plus a component of random
+strength towards a few ids, so the mass outside the top 64 ranges from almost 0 to almost 1. The
+teacher uses its own hidden states and the same weight, so losses on dense teacher logits and losses
+on a top-k list are measured on the same distributions. `near` is the student plus 0.25 nat of noise
+on its logits; `far` is independent of the student.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Shape:
 class Problem:
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
-    teacher_hidden: Tensor  # [N, D], over the same weight
+    teacher_hidden: Tensor  # [N, D], multiplied with the same weight
     ids: Tensor  # [N, K] the teacher's most probable
     logprobs: Tensor  # [N, K]
     tail: Tensor  # [N]
     labels: Tensor  # [N] sampled from the student
-    label_logprobs: Tensor  # [N] the teacher's, at the label
+    label_logprobs: Tensor  # [N] the teacher's log-prob of the label
     regime: str
 
     @property
@@ -64,7 +64,7 @@ class Problem:
         return self.hidden.device
 
     def rows(self, part: slice) -> Problem:
-        """The problem of these rows; the weight is shared."""
+        """The problem restricted to these rows; it shares the weight."""
         fields = {k: v[part] for k, v in vars(self).items() if k in PER_ROW}
         return replace(self, **fields)
 
@@ -77,19 +77,19 @@ class Problem:
 
     @cached_property
     def dlogits(self) -> Tensor:
-        """[N, V] gradient of the reverse KL in the inputs' dtype: the operand of GEMMs 2 and 3."""
+        """[N, V] gradient of the reverse KL in the inputs' dtype: an operand of GEMMs 2 and 3."""
         out = self.hidden.new_empty((self.shape.rows, self.shape.vocab))
-        for part, some in self.parts(4):
-            logits = wide_mm(some.hidden, some.weight.t()).requires_grad_()
+        for part, chunk in self.parts(4):
+            logits = wide_mm(chunk.hidden, chunk.weight.t()).requires_grad_()
             loss = sparse_divergence(
-                logits, some.ids, some.logprobs, tail_logprobs=some.tail, validate=False
+                logits, chunk.ids, chunk.logprobs, tail_logprobs=chunk.tail, validate=False
             )
             (out[part],) = torch.autograd.grad(loss, logits)
         return out
 
     @cached_property
     def buffer(self) -> Tensor:
-        """[V, D] fp32 zeros, a caller's gradient buffer."""
+        """[V, D] fp32 zeros, the gradient buffer of a caller."""
         return torch.zeros_like(self.weight, dtype=torch.float32)
 
 
@@ -109,17 +109,17 @@ def make_problem(
     device: str | torch.device = "cpu",
     regime: str = "near",
     seed: int = 0,
-    sharpest: float = 20.0,  # nat; how far the first favourite may stand out
+    sharpest: float = 20.0,  # nat; the largest advantage of the first favourite
 ) -> Problem:
     n, d, v, k = shape.rows, shape.hidden, shape.vocab, shape.topk
     generator = torch.Generator(device).manual_seed(seed)
     noise = {"generator": generator, "device": device}
     weight = torch.randn(v, d, **noise).mul_(SPREAD * d**-0.5)
     hidden = torch.randn(n, d, **noise)
-    pull = sharpest / SPREAD * torch.rand(n, 1, **noise)
+    strength = sharpest / SPREAD * torch.rand(n, 1, **noise)
     for place in range(FAVOURITES):
         direction = weight[torch.randint(v, (n,), **noise)]
-        hidden += pull * 0.8**place * direction / direction.norm(dim=1, keepdim=True)
+        hidden += strength * 0.8**place * direction / direction.norm(dim=1, keepdim=True)
     other = torch.randn(n, d, **noise)
     teacher_hidden = hidden + NOISE / SPREAD * other if regime == "near" else other
     real = {"dtype": torch.float32, "device": device}
@@ -134,28 +134,28 @@ def make_problem(
         torch.empty(n, **real),
         regime,
     )
-    for _, some in problem.parts(4):
-        student = wide_mm(some.hidden, some.weight.t())
-        some.labels.copy_(
+    for _, chunk in problem.parts(4):
+        student = wide_mm(chunk.hidden, chunk.weight.t())
+        chunk.labels.copy_(
             (student - torch.empty_like(student).exponential_(generator=generator).log_()).argmax(1)
         )
-        teacher = wide_mm(some.teacher_hidden, some.weight.t()).log_softmax(1)
-        some.label_logprobs.copy_(teacher.gather(1, some.labels.unsqueeze(1))[:, 0])
+        teacher = wide_mm(chunk.teacher_hidden, chunk.weight.t()).log_softmax(1)
+        chunk.label_logprobs.copy_(teacher.gather(1, chunk.labels.unsqueeze(1))[:, 0])
         logprobs, ids = teacher.topk(k, 1)
-        some.ids.copy_(ids)
-        some.logprobs.copy_(logprobs)
-        some.tail.copy_(teacher.scatter_(1, ids, -torch.inf).logsumexp(1))
+        chunk.ids.copy_(ids)
+        chunk.logprobs.copy_(logprobs)
+        chunk.tail.copy_(teacher.scatter_(1, ids, -torch.inf).logsumexp(1))
     return problem
 
 
 def _buckets(z: Tensor, ids: Tensor) -> Tensor:
-    """Log-probs of the ids and of all the rest, [R, K+1]."""
+    """Log-probs of the ids and of the rest of the vocabulary, [R, K+1]."""
     rest = z.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
     return torch.cat([z.gather(1, ids), rest], 1) - z.logsumexp(1, keepdim=True)
 
 
 def row_losses(loss: str, z: Tensor, problem: Problem, weight: Tensor) -> Tensor:
-    """L_n [R] from logits z [R, V] of the problem's rows; `weight` has the dtype of z."""
+    """Losses [R] from logits z [R, V] of the problem's rows; `weight` has the dtype of z."""
     logprobs = problem.logprobs.to(z.dtype)
     if loss in (REVERSE_KL, FORWARD_KL):
         student = _buckets(z, problem.ids)
@@ -186,8 +186,8 @@ class Exact:
     losses: Tensor  # [N]
     dhidden: Tensor  # [N, D]
     dweight: Tensor  # [V, D]
-    rounding: tuple[float, float]  # error of (dH, dW) when dz alone is rounded to the dtype
-    gemm: float  # worst |L_n error| / (1 + |L_n|) when the logits alone come from an fp32 GEMM
+    rounding: tuple[float, float]  # error of (dH, dW) if only dz is rounded to the dtype
+    gemm: float  # worst |L_n error| / (1 + |L_n|) if only the logits come from an fp32 GEMM
 
 
 def oracle(problem: Problem, loss: str) -> Exact:
@@ -198,14 +198,14 @@ def oracle(problem: Problem, loss: str) -> Exact:
     exact = torch.empty_like(hidden), torch.zeros_like(weight)
     narrow = problem.dtype.itemsize == 2
     rounded = (torch.empty_like(hidden), torch.zeros_like(weight)) if narrow else exact
-    for part, some in problem.parts(8):
+    for part, chunk in problem.parts(8):
         z = (hidden[part] @ weight.t()).requires_grad_()
-        value = row_losses(loss, z, some, weight)
+        value = row_losses(loss, z, chunk, weight)
         (dz,) = torch.autograd.grad(value.sum(), z)
         losses[part] = value.detach()
         with torch.no_grad():
-            wide = wide_mm(some.hidden, some.weight.t()).double()
-            value = row_losses(loss, wide, some, weight)
+            wide = wide_mm(chunk.hidden, chunk.weight.t()).double()
+            value = row_losses(loss, wide, chunk, weight)
             gemm = max(gemm, loss_error(value, losses[part]))
         for dh, dw in (exact, rounded) if narrow else (exact,):
             torch.mm(dz, weight, out=dh[part])
@@ -218,17 +218,17 @@ def oracle(problem: Problem, loss: str) -> Exact:
     return Exact(losses, *exact, rounding, gemm)  # type: ignore[arg-type]
 
 
-def loss_error(found: Tensor, exact: Tensor) -> float:
-    """Worst |found - exact| / (1 + |exact|); NaN stays NaN."""
-    return float(((found.double() - exact).abs() / (1.0 + exact.abs())).amax())
+def loss_error(value: Tensor, exact: Tensor) -> float:
+    """Worst |value - exact| / (1 + |exact|); NaN stays NaN."""
+    return float(((value.double() - exact).abs() / (1.0 + exact.abs())).amax())
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """|found - exact| / |exact| in Frobenius norm, panel by panel; NaN stays NaN."""
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """|value - exact| / |exact| in Frobenius norm, panel by panel; NaN stays NaN."""
     difference = size = 0.0
     for start in range(0, len(exact), 1 << 14):
         part = slice(start, start + (1 << 14))
-        difference += float((found[part].double() - exact[part]).square().sum())
+        difference += float((value[part].double() - exact[part]).square().sum())
         size += float(exact[part].square().sum())
     return (difference / size) ** 0.5 if size else difference**0.5
 
@@ -236,8 +236,8 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 def student_tail(problem: Problem) -> list[float]:
     """Quantiles 0.1, 0.5, 0.9 of the student's mass outside the list."""
     masses = [
-        _buckets(wide_mm(some.hidden, some.weight.t()), some.ids)[:, -1].exp()
-        for _, some in problem.parts(4)
+        _buckets(wide_mm(chunk.hidden, chunk.weight.t()), chunk.ids)[:, -1].exp()
+        for _, chunk in problem.parts(4)
     ]
     quantiles = torch.tensor([0.1, 0.5, 0.9], device=problem.device)
     return [float(x) for x in torch.cat(masses).quantile(quantiles)]

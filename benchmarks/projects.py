@@ -1,9 +1,9 @@
-"""The losses that users of on-policy distillation run today, as their projects compute them.
+"""Losses of other projects for on-policy distillation, in eager PyTorch.
 
-Formulas and order of operations are those of the projects, read in their sources in August
-2026; the code is not theirs. A floor under a log-prob or under a loss, which some of them
-have, is left out, so that each has the gradient of a loss that can be stated. Logits are a
-product in 16 bits, widened for the softmax, unless a name says otherwise.
+Formulas and order of operations follow the sources of the projects as of August 2026; the code is
+our own. Some projects have a floor under a log-prob or a loss. It is omitted here, so that each
+function has the gradient of a loss with a formula. Logits are a 16-bit product, widened for the
+softmax, unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.problems import Problem
 
-RowLoss = Callable[..., Tensor]  # (fp32 logits [R, V], what the loss wants of the rows) -> [R]
+RowLoss = Callable[..., Tensor]  # (fp32 logits [R, V], the row inputs of the loss) -> [R]
 Teacher = tuple[Tensor, Tensor, Tensor]  # ids [N, K], logprobs [N, K], tail [N]
 
 
@@ -38,19 +38,19 @@ def tail_bucket(logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> 
 
 
 def renormalised(logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
-    """[N] reverse KL over the list, through a full log-softmax and gather."""
+    """[N] reverse KL over the renormalised list, by a full log-softmax and gather."""
     student = logits.log_softmax(1).gather(1, ids).log_softmax(1)
     return (student.exp() * (student - logprobs.log_softmax(1))).sum(1)
 
 
 def truncated_forward(logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
-    """[N] forward KL over the list as it is."""
+    """[N] forward KL over the list without renormalising."""
     student = logits.log_softmax(1).gather(1, ids)
     return (logprobs.exp() * (logprobs - student)).sum(1)
 
 
 def bucket_forward(logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
-    """[N] forward KL with one bucket for the tail, the student's from its listed mass."""
+    """[N] forward KL with a tail bucket; the student's tail is 1 minus its listed mass."""
     student = logits.log_softmax(1).gather(1, ids)
     rest = torch.log1p(-student.logsumexp(1).clamp(max=-1e-7).exp())
     return (logprobs.exp() * (logprobs - student)).sum(1) + tail.exp() * (tail - rest)
@@ -63,9 +63,9 @@ def advantage_times_logprob(logits: Tensor, labels: Tensor, logprobs: Tensor) ->
 
 
 def full(row_loss: RowLoss, problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the rows from all logits at once."""
-    given = sampled if row_loss is advantage_times_logprob else teacher
-    return row_loss((hidden @ weight.t()).float(), *given(problem)).mean()
+    """Mean over the rows, with all logits at once."""
+    inputs = sampled if row_loss is advantage_times_logprob else teacher
+    return row_loss((hidden @ weight.t()).float(), *inputs(problem)).mean()
 
 
 def in_chunks(
@@ -77,17 +77,17 @@ def in_chunks(
     rows: int,
     wide: bool = False,
 ) -> Tensor:
-    """The same by checkpointed chunks of rows, with operands widened to fp32 where `wide`."""
+    """The same in checkpointed chunks of rows; `wide` widens the operands to fp32."""
 
-    def total(part: Tensor, weight: Tensor, *given: Tensor) -> Tensor:
+    def total(part: Tensor, weight: Tensor, *inputs: Tensor) -> Tensor:
         logits = part.float() @ weight.float().t() if wide else (part @ weight.t()).float()
-        return row_loss(logits, *given).sum()
+        return row_loss(logits, *inputs).sum()
 
     value = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, len(hidden), rows):
-        some = slice(start, start + rows)
-        given = (x[some] for x in teacher(problem))
-        value = value + checkpoint(total, hidden[some], weight, *given, use_reentrant=False)
+        part = slice(start, start + rows)
+        inputs = (x[part] for x in teacher(problem))
+        value = value + checkpoint(total, hidden[part], weight, *inputs, use_reentrant=False)
     return value / len(hidden)
 
 

@@ -1,4 +1,4 @@
-"""Students with the shapes of Qwen3 and random weights, and packs of sequences to train them on."""
+"""Random students with the shapes of Qwen3, and packs of sequences to train them on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import cache
 from benchmarks.clock import Outcome, Prepared
-from benchmarks.harness import classify, collect, one_line
+from benchmarks.harness import classify, free_memory, one_line
 from lopd.models.packing import pack_attention
 from lopd.store import TeacherSequence
 from lopd.training.batch import Batch, Collator, to_device
@@ -19,12 +19,12 @@ from lopd.training.options import DEFAULT_OPTIM, optimizer_class
 
 Loss = Callable[[Any, Batch, float], Tensor]  # (model, batch, normaliser) -> the micro-batch's loss
 MIB = 1 << 20
-LEARNING_RATE = 1e-6  # below what bf16 weights resolve: every step is of the same model
+LEARNING_RATE = 1e-6  # too small to change bf16 weights: every step has the same model
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Qwen3 and what it is trained on; the widths are those of the published configs."""
+    """A Qwen3 shape and its training data; the widths are those of the published configs."""
 
     hidden: int
     intermediate: int
@@ -32,8 +32,8 @@ class Size:
     heads: int
     tied: bool
     optim: str
-    sequences: int  # of the micro-batch that is timed
-    search_s: float  # for the largest micro-batch of each variant
+    sequences: int  # in the timed micro-batch
+    search_s: float  # time to search the largest micro-batch of each variant
     kv_heads: int = 8
     head_dim: int = 128
     vocab: int = 151936
@@ -71,7 +71,7 @@ TOY: dict[str, Any] = {
 
 
 def build(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
-    """In training mode, with gradient checkpointing."""
+    """A random model in training mode, with gradient checkpointing."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -81,8 +81,8 @@ def build(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
     return model.train()
 
 
-def make_items(size: Size, count: int, prompt: int) -> list[TeacherSequence]:
-    """Sequences of the made-up teacher of `benchmarks/cache.py`; the prompt bears no loss."""
+def make_sequences(size: Size, count: int, prompt: int) -> list[TeacherSequence]:
+    """Sequences of the synthetic teacher in `benchmarks/cache.py`; the prompt has no loss."""
     shape = cache.Shape(count, size.length - prompt, prompt, size.vocab, size.topk)
     return [
         TeacherSequence(
@@ -98,23 +98,23 @@ def make_items(size: Size, count: int, prompt: int) -> list[TeacherSequence]:
 
 
 class Job:
-    """A model, its optimizer, and packs of the same sequences over and over."""
+    """A model, its optimizer, and packs that repeat the same sequences."""
 
     def __init__(self, size: Size, device: torch.device, attention: str) -> None:
-        collect(device)
+        free_memory(device)
         self.size, self.device = size, device
         self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.model = build(size, device, torch.bfloat16)
         pack_attention(self.model, attention)
         kind, options = optimizer_class(size.optim)
         self.optimizer = kind(self.model.parameters(), **{**options, "lr": LEARNING_RATE})
-        self.items = make_items(size, 2, size.prompt)
+        self.items = make_sequences(size, 2, size.prompt)
 
     def batch(self, sequences: int) -> tuple[Batch, float]:
         return self.pack([self.items[i % len(self.items)] for i in range(sequences)])
 
     def pack(self, items: list[TeacherSequence]) -> tuple[Batch, float]:
-        """On the device, and its normaliser."""
+        """The batch on the device, and its normaliser."""
         batch = Collator(packed=True)(items)
         return to_device(batch, self.device), batch["row_weights"].sum().item()
 
@@ -129,21 +129,21 @@ class Job:
         return Prepared(run, self.optimizer.zero_grad)
 
     def attempt(self, run: Callable[[], Any]) -> dict[str, Any]:
-        """Status and peak of one call; what it held, also where it failed, is given back."""
-        found: dict[str, Any] = {"status": "ok", "peak_mib": None}
-        self.forget_peak()
+        """Status and peak memory of one call; its memory is freed even if it fails."""
+        result: dict[str, Any] = {"status": "ok", "peak_mib": None}
+        self.reset_peak()
         try:
             run()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
                 peak = torch.cuda.max_memory_allocated(self.device) - self.before
-                found["peak_mib"] = round(peak / MIB, 1)
+                result["peak_mib"] = round(peak / MIB, 1)
         except Exception as error:
-            found = {"status": classify(error), "reason": one_line(error), "peak_mib": None}
+            result = {"status": classify(error), "reason": one_line(error), "peak_mib": None}
         self.optimizer.zero_grad()
-        collect(self.device)
-        return found
+        free_memory(self.device)
+        return result
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

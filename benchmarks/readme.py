@@ -1,6 +1,6 @@
 """Write the generated blocks of the documents: `python -m benchmarks.readme`.
 
-Results come from the committed rows, the roofline from its formulas, the suite's parts from it.
+Results come from the committed rows, the roofline from its formulas, the parts from the GPU suite.
 """
 
 import json
@@ -28,7 +28,7 @@ def demo_block() -> str:
 
 
 def fused_block() -> str:
-    """The newest row of each size of vocabulary and number of threads."""
+    """The newest row of each vocabulary size and number of threads."""
     rows = [row for row in read_rows("fused_loss_cpu.jsonl") if row["vocab"] in fused_loss.VOCABS]
     newest = {(row["vocab"], row["threads"]): row for row in rows}
     lines = [
@@ -50,7 +50,7 @@ def fused_block() -> str:
 
 
 def small_block() -> str:
-    """The newest row of each vocabulary below those of the question."""
+    """The newest row of each vocabulary that is smaller than the standard sizes."""
     rows = read_rows("fused_loss_cpu.jsonl")
     newest = {(r["vocab"], r["topk"]): r for r in rows if r["vocab"] not in fused_loss.VOCABS}
     lines = [
@@ -109,7 +109,7 @@ def cache_block() -> str:
 
 
 def live_block() -> str:
-    """Parts and totals as shares of the offline run's total; what the steps came to."""
+    """Parts and totals as shares of the offline run's total, and quality after training."""
     offline, *live = read_rows(offline_live.NAME)
     rows = [*live, offline]
     epochs = offline["steps"] * offline["batch"] / offline["prompts"]
@@ -160,7 +160,7 @@ def _live_quality(name: str, quality: dict[str, list[float]]) -> str:
 
 
 def rendered(text: str) -> str:
-    """A document with each of its generated blocks replaced."""
+    """The document with each generated block replaced."""
     blocks = {
         "demo table": demo_block,
         "fused loss": fused_block,

@@ -1,9 +1,9 @@
-"""What no version can beat: operations and bytes of one forward and backward of the loss.
+"""Lower bounds of the time: operations and bytes of one forward and backward of the loss.
 
     python -m benchmarks.roofline [--tflops X] [--tb-per-s X] [--rows N] [--hidden D] [--vocab V]
 
-The default rates are what an H200 is planned with; the `environment` part of the GPU suite
-measures them, and its summary uses what it measured.
+The default rates are assumptions for an H200. The `environment` part of the GPU suite measures the
+actual rates, and its summary uses them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ CHUNKS = (512, 1024, 2048, 4096, 8192)
 
 
 def gemm_ms(shape: Shape, tflops: float, gemms: int = 1) -> float:
-    """2 N D V operations each."""
+    """Milliseconds of GEMMs with 2 N D V operations each."""
     return 2.0 * gemms * shape.rows * shape.hidden * shape.vocab / tflops * 1e-9
 
 
 def move_ms(count: float, tb_per_s: float) -> float:
-    """Milliseconds for `count` bytes, read or written."""
+    """Milliseconds to read or write `count` bytes."""
     return count / tb_per_s * 1e-9
 
 
@@ -37,12 +37,12 @@ def weight_bytes(shape: Shape, itemsize: int = 2) -> float:
 
 
 def gathered_bytes(shape: Shape) -> float:
-    """A renormalised loss gathers K rows of W for each row, and adds K rows to dW: 3 passes."""
+    """A renormalised loss gathers K rows of W per row and adds K rows to dW: 3 passes."""
     return 3.0 * 2.0 * shape.rows * shape.topk * shape.hidden
 
 
 def accumulate_bytes(shape: Shape, chunk: int) -> float:
-    """dW in fp32 over chunks of rows: written by the first, read and written by the others."""
+    """dW in fp32 over chunks of rows: the first chunk writes it, the others read and write it."""
     chunks = -(-shape.rows // chunk)
     return (2 * chunks - 1) * weight_bytes(shape, 4)
 
@@ -98,5 +98,5 @@ if __name__ == "__main__":
     for name in ("rows", "hidden", "vocab", "topk"):
         parser.add_argument(f"--{name}", type=int, default=getattr(TARGET, name))
     args = parser.parse_args()
-    asked = Shape(args.rows, args.hidden, args.vocab, args.topk)
-    print(table(asked, args.tflops, args.tb_per_s))
+    shape = Shape(args.rows, args.hidden, args.vocab, args.topk)
+    print(table(shape, args.tflops, args.tb_per_s))

@@ -1,19 +1,19 @@
-"""One optimizer step on Qwen3 shapes: the fused loss against dense logits, random weights.
+"""One optimizer step on Qwen3 shapes with random weights: the fused loss against dense logits.
 
-A step is forward, backward and update of one micro-batch, a pack of sequences of 4096 tokens of
-which the first eighth, the prompt, bears no loss; weights are bf16, gradient checkpointing is on,
-gradients are not clipped. `lopd.training.step.step` runs against the same step on
-`model(...).logits`.
-In this order:
+A step is forward, backward and update of one micro-batch: a pack of sequences of 4096 tokens, of
+which the first eighth, the prompt, has no loss. Weights are bf16, gradient checkpointing is on,
+gradients are not clipped. `lopd.training.step.step` is compared with the same step on
+`model(...).logits`. In this order:
 
-1. the gate: on a tiny model of the family, loss and gradients of the fused and the dense step
-   agree; a red one ends the part.
-2. peak memory and, taking turns, time of each. `without head` is the same step with the sum of
-   the loss rows and of the head's weight for a loss: no GEMM of the head, the same backbone and
-   the same update. What a step takes beyond it is the head's, products and loss together.
-3. `lopd plan` beside the measured peak, with every token bearing loss and gradients held, as in
-   accumulation: that is what a plan counts.
-4. the largest micro-batch that fits, from steps that ran out of memory or did not.
+1. The gate: on a tiny model of the family, loss and gradients of the fused and the dense step
+   agree. A failed gate ends the part.
+2. Peak memory of each variant, then interleaved timing. `without head` is the same step, but its
+   loss is the sum of the loss rows and of the head's weight: no GEMM of the head, the same backbone
+   and the same update. The additional time of the other variants is that of the head: its products
+   and the loss.
+3. `lopd plan` beside the measured peak, with a loss on every token and with stored gradients, as in
+   accumulation, because that is what a plan includes.
+4. The largest micro-batch that fits, found by steps that do or do not run out of memory.
 """
 
 from __future__ import annotations
@@ -30,10 +30,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import Prepared, take_turns
-from benchmarks.harness import classify, excess, one_line, short
+from benchmarks.harness import classify, dtype_name, exceeded, one_line
 from benchmarks.projects import tail_bucket
-from benchmarks.qwen3 import ADAMW, MIB, MODELS, STATELESS, TOY, Job, Loss, Size, build, make_items
-from benchmarks.rows import Recorder
+from benchmarks.qwen3 import (
+    ADAMW,
+    MIB,
+    MODELS,
+    STATELESS,
+    TOY,
+    Job,
+    Loss,
+    Size,
+    build,
+    make_sequences,
+)
+from benchmarks.recorder import Recorder
 from lopd.models.flops import mfu, peak_flops, size_of, step_flops
 from lopd.models.head import run_with_loss
 from lopd.models.packing import check_packing, pack_attention
@@ -43,7 +54,7 @@ from lopd.training.memory import MemoryPlanner, MemorySettings
 from lopd.training.objective import Objective
 from lopd.training.step import model_inputs, step
 
-TRIES = 8  # micro-batches that a search may run
+TRIES = 8  # largest number of steps in a search
 FP32_BOUNDS = {"loss_error": 1e-5, "gradient_error": 1e-4}
 OBJECTIVE = Objective("reverse_kl")
 NOTES = {
@@ -60,14 +71,14 @@ def fused(model: Any, batch: Batch, num_items: float) -> Tensor:
 
 
 def dense(model: Any, batch: Batch, num_items: float, *, loss_rows: bool = False) -> Tensor:
-    """From the model's own logits, of all tokens or of the loss rows alone."""
+    """The loss from the model's own logits, of all tokens or only of the loss rows."""
     inputs, index = model_inputs(batch), batch["loss_index"]
     if loss_rows:
         logits = model(**inputs, use_cache=False, logits_to_keep=index).logits[0]
     else:
         logits = model(**inputs, use_cache=False).logits[0, index]
-    given = batch["topk_ids"].long(), batch["topk_logprobs"], batch["tail_logprobs"]
-    losses = tail_bucket(logits.float(), *given)
+    teacher = batch["topk_ids"].long(), batch["topk_logprobs"], batch["tail_logprobs"]
+    losses = tail_bucket(logits.float(), *teacher)
     return (batch["row_weights"] * losses).sum() / num_items
 
 
@@ -91,7 +102,7 @@ LOSSES: dict[str, tuple[str, Loss]] = {  # variant -> (kind, loss)
 
 
 def gradients(model: Any, loss: Loss, batch: Batch, num_items: float) -> dict[str, Tensor]:
-    """By parameter, and the loss among them."""
+    """Gradients by parameter name, and the loss as `loss`."""
     model.zero_grad()
     value = loss(model, batch, num_items)
     value.backward()
@@ -100,9 +111,11 @@ def gradients(model: Any, loss: Loss, batch: Batch, num_items: float) -> dict[st
     return {"loss": value.detach().float(), **grads}
 
 
-def off(found: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[float, float, float]:
-    """Relative errors: of the loss, of the worst gradient, of all gradients as one vector."""
-    distance = {name: (found[name] - exact[name]).norm().item() for name in exact}
+def relative_errors(
+    values: dict[str, Tensor], exact: dict[str, Tensor]
+) -> tuple[float, float, float]:
+    """Of the loss, of the worst gradient, and of all gradients as one vector."""
+    distance = {name: (values[name] - exact[name]).norm().item() for name in exact}
     norm = {name: max(exact[name].norm().item(), 1e-6) for name in exact}
     loss = distance.pop("loss") / norm.pop("loss")
     whole = np.linalg.norm([*distance.values()]) / np.linalg.norm([*norm.values()])
@@ -110,37 +123,39 @@ def off(found: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[float, floa
 
 
 def gate(model: Any, size: Size, device: torch.device) -> dict[str, Any]:
-    """Fused against dense: in fp32 to rounding; in bf16 no further from fp32 than dense is.
+    """Fused against dense: equal up to rounding in fp32; in bf16 as close to fp32 as dense is.
 
-    `model` is a bf16 one of this size; the fp32 one has the same weights.
+    `model` is a bf16 model of this size; the fp32 model has the same weights.
     """
-    batch = to_device(Collator(packed=True)(make_items(size, 3, size.prompt)), device)
-    given = batch, batch["row_weights"].sum().item()
+    batch = to_device(Collator(packed=True)(make_sequences(size, 3, size.prompt)), device)
+    inputs = batch, batch["row_weights"].sum().item()
     wide = build(size, device, torch.float32)
     pack_attention(wide, "sdpa")
     wide.load_state_dict(model.state_dict())
-    exact = gradients(wide, dense, *given)
-    rows = off(gradients(wide, partial(dense, loss_rows=True), *given), exact)
-    own = off(gradients(wide, fused, *given), exact)
-    dense_16, own_16 = (off(gradients(model, loss, *given), exact)[2] for loss in (dense, fused))
-    found = {
-        "loss_error": max(own[0], rows[0]),
-        "gradient_error": max(own[1], rows[1]),
-        "bf16_gradient_error": own_16,
+    exact = gradients(wide, dense, *inputs)
+    rows = relative_errors(gradients(wide, partial(dense, loss_rows=True), *inputs), exact)
+    ours = relative_errors(gradients(wide, fused, *inputs), exact)
+    dense_16, ours_16 = (
+        relative_errors(gradients(model, loss, *inputs), exact)[2] for loss in (dense, fused)
+    )
+    errors = {
+        "loss_error": max(ours[0], rows[0]),
+        "gradient_error": max(ours[1], rows[1]),
+        "bf16_gradient_error": ours_16,
         "dense_bf16_gradient_error": dense_16,
     }
     bounds = {**FP32_BOUNDS, "bf16_gradient_error": max(1.25 * dense_16, 3e-3)}
-    return {**found, "red": excess(found, bounds)}
+    return {**errors, "red": exceeded(errors, bounds)}
 
 
-def attend(recorder: Recorder, part: str, model: Any) -> str:
-    """The attention of packs that a run takes by itself; where that fails, a red row and sdpa."""
+def choose_attention(recorder: Recorder, part: str, model: Any) -> str:
+    """The pack attention that a run selects by default; if it fails, a red row, and sdpa."""
     try:
         path = pack_attention(model)
         check_packing(model, path)
     except Exception as error:
-        why = one_line(error)
-        recorder.emit(part, "attention of packs", "failed", kind="ours", reason=why)
+        reason = one_line(error)
+        recorder.emit(part, "attention of packs", "failed", kind="ours", reason=reason)
         path = pack_attention(model, "sdpa")
         check_packing(model, path)
     return path
@@ -149,20 +164,21 @@ def attend(recorder: Recorder, part: str, model: Any) -> str:
 # memory
 
 
-def largest(
+def largest_fitting(
     fits: Callable[[int], bool | None], first: int, tries: int, good: int = 0
 ) -> tuple[int, int | None, int]:
-    """(largest count that fitted, smallest that did not, how many were tried).
+    """(largest count that fits, smallest that does not, number of tries).
 
-    Strides from `first` that double until one fitted and one did not, then halves of what lies
-    between, to a sixteenth. `fits` says None where there is no time to tell, which ends it.
+    The stride from `first` doubles until one count fits and one does not; then the interval is
+    halved, down to a sixteenth. `fits` returns None if there is no time to try, which ends the
+    search.
     """
     bad, stride, count, tried = None, max(1, first // 8), first, 0
     while tried < tries and (bad is None or bad - good > max(1, good // 16)):
-        if (found := fits(count)) is None:
+        if (fitted := fits(count)) is None:
             break
         tried += 1
-        good, bad = (count, bad) if found else (good, count)
+        good, bad = (count, bad) if fitted else (good, count)
         if bad is not None and good:
             count = (good + bad) // 2
         else:
@@ -172,9 +188,10 @@ def largest(
 
 
 def search(job: Job, loss: Loss, sequence_s: float, deadline: float) -> dict[str, Any]:
-    """The largest micro-batch, in sequences; the peaks of 1 and 2 say where to look.
+    """The largest micro-batch in sequences; the search starts from the peaks of 1 and 2.
 
-    Raises RuntimeError for a step that fails in another way than by memory.
+    Raises:
+        RuntimeError: a step failed for another reason than memory.
     """
     peaks: dict[int, float | None] = {}
     end = min(deadline, time.monotonic() + job.size.search_s)
@@ -182,13 +199,13 @@ def search(job: Job, loss: Loss, sequence_s: float, deadline: float) -> dict[str
     def fits(count: int) -> bool | None:
         if time.monotonic() + count * sequence_s > end:
             return None
-        found = job.attempt(lambda: job.prepare(loss, *job.batch(count)).step())
-        if found["status"] not in ("ok", "out of memory"):
-            raise RuntimeError(found["reason"])
-        peaks[count] = found["peak_mib"]
-        return found["status"] == "ok"
+        result = job.attempt(lambda: job.prepare(loss, *job.batch(count)).step())
+        if result["status"] not in ("ok", "out of memory"):
+            raise RuntimeError(result["reason"])
+        peaks[count] = result["peak_mib"]
+        return result["status"] == "ok"
 
-    good, bad, tried = largest(fits, 1, 2)
+    good, bad, tried = largest_fitting(fits, 1, 2)
     expected = None
     if good == 2:
         one, two = peaks[1], peaks[2]
@@ -199,11 +216,11 @@ def search(job: Job, loss: Loss, sequence_s: float, deadline: float) -> dict[str
         affordable = int((end - time.monotonic()) / sequence_s)
         first = max(3, min(expected or 4, affordable))
         most = TRIES if job.device.type == "cuda" else 2
-        good, bad, more = largest(fits, first, most, good=2)
+        good, bad, more = largest_fitting(fits, first, most, good=2)
         tried += more
     return {
         "largest_sequences": good if tried else None,
-        "too_many_sequences": bad,  # null: not found in the time and tries that it had
+        "too_many_sequences": bad,  # null: not found within the time and tries
         "extrapolated_sequences": expected,
         "tries": tried,
         "largest_peak_mib": peaks.get(good),
@@ -211,7 +228,7 @@ def search(job: Job, loss: Loss, sequence_s: float, deadline: float) -> dict[str
 
 
 def planned(job: Job) -> dict[str, Any]:
-    """What `lopd plan` says of one pack, in MiB by part, and what it took."""
+    """The memory that `lopd plan` predicts for one pack, in MiB by part, and the measured peak."""
     size = job.size
     with tempfile.TemporaryDirectory() as folder:
         size.config().save_pretrained(folder)
@@ -224,17 +241,17 @@ def planned(job: Job) -> dict[str, Any]:
             k=size.topk,
         )
         parts = MemoryPlanner(meta_model(folder, "bfloat16")).estimate(settings)
-    given = job.pack(make_items(size, 1, prompt=1))
+    inputs = job.pack(make_sequences(size, 1, prompt=1))
 
     def accumulate() -> None:
         for _ in range(2):
-            job.forget_peak()
-            fused(job.model, *given).backward()
+            job.reset_peak()
+            fused(job.model, *inputs).backward()
 
-    found, total = job.attempt(accumulate), parts.total / MIB
-    peak = found["peak_mib"]
+    result, total = job.attempt(accumulate), parts.total / MIB
+    peak = result["peak_mib"]
     return {
-        **found,
+        **result,
         "planned_mib": {name: round(count / MIB, 1) for name, count in vars(parts).items()},
         "planned_total_mib": round(total, 1),
         "difference": None if peak is None else round(peak / total - 1, 4),
@@ -248,11 +265,11 @@ def run(recorder: Recorder, part: str, name: str, quick: bool, budget_s: float) 
     size, device = MODELS[name], recorder.device
     toy = replace(size, **TOY)
     model = build(toy, device, torch.bfloat16)
-    attention = attend(recorder, part, model)
-    found = gate(model, toy, device)
-    red = found.pop("red")
+    attention = choose_attention(recorder, part, model)
+    errors = gate(model, toy, device)
+    red = errors.pop("red")
     recorder.emit(
-        part, "fused against dense", "red gate" if red else "ok", kind="ours", **found,
+        part, "fused against dense", "red gate" if red else "ok", kind="ours", **errors,
         **({"reason": "; ".join(red)} if red else {}),
     )  # fmt: skip
     del model
@@ -260,52 +277,52 @@ def run(recorder: Recorder, part: str, name: str, quick: bool, budget_s: float) 
         return
     size = toy if quick else size
     job = Job(size, device, attention)
-    here = {
+    fields = {
         "model": "toy" if quick else f"Qwen3-{name} shape",
         **{key: value for key, value in asdict(size).items() if key != "search_s"},
         "parameters": sum(p.numel() for p in job.model.parameters()),
-        "dtype": short(torch.bfloat16),
+        "dtype": dtype_name(torch.bfloat16),
         "attention": attention,
         "gradient_checkpointing": True,
         "prompt_share": size.prompt / size.length,
         "note": NOTES[size.optim],
     }
-    times = compare(recorder, part, job, here, budget_s)
+    times = compare(recorder, part, job, fields, budget_s)
     recorder.check_time()
-    found = planned(job)
-    recorder.emit(part, "planned peak", found.pop("status"), kind="ours", **{**here, **found})
+    plan = planned(job)
+    recorder.emit(part, "planned peak", plan.pop("status"), kind="ours", **{**fields, **plan})
     for variant, seconds in times.items():
         recorder.check_time()
         kind, loss = LOSSES[variant]
-        found = {"status": "ok"}
+        result = {"status": "ok"}
         try:
-            found |= search(job, loss, seconds / size.sequences, recorder.deadline)
+            result |= search(job, loss, seconds / size.sequences, recorder.deadline)
         except RuntimeError as error:
-            found = {"status": "failed", "reason": one_line(error)}
+            result = {"status": "failed", "reason": one_line(error)}
         label = f"{variant}, largest micro-batch"
-        recorder.emit(part, label, found.pop("status"), kind=kind, **{**here, **found})
+        recorder.emit(part, label, result.pop("status"), kind=kind, **{**fields, **result})
 
 
 def compare(
-    recorder: Recorder, part: str, job: Job, here: dict[str, Any], budget_s: float
+    recorder: Recorder, part: str, job: Job, fields: dict[str, Any], budget_s: float
 ) -> dict[str, float]:
-    """Rows of peak and time; median seconds of the variants that have a head."""
+    """Emit rows with peak and time; return median seconds of the variants with a head."""
     batch, num_items = job.batch(job.size.sequences)
-    job.prepare(without_head, batch, num_items).step()  # the optimizer's state is there from now on
+    job.prepare(without_head, batch, num_items).step()  # creates the optimizer state
     ready: dict[str, Prepared] = {}
     peaks: dict[str, dict[str, Any]] = {}
     for variant, (kind, loss) in LOSSES.items():
         recorder.check_time()
         prepared = job.prepare(loss, batch, num_items)
-        found = job.attempt(prepared.step)
-        if found["status"] == "ok":
-            ready[variant], peaks[variant] = prepared, found
+        result = job.attempt(prepared.step)
+        if result["status"] == "ok":
+            ready[variant], peaks[variant] = prepared, result
         else:
-            recorder.emit(part, variant, found.pop("status"), kind=kind, **{**here, **found})
+            recorder.emit(part, variant, result.pop("status"), kind=kind, **{**fields, **result})
     times, failures = take_turns(ready, job.device, budget_s, recorder.deadline)
     base = times.get(BASE, {}).get("median_ms")
-    for variant, found in peaks.items():
-        row = {**here, "kind": LOSSES[variant][0], "peak_mib": found["peak_mib"]}
+    for variant, result in peaks.items():
+        row = {**fields, "kind": LOSSES[variant][0], "peak_mib": result["peak_mib"]}
         if (error := failures.get(variant)) is not None:
             recorder.emit(part, variant, classify(error), **row, reason=one_line(error))
             continue
@@ -318,7 +335,7 @@ def compare(
 
 
 def rates(job: Job, batch: Batch, milliseconds: float, has_head: bool) -> dict[str, Any]:
-    """Tokens per second, prompts included, and the utilisation by `lopd.models.flops`."""
+    """Tokens per second, including prompts, and the utilisation by `lopd.models.flops`."""
     device, size = job.device, size_of(job.model)
     assert size is not None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

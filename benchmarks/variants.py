@@ -1,8 +1,8 @@
-"""Every competitor as one function: ours, bare GEMMs, eager PyTorch, and the peers.
+"""Competing variants: our losses, bare GEMMs, eager PyTorch, and the peers.
 
-All of them take the mean over the rows with an upstream gradient of one, which is what
-the peers are fastest at, and leave fresh gradients of hidden states and weight in the
-inputs' dtype. A peer that is not installed gives a row that says so.
+Each computes the mean over the rows with an upstream gradient of one, which is the fastest case of
+the peers, and returns fresh gradients of hidden states and weight in the inputs' dtype. A peer that
+is not installed gives a row that says so.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def backward(
         value = loss(problem, hidden, weight)
         value.backward()
         dweight = weight.grad if buffer is None else buffer
-        return Outcome(value.detach(), hidden.grad, dweight, given=buffer is not None)
+        return Outcome(value.detach(), hidden.grad, dweight, is_buffer=buffer is not None)
 
     return Prepared(step) if buffer is None else Prepared(step, buffer.zero_)
 
@@ -102,18 +102,18 @@ def ours(
     buffered: bool = False,
     **options: Any,
 ) -> Variant:
-    """`linear_sparse_divergence` in the form that the loss asks for."""
+    """`linear_sparse_divergence` with the arguments of the given loss."""
     options = {**FORMS[loss], **options}
 
     def prepare(problem: Problem) -> Prepared:
-        given = {"weight_grad_buffer": problem.buffer} if buffered else {}
-        run = partial(sparse, **options, **given)
-        return backward(run, problem, frozen=frozen, buffer=given.get("weight_grad_buffer"))
+        buffer = problem.buffer if buffered else None
+        run = partial(sparse, **options, weight_grad_buffer=buffer)
+        return backward(run, problem, frozen=frozen, buffer=buffer)
 
     @torch.no_grad()
     def rows(problem: Problem) -> Tensor:
-        given = {**options, "reduction": "none", "row_weights": None}
-        return sparse(problem, problem.hidden, problem.weight, **given)
+        changed = {**options, "reduction": "none", "row_weights": None}
+        return sparse(problem, problem.hidden, problem.weight, **changed)
 
     setting = "frozen" if frozen else "buffer" if buffered else "full"
     gemms = 2 if frozen else 3
@@ -136,7 +136,7 @@ def ours_cross_entropy(problem: Problem, hidden: Tensor, weight: Tensor) -> Tens
 
 
 def bare(problem: Problem, logits_dtype: torch.dtype, frozen: bool = False) -> Prepared:
-    """H W^T, dz W and dz^T H on one [N, V] each, into memory that is already there."""
+    """H W^T, dz W and dz^T H, each on one [N, V], into preallocated memory."""
     hidden, weight, dz = problem.hidden, problem.weight, problem.dlogits
     logits = hidden.new_empty(dz.shape, dtype=logits_dtype)
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -162,7 +162,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def floors(*counts: str) -> list[Variant]:
-    """Bare GEMMs by how many, `three` or `two`, with either dtype of logits."""
+    """Bare GEMMs, `three` or `two`, with fp32 and with bf16 logits."""
     return [
         Variant(
             f"{count} GEMMs, {name} logits", "floor", f"bare {count} GEMMs",
@@ -177,8 +177,8 @@ def floors(*counts: str) -> list[Variant]:
 # eager PyTorch
 
 
-def narrow_loss(hidden: Tensor, weight: Tensor, *given: Tensor) -> Tensor:
-    return tail_bucket((hidden @ weight.t()).float(), *given).mean()
+def narrow_loss(hidden: Tensor, weight: Tensor, *inputs: Tensor) -> Tensor:
+    return tail_bucket((hidden @ weight.t()).float(), *inputs).mean()
 
 
 def eager_wide(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def eager_variants() -> list[Variant]:
 
 
 def project_variants() -> list[Variant]:
-    """What OPD's projects run, each with the projects that run it."""
+    """The losses of other OPD projects; each note names the projects that use it."""
     size = {"bytes_per_logit": EAGER_BYTES}
     return [
         peer("sampled token", POLICY_GRADIENT, partial(full, advantage_times_logprob),
@@ -313,7 +313,7 @@ def peer_variants() -> list[Variant]:
     ]  # fmt: skip
 
 
-def own_variants() -> list[Variant]:
+def our_variants() -> list[Variant]:
     return [
         ours("ours"),
         ours("ours, 8 GiB", workspace_bytes=8 << 30),
@@ -331,14 +331,14 @@ def own_variants() -> list[Variant]:
 
 def competitors() -> list[Variant]:
     others = [*eager_variants(), *project_variants(), *peer_variants()]
-    return [*floors("three", "two"), *own_variants(), *others]
+    return [*floors("three", "two"), *our_variants(), *others]
 
 
 def divergences() -> list[Variant]:
-    """What `accuracy` compares: every divergence, and ours with tiny row weights."""
+    """Variants of the `accuracy` part: every divergence, and ours with tiny row weights."""
     small = ours("ours, weights of 1e-6", row_weights=1e-6)
-    found = [small, *own_variants(), *eager_variants(), *peer_variants()]
-    return [each for each in found if each.loss in (REVERSE_KL, DENSE_KL)]
+    variants = [small, *our_variants(), *eager_variants(), *peer_variants()]
+    return [each for each in variants if each.loss in (REVERSE_KL, DENSE_KL)]
 
 
 def curve(workspaces: list[int]) -> list[Variant]:
@@ -350,7 +350,7 @@ def curve(workspaces: list[int]) -> list[Variant]:
 
 
 def scaling() -> list[Variant]:
-    """What is compared away from the target shape: one of each kind."""
+    """Variants for shapes other than the target: one of each kind."""
     peers = ("eager, bf16 logits", "Liger cross-entropy, C=16")
-    found = [*floors("three"), ours("ours"), *eager_variants(), *peer_variants()]
-    return [each for each in found if each.kind != "peer" or each.name in peers]
+    variants = [*floors("three"), ours("ours"), *eager_variants(), *peer_variants()]
+    return [each for each in variants if each.kind != "peer" or each.name in peers]

@@ -1,5 +1,6 @@
-"""What the documents say: tables are the committed rows, examples run, names exist."""
+"""The documents: tables match the committed rows, examples run, names and links exist."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -12,9 +13,26 @@ from lopd.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "benchmarks/README.md",
+    "benchmarks/NOTES.md",
+]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+GUIDE = "\n".join(text for name, text in TEXTS.items() if name not in ("CHANGELOG.md",))
 
 
-def test_the_tables_are_those_of_the_committed_rows():
+def load_layout():
+    spec = importlib.util.spec_from_file_location("layout", ROOT / "docs/layout.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_match_the_committed_rows():
     assert readme.rendered(README) == README, "run python -m benchmarks.readme"
 
 
@@ -25,13 +43,13 @@ def test_the_library_example_runs(capsys):
     assert loss > 0 and entropy > 0
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:linear|sparse)_\w+)`", README))))
-def test_functions_that_are_named_exist(name):
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:linear|sparse)_\w+)`", GUIDE))))
+def test_functions_in_the_documents_exist(name):
     assert callable(getattr(lopd_kernels, name))
 
 
-@pytest.mark.parametrize("line", re.findall(r"^lopd .*$", README, re.MULTILINE))
-def test_commands_that_are_shown_parse(line, monkeypatch):
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"^lopd .*$", GUIDE, re.MULTILINE))))
+def test_commands_in_the_documents_parse(line, monkeypatch):
     from lopd import cli
 
     command, *flags = shlex.split(line, comments=True)[1:]
@@ -51,8 +69,30 @@ def test_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_every_file_that_is_named_exists():
-    for document in ("README.md", "CONTRIBUTING.md", "docs/design.md", "benchmarks/README.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
-        for name in re.findall(r"`((?:lopd|lopd_kernels|docs|benchmarks|tests)/[\w./]+)`", text):
-            assert (ROOT / name).exists(), f"{document} names {name}"
+@pytest.mark.parametrize("page", [name for name in PAGES if name != "CHANGELOG.md"])
+def test_files_in_the_documents_exist(page):
+    folders = "lopd|lopd_kernels|docs|benchmarks|tests"
+    for name in re.findall(rf"`((?:{folders})/[\w./]+)`", TEXTS[page]):
+        assert (ROOT / name).exists(), f"{page} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_the_documents_lead_somewhere(page):
+    for target in re.findall(r"\]\(([\w./-]+)\)", TEXTS[page]):
+        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+def test_the_layout_page_lists_every_module_with_its_docstring():
+    layout = load_layout()
+    assert TEXTS["docs/layout.md"] == layout.page(), "run python docs/layout.py"
+    listed = set(re.findall(r"^\| `((?:lopd|lopd_kernels)/[\w/]+\.py)` \| .", layout.page(), re.M))
+    packages = (ROOT / "lopd", ROOT / "lopd_kernels")
+    modules = {
+        path.relative_to(ROOT).as_posix() for each in packages for path in each.rglob("*.py")
+    }
+    assert listed == modules
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_layout_page_is_linked(page):
+    assert "(docs/layout.md)" in TEXTS[page]

@@ -38,17 +38,17 @@ def dense_loss(student, teacher, input_ids, attention_mask, predicted, k):
 
 
 def assert_gradients(model, expected):
-    """Those of the dense loss, within 1e-5 of the largest entry of each parameter."""
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    """Compare with the dense gradients, to 1e-5 of the largest entry of each parameter."""
+    fused = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     expected.backward()
     for name, parameter in model.named_parameters():
         size = parameter.grad.abs().max()
         assert size > 1e-6, name
-        assert (found[name] - parameter.grad).abs().max() <= 1e-5 * size, name
+        assert (fused[name] - parameter.grad).abs().max() <= 1e-5 * size, name
 
 
-def test_the_plain_loop_descends(capsys):
+def test_the_plain_loop_reduces_its_loss(capsys):
     losses = load("plain_loop").main()
     assert losses[-1] < 0.5 * losses[0]
     assert capsys.readouterr().out.count("nat/token") == len(losses)
@@ -83,7 +83,7 @@ def trl_example():
 
 @pytest.fixture
 def trainer(trl_example, tmp_path):
-    """32 answers in one optimizer step of four micro-batches, which has no effect."""
+    """32 answers in one optimizer step of four micro-batches, with learning rate 0."""
     return trl_example.tiny_run(
         tmp_path,
         max_steps=1,
@@ -105,7 +105,7 @@ def expected_loss(trainer, batch):
     return dense_loss(trainer.model, trainer.teacher, *inputs, predicted, trainer.k)
 
 
-def test_the_trainer_descends(trl_example):
+def test_the_trainer_reduces_its_loss(trl_example):
     losses = trl_example.main()
     assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
 
@@ -113,20 +113,20 @@ def test_the_trainer_descends(trl_example):
 def test_a_step_has_the_gradients_of_dense_logits(trainer):
     from transformers import TrainerCallback
 
-    kept = {}
+    gradients = {}
 
-    class Keep(TrainerCallback):
+    class SaveGradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            kept.update({name: p.grad.clone() for name, p in model.named_parameters()})
+            gradients.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    trainer.add_callback(Keep())
+    trainer.add_callback(SaveGradients())
     trainer.train()
     trainer.args.per_device_eval_batch_size = 32
     batch = batch_of(trainer)
     lengths = (batch["labels"] != -100).sum(1)
     assert len(batch["labels"]) == 32 and lengths.min() < lengths.max()
     for name, parameter in trainer.model.named_parameters():
-        parameter.grad = kept[name]
+        parameter.grad = gradients[name]
     assert_gradients(trainer.model, expected_loss(trainer, batch))
 
 
@@ -136,7 +136,7 @@ def test_the_loss_without_a_count_is_the_mean_over_tokens(trainer):
     assert loss.item() == pytest.approx(expected_loss(trainer, batch).item(), rel=1e-4)
 
 
-def test_gradients_that_processes_average_add_up(trainer, monkeypatch):
+def test_the_loss_is_scaled_for_gradients_averaged_over_processes(trainer, monkeypatch):
     batch, count = batch_of(trainer), torch.tensor(7)
     alone = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)

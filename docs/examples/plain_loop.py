@@ -8,7 +8,7 @@ from lopd_kernels import linear_sparse_divergence, linear_topk
 VOCAB, EOS, PROMPT, ANSWER, K = 128, 0, 4, 12, 8  # K teacher tokens at each position
 
 
-def tiny_model(seed, width):  # stands in for your own, `from_pretrained`
+def tiny_model(seed, width):  # replace with `from_pretrained` for your own model
     torch.manual_seed(seed)
     size = {"vocab_size": VOCAB, "hidden_size": width, "intermediate_size": 2 * width}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -20,12 +20,12 @@ def roll_out(student, count):
     prompts = torch.randint(1, VOCAB, (count, PROMPT))
     sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": ANSWER, "pad_token_id": EOS}
     ids = student.generate(prompts, attention_mask=torch.ones_like(prompts), **sampling)
-    mask = (ids == EOS).cumsum(1) - (ids == EOS).long() == 0  # up to the first EOS, and with it
+    mask = (ids == EOS).cumsum(1) - (ids == EOS).long() == 0  # up to and including the first EOS
     loss_mask = mask & (torch.arange(ids.shape[1]) >= PROMPT)
     return {"input_ids": ids, "attention_mask": mask.long(), "loss_mask": loss_mask}
 
 
-def answer_states(model, batch):  # [N, D], each the state that predicts an answer token
+def answer_states(model, batch):  # [N, D], the states that predict answer tokens
     hidden = model.base_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
     return hidden[:, :-1][batch["loss_mask"][:, 1:]]
 
@@ -35,7 +35,7 @@ def score(teacher, batch):
         return linear_topk(answer_states(teacher, batch), teacher.lm_head.weight, K)
 
 
-def distillation_loss(student, batch, top):  # a head with a bias or a scale: bias=, logit_scale=
+def distillation_loss(student, batch, top):  # head options: bias=, logit_scale=
     rows, weight, tail = answer_states(student, batch), student.lm_head.weight, top.tail_logprobs
     teacher = (top.ids, top.logprobs)
     return linear_sparse_divergence(rows, weight, *teacher, tail_logprobs=tail, reduction="mean")

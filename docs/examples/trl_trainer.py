@@ -1,6 +1,6 @@
 """The loss inside a TRL trainer: `SFTTrainer`, with `compute_loss` replaced.
 
-TRL prepares the data, batches, accumulates, logs and saves; tokens labelled -100 bear no loss.
+TRL prepares the data, batches, accumulates, logs and saves. Tokens labelled -100 have no loss.
 The teacher stays loaded and scores each batch. Batches are padded, not packed.
 """
 
@@ -19,14 +19,14 @@ from lopd_kernels import linear_sparse_divergence, linear_topk
 
 
 class DistillationTrainer(SFTTrainer):
-    """Minimises KL(student || teacher) over the teacher's k likeliest tokens and all the rest."""
+    """Minimises KL(student || teacher) over the teacher's top k tokens and one tail bucket."""
 
     def __init__(self, *args, teacher: PreTrainedModel, k: int = 8, **kwargs):
         super().__init__(*args, **kwargs)
         self.teacher, self.k = teacher.eval().to(self.args.device), k
         check_trainable(self.model)
         for each in (self.model, self.teacher):
-            check_head(each)  # refuses one that does to its logits what the loss cannot follow
+            check_head(each)  # refuses a head that transforms logits in an unsupported way
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
@@ -44,22 +44,22 @@ class DistillationTrainer(SFTTrainer):
                 tail_logprobs=top.tail_logprobs, reduction="sum", bias=bias, **head.kwargs(),
             )  # fmt: skip
 
-        with self.accelerator.autocast():  # which the loss would otherwise bypass
+        with self.accelerator.autocast():  # run_with_loss replaces the wrapped forward
             with torch.no_grad():
                 top = run_with_loss(self.teacher, sequences, score)
             total, router = run_with_loss_and_router(model, sequences, divergence)
-        if router is not None:  # of a mixture of experts: a mean over this batch
+        if router is not None:  # router loss of a mixture of experts, a mean over this batch
             total = total + router * predicted.sum()
         if num_items_in_batch is None:  # evaluation
             return total / predicted.sum().clamp(min=1)
-        # It counts the tokens of all micro-batches and processes; the processes' gradients are
-        # averaged, and the Trainer divides by nothing more.
+        # num_items_in_batch counts the tokens of all micro-batches and processes. Gradients are
+        # averaged over processes, and the Trainer does not divide any further.
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return scale * total / num_items_in_batch
 
 
 def tiny_run(folder, **settings):
-    """A trainer on a tiny student's own answers to arithmetic; with your models, `load_model`."""
+    """A trainer on a tiny student's own answers; for your models, pass folders to `load_model`."""
     paths = [
         toy.write_model(folder / "student", toy.STUDENT_SIZE, seed=0),
         toy.write_model(folder / "teacher", toy.TEACHER_SIZE, seed=1),

@@ -1,4 +1,4 @@
-"""Every benchmark at toy size: it runs, and its bars can be missed."""
+"""Every benchmark at toy size: each runs, and each criterion can be missed."""
 
 import json
 import shlex
@@ -37,8 +37,8 @@ def test_a_wrong_fused_loss_is_not_measured(monkeypatch, capsys):
     assert "dweight_error" in printed.err and not printed.out
 
 
-def test_only_the_largest_vocabulary_has_bars(monkeypatch, capsys):
-    """And every row's command measures that row: its vocabulary, its threads."""
+def test_only_the_largest_vocabulary_has_limits(monkeypatch, capsys):
+    """The command of each row measures the vocabulary and threads of that row."""
     slow = {"time_ratio": 2.0, "memory_ratio": 0.1}
     monkeypatch.setattr(fused_loss, "measure", lambda shape: {**slow, "vocab": shape.vocab})
     threads = str(torch.get_num_threads())
@@ -51,8 +51,8 @@ def test_only_the_largest_vocabulary_has_bars(monkeypatch, capsys):
         assert (args.vocab, args.threads) == ([row["vocab"]], int(threads))
 
 
-def test_a_peak_before_the_call_is_not_its_own(monkeypatch):
-    """Making the inputs may take more than the call does."""
+def test_a_peak_before_the_call_is_not_counted(monkeypatch):
+    """Making the inputs may need more memory than the call."""
     small, make = Shape(rows=8, hidden=8, vocab=64, topk=2), fused_loss.problem
 
     def with_a_peak(shape):
@@ -81,10 +81,10 @@ def test_the_cache_is_measured(tmp_path):
         by_array = row["bytes_per_token_by_array"]
         assert sum(by_array.values()) == pytest.approx(row["bytes_per_token"])
         assert row["read_tokens_per_s"] > 0 and row["write_tokens_per_s"] > 0
-        assert 0 <= row["error_nat"] < cache.ERROR_BAR
+        assert 0 <= row["error_nat"] < cache.MAX_ERROR
 
 
-def test_the_committed_rows_of_the_cache_meet_their_bars():
+def test_the_committed_rows_of_the_cache_meet_the_limits():
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/cache.jsonl").open()]
     assert {(row["codec"], row["top_p"]) for row in rows} == set(cache.CACHES)
     assert cache.missed(rows, rates=True) == []
@@ -92,14 +92,14 @@ def test_the_committed_rows_of_the_cache_meet_their_bars():
         assert 0.4 < row["mean_entropy_nat"] < 0.5 and row["mean_list_length"] > 4
 
 
-def test_each_bar_of_the_cache_can_be_missed():
+def test_each_limit_of_the_cache_can_be_missed():
     row = {"codec": "compact", "top_p": 0.99, "ids": "zipf", "bytes_per_token": 25.0}
     row |= {"error_nat": 2e-3, "read_tokens_per_s": 9e5, "write_tokens_per_s": 9e4}
     assert len(cache.missed([row], rates=True)) == 4
     assert len(cache.missed([row], rates=False)) == 2
 
 
-def test_the_made_up_teacher_is_a_distribution_of_distinct_ids():
+def test_the_synthetic_teacher_is_a_distribution_of_distinct_ids():
     rng = np.random.default_rng(1)
     ids, logprobs, tail, entropy = cache.distributions(4000, 151936, 64, rng)
     assert all(len(set(row)) == 64 for row in ids.tolist())
@@ -117,14 +117,14 @@ def rows_of(start, end, online):
     return [*rows, {"seed": 0, "stage": "teacher's scores"}]
 
 
-def test_bars_that_are_met():
+def test_criteria_can_be_met():
     rows = rows_of((0.8, 0.1), (0.95, 0.01), (0.96, 0.01))
     assert demo_seeds.missed(rows) == []
     assert "| 1.000 | 0.950 | 0.950 | 0.0100 |" in demo_seeds.table(rows)
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "online", "bar"),
+    ("start", "end", "online", "criterion"),
     [
         ((0.91, 0.1), (0.95, 0.01), (0.95, 0.01), "5 points"),
         ((0.8, 0.1), (0.92, 0.01), (0.92, 0.01), "at least 0.93"),
@@ -132,6 +132,6 @@ def test_bars_that_are_met():
         ((0.8, 0.1), (0.94, 0.01), (0.99, 0.01), "within 4"),
     ],
 )
-def test_each_bar_can_be_missed(start, end, online, bar):
+def test_each_criterion_can_be_missed(start, end, online, criterion):
     (failure,) = demo_seeds.missed(rows_of(start, end, online))
-    assert bar in failure
+    assert criterion in failure

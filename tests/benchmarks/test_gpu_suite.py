@@ -1,4 +1,4 @@
-"""The GPU suite at toy size on a CPU: every part, its rows, its exits, its bars."""
+"""The GPU suite at toy size on a CPU: parts, rows, exit codes, criteria."""
 
 import json
 import shlex
@@ -7,11 +7,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks import bars, correctness, figures, gpu_suite, harness, projects, variants
+from benchmarks import correctness, criteria, figures, gpu_suite, harness, projects, variants
 from benchmarks.harness import Variant
 from benchmarks.problems import REVERSE_KL
+from benchmarks.recorder import Recorder, describe
 from benchmarks.roofline import TARGET
-from benchmarks.rows import Recorder, describe
 
 TOY = ["--quick", "--device", "cpu"]
 ALWAYS = {
@@ -31,7 +31,7 @@ GRADED = {"fused_loss", "memory_curve", "shapes"}
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("suite")
     code = gpu_suite.main(["--out", str(out), *TOY])
-    return code, out, bars.read([out / "rows.jsonl"])
+    return code, out, criteria.read([out / "rows.jsonl"])
 
 
 def test_every_part_runs(run):
@@ -46,7 +46,7 @@ def test_every_part_runs(run):
         assert any(row["part"] == name and row["status"] == "ok" for row in rows), name
 
 
-def test_rows_stand_alone(run):
+def test_rows_are_self_contained(run):
     for row in run[2]:
         assert set(row) >= ALWAYS
         if row["part"] in GRADED:
@@ -59,7 +59,7 @@ def test_rows_stand_alone(run):
                 assert row["extra_mib"] is None  # only a GPU's allocator counts
 
 
-def test_the_command_of_a_row_is_one(run):
+def test_the_command_of_a_row_runs_its_part(run):
     for command in {row["command"] for row in run[2] if row["part"] != "suite"}:
         head, flags = command.split(" --", 1)
         assert head == "python -m benchmarks.gpu_suite"
@@ -67,7 +67,7 @@ def test_the_command_of_a_row_is_one(run):
         assert len(args.only) == 1 and args.quick
 
 
-def test_competitors_are_there(run):
+def test_rows_of_competitors_and_missing_peers(run):
     status = {row["variant"]: row for row in run[2] if row["part"] == "fused_loss"}
     for name in ("Liger cross-entropy, C=8", "Liger fused linear JSD", "Cut Cross-Entropy"):
         assert status[name]["status"] == "unavailable"
@@ -77,7 +77,7 @@ def test_competitors_are_there(run):
     assert len(status["ours"]["student_tail"]) == 3
 
 
-def test_scoring_says_tokens_and_memory(run):
+def test_scoring_reports_throughput_and_memory(run):
     rows = [row for row in run[2] if row["part"] == "scoring"]
     scorers = [row for row in rows if row["kind"] in harness.GATED]
     assert {row["variant"].split(",")[0] for row in scorers} == {
@@ -89,7 +89,7 @@ def test_scoring_says_tokens_and_memory(run):
         assert f"{row['tokens_per_s']:.3g} tokens/s" in describe(row)
 
 
-def test_small_workspaces_are_refused_in_a_row(run):
+def test_a_small_workspace_gives_a_refused_row(run):
     curve = [row for row in run[2] if row["part"] == "memory_curve"]
     assert {row["status"] for row in curve} == {"ok", "refused"}
 
@@ -110,7 +110,7 @@ def test_figures_and_summary(run):
     assert made == {"times.png", "gradient_error.png", "shapes.png"}  # no memory on a CPU
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in made)
     summary = (out / "summary.md").read_text()
-    assert summary.count("not measured") == len(bars.bars([])) + 1
+    assert summary.count("not measured") == len(criteria.evaluate([])) + 1
     assert "Wrong: 0." in summary and "Incomplete parts: 0." in summary
 
 
@@ -128,9 +128,9 @@ def wrong_competitors():
 def test_a_red_gate_fails_the_run_and_has_no_speed(tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "competitors", wrong_competitors)
     assert gpu_suite.main(["--out", str(tmp_path), *TOY, "--only", "fused_loss"]) == 1
-    found = {row["variant"]: row for row in bars.read([tmp_path / "rows.jsonl"])}
-    assert found["zero"]["status"] == "red gate" and "median_ms" not in found["zero"]
-    assert found["ours"]["median_ms"] > 0
+    by_name = {row["variant"]: row for row in criteria.read([tmp_path / "rows.jsonl"])}
+    assert by_name["zero"]["status"] == "red gate" and "median_ms" not in by_name["zero"]
+    assert by_name["ours"]["median_ms"] > 0
     assert "fused_loss: zero: red gate" in (tmp_path / "summary.md").read_text()
 
 
@@ -142,25 +142,25 @@ def test_a_wrong_public_loss_fails_the_run(tmp_path, monkeypatch):
     top = lopd_kernels.linear_topk
 
     def shifted(*args, **kwargs):
-        found = top(*args, **kwargs)
-        return found._replace(tail_logprobs=found.tail_logprobs + 1e-3)
+        result = top(*args, **kwargs)
+        return result._replace(tail_logprobs=result.tail_logprobs + 1e-3)
 
     monkeypatch.setattr(lopd_kernels, "linear_topk", shifted)
     assert gpu_suite.main(["--out", str(tmp_path), *TOY, "--only", "correctness"]) == 1
-    rows = bars.read([tmp_path / "rows.jsonl"])
+    rows = criteria.read([tmp_path / "rows.jsonl"])
     red = {row["variant"].split(":")[0] for row in rows if row["status"] == "red gate"}
     assert red == {"linear_cross_entropy", "linear_topk"}
 
 
-def test_runs_that_differ_in_their_bits_are_red(monkeypatch, tmp_path):
+def test_runs_that_are_not_bitwise_equal_are_red(monkeypatch, tmp_path):
     import lopd_kernels
 
     right, calls = lopd_kernels.linear_topk, []
 
     def unsteady(*args, **kwargs):
         calls.append(1)
-        found = right(*args, **kwargs)
-        return found._replace(entropy=found.entropy * (1.0 + 2e-7 * (len(calls) % 2)))
+        result = right(*args, **kwargs)
+        return result._replace(entropy=result.entropy * (1.0 + 2e-7 * (len(calls) % 2)))
 
     monkeypatch.setattr(lopd_kernels, "linear_topk", unsteady)
     recorder = Recorder(tmp_path / "rows.jsonl", torch.device("cpu"), "")
@@ -181,7 +181,7 @@ def test_a_part_that_crashes_fails_the_run(tmp_path, monkeypatch, capsys):
 
 def test_after_the_time_limit_parts_are_skipped(tmp_path):
     assert gpu_suite.main(["--out", str(tmp_path), *TOY, "--time-limit", "-1"]) == 0
-    rows = bars.read([tmp_path / "rows.jsonl"])
+    rows = criteria.read([tmp_path / "rows.jsonl"])
     assert [row["variant"] for row in rows] == gpu_suite.DEFAULT
     assert {row["status"] for row in rows} == {"skipped"}
     assert f"Incomplete parts: {len(rows)}." in (tmp_path / "summary.md").read_text()
@@ -223,7 +223,7 @@ def test_bad_arguments(flags, tmp_path):
         ("import time\ndef test_a(): time.sleep(3600)", "cut off", {}),
     ],
 )
-def test_the_tests_run_in_a_process_of_their_own(body, status, tests, tmp_path):
+def test_pytest_runs_in_a_subprocess(body, status, tests, tmp_path):
     (tmp_path / "test_it.py").write_text(body)
     recorder = Recorder(tmp_path / "rows.jsonl", torch.device("cpu"), "")
     arguments = ["-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")]
@@ -233,6 +233,13 @@ def test_the_tests_run_in_a_process_of_their_own(body, status, tests, tmp_path):
     assert (row["status"], row["tests"]) == (status, tests)
     assert harness.is_red(row) == (status == "failed")
     assert json.loads((tmp_path / "rows.jsonl").read_text()) == row
+
+
+def test_the_suite_runs_the_gpu_tests_of_every_folder():
+    marker, expression, *paths = correctness.gpu_tests()
+    assert (marker, expression) == ("-m", "gpu and not slow")
+    assert {"tests/kernels", "tests/training"} <= {path.rsplit("/", 1)[0] for path in paths}
+    assert all((correctness.ROOT / path).is_file() for path in paths)
 
 
 def target_row(part, variant, kind, ms, extra=None, **fields):
@@ -277,10 +284,10 @@ def all_met():
     ]
 
 
-def test_bars_can_be_met():
+def test_criteria_can_be_met():
     rows = [{"median_ms": None, "tb_per_s": None, **row} for row in all_met()]
-    assert {bar.verdict for bar in bars.bars(rows)} == {"met"}
-    assert "790 TFLOP/s" in bars.table(rows) and "44.0 ms" in bars.table(rows)
+    assert {each.verdict for each in criteria.evaluate(rows)} == {"met"}
+    assert "790 TFLOP/s" in criteria.table(rows) and "44.0 ms" in criteria.table(rows)
 
 
 @pytest.mark.parametrize(
@@ -302,19 +309,19 @@ def test_bars_can_be_met():
         ("planned peak", {"difference": -0.11}, ["lopd plan"]),
     ],
 )
-def test_each_bar_can_be_missed(variant, changes, missed):
+def test_each_criterion_can_be_missed(variant, changes, missed):
     rows = [
         {**row, **changes} if row["variant"] == variant and set(changes) & set(row) else row
         for row in all_met()
     ]
     rows = [row for row in rows if not (row["part"] == "accuracy" and "median_ms" in changes)]
-    found = [bar.name for bar in bars.bars(rows) if bar.verdict == "missed"]
-    assert len(found) == len(missed)
-    assert all(part in name for part, name in zip(missed, found, strict=True))
+    names = [each.name for each in criteria.evaluate(rows) if each.verdict == "missed"]
+    assert len(names) == len(missed)
+    assert all(part in name for part, name in zip(missed, names, strict=True))
 
 
-def test_toy_rows_meet_no_bar(run):
-    assert {bar.verdict for bar in bars.bars(run[2])} == {"not measured"}
+def test_toy_rows_do_not_count_as_measured(run):
+    assert {each.verdict for each in criteria.evaluate(run[2])} == {"not measured"}
 
 
 def test_the_time_memory_figure(tmp_path):

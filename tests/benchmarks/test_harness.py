@@ -1,4 +1,4 @@
-"""The harness: its oracle, its gate, its clock and its formulas."""
+"""The harness: oracle, gate, clock, memory and formulas."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import clock, harness, pieces, problems, projects, roofline, variants
+from benchmarks import clock, components, harness, problems, projects, roofline, variants
 from benchmarks.clock import Outcome, Prepared, take_turns
 from benchmarks.harness import Variant, gate, measure
 from benchmarks.problems import (
@@ -24,7 +24,7 @@ from benchmarks.problems import (
     oracle,
     relative_error,
 )
-from benchmarks.rows import Recorder
+from benchmarks.recorder import Recorder
 from lopd_kernels import reference
 
 SMALL = Shape(rows=12, hidden=16, vocab=97, topk=5)
@@ -42,7 +42,7 @@ def recorder(tmp_path):
 
 
 def defined(loss, some):
-    """The loss as `lopd_kernels.reference` has it."""
+    """The loss as defined in `lopd_kernels.reference`."""
 
     def value(hidden, weight):
         if loss == CROSS_ENTROPY:
@@ -71,19 +71,19 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_oracle_is_the_definition(loss, problem, monkeypatch):
+def test_the_oracle_equals_the_definition(loss, problem, monkeypatch):
     monkeypatch.setattr(problems, "CHUNK_BYTES", 8 * SMALL.vocab * 5)
-    found = oracle(problem, loss)
+    exact = oracle(problem, loss)
     hidden, weight = (x.double().requires_grad_() for x in (problem.hidden, problem.weight))
     value = defined(loss, problem)(hidden, weight)
     value.backward()
-    assert float(found.losses.mean()) == pytest.approx(value.item(), rel=1e-12)
-    assert relative_error(found.dhidden, hidden.grad) < 1e-12
-    assert relative_error(found.dweight, weight.grad) < 1e-12
-    assert 1e-4 < max(found.rounding) < 4e-3  # bf16 rounds dz by up to 2^-9
+    assert float(exact.losses.mean()) == pytest.approx(value.item(), rel=1e-12)
+    assert relative_error(exact.dhidden, hidden.grad) < 1e-12
+    assert relative_error(exact.dweight, weight.grad) < 1e-12
+    assert 1e-4 < max(exact.rounding) < 4e-3  # bf16 rounds dz by up to 2^-9
 
 
-def test_problems_are_made_from_their_seed():
+def test_problems_depend_on_the_seed():
     first, second, other = (make_problem(SMALL, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.ids, second.ids) and not torch.equal(first.hidden, other.hidden)
     near, far = (
@@ -92,7 +92,7 @@ def test_problems_are_made_from_their_seed():
     assert near.losses.mean() < 0.1 < far.losses.mean()
 
 
-def test_dlogits_are_the_oracle_s(problem):
+def test_dlogits_equal_the_gradient_of_the_oracle(problem):
     z = problem.hidden.double() @ problem.weight.double().t()
     z.requires_grad_()
     losses = problems.row_losses(REVERSE_KL, z, problem, problem.weight)
@@ -101,7 +101,7 @@ def test_dlogits_are_the_oracle_s(problem):
 
 
 def sabotaged(change):
-    """Ours with a changed outcome."""
+    """Our variant with a changed outcome."""
 
     def prepare(some):
         step = variants.ours("ours").prepare(some).step
@@ -126,17 +126,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_the_gate_sees(name, problem):
+def test_the_gate_rejects(name, problem):
     assert gate(WRONG[name], problem, oracle(problem, REVERSE_KL))["red"]
 
 
-def test_the_gate_lets_ours_through(problem):
+def test_the_gate_accepts_our_variants(problem):
     exact = {loss: oracle(problem, loss) for loss in LOSSES}
-    for variant in (*variants.own_variants(), *variants.curve([1 << 20])):
+    for variant in (*variants.our_variants(), *variants.curve([1 << 20])):
         assert gate(variant, problem, exact[variant.loss])["red"] == [], variant.name
 
 
-def test_a_row_that_is_wrong_alone_is_seen(problem):
+def test_a_single_wrong_row_is_rejected(problem):
     def rows(some):
         losses = oracle(some, REVERSE_KL).losses.clone()
         losses[3] += 1e-3
@@ -149,11 +149,11 @@ def test_a_row_that_is_wrong_alone_is_seen(problem):
     assert red.startswith("row_loss_error")
 
 
-def test_what_projects_run_is_what_it_is_called():
-    """In fp32, where nothing but the formula tells them from the oracle of their loss."""
+def test_losses_of_other_projects_compute_the_loss_in_their_name():
+    """In fp32, where only the formula could differ from the oracle of the loss."""
     exactly = make_problem(SMALL, torch.float32, sharpest=6.0)
-    found = [*variants.eager_variants(), *variants.project_variants()]
-    for variant in (each for each in found if not each.missing(exactly)):
+    compared = [*variants.eager_variants(), *variants.project_variants()]
+    for variant in (each for each in compared if not each.missing(exactly)):
         row = gate(variant, exactly, oracle(exactly, variant.loss))
         assert max(row["dhidden_error"], row["dweight_error"]) < 1e-4, variant.name
     assert {variant.loss for variant in variants.project_variants()} == {
@@ -168,7 +168,7 @@ def test_gradient_bounds():
     assert harness.gradient_bound(torch.float32, 1.0) == 1e-5
 
 
-def test_peers_may_be_inexact_but_not_worthless(problem):
+def test_peers_may_be_inexact_but_better_than_zeros(problem):
     exact = oracle(problem, REVERSE_KL)
     peer = variants.peer("eager", REVERSE_KL, projects.eager)
     assert gate(peer, problem, exact)["red"] == []
@@ -181,12 +181,12 @@ def test_peers_may_be_inexact_but_not_worthless(problem):
     assert gate(worthless, problem, exact)["red"]
 
 
-def test_a_wrong_variant_gets_no_time(problem, recorder):
+def test_a_wrong_variant_is_not_timed(problem, recorder):
     rows = measure(recorder, "part", problem, [variants.ours("ours"), WRONG["tail"]], budget_s=0)
-    found = {row["variant"]: row for row in rows}
-    assert found["wrong"]["status"] == "red gate" and "median_ms" not in found["wrong"]
-    assert "dweight_error" in found["wrong"]["reason"]
-    assert found["ours"]["median_ms"] > 0
+    by_name = {row["variant"]: row for row in rows}
+    assert by_name["wrong"]["status"] == "red gate" and "median_ms" not in by_name["wrong"]
+    assert "dweight_error" in by_name["wrong"]["reason"]
+    assert by_name["ours"]["median_ms"] > 0
     assert [harness.is_red(row) for row in rows] == [True, False]
 
 
@@ -197,7 +197,7 @@ def test_rows_are_strict_json(recorder):
     assert "NaN" not in text and "Infinity" not in text
 
 
-def test_failures_are_rows(problem, recorder):
+def test_failures_give_rows(problem, recorder):
     def broken(some):
         raise RuntimeError("no such\nkernel")
 
@@ -211,7 +211,7 @@ def test_failures_are_rows(problem, recorder):
     assert "RuntimeError: no such kernel" in reasons and "nothing is not installed" in reasons
 
 
-def test_variants_take_turns():
+def test_variants_alternate():
     seen, ran = [], []
 
     def step(name, fail_at=None):
@@ -225,21 +225,21 @@ def test_variants_take_turns():
     ready = {"a": step("a"), "b": step("b"), "c": step("c", fail_at=4)}
     times, failures = take_turns(ready, CPU, budget_s=1e-9)
     assert list(failures) == ["c"] and set(times) == {"a", "b"}
-    assert times["a"]["repetitions"] == clock.LEAST
+    assert times["a"]["repetitions"] == clock.MIN_STEPS
     turns = [ran[at : at + 3] for at in range(0, 12, 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
-    assert ran.count("a") == clock.LEAST + 2
+    assert ran.count("a") == clock.MIN_STEPS + 2
     assert seen == ran  # restored before each
-    times, _ = take_turns({"a": step("a")}, CPU, budget_s=1e-9, least=2)
+    times, _ = take_turns({"a": step("a")}, CPU, budget_s=1e-9, min_steps=2)
     assert times["a"]["repetitions"] == 2
     times, _ = take_turns({"a": step("a")}, CPU, budget_s=1e3)
-    assert times["a"]["repetitions"] == clock.MOST
+    assert times["a"]["repetitions"] == clock.MAX_STEPS
     times, _ = take_turns({"a": step("a")}, CPU, budget_s=1e3, deadline=0.0)
     assert times["a"]["repetitions"] == 1
 
 
 def test_no_variant_always_follows_the_same_one():
-    """What a step leaves behind, heat or cached memory, must not fall on one other alone."""
+    """Heat or cached memory from one variant must not always affect the same other variant."""
     ran = []
     ready = {name: Prepared(lambda name=name: ran.append(name)) for name in "abcd"}
     take_turns(ready, CPU, budget_s=1e3)
@@ -250,17 +250,18 @@ def test_no_variant_always_follows_the_same_one():
     assert ran == again
 
 
-def test_a_clock_that_drifts_is_told():
+def test_drift_of_the_clock_is_reported():
     assert clock.drift([1.0, 1.0, 1.0, 1.0]) == 1.0
     assert clock.drift([1.0, 1.1, 1.0, 9.0, 1.5, 1.6, 1.5]) == 1.5
     assert clock.drift([1.0, 2.0, 3.0]) is None
 
 
-def test_steps_are_timed_from_flushed_caches_and_disturbances_are_told(monkeypatch):
-    """On a GPU: more than any L2 is written before each step; retries are those of the turns."""
+def test_caches_are_flushed_and_disturbances_are_reported(monkeypatch):
+    """On a GPU: each step follows a write larger than any L2 cache; only retries during the turns
+    count."""
     events, retries = [], iter([3, 5])
     monkeypatch.setattr(clock, "allocator_retries", lambda device: next(retries))
-    monkeypatch.setattr(clock, "smi", lambda *fields: "1980 MHz")
+    monkeypatch.setattr(clock, "query_gpu", lambda *fields: "1980 MHz")
 
     class Event:
         def __init__(self, enable_timing):
@@ -286,12 +287,12 @@ def test_steps_are_timed_from_flushed_caches_and_disturbances_are_told(monkeypat
     times, _ = take_turns(ready, torch.device("cuda"), budget_s=1e-9)
     assert sizes[0] >= 128 << 20
     once = ["restore", "flush", "record", "step", "record", "synchronize"]
-    assert events == once * (clock.LEAST + 2)
+    assert events == once * (clock.MIN_STEPS + 2)
     assert (times["a"]["allocator_retries"], times["a"]["clocks"]) == (2, "1980 MHz")
 
 
-def test_a_step_leaves_no_graph_and_no_gradient_behind(problem):
-    """Or the memory of one variant would count what another has left."""
+def test_a_step_retains_no_graph_and_no_gradient(problem):
+    """Otherwise the memory of one variant would include that of another."""
     step = variants.ours("ours").prepare(problem).step
     outcome = step()
     assert all(x.grad_fn is None and not x.requires_grad for x in outcome[:3])
@@ -299,8 +300,8 @@ def test_a_step_leaves_no_graph_and_no_gradient_behind(problem):
     assert torch.equal(step().dweight, outcome.dweight)  # fresh, not accumulated
 
 
-def test_what_is_timed_is_checked_where_the_gate_saw_few_rows(problem, recorder):
-    """A schedule that loses its last chunk passes a gate on the first rows."""
+def test_the_timed_step_is_checked_on_all_rows(problem, recorder):
+    """A schedule that drops its last chunk passes a gate on the first rows only."""
 
     def prepare(some):
         step = variants.ours("ours").prepare(some).step
@@ -314,8 +315,8 @@ def test_what_is_timed_is_checked_where_the_gate_saw_few_rows(problem, recorder)
         return Prepared(lossy)
 
     lossy = Variant("lossy", "ours", REVERSE_KL, prepare)
-    found = [variants.ours("ours"), variants.ours("frozen", frozen=True), lossy]
-    rows = measure(recorder, "part", problem, found, budget_s=0, gate_rows=4)
+    compared = [variants.ours("ours"), variants.ours("frozen", frozen=True), lossy]
+    rows = measure(recorder, "part", problem, compared, budget_s=0, gate_rows=4)
     by_name = {row["variant"]: row for row in rows}
     assert by_name["lossy"]["status"] == "red gate" and "median_ms" not in by_name["lossy"]
     assert "full_dhidden_error" in by_name["lossy"]["reason"]
@@ -324,8 +325,8 @@ def test_what_is_timed_is_checked_where_the_gate_saw_few_rows(problem, recorder)
 
 
 def test_floor_ratios_compare_equal_work(problem, recorder):
-    found = [*variants.floors("three", "two"), *variants.own_variants()[:4]]
-    rows = measure(recorder, "part", problem, found, budget_s=0)
+    compared = [*variants.floors("three", "two"), *variants.our_variants()[:4]]
+    rows = measure(recorder, "part", problem, compared, budget_s=0)
     by_name = {row["variant"]: row for row in rows}
     for name, count in (("ours", 3), ("ours, frozen weight", 2)):
         floors = [r["median_ms"] for r in rows if r["kind"] == "floor" and r["gemms"] == count]
@@ -335,9 +336,9 @@ def test_floor_ratios_compare_equal_work(problem, recorder):
 
 
 def test_only_floors_are_floors(problem, recorder):
-    slow = pieces.piece("slow", lambda some: lambda: time.sleep(0.03))
-    found = [replace(slow, kind="floor"), variants.ours("ours")]
-    rows = measure(recorder, "part", problem, found, budget_s=0)
+    slow = components.component("slow", lambda some: lambda: time.sleep(0.03))
+    compared = [replace(slow, kind="floor"), variants.ours("ours")]
+    rows = measure(recorder, "part", problem, compared, budget_s=0)
     assert {row["variant"]: row["floor_ratio"] < 1.0 for row in rows} == {
         "slow": False,
         "ours": True,
@@ -345,18 +346,18 @@ def test_only_floors_are_floors(problem, recorder):
 
 
 def test_row_kernel_and_scoring_have_gates(problem, monkeypatch):
-    assert pieces.row_kernel().check(problem)["red"] == []
-    run = pieces.time_row_kernel
+    assert components.row_kernel().check(problem)["red"] == []
+    run = components.time_row_kernel
 
     def wrong(some, logits):
         step, stats = run(some, logits)
         return (lambda: (step(), stats.mul_(1.001))), stats
 
-    monkeypatch.setattr(pieces, "time_row_kernel", wrong)
-    assert pieces.row_kernel().check(problem)["red"]
-    good = pieces.scorer("ours", "ours", pieces.scores_ours)
+    monkeypatch.setattr(components, "time_row_kernel", wrong)
+    assert components.row_kernel().check(problem)["red"]
+    good = components.scorer("ours", "ours", components.scores_ours)
     assert good.check(problem)["red"] == []
-    assert pieces.scorer("ours", "ours", pieces.scores_full).check(problem)["red"]
+    assert components.scorer("ours", "ours", components.scores_full).check(problem)["red"]
 
 
 def test_roofline_formulas():
@@ -371,7 +372,7 @@ def test_roofline_formulas():
 
 
 class Allocator:
-    """Stands in for torch.cuda's: what one step takes."""
+    """A fake of torch.cuda's allocator."""
 
     def __init__(self, monkeypatch, **values):
         defaults = {"memory_allocated": 100, "memory_reserved": 200, "mem_get_info": (0, 0)}
@@ -382,20 +383,20 @@ class Allocator:
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
 
-def test_extra_memory_is_the_peak_less_the_gradients(monkeypatch):
+def test_extra_memory_is_the_peak_minus_the_gradients(monkeypatch):
     mib = 1 << 20
     Allocator(
         monkeypatch, max_memory_allocated=100 + 20 * mib, max_memory_reserved=200 + 32 * mib
     )  # fmt: skip
     dhidden, dweight = torch.empty(mib), torch.empty(2 * mib, dtype=torch.bfloat16)
     cuda, outcome = torch.device("cuda"), Outcome(torch.ones(()), dhidden, dweight)
-    found = harness.memory(Prepared(lambda: outcome), cuda)
-    assert found == {
+    memory = harness.measure_memory(Prepared(lambda: outcome), cuda)
+    assert memory == {
         "peak_mib": 20.0, "dhidden_mib": 4.0, "dweight_mib": 4.0, "extra_mib": 12.0,
         "reserved_mib": 32.0,
     }  # fmt: skip
-    found = harness.memory(Prepared(lambda: outcome._replace(given=True)), cuda)
-    assert (found["dweight_mib"], found["extra_mib"]) == (0.0, 16.0)
+    memory = harness.measure_memory(Prepared(lambda: outcome._replace(is_buffer=True)), cuda)
+    assert (memory["dweight_mib"], memory["extra_mib"]) == (0.0, 16.0)
 
 
 def test_a_baseline_that_does_not_fit_gets_fewer_rows(monkeypatch, problem):
@@ -404,5 +405,5 @@ def test_a_baseline_that_does_not_fit_gets_fewer_rows(monkeypatch, problem):
     eager = variants.eager_variants()[0]
     for free, rows in ((1e9, 600), (8 * 26 * 599 / 0.85, 512), (0, 256)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        assert harness.fitting(eager, large).shape.rows == rows
-        assert harness.fitting(variants.ours("ours"), large) is large
+        assert harness.fit_to_memory(eager, large).shape.rows == rows
+        assert harness.fit_to_memory(variants.ours("ours"), large) is large

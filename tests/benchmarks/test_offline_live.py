@@ -1,4 +1,4 @@
-"""Offline against live at toy size: rows, the gate, and the arithmetic of the ratios."""
+"""Offline against live at toy size: rows, gate and ratios."""
 
 import json
 import shlex
@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from benchmarks import live_runs, offline_live, readme
-from benchmarks.live_runs import PARTS, SIZES, Bench, Run, Wrong
+from benchmarks.live_runs import PARTS, SIZES, Bench, InvalidResult, Run
 from benchmarks.offline_live import GATE_STEPS
 
 QUICK = SIZES["quick"]
@@ -19,7 +19,7 @@ def rows(tmp_path_factory):
     return [json.loads(line) for line in (out / offline_live.NAME).open()]
 
 
-def test_a_row_for_never_and_for_each_r(rows):
+def test_rows_are_offline_and_each_r(rows):
     assert [row["every"] for row in rows] == [None, *QUICK.every]
     for row in rows:
         assert set(row["parts"]) == set(row["seconds_per_step"]) == set(PARTS)
@@ -31,7 +31,7 @@ def test_a_row_for_never_and_for_each_r(rows):
     assert len(set(kls)) == len(kls) == 2 * len(rows)
 
 
-def test_parts_are_of_the_offline_total(rows):
+def test_parts_are_shares_of_the_offline_total(rows):
     offline, *live = rows
     assert sum(offline["parts"].values()) == pytest.approx(1, abs=0.01) and offline["ratio"] == 1
     assert offline["update_seconds_per_step"] is None and not offline["renewed"]
@@ -57,7 +57,7 @@ def test_the_command_repeats_the_run(rows):
 @pytest.mark.parametrize(
     ("every", "changes", "message"),
     [
-        (GATE_STEPS, {"learning_rate": 2e-2}, "off the offline run"),
+        (GATE_STEPS, {"learning_rate": 2e-2}, "differs from the offline run"),
         (1, {"every": GATE_STEPS}, "nothing was renewed"),
     ],
 )
@@ -69,48 +69,48 @@ def test_a_wrong_window_is_not_measured(monkeypatch, capsys, every, changes, mes
         return distil(self, cache, name, **settings)
 
     monkeypatch.setattr(Bench, "distill", wrong)
-    monkeypatch.setattr(Bench, "run", lambda *given: pytest.fail("it was timed"))
+    monkeypatch.setattr(Bench, "run", lambda *_: pytest.fail("it was timed"))
     assert offline_live.main(["--quick"]) == 1
     printed = capsys.readouterr()
     assert message in printed.err and not printed.out
 
 
-TOLD = {"generation": 1.0, "scoring": 1.0, "update": 1.0}
+SECONDS = {"generation": 1.0, "scoring": 1.0, "update": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("told", "renewed"),
+    ("seconds", "renewed"),
     [
-        ({**TOLD, "scoring": 0.0}, {"windows": 2, "sequences": 32}),
-        ({**TOLD, "update": 3.0}, {"windows": 2, "sequences": 32}),
-        (TOLD, {"windows": 3, "sequences": 32}),
-        (TOLD, {"windows": 2, "sequences": 28}),
+        ({**SECONDS, "scoring": 0.0}, {"windows": 2, "sequences": 32}),
+        ({**SECONDS, "update": 3.0}, {"windows": 2, "sequences": 32}),
+        (SECONDS, {"windows": 3, "sequences": 32}),
+        (SECONDS, {"windows": 2, "sequences": 28}),
     ],
 )
-def test_parts_that_do_not_add_up_are_refused(told, renewed):
-    live_runs.check_parts(TOLD, 4.0, {"windows": 2, "sequences": 32}, QUICK, 4)
-    with pytest.raises(Wrong, match="R = 4"):
-        live_runs.check_parts(told, 4.0, renewed, QUICK, 4)
+def test_parts_that_do_not_add_up_are_refused(seconds, renewed):
+    live_runs.check_parts(SECONDS, 4.0, {"windows": 2, "sequences": 32}, QUICK, 4)
+    with pytest.raises(InvalidResult, match="R = 4"):
+        live_runs.check_parts(seconds, 4.0, renewed, QUICK, 4)
 
 
 def test_a_prompt_is_renewed_once_in_a_window():
-    live_runs.check_parts(TOLD, 4.0, {"windows": 1, "sequences": QUICK.prompts}, QUICK, 8)
+    live_runs.check_parts(SECONDS, 4.0, {"windows": 1, "sequences": QUICK.prompts}, QUICK, 8)
 
 
-def test_ratios_are_between_runs_of_one_seed():
-    """The second seed was on a machine of half the speed."""
+def test_ratios_compare_runs_of_one_seed():
+    """The second seed ran on a machine with half the speed."""
 
     def run(*seconds, update=None):
         return Run("", dict(zip(PARTS, seconds, strict=True)), {}, update, None)
 
     offline = [run(1.0, 1.0, 2.0), run(2.0, 2.0, 4.0), run(1.0, 1.0, 2.0)]
     live = [run(3.0, 3.0, 2.0, update=1.5), run(6.0, 6.0, 4.0, update=3.0), run(1.0, 1.0, 2.0)]
-    found = offline_live.timing(live, offline, steps=2)
-    assert (found["ratio"], found["ratios"]) == (2.0, [2.0, 2.0, 1.0])
-    assert found["ratio_to_training"] == 4.0
-    assert found["parts"] == {"generation": 0.75, "scoring": 0.75, "training": 0.5}
-    assert found["seconds"] == 8.0 and found["seconds_per_step"]["generation"] == 1.5
-    assert found["update_seconds_per_step"] == 1.125
+    summary = offline_live.timing(live, offline, steps=2)
+    assert (summary["ratio"], summary["ratios"]) == (2.0, [2.0, 2.0, 1.0])
+    assert summary["ratio_to_training"] == 4.0
+    assert summary["parts"] == {"generation": 0.75, "scoring": 0.75, "training": 0.5}
+    assert summary["seconds"] == 8.0 and summary["seconds_per_step"]["generation"] == 1.5
+    assert summary["update_seconds_per_step"] == 1.125
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_bad_arguments(flags):
         offline_live.parse(["--quick", *flags])
 
 
-def test_the_committed_rows_are_of_one_run():
+def test_the_committed_rows_come_from_one_run():
     rows = readme.read_rows(offline_live.NAME)
     assert [row["every"] for row in rows] == [None, *SIZES["toy"].every]
     assert len({(row["commit"], row["date"], row["command"]) for row in rows}) == 1

@@ -1,6 +1,6 @@
-"""The peers' kernels, called as the benchmarks call them: right loss, right gradients.
+"""The peers' kernels, called as in the benchmarks: correct loss, correct gradients.
 
-Skipped where the peers are not installed. Without a GPU their kernels are interpreted:
+Skipped if the peers are not installed. Without a GPU, interpret their kernels:
 
     TRITON_INTERPRET=1 PYTHONPATH=SITE python -m pytest tests/benchmarks/test_peers.py
 """
@@ -23,7 +23,7 @@ PEERS = {each.name: each for each in variants.peer_variants()}
 
 @pytest.fixture
 def runnable(request, monkeypatch):
-    """The variant, where its kernels can run here."""
+    """The variant, if its kernels can run here."""
     module = MODULES.get(request.param.split()[0])
     if module is not None:
         if importlib.util.find_spec(module) is None:
@@ -47,12 +47,12 @@ def log1p(x):
 
 @pytest.mark.parametrize("runnable", PEERS, indirect=True)
 def test_a_peer_computes_the_loss_that_its_row_names(runnable):
-    """In fp16 where the peer takes no fp32; far below an error that is one of meaning."""
+    """In fp16 if the peer does not support fp32. A wrong loss has a much larger error."""
     narrow = runnable.name.startswith("Cut")
     dtype, bound = (torch.float16, 2e-3) if narrow else (torch.float32, 1e-4)
     problem = make_problem(Shape(rows=128, hidden=64, vocab=512, topk=5), dtype, DEVICE)
     if not INTERPRETED and (reason := runnable.missing(problem)):
         pytest.skip(reason)
-    found = gate(runnable, problem, oracle(problem, runnable.loss))
-    assert found["dhidden_error"] < bound and found["dweight_error"] < bound
-    assert found["loss_error"] < 1e-4
+    errors = gate(runnable, problem, oracle(problem, runnable.loss))
+    assert errors["dhidden_error"] < bound and errors["dweight_error"] < bound
+    assert errors["loss_error"] < 1e-4

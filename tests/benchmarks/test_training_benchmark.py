@@ -1,4 +1,4 @@
-"""The training benchmark at toy size: its gate, its rows, and how it finds the largest batch."""
+"""The training benchmark at toy size: gate, rows, and search of the largest batch."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bars, gpu_suite, training
+from benchmarks import criteria, gpu_suite, training
 from benchmarks.clock import Prepared
 from benchmarks.qwen3 import MODELS, TOY, Job
 from lopd.models import flops
@@ -20,11 +20,11 @@ SEARCHED = "{}, largest micro-batch"
 
 def rows_of(tmp_path, part=PART):
     code = gpu_suite.main(["--out", str(tmp_path), "--quick", "--device", "cpu", "--only", part])
-    return code, {row["variant"]: row for row in bars.read([tmp_path / "rows.jsonl"])}
+    return code, {row["variant"]: row for row in criteria.read([tmp_path / "rows.jsonl"])}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_shapes_have_as_many_parameters_as_the_published_models(name, tmp_path):
+def test_shapes_have_the_parameter_counts_of_the_published_models(name, tmp_path):
     MODELS[name].config().save_pretrained(tmp_path)
     model = meta_model(str(tmp_path), "bfloat16")
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
@@ -37,21 +37,21 @@ def test_rows(part, tmp_path, monkeypatch):
     assert code == 0 and part not in gpu_suite.DEFAULT
     base = rows[training.BASE]
     for name in ("fused", "dense logits", "dense logits of loss rows"):
-        row, found = rows[name], rows[SEARCHED.format(name)]
-        assert row["status"] == found["status"] == "ok"
+        row, result = rows[name], rows[SEARCHED.format(name)]
+        assert row["status"] == result["status"] == "ok"
         seconds = row["median_ms"] / 1e3
         assert row["tokens_per_s"] * seconds == pytest.approx(row["tokens"])
         assert row["loss_tokens"] == (1 - row["prompt_share"]) * row["tokens"]
         assert row["head_ms"] == pytest.approx(row["median_ms"] - base["median_ms"])
         assert row["mfu"] * seconds > base["mfu"] * base["median_ms"] / 1e3  # the head's FLOPs
         assert row["peak_mib"] is None and row["optim"] == "adamw_torch_fused"
-        assert found["too_many_sequences"] is None and found["tries"] <= 4
+        assert result["too_many_sequences"] is None and result["tries"] <= 4
     assert sum(rows["planned peak"]["planned_mib"].values()) == pytest.approx(
         rows["planned peak"]["planned_total_mib"], abs=0.3
     )
 
 
-def test_without_its_head_a_step_updates_the_same_parameters():
+def test_the_step_without_head_updates_the_same_parameters():
     cpu, size = torch.device("cpu"), replace(MODELS["8B"], **TOY)
     job = Job(size, cpu, "sdpa")
     for loss in (training.fused, training.without_head):
@@ -60,7 +60,7 @@ def test_without_its_head_a_step_updates_the_same_parameters():
         job.optimizer.zero_grad()
 
 
-def test_a_step_that_is_not_the_dense_one_is_red_and_nothing_is_timed(tmp_path, monkeypatch):
+def test_a_step_that_differs_from_the_dense_one_is_red_and_not_timed(tmp_path, monkeypatch):
     right = training.step
 
     def biased(*args):
@@ -75,27 +75,27 @@ def test_a_step_that_is_not_the_dense_one_is_red_and_nothing_is_timed(tmp_path, 
 
 
 def hungry(room, model, batch, num_items):
-    """A loss that has room for so many sequences."""
+    """A loss with memory for `room` sequences."""
     if len(batch["sequence_names"]) > room:
         raise torch.cuda.OutOfMemoryError("no room")
     return training.dense(model, batch, num_items)
 
 
-def test_what_runs_out_of_memory_is_told_and_the_rest_is_measured(tmp_path, monkeypatch):
+def test_out_of_memory_is_reported_and_the_rest_is_measured(tmp_path, monkeypatch):
     size = {**TOY, "sequences": 2, "search_s": 30.0}
     monkeypatch.setattr(training, "TOY", size)
     for name, room in (("dense logits", 3), ("dense logits of loss rows", 1)):
         monkeypatch.setitem(training.LOSSES, name, ("peer", partial(hungry, room)))
     code, rows = rows_of(tmp_path)
     assert code == 0
-    found = rows[SEARCHED.format("dense logits")]
-    assert (found["largest_sequences"], found["too_many_sequences"]) == (3, 4)
+    result = rows[SEARCHED.format("dense logits")]
+    assert (result["largest_sequences"], result["too_many_sequences"]) == (3, 4)
     assert rows["dense logits of loss rows"]["status"] == "out of memory"
     assert SEARCHED.format("dense logits of loss rows") not in rows
     assert rows["fused"]["status"] == rows[SEARCHED.format("fused")]["status"] == "ok"
 
 
-def test_a_search_that_fails_otherwise_says_so(tmp_path, monkeypatch):
+def test_a_search_that_fails_for_another_reason_reports_it(tmp_path, monkeypatch):
     def broken(model, batch, num_items):
         if len(batch["sequence_names"]) == 1:
             raise ValueError("oh")
@@ -110,20 +110,20 @@ def test_a_search_that_fails_otherwise_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("first", [1, 3, 40, 1000])
 @pytest.mark.parametrize("room", [1, 2, 3, 7, 30, 64, 65, 700])
-def test_the_largest_that_fits_is_found(room, first):
+def test_the_search_returns_the_largest_that_fits(room, first):
     asked = []
 
     def fits(count):
         asked.append(count)
         return count <= room
 
-    good, bad, tried = training.largest(fits, first, tries=40)
+    good, bad, tried = training.largest_fitting(fits, first, tries=40)
     assert good <= room < bad and bad - good <= max(1, good // 16)
     assert len(asked) == len(set(asked)) == tried and min(asked) > 0
 
 
 class Gpu:
-    """A job on a device of so many MiB where a sequence takes 50 and a model 1000."""
+    """A job on a device with `memory` MiB; a sequence takes 50 and the model 1000."""
 
     def __init__(self, memory):
         self.memory, self.before, self.device = memory, 7 << 20, SimpleNamespace(type="cuda")
@@ -143,26 +143,30 @@ class Gpu:
 
 
 @pytest.mark.parametrize(("memory", "room"), [(1060, 1), (1110, 2), (1160, 3), (5008, 80)])
-def test_the_peaks_of_small_batches_tell_where_to_look(memory, room, monkeypatch):
+def test_the_search_starts_from_the_peaks_of_small_batches(memory, room, monkeypatch):
     free, reserved = (memory - 900) << 20, 900 << 20
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, memory << 20))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
-    found = training.search(Gpu(memory), None, 1.0, float("inf"))
-    good, bad = found["largest_sequences"], found["too_many_sequences"]
+    result = training.search(Gpu(memory), None, 1.0, float("inf"))
+    good, bad = result["largest_sequences"], result["too_many_sequences"]
     assert good <= room < bad and bad - good <= max(1, good // 16)
-    assert found["largest_peak_mib"] == 1000.0 + 50.0 * good and found["tries"] <= 5
-    assert found["extrapolated_sequences"] == (None if room == 1 else room)
+    assert result["largest_peak_mib"] == 1000.0 + 50.0 * good and result["tries"] <= 5
+    assert result["extrapolated_sequences"] == (None if room == 1 else room)
 
 
 def test_a_search_without_time_for_the_largest_gives_a_lower_bound(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4000 << 20, 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1007 << 20)
-    found = training.search(Gpu(5007), None, 20.0, float("inf"))
-    assert found["largest_sequences"] == 49 and found["too_many_sequences"] is None
-    assert found["extrapolated_sequences"] == 80
+    result = training.search(Gpu(5007), None, 20.0, float("inf"))
+    assert result["largest_sequences"] == 49 and result["too_many_sequences"] is None
+    assert result["extrapolated_sequences"] == 80
 
 
 def test_a_search_ends_with_its_tries_or_its_time():
-    assert training.largest(lambda count: True, 1, tries=4) == (8, None, 4)
-    assert training.largest(lambda count: None if count > 2 else True, 1, tries=4) == (2, None, 2)
-    assert training.largest(lambda count: False, 1, tries=4) == (0, 1, 1)
+    assert training.largest_fitting(lambda count: True, 1, tries=4) == (8, None, 4)
+    assert training.largest_fitting(lambda count: None if count > 2 else True, 1, tries=4) == (
+        2,
+        None,
+        2,
+    )
+    assert training.largest_fitting(lambda count: False, 1, tries=4) == (0, 1, 1)

@@ -1,4 +1,4 @@
-"""The pieces of one call on their own, and what a teacher's scoring pass is made of."""
+"""Components of one loss call timed separately, and variants of a teacher's scoring pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import Outcome, Prepared
-from benchmarks.harness import SANITY, Variant, excess
+from benchmarks.harness import SANITY, Variant, exceeded
 from benchmarks.problems import REVERSE_KL, Problem, loss_error, row_losses, wide_mm
 from benchmarks.variants import project
 from lopd_kernels import linear_topk
@@ -25,7 +25,7 @@ from lopd_kernels._core.workspace import padded
 SWEEP = ((1024, 4), (2048, 4), (2048, 16), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 
 
-def piece(name: str, step: Callable[[Problem], Callable[[], Any]], **rest: Any) -> Variant:
+def component(name: str, step: Callable[[Problem], Callable[[], Any]], **rest: Any) -> Variant:
     def prepare(problem: Problem) -> Prepared:
         run = step(problem)
         return Prepared(lambda: Outcome(run()))
@@ -49,7 +49,7 @@ def gemm_3(problem: Problem) -> Callable[[], Any]:
 
 
 def time_row_kernel(problem: Problem, logits: Tensor) -> tuple[Callable[[], None], Tensor]:
-    """(the row kernel on fp32 logits [R, V], in place; where it leaves its statistics)"""
+    """The row kernel on fp32 logits [R, V], in place, and the tensor of its statistics."""
     vocab, functions = problem.shape.vocab, row_functions(problem.hidden)
     support = functions.locate(problem.ids, None, vocab)
     target = teacher_buckets(problem.ids, problem.logprobs, problem.tail, vocab).logprobs
@@ -66,31 +66,31 @@ def time_row_kernel(problem: Problem, logits: Tensor) -> tuple[Callable[[], None
 
 @contextmanager
 def launched_as(block: int | None, warps: int) -> Iterator[None]:
-    """The launch table with this entry alone."""
+    """Replace the launch table by this one entry."""
     if block is None:
         yield
         return
     from lopd_kernels._triton import rows as triton_rows
 
-    kept = dict(triton_rows.LAUNCHES)
+    original = dict(triton_rows.LAUNCHES)
     triton_rows.LAUNCHES.clear()
-    triton_rows.LAUNCHES[None] = triton_rows.Launch(block, warps, kept[None].maxnreg)
+    triton_rows.LAUNCHES[None] = triton_rows.Launch(block, warps, original[None].maxnreg)
     try:
         yield
     finally:
         triton_rows.LAUNCHES.clear()
-        triton_rows.LAUNCHES.update(kept)
+        triton_rows.LAUNCHES.update(original)
 
 
 def launch_sweep() -> list[Variant]:
-    """The row kernel with other blocks and warps than the table's."""
+    """The row kernel with block sizes and warps that are not in the table."""
     return [row_kernel(block, warps) for block, warps in SWEEP]
 
 
 def row_kernel(block: int | None = None, warps: int = 8) -> Variant:
     """2 reads of fp32 logits and one 16-bit write: 10 bytes for each of N V elements.
 
-    `block` and `warps` stand in for the table's entry, for finding better ones.
+    `block` and `warps` replace the entry of the launch table, to search for better ones.
     """
 
     def prepare(problem: Problem) -> Prepared:
@@ -113,8 +113,8 @@ def row_kernel(block: int | None = None, warps: int = 8) -> Variant:
         assert losses is not None
         logits = wide_mm(problem.hidden, problem.weight.t()).double()
         exact = row_losses(REVERSE_KL, logits, problem, problem.weight)
-        found: dict[str, Any] = {"row_loss_error": loss_error(losses, exact)}
-        return {**found, "red": excess(found, {"row_loss_error": 1e-5})}
+        errors: dict[str, Any] = {"row_loss_error": loss_error(losses, exact)}
+        return {**errors, "red": exceeded(errors, {"row_loss_error": 1e-5})}
 
     name = "row kernel" if block is None else f"row kernel, BLOCK={block}, {warps} warps"
     return Variant(
@@ -124,7 +124,7 @@ def row_kernel(block: int | None = None, warps: int = 8) -> Variant:
 
 
 def copy() -> Variant:
-    """A device copy of as many bytes as the row kernel moves, read and written."""
+    """A device copy that moves as many bytes as the row kernel."""
 
     def step(problem: Problem) -> Callable[[], Any]:
         size = 5 * problem.shape.rows * problem.shape.vocab
@@ -132,19 +132,19 @@ def copy() -> Variant:
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
 
-    return piece(
+    return component(
         "copy", step, gemms=0,
         bytes_moved=lambda problem: 10.0 * problem.shape.rows * problem.shape.vocab,
     )  # fmt: skip
 
 
-def pieces() -> list[Variant]:
+def components() -> list[Variant]:
     return [
-        piece("GEMM 1, fp32 logits", partial(gemm_1, dtype=torch.float32), gemms=1),
-        piece("GEMM 1, bf16 logits", partial(gemm_1, dtype=torch.bfloat16), gemms=1),
+        component("GEMM 1, fp32 logits", partial(gemm_1, dtype=torch.float32), gemms=1),
+        component("GEMM 1, bf16 logits", partial(gemm_1, dtype=torch.bfloat16), gemms=1),
         row_kernel(),
-        piece("GEMM 2", gemm_2, gemms=1),
-        piece("GEMM 3", gemm_3, gemms=1),
+        component("GEMM 2", gemm_2, gemms=1),
+        component("GEMM 3", gemm_3, gemms=1),
         copy(),
     ]
 
@@ -155,26 +155,26 @@ Scores = tuple[Tensor, Tensor]  # logprobs [N, K], tail [N]
 
 
 def scores_full(problem: Problem, rows: int | None = None) -> Scores:
-    """Logits in bf16, a log-softmax in fp32, top-k; `rows` at a time, or all at once."""
-    found = []
+    """bf16 logits, fp32 log-softmax, top-k; `rows` at a time, or all at once."""
+    scores = []
     for hidden in problem.hidden.split(rows or problem.shape.rows):
         logprobs = (hidden @ problem.weight.t()).float().log_softmax(1)
         top, _ = logprobs.topk(problem.shape.topk, 1)
-        found.append((top, torch.log1p(-top.exp().sum(1).clamp(max=1.0 - 2.0**-23))))
-    top, tail = zip(*found, strict=True)
+        scores.append((top, torch.log1p(-top.exp().sum(1).clamp(max=1.0 - 2.0**-23))))
+    top, tail = zip(*scores, strict=True)
     return torch.cat(top), torch.cat(tail)
 
 
 def scores_ours(problem: Problem, workspace_bytes: int | None = None) -> Scores:
-    found = linear_topk(
+    result = linear_topk(
         problem.hidden, problem.weight, problem.shape.topk, validate=False,
         workspace_bytes=workspace_bytes,
     )  # fmt: skip
-    return found.logprobs, found.tail_logprobs
+    return result.logprobs, result.tail_logprobs
 
 
 def exact_scores(problem: Problem, logits: Tensor) -> Scores:
-    """Of fp64 logits [N, V]."""
+    """Scores from fp64 logits [N, V]."""
     logprobs = logits.log_softmax(1)
     top, ids = logprobs.topk(problem.shape.topk, 1)
     return top, logprobs.scatter_(1, ids, -torch.inf).logsumexp(1)
@@ -193,20 +193,20 @@ def scorer(name: str, kind: str, score: Callable[[Problem], Scores], **rest: Any
         exact = exact_scores(problem, problem.hidden.double() @ problem.weight.double().t())
         wide = exact_scores(problem, wide_mm(problem.hidden, problem.weight.t()).double())
         pairs = list(zip(score(problem), exact, strict=True))
-        found: dict[str, Any] = {
+        errors: dict[str, Any] = {
             key: loss_error(*pair)
             for key, pair in zip(("logprob_error", "tail_error"), pairs, strict=True)
         }
         gemm = max(loss_error(a, b) for a, b in zip(wide, exact, strict=True))
         bound = max(1e-5, 1.25 * gemm) if kind == "ours" else SANITY
-        return {**found, "red": excess(found, dict.fromkeys(found, bound))}
+        return {**errors, "red": exceeded(errors, dict.fromkeys(errors, bound))}
 
     return Variant(name, kind, "top-k scoring", prepare, check=check, gemms=1, **rest)
 
 
 def scorers(workspace_bytes: int) -> list[Variant]:
     project_only = [
-        replace(each, kind="floor") for each in pieces() if each.name.startswith("GEMM 1")
+        replace(each, kind="floor") for each in components() if each.name.startswith("GEMM 1")
     ]
     bounded = partial(scores_ours, workspace_bytes=workspace_bytes)
     return [

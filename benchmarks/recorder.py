@@ -1,6 +1,6 @@
-"""Rows of a run: JSON lines that stand alone, on disk as they come.
+"""Rows of a run: self-contained JSON lines, written immediately.
 
-Each holds versions, device, commit and the command that measures it again.
+Each row has versions, device, commit and the command that measures it again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ROOT = Path(__file__).parents[1]
 
 
 class OutOfTime(Exception):
-    """The run's time limit has passed; what was measured is on disk."""
+    """The time limit of the run has passed; completed rows are on disk."""
 
 
 @dataclass
 class Recorder:
-    """Rows of one run, on disk as they come."""
+    """Collects the rows of one run and writes each one immediately."""
 
     path: Path
     device: torch.device
@@ -46,20 +46,20 @@ class Recorder:
             "part": part, "variant": name, "status": status, **fields,
             "command": self.command.format(part=part), **self.identity,
         }  # fmt: skip
-        row = json.loads(json.dumps(row), parse_constant=lambda name: None)  # NaN is no JSON
+        row = json.loads(json.dumps(row), parse_constant=lambda name: None)  # JSON has no NaN
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if status != "ok" or part != "correctness":  # there are many of those
+        if status != "ok" or part != "correctness":  # these are many
             print(describe(row), flush=True)
         return row
 
     @property
-    def late(self) -> bool:
+    def out_of_time(self) -> bool:
         return time.monotonic() > self.deadline
 
     def check_time(self) -> None:
-        if self.late:
+        if self.out_of_time:
             raise OutOfTime
 
 
@@ -74,7 +74,7 @@ def describe(row: dict[str, Any]) -> str:
     if row.get("extra_mib") is not None:
         text += f" {row['extra_mib']:8.1f} MiB extra"
     if row.get("dweight_error") is not None:
-        text += f"  dW off by {row['dweight_error']:.1e}"
+        text += f"  dW error {row['dweight_error']:.1e}"
     if row.get("head_share") is not None:
         text += f"  head {row['head_share']:.1%}"
     if row.get("largest_sequences") is not None:
@@ -84,17 +84,17 @@ def describe(row: dict[str, Any]) -> str:
 
 def identity(device: torch.device, commit: str | None) -> dict[str, Any]:
     cuda = device.type == "cuda"
-    changes = None if commit else output("git", "status", "--porcelain")
+    changes = None if commit else command_output("git", "status", "--porcelain")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
-        "driver": smi("driver_version") if cuda else None,
+        "driver": query_gpu("driver_version") if cuda else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         **{name: version(name) for name in ("triton", *PEERS)},
-        "commit": commit or output("git", "rev-parse", "HEAD"),
+        "commit": commit or command_output("git", "rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
     }
 
@@ -106,8 +106,8 @@ def version(package: str) -> str | None:
         return None
 
 
-def output(*command: str) -> str | None:
-    """What a command prints, None where it is missing or fails."""
+def command_output(*command: str) -> str | None:
+    """The output of a command; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
@@ -115,6 +115,6 @@ def output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def smi(*fields: str) -> str | None:
+def query_gpu(*fields: str) -> str | None:
     query = f"--query-gpu={','.join(fields)}"
-    return output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
+    return command_output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
