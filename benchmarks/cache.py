@@ -134,8 +134,8 @@ def make_records(shape: Shape, *, ids: str) -> list[tuple[Rollout, TeacherScores
             rollout_logprobs_raw=student,
         )
         scores = TeacherScores(
-            logprobs=logprob,
-            entropy=entropy.astype(np.float32),
+            teacher_logprobs=logprob,
+            teacher_entropy=entropy.astype(np.float32),
             topk_ids=listed,
             topk_logprobs=logprobs.astype(np.float32),
             tail_logprobs=tail.astype(np.float32),
@@ -195,7 +195,7 @@ def measure(
         if codec == "exact":
             check_exact(records, TeacherCache.open(path, support="list"))
         read = seconds(
-            lambda: [part.tail.sum() for part in TeacherCache.open(path).chunks()], repeats
+            lambda: [part.tail_logprobs.sum() for part in TeacherCache.open(path).chunks()], repeats
         )
         padded = seconds(lambda: [len(item.topk_ids) for item in TeacherCache.open(path)], repeats)
         cache = TeacherCache.open(path)

@@ -13,7 +13,7 @@ from benchmarks import cache
 from benchmarks.clock import Outcome, Prepared
 from benchmarks.harness import classify, free_memory, one_line
 from lopd.models.packing import pack_attention
-from lopd.store import TeacherSequence
+from lopd.store import TeacherSequence, TopKLists
 from lopd.training.batch import Batch, Collator, to_device
 from lopd.training.options import DEFAULT_OPTIM, optimizer_class
 
@@ -87,10 +87,9 @@ def make_sequences(size: Size, count: int, prompt: int) -> list[TeacherSequence]
     return [
         TeacherSequence(
             rollout,
-            scores.logprobs,
-            scores.entropy,
-            scores.topk_ids,
-            scores.topk_logprobs,
+            scores.teacher_logprobs,
+            scores.teacher_entropy,
+            TopKLists.from_padded(scores.topk_ids, scores.topk_logprobs),
             scores.tail_logprobs,
         )
         for rollout, scores in cache.make_records(shape, ids="zipf")

@@ -1,4 +1,4 @@
-"""The `lopd` command: one sub-command a stage, flags or YAML, errors in one line."""
+"""The `lopd` command: one subcommand per stage, flags or YAML, one-line errors."""
 
 import importlib
 import sys
@@ -8,21 +8,21 @@ from lopd import __version__
 from lopd.config.parse import build_config, check_keys, load_yaml
 from lopd.errors import ConfigError, LopdError
 
-# name: (module of lopd.stages, config class, one line)
+# name: (module of lopd.stages, config class, summary)
 COMMANDS = {
     "sft-data": ("sft_data", "SftDataConfig", "sample the teacher's answers to prompts"),
     "sft": ("sft", "SftConfig", "fine-tune the student on those answers"),
-    "rollout": ("rollout", "RolloutConfig", "sample the fine-tuned student, once"),
-    "score": ("score", "ScoreConfig", "score the rollouts with the teacher, once"),
-    "import": ("import_scores", "ImportConfig", "a cache from scores that another tool dumped"),
-    "distill": ("distill", "DistillConfig", "train the student on the cache, no teacher"),
-    "plan": ("plan", "PlanConfig", "peak memory of training, and what would make it fit"),
-    "eval": ("evaluate", "EvalConfig", "accuracy on prompts, KL to a teacher"),
-    "inspect": ("inspect", "InspectConfig", "totals of an artefact; --verify checks its hashes"),
-    "verify": ("verify", "VerifyConfig", "check an artefact; --rescore N: noise against signal"),
-    "declare": ("declare", "DeclareConfig", "admit a checkpoint fine-tuned elsewhere"),
-    "run": ("run", "RunConfig", "every missing stage of a recipe, in order"),
-    "demo": ("demo", "DemoConfig", "the whole pipeline at toy scale, in a few minutes"),
+    "rollout": ("rollout", "RolloutConfig", "sample the fine-tuned student once"),
+    "score": ("score", "ScoreConfig", "score the rollouts with the teacher once"),
+    "import": ("import_scores", "ImportConfig", "make a cache from another tool's scores"),
+    "distill": ("distill", "DistillConfig", "train the student on the cache, without the teacher"),
+    "plan": ("plan", "PlanConfig", "estimate peak training memory, and how to make it fit"),
+    "eval": ("evaluate", "EvalConfig", "measure accuracy on prompts and the KL to a teacher"),
+    "inspect": ("inspect", "InspectConfig", "show what a folder holds"),
+    "verify": ("verify", "VerifyConfig", "check a folder, and a cache's noise with --rescore"),
+    "declare": ("declare", "DeclareConfig", "admit a checkpoint that was fine-tuned elsewhere"),
+    "run": ("run", "RunConfig", "run the unfinished stages of a recipe, in order"),
+    "demo": ("demo", "DemoConfig", "run the whole pipeline at toy scale in a few minutes"),
 }
 
 
@@ -37,8 +37,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`lopd COMMAND --help` lists a command's flags; a YAML file holds the same names.",
-            "--rehash, with any command: fingerprint models anew, whatever is remembered of them.",
+            "`lopd COMMAND --help` lists the flags of a command; a YAML file has the same names.",
+            "Every command accepts --rehash: hash models again instead of using stored hashes.",
         ]
     )
 
@@ -46,7 +46,7 @@ def usage() -> str:
 def run(argv: Sequence[str]) -> None:
     command, *rest = argv
     if command not in COMMANDS:
-        check_keys([command], list(COMMANDS), "lopd")
+        check_keys([command], list(COMMANDS), "lopd", "command")
     from transformers.utils import logging
 
     from lopd.provenance import forget_fingerprints
@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def split_config(words: Sequence[str], command: str) -> tuple[str | None, list[str]]:
-    """The file of `--config FILE` or `--config=FILE`, and the other words."""
+    """The file of `--config FILE` or `--config=FILE`, and the remaining words."""
     file, flags = None, []
     rest = iter(words)
     for word in rest:
@@ -84,7 +84,7 @@ def split_config(words: Sequence[str], command: str) -> tuple[str | None, list[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: 0 when done, else one line on stderr and the error's code."""
+    """Entry point. Returns 0, or the exit code of an error that it prints in one line."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lopd {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
-        print(f"lopd {argv[0]}: interrupted; the same command continues it", file=sys.stderr)
+        print(f"lopd {argv[0]}: interrupted; rerun the same command to continue", file=sys.stderr)
         return 130
     return 0
 

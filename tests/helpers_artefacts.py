@@ -74,8 +74,10 @@ def score(rollout, rng, vocab, k=4):
     ids = np.argsort(-logprobs, axis=1)[:, :k]
     listed = np.take_along_axis(logprobs, ids, 1)
     return TeacherScores(
-        logprobs=logprobs[np.arange(length), rollout.tokens[rollout.prompt_length :]].astype("f4"),
-        entropy=-(np.exp(logprobs) * logprobs).sum(1).astype("f4"),
+        teacher_logprobs=logprobs[
+            np.arange(length), rollout.tokens[rollout.prompt_length :]
+        ].astype("f4"),
+        teacher_entropy=-(np.exp(logprobs) * logprobs).sum(1).astype("f4"),
         topk_ids=ids.astype(np.int32),
         topk_logprobs=listed.astype("f4"),
         tail_logprobs=np.log1p(-np.exp(listed).sum(1)).astype("f4"),

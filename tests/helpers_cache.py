@@ -50,8 +50,8 @@ def make_pair(
         rollout_logprobs_raw=(sampled * 2).astype(np.float32) if raw_differs else sampled,
     )
     scores = TeacherScores(
-        logprobs=own.astype(np.float32),
-        entropy=(-(np.exp(dense) * dense).sum(axis=1)).astype(np.float32),
+        teacher_logprobs=own.astype(np.float32),
+        teacher_entropy=(-(np.exp(dense) * dense).sum(axis=1)).astype(np.float32),
         topk_ids=order[:, :k].astype(np.int32),
         topk_logprobs=ranked[:, :k].astype(np.float32),
         tail_logprobs=tail.astype(np.float32),

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lopd.store import Rollout, TeacherSequence
+from lopd.store import Rollout, TeacherSequence, TopKLists
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.objective import Objective
 from lopd.training.options import TrainOptions
@@ -126,8 +126,7 @@ def make_scored(rollouts, k=4, seed=1):
                 rollout=rollout,
                 teacher_logprobs=own.astype(np.float32),
                 teacher_entropy=-(np.exp(logprobs) * logprobs).sum(1).astype(np.float32),
-                topk_ids=ids.astype(np.int32),
-                topk_logprobs=listed.astype(np.float32),
+                lists=TopKLists.from_padded(ids.astype(np.int32), listed.astype(np.float32)),
                 tail_logprobs=np.log1p(-np.exp(listed).sum(1)).astype(np.float32),
             )
         )

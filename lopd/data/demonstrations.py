@@ -13,7 +13,7 @@ from lopd.errors import DataError, ModelError
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A given answer to a prompt: a rollout without log-probs, because nobody sampled it."""
+    """An answer to a prompt that no model sampled: a rollout without log-probs."""
 
     prompt_id: str
     sample: int
@@ -24,15 +24,14 @@ class Demonstration:
 
 
 def load_sft_jsonl(path: str | Path, tokenizer: Any) -> list[Demonstration]:
-    """Demonstrations from JSONL, tokenised once: prompt, answer, end-of-sequence token.
+    """Demonstrations from JSONL, tokenised: prompt, answer, end-of-sequence token.
 
     A line is `{"prompt": ..., "completion": "text"}` or `{"messages": [..., {"role":
     "assistant", "content": "text"}]}`. The prompt is encoded as for rollouts, so that the
-    answer begins where generation will.
+    answer starts where generation does.
 
     Raises:
-        DataError: naming file and line, for a record without a prompt or an answer, or when the
-            file holds none.
+        DataError: a record has no prompt or no answer (names file and line), or the file is empty.
         ModelError: the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
@@ -58,7 +57,7 @@ def load_sft_jsonl(path: str | Path, tokenizer: Any) -> list[Demonstration]:
             )
         )
     if not demonstrations:
-        raise DataError(f"{path}: holds no demonstrations; expected one JSON object a line")
+        raise DataError(f"{path}: holds no demonstrations; expected one JSON object per line")
     return demonstrations
 
 
@@ -71,7 +70,7 @@ def _answer(record: dict[str, Any], where: str) -> str:
         answer = last.get("content") if last.get("role") == "assistant" else None
     if not isinstance(answer, str) or not answer:
         raise DataError(
-            f"{where}: found no answer text; expected 'completion', or messages that end with the "
-            "assistant's"
+            f"{where}: found no answer text; expected 'completion', or messages that end with an "
+            "assistant message"
         )
     return answer

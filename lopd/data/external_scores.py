@@ -1,22 +1,22 @@
-"""Teacher scores as other tools dump them, one sequence a record.
+"""Teacher scores in the formats of other tools, one sequence per record.
 
-`lightning-opd`, the parquet of the paper's own code: `prompt`, text that a chat template has been
-applied to, and a struct `metadata` of `is_lightning_opd`, `response_tokens`, `loss_mask`,
-`response` and `teacher_log_probs` (of the response tokens). There is no list and no tail.
+`lightning-opd` is the parquet of the paper's code: `prompt`, text with the chat template applied,
+and a struct `metadata` of `is_lightning_opd`, `response_tokens`, `loss_mask`, `response` and
+`teacher_log_probs` (of the response tokens). There is no list and no tail.
 
-`topk`, log-probs in JSONL or parquet as users of vLLM dump them:
+`topk` holds log-probs in JSONL or parquet, as written by users of vLLM:
 
     prompt_token_ids      list of ids
     response_token_ids    list of ids, or `token_ids`
-    logprobs              one entry a response token: {"id": logprob, ...},
+    logprobs              one entry per response token: {"id": logprob, ...},
                           {"id": {"logprob": x, ...}, ...}, [[id, logprob], ...] or
                           [{"token_id": id, "logprob": x}, ...]
 
-In place of `logprobs`, `topk_ids` and `topk_logprobs`, a list each a response token. In place of
-`response_token_ids` and `logprobs`, `prompt_length` and vLLM's `prompt_logprobs`, where
-`prompt_token_ids` is prompt and response and entry t is of token t.
+`topk_ids` and `topk_logprobs`, one list each per response token, may replace `logprobs`.
+`prompt_length` and vLLM's `prompt_logprobs` may replace `response_token_ids` and `logprobs`; then
+`prompt_token_ids` is prompt and response, and entry t belongs to token t.
 
-Optional: `teacher_logprobs` (of the response tokens, where a list lacks them), `rollout_logprobs`,
+Optional: `teacher_logprobs` (of the response tokens, for lists that lack them), `rollout_logprobs`,
 `loss_mask` (of the response), `finish_reason`, `id` and `sample`.
 """
 
@@ -31,8 +31,7 @@ import numpy as np
 
 from lopd.data.jsonl import read_records
 from lopd.errors import ConfigError, DataError, LopdError
-from lopd.store import Rollout
-from lopd.store.types import FINISH_REASONS
+from lopd.store import FINISH_REASONS, Rollout, TopKLists
 from lopd.store.validate import MASS_TOLERANCE
 
 Format = Literal["lightning-opd", "topk"]
@@ -48,14 +47,12 @@ _TOPK = (
 
 @dataclass(frozen=True)
 class Dumped:
-    """One sequence of a dump: R response tokens, a ragged list at each, descending."""
+    """One sequence of a dump, with a list sorted by log-prob at each of R response tokens."""
 
     where: str
     rollout: Rollout
-    logprobs: np.ndarray  # [R] fp64, of the response tokens
-    ids: np.ndarray  # [E] int64, the lists end to end
-    listed: np.ndarray  # [E] fp64, their log-probs
-    lengths: np.ndarray  # [R] int64, sums to E
+    teacher_logprobs: np.ndarray  # [R] fp64, of the response tokens
+    lists: TopKLists  # int64 ids, fp64 log-probs
 
 
 def read_dump(
@@ -64,13 +61,13 @@ def read_dump(
     """The sequences of a file, in order.
 
     Args:
-        tokenizer: of the student, which encodes the prompts of `lightning-opd`.
-        eos_ids: of the student: they tell whether an answer stopped where no `finish_reason` says
-            it.
+        tokenizer: of the student; encodes the prompts of `lightning-opd`.
+        eos_ids: of the student; a response that ends with one has finish reason "stop" where the
+            record has no `finish_reason`.
 
     Raises:
-        DataError: place and fault of a record that is not of the format.
-        MissingFileError, ConfigError: as `tables.read_records`; `tokenizer` or `eos_ids` is needed.
+        DataError: a record is not of the format; names the record and the fault.
+        MissingFileError, ConfigError: as `jsonl.read_records`; `tokenizer` or `eos_ids` is needed.
     """
     seen: Counter[str] = Counter()
     for where, record in read_records(path):
@@ -81,7 +78,7 @@ def read_dump(
             raise
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"{where}: a field is of another type than format '{form}' has ({error})"
+                f"{where}: a field has another type than in format '{form}' ({error})"
             ) from error
         yield dumped
 
@@ -97,17 +94,17 @@ def _lightning(where: str, record: dict[str, Any], tokenizer: Any) -> dict[str, 
     if absent or metadata["is_lightning_opd"] is not True:
         what = f"no '{absent[0]}'" if absent else "is_lightning_opd not true"
         raise DataError(
-            f"{where}: metadata has {what}; expected the file that has the teacher's log-probs "
+            f"{where}: metadata has {what}; expected the file with the teacher's log-probs "
             "(its name ends with -precomputed)"
         )
     if tokenizer is None:
-        raise ConfigError(f"{where}: prompts are text; give the folder of the student")
+        raise ConfigError(f"{where}: prompts are text; name the folder of the student")
     response = metadata["response_tokens"]
     return {
         "prompt": tokenizer.encode(record["prompt"], add_special_tokens=False),
         "response": response,
         "mask": metadata["loss_mask"],
-        "own": metadata["teacher_log_probs"],
+        "teacher": metadata["teacher_log_probs"],
         "lists": [{}] * len(response),
     }
 
@@ -137,7 +134,7 @@ def _topk(where: str, record: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         "prompt": prompt,
         "response": response,
         "mask": record.get("loss_mask"),
-        "own": record.get("teacher_logprobs"),
+        "teacher": record.get("teacher_logprobs"),
         "lists": lists,
         "rollout": record.get("rollout_logprobs"),
         "finish": record.get("finish_reason"),
@@ -163,7 +160,7 @@ def _assemble(
             "least one of each; drop the record"
         )
     count = len(response)
-    for name in ("mask", "own", "lists", "rollout"):
+    for name in ("mask", "teacher", "lists", "rollout"):
         value = fields.get(name)
         if value is not None and len(value) != count:
             raise DataError(
@@ -195,83 +192,85 @@ def _assemble(
     return Dumped(
         where=where,
         rollout=rollout,
-        logprobs=_own(where, response, fields["own"], entries),
-        ids=np.concatenate([ids for ids, _ in entries]),
-        listed=np.concatenate([logprobs for _, logprobs in entries]),
-        lengths=np.array([len(ids) for ids, _ in entries]),
+        teacher_logprobs=_teacher_logprobs(where, response, fields["teacher"], entries),
+        lists=TopKLists(
+            np.concatenate([ids for ids, _ in entries]),
+            np.concatenate([logprobs for _, logprobs in entries]),
+            np.array([len(ids) for ids, _ in entries]),
+        ),
     )
 
 
 _NAMES = {
     "mask": "loss_mask",
-    "own": "the teacher's log-probs",
+    "teacher": "the teacher's log-probs",
     "lists": "log-probs",
     "rollout": "rollout_logprobs",
 }
 
 
-def _own(
-    where: str, response: np.ndarray, given: Any, entries: list[tuple[np.ndarray, np.ndarray]]
+def _teacher_logprobs(
+    where: str, response: np.ndarray, dumped: Any, entries: list[tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:  # [R] fp64
-    if given is not None:
-        return _numbers(where, _NAMES["own"], given, np.float64)
-    own = np.empty(len(response))
+    if dumped is not None:
+        return _numbers(where, _NAMES["teacher"], dumped, np.float64)
+    found = np.empty(len(response))
     for t, (token, (ids, logprobs)) in enumerate(zip(response.tolist(), entries, strict=True)):
         at = np.flatnonzero(ids == token)
         if not len(at):
             raise DataError(
-                f"{where}: response token {t} (id {token}) is not in its own list; dump its "
-                "log-prob too (vLLM always does), or give 'teacher_logprobs'"
+                f"{where}: response token {t} (id {token}) is not in its list; dump its "
+                "log-prob too (vLLM always does), or add 'teacher_logprobs'"
             )
-        own[t] = logprobs[at[0]]
-    return own
+        found[t] = logprobs[at[0]]
+    return found
 
 
 def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # ids, log-probs, [n]
-    """One list, in any of its forms, by descending log-prob."""
+    """One list, in any of its forms, sorted by descending log-prob."""
     pairs: Any = entry.items() if isinstance(entry, dict) else entry
     try:
         if isinstance(entry, list) and entry and isinstance(entry[0], dict):
             pairs = [(item["token_id"], item["logprob"]) for item in entry]
-        found = [
+        entries = [
             (_whole(token), float(value["logprob"] if isinstance(value, dict) else value))
             for token, value in pairs
         ]
     except (KeyError, TypeError, ValueError):
         raise DataError(
-            f"{where}: {_short(entry)} is no list of log-probs; expected {{id: logprob}}, "
+            f"{where}: {_short(entry)} is not a list of log-probs; expected {{id: logprob}}, "
             "[[id, logprob], ...] or [{'token_id': id, 'logprob': x}, ...]"
         ) from None
-    found.sort(key=lambda pair: (-pair[1], pair[0]))
-    ids = np.array([token for token, _ in found], np.int64)
+    entries.sort(key=lambda pair: (-pair[1], pair[0]))
+    ids = np.array([token for token, _ in entries], np.int64)
     if len(np.unique(ids)) != len(ids):
         raise DataError(f"{where}: an id is listed twice; expected distinct ids")
-    logprobs = np.array([value for _, value in found])
+    logprobs = np.array([value for _, value in entries])
     mass = np.exp(logprobs).sum()
     if not (np.isfinite(logprobs).all() and mass <= 1 + MASS_TOLERANCE):
         raise DataError(
             f"{where}: a list of mass {mass:.6g}; expected finite natural logs of probabilities "
-            "that sum to 1 at most"
+            "that sum to at most 1"
         )
     return ids, logprobs
 
 
 def _whole(token: Any) -> int:
     if not isinstance(token, int | str):
-        raise TypeError(f"{token!r} is no id")
+        raise TypeError(f"{token!r} is not an id")
     return int(token)
 
 
-def _finish(where: str, given: Any, last: int, eos_ids: Sequence[int]) -> str:
-    if given in FINISH_REASONS:
-        return str(given)
-    if given is not None:
+def _finish(where: str, reason: Any, last: int, eos_ids: Sequence[int]) -> str:
+    if reason in FINISH_REASONS:
+        return str(reason)
+    if reason is not None:
         raise DataError(
-            f"{where}: finish_reason is {given!r}; expected {' or '.join(FINISH_REASONS)}"
+            f"{where}: finish_reason is {reason!r}; expected {' or '.join(FINISH_REASONS)}"
         )
     if not eos_ids:
         raise ConfigError(
-            f"{where}: no finish_reason; give it in the file, or the folder of the student"
+            f"{where}: no finish_reason; add it to the file, or name the folder of the student"
         )
     return "stop" if last in eos_ids else "length"
 

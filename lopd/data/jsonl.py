@@ -1,4 +1,4 @@
-"""Records of JSONL and parquet files, one after the other, each with its place."""
+"""Records of JSONL and parquet files, each with its file and line."""
 
 import json
 from collections.abc import Iterator
@@ -8,14 +8,16 @@ from typing import Any
 from lopd.errors import ConfigError, DataError, MissingFileError
 
 PARQUET_SUFFIX = ".parquet"
-_ROWS_TOGETHER = 4  # a row of a dump can hold 10^5 log-probs, each a Python object
+_ROWS_TOGETHER = 4  # a row of scores can hold 10^5 log-probs, each a Python object
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `(place, record)`: rows of a `.parquet` file, else the lines of a JSONL file.
 
-    Raises MissingFileError when the file is absent, DataError for one that is not what its name
-    says, ConfigError when pyarrow is needed and not installed.
+    Raises:
+        MissingFileError: the file does not exist.
+        DataError: the file is not of the type that its name says.
+        ConfigError: pyarrow is needed and not installed.
     """
     path = Path(path)
     if path.suffix == PARQUET_SUFFIX:
@@ -26,11 +28,12 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `("file:line", record)` for every non-blank line of a JSONL file.
 
-    Raises MissingFileError when the file is absent, DataError for a line that is not a JSON object.
+    Raises:
+        MissingFileError: the file does not exist. DataError: a line is not a JSON object.
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; expected a JSONL file, one record a line")
+        raise MissingFileError(f"{path}: no such file; expected a JSONL file, one record per line")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -40,7 +43,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 record = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 raise DataError(
-                    f"{where}: not JSON in UTF-8 ({error}); expected one object a line"
+                    f"{where}: not JSON in UTF-8 ({error}); expected one object per line"
                 ) from None
             if not isinstance(record, dict):
                 raise DataError(f"{where}: found a {type(record).__name__}; expected an object")
@@ -48,7 +51,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Columns and fields of structs that are null in a row are left out of its record."""
+    """Null columns and null fields of structs are left out of a record."""
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file; expected a parquet file")
     try:
@@ -67,7 +70,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}: row {number}", _without_nulls(row)
     except (ArrowException, OSError) as error:
         raise DataError(
-            f"{path}: not a whole parquet file ({' '.join(str(error).split())}); write it again"
+            f"{path}: not a complete parquet file ({' '.join(str(error).split())}); write it again"
         ) from error
 
 

@@ -1,10 +1,10 @@
-"""Prompts from JSONL or parquet, in the field's formats, as token ids.
+"""Prompts from JSONL or parquet, as token ids.
 
 A line or row is `{"prompt": "text"}`, `{"prompt": [messages]}` or `{"messages": [messages]}`,
-with an optional `id` and, for evaluation, an `answer`. Where the tokenizer has a chat
-template it is applied (a plain string becomes one user message); where it has none, a
-string is tokenised as it is and messages are refused. A trailing assistant message is
-what `lopd sft` trains on; it is not part of the prompt.
+with an optional `id` and, for evaluation, an `answer`. A tokenizer's chat template is applied (a
+plain string becomes one user message); without a template, a string is tokenised as it is and
+messages are refused. A trailing assistant message is the answer that `lopd sft` trains on; it is
+not part of the prompt.
 """
 
 import hashlib
@@ -16,11 +16,12 @@ from typing import Any
 
 from lopd.data.jsonl import read_records
 from lopd.errors import ConfigError, DataError
+from lopd.models.limits import ModelLimits
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: an id that does not depend on its place in the file, and its tokens."""
+    """One prompt; its id does not depend on its position in the file."""
 
     id: str
     tokens: list[int]
@@ -29,12 +30,12 @@ class Prompt:
 
 def prompt_messages(record: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
     """The prompt of a record: a string, or messages without a trailing assistant turn."""
-    given = [key for key in ("prompt", "messages") if key in record]
-    if len(given) != 1:
-        found = " and ".join(given) or f"keys {sorted(record)}"
+    keys = [key for key in ("prompt", "messages") if key in record]
+    if len(keys) != 1:
+        found = " and ".join(keys) or f"keys {sorted(record)}"
         raise DataError(f"{where}: found {found}; expected exactly one of 'prompt', 'messages'")
-    value = record[given[0]]
-    if isinstance(value, str) and given[0] == "prompt":
+    value = record[keys[0]]
+    if isinstance(value, str) and keys[0] == "prompt":
         if not value:
             raise DataError(f"{where}: 'prompt' is empty; expected text or a list of messages")
         return value
@@ -45,19 +46,20 @@ def prompt_messages(record: dict[str, Any], where: str) -> str | list[dict[str, 
         for m in value
     ):
         raise DataError(
-            f"{where}: '{given[0]}' is not a list of messages, each with 'role' and 'content' "
+            f"{where}: '{keys[0]}' is not a list of messages, each with 'role' and 'content' "
             "as text; expected the chat format"
         )
     messages = value[:-1] if value and value[-1]["role"] == "assistant" else value
     if not messages:
-        raise DataError(f"{where}: '{given[0]}' holds no message before the assistant's")
+        raise DataError(f"{where}: '{keys[0]}' holds no message before the assistant's")
     return messages
 
 
 def encode_prompt(tokenizer: Any, record: dict[str, Any], where: str) -> list[int]:
-    """Token ids of a record's prompt, up to where the model begins to answer.
+    """Token ids of a record's prompt, up to the start of the model's answer.
 
-    Raises DataError, naming `where`, for a record that has no usable prompt.
+    Raises:
+        DataError: the record has no usable prompt; names `where`.
     """
     prompt = prompt_messages(record, where)
     if tokenizer.chat_template:
@@ -75,8 +77,8 @@ def encode_prompt(tokenizer: Any, record: dict[str, Any], where: str) -> list[in
         tokens = tokenizer(prompt)["input_ids"]
     else:
         raise DataError(
-            f"{where}: found messages, but the tokenizer has no chat template; give 'prompt' as "
-            "text, or a model folder whose tokenizer has a template"
+            f"{where}: found messages, but the tokenizer has no chat template; write 'prompt' as "
+            "text, or use a model folder whose tokenizer has a template"
         )
     if not tokens:
         raise DataError(f"{where}: the prompt has no tokens; expected at least one")
@@ -86,15 +88,16 @@ def encode_prompt(tokenizer: Any, record: dict[str, Any], where: str) -> list[in
 def load_prompts(path: str | Path, tokenizer: Any, *, limit: int | None = None) -> list[Prompt]:
     """Read and tokenise a prompt file: parquet by its suffix, else JSONL.
 
-    The id is the record's own `id`, or a digest of the prompt; a repeated digest gets `#1`,
-    `#2`, ... so that reordering the file permutes ids and prompts alike.
+    The id is the record's `id`, or a digest of the prompt; a repeated digest gets `#1`, `#2`, ...
+    so that reordering the file permutes ids and prompts alike.
 
-    Raises DataError for an empty set or two records that claim one `id`.
+    Raises:
+        DataError: the file has no prompts, or two records have the same `id`.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: found {limit}; expected at least 1")
     prompts: list[Prompt] = []
-    given: dict[str, str] = {}
+    places: dict[str, str] = {}
     repeats: Counter[str] = Counter()
     for where, record in read_records(path):
         tokens = encode_prompt(tokenizer, record, where)
@@ -102,9 +105,9 @@ def load_prompts(path: str | Path, tokenizer: Any, *, limit: int | None = None) 
             if not isinstance(record["id"], str | int):
                 raise DataError(f"{where}: id is {record['id']!r}; expected a string or a number")
             name = str(record["id"])
-            if name in given:
-                raise DataError(f"{where}: id '{name}' was used at {given[name]}; ids are unique")
-            given[name] = where
+            if name in places:
+                raise DataError(f"{where}: id '{name}' was used at {places[name]}; ids are unique")
+            places[name] = where
         else:
             text = json.dumps(prompt_messages(record, where), sort_keys=True)
             digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -115,7 +118,7 @@ def load_prompts(path: str | Path, tokenizer: Any, *, limit: int | None = None) 
         if limit is not None and len(prompts) == limit:
             break
     if not prompts:
-        raise DataError(f"{path}: holds no prompts; expected one record a line or row")
+        raise DataError(f"{path}: holds no prompts; expected one record per line or row")
     return prompts
 
 
@@ -127,21 +130,19 @@ def check_prompts(
     vocab_size: int,
     max_new_tokens: int,
 ) -> None:
-    """Refuse prompts that the model has no room or no embedding for.
+    """Refuse prompts that a model cannot read, or has no room to answer.
 
-    Raises DataError, naming the prompt: with `max_new_tokens` it passes the context, or a token
-    id is beyond the model's rows.
+    Raises:
+        DataError: names the first prompt that exceeds the context with `max_new_tokens`, or has a
+            token id beyond the vocabulary.
     """
-    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
-    if context is not None and len(longest.tokens) + max_new_tokens > context:
-        raise DataError(
-            f"{source}: prompt '{longest.id}' has {len(longest.tokens)} tokens, with "
-            f"max_new_tokens={max_new_tokens} that passes the model's context of {context}; "
-            "lower --max_new_tokens or remove long prompts"
-        )
-    largest = max(prompts, key=lambda prompt: max(prompt.tokens))
-    if max(largest.tokens) >= vocab_size:
-        raise DataError(
-            f"{source}: prompt '{largest.id}' has token id {max(largest.tokens)}, the model's "
-            f"vocabulary ends at {vocab_size - 1}; its tokenizer belongs to another model"
-        )
+    limits = ModelLimits(
+        "the model",
+        vocab_size,
+        context,
+        length_remedy="lower --max_new_tokens or remove long prompts",
+        id_remedy="use the tokenizer that belongs to the model",
+    )
+    for prompt in prompts:
+        name = f"{source}: prompt '{prompt.id}'"
+        limits.check(name, prompt.tokens, max_new_tokens=max_new_tokens)

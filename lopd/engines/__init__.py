@@ -1,20 +1,31 @@
-"""Inference behind one small protocol (`base.Engine`): generate answers, score given ones.
+"""Inference engines behind one protocol, `Engine`: generate answers, score sequences.
 
-`load_engine` imports an engine where it is asked for by name, so that vLLM is needed only by
-those who choose it.
+`load_engine` loads an engine by name; vLLM is imported only when it is chosen. `score_rollouts`
+scores stored rollouts with a teacher and, for extra ids, the student.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.engines.base import Engine
+from lopd.engines.base import Engine, Generation, Sampling, score_rollouts
 from lopd.errors import ConfigError
+
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "Generation",
+    "Numerics",
+    "Sampling",
+    "check_engine",
+    "load_engine",
+    "score_rollouts",
+]
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """How an engine gets tail and entropy, in the words of `lopd.store.scoring_of`."""
+    """Sources of an engine's tail and entropy; values as in `lopd.store.scoring_of`."""
 
     tail: str
     entropy: str
@@ -27,6 +38,7 @@ ENGINES = {
 
 
 def check_engine(name: str) -> None:
+    """Refuse the name of an unknown engine."""
     if name not in ENGINES:
         raise ConfigError(f"engine: found '{name}'; expected one of {', '.join(ENGINES)}")
 
@@ -45,10 +57,14 @@ def load_engine(
 
     Args:
         local_rank: number of this process among those that share the machine's GPUs; with
-            `device="auto"` it gets its own. None where it is alone.
+            `device="auto"` each uses another GPU. None for a single process.
         options: see `lopd.engines.options`.
-        limits: `batch_size`, `tokens_per_batch` of the transformers engine; vLLM schedules by
-            itself and does not look at them.
+        limits: `batch_size` and `tokens_per_batch` of the transformers engine; vLLM schedules its
+            batches itself and ignores them.
+
+    Raises:
+        ConfigError: an unknown engine, or one that is not installed.
+        ModelError: the model cannot be loaded.
     """
     check_engine(name)
     if name == "vllm":
@@ -57,8 +73,8 @@ def load_engine(
         return VllmEngine.load(
             path, dtype=dtype, device=device, local_rank=local_rank, options=options
         )
-    from lopd.engines.transformers import HfEngine
+    from lopd.engines.transformers import TransformersEngine
 
-    return HfEngine.load(
+    return TransformersEngine.load(
         path, dtype=dtype, device=device, local_rank=local_rank, options=options, **limits
     )

@@ -1,47 +1,48 @@
-"""What a stage asks of an inference engine: generate answers, score given ones.
+"""The interface of inference engines: generate answers, score sequences.
 
-An engine decides batching and order of execution; what it returns depends on the
-sequence alone. Each sequence brings its own random seed, so that a rollout does not
-depend on its neighbours in a batch, on the shard it falls into or on the prompt order
-(up to floating-point rounding where batch shapes differ).
+An engine decides batching and the order of execution; its results depend only on the
+sequence. Each sequence has its own random seed, so that a rollout does not depend on its
+neighbours in a batch, its shard or the order of the prompts (up to floating-point rounding
+where batch shapes differ).
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
+from lopd.config.fields import Settings, setting
 from lopd.data.prompts import Prompt
-from lopd.errors import ConfigError, DataError
+from lopd.errors import DataError, ModelError
+from lopd.models.limits import ModelLimits
 from lopd.store import Rollout, TeacherScores
 
 Progress = Callable[[int], object]  # called with the number of sequences just finished
+_sampling = partial(setting, group="Sampling")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Settings):
     """How answers are drawn. `temperature=0` is greedy decoding."""
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: found {self.max_new_tokens}; expected at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(
-                f"temperature: found {self.temperature}; expected 0 (greedy) or a positive number"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: found {self.top_p}; expected a number in (0, 1]")
+    max_new_tokens: int = _sampling(
+        within="[1, inf)", help="Maximum length of an answer, in tokens."
+    )
+    temperature: float = _sampling(
+        1.0, within="[0, inf)", help="Sampling temperature; 0 is greedy."
+    )
+    top_p: float = _sampling(
+        1.0,
+        within="(0, 1]",
+        help="Sample from the smallest set of tokens with this probability mass.",
+    )
 
     @property
     def is_raw(self) -> bool:
-        """Whether the sampling distribution is the model's own, so one set of log-probs serves."""
+        """Whether the model is sampled as it is, so that sampled and raw log-probs are equal."""
         return self.temperature == 1.0 and self.top_p == 1.0
 
 
@@ -49,18 +50,19 @@ class Sampling:
 class Generation:
     """One answer, as token ids."""
 
-    tokens: np.ndarray  # [R] int32, the end-of-sequence token kept when finish_reason is "stop"
+    tokens: np.ndarray  # [R] int32, with the end-of-sequence token if finish_reason is "stop"
     finish_reason: str  # "stop" | "length"
     logprobs: np.ndarray  # [R] fp32, under the sampling distribution
     logprobs_raw: np.ndarray  # [R] fp32, at temperature 1 and top_p 1
 
 
 class Engine(Protocol):
-    """One model ready to generate and to score."""
+    """One model, ready to generate and to score."""
 
+    name: str
     tokenizer: Any
     vocab_size: int
-    context: int | None  # longest sequence that it scores; None for no bound
+    context: int | None  # longest sequence that it scores; None for no limit
 
     def generate(
         self,
@@ -80,30 +82,30 @@ class Engine(Protocol):
         k: int,
         *,
         temperature: float = 1.0,
-        extra_ids: Sequence[np.ndarray] | None = None,  # each [R, E] int, -1 pads
+        extra_ids: Sequence[np.ndarray] | None = None,  # each [R, E_i] int, -1 pads
         progress: Progress | None = None,
     ) -> list[TeacherScores]:
-        """The model's top-k, own-token log-prob, tail and entropy at every response token.
+        """Top-k list, tail, entropy and the token's log-prob at every response token.
 
-        With `extra_ids` also the log-probs of further ids at each token, and the log of the
-        mass outside list and extra ids together.
+        With `extra_ids` also the log-probs of further ids at each token, and the log of the mass
+        outside the list and the extra ids together. Their number may differ by sequence.
 
         Raises:
-            DataError: a sequence without prompt or response, longer than the context, or with an
-                id beyond the vocabulary.
-            ConfigError: k beyond the vocabulary, or what this engine cannot do.
+            DataError: a sequence has no prompt or no response, is longer than the context, or has
+                an id beyond the vocabulary.
+            ConfigError: k is beyond the vocabulary, or the engine does not support an option.
         """
         ...
 
 
 def sequence_seed(seed: int, prompt_id: str, sample: int) -> int:
-    """A 63-bit seed that belongs to one (seed, prompt, sample) wherever it is generated."""
+    """A 63-bit seed of one (seed, prompt, sample), the same in every batch and process."""
     digest = hashlib.sha256(f"{seed}/{prompt_id}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def to_rollout(prompt: Prompt, sample: int, generation: Generation) -> Rollout:
-    """A prompt and its answer as one sequence; every response token bears loss."""
+    """A prompt and its answer as one sequence; the loss is on every response token."""
     length = len(prompt.tokens)
     return Rollout(
         prompt_id=prompt.id,
@@ -117,35 +119,62 @@ def to_rollout(prompt: Prompt, sample: int, generation: Generation) -> Rollout:
     )
 
 
-def check_k(k: int, vocab_size: int) -> None:
-    """Refuse lists longer than the vocabulary."""
-    if not 1 <= k <= vocab_size:
-        raise ConfigError(
-            f"k: found {k}; expected 1 to the scoring model's vocabulary of {vocab_size}"
-        )
-
-
 def check_sequences(
     sequences: Sequence[np.ndarray],
     prompt_lengths: Sequence[int],
-    *,
-    context: int | None,
-    vocab_size: int,
+    limits: ModelLimits,
+    extra_ids: Sequence[np.ndarray] | None = None,
 ) -> None:
-    """Refuse sequences that a model cannot score; see `Engine.score`."""
+    """Refuse sequences and extra ids that a model cannot score; see `Engine.score`."""
     for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         if not 1 <= prompt_length < len(tokens):
             raise DataError(
                 f"sequence {i}: {prompt_length} of {len(tokens)} tokens are the prompt; "
                 "expected at least one prompt token and one response token"
             )
-        if context is not None and len(tokens) > context:
+        limits.check(f"sequence {i}", tokens)
+        if extra_ids is not None and (
+            extra_ids[i].ndim != 2 or len(extra_ids[i]) != len(tokens) - prompt_length
+        ):
             raise DataError(
-                f"sequence {i}: {len(tokens)} tokens; the scoring model's context holds "
-                f"{context}; roll out with fewer --max_new_tokens"
+                f"sequence {i}: extra_ids are {extra_ids[i].dtype} {list(extra_ids[i].shape)}; "
+                f"expected integers [{len(tokens) - prompt_length}, E], a row per response token"
             )
-        if (largest := int(np.max(tokens))) >= vocab_size:
-            raise DataError(
-                f"sequence {i}: token id {largest}; the scoring model's vocabulary ends at "
-                f"{vocab_size - 1}: the two models do not share a tokenizer"
-            )
+
+
+def score_rollouts(
+    teacher: Engine,
+    rollouts: Sequence[Rollout],
+    k: int,
+    *,
+    temperature: float = 1.0,
+    student: Engine | None = None,
+    extra_ids: int = 0,
+    progress: Progress | None = None,
+) -> list[TeacherScores]:
+    """The teacher's scores of rollouts.
+
+    Args:
+        student: the model whose top `extra_ids` ids are scored at every token, whatever the
+            teacher's top k. Ids beyond the teacher's vocabulary (padding rows of the student's
+            head) are left out.
+
+    Raises:
+        DataError, ConfigError: as `Engine.score`.
+        ModelError: the engine returned another number of scores.
+    """
+    sequences = [rollout.tokens for rollout in rollouts]
+    prompt_lengths = [rollout.prompt_length for rollout in rollouts]
+    ids = None
+    if student is not None and extra_ids:
+        scored = student.score(sequences, prompt_lengths, extra_ids, temperature=temperature)
+        ids = [np.where(s.topk_ids < teacher.vocab_size, s.topk_ids, -1) for s in scored]
+    scores = teacher.score(
+        sequences, prompt_lengths, k, temperature=temperature, extra_ids=ids, progress=progress
+    )
+    if len(scores) != len(rollouts):
+        raise ModelError(
+            f"engine: {teacher.name} scored {len(scores)} of {len(rollouts)} sequences; nothing is "
+            "written"
+        )
+    return scores

@@ -1,7 +1,7 @@
-"""Settings of the engine, shared by the stages that sample and score.
+"""Settings of the inference engine, shared by the stages that sample and score.
 
-`engine_options` is a mapping, as YAML, of what the chosen engine takes besides. None of it
-changes more than rounding, so none of it is part of a recipe.
+`engine_options` is a YAML mapping of further options for the chosen engine. They change only
+rounding, so they are not part of a recipe.
 
     engine="transformers"   device_map
     engine="vllm"           tensor_parallel_size, pipeline_parallel_size, enforce_eager,
@@ -9,74 +9,128 @@ changes more than rounding, so none of it is part of a recipe.
                             max_model_len, enable_prefix_caching, enable_chunked_prefill,
                             cpu_offload_gb, distributed_executor_backend
 
-Data parallelism is several workers (`--worker i/n`, or torchrun) on one folder.
+For data parallelism, start several workers (`--worker i/n`, or torchrun) on one folder.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from lopd.config.fields import Settings, parse_range, setting, setting_of
 from lopd.config.parse import check_keys
-from lopd.engines import check_engine
+from lopd.engines import ENGINES
+from lopd.engines.base import Sampling
 from lopd.errors import ConfigError
-from lopd.models.load import resolve_device, resolve_dtype
+from lopd.models.load import DTYPES, resolve_device
 
-_Check = tuple[type | tuple[type, ...], float, float, str]
-_COUNT: _Check = (int, 1, float("inf"), "a positive integer")
-_SWITCH: _Check = (bool, 0, 1, "true or false")
-_NAME: _Check = (str, 0, 0, "a name")
-_TAKEN: dict[str, dict[str, _Check]] = {
-    "transformers": {"device_map": ((str, dict), 0, 0, "a name such as auto, or a mapping")},
+# name: (types, range if it is a number, words for an error message)
+_Option = tuple[type | tuple[type, ...], str | None, str]
+_COUNT: _Option = (int, "[1, inf)", "a positive integer")
+_SWITCH: _Option = (bool, None, "true or false")
+_OPTIONS: dict[str, dict[str, _Option]] = {
+    "transformers": {"device_map": ((str, dict), None, "a name such as auto, or a mapping")},
     "vllm": {
         "tensor_parallel_size": _COUNT,
         "pipeline_parallel_size": _COUNT,
         "enforce_eager": _SWITCH,
-        "gpu_memory_utilization": ((int, float), 0, 1, "a number in (0, 1]"),
+        "gpu_memory_utilization": ((int, float), "(0, 1]", "a number in (0, 1]"),
         "max_num_batched_tokens": _COUNT,
         "max_num_seqs": _COUNT,
         "max_model_len": _COUNT,
         "enable_prefix_caching": _SWITCH,
         "enable_chunked_prefill": _SWITCH,
-        "cpu_offload_gb": ((int, float), 0, float("inf"), "0 or a positive number"),
-        "distributed_executor_backend": _NAME,
+        "cpu_offload_gb": ((int, float), "[0, inf)", "0 or a positive number"),
+        "distributed_executor_backend": (str, None, "a name"),
     },
 }
 _REFUSED = {
-    "data_parallel_size": "vLLM takes it only from several processes: start that many with "
-    "--worker i/n, or by torchrun",
-    "enable_lora": "adapters are not supported, and vLLM drops one on the LM head without a "
-    "word; merge it into its base model first (model.merge_and_unload())",
+    "data_parallel_size": "vLLM supports it only across several processes; start that many with "
+    "--worker i/n, or with torchrun",
+    "enable_lora": "adapters are not supported, and vLLM silently drops one on the LM head; "
+    "merge it into its base model first (model.merge_and_unload())",
     "max_logprobs": "it follows from k",
     "logprobs_mode": "it follows from what is stored",
 }
 
+_engine = partial(setting, group="Engine")
+
 
 @dataclass(kw_only=True)
-class EngineOptions:
-    """What every stage that samples or scores says of its engine."""
+class InferenceOptions(Settings):
+    """Dtype and device of a model that samples or scores."""
 
-    engine: str = field(default="transformers", metadata={"help": "transformers or vllm."})
-    engine_options: str | None = field(
-        default=None,
-        metadata={"help": "More for the engine, a YAML mapping: '{gpu_memory_utilization: 0.8}'."},
+    dtype: str = _engine("bfloat16", choices=tuple(DTYPES), help="Dtype of the model's weights.")
+    device: str = setting(
+        "auto", group="Devices and processes", identity=False, help="auto, cpu, cuda or cuda:N."
     )
-    dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N."})
+
+
+@dataclass(kw_only=True)
+class GenerationOptions(InferenceOptions):
+    """Settings of the stages that sample answers."""
+
+    prompts: str = setting(
+        identity=False, help="JSONL or parquet file with 'prompt' or 'messages' in each record."
+    )
+    limit: int | None = setting(
+        None,
+        within="[1, inf)",
+        group="Model and data",
+        help="Use only the first N prompts; all by default.",
+    )
+    max_new_tokens: int = setting_of(Sampling, "max_new_tokens", default=4096)
+    temperature: float = setting_of(Sampling, "temperature")
+    top_p: float = setting_of(Sampling, "top_p")
+    seed: int = setting(0, within="(-inf, inf)", group="Sampling", help="Seed of the sampling.")
+    batch_size: int = _engine(
+        64,
+        within="[1, inf)",
+        identity=False,
+        help="Sequences decoded together (transformers engine).",
+    )
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+
+
+@dataclass(kw_only=True)
+class ScoringOptions(InferenceOptions):
+    """Settings of the stages that score sequences."""
+
+    tokens_per_batch: int = _engine(
+        16384,
+        within="[1, inf)",
+        identity=False,
+        help="Padded tokens per forward pass (transformers engine).",
+    )
+
+
+@dataclass(kw_only=True)
+class EngineOptions(InferenceOptions):
+    """Settings of the inference engine of a stage that can use any of them."""
+
+    engine: str = _engine("transformers", choices=tuple(ENGINES), help="Inference engine.")
+    engine_options: str | None = _engine(
+        None,
+        identity=False,
+        help="Further options of the engine, a YAML mapping such as '{gpu_memory_utilization: "
+        "0.8}'.",
+    )
 
     def __post_init__(self) -> None:
-        check_engine(self.engine)
-        resolve_dtype(self.dtype)
+        super().__post_init__()
         if self.engine == "transformers":
             resolve_device(self.device)
         elif self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(
-                f"device: found '{self.device}'; vllm takes auto, cpu or cuda and is given its "
-                "GPUs by CUDA_VISIBLE_DEVICES"
+                f"device: found '{self.device}'; vllm expects auto, cpu or cuda; choose its GPUs "
+                "with CUDA_VISIBLE_DEVICES"
             )
         options = self.options()
         if "device_map" in options and self.device != "auto":
             raise ConfigError(
-                f"device: found '{self.device}' beside a device_map, which places the model; "
-                "leave device at auto"
+                f"device: found '{self.device}' and a device_map, which places the model; leave "
+                "device at auto"
             )
 
     def options(self) -> dict[str, Any]:
@@ -85,7 +139,7 @@ class EngineOptions:
 
 
 def parse_options(engine: str, text: str | None) -> dict[str, Any]:
-    """A mapping from YAML, or ConfigError that names the option and what it expects."""
+    """A mapping from YAML; raises ConfigError for an option that the engine does not have."""
     if text is None:
         return {}
     import yaml
@@ -101,13 +155,10 @@ def parse_options(engine: str, text: str | None) -> dict[str, Any]:
     for name in options:
         if name in _REFUSED:
             raise ConfigError(f"engine_options: {name}: {_REFUSED[name]}")
-    check_keys(options, list(_TAKEN[engine]), f"engine_options of {engine}")
+    check_keys(options, list(_OPTIONS[engine]), f"engine_options of {engine}")
     for name, value in options.items():
-        kinds, low, high, words = _TAKEN[engine][name]
-        numeric = isinstance(value, int | float)
-        good = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
-        if good and numeric:
-            good = low <= value <= high and (name != "gpu_memory_utilization" or value > 0)
-        if not good:
+        types, within, words = _OPTIONS[engine][name]
+        is_type = isinstance(value, types) and isinstance(value, bool) == (types is bool)
+        if not is_type or (within and value not in parse_range(within)):
             raise ConfigError(f"engine_options: {name}: found {value!r}; expected {words}")
     return options

@@ -1,6 +1,7 @@
 """The transformers engine: batched generation with a KV cache, scoring without logits."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lopd.engines.base import Generation, Progress, Sampling, check_k, check_sequences
+from lopd.data.alignment import predicting_rows, response_positions
+from lopd.engines.base import Generation, Progress, Sampling, check_sequences
 from lopd.errors import ConfigError, ModelError
 from lopd.models.architecture import context_of_config, head_rows_of
 from lopd.models.head import HeadOptions, check_head, lm_head, run_with_loss
+from lopd.models.limits import ModelLimits
 from lopd.models.load import eos_token_ids, load_model, load_tokenizer
 from lopd.store import TeacherScores
 from lopd_kernels import TopK, linear_sparse_divergence, linear_topk
 
 
-class HfEngine:
-    """One `transformers` causal LM that generates and scores.
+class TransformersEngine:
+    """A `transformers` causal LM that generates and scores.
 
     `batch_size` bounds the sequences decoded together, `tokens_per_batch` the padded tokens
-    scored together. The LM head is checked once against the model's own logits, so that a head
-    with an unknown scale or cap is refused before anything is scored with it.
+    scored together. The LM head is checked once against the logits of the model, so that a head
+    with an unknown scale or cap is refused before it is used.
     """
 
     name = "transformers"
@@ -38,6 +41,7 @@ class HfEngine:
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         self.vocab_size, self.context = head_rows_of(model), context_of_config(model.config)
+        self._limits = ModelLimits("the scoring model", self.vocab_size, self.context)
         self.eos_ids = eos_token_ids(model, tokenizer)
         check_head(model)
 
@@ -51,11 +55,11 @@ class HfEngine:
         local_rank: int | None = None,
         options: dict[str, Any] | None = None,
         **limits: int,
-    ) -> "HfEngine":
-        """The model at `path`; `options` may hold a `device_map`.
+    ) -> "TransformersEngine":
+        """Load the model at `path`; `options` may hold a `device_map`.
 
         Raises:
-            ModelError: not loadable, or its LM head would be offloaded.
+            ModelError: the model cannot be loaded, or its LM head would be offloaded.
         """
         model = load_model(
             path, dtype=dtype, device=device, local_rank=local_rank, **(options or {})
@@ -156,10 +160,10 @@ class HfEngine:
     ) -> list[TeacherScores]:
         """See `Engine.score`. Memory does not depend on the vocabulary times the tokens.
 
-        Extra ids cost one more pass over the LM head, which reduces the tail without them.
+        Extra ids cost one more pass over the LM head, which computes the tail without them.
         """
-        check_k(k, self.vocab_size)
-        check_sequences(sequences, prompt_lengths, context=self.context, vocab_size=self.vocab_size)
+        self._limits.check_k(k)
+        check_sequences(sequences, prompt_lengths, self._limits, extra_ids)
         results: dict[int, TeacherScores] = {}
         for rows in _by_tokens(sequences, self.tokens_per_batch):
             batch = self._score_batch(
@@ -187,31 +191,31 @@ class HfEngine:
         mask = np.zeros_like(ids)
         for row, tokens in enumerate(sequences):
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-        spans = [
-            (row * width + prompt_length - 1, row * width + len(tokens) - 1)
-            for row, (tokens, prompt_length) in enumerate(
-                zip(sequences, prompt_lengths, strict=True)
-            )
+        positions = [
+            response_positions(prompt_length, len(tokens))
+            for tokens, prompt_length in zip(sequences, prompt_lengths, strict=True)
         ]
-        index = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in spans]))
-        input_ids = torch.from_numpy(ids)
-        wanted = input_ids.flatten()[index + 1][:, None]
+        index = torch.from_numpy(
+            np.concatenate([predicting_rows(p, row * width) for row, p in enumerate(positions)])
+        )
+        sampled = np.concatenate([t[p] for t, p in zip(sequences, positions, strict=True)])
+        wanted = [sampled.astype(np.int64)[:, None]]
         if extra_ids is not None:
-            further = torch.from_numpy(np.concatenate(extra_ids).astype(np.int64))
-            wanted = torch.cat([wanted, further], dim=1)
+            wanted.append(_pad_columns(extra_ids))
+        extra = torch.from_numpy(np.concatenate(wanted, axis=1))
 
         def read(
             hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions
         ) -> tuple[TopK, Tensor | None]:
             rows = hidden.flatten(0, 1)[index.to(hidden.device)]
             options = {"bias": bias, "temperature": temperature, **head.kwargs()}
-            asked = wanted.to(weight.device)
+            asked = extra.to(weight.device)
             top = linear_topk(rows, weight, k, extra_ids=asked, **options)
             if extra_ids is None:
                 return top, None
             return top, _tail_without(rows, weight, top, asked[:, 1:], options)
 
-        inputs = {"input_ids": input_ids.to(self.device)}
+        inputs = {"input_ids": torch.from_numpy(ids).to(self.device)}
         inputs["attention_mask"] = torch.from_numpy(mask).to(self.device)
         top, extra_tail = run_with_loss(self.model, inputs, read)
         assert top.extra_logprobs is not None
@@ -222,17 +226,32 @@ class HfEngine:
             _floats(top.logprobs),
             _floats(top.tail_logprobs),
         ]
-        if extra_tail is not None:
-            columns += [
-                wanted[:, 1:].to(torch.int32).numpy(),
-                _floats(top.extra_logprobs[:, 1:]),
-                _floats(extra_tail),
-            ]
-        ends = np.cumsum([b - a for a, b in spans])[:-1]
-        return [
+        ends = np.cumsum([len(p) for p in positions])[:-1]
+        scores = [
             TeacherScores(*parts)
             for parts in zip(*(np.split(c, ends) for c in columns), strict=True)
         ]
+        if extra_ids is None or extra_tail is None:
+            return scores
+        logprobs = np.split(_floats(top.extra_logprobs[:, 1:]), ends)
+        tails = np.split(_floats(extra_tail), ends)
+        return [
+            replace(
+                score,
+                extra_ids=asked.astype(np.int32),
+                extra_logprobs=part[:, : asked.shape[1]],
+                extra_tail_logprobs=tail,
+            )
+            for score, asked, part, tail in zip(scores, extra_ids, logprobs, tails, strict=True)
+        ]
+
+
+def _pad_columns(parts: list[np.ndarray]) -> np.ndarray:  # [sum R_i, max E_i] int64
+    """Arrays [R_i, E_i] below each other, -1 where one has fewer columns than another."""
+    width = max(part.shape[1] for part in parts)
+    pads = [((0, 0), (0, width - part.shape[1])) for part in parts]
+    padded = [np.pad(part, pad, constant_values=-1) for part, pad in zip(parts, pads, strict=True)]
+    return np.concatenate(padded).astype(np.int64)
 
 
 def _floats(values: Tensor) -> np.ndarray:
@@ -242,9 +261,9 @@ def _floats(values: Tensor) -> np.ndarray:
 def _tail_without(
     rows: Tensor, weight: Tensor, top: TopK, extra: Tensor, options: dict[str, Any]
 ) -> Tensor:  # [N]
-    """Log of the mass outside the top-k and the extra ids, reduced with all of them removed.
+    """Log of the mass outside the top-k and the extra ids, summed without them.
 
-    The divergence of the model to its own log-probs, whose statistics hold that mass.
+    It is a statistic of the divergence between the model and its own log-probs.
     """
     assert top.extra_logprobs is not None
     new = extra.masked_fill((extra[:, :, None] == top.ids[:, None, :]).any(2), -1)
@@ -262,7 +281,7 @@ def _tail_without(
 
 
 def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pick one token a row by inverse CDF.
+    """Sample one token per row by inverse CDF.
 
     Args: logits [B, V] fp32, uniforms [B] in [0, 1).
     Returns: token ids, their log-probs under the sampling distribution, and at temperature 1
@@ -321,7 +340,7 @@ def _collect(
 
 
 def _by_tokens(sequences: Sequence[np.ndarray], budget: int) -> Iterator[list[int]]:
-    """Indices grouped by similar length, each group at most `budget` padded tokens (or one row)."""
+    """Indices grouped by similar length, each at most `budget` padded tokens (or 1 sequence)."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     group: list[int] = []
     for i in order:

@@ -1,7 +1,7 @@
-"""The vLLM engine: fast sampling and scoring, with what it cannot tell said so.
+"""The vLLM engine: fast sampling and scoring, without entropy and with a derived tail.
 
-vLLM returns top-k lists, so the mass outside a list is found by subtraction here and there is
-no entropy; the transformers engine reduces both. Log-probs of prompts are raw at any
+vLLM returns top-k lists, so the mass outside a list is computed here by subtraction and there is
+no entropy; the transformers engine computes both. Log-probs of prompts are raw at any
 temperature, so a scoring temperature other than 1 is refused.
 """
 
@@ -14,22 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from lopd.engines.base import Generation, Progress, Sampling, check_k, check_sequences
+from lopd.data.alignment import predicting_rows, response_positions
+from lopd.engines.base import Generation, Progress, Sampling, check_sequences
 from lopd.engines.vllm_output import by_entries, read_prompt_logprobs, to_scores
 from lopd.errors import ConfigError, DataError, ModelError
+from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of, eos_ids_of, load_tokenizer
 from lopd.provenance import vocab_size_of
 from lopd.store import TeacherScores
 
-# vLLM raises a temperature below this to it.
+# vLLM raises lower temperatures to this one.
 LOWEST_TEMPERATURE = 0.01
 
 
 class VllmEngine:
-    """One vLLM model that generates and scores.
+    """A vLLM model that generates and scores.
 
-    Sampled tokens bring the log-probs of the distribution that they were drawn from; where that
-    is not the model's own, the raw ones come from a second pass over prompt and answer.
+    vLLM returns the log-probs of the sampling distribution. Where temperature or top_p change it,
+    a second pass over prompt and answer computes the raw log-probs.
     """
 
     name = "vllm"
@@ -39,6 +41,7 @@ class VllmEngine:
     ) -> None:
         self.llm, self.tokenizer = llm, tokenizer
         self.vocab_size, self.context, self.eos_ids = vocab_size, context, eos_ids
+        self._limits = ModelLimits("the scoring model", vocab_size, context)
 
     @classmethod
     def load(
@@ -52,12 +55,12 @@ class VllmEngine:
     ) -> "VllmEngine":
         """Start vLLM on a local model folder.
 
-        Without `max_model_len` a sequence may fill the model's context: vLLM wants room for one
-        more token than it is given to score, so it is told a context longer by one, of which no
-        position beyond the model's own is ever computed.
+        Without `max_model_len` a sequence may fill the model's context. vLLM needs room for one
+        token after those that it scores, so its context is set one token longer; that position is
+        never computed.
 
         Raises:
-            ConfigError: vllm is not installed, or runs on another device.
+            ConfigError: vllm is not installed, or was built for another device.
             ModelError: vLLM cannot run the model.
         """
         if importlib.util.find_spec("vllm") is None:
@@ -143,35 +146,30 @@ class VllmEngine:
         """
         if temperature != 1.0:
             raise ConfigError(
-                f"temperature: found {temperature}; vllm scores at 1 alone, use --engine "
+                f"temperature: found {temperature}; vllm scores only at 1; use --engine "
                 "transformers"
             )
         if extra_ids is not None:
-            raise ConfigError(
-                "extra_ids: vllm scores its own top-k alone; use --engine transformers"
-            )
-        check_k(k, self.vocab_size)
-        check_sequences(sequences, prompt_lengths, context=self.context, vocab_size=self.vocab_size)
+            raise ConfigError("extra_ids: vllm scores only its top-k; use --engine transformers")
+        self._limits.check_k(k)
+        check_sequences(sequences, prompt_lengths, self._limits)
         scores: list[TeacherScores] = []
         for part in by_entries(sequences, k + 1):
             for i, output in zip(part, self._read_prompts(sequences, part, k), strict=True):
                 ids, logprobs = read_prompt_logprobs(i, output, sequences[i], k)
-                rows = slice(prompt_lengths[i] - 1, None)
+                rows = predicting_rows(response_positions(prompt_lengths[i], len(sequences[i])))
                 scores.append(to_scores(i, ids[rows], logprobs[rows], self.vocab_size))
             if progress is not None:
                 progress(len(part))
         return scores
 
     def _check_room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        remedy = "lower --max_new_tokens or raise max_model_len"
+        limits = ModelLimits("vllm", self.vocab_size, self.context, length_remedy=remedy)
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise DataError(f"prompt {i}: has no tokens; expected at least one")
-            if self.context is not None and len(prompt) + max_new_tokens > self.context:
-                raise DataError(
-                    f"prompt {i}: {len(prompt)} tokens and max_new_tokens={max_new_tokens} pass "
-                    f"the {self.context} that vllm was given room for; lower --max_new_tokens or "
-                    "raise max_model_len"
-                )
+            limits.check(f"prompt {i}", prompt, max_new_tokens=max_new_tokens)
 
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Any) -> list[Any]:
         requests = [{"prompt_token_ids": [int(token) for token in prompt]} for prompt in prompts]
@@ -219,7 +217,8 @@ class VllmEngine:
         for part in by_entries(sequences, 1):
             for i, output in zip(part, self._read_prompts(sequences, part, 0), strict=True):
                 _, logprobs = read_prompt_logprobs(i, output, sequences[i], 0)
-                raw.append(logprobs[len(prompts[i]) - 1 :, 0])
+                positions = response_positions(len(prompts[i]), len(sequences[i]))
+                raw.append(logprobs[predicting_rows(positions), 0])
         return raw
 
     def _read_prompts(self, sequences: Sequence[np.ndarray], part: range, k: int) -> list[Any]:
@@ -248,7 +247,7 @@ def _start(folder: Path, dtype: str, device: str, vocab_size: int, options: dict
             max_logprobs=vocab_size,
             **options,
         )
-    except Exception as error:  # vLLM raises whatever its parts raise
+    except Exception as error:  # vLLM raises exceptions of many types
         found = " ".join((str(error).strip() or type(error).__name__).split())
         raise ModelError(f"{folder}: vllm cannot run it ({found})") from error
     rows = llm.llm_engine.model_config.get_vocab_size()
@@ -265,31 +264,31 @@ def _gpus_needed(options: dict[str, Any]) -> int:
 
 
 def _choose_gpus(local_rank: int, count: int) -> None:
-    """Show this process the GPUs that are its own, out of those that it may see."""
+    """Restrict this process to its share of the visible GPUs."""
     import torch
 
     visible = torch.cuda.device_count()
     if not visible:
         return
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(i) for i in range(visible)]
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = value.split(",") if value else [str(i) for i in range(visible)]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_of(local_rank, count, names))
 
 
 def gpus_of(local_rank: int, count: int, names: list[str]) -> list[str]:
     """The `count` GPUs of process `local_rank`, in order of rank."""
-    mine = names[local_rank * count : (local_rank + 1) * count]
-    if len(mine) < count:
+    chosen = names[local_rank * count : (local_rank + 1) * count]
+    if len(chosen) < count:
         raise ConfigError(
             f"LOCAL_RANK {local_rank}: needs GPUs {local_rank * count} to "
             f"{(local_rank + 1) * count - 1}, and {len(names)} are visible; start fewer workers"
         )
-    return mine
+    return chosen
 
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Environment variables for the length of a call."""
+    """Set environment variables for the duration of a block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -1,4 +1,4 @@
-"""What vLLM returns, as arrays: log-probs read by reshape, checked, and the tail they leave."""
+"""vLLM's output as arrays: log-probs, checked, and the tail derived from them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,20 +10,20 @@ from lopd.store import TeacherScores
 from lopd.store.lists import derived_tail
 from lopd.store.validate import MASS_TOLERANCE
 
-# Log-probs come back as Python lists: so many at a time are held.
+# Log-probs are returned as Python lists; this many are held at a time.
 _ENTRIES_AT_ONCE = 1 << 23
 
 
 def read_prompt_logprobs(
     i: int,
-    flat: Any,  # FlatLogprobs: nothing for the first token, then own id and top-k ids each
+    flat: Any,  # FlatLogprobs: for each token but the first, its id and the top-k ids
     tokens: np.ndarray,  # [T]
     k: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # [T - 1, 1 + k] int32, [T - 1, 1 + k] fp32
-    """What vLLM says of tokens 1 to T - 1: column 0 is the token's own, then the top-k.
+    """Ids and log-probs of tokens 1 to T - 1: column 0 is the token itself, then the top-k.
 
     Raises:
-        ModelError: too few entries, entries of other tokens, or log-probs that are none.
+        ModelError: entries are missing or belong to other tokens, or a log-prob is invalid.
     """
     expected = (len(tokens) - 1) * (k + 1)
     found = 0 if flat is None else len(flat.token_ids)
@@ -58,14 +58,16 @@ def to_scores(
     vocab_size: int,
 ) -> TeacherScores:
     """The scores of sequence i, without entropy."""
-    own, listed = logprobs[:, 0], logprobs[:, 1:]
+    sampled, listed = logprobs[:, 0], logprobs[:, 1:]
     inside = (ids[:, 1:] == ids[:, :1]).any(axis=1)
     try:
-        tail = derived_tail(listed, np.where(inside, -np.inf, own), listed.shape[1] == vocab_size)
+        tail = derived_tail(
+            listed, np.where(inside, -np.inf, sampled), listed.shape[1] == vocab_size
+        )
     except DataError as error:
         raise DataError(f"vllm: sequence {i}: {error}; nothing is written") from None
-    unknown = np.full(len(own), np.nan, np.float32)
-    return TeacherScores(own.copy(), unknown, ids[:, 1:].copy(), listed.copy(), tail)
+    entropy = np.full(len(sampled), np.nan, np.float32)
+    return TeacherScores(sampled.copy(), entropy, ids[:, 1:].copy(), listed.copy(), tail)
 
 
 def by_entries(sequences: Sequence[np.ndarray], width: int) -> Iterator[range]:

@@ -13,7 +13,7 @@ import torch
 
 from lopd.data.prompts import Prompt
 from lopd.engines.base import Generation, to_rollout
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError
 from lopd.provenance import load_vocab, tokenizer_digest
 from lopd.provenance.gate import check_same_tokens
@@ -24,7 +24,11 @@ from lopd.training.step import step
 
 
 def on_policy_kl(
-    student: HfEngine, teacher: HfEngine, prompts: list[Prompt], sampled: list[Generation], k: int
+    student: TransformersEngine,
+    teacher: TransformersEngine,
+    prompts: list[Prompt],
+    sampled: list[Generation],
+    k: int,
 ) -> dict[str, float]:
     """KL(student || teacher) on the student's samples.
 
@@ -55,7 +59,7 @@ def on_policy_kl(
     return {**reverse_kl(student, batches), "k": k}
 
 
-def open_cache(path: str | Path, model: str | Path, student: HfEngine) -> TeacherCache:
+def open_cache(path: str | Path, model: str | Path, student: TransformersEngine) -> TeacherCache:
     """A teacher's cache as `model` will be compared with it, complete, its hashes checked.
 
     Raises:
@@ -77,7 +81,7 @@ def open_cache(path: str | Path, model: str | Path, student: HfEngine) -> Teache
     return cache
 
 
-def cache_kl(student: HfEngine, cache: TeacherCache) -> dict[str, float]:
+def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, float]:
     """KL(student || stored teacher) over every loss token of a cache, at the cache's temperature.
 
     Buckets are those of training: the stored list with the sampled token in it, and the rest.
@@ -95,7 +99,7 @@ def cache_kl(student: HfEngine, cache: TeacherCache) -> dict[str, float]:
 
 @torch.no_grad()
 def reverse_kl(
-    student: HfEngine, batches: Iterable[Sequence[Any]], temperature: float = 1.0
+    student: TransformersEngine, batches: Iterable[Sequence[Any]], temperature: float = 1.0
 ) -> dict[str, float]:
     """Mean over the loss tokens of `batches` of scored sequences."""
     collate, objective = Collator(), Objective("reverse_kl", temperature=temperature)

@@ -145,7 +145,7 @@ def _compare(
         stored = _fold(shared, item.topk_ids, item.topk_logprobs, item.tail_logprobs)
         noise.append(_bucket_kl(_fold(shared, *_candidates(teacher)), stored))
         signal.append(_bucket_kl(_fold(shared, *_candidates(student)), stored))
-        gaps.append(np.abs(teacher.logprobs - item.teacher_logprobs))
+        gaps.append(np.abs(teacher.teacher_logprobs - item.teacher_logprobs))
         known, listed = known + int((shared >= 0).sum()), listed + int((item.topk_ids >= 0).sum())
     gap = np.concatenate(gaps)
     return Noise(

@@ -1,52 +1,47 @@
 """LoRA with peft: its settings, adding adapters to a model, and merging them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError, ModelError
 from lopd.models.head import lm_head, plain_model
 
 ALL_LINEAR = "all-linear"
+_lora = partial(setting, group="LoRA")
 
 
 @dataclass(kw_only=True)
-class LoraOptions:
-    """Settings of a LoRA: `W + (lora_alpha / lora_rank) * B A` with W frozen."""
+class LoraOptions(Settings):
+    """Settings of a LoRA: `W + (lora_alpha / lora_rank) * B A`, with W frozen."""
 
-    lora_rank: int = field(
-        default=0, metadata={"help": "Rank of the LoRA adapters; 0 trains the whole model."}
+    lora_rank: int = _lora(
+        0, within="[0, inf)", help="Rank of the LoRA adapters; 0 trains the whole model."
     )
-    lora_alpha: float = field(
-        default=32.0, metadata={"help": "The adapters' sum counts lora_alpha / lora_rank times."}
+    lora_alpha: float = _lora(
+        32.0, within="(0, inf)", help="Adapter output is scaled by lora_alpha / lora_rank."
     )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout before the adapters; not on the output head."}
+    lora_dropout: float = _lora(
+        0.0,
+        within="[0, 1)",
+        help="Dropout on the adapters' inputs; must be 0 if the output head is a target.",
     )
-    lora_targets: str = field(
-        default=ALL_LINEAR,
-        metadata={
-            "help": "all-linear (every linear layer but the output head), or names such as "
-            "q_proj,v_proj."
-        },
+    lora_targets: str = _lora(
+        ALL_LINEAR,
+        help="all-linear (every linear layer except the output head), or layer names separated by "
+        "commas, such as q_proj,v_proj.",
     )
 
-    def check_lora(self) -> None:
-        """Raise ConfigError for a value that is out of range."""
-        if self.lora_rank < 0:
-            raise ConfigError(f"lora_rank: found {self.lora_rank}; expected 0 or a positive number")
-        if not 0 < self.lora_alpha < float("inf"):
-            raise ConfigError(f"lora_alpha: found {self.lora_alpha}; expected a positive number")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(
-                f"lora_dropout: found {self.lora_dropout}; expected a number in [0, 1)"
-            )
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not all(self.target_names):
             raise ConfigError(
-                f"lora_targets: found '{self.lora_targets}'; expected {ALL_LINEAR} or names with "
-                "commas between them, such as q_proj,v_proj"
+                f"lora_targets: found '{self.lora_targets}'; expected {ALL_LINEAR} or layer names "
+                "separated by commas, such as q_proj,v_proj"
             )
 
     @property
@@ -65,7 +60,6 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
             of the model.
         ModelError: a target's weight is tied to another layer's: merging would change both.
     """
-    options.check_lora()
     if options.lora_rank == 0:
         raise ConfigError("lora_rank: found 0, which means no adapters; expected at least 1")
     try:

@@ -1,42 +1,21 @@
 """Run identity: which settings and inputs decide what an artefact holds."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from lopd.config.fields import identity_of
 from lopd.provenance.io import json_digest
 
-# How a run is carried out and where things are; inputs count by their digests.
-NOT_IN_TRAINING_RECIPE = frozenset(
-    {
-        "out",
-        "model",
-        "data",
-        "student",
-        "teacher",
-        "cache",
-        "device",
-        "log_every",
-        "save_every",
-        "save_total_limit",
-        "report_to",
-        "verify",
-        "workspace_bytes",  # this and the next five: memory and rounding
-        "gradient_checkpointing",
-        "attention",
-        "max_tokens_per_batch",
-        "batch_size",  # but for its product with the next
-        "gradient_accumulation_steps",
-        "stale_ess",
-        "stale_every",
-    }
-)
 
-
-def training_recipe_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's settings decides its result, but for rounding."""
+def training_recipe_of(config: Any, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings that decide the result of a training run; arguments as for `identity_of`."""
+    settings = asdict(config) if stored is None else stored
     micro_batches = settings.get("batch_size", 0), settings.get("gradient_accumulation_steps", 0)
-    kept = {key: value for key, value in settings.items() if key not in NOT_IN_TRAINING_RECIPE}
-    return {**kept, "sequences_per_step": micro_batches[0] * micro_batches[1]}
+    return {
+        **identity_of(config, stored),
+        "sequences_per_step": micro_batches[0] * micro_batches[1],
+    }
 
 
 # How and when a stage was called; everything else is the recipe.

@@ -5,10 +5,12 @@ before any model is built. Overrides given by flags are recorded in the result's
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lopd.config.fields import setting, setting_of
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.models.load import check_model_folder
 from lopd.provenance import (
@@ -22,91 +24,90 @@ from lopd.provenance import (
 )
 from lopd.store import TeacherCache, scoring_of
 from lopd.training import run as runs
-from lopd.training.objective import SPARSE, Objective
-from lopd.training.options import WatchOptions
+from lopd.training.memory import MemorySettings
+from lopd.training.objective import SPARSE, Importance, Objective, Tail
+from lopd.training.options import Schedule, WatchOptions
+
+_override = partial(setting, group="Provenance overrides")
 
 
 @dataclass(kw_only=True)
 class DistillConfig(WatchOptions):
     """Train a student on a teacher cache (`lopd distill`)."""
 
-    student: str = field(metadata={"help": "The model that made the rollouts."})
-    cache: str = field(metadata={"help": "Folder that `lopd score` wrote."})
-    out: str = field(metadata={"help": "Folder to write; an interrupted run is continued."})
-    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = field(
-        default="reverse_kl", metadata={"help": "What is minimised at every response token."}
+    student: str = setting(identity=False, help="Folder of the model that made the rollouts.")
+    cache: str = setting(identity=False, help="Folder that `lopd score` wrote.")
+    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting_of(
+        MemorySettings, "objective"
     )
-    tail: Literal["bucket", "renormalize", "truncate"] = field(
-        default="bucket", metadata={"help": "The mass outside the teacher's list."}
+    tail: Tail = setting_of(Objective, "tail")
+    beta: float | None = setting_of(Objective, "beta")
+    advantage_clip: float | None = setting_of(Objective, "advantage_clip")
+    importance: Importance = setting_of(Objective, "importance")
+    importance_cap: float | None = setting_of(Objective, "importance_cap")
+    clip_range: float | None = setting_of(Objective, "clip_range")
+    temperature: float | None = setting_of(
+        Objective,
+        "temperature",
+        default=None,
+        help="Divides the student's logits; must be the cache's, which is the default.",
     )
-    beta: float | None = field(
-        default=None, metadata={"help": "jsd: its mixture, strictly inside (0, 1); None: 0.5."}
+    support: Literal["list+sampled", "list"] = setting(
+        "list+sampled", group="Objective", help="Whether the lists include the sampled token."
     )
-    advantage_clip: float | None = field(
-        default=None, metadata={"help": "policy_gradient: bound on |log q - log p|; None: none."}
+    verify: bool = setting(
+        True,
+        group="Model and data",
+        identity=False,
+        help="Check the hashes of the cache before training.",
     )
-    importance: Literal["none", "token", "token_truncated", "sequence"] = field(
-        default="none",
-        metadata={"help": "policy_gradient: ratio to the rollout policy that weights rows."},
+    allow_teacher_mismatch: bool = _override(
+        False, help="Train although another teacher made the SFT answers."
     )
-    importance_cap: float | None = field(
-        default=None, metadata={"help": "Bound on the ratio of token_truncated or sequence."}
+    allow_student_mismatch: bool = _override(
+        False, help="Train although another model made the rollouts."
     )
-    clip_range: float | None = field(
-        default=None, metadata={"help": "policy_gradient: PPO's clip around a ratio of 1."}
+    allow_tokenizer_mismatch: bool = _override(
+        False, help="Train although ids mean different tokens to teacher and student."
     )
-    temperature: float | None = field(
-        default=None, metadata={"help": "Divides the student's logits; None takes the cache's."}
+    allow_incomplete_cache: bool = _override(
+        False, help="Train on the finished shards of the cache."
     )
-    support: Literal["list+sampled", "list"] = field(
-        default="list+sampled", metadata={"help": "Whether lists gain the sampled token."}
+    refresh_every: int = setting(
+        0,
+        within="[0, inf)",
+        group="Objective",
+        help="Resample and rescore rollouts every N steps (needs --teacher); 0 uses the cache.",
     )
-    verify: bool = field(default=True, metadata={"help": "Hash the cache before training."})
-    allow_teacher_mismatch: bool = field(
-        default=False, metadata={"help": "Train although another teacher made the SFT answers."}
+    teacher: str | None = setting(
+        None,
+        group="Model and data",
+        identity=False,
+        help="Folder of the teacher that scored the cache, for refresh_every.",
     )
-    allow_student_mismatch: bool = field(
-        default=False, metadata={"help": "Train although another model made the rollouts."}
+    refresh_batch_size: int = setting(
+        64,
+        within="[1, inf)",
+        group="Memory",
+        help="Sequences decoded together when rollouts are resampled.",
     )
-    allow_tokenizer_mismatch: bool = field(
-        default=False, metadata={"help": "Train although ids mean different tokens."}
-    )
-    allow_incomplete_cache: bool = field(
-        default=False, metadata={"help": "Train on the shards that are there."}
-    )
-    refresh_every: int = field(
-        default=0, metadata={"help": "Steps between rollouts anew, by --teacher; 0: the cache's."}
-    )
-    teacher: str | None = field(
-        default=None, metadata={"help": "Teacher that scored the cache, for --refresh_every."}
-    )
-    refresh_batch_size: int = field(
-        default=64, metadata={"help": "Sequences that a refresh decodes together."}
-    )
-    learning_rate: float = field(default=2e-6, metadata={"help": "Peak of the schedule (AdamW)."})
-    lr_scheduler_type: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"
-    ] = field(default="constant", metadata={"help": "Schedule, by its name in transformers."})
-    weight_decay: float = field(
-        default=0.1, metadata={"help": "Decoupled decay of matrices; norms and biases have none."}
-    )
+    learning_rate: float = setting_of(WatchOptions, "learning_rate", default=2e-6)
+    lr_scheduler_type: Schedule = setting_of(WatchOptions, "lr_scheduler_type", default="constant")
+    weight_decay: float = setting_of(WatchOptions, "weight_decay", default=0.1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective_at(1.0)
-        if self.refresh_every < 0 or (self.refresh_every > 0) != (self.teacher is not None):
+        if (self.refresh_every > 0) != (self.teacher is not None):
             raise ConfigError(
                 f"refresh_every: found {self.refresh_every} with teacher {self.teacher!r}; "
                 "expected a positive number and the teacher that scored the cache, or neither"
             )
-        if self.refresh_batch_size < 1:
-            raise ConfigError(
-                f"refresh_batch_size: found {self.refresh_batch_size}; expected at least 1"
-            )
         if self.refresh_every and self.drop_truncated:
             raise ConfigError(
-                "drop_truncated: goes by how the cache's answers ended, which --refresh_every "
-                "renews; leave one of them out"
+                "drop_truncated: goes by the ends of the cached answers, which --refresh_every "
+                "replaces; leave one of them out"
             )
 
     def objective_at(self, cache_temperature: float) -> Objective:

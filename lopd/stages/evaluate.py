@@ -10,24 +10,25 @@ the vocabulary and a lower bound otherwise. With a teacher cache, the same on it
 """
 
 import json
-import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from lopd.config.fields import setting, setting_of
 from lopd.data.prompts import Prompt, check_prompts, load_prompts
 from lopd.engines.base import Generation, Sampling, sequence_seed
-from lopd.engines.transformers import HfEngine
+from lopd.engines.options import GenerationOptions, ScoringOptions
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.accuracy import by_length, estimate, pass_at_k, table
-from lopd.evaluation.grading import JUDGES, Judge, exact_judge, math_judge
+from lopd.evaluation.grading import Judge, exact_judge, math_judge
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
-from lopd.models.load import resolve_device, resolve_dtype
+from lopd.models.load import resolve_device
 from lopd.provenance import (
     MANIFEST_NAME,
     build_manifest,
@@ -42,50 +43,51 @@ ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
-    """Accuracy on prompts with answers, and the KL to a teacher (`lopd eval`)."""
+class EvalConfig(GenerationOptions, ScoringOptions):
+    """Measure accuracy on prompts with answers, and the KL to a teacher (`lopd eval`)."""
 
-    model: str = field(metadata={"help": "Model folder to evaluate."})
-    prompts: str = field(
-        metadata={"help": "JSONL or parquet with 'prompt' or 'messages', and 'answer'."}
+    model: str = setting(identity=False, help="Folder of the model to evaluate.")
+    prompts: str = setting_of(
+        GenerationOptions,
+        "prompts",
+        help="JSONL or parquet file with 'prompt' or 'messages', and 'answer', in each record.",
     )
-    out: str = field(metadata={"help": "Folder for results.json and the answers."})
-    teacher: str | None = field(default=None, metadata={"help": "Model folder for the KL."})
-    cache: str | None = field(
-        default=None, metadata={"help": "Teacher cache of held-out rollouts, for the KL on it."}
+    out: str = setting(identity=False, help="Folder for results.json and the answers.")
+    teacher: str | None = setting(
+        None, group="Model and data", identity=False, help="Folder of the teacher, for the KL."
     )
-    kl_k: int = field(default=64, metadata={"help": "Teacher tokens in the KL's buckets."})
-    num_samples: int = field(default=4, metadata={"help": "Sampled answers to each prompt (n)."})
-    limit: int | None = field(default=None, metadata={"help": "Use the first so many prompts."})
-    max_new_tokens: int = field(default=4096, metadata={"help": "Longest answer, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
-    top_p: float = field(default=1.0, metadata={"help": "Of the sampled answers."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
-    judge: Literal["exact", "math"] = field(
-        default="exact",
-        metadata={"help": "exact: what answer_regex finds; math: by math-verify (lopd[eval])."},
+    cache: str | None = setting(
+        None,
+        group="Model and data",
+        identity=False,
+        help="Teacher cache of held-out rollouts, for the KL on them.",
     )
-    answer_regex: str = field(
-        default=ANSWER_REGEX,
-        metadata={"help": "Its last match's one group is the model's answer."},
+    kl_k: int = setting(
+        64, within="[1, inf)", group="Evaluation", help="Teacher tokens per position of the KL."
     )
-    batch_size: int = field(default=64, metadata={"help": "Sequences decoded together."})
-    tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens in a forward."})
-    dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N."})
+    num_samples: int = setting(
+        4, within="[1, inf)", group="Sampling", help="Number of sampled answers to each prompt."
+    )
+    temperature: float = setting_of(
+        GenerationOptions,
+        "temperature",
+        within="(0, inf)",
+        remedy=" (greedy answers are evaluated as well)",
+        help="Temperature of the sampled answers; greedy answers are evaluated as well.",
+    )
+    judge: Literal["exact", "math"] = setting(
+        "exact",
+        group="Evaluation",
+        help="exact compares what answer_regex finds; math uses math-verify (lopd[eval]).",
+    )
+    answer_regex: str = setting(
+        ANSWER_REGEX,
+        group="Evaluation",
+        help="Regular expression with one group, whose last match is the model's answer.",
+    )
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ConfigError(f"num_samples: found {self.num_samples}; expected at least 1")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(
-                f"temperature: found {self.temperature}; expected a positive number (greedy "
-                "answers are evaluated besides)"
-            )
-        if self.kl_k < 1:
-            raise ConfigError(f"kl_k: found {self.kl_k}; expected at least 1")
-        self.sampling()
-        resolve_dtype(self.dtype)
+        super().__post_init__()
         resolve_device(self.device)
         try:
             groups = re.compile(self.answer_regex).groups
@@ -93,17 +95,12 @@ class EvalConfig:
             raise ConfigError(f"answer_regex: {error}; expected a regular expression") from None
         if groups != 1:
             raise ConfigError(f"answer_regex: found {groups} groups; expected exactly one")
-        if self.judge not in JUDGES:
-            raise ConfigError(f"judge: found '{self.judge}'; expected one of {', '.join(JUDGES)}")
         if self.judge == "math":
             if self.answer_regex != ANSWER_REGEX:
                 raise ConfigError(
                     "answer_regex: --judge math does not use it; leave one of them out"
                 )
             math_judge()
-
-    def sampling(self) -> Sampling:
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 
 def main(config: EvalConfig) -> Path:
@@ -118,7 +115,7 @@ def main(config: EvalConfig) -> Path:
     out = claim(config.out)
     engine = _load(config, config.model)
     prompts = _prompts(config, engine)
-    dtype, name = config.dtype, HfEngine.name
+    dtype, name = config.dtype, TransformersEngine.name
     inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
@@ -166,8 +163,8 @@ def claim(folder: str) -> Path:
     return out
 
 
-def _load(config: EvalConfig, path: str) -> HfEngine:
-    return HfEngine.load(
+def _load(config: EvalConfig, path: str) -> TransformersEngine:
+    return TransformersEngine.load(
         path,
         dtype=config.dtype,
         device=config.device,
@@ -176,7 +173,7 @@ def _load(config: EvalConfig, path: str) -> HfEngine:
     )
 
 
-def _prompts(config: EvalConfig, engine: HfEngine) -> list[Prompt]:
+def _prompts(config: EvalConfig, engine: TransformersEngine) -> list[Prompt]:
     """The prompts, each with an answer and with room for the model's."""
     prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
@@ -207,7 +204,7 @@ def _judge(config: EvalConfig, prompts: list[Prompt]) -> Judge:
 
 
 def sample(
-    engine: HfEngine, prompts: list[Prompt], sampling: Sampling, n: int, seed: int
+    engine: TransformersEngine, prompts: list[Prompt], sampling: Sampling, n: int, seed: int
 ) -> list[Generation]:
     """n answers to every prompt, prompt by prompt."""
     with tqdm(total=len(prompts) * n, unit="seq", desc="answering") as bar:
@@ -220,7 +217,7 @@ def sample(
 
 
 def measure(
-    engine: HfEngine, prompts: list[Prompt], config: EvalConfig
+    engine: TransformersEngine, prompts: list[Prompt], config: EvalConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[Generation]]:
     """Accuracies; every answer as a record; the sampled answers as tokens, prompt by prompt."""
     n, judge = config.num_samples, _judge(config, prompts)

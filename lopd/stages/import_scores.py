@@ -1,69 +1,71 @@
-"""Make a teacher cache from scores that another tool dumped (`lopd import`).
+"""Make a teacher cache from the scores of another tool (`lopd import`).
 
-The formats are those of `lopd.data.external_scores`. Who scored and who rolled out is taken on
-trust and marked `declared`: a model folder is fingerprinted, a digest is taken as it is, and any
-other name cannot be verified, so that `lopd distill` asks for its override. What a dump lacks
-stands in the manifest's `scoring` (`lopd.store.scoring_of`): tail and entropy are derived from the
-lists, rollout log-probs may be absent.
+`lopd.data.external_scores` describes the formats. Teacher and student are declared, not verified:
+a model folder is fingerprinted, a digest is recorded as it is, and any other name cannot be
+verified, so that `lopd distill` requires its override. The manifest's `scoring` records what the
+file lacks (`lopd.store.scoring_of`): tail and entropy are derived from the lists, rollout
+log-probs may be absent.
 """
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lopd.config.fields import Settings, setting, setting_of
 from lopd.data.external_scores import Dumped, Format, read_dump
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import eos_ids_of, load_tokenizer
 from lopd.provenance import build_manifest, describe_file, describe_model, lineage_of, save_vocab
+from lopd.stages.rollout import SamplingOptions
+from lopd.stages.score import ScoreConfig
 from lopd.store import CacheWriter, Codec, Rollout, TeacherScores
-from lopd.store.lists import derived_tail, row_sums
+from lopd.store.lists import derived_tail
 from lopd.store.validate import MASS_TOLERANCE
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-# Lists were renormalised where every one has mass 1 within rounding, and all together within this.
+# Lists are renormalised if each has mass 1 within rounding and their mean mass is 1 within this.
 RENORMALIZED = 1e-4
 
 
 @dataclass(kw_only=True)
-class ImportConfig:
-    """A cache from scores that another tool dumped (`lopd import`)."""
+class ImportConfig(Settings):
+    """Make a teacher cache from scores that another tool wrote (`lopd import`)."""
 
-    source: str = field(metadata={"help": "Parquet (.parquet) or JSONL file."})
-    format: Format = field(
-        metadata={
-            "help": "The paper's parquet, or top-k log-probs; see lopd/data/external_scores.py."
-        }
+    source: str = setting(identity=False, help="Parquet (.parquet) or JSONL file.")
+    format: Format = setting(
+        help="lightning-opd: parquet in the format of the paper's code; topk: lists of top-k "
+        "log-probs. See lopd/data/external_scores.py."
     )
-    teacher: str = field(metadata={"help": "Who scored: a folder, a digest of weights, or a name."})
-    student: str = field(metadata={"help": "Who rolled out: likewise; a folder for its tokenizer."})
-    out: str = field(metadata={"help": "Cache folder; an interrupted one is continued."})
-    codec: Codec = field(
-        default="exact",
-        metadata={"help": "How lists and log-probs are stored; all but exact round them."},
+    teacher: str = setting(
+        identity=False, help="Teacher that scored: a folder, a digest of weights, or a name."
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Temperature that the log-probs were taken at."}
+    student: str = setting(
+        identity=False,
+        help="Student that rolled out: a folder, which also provides the tokenizer, a digest of "
+        "weights, or a name.",
     )
-    shard_size: int = field(default=1024, metadata={"help": "Sequences in a shard file."})
-    allow_renormalized: bool = field(
-        default=False, metadata={"help": "Admit renormalised lists, for --tail renormalize alone."}
+    out: str = setting_of(ScoreConfig, "out")
+    codec: Codec = setting_of(ScoreConfig, "codec")
+    temperature: float = setting_of(
+        ScoreConfig, "temperature", help="Temperature at which the log-probs were computed."
     )
-
-    def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ConfigError(f"shard_size: found {self.shard_size}; expected at least 1")
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
+    shard_size: int = setting_of(SamplingOptions, "shard_size")
+    allow_renormalized: bool = setting(
+        False,
+        group="Provenance overrides",
+        identity=False,
+        help="Accept renormalised lists, which only --tail renormalize can train on.",
+    )
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one reading of a dump tells before anything is written."""
+    """Totals of a file, read once before anything is written."""
 
     sequences: int
     shortest: int  # entries in the shortest list
@@ -73,12 +75,12 @@ class Survey:
 
 
 def main(config: ImportConfig) -> Path:
-    """Read the file twice: to check it and count, then to write. Returns the cache's folder.
+    """Read the file twice: to check and count, then to write. Returns the cache's folder.
 
     Raises:
-        DataError: place and fault of a record; lists that were renormalised.
-        ConfigError: neither model is a folder that tells the vocabulary.
-        MissingFileError: no such file.
+        DataError: a record is invalid (names it), or the lists were renormalised.
+        ConfigError: neither model is a folder, so that the vocabulary is unknown.
+        MissingFileError: the file does not exist.
     """
     student, teacher = _describe_both(config.student, config.teacher)
     tokenizer, eos_ids = None, []
@@ -138,8 +140,8 @@ def _describe_both(student: str, teacher: str) -> tuple[dict[str, Any], dict[str
     known = {name: _describe_folder(name) for name in {student, teacher} if Path(name).is_dir()}
     if not known:
         raise ConfigError(
-            f"neither student '{student}' nor teacher '{teacher}' is a folder; give the folder of "
-            "one of them, which tells the vocabulary"
+            f"neither student '{student}' nor teacher '{teacher}' is a folder; name the folder of "
+            "one of them, to read the vocabulary from"
         )
     rows = max(found["vocab_size"] for found in known.values())
     found = [known.get(name) or _describe_name(name, rows) for name in (student, teacher)]
@@ -166,25 +168,25 @@ def take_survey(config: ImportConfig, vocab_size: int, records: Iterable[Dumped]
     """Read and check every record.
 
     Raises:
-        DataError: as `read_dump`; an empty file, rollout log-probs that only some have, or lists
-            that were renormalised, unless that is allowed.
+        DataError: as `read_dump`; the file is empty, only some records have rollout log-probs, or
+            the lists were renormalised and that is not allowed.
     """
     sequences = known = longest = tokens = 0
     shortest, whole, excess = vocab_size, True, 0.0
     for dumped in records:
         sequences += 1
         known += not np.isnan(dumped.rollout.rollout_logprobs).any()
-        lengths = dumped.lengths
+        lengths = dumped.lists.lengths
         shortest, longest = min(shortest, lengths.min()), max(longest, lengths.max())
-        over = row_sums(np.exp(dumped.listed), lengths) - 1
+        over = dumped.lists.row_sums(np.exp(dumped.lists.logprobs)) - 1
         tokens, excess = tokens + len(over), excess + float(over.sum())
         whole &= bool(((np.abs(over) <= MASS_TOLERANCE) & (lengths < vocab_size)).all())
     if not sequences:
         raise DataError(f"{config.source}: holds no records; expected at least one")
     if known not in (0, sequences):
         raise DataError(
-            f"{config.source}: {known} of {sequences} records have rollout_logprobs; give all or "
-            "none"
+            f"{config.source}: {known} of {sequences} records have rollout_logprobs; expected all "
+            "or none"
         )
     renormalized = whole and abs(excess) <= RENORMALIZED * tokens
     if renormalized and not config.allow_renormalized:
@@ -192,7 +194,7 @@ def take_survey(config: ImportConfig, vocab_size: int, records: Iterable[Dumped]
             f"{config.source}: every list has mass 1 within rounding, though the longest "
             f"holds {longest} of {vocab_size} ids: the lists were renormalised and the mass "
             "outside them is lost; dump raw log-probs, or pass --allow_renormalized to admit them "
-            "for --tail renormalize alone"
+            "for --tail renormalize only"
         )
     return Survey(sequences, int(shortest), int(longest), renormalized, known == sequences)
 
@@ -202,22 +204,22 @@ def _scores(
 ) -> Iterator[tuple[Rollout, TeacherScores]]:
     """The first k of every list as the top-k, the rest as extra ids."""
     for item in dumped:
-        rows = len(item.logprobs)
+        rows, lists = len(item.teacher_logprobs), item.lists
         ids = np.full((rows, k + width), -1, np.int64)
         listed = np.full((rows, k + width), -np.inf)
-        filled = np.arange(k + width) < item.lengths[:, None]
-        ids[filled], listed[filled] = item.ids, item.listed
-        own = item.rollout.tokens[item.rollout.prompt_length :]
-        outside = np.where((ids == own[:, None]).any(axis=1), -np.inf, item.logprobs)
-        tail = derived_tail(listed, outside, item.lengths == vocab_size)
+        filled = np.arange(k + width) < lists.lengths[:, None]
+        ids[filled], listed[filled] = lists.ids, lists.logprobs
+        sampled = item.rollout.tokens[item.rollout.prompt_length :]
+        outside = np.where(lists.contains(sampled), -np.inf, item.teacher_logprobs)
+        tail = derived_tail(listed, outside, lists.lengths == vocab_size)
         buckets = np.column_stack([listed, tail])
         mass = np.exp(buckets)
         entropy = -(mass * np.where(mass > 0, buckets, 0)).sum(axis=1)
         yield (
             item.rollout,
             TeacherScores(
-                logprobs=item.logprobs.astype(np.float32),
-                entropy=np.maximum(entropy, 0).astype(np.float32),
+                teacher_logprobs=item.teacher_logprobs.astype(np.float32),
+                teacher_entropy=np.maximum(entropy, 0).astype(np.float32),
                 topk_ids=ids[:, :k],
                 topk_logprobs=listed[:, :k].astype(np.float32),
                 tail_logprobs=np.logaddexp.reduce(buckets[:, k:], axis=1).astype(np.float32),

@@ -1,20 +1,23 @@
 """Totals of an artefact folder, and on demand a check of its hashes (`lopd inspect`)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.provenance import fingerprint_weights, read_manifest
 from lopd.store import RolloutStore, TeacherCache, scoring_of
 
 
 @dataclass(kw_only=True)
-class InspectConfig:
+class InspectConfig(Settings):
     """Print what an artefact folder holds (`lopd inspect`)."""
 
-    path: str = field(metadata={"help": "Folder of answers, rollouts, a cache or a checkpoint."})
-    verify: bool = field(default=False, metadata={"help": "Hash every shard, or the weights."})
+    path: str = setting(help="Folder of answers, rollouts, a cache or a checkpoint.")
+    verify: bool = setting(
+        False, group="Model and data", help="Check the hashes of every shard, or of the weights."
+    )
 
 
 def main(config: InspectConfig) -> None:

@@ -1,8 +1,9 @@
 """Peak memory of a training run, before there is one (`lopd plan`)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from lopd.errors import ConfigError, MemoryPlanError
+from lopd.config.fields import setting
+from lopd.errors import MemoryPlanError
 from lopd.training.dry_run import meta_model
 from lopd.training.memory import MemoryPlanner, MemorySettings, proposals
 from lopd.training.options import parse_bytes
@@ -12,22 +13,23 @@ GIB = 1 << 30
 
 @dataclass(kw_only=True)
 class PlanConfig(MemorySettings):
-    """Peak memory of a training run, and what would make it fit (`lopd plan`).
+    """Peak memory of a training run, and settings that make it fit (`lopd plan`).
 
-    Reads the model's config alone. Exit code 0 where it fits, 1 where it does not.
+    Reads only the model's config.json. Exits with 0 if the run fits, with 1 if it does not.
     """
 
-    model: str = field(metadata={"help": "The student's folder; its config.json is enough."})
-    gpu_memory: str = field(metadata={"help": "Memory of the GPU: 24GiB, 80GB, 24000MiB, bytes."})
-    reserve: float = field(
-        default=0.05, metadata={"help": "Share of it kept free for what no part counts."}
+    model: str = setting(help="Folder of the student; its config.json is enough.")
+    gpu_memory: str = setting(help="Memory of the GPU: 24GiB, 80GB, 24000MiB or bytes.")
+    reserve: float = setting(
+        0.05,
+        within="[0, 1)",
+        group="Memory",
+        help="Share of the GPU's memory to keep free for what the plan does not count.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_bytes("gpu_memory", self.gpu_memory)
-        if not 0 <= self.reserve < 1:
-            raise ConfigError(f"reserve: found {self.reserve}; expected a share in [0, 1)")
 
 
 def changes(before: MemorySettings, after: MemorySettings) -> str:

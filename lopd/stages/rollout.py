@@ -1,23 +1,24 @@
 """Sample a model's answers to prompts, once, into a crash-safe store.
 
-`lopd rollout` samples the fine-tuned student; `lopd sft-data` (lopd/stages/sft_data.py) samples
-the teacher by the same road. Token ids are the product: text is never stored, the
-end-of-sequence token is kept, and log-probs are those of the sampling distribution, with
-those at temperature 1 beside them where the two differ. Several processes may sample into
-one folder (`--worker i/n`, or torchrun).
+`lopd rollout` samples the fine-tuned student; `lopd sft-data` (lopd/stages/sft_data.py) uses the
+same code path to sample the teacher. The store holds token ids, never text, with the
+end-of-sequence token, and the log-probs of the sampling distribution; those at temperature 1 are
+stored beside them where the two differ. Several processes may sample into one folder
+(`--worker i/n`, or torchrun).
 """
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from lopd.config.fields import setting
 from lopd.data.prompts import Prompt, check_prompts, load_prompts
 from lopd.engines import load_engine
-from lopd.engines.base import Sampling, sequence_seed, to_rollout
-from lopd.engines.options import EngineOptions
-from lopd.errors import ConfigError, ModelError
+from lopd.engines.base import sequence_seed, to_rollout
+from lopd.engines.options import EngineOptions, GenerationOptions
+from lopd.errors import ModelError
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
 from lopd.provenance import (
     build_manifest,
@@ -32,41 +33,29 @@ from lopd.store.workers import Worker, this_worker
 
 
 @dataclass(kw_only=True)
-class SamplingOptions(EngineOptions):
-    """What `sft-data` and `rollout` share."""
+class SamplingOptions(EngineOptions, GenerationOptions):
+    """Settings that `lopd sft-data` and `lopd rollout` share."""
 
-    prompts: str = field(
-        metadata={"help": "JSONL or parquet with 'prompt' or 'messages' in each record."}
+    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
+    num_samples: int = setting(
+        1, within="[1, inf)", group="Sampling", help="Number of answers to each prompt."
     )
-    out: str = field(metadata={"help": "Folder to write; an interrupted one is continued."})
-    num_samples: int = field(default=1, metadata={"help": "Answers to each prompt."})
-    limit: int | None = field(default=None, metadata={"help": "Use the first so many prompts."})
-    max_new_tokens: int = field(default=4096, metadata={"help": "Longest answer, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling distribution."})
-    seed: int = field(default=0, metadata={"help": "Seed of every sequence's own random stream."})
-    batch_size: int = field(default=64, metadata={"help": "Sequences decoded together."})
-    shard_size: int = field(default=1024, metadata={"help": "Sequences in a shard file."})
-    worker: str | None = field(
-        default=None, metadata={"help": "i/n: be worker i, from 0, of n on this folder."}
+    shard_size: int = setting(
+        1024, within="[1, inf)", group="Model and data", help="Sequences per shard file."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_samples", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: found {getattr(self, name)}; expected at least 1")
-        self.sampling()
-
-    def sampling(self) -> Sampling:
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+    worker: str | None = setting(
+        None,
+        group="Devices and processes",
+        identity=False,
+        help="i/n: be worker i (from 0) of n workers on this folder.",
+    )
 
 
 @dataclass(kw_only=True)
 class RolloutConfig(SamplingOptions):
     """Sample the student's answers to prompts (`lopd rollout`)."""
 
-    student: str = field(metadata={"help": "Fine-tuned student, a model folder."})
+    student: str = setting(identity=False, help="Folder of the fine-tuned student.")
 
 
 def main(config: RolloutConfig) -> Path:
@@ -74,10 +63,10 @@ def main(config: RolloutConfig) -> Path:
 
 
 def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: str) -> Path:
-    """Sample what is missing of a store of answers; returns its folder.
+    """Sample the missing shards of a store of answers; returns its folder.
 
-    Sequences are numbered prompt by prompt, sample by sample; shard i holds the i-th run of
-    `shard_size` of them, so an interrupted run continues with the shards it lacks.
+    Sequences are numbered prompt by prompt, sample by sample. Shard i holds the i-th run of
+    `shard_size` sequences, so an interrupted run continues with the missing shards.
     """
     worker = this_worker(config.worker)
     check_model_folder(model)
@@ -112,7 +101,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
             save_vocab(model, config.out)
             _fill(writer, missing, shards, config, model, worker)
         if not writer.finish():
-            print(f"{config.out}: {worker} is done, others still write", file=sys.stderr)
+            print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)
 
 
@@ -146,7 +135,7 @@ def _fill(
             if len(generations) != len(jobs):
                 raise ModelError(
                     f"engine: {config.engine} gave {len(generations)} answers to {len(jobs)} "
-                    "prompts; nothing of them is written"
+                    "prompts; nothing is written"
                 )
             pairs = zip(jobs, generations, strict=True)
             writer.write(index, [to_rollout(*job, generation) for job, generation in pairs])

@@ -19,14 +19,15 @@ rolls out. What is finished is left alone; a finished stage whose settings or in
 since is refused, never reused or overwritten.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lopd.config.fields import Settings, identity_of, setting
 from lopd.config.parse import build_config, check_keys, load_yaml
 from lopd.errors import ConfigError
 from lopd.provenance import MANIFEST_NAME, describe_file, fingerprint_weights, read_manifest
-from lopd.provenance.identity import NOT_IN_TRAINING_RECIPE, training_recipe_of
+from lopd.provenance.identity import training_recipe_of
 from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
 from lopd.store import RolloutStore, TeacherCache
 from lopd.store.workers import this_worker
@@ -42,15 +43,13 @@ STAGES: dict[str, tuple[Any, type]] = {
 SHARED = ["dtype", "device", "seed"]
 # Their dtype is that of weights and optimizer, which wants more bits than inference does.
 TRAINING = ("sft", "distill")
-# What leaves an evaluation as it is; its inputs count by their digests.
-EVAL_FREE = frozenset({"prompts", "teacher", "cache", "batch_size", "tokens_per_batch"})
 
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """Run a recipe's missing stages (`lopd run recipe.yaml`)."""
+class RunConfig(Settings):
+    """Run the stages of a recipe that are not finished, in order (`lopd run recipe.yaml`)."""
 
-    recipe: str = field(metadata={"help": "YAML file; see lopd/stages/run.py for its keys."})
+    recipe: str = setting(help="YAML file; see lopd/stages/run.py for its keys.")
 
 
 def main(config: RunConfig) -> Path:
@@ -153,16 +152,9 @@ def finished(config: Any) -> bool:
     manifest = read_manifest(out)
     if manifest["kind"] not in ("checkpoint", "evaluation"):
         return False
-    wanted, found = asdict(config), manifest["config"]
-    if manifest["kind"] == "checkpoint":
-        wanted, found, free = (
-            training_recipe_of(wanted),
-            training_recipe_of(found),
-            frozenset[str](),
-        )
-    else:
-        free = NOT_IN_TRAINING_RECIPE | EVAL_FREE
-    changed = sorted(key for key in wanted.keys() - free if found.get(key) != wanted[key])
+    recipe_of = training_recipe_of if manifest["kind"] == "checkpoint" else identity_of
+    wanted, found = recipe_of(config), recipe_of(config, manifest["config"])
+    changed = sorted(key for key in wanted if found.get(key) != wanted[key])
     if changed:
         key = changed[0]
         raise ConfigError(

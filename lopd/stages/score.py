@@ -1,27 +1,28 @@
 """Score stored rollouts with the teacher, once, into the sparse cache (`lopd score`).
 
-Shard i of the cache holds the sequences of shard i of the rollouts, tokens included, so
-that the cache is complete without them. The teacher must tokenise as the student does:
-its vocabulary is stored beside the shards for the check that `lopd distill` makes.
+Shard i of the cache holds the sequences of shard i of the rollouts, tokens included, so that
+training needs only the cache. The teacher and the student must share a tokenizer: the teacher's
+vocabulary is stored beside the shards, and `lopd distill` compares the two.
 
-Several processes may score into one folder (`--worker i/n`, or torchrun); which of them
-writes a shard changes nothing in it.
+Several processes may score into one folder (`--worker i/n`, or torchrun); a shard does not depend
+on the process that writes it.
 """
 
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
+from lopd.config.fields import setting, setting_of
 from lopd.engines import ENGINES, load_engine
-from lopd.engines.base import Engine, Progress
-from lopd.engines.options import EngineOptions
-from lopd.errors import ConfigError, DataError, ModelError, ProvenanceError
+from lopd.engines.base import Engine, Progress, score_rollouts
+from lopd.engines.options import EngineOptions, ScoringOptions
+from lopd.errors import ConfigError, ProvenanceError
+from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
     MANIFEST_NAME,
@@ -30,6 +31,7 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.rollout import SamplingOptions
 from lopd.store import CacheWriter, Codec, Rollout, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import is_unused, require_same_recipe
 from lopd.store.size import (
@@ -47,48 +49,49 @@ from lopd.store.size import (
 from lopd.store.types import name_of
 from lopd.store.workers import Worker, this_worker
 
+_cache = partial(setting, group="Cache")
+
 
 @dataclass(kw_only=True)
-class ScoreConfig(EngineOptions):
+class ScoreConfig(EngineOptions, ScoringOptions):
     """Score rollouts with the teacher (`lopd score`)."""
 
-    teacher: str = field(metadata={"help": "Teacher, a local model folder."})
-    rollouts: str = field(metadata={"help": "Folder that `lopd rollout` wrote."})
-    out: str = field(metadata={"help": "Cache folder; an interrupted one is continued."})
-    k: int = field(default=64, metadata={"help": "Largest list of teacher tokens at a position."})
-    top_p: float = field(
-        default=0.999, metadata={"help": "Lists end where their mass reaches this; 1 keeps all k."}
+    teacher: str = setting(identity=False, help="Folder of the teacher model.")
+    rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
+    out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
+    k: int = _cache(64, within="[1, inf)", help="Maximum number of teacher tokens per position.")
+    top_p: float = _cache(
+        0.999,
+        within="(0, 1]",
+        help="Cut each list where its mass reaches this; 1 keeps all k tokens.",
     )
-    codec: Codec = field(
-        default="exact",
-        metadata={"help": "How lists and log-probs are stored; all but exact round them."},
+    codec: Codec = setting(
+        "exact",
+        group="Cache",
+        help="Storage format of lists and log-probs; all but exact round them.",
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Divides the teacher's logits; distillation uses the same."}
+    temperature: float = _cache(
+        1.0,
+        within="(0, inf)",
+        help="Divides the teacher's logits; distillation uses the same temperature.",
     )
-    student: str | None = field(
-        default=None, metadata={"help": "The student that rolled out, for --extra_ids."}
+    student: str | None = _cache(
+        None, identity=False, help="Folder of the student that rolled out, for extra_ids."
     )
-    extra_ids: int = field(
-        default=0, metadata={"help": "Add so many of the student's own top ids to every list."}
+    extra_ids: int = _cache(
+        0, within="[0, inf)", help="Add the student's own top N ids to every list."
     )
-    tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens in a forward."})
-    worker: str | None = field(
-        default=None, metadata={"help": "i/n: be worker i, from 0, of n on this folder."}
-    )
-    plan: bool = field(
-        default=False, metadata={"help": "Print bytes, shards, time and free disk; write nothing."}
+    worker: str | None = setting_of(SamplingOptions, "worker")
+    plan: bool = setting(
+        False,
+        group="Model and data",
+        identity=False,
+        help="Print bytes, shards, time and free disk space, and write nothing.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tokens_per_batch < 1:
-            raise ConfigError(
-                f"tokens_per_batch: found {self.tokens_per_batch}; expected at least 1"
-            )
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature: found {self.temperature}; expected a positive number")
-        if self.extra_ids < 0 or (self.extra_ids > 0) != (self.student is not None):
+        if (self.extra_ids > 0) != (self.student is not None):
             raise ConfigError(
                 f"extra_ids: found {self.extra_ids} with student {self.student!r}; expected a "
                 "positive number and the student that made the rollouts, or neither"
@@ -100,14 +103,15 @@ class ScoreConfig(EngineOptions):
 
 
 def main(config: ScoreConfig) -> Path | None:
-    """Score what is missing of the cache; returns its folder, None after `plan`.
+    """Score the missing shards of the cache; returns its folder, None after `plan`.
 
     Raises:
-        ShardError: rollouts that are altered (what is trained on is hashed first), or another
-            process at work in the folder.
-        ConfigError: a setting out of range, a folder of another recipe, or no room on the disk.
-        ProvenanceError: `student` is not the one that made the rollouts.
-        DataError: a sequence that the teacher has no room or no embedding for.
+        ShardError: the rollouts are altered (they are hashed first), or another process is
+            writing into the folder.
+        ConfigError: a setting is out of range, the folder holds another recipe, or the disk has
+            no room.
+        ProvenanceError: `student` did not make the rollouts.
+        DataError: a sequence exceeds the teacher's context or vocabulary.
     """
     worker = this_worker(config.worker)
     check_model_folder(config.teacher)
@@ -129,20 +133,17 @@ def main(config: ScoreConfig) -> Path | None:
         missing = writer.missing()
         if missing:
             save_vocab(config.teacher, config.out)
-            doubtful = bounds[1].of(work) > free_bytes(config.out)
-            _fill(writer, missing, rollouts, config, worker, probe=doubtful)
+            may_not_fit = bounds[1].of(work) > free_bytes(config.out)
+            _fill(writer, missing, rollouts, config, worker, probe=may_not_fit)
         if not writer.finish():
-            print(f"{config.out}: {worker} is done, others still write", file=sys.stderr)
+            print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)
 
 
 def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
     source, numerics = rollouts.manifest, ENGINES[config.engine]
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
-    if not 1 <= config.k <= model["vocab_size"]:
-        raise ConfigError(
-            f"k: found {config.k}; expected 1 to the teacher's vocabulary of {model['vocab_size']}"
-        )
+    ModelLimits("the teacher", model["vocab_size"]).check_k(config.k)
     return build_manifest(
         "cache",
         stage="score",
@@ -171,7 +172,7 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
 
 
 def _describe_support(config: ScoreConfig, maker: dict[str, Any]) -> dict[str, Any]:
-    """Which ids the lists hold; with extra ids, whose."""
+    """The ids that the lists hold and, with extra ids, the student that chose them."""
     if config.student is None:
         return {"ids": "teacher's top k", "extra_ids": 0}
     student = describe_model(config.student, dtype=config.dtype, engine="transformers")
@@ -180,11 +181,7 @@ def _describe_support(config: ScoreConfig, maker: dict[str, Any]) -> dict[str, A
             f"student: {config.student} has weights {student['weights'][:12]}, the rollouts were "
             f"made by {maker['weights'][:12]}; name the student that made them"
         )
-    if config.extra_ids > student["vocab_size"]:
-        raise ConfigError(
-            f"extra_ids: found {config.extra_ids}; expected at most the student's vocabulary of "
-            f"{student['vocab_size']}"
-        )
+    ModelLimits("the student", student["vocab_size"]).check_k(config.extra_ids, "extra_ids")
     return {
         "ids": "teacher's top k and student's top extra_ids",
         "extra_ids": config.extra_ids,
@@ -193,7 +190,7 @@ def _describe_support(config: ScoreConfig, maker: dict[str, Any]) -> dict[str, A
 
 
 def _missing(config: ScoreConfig, manifest: dict[str, Any]) -> list[int]:
-    """Shards without a receipt, found without writing anything."""
+    """Shards without a receipt; does not write anything."""
     if not (Path(config.out) / MANIFEST_NAME).exists():
         return list(range(len(manifest["plan"]["shards"])))
     if is_unused(config.out, manifest):
@@ -203,24 +200,14 @@ def _missing(config: ScoreConfig, manifest: dict[str, Any]) -> list[int]:
 
 
 def _check_sequences(rollouts: RolloutStore, shards: Sequence[int], teacher: str) -> None:
-    """Refuse before the first shard what the teacher could not score in the last."""
-    context, rows = context_of(teacher), vocab_size_of(teacher)
+    """Check all sequences before the first is scored."""
+    limits = ModelLimits("the teacher", vocab_size_of(teacher), context_of(teacher))
     for rollout in (rollout for shard in shards for rollout in rollouts.shard(shard)):
-        length, largest = len(rollout.tokens), int(rollout.tokens.max())
-        if context is not None and length > context:
-            raise DataError(
-                f"{name_of(rollout)}: {length} tokens; the teacher's context holds {context}; roll "
-                "out with fewer --max_new_tokens"
-            )
-        if largest >= rows:
-            raise DataError(
-                f"{name_of(rollout)}: token id {largest}; the teacher's vocabulary ends at "
-                f"{rows - 1}: the two models do not share a tokenizer"
-            )
+        limits.check(name_of(rollout), rollout.tokens)
 
 
 class _Scorer:
-    """The teacher and, for its ids, the student."""
+    """The teacher and, for extra ids, the student."""
 
     def __init__(self, config: ScoreConfig, worker: Worker) -> None:
         self.config = config
@@ -239,30 +226,15 @@ class _Scorer:
     def __call__(
         self, rollouts: Sequence[Rollout], progress: Progress | None = None
     ) -> list[TeacherScores]:
-        tokens = [rollout.tokens for rollout in rollouts]
-        lengths = [rollout.prompt_length for rollout in rollouts]
-        temperature = self.config.temperature
-        extra = None
-        if self.student is not None:
-            own = self.student.score(
-                tokens, lengths, self.config.extra_ids, temperature=temperature
-            )
-            rows = self.teacher.vocab_size  # a student's padding rows may lie beyond
-            extra = [np.where(s.topk_ids < rows, s.topk_ids, -1) for s in own]
-        scores = self.teacher.score(
-            tokens,
-            lengths,
+        return score_rollouts(
+            self.teacher,
+            rollouts,
             self.config.k,
-            temperature=temperature,
-            extra_ids=extra,
+            temperature=self.config.temperature,
+            student=self.student,
+            extra_ids=self.config.extra_ids,
             progress=progress,
         )
-        if len(scores) != len(rollouts):
-            raise ModelError(
-                f"engine: {self.config.engine} scored {len(scores)} of {len(rollouts)} sequences; "
-                "nothing of them is written"
-            )
-        return scores
 
 
 def _fill(
@@ -272,7 +244,7 @@ def _fill(
     config: ScoreConfig,
     worker: Worker,
     *,
-    probe: bool,  # whether it is in doubt that the rest fits on the disk
+    probe: bool,  # measure a few sequences first, to check that the rest fits on the disk
 ) -> None:
     scorer, sizes = _Scorer(config, worker), rollouts.manifest["plan"]["shards"]
     work = work_left(rollouts, missing)
@@ -291,7 +263,7 @@ def _print_plan(
     rollouts: RolloutStore,
     work: Work,
     probe: Probe,
-    sizes: list[int],  # by the probe, at least, at most
+    sizes: list[int],  # measured, lower bound, upper bound
     free: int,
     worker: Worker,
 ) -> None:

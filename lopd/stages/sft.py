@@ -4,10 +4,11 @@ The result's manifest names that teacher by the digest of its weights: `lopd dis
 the rollouts to be scored by the same one.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lopd.config.fields import setting
 from lopd.data.demonstrations import load_sft_jsonl
 from lopd.errors import MissingFileError, ProvenanceError
 from lopd.models.load import check_model_folder, load_tokenizer
@@ -33,11 +34,11 @@ TEACHER_KEYS = ("weights", "tokenizer", "path")
 class SftConfig(TrainOptions):
     """Fine-tune a model on answers (`lopd sft`)."""
 
-    model: str = field(metadata={"help": "Model folder to start from."})
-    data: str = field(
-        metadata={"help": "Folder of `lopd sft-data`, or JSONL with prompt and completion."}
+    model: str = setting(identity=False, help="Folder of the model to start from.")
+    data: str = setting(
+        identity=False, help="Folder that `lopd sft-data` wrote, or JSONL of prompt and completion."
     )
-    out: str = field(metadata={"help": "Folder to write; an interrupted run is continued."})
+    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
 
 
 def main(config: SftConfig) -> Path:

@@ -1,12 +1,13 @@
 """Sample the teacher's answers, the data that the student is fine-tuned on (`lopd sft-data`).
 
-Its manifest names the teacher by the digest of its weights; fine-tuning passes that on,
+Its manifest identifies the teacher by the digest of its weights. `lopd sft` copies that digest,
 and `lopd distill` compares it with the teacher that scored the rollouts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from lopd.config.fields import setting
 from lopd.stages.rollout import SamplingOptions, sample_to_store
 
 
@@ -14,7 +15,7 @@ from lopd.stages.rollout import SamplingOptions, sample_to_store
 class SftDataConfig(SamplingOptions):
     """Sample the teacher's answers to prompts (`lopd sft-data`)."""
 
-    teacher: str = field(metadata={"help": "Teacher, a local model folder."})
+    teacher: str = setting(identity=False, help="Folder of the teacher model.")
 
 
 def main(config: SftDataConfig) -> Path:

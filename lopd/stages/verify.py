@@ -9,11 +9,13 @@ same tokens and buckets is the signal. Names can agree while numerics do not.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lopd.engines.options import EngineOptions
+from lopd.config.fields import setting
+from lopd.engines.options import EngineOptions, ScoringOptions
 from lopd.errors import ConfigError, DataError, NoiseError, ProvenanceError
 from lopd.evaluation.noise_floor import measure_noise
 from lopd.provenance import (
@@ -30,35 +32,32 @@ from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequ
 
 LOSSY_MASS_TOLERANCE = 5e-3  # list and tail, where log-probs were quantised
 
+_evaluation = partial(setting, group="Evaluation")
+
 
 @dataclass(kw_only=True)
-class VerifyConfig(EngineOptions):
-    """Check an artefact folder; with --rescore also a cache's noise floor (`lopd verify`)."""
+class VerifyConfig(EngineOptions, ScoringOptions):
+    """Check an artefact folder, and with --rescore a cache's noise floor (`lopd verify`)."""
 
-    path: str = field(metadata={"help": "Folder of answers, rollouts, a cache, a checkpoint, ..."})
-    rescore: int = field(default=0, metadata={"help": "Score so many sequences of a cache again."})
-    teacher: str | None = field(default=None, metadata={"help": "The teacher that scored it."})
-    student: str | None = field(
-        default=None, metadata={"help": "The student; its KL on the same tokens is the signal."}
+    path: str = setting(help="Folder of answers, rollouts, a cache, a checkpoint or an evaluation.")
+    rescore: int = _evaluation(
+        0, within="[0, inf)", help="Score N sequences of a cache again; 0 checks files only."
     )
-    max_noise_share: float = field(
-        default=0.1, metadata={"help": "Fail where noise / signal is above this."}
+    teacher: str | None = _evaluation(None, help="Folder of the teacher that scored the cache.")
+    student: str | None = _evaluation(
+        None, help="Folder of the student; its KL on the same tokens is the signal."
     )
-    tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens in a forward."})
-    seed: int = field(default=0, metadata={"help": "Seed of the choice of sequences."})
+    max_noise_share: float = _evaluation(
+        0.1, within="(0, inf)", help="Fail if noise / signal is above this."
+    )
+    seed: int = _evaluation(0, within="[0, 4294967296)", help="Seed for choosing the sequences.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rescore < 0:
-            raise ConfigError(f"rescore: found {self.rescore}; expected 0 or a positive number")
         if self.rescore and (self.teacher is None or self.student is None):
-            raise ConfigError("rescore: needs --teacher and --student, model folders both")
+            raise ConfigError("rescore: needs --teacher and --student, both model folders")
         if not self.rescore and (self.teacher or self.student):
-            raise ConfigError("teacher, student: only with --rescore N do they have a use")
-        if not self.max_noise_share > 0:
-            raise ConfigError(
-                f"max_noise_share: found {self.max_noise_share}; expected a positive number"
-            )
+            raise ConfigError("teacher, student: --teacher and --student require --rescore N")
 
 
 def main(config: VerifyConfig) -> None:

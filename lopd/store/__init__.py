@@ -1,20 +1,28 @@
 """On-disk sequences: a teacher's answers, a student's rollouts, and the teacher's scores.
 
-One mechanism for all three. A folder holds `manifest.json` (recipe and shard plan, written
-once), `shard-00000.safetensors` (flat arrays, ragged by offsets) and `shard-00000.json`
-(receipt: counts, bytes, sha256, recipe digest). A shard is finished when its receipt is
-there and matches; resuming writes what is missing.
+All three share one format. A folder holds `manifest.json` (recipe and shard plan, written once),
+`shard-00000.safetensors` (flat arrays, ragged by offsets) and `shard-00000.json` (its receipt:
+counts, bytes, sha256, recipe digest). A shard is finished when its receipt exists and matches;
+a resumed stage writes the shards that are missing.
+
+Writers:  `RolloutWriter`, `CacheWriter`; several processes write one folder as `Worker`s.
+Readers:  `RolloutStore` returns `Rollout`, `TeacherCache` returns `TeacherSequence`.
+Scores:   an engine returns `TeacherScores`; `scored_sequence` turns them into a `TeacherSequence`
+          without a store. Lists are ragged (`TopKLists`) until a collator pads them into a batch.
 """
 
 from lopd.store.codec import CODECS, Codec
+from lopd.store.ragged import TopKLists
 from lopd.store.reader import RolloutStore, TeacherCache
 from lopd.store.sequences import SUPPORTS, scored_sequence
 from lopd.store.shards import scoring_of
-from lopd.store.types import Rollout, TeacherScores, TeacherSequence
+from lopd.store.types import FINISH_REASONS, Rollout, TeacherScores, TeacherSequence, name_of
+from lopd.store.workers import Worker, this_worker
 from lopd.store.writer import CacheWriter, RolloutWriter
 
 __all__ = [
     "CODECS",
+    "FINISH_REASONS",
     "SUPPORTS",
     "CacheWriter",
     "Codec",
@@ -24,6 +32,10 @@ __all__ = [
     "TeacherCache",
     "TeacherScores",
     "TeacherSequence",
+    "TopKLists",
+    "Worker",
+    "name_of",
     "scored_sequence",
     "scoring_of",
+    "this_worker",
 ]

@@ -1,7 +1,7 @@
-"""Numbers in few bits, by whole arrays: fixed-width ids, varints, 8-bit log-probs.
+"""Packed arrays: fixed-width ids, varints, 8-bit log-probs.
 
-Every function is exact integer arithmetic or a rounding to a table of binary fractions, so
-that the same input gives the same bytes on every machine.
+Every function is exact integer arithmetic or rounds to a table of binary fractions, so that the
+same input gives the same bytes on every machine.
 """
 
 import math
@@ -28,7 +28,7 @@ def id_bits(vocab_size: int) -> int:
 
 
 def packed_bytes(entries: int, bits: int) -> int:
-    """Bytes that `pack_bits` needs."""
+    """Bytes that `pack_bits` writes."""
     return (entries * bits + 7) // 8
 
 
@@ -49,9 +49,9 @@ def unpack_bits(
     index: np.ndarray,  # [n] int64
     bits: int,
 ) -> np.ndarray:  # [n] int32
-    """Numbers at the places `index` of what `pack_bits` wrote, without touching the others.
+    """The numbers at the positions `index` of what `pack_bits` wrote; others are not read.
 
-    A number lies within the 8 bytes that begin where it does, or, near the end, within the
+    A number lies within the 8 bytes that start at its first byte or, near the end, within the
     last 8.
     """
     if len(packed) < 8:
@@ -70,7 +70,7 @@ def unpack_bits(
 def pack_varints(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [B] uint8, [E] int64
     """Numbers >= 0 in 7-bit groups, least significant first, bit 7 set on all but the last.
 
-    Also returns how many bytes each took.
+    Also returns the bytes of each number.
     """
     numbers = numbers.astype(np.int64)
     sizes = np.ones(len(numbers), np.int64)
@@ -111,5 +111,5 @@ def unpack_varints(packed: np.ndarray) -> np.ndarray:  # [E] int64
 
 
 def to_minifloats(values: np.ndarray) -> np.ndarray:  # uint8
-    """Codes of the nearest `MINIFLOATS`, of two equally near the larger; negatives become 0."""
+    """Codes of the nearest `MINIFLOATS`, ties to the larger; negatives become 0."""
     return np.searchsorted(_MIDPOINTS, values, side="right").astype(np.uint8)

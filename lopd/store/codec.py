@@ -1,19 +1,16 @@
-"""How the scores and sequences of a shard become bytes, and what that loses.
+"""Codecs: how the columns of a shard are encoded, and the error of each encoding.
 
 `exact`    int32 ids, fp32 log-probs.
 `packed`   ceil(log2 V)-bit ids, fp16 log-probs of the lists; the rest as in `exact`.
-`compact`  what a row knows already is not stored: its sampled token is left out of the list
-           (a bit tells whether it was there), the other ids are ascending differences in
-           varints, their log-probs 8-bit floats; tokens are packed and the numbers of a
-           token are fp16.
+`compact`  the sampled token is left out of its list (one bit says whether it was listed), the
+           other ids are stored as varints of ascending differences, their log-probs as 8-bit
+           floats; tokens are bit-packed, and the remaining columns are fp16.
 
-The lossy codecs keep the tail and shift the decoded list to the mass that the tail leaves,
-so list and tail have mass 1 whatever the rounding did.
+The lossy codecs store the tail and shift each decoded list to the mass that the tail leaves,
+so that list and tail have mass 1 after rounding.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -29,77 +26,28 @@ from lopd.store.bits import (
     unpack_bits,
     unpack_varints,
 )
-from lopd.store.lists import Lists, insert_first, row_sums, take_from_tail
+from lopd.store.lists import insert_first, subtract_from_tail
+from lopd.store.ragged import Spans, TopKLists, offsets_of
+from lopd.store.types import TeacherColumns
 from lopd.store.validate import MASS_TOLERANCE
 
 Codec = Literal["exact", "packed", "compact"]
 CODECS: tuple[Codec, ...] = ("exact", "packed", "compact")
 _FP16_LOWEST = float(np.finfo(np.float16).min)
 _LOWEST = {"exact": -np.inf, "packed": _FP16_LOWEST, "compact": -MINIFLOAT_LARGEST}
-# A list with less of the mass is left as decoded: its tail says too little of it.
+# A list of less mass is not shifted: its tail is too close to 1 to determine that mass.
 _SHIFTED_MASS = 2.0**-10
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What a cache knows of the response tokens of one sequence or several, end to end."""
-
-    logprobs: np.ndarray  # [R] fp32
-    entropy: np.ndarray  # [R] fp32
-    lists: Lists
-    tail: np.ndarray  # [R] fp32
-
-
-@dataclass(frozen=True)
-class Spans:
-    """The parts starts[i]..stops[i] of a flat array, one after the other."""
-
-    starts: np.ndarray  # [n] int64
-    stops: np.ndarray  # [n] int64
-
-    @classmethod
-    def of(cls, offsets: np.ndarray, positions: np.ndarray) -> "Spans":
-        return cls(offsets[positions], offsets[positions + 1])
-
-    @cached_property
-    def lengths(self) -> np.ndarray:  # [n] int64
-        return self.stops - self.starts
-
-    @cached_property
-    def is_one(self) -> bool:
-        """Whether each part begins where the one before it ends."""
-        return bool((self.starts[1:] == self.stops[:-1]).all())
-
-    def take(self, values: np.ndarray) -> np.ndarray:
-        """A view where the parts follow each other, else a copy."""
-        if self.is_one:
-            return values[int(self.starts[0]) : int(self.stops[-1])]
-        parts = zip(self.starts.tolist(), self.stops.tolist(), strict=True)
-        return np.concatenate([values[start:stop] for start, stop in parts])
-
-    @cached_property
-    def index(self) -> np.ndarray:  # [sum of lengths] int64
-        """The places of all elements."""
-        if self.is_one:
-            return np.arange(self.starts[0], self.stops[-1])
-        before = np.cumsum(self.lengths) - self.lengths
-        return np.repeat(self.starts - before, self.lengths) + np.arange(int(self.lengths.sum()))
-
-
-def offsets_of(lengths: np.ndarray) -> np.ndarray:  # [n + 1] int64
-    """Where the parts of these lengths begin, and where the last one ends."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
 def encode(
-    scored: Scored,
+    columns: TeacherColumns,
     sampled: np.ndarray,  # [R] int32
     row_offsets: np.ndarray,  # [n + 1] int64, sequences among the R tokens
     codec: Codec,
     vocab_size: int,
-) -> tuple[dict[str, np.ndarray], Lists]:
-    """The arrays that a shard stores, and the lists in the order in which `decode` gives them."""
-    lists, tail = scored.lists, scored.tail
+) -> tuple[dict[str, np.ndarray], TopKLists]:
+    """The arrays of a shard, and the lists in the order in which `decode` returns them."""
+    lists, tail = columns.lists, columns.tail_logprobs
     dtype = np.float16 if codec == "compact" else np.float32
     arrays: dict[str, np.ndarray] = {}
     stored = lists
@@ -111,11 +59,11 @@ def encode(
     else:
         arrays, stored, lists, listed = _encode_compact(lists, sampled, row_offsets)
         tail = tail.copy()
-        tail[~listed] = take_from_tail(tail[~listed], scored.logprobs[~listed])
+        tail[~listed] = subtract_from_tail(tail[~listed], columns.teacher_logprobs[~listed])
     longest = int(stored.lengths.max(initial=0))
     return {
-        "teacher_logprobs": scored.logprobs.astype(dtype),
-        "teacher_entropy": scored.entropy.astype(dtype),
+        "teacher_logprobs": columns.teacher_logprobs.astype(dtype),
+        "teacher_entropy": columns.teacher_entropy.astype(dtype),
         "tail_logprobs": tail.astype(dtype),
         "list_offsets": offsets_of(stored.lengths)[row_offsets],
         "list_lengths": stored.lengths.astype(np.min_scalar_type(longest)),
@@ -124,17 +72,16 @@ def encode(
 
 
 def _encode_compact(
-    lists: Lists, sampled: np.ndarray, row_offsets: np.ndarray
-) -> tuple[dict[str, np.ndarray], Lists, Lists, np.ndarray]:
+    lists: TopKLists, sampled: np.ndarray, row_offsets: np.ndarray
+) -> tuple[dict[str, np.ndarray], TopKLists, TopKLists, np.ndarray]:
     """Arrays; the lists as stored; the lists as decoded; whether each holds its sampled token."""
-    rows = np.repeat(np.arange(len(sampled)), lists.lengths)
+    rows = lists.rows
     order = np.argsort(rows << 32 | lists.ids)
     ids, logprobs = lists.ids[order], lists.logprobs[order]
-    own = ids == sampled[rows]
-    listed = np.zeros(len(sampled), bool)
-    listed[rows[own]] = True
-    others = Lists(ids[~own], logprobs[~own], lists.lengths - listed)
-    decoded = insert_first(others, sampled[listed], logprobs[own], listed)
+    is_sampled = ids == sampled[rows]
+    listed = lists.contains(sampled)
+    others = TopKLists(ids[~is_sampled], logprobs[~is_sampled], lists.lengths - listed)
+    decoded = insert_first(others, sampled[listed], logprobs[is_sampled], listed)
     first = np.zeros(len(others.ids), bool)
     first[offsets_of(others.lengths)[:-1][others.lengths > 0]] = True
     steps = np.diff(others.ids, prepend=0) - 1
@@ -157,14 +104,14 @@ def decode(
     vocab_size: int,
     *,
     with_sampled: bool = False,
-) -> Scored:
-    """The scores of some sequences of a shard, end to end: views where nothing is decoded.
+) -> TeacherColumns:
+    """The columns of some sequences of a shard, end to end: views where nothing is decoded.
 
-    `with_sampled`, for `compact` alone: every list holds its sampled token, and the tail is the
-    mass outside that list; else lists and tails are those that were written.
+    With `with_sampled`, for codec `compact` only, every list holds its sampled token, and the tail
+    is the mass outside that list; otherwise lists and tails are those that were written.
 
     Raises:
-        DataError: bytes that no encoder writes.
+        DataError: the bytes were not written by an encoder.
     """
     rows = Spans.of(arrays["response_offsets"], positions)
     entries = Spans.of(arrays["list_offsets"], positions)
@@ -173,29 +120,33 @@ def decode(
     if wrong.any():
         raise DataError(f"list lengths of sequence {positions[wrong][0]} do not add up")
     names = ("teacher_logprobs", "teacher_entropy", "tail_logprobs")
-    own, entropy, tail = (rows.take(arrays[name]).astype(np.float32, copy=False) for name in names)
-    logprobs = entries.take(arrays["list_logprobs"])
+    logprobs, entropy, tail = (
+        rows.take(arrays[name]).astype(np.float32, copy=False) for name in names
+    )
+    listed_logprobs = entries.take(arrays["list_logprobs"])
     if codec == "exact":
         ids = entries.take(arrays["list_ids"])
     elif codec == "packed":
         ids = unpack_bits(arrays["list_ids"], entries.index, id_bits(vocab_size))
     else:
         ids = _decode_ids(arrays, positions, lengths)
-        logprobs = -MINIFLOATS[logprobs]
-    lists = Lists(ids, logprobs.astype(np.float32, copy=False), lengths)
+        listed_logprobs = -MINIFLOATS[listed_logprobs]
+    lists = TopKLists(ids, listed_logprobs.astype(np.float32, copy=False), lengths)
     _check_entries(lists, entries, positions, vocab_size)
     if codec == "exact":
-        return Scored(own, entropy, lists, tail)
+        return TeacherColumns(logprobs, entropy, lists, tail)
     if codec == "compact":
         listed = unpack_bits(arrays["sampled_listed"], rows.index, 1).astype(bool)
-        held = np.ones_like(listed) if with_sampled else listed
-        tail = np.where(held, tail, np.logaddexp(tail, own))
-        lists = insert_first(lists, sampled[held], own[held], held)
-    return Scored(own, entropy, shift_to_tail(lists, tail), tail)
+        insert = np.ones_like(listed) if with_sampled else listed
+        tail = np.where(insert, tail, np.logaddexp(tail, logprobs))
+        lists = insert_first(lists, sampled[insert], logprobs[insert], insert)
+    return TeacherColumns(logprobs, entropy, shift_to_tail(lists, tail), tail)
 
 
-def _check_entries(lists: Lists, entries: Spans, positions: np.ndarray, vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary and log-probs that are none."""
+def _check_entries(
+    lists: TopKLists, entries: Spans, positions: np.ndarray, vocab_size: int
+) -> None:
+    """Refuse ids outside the vocabulary and invalid log-probs."""
     ids, logprobs = lists.ids, lists.logprobs
     if not len(ids):
         return
@@ -203,7 +154,7 @@ def _check_entries(lists: Lists, entries: Spans, positions: np.ndarray, vocab_si
         odd, what = (ids < 0) | (ids >= vocab_size), f"id outside [0, {vocab_size})"
     elif not (logprobs.max() <= MASS_TOLERANCE and logprobs.min() > -np.inf):
         odd = ~(np.isfinite(logprobs) & (logprobs <= MASS_TOLERANCE))
-        what = "log-prob that is none"
+        what = "invalid log-prob (NaN, infinite or above 0)"
     else:
         return
     first = np.flatnonzero(odd)[0]
@@ -223,43 +174,43 @@ def _decode_ids(
     return np.minimum(ids, np.iinfo(np.int32).max).astype(np.int32)
 
 
-def shift_to_tail(lists: Lists, tail: np.ndarray) -> Lists:
+def shift_to_tail(lists: TopKLists, tail: np.ndarray) -> TopKLists:
     """Shift each list's log-probs so that its mass and its tail's are 1."""
     mass = -np.expm1(tail.astype(np.float64))
-    sums = row_sums(np.exp(lists.logprobs), lists.lengths)
-    some = (mass >= _SHIFTED_MASS) & (sums > 0)
+    sums = lists.row_sums(np.exp(lists.logprobs))
+    shifted = (mass >= _SHIFTED_MASS) & (sums > 0)
     shift = np.zeros(len(tail), np.float32)
-    shift[some] = np.log(mass[some] / sums[some])
-    return Lists(lists.ids, lists.logprobs + np.repeat(shift, lists.lengths), lists.lengths)
+    shift[shifted] = np.log(mass[shifted] / sums[shifted])
+    return TopKLists(lists.ids, lists.logprobs + np.repeat(shift, lists.lengths), lists.lengths)
 
 
 def bucket_error(
-    exact: Lists, exact_tail: np.ndarray, decoded: Lists, tail: np.ndarray
+    exact: TopKLists, exact_tail: np.ndarray, decoded: TopKLists, tail: np.ndarray
 ) -> np.ndarray:  # [R] fp64
     """sum_b p_b log(p_b / q_b) - p_b + q_b over K + 1 buckets, p exact, q decoded, nat.
 
-    The KL divergence where both have mass 1, and never negative where an engine's own mass
-    is off by rounding. The lists hold the same ids in the same order.
+    The KL divergence where both have mass 1, and never negative where the mass that an engine
+    returned is off by rounding. The lists hold the same ids in the same order.
     """
-    listed = row_sums(kl_terms(exact.logprobs, decoded.logprobs), exact.lengths)
+    listed = exact.row_sums(kl_terms(exact.logprobs, decoded.logprobs))
     return listed + kl_terms(exact_tail, tail)
 
 
 def kl_terms(p: np.ndarray, q: np.ndarray) -> np.ndarray:  # fp64, as p and q, of log-probs
-    """p log(p / q) - p + q of each bucket, never negative; q of one without mass."""
+    """p log(p / q) - p + q of each bucket, never negative; q where p is 0."""
     p, q = p.astype(np.float64), q.astype(np.float64)
     with np.errstate(invalid="ignore"):  # log 0 - log 0, of an empty bucket
         ratio = np.where(np.isneginf(p), 0.0, p - q)
     return np.exp(p) * ratio - np.exp(p) + np.exp(q)
 
 
-def check_storable(name: str, codec: Codec, scored: Scored, *more: np.ndarray) -> None:
-    """Refuse a log-prob that the codec cannot hold; `more` are the sequence's own.
+def check_storable(name: str, codec: Codec, columns: TeacherColumns, *more: np.ndarray) -> None:
+    """Refuse a log-prob that the codec cannot hold; `more` are those of the rollout.
 
     Raises:
         DataError: names the sequence, the response token and the id.
     """
-    lists, lowest = scored.lists, _LOWEST[codec]
+    lists, lowest = columns.lists, _LOWEST[codec]
     low = np.flatnonzero(lists.logprobs < lowest)
     if len(low):
         row = int(np.searchsorted(np.cumsum(lists.lengths), low[0], side="right"))
@@ -270,7 +221,7 @@ def check_storable(name: str, codec: Codec, scored: Scored, *more: np.ndarray) -
         )
     if codec != "compact":
         return
-    for values in (scored.logprobs, scored.tail, *more):
+    for values in (columns.teacher_logprobs, columns.tail_logprobs, *more):
         low = np.flatnonzero((values < _FP16_LOWEST) & ~np.isneginf(values))
         if len(low):
             raise DataError(

@@ -1,4 +1,4 @@
-"""File locks: who may write into a folder, and who a shard."""
+"""File locks on a folder and on single shards."""
 
 import contextlib
 import fcntl
@@ -11,26 +11,24 @@ from pathlib import Path
 from lopd.errors import ShardError
 
 LOCK_NAME = ".lock"
-
-
 START_LOCK_NAME = ".start.lock"
 
 
 class FolderLock:
-    """Right to write into a folder, given back when released or at process end.
+    """The right to write into a folder, until it is released or the process ends.
 
-    It excludes all others, or with `shared` those that do not share. A sharer that finds the
-    folder free holds it `alone` until `settle`, which lets the others in; whoever shares takes
-    the lock and settles under a `start_lock`.
+    It excludes all other writers or, with `shared`, those that do not share. A sharing writer that
+    finds the folder free holds it exclusively until it calls `share`. Sharing writers
+    take the lock and call `share` under a `start_lock`.
 
     Raises:
-        ShardError: another writer has it, or the file system has no locks.
+        ShardError: another writer holds the lock, or the file system has no locks.
     """
 
     def __init__(self, folder: Path, *, shared: bool = False) -> None:
         path = folder / LOCK_NAME
         descriptor = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.alone = descriptor is not None
+        self.is_exclusive = descriptor is not None
         if descriptor is None and shared:
             descriptor = _lock(path, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if descriptor is None:
@@ -41,19 +39,19 @@ class FolderLock:
         self._descriptor, self._shared = descriptor, shared
         self._release = weakref.finalize(self, os.close, descriptor)
 
-    def settle(self) -> None:
-        """Share the folder from here on, if that was asked for."""
+    def share(self) -> None:
+        """Let other sharing writers in; does nothing without `shared`."""
         if self._shared:
             fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
     def release(self) -> None:
-        """Give the folder back; a second call does nothing."""
+        """Release the folder; a second call does nothing."""
         self._release()
 
 
 @contextmanager
 def start_lock(folder: Path) -> Iterator[None]:
-    """One at a time may start writing into a folder; the others wait for the moment it takes."""
+    """Exclude other processes that start writing into the folder; they wait."""
     descriptor = _lock(folder / START_LOCK_NAME, fcntl.LOCK_EX)
     assert descriptor is not None
     try:
@@ -63,7 +61,7 @@ def start_lock(folder: Path) -> Iterator[None]:
 
 
 class ShardLock:
-    """Right to write one shard, given back when released or at process end."""
+    """The right to write one shard, until it is released or the process ends."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
@@ -71,7 +69,7 @@ class ShardLock:
 
     @classmethod
     def take(cls, folder: Path, shard: int) -> "ShardLock | None":
-        """The lock, or None while another worker has it."""
+        """The lock, or None while another worker holds it."""
         path = folder / f".shard-{shard:05d}.lock"
         while True:
             descriptor = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,10 +78,10 @@ class ShardLock:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return cls(path, descriptor)
-            os.close(descriptor)  # its last owner has removed the file since it was opened
+            os.close(descriptor)  # the last owner removed the file after it was opened
 
     def release(self) -> None:
-        """Give the shard back; a second call does nothing."""
+        """Release the shard; a second call does nothing."""
         if self._close.alive:
             with contextlib.suppress(OSError):
                 self._path.unlink()
@@ -91,13 +89,13 @@ class ShardLock:
 
 
 def remove_shard_locks(folder: Path) -> None:
-    """Remove those that killed workers left; call it only where no other writer can be."""
+    """Delete locks left by killed workers. Only safe when no other writer is running."""
     for lock in folder.glob(".shard-*.lock"):
         lock.unlink(missing_ok=True)
 
 
 def _lock(path: Path, operation: int) -> int | None:
-    """A descriptor of `path` that holds the lock, or None where another process does."""
+    """A descriptor of `path` that holds the lock, or None where another process holds it."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:

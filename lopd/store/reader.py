@@ -1,4 +1,4 @@
-"""Readers of shard folders: random access by sequence, shards opened when first needed."""
+"""Readers of shard folders: random access by sequence; shards are opened when needed."""
 
 import math
 from collections import Counter
@@ -12,19 +12,19 @@ import numpy as np
 from lopd.errors import ConfigError, ShardError
 from lopd.provenance import manifest_digest, read_manifest
 from lopd.provenance.io import json_digest
-from lopd.store.codec import CODECS, Scored
-from lopd.store.layout import ShardView
+from lopd.store.codec import CODECS
 from lopd.store.sequences import SUPPORTS, Support, join_sequences
 from lopd.store.shards import check_hash, head_rows, open_shard, plan_of, read_receipt, shard_path
-from lopd.store.types import FINISH_REASONS, Rollout, TeacherSequence
+from lopd.store.types import FINISH_REASONS, Rollout, TeacherColumns, TeacherSequence
+from lopd.store.view import ShardView
 
 LENGTH_QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
-# Response tokens that are decoded together where all are read: what a processor's cache holds.
+# Response tokens that are decoded together where all are read; they fit into a CPU's cache.
 _TOKENS_TOGETHER = 1 << 13
 
 
 class _ShardReader:
-    """What readers of all kinds share: receipts up front, shards on demand."""
+    """Base of the readers: receipts are read first, shards when they are needed."""
 
     _codec: Any = None
 
@@ -53,14 +53,14 @@ class _ShardReader:
         return self._ends[-1] if self._ends else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # Mapped files do not travel to worker processes; each opens its own.
+        # Mapped files are not sent to worker processes; each opens its own.
         return {**self.__dict__, "_views": {}}
 
     def verify(self) -> None:
-        """Hash and read every shard but those in `missing_shards`.
+        """Hash and read every shard except those in `missing_shards`.
 
         Raises:
-            ShardError: names the first shard that is altered.
+            ShardError: a shard is altered; names the first.
         """
         for shard, receipt in self._receipts.items():
             check_hash(self.path, receipt)
@@ -69,7 +69,7 @@ class _ShardReader:
                 self._read(view, positions)
 
     def digest(self) -> str:
-        """sha256 of the content: the recipe's digest and every shard's, in order."""
+        """sha256 of the content: the digests of the recipe and of every shard, in order."""
         shards = [self._receipts[shard]["sha256"] for shard in self._present]
         return json_digest({"recipe": manifest_digest(self.manifest), "shards": shards})
 
@@ -109,23 +109,23 @@ class _ShardReader:
         return self._views[shard]
 
     def _read_each(self, indices: Sequence[int]) -> list[Any]:
-        """Sequences in the order that is asked for, those of one shard decoded together."""
+        """The sequences in this order; those of one shard are decoded together."""
         wanted = np.asarray(indices, np.int64)
         total = len(self)
-        odd = (wanted < -total) | (wanted >= total)
-        if odd.any():
-            raise IndexError(f"sequence {wanted[odd][0]} of {total} in {self.path}")
+        outside = (wanted < -total) | (wanted >= total)
+        if outside.any():
+            raise IndexError(f"sequence {wanted[outside][0]} of {total} in {self.path}")
         wanted = wanted % total if total else wanted
         which = np.searchsorted(self._ends, wanted, side="right")
-        found: list[Any] = [None] * len(wanted)
+        records: list[Any] = [None] * len(wanted)
         for number in np.unique(which).tolist():
             places = np.flatnonzero(which == number)
             shard = self._present[number]
             start = self._ends[number] - self._receipts[shard]["sequences"]
-            records = self._read(self._view(shard), wanted[places] - start)
-            for place, record in zip(places.tolist(), records, strict=True):
-                found[place] = record
-        return found
+            decoded = self._read(self._view(shard), wanted[places] - start)
+            for place, record in zip(places.tolist(), decoded, strict=True):
+                records[place] = record
+        return records
 
     def _chunks(self) -> Iterator[tuple[ShardView, np.ndarray]]:
         for shard in self._present:
@@ -156,7 +156,7 @@ class RolloutStore(_ShardReader):
 
         Raises:
             MissingFileError: no such folder. ConfigError: a folder of another kind.
-            ShardError: names the shard or receipt that is missing, truncated or foreign.
+            ShardError: a shard or receipt is missing, truncated or foreign; names it.
         """
         return cls(Path(path), read_manifest(path, kind=kind), allow_incomplete=False)
 
@@ -214,18 +214,17 @@ class TeacherCache(_ShardReader):
 
         Args:
             support: `list` leaves every list as stored. `list+sampled` appends the sampled
-                token where its list lacks it, with the teacher's exact log-prob, and takes
-                it out of the tail, floored at log(2^-20) below the tail: where the token is
-                all of the tail within rounding, that is what rounding could hide.
-                `summary()["floored_tails"]` counts those rows.
-            vocab_size: the student's head rows. Listed ids beyond are dropped and their mass
+                token where its list lacks it, with the teacher's exact log-prob, and subtracts
+                it from the tail. The remainder is floored at log(2^-20) below the tail, because
+                a smaller one is rounding; `summary()["floored_tails"]` counts those rows.
+            vocab_size: rows of the student's head. Listed ids beyond are dropped and their mass
                 goes to the tail; `summary()["dropped_entries"]` counts them.
-            allow_incomplete: skip unfinished shards; `missing_shards` lists them, and
-                indices count the sequences that are there.
+            allow_incomplete: skip unfinished shards. `missing_shards` lists them, and
+                indices count the sequences of finished shards.
 
         Raises:
             MissingFileError: no such folder. ConfigError: a folder of another kind.
-            ShardError: names the shard or receipt that is missing, truncated or foreign.
+            ShardError: a shard or receipt is missing, truncated or foreign; names it.
         """
         return cls(
             Path(path),
@@ -243,16 +242,16 @@ class TeacherCache(_ShardReader):
             yield from self._read(view, positions)
 
     def read(self, indices: Sequence[int]) -> list[TeacherSequence]:
-        """`[cache[i] for i in indices]`, those of one shard decoded together."""
+        """`[cache[i] for i in indices]`; those of one shard are decoded together."""
         return self._read_each(indices)
 
-    def chunks(self) -> Iterator[Scored]:
+    def chunks(self) -> Iterator[TeacherColumns]:
         """All scores as written, end to end, some thousand response tokens at a time.
 
-        The cheapest way to look at every list; read-only views of the file for codec `exact`.
+        The cheapest way to read every list; read-only views of the file for codec `exact`.
         """
         for view, positions in self._chunks():
-            yield view.scored(positions)
+            yield view.columns(positions)
 
     @property
     def has_no_lists(self) -> bool:
@@ -279,19 +278,19 @@ class TeacherCache(_ShardReader):
         }
 
     def details(self) -> dict[str, Any]:
-        """What the shards themselves tell: opens each and reads the lengths of its lists.
+        """Sizes by array and list lengths; opens every shard.
 
-        `bytes_per_token_by_array` per response token, the largest first, file headers as
-        `header`; `list_length_quantiles` of the lists as written.
+        `bytes_per_token_by_array` is per response token, largest first, with file headers as
+        `header`; `list_length_quantiles` are those of the lists as written.
         """
         sizes: Counter[str] = Counter()
         counts = np.zeros(1, np.int64)
         for shard in self._present:
             view = self._view(shard)
             sizes.update({name: values.nbytes for name, values in view.arrays.items()})
-            found = np.bincount(view.list_lengths(), minlength=len(counts))
-            found[: len(counts)] += counts
-            counts = found
+            more = np.bincount(view.list_lengths(), minlength=len(counts))
+            more[: len(counts)] += counts
+            counts = more
         receipts = self._receipts.values()
         sizes["header"] = sum(r["bytes"] for r in receipts) - sizes.total()
         tokens = sum(r["response_tokens"] for r in receipts)
@@ -305,7 +304,7 @@ class TeacherCache(_ShardReader):
         }
 
     def _codec_error(self, tokens: int) -> float | None:
-        """Mean over response tokens, nat; None where a shard was written without measuring it."""
+        """Mean over response tokens, in nat; None where a receipt does not have it."""
         if self._codec == "exact":
             return 0.0
         errors = [receipt.get("codec_error") for receipt in self._receipts.values()]
@@ -321,14 +320,14 @@ class TeacherCache(_ShardReader):
         joined = self._codec == "compact" and self.support == "list+sampled"
         return join_sequences(
             view.rollouts(positions),
-            view.scored(positions, with_sampled=joined),
+            view.columns(positions, with_sampled=joined),
             support="list" if joined else self.support,
             vocab_size=self.vocab_size,
             source=self.path,
         )
 
     def _ids(self, view: ShardView, positions: np.ndarray) -> list[np.ndarray]:
-        return [*super()._ids(view, positions), view.scored(positions).lists.ids]
+        return [*super()._ids(view, positions), view.columns(positions).lists.ids]
 
 
 def _ratio(total: float, count: int) -> float | None:

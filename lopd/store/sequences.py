@@ -6,10 +6,10 @@ from typing import Literal
 
 import numpy as np
 
-from lopd.errors import DataError
-from lopd.store.codec import Scored, offsets_of
-from lopd.store.lists import add_sampled, build_lists, drop_ids, pad_lists
-from lopd.store.types import Rollout, TeacherScores, TeacherSequence
+from lopd.models.limits import ModelLimits
+from lopd.store.lists import add_sampled, drop_ids, to_columns
+from lopd.store.ragged import TopKLists, offsets_of
+from lopd.store.types import Rollout, TeacherColumns, TeacherScores, TeacherSequence, name_of
 
 Support = Literal["list+sampled", "list"]
 SUPPORTS: tuple[Support, ...] = ("list+sampled", "list")
@@ -30,51 +30,50 @@ def scored_sequence(
     Raises:
         DataError: the sequence has a token id beyond `vocab_size`.
     """
-    lists, tail = build_lists(scores, top_p=1.0)
-    scored = Scored(scores.logprobs, scores.entropy, lists, tail)
+    columns = to_columns(scores, top_p=1.0)
     (sequence,) = join_sequences(
-        [rollout], scored, support=support, vocab_size=vocab_size, source="scores"
+        [rollout], columns, support=support, vocab_size=vocab_size, source="scores"
     )
     return sequence
 
 
 def join_sequences(
     rollouts: Sequence[Rollout],
-    scored: Scored,  # of all of them, end to end
+    columns: TeacherColumns,  # of all of them, end to end
     *,
     support: Support,
     vocab_size: int | None,
     source: Path | str,
 ) -> list[TeacherSequence]:
-    """Rollouts and their scores as records of their own, lists as `support` has them."""
-    lists, tail = scored.lists, scored.tail
+    """Rollouts and their scores as records that own their arrays, with the lists of `support`."""
+    lists, tail = columns.lists, columns.tail_logprobs
     if vocab_size is not None:
+        remedy = "train the student that made the rollouts"
+        limits = ModelLimits("the student", vocab_size, id_remedy=remedy)
         for rollout in rollouts:
-            if rollout.tokens.max() >= vocab_size:
-                raise DataError(
-                    f"{source}: sequence {rollout.prompt_id}/{rollout.sample} has token id "
-                    f"{rollout.tokens.max()}, the student has {vocab_size} vocabulary rows; "
-                    "train the student that made the rollouts"
-                )
+            limits.check(f"{source}: {name_of(rollout)}", rollout.tokens)
         lists, tail = drop_ids(lists, tail, vocab_size)
     if support == "list+sampled":
         sampled = np.concatenate([r.tokens[r.prompt_length :] for r in rollouts])
-        lists, tail = add_sampled(lists, tail, sampled, scored.logprobs)
-    ids, logprobs = pad_lists(lists)
+        lists, tail = add_sampled(lists, tail, sampled, columns.teacher_logprobs)
+    # Read-only views of a file are copied; fresh arrays are not.
+    lists = TopKLists(
+        np.require(lists.ids, requirements="W"),
+        np.require(lists.logprobs, requirements="W"),
+        lists.lengths,
+    )
     rows = offsets_of(np.array([len(rollout.rollout_logprobs) for rollout in rollouts]))
-    widths = np.maximum.reduceat(lists.lengths, rows[:-1]).tolist()
-    own, entropy, tail = np.array(scored.logprobs), np.array(scored.entropy), np.array(tail)
-    sequences = []
-    for number, (rollout, width) in enumerate(zip(rollouts, widths, strict=True)):
-        part = slice(rows[number], rows[number + 1])
-        sequences.append(
-            TeacherSequence(
-                rollout=rollout,
-                teacher_logprobs=own[part],
-                teacher_entropy=entropy[part],
-                topk_ids=ids[part, :width],
-                topk_logprobs=logprobs[part, :width],
-                tail_logprobs=tail[part],
-            )
+    logprobs, entropy = np.array(columns.teacher_logprobs), np.array(columns.teacher_entropy)
+    tail = np.array(tail)
+    return [
+        TeacherSequence(
+            rollout=rollout,
+            teacher_logprobs=logprobs[start:stop],
+            teacher_entropy=entropy[start:stop],
+            lists=part,
+            tail_logprobs=tail[start:stop],
         )
-    return sequences
+        for rollout, part, start, stop in zip(
+            rollouts, lists.split(rows), rows[:-1], rows[1:], strict=True
+        )
+    ]

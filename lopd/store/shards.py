@@ -1,4 +1,4 @@
-"""Shards and receipts: the mechanism that sft_data, rollouts and cache folders share."""
+"""Shard files and their receipts, in folders of kind sft_data, rollouts and cache."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from lopd.provenance.io import canonical_json, pretty_json, sha256_file, sync_fo
 RECEIPT_SCHEMA = 1
 COUNTS = ("bytes", "sha256", "tokens", "response_tokens", "finish_reasons")
 SCORE_COUNTS = ("list_entries", "covered_mass", "entropy", "floored_tails")
-# The words of a manifest's `scoring`: where each of a cache's columns comes from.
+# Values of a manifest's `scoring`: the source of each column of a cache.
 SCORING = {
     "tail": ("computed", "derived", "renormalized"),
     "entropy": ("computed", "derived", "absent"),
@@ -25,12 +25,12 @@ SCORING = {
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """Where shard number `shard` lies."""
+    """The path of shard number `shard`."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 
 def receipt_path(folder: Path, shard: int) -> Path:
-    """Where its receipt lies."""
+    """The path of its receipt."""
     return folder / f"shard-{shard:05d}.json"
 
 
@@ -64,14 +64,14 @@ def head_rows(manifest: Mapping[str, Any]) -> int:
 
 
 def scoring_of(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Where tail, entropy and rollout log-probs come from; what is not mentioned is computed.
+    """The sources of tail, entropy and rollout log-probs; `computed` unless the manifest says more.
 
-    `computed` by a model from all of its logits; `derived` from the list alone: the tail as 1 less
-    the listed mass, the entropy of list and tail, a lower bound; `absent`, NaN in the shards;
-    `renormalized`, a tail that was lost before the scores came here.
+    `computed`: by a model, from all of its logits. `derived`: from the list; the tail is 1 minus
+    the listed mass, the entropy that of list and tail, a lower bound. `absent`: NaN in the shards.
+    `renormalized`: the lists were renormalised before they were imported, and the tail is lost.
 
     Raises:
-        ConfigError: another word.
+        ConfigError: an unknown value.
     """
     said = manifest.get("scoring") or {}
     found = {name: said.get(name, "computed") for name in SCORING}
@@ -92,10 +92,10 @@ def write_shard(
     recipe: str,
     counts: Mapping[str, Any],
 ) -> None:
-    """Write a shard and then its receipt, each atomically; a former receipt goes first.
+    """Write a shard and then its receipt, each atomically; an old receipt is removed first.
 
     Raises:
-        ShardError: the disk is full, and the like; finished shards are as they were.
+        ShardError: a file cannot be written, e.g. on a full disk; finished shards are intact.
     """
     path, receipt = shard_path(folder, shard), receipt_path(folder, shard)
     mark = {"kind": kind, "recipe": recipe, "shard": shard}
@@ -119,15 +119,15 @@ def write_shard(
     except OSError as error:
         raise ShardError(
             f"{file}: not written ({error.strerror or error}); finished shards are intact: "
-            "mend that and run the same command again"
+            "fix this and rerun the same command"
         ) from error
 
 
 def read_receipt(folder: Path, shard: int, *, kind: str, recipe: str, sequences: int) -> dict:
-    """The receipt of a shard that is there, belongs here, and has the right size.
+    """The receipt of a shard that exists, belongs to the recipe and has the expected size.
 
     Raises:
-        ShardError: names the shard or receipt and what is wrong with it.
+        ShardError: names the shard or receipt, and the fault.
     """
     path, file = shard_path(folder, shard), receipt_path(folder, shard)
     if not file.exists():
@@ -186,7 +186,7 @@ def open_shard(folder: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray
     """The arrays of a shard as read-only views of the mapped file.
 
     Raises:
-        ShardError: no safetensors file, or one that its mark says belongs elsewhere.
+        ShardError: not a safetensors file, or marked as part of another store.
     """
     path = shard_path(folder, receipt["shard"])
     try:
@@ -207,17 +207,17 @@ def open_shard(folder: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray
 
 def _read_only(file: Any, name: str) -> np.ndarray:
     part = file.get_slice(name)
-    # Slicing an empty tensor is an error in safetensors; a copy of nothing costs nothing.
+    # safetensors cannot slice an empty tensor, so it is copied.
     view = part[:] if 0 not in part.get_shape() else file.get_tensor(name)
     view.flags.writeable = False
     return view
 
 
 def check_offsets(path: Path, name: str, offsets: np.ndarray, count: int, total: int) -> None:
-    """Offsets are [count + 1], start at 0, never fall, and end at `total`.
+    """Check that offsets are [count + 1], start at 0, do not decrease, and end at `total`.
 
     Raises:
-        ShardError: they do not.
+        ShardError: they are not.
     """
     good = offsets.shape == (count + 1,) and offsets[0] == 0 and offsets[-1] == total
     if not (good and (np.diff(offsets) >= 0).all()):

@@ -1,7 +1,7 @@
-"""What a cache will weigh and how long scoring will take, before most of it is done.
+"""Estimates of a cache's size and of the time that scoring takes.
 
-Bytes are those that the cache's own codec writes: of made-up scores with the shortest and the
-longest lists that the settings allow, and of a few sequences that were really scored.
+Bytes are measured by encoding with the codec of the cache: synthetic scores with the shortest and
+the longest lists that the settings allow, and the scores of a few sequences.
 """
 
 import math
@@ -26,7 +26,7 @@ RECEIPT_BYTES = 1024  # and the mark in the shard's header
 
 @dataclass(frozen=True)
 class Work:
-    """What is left to score."""
+    """The part of a cache that is not scored yet."""
 
     shards: int
     sequences: int
@@ -36,7 +36,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of a shard file: what grows with its response tokens, and what does not."""
+    """Bytes of a shard file, per response token and per shard."""
 
     per_token: float
     per_shard: float
@@ -59,7 +59,7 @@ class Probe:
 
 
 def work_left(rollouts: RolloutStore, missing: Sequence[int]) -> Work:
-    """What the missing shards hold."""
+    """The work that the missing shards hold."""
     totals, sizes = rollouts.summary(), plan_of(rollouts.manifest)
     sequences = sum(sizes[shard] for shard in missing)
     share = sequences / totals["sequences"]
@@ -69,7 +69,7 @@ def work_left(rollouts: RolloutStore, missing: Sequence[int]) -> Work:
 
 
 def sample(rollouts: RolloutStore, count: int = PROBE_SEQUENCES) -> list[Rollout]:
-    """Sequences at even distances through the store."""
+    """Evenly spaced sequences of the store."""
     positions = np.linspace(0, len(rollouts) - 1, min(count, len(rollouts)))
     return [rollouts[int(i)] for i in positions]
 
@@ -77,10 +77,12 @@ def sample(rollouts: RolloutStore, count: int = PROBE_SEQUENCES) -> list[Rollout
 def size_bounds(manifest: Mapping[str, Any], sequences: Sequence[Rollout]) -> tuple[Size, Size]:
     """Sizes with the shortest and with the longest lists that k and top_p allow."""
     k, top_p, rows = manifest["k"], manifest["top_p"], manifest["model"]["vocab_size"]
-    told = scoring_of(manifest)["entropy"] != "absent"
+    has_entropy = scoring_of(manifest)["entropy"] != "absent"
     first = [(1 + top_p) / 2 if top_p < 1 else 1 / (k + 1), 0.9 * min(top_p, 1.0) / k]
     shortest, longest = (
-        measure_size(manifest, [(s, _made_up(s, k, rows, mass, told)) for s in sequences])
+        measure_size(
+            manifest, [(s, _synthetic_scores(s, k, rows, mass, has_entropy)) for s in sequences]
+        )
         for mass in first
     )
     return shortest, longest
@@ -101,7 +103,7 @@ def measure(
     sequences: Sequence[Rollout],
     score: Callable[[Sequence[Rollout]], Sequence[TeacherScores]],
 ) -> Probe:
-    """Score the sequences, the first of them once more beforehand, untimed, to warm up."""
+    """Score the sequences and time it; the first is scored once before, as a warm-up."""
     score(sequences[:1])
     start = time.perf_counter()
     scores = score(sequences)
@@ -111,10 +113,10 @@ def measure(
 
 
 def check_fits(out: str | Path, needed: int, basis: str) -> None:
-    """Refuse what the disk of `out` has no room for.
+    """Refuse scores that do not fit on the disk of `out`.
 
     Raises:
-        ConfigError: what is needed, what is free, and how to need less.
+        ConfigError: the bytes needed and free, and the remedy.
     """
     free = free_bytes(out)
     if needed > free:
@@ -126,7 +128,7 @@ def check_fits(out: str | Path, needed: int, basis: str) -> None:
 
 
 def free_bytes(out: str | Path) -> int:
-    """What an ordinary user may still write on the disk where `out` is or will be."""
+    """Bytes that an unprivileged user may still write on the disk of `out`."""
     path = Path(out).absolute()
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
@@ -145,11 +147,11 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _made_up(
+def _synthetic_scores(
     rollout: Rollout,
     k: int,
     rows: int,
-    first: float,  # probability of the first id; the others share what is at most as much each
+    first: float,  # probability of the first id, and the largest of any other id
     has_entropy: bool,
 ) -> TeacherScores:
     """Scores of the right shape, ids spread over the vocabulary."""
@@ -162,6 +164,6 @@ def _made_up(
     logprobs = np.broadcast_to(np.log(probabilities), (length, k)).astype(np.float32)
     tail = np.full(length, math.log1p(-probabilities.sum()), np.float32)
     matches = ids == rollout.tokens[rollout.prompt_length :, None]
-    own = np.where(matches.any(1), np.where(matches, logprobs, 0).sum(1), tail)
+    sampled = np.where(matches.any(1), np.where(matches, logprobs, 0).sum(1), tail)
     entropy = np.full(length, 0.0 if has_entropy else np.nan, np.float32)
-    return TeacherScores(own.astype(np.float32), entropy, ids, logprobs, tail)
+    return TeacherScores(sampled.astype(np.float32), entropy, ids, logprobs, tail)

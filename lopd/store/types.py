@@ -1,8 +1,11 @@
-"""What is stored per sequence, and what is refused at the door."""
+"""Records of a store: rollouts, the scores of an engine, and scored rollouts."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from lopd.store.ragged import TopKLists
 
 FINISH_REASONS = ("stop", "length")
 
@@ -13,13 +16,13 @@ class Rollout:
 
     `rollout_logprobs` are under the distribution that was sampled from (temperature and
     top_p applied), `rollout_logprobs_raw` at temperature 1 and top_p 1; pass the same array
-    twice where they agree. Both are NaN throughout where the manifest of the cache says that
-    they are absent (`shards.scoring_of`).
+    twice where they agree. Both are all NaN where the manifest of the cache declares them
+    absent (`shards.scoring_of`).
     """
 
     prompt_id: str  # stable under reordering of the prompts
     sample: int  # sample number of that prompt
-    tokens: np.ndarray  # [T] int32, prompt then response, EOS kept when finish_reason is "stop"
+    tokens: np.ndarray  # [T] int32, prompt then response, with the EOS if finish_reason is "stop"
     prompt_length: int  # >= 1; R = T - prompt_length >= 1
     finish_reason: str  # "stop" or "length"
     loss_mask: np.ndarray  # [T] bool, False on the prompt
@@ -37,8 +40,8 @@ class TeacherScores:
     the engine can reduce it; otherwise their mass is taken out of the tail.
     """
 
-    logprobs: np.ndarray  # [R] fp32, of the response token itself
-    entropy: np.ndarray  # [R] fp32, nat; all NaN where the engine cannot tell it
+    teacher_logprobs: np.ndarray  # [R] fp32, of the response token itself
+    teacher_entropy: np.ndarray  # [R] fp32, nat; all NaN where the engine does not compute it
     topk_ids: np.ndarray  # [R, K] int32, distinct
     topk_logprobs: np.ndarray  # [R, K] fp32, descending
     tail_logprobs: np.ndarray  # [R] fp32, log of the mass outside the K ids; -inf when K = V
@@ -48,21 +51,47 @@ class TeacherScores:
 
 
 @dataclass(frozen=True)
-class TeacherSequence:
-    """One scored rollout as the reader returns it; every array is the caller's own.
+class TeacherColumns:
+    """The teacher's columns of R response tokens, of one sequence or of several end to end."""
 
-    Lists of codec `compact` begin with the sampled token and go on by id; those of the others
-    go by log-prob, what was appended last.
+    teacher_logprobs: np.ndarray  # [R] fp32, of the response token itself
+    teacher_entropy: np.ndarray  # [R] fp32, nat
+    lists: TopKLists
+    tail_logprobs: np.ndarray  # [R] fp32, log of the mass outside the list
+
+
+@dataclass(frozen=True)
+class TeacherSequence:
+    """One scored rollout as the reader returns it; its arrays belong to the caller.
+
+    Lists of codec `compact` begin with the sampled token and are then sorted by id; those of the
+    other codecs are sorted by log-prob, with appended ids last.
     """
 
     rollout: Rollout
     teacher_logprobs: np.ndarray  # [R] fp32, of the response token itself
-    teacher_entropy: np.ndarray  # [R] fp32, nat; all NaN where the engine could not tell it
-    topk_ids: np.ndarray  # [R, K_i] int32, -1 pads; K_i = the longest list of the sequence
-    topk_logprobs: np.ndarray  # [R, K_i] fp32, -inf pads
-    tail_logprobs: np.ndarray  # [R] fp32, log of the mass outside the list as it stands here
+    teacher_entropy: np.ndarray  # [R] fp32, nat; all NaN where the engine did not compute it
+    lists: TopKLists  # of the R response tokens
+    tail_logprobs: np.ndarray  # [R] fp32, log of the mass outside the list in `lists`
+
+    @property
+    def topk_ids(self) -> np.ndarray:  # [R, K] int32, -1 pads; K = the longest of the R lists
+        """The ids of `lists`, padded; read-only."""
+        return self._padded[0]
+
+    @property
+    def topk_logprobs(self) -> np.ndarray:  # [R, K] fp32, -inf pads
+        """The log-probs of `lists`, padded; read-only."""
+        return self._padded[1]
+
+    @cached_property
+    def _padded(self) -> tuple[np.ndarray, np.ndarray]:
+        arrays = self.lists.padded()
+        for array in arrays:
+            array.flags.writeable = False
+        return arrays
 
 
 def name_of(rollout: Rollout) -> str:
-    """How messages call a sequence."""
+    """The name of a sequence in messages."""
     return f"sequence {rollout.prompt_id}/{rollout.sample}"

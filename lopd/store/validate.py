@@ -3,20 +3,19 @@
 import numpy as np
 
 from lopd.errors import DataError
+from lopd.models.limits import ModelLimits
 from lopd.store.types import FINISH_REASONS, Rollout, TeacherScores, TeacherSequence, name_of
 
-# Slack for rounding in whatever engine scored: probabilities may sum to 1 within this.
+# Tolerance for an engine's rounding: probabilities sum to 1 within this.
 MASS_TOLERANCE = 1e-3
-
-
-# The token's own log-prob and its entry in the list may differ by this many nat.
+# The log-prob of a sampled token and its entry in the list may differ by this many nat.
 AGREEMENT_NATS = 0.05
 
 
 def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = True) -> None:
     """Refuse a sequence that cannot be stored or trained on.
 
-    Without `has_logprobs`, for imported ones that lack them, its log-probs are to be NaN.
+    Without `has_logprobs`, for imported rollouts that lack them, its log-probs must be NaN.
 
     Raises:
         DataError: names the sequence, the position and the value.
@@ -36,7 +35,7 @@ def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = Tru
         raise DataError(
             f"{name}: finish_reason is {rollout.finish_reason!r}, expected 'stop' or 'length'"
         )
-    _check_ids(name, "token", tokens, vocab_size)
+    ModelLimits("its model", vocab_size, id_remedy="drop the sequence").check(name, tokens)
     if rollout.loss_mask.shape != tokens.shape or rollout.loss_mask.dtype != np.bool_:
         raise DataError(
             f"{name}: loss_mask is {_form(rollout.loss_mask)}, expected bool [{len(tokens)}]"
@@ -61,25 +60,26 @@ def check_scores(
 ) -> None:
     """Refuse scores that are not a distribution over `vocab_size` ids for every token.
 
-    Without `has_entropy`, for engines that cannot tell it, the entropy is to be NaN.
+    Without `has_entropy`, for engines that do not compute it, the entropy must be NaN.
 
     Raises:
-        DataError: names the sequence, the response token and what is wrong with it.
+        DataError: names the sequence, the response token and the fault.
     """
     name = name_of(rollout)
     length = len(rollout.tokens) - rollout.prompt_length
-    _check_logprobs(name, "logprobs", scores.logprobs, (length,), rollout)
+    _check_logprobs(name, "teacher_logprobs", scores.teacher_logprobs, (length,), rollout)
     _check_logprobs(name, "topk_logprobs", scores.topk_logprobs, (length, k), rollout)
     _check_logprobs(name, "tail_logprobs", scores.tail_logprobs, (length,), rollout, tail=True)
-    _check_shape(name, "entropy", scores.entropy, (length,))
+    field, entropy = "teacher_entropy", scores.teacher_entropy
+    _check_shape(name, field, entropy, (length,))
     if has_entropy:
-        bad = np.asarray(~np.isfinite(scores.entropy) | (scores.entropy < -MASS_TOLERANCE))
-        _refuse(name, rollout, bad, "entropy", scores.entropy, "a finite number of nat, at least 0")
+        bad = np.asarray(~np.isfinite(entropy) | (entropy < -MASS_TOLERANCE))
+        _refuse(name, rollout, bad, field, entropy, "a finite number of nat, at least 0")
     else:
-        _refuse(name, rollout, ~np.isnan(scores.entropy), "entropy", scores.entropy, "NaN")
+        _refuse(name, rollout, ~np.isnan(entropy), field, entropy, "NaN")
     _check_list(name, "topk_ids", scores.topk_ids, (length, k), vocab_size, rollout)
     if (scores.extra_ids is None) != (scores.extra_logprobs is None):
-        raise DataError(f"{name}: extra_ids and extra_logprobs come together or not at all")
+        raise DataError(f"{name}: extra_ids and extra_logprobs must be given together, or neither")
     if scores.extra_ids is not None and scores.extra_logprobs is not None:
         shape = (length, *scores.extra_ids.shape[1:])
         used = scores.extra_ids != -1
@@ -93,7 +93,7 @@ def check_scores(
 
 
 def _check_distribution(name: str, rollout: Rollout, scores: TeacherScores) -> None:
-    """List and tail sum to one, descend, and agree with the token's own log-prob."""
+    """List and tail sum to 1, the list descends, and both agree with the sampled token."""
     listed = scores.topk_logprobs.astype(np.float64)
     rising = np.asarray((np.diff(listed, axis=1) > 0).any(axis=1))
     _refuse(name, rollout, rising, "topk_logprobs", None, "descending log-probs")
@@ -108,12 +108,12 @@ def _check_distribution(name: str, rollout: Rollout, scores: TeacherScores) -> N
     )
     matches = scores.topk_ids == rollout.tokens[rollout.prompt_length :, None]
     in_list = matches.any(axis=1)
-    own = scores.logprobs.astype(np.float64)
-    listed_own = np.where(matches, listed, 0.0).sum(axis=1)
-    apart = in_list & (np.abs(listed_own - own) > AGREEMENT_NATS)
-    _refuse(name, rollout, apart, "logprobs", own, "the token's own entry in topk_logprobs")
-    above = ~in_list & (own > scores.tail_logprobs + AGREEMENT_NATS)
-    _refuse(name, rollout, above, "logprobs", own, "no more than the tail that holds the token")
+    field, logprobs = "teacher_logprobs", scores.teacher_logprobs.astype(np.float64)
+    entry = np.where(matches, listed, 0.0).sum(axis=1)
+    differs = in_list & (np.abs(entry - logprobs) > AGREEMENT_NATS)
+    _refuse(name, rollout, differs, field, logprobs, "the token's entry in topk_logprobs")
+    above = ~in_list & (logprobs > scores.tail_logprobs + AGREEMENT_NATS)
+    _refuse(name, rollout, above, field, logprobs, "at most the tail, which holds the token")
 
 
 def _check_logprobs(
@@ -159,14 +159,6 @@ def _check_list(
     _refuse(name, rollout, twice, field, ordered[:, 1:], "distinct ids in a row")
 
 
-def _check_ids(name: str, what: str, ids: np.ndarray, vocab_size: int) -> None:
-    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-    if len(bad):
-        raise DataError(
-            f"{name}: {what} {bad[0]} has id {ids[bad[0]]}, expected ids in [0, {vocab_size})"
-        )
-
-
 def _refuse(
     name: str,
     rollout: Rollout,
@@ -191,26 +183,29 @@ def _form(values: np.ndarray) -> str:
 
 
 def check_scored_sequence(item: TeacherSequence, tolerance: float) -> None:
-    """A distribution at every token, and the token's own log-prob the one that its list has."""
-    name, rollout = name_of(item.rollout), item.rollout
-    listed = item.topk_ids >= 0
-    logprobs = np.where(listed, item.topk_logprobs, -np.inf).astype(np.float64)
+    """Check that every token has a distribution that agrees with its teacher_logprobs.
+
+    Raises:
+        DataError: names the sequence, the response token and what it lacks.
+    """
+    name, rollout, lists = name_of(item.rollout), item.rollout, item.lists
     tail = item.tail_logprobs.astype(np.float64)
-    own = item.teacher_logprobs.astype(np.float64)
-    mass = np.exp(logprobs).sum(axis=1) + np.exp(tail)
-    matches = item.topk_ids == rollout.tokens[rollout.prompt_length :, None]
-    stored = np.where(matches, item.topk_logprobs, 0.0).sum(axis=1)
-    inside, agrees = matches.any(axis=1), np.abs(stored - own) < AGREEMENT_NATS
+    logprobs = item.teacher_logprobs.astype(np.float64)
+    mass = lists.row_sums(np.exp(lists.logprobs.astype(np.float64))) + np.exp(tail)
+    sampled = rollout.tokens[rollout.prompt_length :]
+    is_sampled = lists.ids == sampled[lists.rows]
+    entry = lists.row_sums(np.where(is_sampled, lists.logprobs, 0.0))
+    listed, agrees = lists.contains(sampled), np.abs(entry - logprobs) < AGREEMENT_NATS
     checks = {
-        "a log-prob of its own": np.isfinite(own) & (own <= MASS_TOLERANCE),
+        "valid teacher_logprobs": np.isfinite(logprobs) & (logprobs <= MASS_TOLERANCE),
         "a mass of list and tail of 1": np.abs(mass - 1) <= tolerance,
-        "an own log-prob that agrees with its list": ~inside | agrees,
-        "an own log-prob within its tail": inside | (own <= tail + AGREEMENT_NATS),
+        "teacher_logprobs that agree with its list": ~listed | agrees,
+        "teacher_logprobs within its tail": listed | (logprobs <= tail + AGREEMENT_NATS),
     }
     for what, good in checks.items():
         if not good.all():
             row = int(np.flatnonzero(~good)[0])
             raise DataError(
-                f"{name}: response token {row} lacks {what} (own {own[row]:.4g}, tail "
-                f"{tail[row]:.4g}, mass {mass[row]:.6g}); score it again"
+                f"{name}: response token {row} lacks {what} (teacher_logprobs {logprobs[row]:.4g}, "
+                f"tail {tail[row]:.4g}, mass {mass[row]:.6g}); score it again"
             )

@@ -1,7 +1,8 @@
-"""Which of several processes this one is, and which shards it begins with.
+"""Worker identity and shard assignment.
 
-Workers share a folder: each takes the shards whose number is its own modulo the count, then
-any that nobody has finished or is at. What a shard holds does not depend on who writes it.
+Workers share a folder: each first takes the shards whose number equals its index modulo the
+count, then any that no worker has finished or claimed. The contents of a shard do not depend on
+the worker that writes it.
 """
 
 import os
@@ -13,7 +14,7 @@ from lopd.errors import ConfigError
 
 @dataclass(frozen=True)
 class Worker:
-    """Worker `index` of `count`; `local_rank` is its number on its machine, None when alone."""
+    """Worker `index` of `count`; `local_rank` is its number on its machine, if it has one."""
 
     index: int = 0
     count: int = 1
@@ -27,21 +28,21 @@ class Worker:
         return shard % self.count == self.index
 
     def order(self, shards: list[int]) -> list[int]:
-        """Its own shards first, then those of the workers after it."""
+        """The shards assigned to it first, then those of the following workers."""
         return sorted(shards, key=lambda shard: ((shard - self.index) % self.count, shard))
 
     def __str__(self) -> str:
         return f"worker {self.index}/{self.count}"
 
 
-def this_worker(given: str | None) -> Worker:
-    """The worker that `i/n` names or, without it, that torchrun's environment does.
+def this_worker(text: str | None) -> Worker:
+    """The worker that `text`, `i/n`, names; None reads torchrun's environment.
 
     Raises:
-        ConfigError: not `i/n` with 0 <= i < n, or torchrun variables that do not fit together.
+        ConfigError: not `i/n` with 0 <= i < n, or inconsistent torchrun variables.
     """
-    where, found = "worker", given
-    if given is None:
+    where, found = "worker", text
+    if text is None:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return Worker()
         where, found = "RANK/WORLD_SIZE", f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}"

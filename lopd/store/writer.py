@@ -1,4 +1,4 @@
-"""Writers of shard folders: resumable, one or several to a folder, nothing finished is lost."""
+"""Writers of shard folders: resumable, one process or several per folder."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ from lopd.provenance import (
     write_manifest,
 )
 from lopd.provenance.io import remove_temporaries
-from lopd.store.codec import CODECS, Scored, check_storable
+from lopd.store.arrays import index_digest, rollout_arrays, rollout_counts, score_arrays
+from lopd.store.codec import CODECS, check_storable
 from lopd.store.folders import holds, require_ours, require_same_recipe
-from lopd.store.layout import index_digest, rollout_arrays, rollout_counts, score_shard
-from lopd.store.lists import build_lists
+from lopd.store.lists import to_columns
 from lopd.store.locks import FolderLock, ShardLock, remove_shard_locks, start_lock
 from lopd.store.shards import (
     check_hash,
@@ -34,10 +34,10 @@ from lopd.store.workers import Worker
 
 
 class _ShardWriter:
-    """What writers of all kinds share. Holds the folder's lock until `finish` or `close`.
+    """Base of the writers. Holds the folder's lock until `finish` or `close`.
 
-    One writer has the folder to itself. A worker of several shares it with the others, holds a
-    lock on the shard that it is at, and writes what `claims` gives it.
+    A single writer locks the whole folder. One of several workers shares the folder, locks the
+    shard that it is writing, and writes the shards that `claims` yields.
     """
 
     kinds: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class _ShardWriter:
         self._lock = lock
         self._worker = worker
         self._claimed: int | None = None
-        # Those whose receipt hides it; other workers hash the shards of their own numbers.
+        # Shards whose receipt matches but whose hash does not. Every worker hashes its own.
         self._altered = {
             shard
             for shard in range(len(self._plan))
@@ -71,17 +71,17 @@ class _ShardWriter:
         plan_of(manifest)
         head_rows(manifest)
         scoring_of(manifest)
-        what = "made a folder"
+        action = "made a folder"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            what = "used"
+            action = "used"
             require_ours(folder, manifest)
             return cls._start(folder, manifest, worker)
         except LopdError:
             raise
         except OSError as error:
             raise ShardError(
-                f"{folder}: cannot be {what} ({error.strerror or error}); name another folder"
+                f"{folder}: cannot be {action} ({error.strerror or error}); name another folder"
             ) from error
 
     @classmethod
@@ -89,18 +89,18 @@ class _ShardWriter:
         with start_lock(folder):
             lock = FolderLock(folder, shared=not worker.alone)
             try:
-                if lock.alone:
+                if lock.is_exclusive:
                     remove_temporaries(folder)
                     remove_shard_locks(folder)
-                require_ours(folder, manifest)  # again: another writer may have begun since
+                require_ours(folder, manifest)  # again: another writer may have started since
                 if holds(folder, manifest):
                     manifest = read_manifest(folder)
-                elif lock.alone:
-                    (folder / VOCAB_NAME).unlink(missing_ok=True)  # of a recipe that gives way
+                elif lock.is_exclusive:
+                    (folder / VOCAB_NAME).unlink(missing_ok=True)  # of a recipe that is replaced
                     write_manifest(folder, manifest)
                 else:
                     require_same_recipe(folder, manifest)
-                lock.settle()
+                lock.share()
             except BaseException:
                 lock.release()
                 raise
@@ -115,24 +115,24 @@ class _ShardWriter:
         return [shard for shard in range(len(self._plan)) if self._is_missing(shard)]
 
     def claims(self) -> Iterator[int]:
-        """The shards to write, one after another; each is written before the next is asked for.
+        """The shards to write, in turn; write each before asking for the next.
 
-        A worker gets those of its own number first, then any other that nobody has finished or
-        is at, until there is none left.
+        A worker first gets the shards assigned to it, then any other that no worker has finished
+        or claimed, until none is left.
         """
         if self._worker.alone:
             yield from self.missing()
             return
-        found = True
-        while found:
-            found = False
+        progress = True
+        while progress:
+            progress = False
             for shard in self._worker.order(self.missing()):
                 lock = ShardLock.take(self.path, shard)
                 if lock is None:
                     continue
                 try:
-                    if self._is_missing(shard):  # still: another may have written it since
-                        found, self._claimed = True, shard
+                    if self._is_missing(shard):  # another worker may have written it since
+                        progress, self._claimed = True, shard
                         yield shard
                         assert not self._is_missing(shard)
                 finally:
@@ -140,16 +140,16 @@ class _ShardWriter:
                     lock.release()
 
     def finish(self) -> bool:
-        """Check that every shard of the plan is there, and give the folder back.
+        """Check that every shard of the plan is written, and release the folder.
 
-        Returns whether all are: False where other workers are at those that are missing, the
-        last of which will find them all.
+        Returns:
+            Whether all are; False while other workers write those that are missing.
 
         Raises:
-            ShardError: names the first shard that is missing and that nobody is at; the writer
+            ShardError: a shard is missing that no worker is writing; names the first. The writer
                 stays open.
         """
-        busy = [shard for shard in self.missing() if self._is_taken(shard)]
+        busy = [shard for shard in self.missing() if self._is_claimed_elsewhere(shard)]
         missing = self.missing()
         idle = sorted(set(missing) - set(busy))
         if idle:
@@ -161,7 +161,7 @@ class _ShardWriter:
         return not missing
 
     def close(self) -> None:
-        """Give the folder back, finished or not; what is missing can be written later."""
+        """Release the folder; missing shards can be written later."""
         self._lock.release()
 
     def __enter__(self) -> Any:
@@ -173,7 +173,7 @@ class _ShardWriter:
     def _is_missing(self, shard: int) -> bool:
         return shard in self._altered or not self._is_good(shard, hash_too=False)
 
-    def _is_taken(self, shard: int) -> bool:
+    def _is_claimed_elsewhere(self, shard: int) -> bool:
         """Whether another worker is writing it."""
         if self._worker.alone:
             return False
@@ -202,16 +202,15 @@ class _ShardWriter:
             raise DataError(f"shard {shard} is not in the plan of {len(self._plan)} shards")
         if len(rollouts) != self._plan[shard]:
             raise DataError(
-                f"shard {shard} was given {len(rollouts)} sequences, the plan says "
-                f"{self._plan[shard]}; write exactly those"
+                f"shard {shard}: found {len(rollouts)} sequences; expected {self._plan[shard]}, as "
+                "planned; write exactly those"
             )
         seen = set()
         for rollout in rollouts:
             check_rollout(rollout, self._vocab_size, has_logprobs=self._has_logprobs)
             if (rollout.prompt_id, rollout.sample) in seen:
                 raise DataError(
-                    f"{name_of(rollout)} is twice in shard {shard}; give every sample of a "
-                    "prompt its own number"
+                    f"{name_of(rollout)} is twice in shard {shard}; number the samples of a prompt"
                 )
             seen.add((rollout.prompt_id, rollout.sample))
 
@@ -220,7 +219,7 @@ class _ShardWriter:
     ) -> None:
         if not self._worker.alone and shard != self._claimed:
             raise ShardError(
-                f"{self.path}: shard {shard} is not claimed; a worker writes what claims() gives"
+                f"{self.path}: shard {shard} is not claimed; a worker writes what claims() yields"
             )
         counts = {**counts, "index_sha256": index_digest(arrays)}
         write_shard(self.path, shard, arrays, kind=self._kind, recipe=self._recipe, counts=counts)
@@ -236,27 +235,27 @@ class RolloutWriter(_ShardWriter):
     def create(
         cls, path: str | Path, manifest: Mapping[str, Any], *, worker: Worker | None = None
     ) -> "RolloutWriter":
-        """Start the folder, or resume it where it holds the same recipe.
+        """Start the folder, or resume it if it holds the same recipe.
 
-        A recipe by which no shard has been written yet gives way to another.
-        The manifest needs `plan.shards` and `model.vocab_size`. When resuming, the manifest
-        on disk stays and finished shards are hashed, so a torn one counts as missing. A
-        `worker` of several shares the folder with the others and hashes those of its number.
+        A recipe without a written shard is replaced. The manifest needs `plan.shards` and
+        `model.vocab_size`. When resuming, the manifest on disk stays and finished shards are
+        hashed, so that a torn one counts as missing. One `worker` of several shares the folder
+        with the others and hashes the shards assigned to it.
 
         Raises:
             ConfigError: the folder holds another recipe; the message names what differs.
-            DataError: its manifest is none of lopd's.
+            DataError: the folder's manifest.json was not written by lopd.
             ShardError: another process is writing there, or the folder holds something else,
                 is a file, or cannot be written.
         """
         return cls._open(path, manifest, worker or Worker())
 
     def write(self, shard: int, records: Sequence[Rollout]) -> None:
-        """Write one shard: the sequences that the plan says, in their order.
+        """Write one shard: the planned number of sequences, in order.
 
         Raises:
-            DataError: names the sequence and what is wrong with it; nothing is written.
-            ShardError: the disk refused; finished shards are intact.
+            DataError: names the sequence and the fault; nothing is written.
+            ShardError: the shard cannot be written; finished shards are intact.
         """
         self._check_rollouts(shard, records)
         arrays = rollout_arrays(records, None, self._vocab_size)
@@ -280,10 +279,8 @@ class CacheWriter(_ShardWriter):
     ) -> "CacheWriter":
         """As `RolloutWriter.create`; the manifest also needs `k`, `top_p` and `codec`.
 
-        What its `scoring` calls absent comes as NaN (`shards.scoring_of`).
-
-        `model` is the teacher: its `vocab_size` bounds the ids and sets their bits in `packed`
-        and `compact`.
+        Columns that its `scoring` declares absent must be NaN (`shards.scoring_of`). `model` is
+        the teacher: its `vocab_size` bounds the ids and sets their bits in `packed` and `compact`.
         """
         _cache_settings(manifest)
         return cls._open(path, manifest, worker or Worker())
@@ -292,9 +289,8 @@ class CacheWriter(_ShardWriter):
         """Cut the lists at `top_p`, encode and write one shard.
 
         Raises:
-            DataError: names the sequence, the response token and what is wrong with it;
-                nothing is written.
-            ShardError: the disk refused; finished shards are intact.
+            DataError: names the sequence, the response token and the fault; nothing is written.
+            ShardError: the shard cannot be written; finished shards are intact.
         """
         rollouts = [rollout for rollout, _ in records]
         self._check_rollouts(shard, rollouts)
@@ -304,25 +300,23 @@ class CacheWriter(_ShardWriter):
 def encode_records(
     manifest: Mapping[str, Any], records: Sequence[tuple[Rollout, TeacherScores]]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and counts of a cache's shard that holds these records.
+    """Arrays and counts of a cache shard that holds these records.
 
     Raises:
-        DataError: names the sequence, the response token and what is wrong with it.
+        DataError: names the sequence, the response token and the fault.
     """
     k, top_p, codec = _cache_settings(manifest)
     rows = head_rows(manifest)
     rollouts = [rollout for rollout, _ in records]
     has_entropy = scoring_of(manifest)["entropy"] != "absent"
-    scored = []
+    columns = []
     for rollout, scores in records:
         check_scores(rollout, scores, rows, k, has_entropy=has_entropy)
-        lists, tail = build_lists(scores, top_p)
-        cut = Scored(scores.logprobs, scores.entropy, lists, tail)
-        own = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
-        check_storable(name_of(rollout), codec, cut, *own)
-        scored.append(cut)
+        columns.append(to_columns(scores, top_p))
+        logprobs = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
+        check_storable(name_of(rollout), codec, columns[-1], *logprobs)
     arrays = rollout_arrays(rollouts, codec, rows)
-    more, counts = score_shard(rollouts, scored, codec, rows)
+    more, counts = score_arrays(rollouts, columns, codec, rows)
     return arrays | more, rollout_counts(rollouts) | counts
 
 

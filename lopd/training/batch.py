@@ -1,9 +1,8 @@
-"""From stored sequences to batches.
+"""Datasets and batches of stored sequences.
 
-A batch is right-padded or one row of sequences end to end, and the rows that bear loss are
-chosen here, on the CPU, as an index into the flattened `[B * T]` hidden states: row n is the
-hidden state at position t - 1, which predicts token t. Prompts, padding and masked tokens never
-reach the LM head.
+A batch is right-padded, or one row of sequences end to end. The collator selects the rows with
+loss on the CPU, as an index into the flattened `[B * T]` hidden states. Prompts, padding and
+masked tokens never reach the LM head.
 """
 
 import hashlib
@@ -15,14 +14,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lopd.data.alignment import predicting_rows
 from lopd.data.demonstrations import Demonstration
 from lopd.errors import ConfigError, DataError
-from lopd.store import Rollout, RolloutStore, TeacherCache, TeacherSequence
+from lopd.models.limits import ModelLimits
+from lopd.store import Rollout, RolloutStore, TeacherCache, TeacherSequence, TopKLists
 from lopd.training.metrics import POSITIONS
 from lopd.training.topk_overlap import is_overlap_position
 
 LOSS_AGGREGATIONS = ("token_mean", "sequence_mean")
-
 
 Item = Rollout | Demonstration | TeacherSequence
 Batch = dict[str, Any]
@@ -46,11 +46,11 @@ def sequence_name(item: Item) -> str:
 
 
 class SequenceDataset(torch.utils.data.Dataset):
-    """Map-style view of a source, checked once against the model that will read it.
+    """Map-style dataset over a source, checked once against the model that reads it.
 
     Args:
-        context: longest sequence that the model takes; None for no bound.
-        vocab_size: rows of the model's embedding.
+        context: longest sequence that the model reads; None for no limit.
+        vocab_size: rows of the model's embedding; None for no limit.
         drop_truncated: leave out sequences whose finish reason is "length"; prints their share.
 
     Raises:
@@ -75,12 +75,25 @@ class SequenceDataset(torch.utils.data.Dataset):
             sequences = source.rollouts()
         else:
             sequences = (sequence_of(source[index]) for index in range(len(source)))
+        limits = ModelLimits(
+            "the model",
+            vocab_size,
+            context,
+            length_remedy="use a model with a longer context, or roll out with fewer "
+            "--max_new_tokens",
+            id_remedy="use the model and tokenizer that the data were made with",
+        )
         for index, sequence in enumerate(sequences):
             if drop_truncated and sequence.finish_reason == "length":
                 continue
-            _check_sequence(sequence, context, vocab_size)
+            name = sequence_name(sequence)
+            limits.check(f"sequence {name}", sequence.tokens)
+            if not sequence.loss_mask.any():
+                raise DataError(
+                    f"sequence {name}: its loss mask is empty; expected at least one loss token"
+                )
             self.indices.append(index)
-            self.names.append(sequence_name(sequence))
+            self.names.append(name)
             self.lengths.append(len(sequence.tokens))
         self.dropped_share = 1.0 - len(self.indices) / max(len(source), 1)
         if drop_truncated:
@@ -102,7 +115,7 @@ class SequenceDataset(torch.utils.data.Dataset):
         return self.source[self.indices[index]]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        """What a DataLoader asks for: the items of a batch, which a store reads together."""
+        """The items of a batch, for a DataLoader; a store reads them together."""
         wanted = [self.indices[index] for index in indices]
         if isinstance(self.source, RolloutStore | TeacherCache):
             return [*self.source.read(wanted)]
@@ -121,13 +134,14 @@ def lengths_of(dataset: SequenceDataset | Subset) -> list[int]:
 
 
 def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Subset, Subset]:
-    """Sequences to train on, and those kept out: a share below 1, or a number of them.
+    """Split a dataset into training and held-out sequences.
 
-    A hash of its name places a sequence in [0, 1): those below the share are kept out, or the
-    lowest so many. Neither order nor seed has a say, and with a share neither have the others.
+    A hash of its name maps a sequence to [0, 1). The sequences below `amount` are held out or, if
+    `amount` is 1 or more, that many with the lowest hashes. The split does not depend on order or
+    seed; with a share, a sequence's side does not depend on the others.
 
     Raises:
-        ConfigError: nothing would be kept out, or nothing be left.
+        ConfigError: one of the parts would be empty.
     """
     places = [hashlib.sha256(name.encode()).digest() for name in dataset.names]
     if amount < 1:
@@ -140,43 +154,23 @@ def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Subset, Subs
             f"holdout: {amount:g} keeps {sum(out)} of {len(out)} sequences out of training; "
             "expected at least one, and one to train on"
         )
-    kept = [index for index, held in enumerate(out) if not held]
+    training = [index for index, held in enumerate(out) if not held]
     held_out = [index for index, held in enumerate(out) if held]
-    return Subset(dataset, kept), Subset(dataset, held_out)
-
-
-def _check_sequence(
-    sequence: Rollout | Demonstration, context: int | None, vocab_size: int | None
-) -> None:
-    name, length = sequence_name(sequence), len(sequence.tokens)
-    if context is not None and length > context:
-        raise DataError(
-            f"sequence {name}: {length} tokens; the model's context holds {context}; use a model "
-            "with a longer context, or roll out with fewer --max_new_tokens"
-        )
-    if vocab_size is not None and (largest := int(sequence.tokens.max())) >= vocab_size:
-        raise DataError(
-            f"sequence {name}: token id {largest}; the model's vocabulary ends at "
-            f"{vocab_size - 1}; use the model and tokenizer that the data were made with"
-        )
-    if not sequence.loss_mask.any():
-        raise DataError(
-            f"sequence {name}: its loss mask is empty; expected at least one loss token"
-        )
+    return Subset(dataset, training), Subset(dataset, held_out)
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Items of one kind to a batch of CPU tensors, right-padded or packed.
+    """Collates items of one kind into a batch of CPU tensors, right-padded or packed.
 
     With B sequences of at most T tokens, N loss tokens and K teacher ids:
 
         input_ids, attention_mask                                   [B, T] int64, padded
-        input_ids, position_ids                                     [1, T] int64, packed: T in all
+        input_ids, position_ids                             [1, T] int64, packed; T of all items
         sequence_lengths                                            tuple of B numbers, packed
         loss_index, labels, sequence_index                          [N] int64
         parts, of lopd.training.metrics.POSITIONS                   [N] int64
-        overlap_rows, rows measured by topk_overlap                 [P] int64, with a teacher
+        overlap_rows, rows on which topk_overlap is computed        [P] int64, with a teacher
         unlisted, rows without a list                               [U] int64, with a teacher
         row_weights                                                 [N] fp32
         rollout_logprobs (where every sequence has them)            [N] fp32
@@ -215,7 +209,7 @@ class Collator:
             positions = np.flatnonzero(sequence.loss_mask)
             offsets.append(positions - sequence.prompt_length)
             weight = 1.0 if self.loss_aggregation == "token_mean" else 1.0 / len(positions)
-            columns["loss_index"].append(starts[row] + positions - 1)
+            columns["loss_index"].append(predicting_rows(positions, starts[row]))
             columns["labels"].append(sequence.tokens[positions].astype(np.int64))
             columns["row_weights"].append(np.full(len(positions), weight, dtype=np.float32))
             columns["sequence_index"].append(np.full(len(positions), row, dtype=np.int64))
@@ -241,8 +235,8 @@ class Collator:
             }
         input_ids = np.full((len(tokens), max(lengths)), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
-        for row, (own, length) in enumerate(zip(tokens, lengths, strict=True)):
-            input_ids[row, :length], attention_mask[row, :length] = own, 1
+        for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
+            input_ids[row, :length], attention_mask[row, :length] = ids, 1
         return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
@@ -250,7 +244,7 @@ class Collator:
 
 
 def _has_rollout_logprobs(sequence: Rollout | Demonstration) -> bool:
-    """Nobody sampled a demonstration; imported rollouts may come without (NaN)."""
+    """Demonstrations have none; those of imported rollouts may be NaN."""
     return isinstance(sequence, Rollout) and not np.isnan(sequence.rollout_logprobs).any()
 
 
@@ -264,15 +258,10 @@ def _teacher_columns(items: Sequence[Any], offsets: list[np.ndarray]) -> dict[st
         )
         for name in names
     }
-    rows, width = sum(map(len, offsets)), max(item.topk_ids.shape[1] for item in items)
-    ids = np.full((rows, width), -1, dtype=np.int32)
-    logprobs = np.full((rows, width), -np.inf, dtype=np.float32)
-    start = 0
-    for item, offset in zip(items, offsets, strict=True):
-        end, k = start + len(offset), item.topk_ids.shape[1]
-        ids[start:end, :k] = item.topk_ids[offset]
-        logprobs[start:end, :k] = item.topk_logprobs[offset]
-        start = end
+    lists = TopKLists.concatenate(
+        [item.lists.take(offset) for item, offset in zip(items, offsets, strict=True)]
+    )
+    ids, logprobs = lists.padded(max(item.lists.width for item in items))
     measured = np.concatenate(
         [
             is_overlap_position(sequence_name(item), offset)
@@ -280,12 +269,12 @@ def _teacher_columns(items: Sequence[Any], offsets: list[np.ndarray]) -> dict[st
         ]
     )
     arrays["overlap_rows"] = np.flatnonzero(measured)
-    arrays["unlisted"] = np.flatnonzero((ids < 0).all(1))
+    arrays["unlisted"] = np.flatnonzero(lists.lengths == 0)
     return {**arrays, "topk_ids": ids, "topk_logprobs": logprobs}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`; names stay what they are."""
+    """The batch with its tensors on `device`; other values are unchanged."""
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()

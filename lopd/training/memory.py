@@ -13,16 +13,14 @@ free for them.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
+from lopd.config.fields import setting
 from lopd.errors import ConfigError, LopdError
 from lopd.models.head import lm_head
-from lopd.models.load import resolve_dtype
-from lopd.models.lora import LoraOptions
 from lopd.training.batch import lengths_of
 from lopd.training.dry_run import (
     activation_bytes,
@@ -31,48 +29,29 @@ from lopd.training.dry_run import (
     optimizer_bytes,
     storage_bytes,
 )
-from lopd.training.options import DEFAULT_OPTIM, TrainOptions, parse_bytes
+from lopd.training.options import MemoryOptions, TrainOptions
 from lopd_kernels.workspace import workspace_needed
 
 SMALLEST_WORKSPACE = 128 << 20
-SHARED = (  # settings that TrainOptions and MemorySettings have in common
-    "dtype",
-    "batch_size",
-    "max_tokens_per_batch",
-    "gradient_checkpointing",
-    "optim",
-    "workspace_bytes",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_targets",
-)
+SHARED = tuple(item.name for item in fields(MemoryOptions))  # settings of a run and of a plan
 
 
 @dataclass(kw_only=True)
-class MemorySettings(LoraOptions):
+class MemorySettings(MemoryOptions):
     """Settings of a training run that decide how much memory it needs."""
 
-    dtype: str = field(default="float32", metadata={"help": "As in training."})
-    batch_size: int = field(default=8, metadata={"help": "Sequences in a micro-batch."})
-    sequence_length: int = field(default=4096, metadata={"help": "Tokens of a whole sequence."})
-    max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Packs of so many tokens instead of padded batches."}
+    sequence_length: int = setting(
+        4096, within="[1, inf)", group="Memory", help="Tokens per sequence, prompt included."
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "As in training."})
-    optim: str = field(default=DEFAULT_OPTIM, metadata={"help": "As in training."})
-    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = field(
-        default="reverse_kl", metadata={"help": "As in training."}
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting(
+        "reverse_kl", group="Objective", help="Loss that is minimised at every response token."
     )
-    k: int = field(default=64, metadata={"help": "Tokens in a list of the cache."})
-    workspace_bytes: int | str | None = field(default=None, metadata={"help": "As in training."})
+    k: int = setting(
+        64, within="[1, inf)", group="Cache", help="Teacher tokens per position in the cache."
+    )
 
     def __post_init__(self) -> None:
-        self.check_lora()
-        for name in ("batch_size", "sequence_length", "k", "max_tokens_per_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: found {value}; expected at least 1")
+        super().__post_init__()
         if self.max_tokens_per_batch is not None and (
             self.max_tokens_per_batch < self.sequence_length
         ):
@@ -80,10 +59,6 @@ class MemorySettings(LoraOptions):
                 f"max_tokens_per_batch: found {self.max_tokens_per_batch}; expected at least "
                 f"sequence_length, {self.sequence_length}"
             )
-        if resolve_dtype(self.dtype) == torch.float16:
-            raise ConfigError("dtype: float16 weights are not trained; use float32 or bfloat16")
-        if self.workspace_bytes is not None:
-            parse_bytes("workspace_bytes", self.workspace_bytes)
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -91,13 +66,6 @@ class MemorySettings(LoraOptions):
         if self.max_tokens_per_batch is not None:
             return 1, self.max_tokens_per_batch
         return self.batch_size, self.sequence_length
-
-    @property
-    def workspace(self) -> int | None:
-        """`workspace_bytes` as a number."""
-        if self.workspace_bytes is None:
-            return None
-        return parse_bytes("workspace_bytes", self.workspace_bytes)
 
 
 def memory_settings_of_run(

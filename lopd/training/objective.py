@@ -1,77 +1,79 @@
-"""Training objectives and their settings."""
+"""The training objectives and their settings."""
 
-import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
+from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError
 
 SPARSE = ("reverse_kl", "forward_kl", "jsd")
 OBJECTIVES = (*SPARSE, "policy_gradient", "cross_entropy")
-TAILS = ("bucket", "renormalize", "truncate")
-IMPORTANCE = ("none", "token", "token_truncated", "sequence")
-CAPPED = ("token_truncated", "sequence")
+Tail = Literal["bucket", "renormalize", "truncate"]
+Importance = Literal["none", "token", "token_truncated", "sequence"]
+_objective = partial(setting, group="Objective")
 
 
 @dataclass(frozen=True)
-class Objective:
-    """The loss of a response token; p is the student and q the teacher.
+class Objective(Settings):
+    """The loss at a response token, with p the student and q the teacher.
 
-    Args:
-        name: `reverse_kl` KL(p || q), `forward_kl` KL(q || p), or `jsd` between them, each over the
-            teacher's list; `policy_gradient` -A log p of the sampled token with the advantage
-            A = log q - log p of the current student, a constant; `cross_entropy` -log p of the
-            token.
-        tail: how the divergences treat the mass outside the list, as in
-            `lopd_kernels.linear_sparse_divergence`.
-        beta: weight of the mixture of jsd.
-        advantage_clip: clips the advantage to [-advantage_clip, advantage_clip].
-        temperature: divides the student's logits; the temperature at which the teacher scored.
-        importance: constant ratio to the rollout policy that multiplies the policy gradient's
-            rows: `token` p / p_rollout of the token, `token_truncated` that but at most
-            `importance_cap`, `sequence` the product over the sequence's loss tokens, at most
-            `importance_cap` if set. The normaliser remains the sum of the uncorrected weights, so
-            the other sequences of a batch cause no bias.
-        importance_cap: upper bound of the ratio.
-        clip_range: PPO's clipped loss, which has its own ratio.
-        workspace_bytes: bound on what the loss allocates; affects only rounding.
+    `reverse_kl` is KL(p || q), `forward_kl` KL(q || p), `jsd` lies between them at `beta`; each
+    is over the teacher's list and, by `tail`, the mass outside it. `policy_gradient` is -A log p of
+    the sampled token with A = log q - log p of the current student, a constant, clipped to
+    [-advantage_clip, advantage_clip]. `cross_entropy` is -log p of the token.
 
-    Raises:
-        ConfigError: a setting is unknown, out of range, or not for this objective.
+    `importance` weights the rows of the policy gradient by a constant ratio to the policy that
+    sampled: `token` is p / p_rollout of the token, `token_truncated` the smaller of that and
+    `importance_cap`, `sequence` the product over the loss tokens of the sequence, capped if a cap
+    is set. The normaliser stays the sum of the uncorrected weights, so that the sequences that
+    share a batch do not bias the loss. `clip_range` selects PPO's clipped objective, which has its
+    own ratio.
+
+    `temperature` divides the student's logits and equals the one the teacher was scored at.
+    `workspace_bytes` limits what the loss allocates, and so changes only rounding.
     """
 
     name: str
-    tail: str = "bucket"
-    beta: float | None = None  # 0.5 for jsd
-    advantage_clip: float | None = None
-    temperature: float = 1.0
-    importance: str = "none"
-    importance_cap: float | None = None
-    clip_range: float | None = None
+    tail: Tail = setting(
+        "bucket", group="Objective", help="How the mass outside the teacher's list is treated."
+    )
+    beta: float | None = _objective(
+        None,
+        within="(0, 1)",
+        remedy="; at the ends use forward_kl or reverse_kl",
+        help="jsd: weight of its mixture, between 0 and 1; 0.5 by default.",
+    )
+    advantage_clip: float | None = _objective(
+        None,
+        within="(0, inf)",
+        help="policy_gradient: clip |log q - log p| to this; not clipped by default.",
+    )
+    temperature: float = _objective(1.0, within="(0, inf)", help="Divides the student's logits.")
+    importance: Importance = setting(
+        "none",
+        group="Objective",
+        help="policy_gradient: importance weights relative to the rollout policy.",
+    )
+    importance_cap: float | None = _objective(
+        None, within="(0, inf)", help="Upper bound on the weights of token_truncated or sequence."
+    )
+    clip_range: float | None = _objective(
+        None, within="(0, inf)", help="policy_gradient: PPO's clip range around a ratio of 1."
+    )
     workspace_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            known = ", ".join(OBJECTIVES)
+            raise ConfigError(f"objective: found '{self.name}'; expected one of {known}")
+        super().__post_init__()
+        if self.beta is not None and self.name != "jsd":
+            raise ConfigError(f"beta: {self.name} has no mixture; only jsd does")
         if self.name == "jsd" and self.beta is None:
             object.__setattr__(self, "beta", 0.5)
-        for setting, value, known in (
-            ("objective", self.name, OBJECTIVES),
-            ("tail", self.tail, TAILS),
-            ("importance", self.importance, IMPORTANCE),
-        ):
-            if value not in known:
-                raise ConfigError(f"{setting}: found '{value}'; expected one of {', '.join(known)}")
-        for setting in ("advantage_clip", "temperature", "importance_cap", "clip_range"):
-            value = getattr(self, setting)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{setting}: found {value}; expected a positive number")
-        if self.beta is not None and self.name != "jsd":
-            raise ConfigError(f"beta: {self.name} has no mixture; use jsd, or omit it")
-        if self.beta is not None and not 0 < self.beta < 1:
-            raise ConfigError(
-                f"beta: found {self.beta}; expected strictly between 0 and 1; at the ends use "
-                "forward_kl or reverse_kl"
-            )
         if self.tail != "bucket" and self.name not in SPARSE:
-            raise ConfigError(f"tail: {self.name} has none; use one of {', '.join(SPARSE)}")
+            raise ConfigError(f"tail: {self.name} has none; only {', '.join(SPARSE)} do")
         if self.advantage_clip is not None and self.name != "policy_gradient":
             raise ConfigError(f"advantage_clip: {self.name} has no advantage; use policy_gradient")
         self._check_importance()
@@ -81,21 +83,21 @@ class Objective:
             name = "clip_range" if self.importance == "none" else "importance"
             raise ConfigError(f"{name}: {self.name} has no correction; use policy_gradient")
         if self.importance == "token_truncated" and self.importance_cap is None:
-            raise ConfigError("importance_cap: token_truncated needs one; use a positive number")
-        if self.importance_cap is not None and self.importance not in CAPPED:
+            raise ConfigError("importance_cap: token_truncated needs one; set a positive number")
+        if self.importance_cap is not None and self.importance in ("none", "token"):
             raise ConfigError(
-                f"importance_cap: importance '{self.importance}' has none; use "
-                f"{' or '.join(CAPPED)}"
+                f"importance_cap: importance '{self.importance}' has none; only token_truncated "
+                "and sequence do"
             )
         if self.clip_range is not None and self.importance != "none":
             raise ConfigError(
-                f"clip_range: found importance '{self.importance}' too; the clipped loss has its "
-                "own ratio, omit importance"
+                f"clip_range: found importance '{self.importance}' too; the clipped objective has "
+                "its own ratio, so leave importance out"
             )
 
     @property
     def held_out(self) -> "Objective":
-        """The objective to evaluate on held-out sequences: a divergence.
+        """The divergence that held-out sequences are evaluated by.
 
         The policy-gradient loss is not a divergence, and on stored tokens its log-ratio has no
         minimum, so the reverse KL that it estimates takes its place.
@@ -108,10 +110,8 @@ class Objective:
 
     @property
     def needs_rollout_logprobs(self) -> bool:
-        """Whether batches must have the log-probs of the rollout policy."""
         return self.importance != "none" or self.clip_range is not None
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether batches must have the teacher's scores."""
         return self.name != "cross_entropy"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from lopd.data.prompts import Prompt, check_prompts
-from lopd.engines.base import Sampling, sequence_seed, to_rollout
-from lopd.engines.transformers import HfEngine
+from lopd.engines.base import Sampling, score_rollouts, sequence_seed, to_rollout
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import build_manifest, describe_model, vocab_size_of
@@ -76,10 +76,10 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dic
             f"refresh_every: found {worker.count} processes; expected one: start without torchrun, "
             "or omit --refresh_every"
         )
-    if scorer["engine"] != HfEngine.name:
+    if scorer["engine"] != TransformersEngine.name:
         raise ConfigError(
             f"refresh_every: {cache.path} was scored by engine {scorer['engine']}; expected "
-            f"{HfEngine.name}, which can score during training: score again with it"
+            f"{TransformersEngine.name}, which can score during training: score again with it"
         )
     said = cache.manifest["inputs"]["rollouts"].get("sampling") or {}
     if absent := {"max_new_tokens", "temperature", "top_p"} - said.keys():
@@ -88,7 +88,7 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dic
             "out and score again, or omit --refresh_every"
         )
     check_model_folder(refresh.teacher)
-    teacher = describe_model(refresh.teacher, dtype=scorer["dtype"], engine=HfEngine.name)
+    teacher = describe_model(refresh.teacher, dtype=scorer["dtype"], engine=TransformersEngine.name)
     for what in ("weights", "config", "tokenizer"):
         if teacher[what] != scorer[what]:
             raise ProvenanceError(
@@ -139,8 +139,8 @@ class RefreshTrainer(LopdTrainer):
     ) -> None:
         super().__init__(*args, callbacks=[UpdateTimer(refresh.every)], **kwargs)
         self.refresh = refresh
-        self.student = HfEngine(self.model, tokenizer, batch_size=refresh.batch_size)
-        self.teacher = HfEngine.load(
+        self.student = TransformersEngine(self.model, tokenizer, batch_size=refresh.batch_size)
+        self.teacher = TransformersEngine.load(
             refresh.teacher,
             dtype=refresh.cache.manifest["model"]["dtype"],
             device=str(self.args.device),
@@ -194,19 +194,16 @@ class RefreshTrainer(LopdTrainer):
 
     def _score(self, rollouts: list[Rollout]) -> list[TeacherScores]:
         manifest = self.refresh.cache.manifest
-        tokens = [rollout.tokens for rollout in rollouts]
-        lengths = [rollout.prompt_length for rollout in rollouts]
-        temperature, extra = manifest["temperature"], None
-        if self.refresh.extra_ids:
-            own = self.student.score(
-                tokens, lengths, self.refresh.extra_ids, temperature=temperature
-            )
-            rows = self.teacher.vocab_size  # a student's padding rows may lie beyond
-            extra = [np.where(s.topk_ids < rows, s.topk_ids, -1) for s in own]
-        scores = self.teacher.score(
-            tokens, lengths, manifest["k"], temperature=temperature, extra_ids=extra
+        scores = score_rollouts(
+            self.teacher,
+            rollouts,
+            manifest["k"],
+            temperature=manifest["temperature"],
+            student=self.student,
+            extra_ids=self.refresh.extra_ids,
         )
         if self.teacher_vocab is not None:
+            tokens = [rollout.tokens for rollout in rollouts]
             used = np.unique(np.concatenate([*tokens, *(s.topk_ids.ravel() for s in scores)]))
             check_same_tokens(
                 self.student.tokenizer.get_vocab(), self.teacher_vocab, used, "teacher"

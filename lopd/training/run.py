@@ -9,7 +9,6 @@ With torchrun each process trains on its part of every step; only the first one 
 """
 
 import json
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def _claim(
     config: Any, base: dict[str, Any], inputs: dict[str, str], worker: Worker
 ) -> Path | None:
     out = Path(config.out)
-    settings = training_recipe_of(asdict(config))
+    settings = training_recipe_of(config)
     identity = {key: base[key] for key in ("weights", "config", "tokenizer")}
     processes = {} if worker.alone else {"processes": worker.count}
     recipe = json.loads(json.dumps({**settings, **inputs, **processes, "base": identity}))

@@ -45,7 +45,7 @@ def test_bad_rows_and_files_are_named(tmp_path):
     with pytest.raises(DataError, match="p.parquet: row 2: 'prompt' is empty"):
         load_prompts(path, tokenizer)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match="p.parquet: not a whole parquet file"):
+    with pytest.raises(DataError, match="p.parquet: not a complete parquet file"):
         load_prompts(path, tokenizer)
     with pytest.raises(MissingFileError, match="absent.parquet: no such file"):
         load_prompts(tmp_path / "absent.parquet", tokenizer)

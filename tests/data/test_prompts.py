@@ -98,9 +98,9 @@ def test_prompts_that_the_model_cannot_take_are_refused():
     fits = {"context": 18, "vocab_size": 8, "max_new_tokens": 8}
     check_prompts(prompts, "p.jsonl", **fits)
     check_prompts(prompts, "p.jsonl", **fits | {"context": None})
-    with pytest.raises(DataError, match=r"prompt 'long' has 10 tokens.*context of 17"):
+    with pytest.raises(DataError, match=r"prompt 'long': found 10 tokens and .*at most 17, the"):
         check_prompts(prompts, "p.jsonl", **fits | {"context": 17})
-    with pytest.raises(DataError, match=r"prompt 'short' has token id 7.*ends at 6"):
+    with pytest.raises(DataError, match=r"prompt 'short': token \d has id 7; .*\[0, 7\)"):
         check_prompts(prompts, "p.jsonl", **fits | {"vocab_size": 7})
 
 

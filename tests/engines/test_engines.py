@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from conftest import save_qwen3
+from helpers_training import make_rollouts
 
 from lopd.engines import load_engine
-from lopd.engines.base import Sampling, sequence_seed
+from lopd.engines.base import Sampling, score_rollouts, sequence_seed
 from lopd.engines.options import EngineOptions, parse_options
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.engines.vllm import gpus_of
 from lopd.engines.vllm_output import (
     by_entries,
@@ -19,7 +20,8 @@ from lopd.engines.vllm_output import (
 )
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.models.load import check_model_folder, resolve_device
-from lopd.store.lists import TAIL_FLOOR, build_lists, derived_tail
+from lopd.store import TeacherScores
+from lopd.store.lists import TAIL_FLOOR, derived_tail, to_columns
 
 PROMPTS = [[5, 6, 7], [9, 8], [30, 31, 32, 33, 34], [12], [40, 41, 42]]
 
@@ -89,7 +91,7 @@ def test_options_that_cannot_be_meant(engine, text, message):
 
 
 def test_a_device_that_contradicts_the_engine():
-    with pytest.raises(ConfigError, match="given its GPUs by CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ConfigError, match="choose its GPUs with CUDA_VISIBLE_DEVICES"):
         EngineOptions(engine="vllm", device="cuda:1")
     with pytest.raises(ConfigError, match="leave device at auto"):
         EngineOptions(device="cpu", engine_options="device_map: auto")
@@ -127,21 +129,21 @@ def test_a_model_spread_by_a_device_map_scores_and_samples_alike(
     engine, sequences, student_folder, tmp_path
 ):
     """A layer that lies on disk is moved by hooks, as layers on other GPUs are."""
-    whole = HfEngine.load(student_folder, dtype="float32", device="cpu")
+    whole = TransformersEngine.load(student_folder, dtype="float32", device="cpu")
     parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     parts |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    spread = HfEngine.load(student_folder, dtype="float32", options={"device_map": parts})
+    spread = TransformersEngine.load(student_folder, dtype="float32", options={"device_map": parts})
     assert any(p.is_meta for p in spread.model.parameters())
     for a, b in zip(
         whole.score(sequences, LENGTHS, 4), spread.score(sequences, LENGTHS, 4), strict=True
     ):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        np.testing.assert_allclose(a.teacher_logprobs, b.teacher_logprobs, atol=1e-5)
     for a, b in zip(
         *(e.generate(PROMPTS, Sampling(6), [0] * 5) for e in (whole, spread)), strict=True
     ):
         assert a.tokens.tolist() == b.tokens.tolist()
     with pytest.raises(ModelError, match="offloads the LM head"):
-        HfEngine.load(
+        TransformersEngine.load(
             student_folder, dtype="float32", options={"device_map": parts | {"lm_head": "disk"}}
         )
 
@@ -151,7 +153,7 @@ def test_a_bf16_model_scores_close_to_its_fp32_self(engine, sequences, teacher_f
     for a, b in zip(
         engine.score(sequences, LENGTHS, 4), half.score(sequences, LENGTHS, 4), strict=True
     ):
-        assert 0 < np.abs(a.logprobs - b.logprobs).max() < 0.2
+        assert 0 < np.abs(a.teacher_logprobs - b.teacher_logprobs).max() < 0.2
 
 
 def test_extra_ids_and_the_mass_outside_them_are_those_of_a_full_list(engine, sequences):
@@ -175,12 +177,65 @@ def test_extra_ids_and_the_mass_outside_them_are_those_of_a_full_list(engine, se
             out = np.setdiff1d(np.arange(rows), [*score.topk_ids[row], *ids[row]])
             expected = np.log(np.exp(dense[row, out]).sum())
             assert score.extra_tail_logprobs[row] == pytest.approx(expected, abs=2e-5)
-        lists, tail = build_lists(score, 1.0)
+        columns = to_columns(score, 1.0)
+        lists, tail = columns.lists, columns.tail_logprobs
         ends = np.cumsum(lists.lengths)
         for row, (start, stop) in enumerate(zip(ends - lists.lengths, ends, strict=True)):
             mass = np.exp(lists.logprobs[start:stop].astype(float)).sum() + np.exp(float(tail[row]))
             assert mass == pytest.approx(1, abs=1e-5)
             assert set(ids[row]) - {-1} <= set(lists.ids[start:stop])
+
+
+def test_extra_ids_may_differ_in_number(engine, sequences):
+    """A sequence's scores are those that it has without neighbours of another width."""
+    rng, rows = np.random.default_rng(1), engine.vocab_size
+    extra = [
+        np.stack([rng.choice(rows, width, replace=False) for _ in tokens[n:]])
+        for width, tokens, n in zip((3, 0, 7, 1, 5), sequences, LENGTHS, strict=True)
+    ]
+    together = engine.score(sequences, LENGTHS, 4, extra_ids=extra)
+    for tokens, length, ids, score in zip(sequences, LENGTHS, extra, together, strict=True):
+        (alone,) = engine.score([tokens], [length], 4, extra_ids=[ids])
+        assert score.extra_ids.tolist() == alone.extra_ids.tolist() == ids.tolist()
+        for name in ("extra_logprobs", "extra_tail_logprobs", "tail_logprobs"):
+            np.testing.assert_allclose(getattr(score, name), getattr(alone, name), atol=1e-5)
+
+
+def test_extra_ids_of_other_rows_are_refused(engine, sequences):
+    extra = [
+        np.zeros((len(tokens) - n, 1), int) for tokens, n in zip(sequences, LENGTHS, strict=True)
+    ]
+    extra[0], extra[1] = extra[0][:-1], np.zeros((len(extra[1]) + 1, 1), int)
+    with pytest.raises(DataError, match=r"sequence 0: extra_ids are int64 \[\d+, 1\]; expected"):
+        engine.score(sequences, LENGTHS, 4, extra_ids=extra)
+
+
+class FixedIds:
+    """An engine that records what is asked and lists the ids 0 to k - 1."""
+
+    def __init__(self, vocab_size):
+        self.name, self.vocab_size, self.asked = "fixed", vocab_size, []
+
+    def score(
+        self, sequences, prompt_lengths, k, *, temperature=1.0, extra_ids=None, progress=None
+    ):
+        self.asked.append((k, temperature, extra_ids))
+        rows = [len(t) - n for t, n in zip(sequences, prompt_lengths, strict=True)]
+        column = np.zeros(0)
+        ids = [np.tile(np.arange(k), (r, 1)) for r in rows]
+        return [TeacherScores(column, column, i, column, column) for i in ids]
+
+
+def test_the_students_ids_beyond_the_teachers_vocabulary_are_left_out():
+    rollouts = make_rollouts(3)
+    teacher, student = FixedIds(6), FixedIds(40)
+    scores = score_rollouts(teacher, rollouts, 2, temperature=0.5, student=student, extra_ids=8)
+    assert len(scores) == 3 and student.asked == [(8, 0.5, None)]
+    ((k, temperature, extra),) = teacher.asked
+    assert (k, temperature) == (2, 0.5)
+    assert all((ids == [0, 1, 2, 3, 4, 5, -1, -1]).all() for ids in extra)
+    score_rollouts(teacher, rollouts, 2, student=student)
+    assert teacher.asked[-1] == (2, 1.0, None) and len(student.asked) == 1
 
 
 def test_extra_ids_that_hold_nearly_all_of_the_tail_keep_its_digits(engine, sequences):
@@ -190,8 +245,8 @@ def test_extra_ids_that_hold_nearly_all_of_the_tail_keep_its_digits(engine, sequ
     extra = full.topk_ids[:, 1:-1]
     (score,) = engine.score(tokens, LENGTHS[:1], 1, extra_ids=[extra])
     np.testing.assert_allclose(score.extra_tail_logprobs, full.topk_logprobs[:, -1], atol=2e-5)
-    _, tail = build_lists(score, 1.0)
-    np.testing.assert_allclose(tail, full.topk_logprobs[:, -1], atol=2e-5)
+    columns = to_columns(score, 1.0)
+    np.testing.assert_allclose(columns.tail_logprobs, full.topk_logprobs[:, -1], atol=2e-5)
 
 
 @dataclass
@@ -217,9 +272,9 @@ def test_prompt_logprobs_are_read_as_arrays():
     assert ids.tolist() == [[51, 0, 1], [52, 0, 1], [53, 0, 1]]
     score = to_scores(0, ids[1:], logprobs[1:], vocab_size=60)
     assert score.topk_ids.tolist() == [[0, 1]] * 2
-    np.testing.assert_allclose(score.logprobs, -3)
+    np.testing.assert_allclose(score.teacher_logprobs, -3)
     np.testing.assert_allclose(score.tail_logprobs, np.log(0.1), rtol=1e-5)
-    assert np.isnan(score.entropy).all()
+    assert np.isnan(score.teacher_entropy).all()
 
 
 def test_prompt_logprobs_that_are_one_off_are_refused():
@@ -267,7 +322,7 @@ def test_sequences_are_read_in_runs_that_are_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "tokens, message", [([5] * 65, "context holds 64"), ([5], "are the prompt")]
+    "tokens, message", [([5] * 65, "at most 64, the context"), ([5], "are the prompt")]
 )
 def test_every_engine_refuses_what_it_cannot_score(tmp_path, tokens, message):
     from lopd.engines.vllm import VllmEngine
@@ -328,10 +383,10 @@ def test_engines_agree_on_the_end_of_an_answer(tmp_path):
     from lopd.models.load import eos_ids_of, load_tokenizer
 
     folder = save_qwen3(tmp_path, seed=0)
-    hf = HfEngine.load(folder, dtype="float32", device="cpu")
+    hf = TransformersEngine.load(folder, dtype="float32", device="cpu")
     assert eos_ids_of(folder, load_tokenizer(folder)) == hf.eos_ids
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
-    hf = HfEngine.load(folder, dtype="float32", device="cpu")
+    hf = TransformersEngine.load(folder, dtype="float32", device="cpu")
     assert eos_ids_of(folder, load_tokenizer(folder)) == hf.eos_ids == [1, 7]
     (folder / "generation_config.json").unlink()
     assert eos_ids_of(folder, load_tokenizer(folder)) == [1]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lopd.engines.base import Sampling, sequence_seed
-from lopd.engines.transformers import HfEngine, draw
+from lopd.engines.transformers import TransformersEngine, draw
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.models.load import load_model, load_tokenizer
 
@@ -15,7 +15,7 @@ SEEDS = [sequence_seed(0, str(i), 0) for i in range(len(PROMPTS))]
 
 @pytest.fixture(scope="module")
 def engine(teacher_folder):
-    return HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    return TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
 
 
 def dense_logprobs(engine, tokens, temperature=1.0):
@@ -56,7 +56,7 @@ def test_one_position_off_is_seen(engine):
 
 def test_an_answer_does_not_depend_on_its_neighbours(engine, teacher_folder):
     together = engine.generate(PROMPTS, Sampling(12), SEEDS)
-    small = HfEngine(engine.model, engine.tokenizer, batch_size=2)
+    small = TransformersEngine(engine.model, engine.tokenizer, batch_size=2)
     backwards = small.generate(PROMPTS[::-1], Sampling(12), SEEDS[::-1])[::-1]
     for a, b in zip(together, backwards, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
@@ -138,7 +138,7 @@ def test_scores_are_those_of_a_dense_forward(engine, k, temperature):
     for tokens, length, score in zip(sequences, lengths, scores, strict=True):
         rows = dense_logprobs(engine, tokens, temperature)[length - 1 : -1]
         np.testing.assert_allclose(
-            score.logprobs, rows[np.arange(len(rows)), tokens[length:]], atol=2e-5
+            score.teacher_logprobs, rows[np.arange(len(rows)), tokens[length:]], atol=2e-5
         )
         order = np.argsort(-rows, axis=1)[:, :k]
         np.testing.assert_allclose(
@@ -150,7 +150,7 @@ def test_scores_are_those_of_a_dense_forward(engine, k, temperature):
         rest = rows.copy()
         np.put_along_axis(rest, order, -np.inf, axis=1)
         np.testing.assert_allclose(score.tail_logprobs, np.log(np.exp(rest).sum(1)), atol=2e-5)
-        np.testing.assert_allclose(score.entropy, -(np.exp(rows) * rows).sum(1), atol=2e-5)
+        np.testing.assert_allclose(score.teacher_entropy, -(np.exp(rows) * rows).sum(1), atol=2e-5)
 
 
 def test_scores_that_are_one_position_off_are_seen(engine):
@@ -161,17 +161,17 @@ def test_scores_that_are_one_position_off_are_seen(engine):
         rows = dense_logprobs(engine, tokens)[length:-1]  # each of the token after
         assert np.abs(np.sort(rows, axis=1)[:, ::-1][:, :8] - score.topk_logprobs[:-1]).max() > 0.1
         own = rows[np.arange(len(rows)), tokens[length + 1 :]]
-        assert np.abs(own - score.logprobs[:-1]).max() > 0.1
+        assert np.abs(own - score.teacher_logprobs[:-1]).max() > 0.1
 
 
 def test_scores_do_not_depend_on_the_batch(engine):
     sequences, lengths = rollouts(engine)
-    one_by_one = HfEngine(engine.model, engine.tokenizer, tokens_per_batch=1)
+    one_by_one = TransformersEngine(engine.model, engine.tokenizer, tokens_per_batch=1)
     for a, b in zip(
         engine.score(sequences, lengths, 4), one_by_one.score(sequences, lengths, 4), strict=True
     ):
         assert a.topk_ids.tolist() == b.topk_ids.tolist()
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        np.testing.assert_allclose(a.teacher_logprobs, b.teacher_logprobs, atol=1e-5)
 
 
 def test_the_whole_vocabulary_leaves_no_tail(engine):
@@ -184,8 +184,8 @@ def test_the_whole_vocabulary_leaves_no_tail(engine):
 @pytest.mark.parametrize(
     ("tokens", "prompt_length", "error"),
     [
-        ([5, 6, 100000], 1, "token id 100000"),
-        ([5] * 65, 1, "context holds 64"),
+        ([5, 6, 100000], 1, "token 2 has id 100000"),
+        ([5] * 65, 1, "expected at most 64, the context of"),
         ([5, 6], 2, "2 of 2 tokens are the prompt"),
         ([5, 6], 0, "0 of 2 tokens are the prompt"),
     ],
@@ -217,4 +217,4 @@ def test_a_head_that_lopd_does_not_know_is_refused(teacher_folder):
 
     model.forward = scaled
     with pytest.raises(ModelError, match="its logits differ"):
-        HfEngine(model, load_tokenizer(teacher_folder))
+        TransformersEngine(model, load_tokenizer(teacher_folder))

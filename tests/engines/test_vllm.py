@@ -11,7 +11,7 @@ from helpers_stages import make_rollouts, score_argv
 from lopd.cli import main
 from lopd.engines import load_engine
 from lopd.engines.base import Sampling, sequence_seed
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.engines.vllm import VllmEngine
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.store import RolloutStore, TeacherCache
@@ -44,7 +44,7 @@ def vllm(folder):
 
 @pytest.fixture(scope="module")
 def hf(folder):
-    return HfEngine.load(folder, dtype="float32", device="cpu")
+    return TransformersEngine.load(folder, dtype="float32", device="cpu")
 
 
 def joined(prompts, answers):
@@ -73,10 +73,10 @@ def test_logprobs_are_those_of_the_distribution_and_of_the_model(vllm, hf, sampl
     raw = hf.score(sequences, lengths, everything)
     scaled = hf.score(sequences, lengths, everything, temperature=sampling.temperature)
     for answer, r, s in zip(answers, raw, scaled, strict=True):
-        np.testing.assert_allclose(answer.logprobs_raw, r.logprobs, atol=2e-5)
+        np.testing.assert_allclose(answer.logprobs_raw, r.teacher_logprobs, atol=2e-5)
         mass = np.exp(s.topk_logprobs.astype(np.float64))
         nucleus = mass.cumsum(1) - mass < sampling.top_p
-        expected = s.logprobs - np.log((mass * nucleus).sum(1))
+        expected = s.teacher_logprobs - np.log((mass * nucleus).sum(1))
         np.testing.assert_allclose(answer.logprobs, expected, atol=2e-5)
     if not sampling.is_raw:
         assert max(np.abs(a.logprobs - a.logprobs_raw).max() for a in answers) > 0.1
@@ -106,11 +106,11 @@ def test_scores_are_those_of_transformers(vllm, hf, k):
     lengths = list(map(len, PROMPTS))
     pairs = zip(vllm.score(sequences, lengths, k), hf.score(sequences, lengths, k), strict=True)
     for ours, theirs in pairs:
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
+        np.testing.assert_allclose(ours.teacher_logprobs, theirs.teacher_logprobs, atol=2e-5)
         np.testing.assert_allclose(ours.topk_logprobs, theirs.topk_logprobs, atol=2e-5)
         assert (ours.topk_ids == theirs.topk_ids).mean() > 0.99
         np.testing.assert_allclose(ours.tail_logprobs, theirs.tail_logprobs, atol=1e-3)
-        assert np.isnan(ours.entropy).all()
+        assert np.isnan(ours.teacher_entropy).all()
 
 
 def test_scores_that_are_one_off_differ(vllm, hf):
@@ -118,7 +118,7 @@ def test_scores_that_are_one_off_differ(vllm, hf):
     lengths = list(map(len, PROMPTS))
     ours, theirs = vllm.score(sequences, lengths, 8), hf.score(sequences, lengths, 8)
     for a, b in zip(ours, theirs, strict=True):
-        assert np.abs(a.logprobs[1:] - b.logprobs[:-1]).max() > 0.1
+        assert np.abs(a.teacher_logprobs[1:] - b.teacher_logprobs[:-1]).max() > 0.1
         assert np.abs(a.topk_logprobs[1:] - b.topk_logprobs[:-1]).max() > 0.1
 
 
@@ -131,17 +131,17 @@ def test_the_whole_vocabulary_leaves_no_tail(vllm):
 def test_a_sequence_may_fill_the_context(vllm, hf):
     tokens = np.arange(64, dtype=np.int32) + 100
     (ours,), (theirs,) = vllm.score([tokens], [4], 4), hf.score([tokens], [4], 4)
-    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
+    np.testing.assert_allclose(ours.teacher_logprobs, theirs.teacher_logprobs, atol=2e-5)
     (answer,) = vllm.generate([tokens[:60]], Sampling(4, temperature=0.7), [0])
     (score,) = hf.score([np.concatenate([tokens[:60], answer.tokens])], [60], 1)
-    np.testing.assert_allclose(answer.logprobs_raw, score.logprobs, atol=2e-5)
+    np.testing.assert_allclose(answer.logprobs_raw, score.teacher_logprobs, atol=2e-5)
 
 
 @pytest.mark.parametrize(
     ("tokens", "prompt_length", "error"),
     [
-        ([5] * 65, 1, "context holds 64"),
-        ([5, 6, 100000], 1, "token id 100000"),
+        ([5] * 65, 1, "expected at most 64, the context of"),
+        ([5, 6, 100000], 1, "token 2 has id 100000"),
         ([5, 6], 2, "2 of 2 tokens are the prompt"),
     ],
 )
@@ -152,13 +152,13 @@ def test_sequences_that_cannot_be_scored(vllm, tokens, prompt_length, error):
 
 def test_what_this_engine_cannot_do_is_refused(vllm):
     one = ([np.array([5, 6])], [1], 2)
-    with pytest.raises(ConfigError, match="vllm scores at 1 alone"):
+    with pytest.raises(ConfigError, match="vllm scores only at 1"):
         vllm.score(*one, temperature=0.7)
-    with pytest.raises(ConfigError, match="its own top-k alone"):
+    with pytest.raises(ConfigError, match="only its top-k"):
         vllm.score(*one, extra_ids=[np.array([[1]])])
     with pytest.raises(ConfigError, match=r"would raise it to 0\.01"):
         vllm.generate([[5]], Sampling(4, temperature=0.001), [0])
-    with pytest.raises(DataError, match="pass the 64 that vllm was given room for"):
+    with pytest.raises(DataError, match="expected at most 64, the context of vllm"):
         vllm.generate([[5] * 60], Sampling(5), [0])
 
 
@@ -188,8 +188,8 @@ def test_the_stages_write_what_the_transformers_engine_reads_back(
     rollout = [item.rollout for item in items]
     reference = hf.score([r.tokens for r in rollout], [r.prompt_length for r in rollout], 8)
     for item, score in zip(items, reference, strict=True):
-        np.testing.assert_allclose(item.teacher_logprobs, score.logprobs, atol=2e-5)
-        np.testing.assert_allclose(item.rollout.rollout_logprobs, score.logprobs, atol=2e-5)
+        np.testing.assert_allclose(item.teacher_logprobs, score.teacher_logprobs, atol=2e-5)
+        np.testing.assert_allclose(item.rollout.rollout_logprobs, score.teacher_logprobs, atol=2e-5)
         assert np.isnan(item.teacher_entropy).all()
 
 

@@ -8,7 +8,7 @@ import torch
 from helpers_stages import make_rollouts, one_line, score_argv
 
 from lopd.cli import main
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.kl import cache_kl, open_cache
 from lopd.store import TeacherCache
@@ -26,7 +26,7 @@ def cache_folder(teacher_folder, student_folder, tmp_path_factory):
 
 
 def load(folder, **limits):
-    return HfEngine.load(folder, dtype="float32", device="cpu", **limits)
+    return TransformersEngine.load(folder, dtype="float32", device="cpu", **limits)
 
 
 def dense_kl(student, teacher, rollout, k):
@@ -82,7 +82,7 @@ def test_a_cache_without_its_tail_is_refused(cache_folder, student_folder, monke
 def test_sequences_longer_than_the_model_are_refused(cache_folder, student_folder):
     student = load(student_folder)
     student.context = 8
-    with pytest.raises(DataError, match="the model's context holds 8"):
+    with pytest.raises(DataError, match="expected at most 8, the context of the model"):
         cache_kl(student, open_cache(cache_folder, student_folder, student))
 
 

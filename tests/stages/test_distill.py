@@ -405,7 +405,7 @@ def test_a_sequence_beyond_the_context_is_refused(tmp_path):
     declare(student, teacher=tmp_path / "teacher")
     rollouts = write_sequences(tmp_path / "rollouts", student)
     write_cache(tmp_path / "cache", tmp_path / "teacher", rollouts)
-    with pytest.raises(DataError, match="the model's context holds 8"):
+    with pytest.raises(DataError, match="expected at most 8, the context of the model"):
         distill.main(config(tmp_path, tmp_path / "out"))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lopd.data.prompts import Prompt
 from lopd.engines.base import Sampling
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError, ProvenanceError
 from lopd.evaluation.accuracy import by_length, estimate, pass_at_k
 from lopd.evaluation.kl import on_policy_kl
@@ -161,7 +161,7 @@ def test_the_sampled_answers_are_what_is_counted_by_length():
 
 def test_an_answer_stops_at_the_end_of_sequence_token(tmp_path):
     folder = toy.write_model(tmp_path / "m", toy.STUDENT_SIZE, seed=0)
-    engine = HfEngine.load(folder, dtype="float32", device="cpu", batch_size=8)
+    engine = TransformersEngine.load(folder, dtype="float32", device="cpu", batch_size=8)
     eos = engine.tokenizer.eos_token_id
     prompts = [Prompt(str(i), [5, 6, 7 + i % 9], "1") for i in range(16)]
     config = settings(max_new_tokens=24, num_samples=2)
@@ -177,8 +177,8 @@ def test_an_answer_stops_at_the_end_of_sequence_token(tmp_path):
 
 @pytest.mark.parametrize("k", [4, 10**9])
 def test_the_kl_is_that_of_dense_logits(teacher_folder, student_folder, k):
-    teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
-    student = HfEngine.load(student_folder, dtype="float32", device="cpu", batch_size=2)
+    teacher = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
+    student = TransformersEngine.load(student_folder, dtype="float32", device="cpu", batch_size=2)
     prompts = [Prompt(str(i), [5 + i, 6], None) for i in range(3)]
     sampled = student.generate([p.tokens for p in prompts], Sampling(9), [1, 2, 3])
     result = on_policy_kl(student, teacher, prompts, sampled, k)
@@ -204,7 +204,7 @@ def test_the_kl_is_that_of_dense_logits(teacher_folder, student_folder, k):
 
 
 def test_a_model_has_no_kl_to_itself(teacher_folder):
-    engine = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    engine = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     prompts = [Prompt("a", [5, 6], None)]
     sampled = engine.generate([[5, 6]], Sampling(9), [1])
     assert abs(on_policy_kl(engine, engine, prompts, sampled, 8)["nats_per_token"]) < 1e-6

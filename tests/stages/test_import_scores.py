@@ -11,7 +11,7 @@ import pytest
 
 from lopd.cli import main
 from lopd.data.external_scores import read_dump
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import load_tokenizer
 from lopd.provenance import declare, read_manifest
@@ -33,7 +33,7 @@ def student(student_folder, teacher_folder, tmp_path_factory):
 def dumped(teacher_folder, student):
     """What a teacher says of made-up answers, as it would be dumped: ids, log-probs, own."""
     tokenizer = load_tokenizer(student)
-    teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    teacher = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in PROMPTS]
     rng = np.random.default_rng(0)
     answers = [rng.integers(5, 200, 4 + i).tolist() for i in range(len(prompts))]
@@ -48,7 +48,7 @@ def lists_of(answer, scores):
     rows = []
     for t, token in enumerate(answer):
         pairs = zip(scores.topk_ids[t].tolist(), scores.topk_logprobs[t].tolist(), strict=True)
-        rows.append({**dict(pairs), token: float(scores.logprobs[t])})
+        rows.append({**dict(pairs), token: float(scores.teacher_logprobs[t])})
     return rows
 
 
@@ -85,7 +85,7 @@ def lightning_record(text, answer, scores):
         "response_tokens": answer,
         "loss_mask": [1] * len(answer),
         "response": "text that is not the truth",
-        "teacher_log_probs": [float(x) for x in scores.logprobs],
+        "teacher_log_probs": [float(x) for x in scores.teacher_logprobs],
     }
     return {"prompt": text, "label": "0", "metadata": metadata}
 
@@ -138,7 +138,7 @@ def test_every_form_of_a_dump_gives_the_same_cache(
         assert found.rollout.tokens.tolist() == prompt + answer
         assert found.rollout.prompt_length == len(prompt)
         assert np.isnan(found.rollout.rollout_logprobs).all()
-        np.testing.assert_allclose(found.teacher_logprobs, scores.logprobs, rtol=1e-6)
+        np.testing.assert_allclose(found.teacher_logprobs, scores.teacher_logprobs, rtol=1e-6)
         for t, row in enumerate(lists_of(answer, scores)):
             listed = found.topk_ids[t][found.topk_ids[t] >= 0]
             assert sorted(listed.tolist()) == sorted(row)
@@ -182,7 +182,7 @@ def test_given_rollout_logprobs_and_own_logprobs_are_kept(
         record = topk_record(prompt, answer, scores, "arrays")
         record["topk_ids"] = scores.topk_ids.tolist()
         record["topk_logprobs"] = scores.topk_logprobs.tolist()
-        record["teacher_logprobs"] = scores.logprobs.tolist()
+        record["teacher_logprobs"] = scores.teacher_logprobs.tolist()
         record["rollout_logprobs"] = [-0.5] * len(answer)
         record |= {"id": "same", "finish_reason": "stop", "loss_mask": [0] + [1] * len(answer[1:])}
         records.append(record)
@@ -210,7 +210,7 @@ def test_the_papers_parquet_serves_the_sampled_token(
     assert run(source, "lightning-opd", student, teacher_folder, cache) == 0
     for found, (prompt, answer, scores) in zip(TeacherCache.open(cache), dumped, strict=True):
         assert found.rollout.tokens.tolist() == prompt + answer
-        np.testing.assert_allclose(found.teacher_logprobs, scores.logprobs, rtol=1e-6)
+        np.testing.assert_allclose(found.teacher_logprobs, scores.teacher_logprobs, rtol=1e-6)
         assert found.topk_ids[:, 0].tolist() == answer
         np.testing.assert_allclose(
             np.exp(found.tail_logprobs), 1 - np.exp(found.teacher_logprobs), atol=1e-6
@@ -304,14 +304,14 @@ def test_a_token_beside_a_list_of_all_mass_has_its_own_tail(student, teacher_fol
 
 def test_a_list_of_the_whole_vocabulary_has_no_tail(student, teacher_folder, dumped, tmp_path):
     prompt, answer, _ = dumped[0]
-    teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    teacher = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     sequence = np.array(prompt + answer, np.int32)
     (full,) = teacher.score([sequence], [len(prompt)], teacher.vocab_size)
     source = write(tmp_path / "dump.jsonl", [topk_record(prompt, answer, full)])
     assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
     (item,) = TeacherCache.open(tmp_path / "cache")
     assert np.isneginf(item.tail_logprobs).all()
-    np.testing.assert_allclose(item.teacher_entropy, full.entropy, rtol=1e-4)
+    np.testing.assert_allclose(item.teacher_entropy, full.teacher_entropy, rtol=1e-4)
 
 
 def test_every_end_of_sequence_id_of_the_student_stops(student, teacher_folder, dumped, tmp_path):
@@ -350,7 +350,7 @@ def test_names_that_identify_nothing_need_overrides(
     assert distill(student, cache, tmp_path / "out", *flags) == 0
     capsys.readouterr()
     assert run(source, "topk", "someone", "org/teacher-8B", tmp_path / "none") == 2
-    assert "which tells the vocabulary" in capsys.readouterr().err
+    assert "to read the vocabulary from" in capsys.readouterr().err
 
 
 def test_an_interrupted_import_continues(student, teacher_folder, dumped, tmp_path):
@@ -376,23 +376,26 @@ BAD = {
     "two forms": ({"topk_ids": [[7], [8]], "topk_logprobs": [[-1], [-1]]}, "and either"),
     "no response": ({"response_token_ids": [], "logprobs": []}, "0 response tokens"),
     "too few": ({"logprobs": [{"7": -0.1}]}, "1 entries of log-probs for 2 response tokens"),
-    "own absent": ({"logprobs": [{"7": -1.0}, {"9": -1.0}]}, r"token 1 \(id 8\) is not in its own"),
+    "own absent": (
+        {"logprobs": [{"7": -1.0}, {"9": -1.0}]},
+        r"token 1 \(id 8\) is not in its list",
+    ),
     "nan": ({"logprobs": [{"7": float("nan")}, {"8": -1}]}, "token 0: a list of mass nan"),
     "overfull": (
         {"logprobs": [{"7": -0.1}, {"8": -0.1, "9": -0.1}]},
         "token 1: a list of mass 1.8",
     ),
     "twice": ({"logprobs": [[[7, -1.0], [7, -2.0]], {"8": -1}]}, "token 0: an id is listed twice"),
-    "words": ({"logprobs": [{"cat": -1.0}, {"8": -1}]}, "token 0: .* is no list of log-probs"),
-    "numbers": ({"logprobs": [-1.0, -2.0]}, "token 0: -1.0 is no list of log-probs"),
-    "null": ({"logprobs": [None, {"8": -1}]}, "token 0: None is no list"),
+    "words": ({"logprobs": [{"cat": -1.0}, {"8": -1}]}, "token 0: .* is not a list of log-probs"),
+    "numbers": ({"logprobs": [-1.0, -2.0]}, "token 0: -1.0 is not a list of log-probs"),
+    "null": ({"logprobs": [None, {"8": -1}]}, "token 0: None is not a list"),
     "mask": ({"loss_mask": [1]}, "1 entries of loss_mask for 2"),
-    "mask of words": ({"loss_mask": ["a", 1]}, "a field is of another type"),
+    "mask of words": ({"loss_mask": ["a", 1]}, "a field has another type"),
     "mask of two": ({"loss_mask": [2, 1]}, "loss_mask holds 1 to 2; expected 0 and 1"),
     "finish": ({"finish_reason": "abort"}, "finish_reason is 'abort'; expected stop or length"),
-    "sample": ({"sample": "x"}, "a field is of another type than format 'topk' has"),
-    "list is no list": ({"logprobs": 3}, "a field is of another type"),
-    "float listed": ({"logprobs": [[[7.5, -1.0]], {"8": -1}]}, "token 0: .* is no list"),
+    "sample": ({"sample": "x"}, "a field has another type than in format 'topk'"),
+    "list is no list": ({"logprobs": 3}, "a field has another type"),
+    "float listed": ({"logprobs": [[[7.5, -1.0]], {"8": -1}]}, "token 0: .* is not a list"),
     "float ids": ({"response_token_ids": [7.5, 8]}, "expected a list of integers"),
 }
 

@@ -22,7 +22,7 @@ from helpers_stages import (
 )
 
 from lopd.cli import main
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ModelError
 from lopd.stages.score import ScoreConfig
 from lopd.store import RolloutStore, TeacherCache
@@ -138,13 +138,13 @@ def test_the_students_own_top_ids_join_the_lists(
     support = items.manifest["scoring"]["support"]
     assert support["extra_ids"] == 3
     assert support["student"]["weights"] == items.manifest["inputs"]["rollouts"]["model"]["weights"]
-    teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
-    student = HfEngine.load(student_folder, dtype="float32", device="cpu")
+    teacher = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
+    student = TransformersEngine.load(student_folder, dtype="float32", device="cpu")
     sequences = [items[i] for i in range(6)]
     asked = [s.rollout.tokens for s in sequences], [s.rollout.prompt_length for s in sequences]
     everything, top = teacher.score(*asked, teacher.vocab_size), student.score(*asked, 3)
     for item, full, own in zip(sequences, everything, top, strict=True):
-        dense = np.empty((len(full.logprobs), teacher.vocab_size))
+        dense = np.empty((len(full.teacher_logprobs), teacher.vocab_size))
         np.put_along_axis(dense, full.topk_ids.astype(int), full.topk_logprobs, axis=1)
         for row in range(len(dense)):
             ids = item.topk_ids[row][item.topk_ids[row] >= 0]
@@ -155,6 +155,26 @@ def test_the_students_own_top_ids_join_the_lists(
             outside = np.setdiff1d(np.arange(teacher.vocab_size), ids)
             expected = np.log(np.exp(dense[row, outside]).sum())
             assert item.tail_logprobs[row] == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_lists_of_different_widths_are_rescored_together(
+    teacher_folder, student_folder, rollouts, tmp_path, capsys, extra
+):
+    """A cut at top_p leaves lists of different lengths, so every sequence has its own width."""
+    flags = ["--top_p", "0.6", "--temperature", "0.5"]
+    flags += ["--student", str(student_folder), "--extra_ids", str(extra)] * bool(extra)
+    argv = score_argv(teacher_folder, rollouts, tmp_path / "cache", *flags)
+    argv[argv.index("--k") + 1] = "16"
+    assert main(argv) == 0
+    cache = TeacherCache.open(tmp_path / "cache", support="list")
+    assert len({item.lists.width for item in cache}) > 1
+    models = ["--teacher", str(teacher_folder), "--student", str(student_folder)]
+    for count in (2, 3, 7, len(cache)):
+        command = ["verify", "--path", str(tmp_path / "cache"), "--rescore", str(count), *models]
+        assert main([*command, "--dtype", "float32", "--device", "cpu"]) == 0
+        printed = capsys.readouterr().out
+        assert f"{count} sequences, " in printed and "100.0 % of the listed ids" in printed
 
 
 def test_extra_ids_of_another_student_are_refused(teacher_folder, rollouts, tmp_path, capsys):
@@ -204,7 +224,9 @@ def test_what_cannot_fit_is_refused_at_once(
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("lopd.store.size.shutil.disk_usage", lambda path: usage)
-    monkeypatch.setattr(HfEngine, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        TransformersEngine, "load", lambda *a, **k: pytest.fail("a model was loaded")
+    )
     assert main(score_argv(teacher_folder, rollouts, tmp_path / "out", *flags)) == 2
     message = one_line(capsys)
     assert "with the shortest lists" in message and "the disk has 1 kB free" in message
@@ -227,8 +249,10 @@ def test_what_the_probe_shows_not_to_fit_is_refused_before_a_shard_is_written(
 def test_an_engine_that_scores_too_few_or_none_writes_nothing(
     teacher_folder, rollouts, tmp_path, capsys, monkeypatch
 ):
-    score = HfEngine.score
-    monkeypatch.setattr(HfEngine, "score", lambda self, *a, **k: score(self, *a, **k)[:-1])
+    score = TransformersEngine.score
+    monkeypatch.setattr(
+        TransformersEngine, "score", lambda self, *a, **k: score(self, *a, **k)[:-1]
+    )
     assert main(score_argv(teacher_folder, rollouts, tmp_path / "out")) == 2
     assert "engine: transformers scored" in one_line(capsys)
     assert not shard_bytes(tmp_path / "out")
@@ -237,7 +261,7 @@ def test_an_engine_that_scores_too_few_or_none_writes_nothing(
 def test_scores_that_are_one_off_are_refused_at_the_door(
     teacher_folder, rollouts, tmp_path, capsys, monkeypatch
 ):
-    score = HfEngine.score
+    score = TransformersEngine.score
 
     def shifted(self, *args, **settings):
         fields = ("topk_ids", "topk_logprobs", "tail_logprobs")
@@ -246,7 +270,7 @@ def test_scores_that_are_one_off_are_refused_at_the_door(
             for s in score(self, *args, **settings)
         ]
 
-    monkeypatch.setattr(HfEngine, "score", shifted)
+    monkeypatch.setattr(TransformersEngine, "score", shifted)
     assert main(score_argv(teacher_folder, rollouts, tmp_path / "out")) == 2
     assert "logprobs of response token" in one_line(capsys)
     assert not shard_bytes(tmp_path / "out")
@@ -255,8 +279,10 @@ def test_scores_that_are_one_off_are_refused_at_the_door(
 def test_an_engine_that_gives_too_few_answers_writes_nothing(
     student_folder, tmp_path, capsys, monkeypatch
 ):
-    generate = HfEngine.generate
-    monkeypatch.setattr(HfEngine, "generate", lambda self, *a, **k: generate(self, *a, **k)[1:])
+    generate = TransformersEngine.generate
+    monkeypatch.setattr(
+        TransformersEngine, "generate", lambda self, *a, **k: generate(self, *a, **k)[1:]
+    )
     prompts = write_prompts(tmp_path / "prompts.jsonl", 2)
     assert main(rollout_argv(student_folder, prompts, tmp_path / "out")) == 2
     assert "gave 3 answers to 4 prompts" in one_line(capsys)
@@ -264,7 +290,7 @@ def test_an_engine_that_gives_too_few_answers_writes_nothing(
 
 
 def test_a_rollout_without_a_response_is_refused(teacher_folder, rollouts):
-    engine = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    engine = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     item = RolloutStore.open(rollouts)[0]
     with pytest.raises(ValueError, match="expected at least one prompt token and one response"):
         engine.score([item.tokens[: item.prompt_length]], [item.prompt_length], 2)

@@ -13,7 +13,7 @@ import pytest
 from conftest import save_qwen3
 
 from lopd.cli import main
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.store import RolloutStore
 
 # One interpreter with everything imported, which forks a child for each life of the command.
@@ -112,7 +112,7 @@ def without_first_row(scores):
 
 BAD_ENGINES = {
     "nan own": (
-        lambda s: {"logprobs": s.logprobs * np.float32("nan")},
+        lambda s: {"teacher_logprobs": s.teacher_logprobs * np.float32("nan")},
         "logprobs of response token 0",
     ),
     "nan list": (
@@ -123,10 +123,16 @@ BAD_ENGINES = {
         lambda s: {"tail_logprobs": s.tail_logprobs * np.float32("nan")},
         "tail_logprobs of",
     ),
-    "nan entropy": (lambda s: {"entropy": s.entropy * np.float32("nan")}, "entropy of response"),
+    "nan entropy": (
+        lambda s: {"teacher_entropy": s.teacher_entropy * np.float32("nan")},
+        "entropy of response",
+    ),
     "k too small": (without_last, r"topk_logprobs is float32 \[\d, 5\], expected floats"),
     "tokens too few": (without_first_row, "logprobs is float32"),
-    "shifted": (lambda s: {"logprobs": np.roll(s.logprobs, 1)}, "own entry in topk|than the tail"),
+    "shifted": (
+        lambda s: {"teacher_logprobs": np.roll(s.teacher_logprobs, 1)},
+        "entry in topk|than the tail",
+    ),
 }
 
 
@@ -136,18 +142,20 @@ def test_an_engine_that_cannot_be_right_is_refused_by_sequence_and_keeps_what_wa
 ):
     argv = roll_out(student_folder, write_jsonl, tmp_path / "rollouts")
     argv += ["--teacher", str(teacher_folder), "--out", str(tmp_path / "cache")]
-    right, calls = HfEngine.score, []
+    right, calls = TransformersEngine.score, []
 
     def wrong(self, sequences, *args, **kwargs):
         scores = right(self, sequences, *args, **kwargs)
         calls.append(len(sequences))
-        long = len(scores[0].logprobs) > 2  # a shift by one shows where there is room for it
+        long = (
+            len(scores[0].teacher_logprobs) > 2
+        )  # a shift by one shows where there is room for it
         if len(calls) < 3 or not long:
             return scores
         return [dataclasses.replace(item, **change(item)) for item in scores]
 
     with monkeypatch.context() as patch:
-        patch.setattr(HfEngine, "score", wrong)
+        patch.setattr(TransformersEngine, "score", wrong)
         assert main(argv) == 2
     error = capsys.readouterr().err
     assert re.search(f"sequence .*{message}", error), error
@@ -168,7 +176,8 @@ def test_a_sequence_beyond_the_teachers_context_is_refused(
     for more in ([], ["--plan"]):
         assert main([*argv, "--teacher", str(short), "--out", str(tmp_path / "out"), *more]) == 2
         error = capsys.readouterr().err
-        assert f"sequence {name}/" in error and f"context holds {length - 1}" in error
+        assert f"sequence {name}/" in error
+        assert f"at most {length - 1}, the context of the teacher" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -179,5 +188,5 @@ def test_an_id_beyond_the_teachers_vocabulary_is_refused(
     largest = max(int(r.tokens.max()) for r in RolloutStore.open(tmp_path / "rollouts"))
     small = save_qwen3(tmp_path / "small", seed=3, vocab_size=largest)
     assert main([*argv, "--teacher", str(small), "--out", str(tmp_path / "out"), "--k", "3"]) == 2
-    assert f"vocabulary ends at {largest - 1}" in capsys.readouterr().err
+    assert f"ids in [0, {largest}), the vocabulary of the teacher" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

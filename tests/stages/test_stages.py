@@ -13,7 +13,7 @@ from conftest import TEMPLATE, TEXT, save_qwen3
 from safetensors.numpy import load_file, save_file
 
 from lopd.cli import main
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.models.load import load_model
 from lopd.store import RolloutStore, TeacherCache, scored_sequence
 from lopd.training.batch import Collator
@@ -188,7 +188,7 @@ def test_offline_and_live_gradients_agree_at_the_student_that_rolled_out(
     assert score(teacher_folder, rollouts, tmp_path / "cache", "--top_p", "1") == 0
     stored = TeacherCache.open(tmp_path / "cache")
     items = [stored[i] for i in range(8)]
-    teacher = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    teacher = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     scores = teacher.score(
         [item.rollout.tokens for item in items], [item.rollout.prompt_length for item in items], 6
     )
@@ -291,7 +291,7 @@ def test_a_tokenizer_that_differs_is_refused(tuned, teacher_folder, rollouts, tm
 def test_an_id_beyond_the_teachers_vocabulary(tuned, rollouts, prompts, tmp_path, capsys):
     small = save_qwen3(tmp_path / "small", seed=3, vocab_size=40)
     assert score(small, rollouts, tmp_path / "cache") == 2
-    assert "vocabulary ends at 39" in one_line(capsys)
+    assert "expected ids in [0, 40), the vocabulary of" in one_line(capsys)
 
 
 def test_nan_in_the_teachers_logprobs_names_the_sequence(
@@ -334,8 +334,8 @@ def test_a_damaged_cache_is_named(tuned, cache, tmp_path, capsys, damage):
     [
         (None, [], "no such file"),
         ("", [], "holds no prompts"),
-        ('{"prompt": "' + "the cat " * 40 + '"}\n', [], "passes the model's context of 64"),
-        ('{"prompt": "a"}\n', ["--max_new_tokens", "64"], "passes the model's context of 64"),
+        ('{"prompt": "' + "the cat " * 40 + '"}\n', [], "at most 64, the context"),
+        ('{"prompt": "a"}\n', ["--max_new_tokens", "64"], "at most 64, the context"),
     ],
 )
 def test_prompts_that_cannot_be_used(tuned, tmp_path, capsys, content, flags, message):
@@ -390,9 +390,9 @@ def test_an_interrupted_command_says_so(tuned, prompts, tmp_path, capsys, monkey
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(HfEngine, "generate", interrupt)
+    monkeypatch.setattr(TransformersEngine, "generate", interrupt)
     assert roll_out(tuned, prompts, tmp_path / "out") == 130
-    assert "interrupted; the same command continues it" in capsys.readouterr().err
+    assert "interrupted; rerun the same command to continue" in capsys.readouterr().err
 
 
 def test_a_chat_model_goes_through_its_template(tmp_path, write_jsonl, teacher_folder):

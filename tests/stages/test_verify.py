@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lopd.cli import main
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.evaluation.noise_floor import _bucket_kl, _candidates, _fold
 from lopd.store import CacheWriter, TeacherCache
 
@@ -110,10 +110,10 @@ def unknown(arrays):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (shift, "lacks an own log-prob"),
+        (shift, "lacks teacher_logprobs"),
         (shrink, "lacks a mass of list and tail of 1"),
-        (positive, "lacks a log-prob of its own"),
-        (unknown, "lacks a log-prob of its own"),
+        (positive, "lacks valid teacher_logprobs"),
+        (unknown, "lacks valid teacher_logprobs"),
     ],
 )
 def test_contents_out_of_range_are_found_though_hashes_fit(
@@ -186,11 +186,11 @@ def test_the_noise_is_that_of_dense_distributions(teacher_folder, student_folder
     rows = shown(capsys)
     chosen = np.sort(np.random.default_rng(0).choice(20, 12, replace=False))
     items = [TeacherCache.open(cache, support="list")[int(i)] for i in chosen]
-    student = HfEngine.load(student_folder, dtype="float32", device="cpu")
+    student = TransformersEngine.load(student_folder, dtype="float32", device="cpu")
     asked = [s.rollout.tokens for s in items], [s.rollout.prompt_length for s in items]
     kls = []
     for item, score in zip(items, student.score(*asked, student.vocab_size), strict=True):
-        for row in range(len(score.logprobs)):
+        for row in range(len(score.teacher_logprobs)):
             dense = np.empty(student.vocab_size)
             dense[score.topk_ids[row]] = score.topk_logprobs[row]
             ids = item.topk_ids[row][item.topk_ids[row] >= 0]
@@ -217,7 +217,7 @@ def test_ids_that_a_top_k_lacks_join_the_rest_on_both_sides():
 
 
 def test_candidates_list_an_id_once(teacher_folder):
-    engine = HfEngine.load(teacher_folder, dtype="float32", device="cpu")
+    engine = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     (top,) = engine.score([np.array([5, 6, 7, 8])], [2], 3)
     (score,) = engine.score([np.array([5, 6, 7, 8])], [2], 3, extra_ids=[top.topk_ids])
     ids, logprobs, tail = _candidates(score)
@@ -234,7 +234,7 @@ def test_a_teacher_that_did_not_score_the_cache_is_refused(student_folder, cache
     ("flags", "message"),
     [
         (["--rescore", "3"], "needs --teacher and --student"),
-        (["--teacher", "t"], "only with --rescore N"),
+        (["--teacher", "t"], "--teacher and --student require --rescore N"),
         (["--rescore", "-1"], "found -1; expected 0 or a positive number"),
         (["--max_noise_share", "0"], "expected a positive number"),
     ],

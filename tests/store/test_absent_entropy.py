@@ -20,7 +20,9 @@ ABSENT = make_manifest(plan=[2], scoring={"entropy": "absent"})
 
 def without(pair):
     rollout, scores, _ = pair
-    return rollout, dataclasses.replace(scores, entropy=np.full_like(scores.entropy, np.nan))
+    return rollout, dataclasses.replace(
+        scores, teacher_entropy=np.full_like(scores.teacher_entropy, np.nan)
+    )
 
 
 @pytest.fixture

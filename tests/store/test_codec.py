@@ -22,7 +22,8 @@ from lopd.store.bits import (
     unpack_varints,
 )
 from lopd.store.codec import bucket_error, shift_to_tail
-from lopd.store.lists import Lists, add_sampled, drop_ids, is_floored, pad_lists, take_from_tail
+from lopd.store.lists import add_sampled, drop_ids, is_floored, subtract_from_tail
+from lopd.store.ragged import TopKLists
 
 
 @pytest.mark.parametrize(
@@ -124,17 +125,17 @@ def test_the_receipt_tells_the_error_of_what_is_read_back(tmp_path, codec, top_p
 
 def test_the_error_is_the_divergence_and_is_never_negative():
     p, q = np.log([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]])
-    lists = [Lists(np.array([1, 2]), x[:2].astype(np.float32), np.array([2])) for x in (p, q)]
+    lists = [TopKLists(np.array([1, 2]), x[:2].astype(np.float32), np.array([2])) for x in (p, q)]
     tails = [x[2:].astype(np.float32) for x in (p, q)]
     (found,) = bucket_error(lists[0], tails[0], lists[1], tails[1])
     assert found == pytest.approx((np.exp(p) * (p - q)).sum(), rel=1e-5)
-    full = [Lists(x.ids, x.logprobs, x.lengths) for x in lists]
+    full = [TopKLists(x.ids, x.logprobs, x.lengths) for x in lists]
     (found,) = bucket_error(full[0], np.array([-np.inf]), full[0], np.array([-np.inf]))
     assert found == 0
 
 
 def test_a_list_of_next_to_no_mass_is_not_shifted():
-    lists = Lists(np.array([1, 2, 3]), np.log([3e-9, 1e-9, 0.5]).astype("f4"), np.array([2, 1]))
+    lists = TopKLists(np.array([1, 2, 3]), np.log([3e-9, 1e-9, 0.5]).astype("f4"), np.array([2, 1]))
     shifted = shift_to_tail(lists, np.array([0.0, math.log(0.4)], np.float32))
     assert np.array_equal(shifted.logprobs[:2], lists.logprobs[:2])
     assert shifted.logprobs[2] == pytest.approx(math.log(0.6), rel=1e-6)
@@ -173,7 +174,7 @@ def test_compact_joins_the_sampled_token_without_a_difference(tmp_path):
     """The tail beside the sampled token is stored, so a token that is nearly all of the
     tail leaves what it really leaves."""
     rollout, scores, dense = make_pair(0, vocab_size=64, k=4, length=60, spread=6.0)
-    own = scores.logprobs
+    own = scores.teacher_logprobs
     with CacheWriter.create(
         tmp_path, make_manifest(plan=[1], vocab_size=64, k=4, codec="compact")
     ) as writer:
@@ -194,7 +195,7 @@ def test_compact_joins_the_sampled_token_without_a_difference(tmp_path):
 def test_compact_refuses_what_8_bits_cannot_hold(tmp_path):
     rollout, scores, _ = make_pair(0)
     scores.topk_logprobs[:, 0], scores.topk_logprobs[:, 1:] = 0, -993.0
-    scores.logprobs[:], scores.tail_logprobs[:] = 0, -993.0
+    scores.teacher_logprobs[:], scores.tail_logprobs[:] = 0, -993.0
     rollout.tokens[3:] = scores.topk_ids[:, 0]
     with (
         CacheWriter.create(tmp_path, make_manifest(plan=[1], codec="compact")) as writer,
@@ -212,7 +213,7 @@ def test_compact_refuses_what_8_bits_cannot_hold(tmp_path):
 @pytest.mark.parametrize("gap", [-30.0, -3.0, -1e-2, -1e-4])
 def test_taking_a_token_out_of_the_tail_is_exact_at_any_size(gap):
     tail = np.array([-0.5, -20.0, -600.0])
-    found = take_from_tail(tail, tail + gap)
+    found = subtract_from_tail(tail, tail + gap)
     np.testing.assert_allclose(found, tail + math.log(-math.expm1(gap)), rtol=1e-9)
     assert not is_floored(tail, tail + gap).any()
 
@@ -220,28 +221,28 @@ def test_taking_a_token_out_of_the_tail_is_exact_at_any_size(gap):
 @pytest.mark.parametrize("gap", [0.0, 1e-3, -1e-9])
 def test_a_remainder_within_rounding_is_floored(gap):
     tail = np.array([-0.5, -20.0])
-    np.testing.assert_allclose(take_from_tail(tail, tail + gap), tail + math.log(2.0**-20))
+    np.testing.assert_allclose(subtract_from_tail(tail, tail + gap), tail + math.log(2.0**-20))
     assert is_floored(tail, tail + gap).all()
 
 
 def test_nothing_taken_changes_nothing():
     tail = np.array([-0.5, -np.inf])
-    assert np.array_equal(take_from_tail(tail, np.full(2, -np.inf)), tail)
+    assert np.array_equal(subtract_from_tail(tail, np.full(2, -np.inf)), tail)
 
 
 def ragged(rows):
     ids = [i for row in rows for i, _ in row]
     logprobs = [p for row in rows for _, p in row]
     lengths = np.array([len(row) for row in rows], np.int64)
-    return Lists(np.array(ids, np.int32), np.array(logprobs, np.float32), lengths)
+    return TopKLists(np.array(ids, np.int32), np.array(logprobs, np.float32), lengths)
 
 
 def test_padding_keeps_rows_apart():
     lists = ragged([[(3, -1.0), (1, -2.0)], [], [(7, -0.5)]])
-    ids, logprobs = pad_lists(lists)
+    ids, logprobs = lists.padded()
     assert ids.tolist() == [[3, 1], [-1, -1], [7, -1]]
     assert logprobs.tolist() == [[-1, -2], [-math.inf, -math.inf], [-0.5, -math.inf]]
-    empty, _ = pad_lists(ragged([[], []]))
+    empty, _ = ragged([[], []]).padded()
     assert empty.shape == (2, 0)
 
 
@@ -266,7 +267,7 @@ def test_every_support_has_mass_one(data):
     dense = log_softmax(rng.normal(size=(rows, vocab_size)) * data.draw(st.sampled_from([0.1, 9])))
     chosen = rng.random((rows, vocab_size)) < data.draw(st.sampled_from([0.0, 0.3, 0.9]))
     chosen[:, -1] = False
-    lists = Lists(
+    lists = TopKLists(
         np.nonzero(chosen)[1].astype(np.int32),
         dense[chosen].astype(np.float32),
         chosen.sum(axis=1),
@@ -277,7 +278,7 @@ def test_every_support_has_mass_one(data):
     own = dense[np.arange(rows), sampled].astype(np.float32)
     lists, tail = drop_ids(lists, tail, keep)
     lists, tail = add_sampled(lists, tail, sampled, own)
-    ids, logprobs = pad_lists(lists)
+    ids, logprobs = lists.padded()
     assert ids.max(initial=-1) < keep
     assert (ids == sampled[:, None]).sum(axis=1).tolist() == [1] * rows
     total = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(tail.astype(np.float64))

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from lopd.errors import ConfigError, ShardError
 from lopd.store import CODECS, CacheWriter, RolloutWriter, TeacherCache
-from lopd.store.layout import INDEX_ARRAYS
+from lopd.store.arrays import INDEX_ARRAYS
 
 PLAN = (1, 2, 1)
 
@@ -238,10 +238,10 @@ UNFIT = {
     "responses": (put("response_offsets", 0, 1), "response_offsets do not divide"),
     "lists": (put("list_offsets", 2, 95), "list_offsets do not divide 96 entries among 2"),
     "list lengths": (put("list_lengths", 0, 9), "list lengths of sequence 0 do not add up"),
-    "reason": (put("finish_reason", 0, 2), "sequence 0 has impossible lengths or finish reason"),
-    "no prompt": (put("token_offsets", 1, 6), "sequence 0 has impossible lengths"),
-    "infinite": (put("list_logprobs", 3, -np.inf), "sequence 0 has a listed log-prob that is none"),
-    "positive": (put("list_logprobs", 3, 0.5), "sequence 0 has a listed log-prob that is none"),
+    "reason": (put("finish_reason", 0, 2), "sequence 0 has an invalid length or finish reason"),
+    "no prompt": (put("token_offsets", 1, 6), "sequence 0 has an invalid length"),
+    "infinite": (put("list_logprobs", 3, -np.inf), "sequence 0 has a listed invalid log-prob"),
+    "positive": (put("list_logprobs", 3, 0.5), "sequence 0 has a listed invalid log-prob"),
 }
 
 

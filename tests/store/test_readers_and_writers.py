@@ -95,7 +95,7 @@ def test_any_shape_round_trips(tmp_path_factory, data):
         rollout, scores, _ = pairs[index]
         found = cache[index]
         assert_same_rollout(found.rollout, rollout, codec)
-        own, entropy, tail = scores.logprobs, scores.entropy, scores.tail_logprobs
+        own, entropy, tail = scores.teacher_logprobs, scores.teacher_entropy, scores.tail_logprobs
         if codec == "compact":
             own, entropy = own.astype(np.float16), entropy.astype(np.float16)
             np.testing.assert_allclose(found.tail_logprobs, tail, rtol=2**-10, atol=2**-10)
@@ -174,13 +174,14 @@ def test_the_sampled_token_joins_the_list_and_leaves_the_tail(tmp_path, codec):
             assert after.tail_logprobs[t] == pytest.approx(truth, abs=slack)
             if token not in old:
                 joined += 1
-                found, own = after.topk_logprobs[t, new.index(token)], scores.logprobs[t]
+                found, own = after.topk_logprobs[t, new.index(token)], scores.teacher_logprobs[t]
                 near = bound(np.append(scores.topk_logprobs[t, : len(old)], own), codec).max()
                 assert abs(found - own) <= near
         np.testing.assert_allclose(mass(after), 1, atol=2e-6)
         np.testing.assert_allclose(mass(before), 1, atol=2e-6)
         assert np.array_equal(after.rollout.loss_mask, rollout.loss_mask)
-        own = scores.logprobs.astype(np.float16) if codec == "compact" else scores.logprobs
+        own = scores.teacher_logprobs
+        own = own.astype(np.float16) if codec == "compact" else own
         assert np.array_equal(after.teacher_logprobs, own)
     assert joined > 5
 
@@ -198,7 +199,7 @@ def test_a_token_that_is_all_of_the_tail_leaves_the_floor_and_is_counted(tmp_pat
     rollout, scores, _ = make_pair(0, vocab_size=9, k=8, length=4)
     absent = np.array([np.setdiff1d(np.arange(9), row)[0] for row in scores.topk_ids])
     rollout.tokens[rollout.prompt_length :] = absent
-    scores = dataclasses.replace(scores, logprobs=scores.tail_logprobs)
+    scores = dataclasses.replace(scores, teacher_logprobs=scores.tail_logprobs)
     with CacheWriter.create(tmp_path, make_manifest(plan=[1], vocab_size=9)) as writer:
         writer.write(0, [(rollout, scores)])
     cache = TeacherCache.open(tmp_path)
@@ -239,7 +240,7 @@ def test_ids_beyond_the_students_rows_go_to_the_tail_and_are_counted(tmp_path):
     pairs = [make_pair(0)]
     pairs[0][0].tokens[:] %= rows
     own = np.take_along_axis(pairs[0][2], pairs[0][0].tokens[3:, None], axis=1)[:, 0]
-    scores = dataclasses.replace(pairs[0][1], logprobs=own.astype(np.float32))
+    scores = dataclasses.replace(pairs[0][1], teacher_logprobs=own.astype(np.float32))
     with CacheWriter.create(tmp_path, make_manifest(plan=plan)) as writer:
         writer.write(0, [(pairs[0][0], scores)])
     cache = TeacherCache.open(tmp_path, vocab_size=rows)
@@ -250,7 +251,9 @@ def test_ids_beyond_the_students_rows_go_to_the_tail_and_are_counted(tmp_path):
         truth = np.logaddexp.reduce(np.delete(pairs[0][2][t], row[row >= 0]))
         assert found.tail_logprobs[t] == pytest.approx(truth, abs=1e-5)
     short = TeacherCache.open(tmp_path, vocab_size=2)
-    with pytest.raises(DataError, match=r"prompt-0/0 has token id \d+, the student has 2"):
+    with pytest.raises(
+        DataError, match=r"prompt-0/0: token \d+ has id \d+; .*\[0, 2\), .* student"
+    ):
         short[0]
 
 
@@ -270,7 +273,9 @@ def test_arrays_are_the_callers_own_and_views_are_read_only(tmp_path):
     write_cache(tmp_path, make_manifest())
     cache = TeacherCache.open(tmp_path)
     first = cache[1]
-    for values in (first.rollout.tokens, first.topk_ids, first.tail_logprobs):
+    with pytest.raises(ValueError, match="read-only"):
+        first.topk_ids[:] = 7  # a padded copy of the lists: writing to it would have no effect
+    for values in (first.rollout.tokens, first.lists.ids, first.tail_logprobs):
         values[:] = 7
     first.teacher_logprobs[:] = 7
     assert cache[1].rollout.tokens.max() != 7 or cache[1].rollout.tokens.min() != 7

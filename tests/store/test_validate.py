@@ -58,13 +58,17 @@ def lost_mass(rollout, scores):
 
 def shifted(rollout, scores):
     rollout.tokens[3:] = scores.topk_ids[:, 0]
-    return rollout, dataclasses.replace(scores, logprobs=np.roll(scores.topk_logprobs[:, 0], 1))
+    return rollout, dataclasses.replace(
+        scores, teacher_logprobs=np.roll(scores.topk_logprobs[:, 0], 1)
+    )
 
 
 def above_tail(rollout, scores):
     outside = [np.setdiff1d(np.arange(40), row)[0] for row in scores.topk_ids]
     rollout.tokens[3:] = outside
-    return rollout, dataclasses.replace(scores, logprobs=np.minimum(scores.tail_logprobs + 0.1, 0))
+    return rollout, dataclasses.replace(
+        scores, teacher_logprobs=np.minimum(scores.tail_logprobs + 0.1, 0)
+    )
 
 
 def one_row_short(rollout, scores):
@@ -85,17 +89,17 @@ BAD_SCORES = {
         spoil("topk_logprobs", (2, 7), -np.inf),
         r"topk_logprobs of response token 2 .*-inf",
     ),
-    "nan own": (spoil("logprobs", 4, np.nan), r"logprobs of response token 4"),
-    "positive": (spoil("logprobs", 1, 0.5), r"logprobs of response token 1 .*0\.5"),
+    "nan own": (spoil("teacher_logprobs", 4, np.nan), r"teacher_logprobs of response token 4"),
+    "positive": (spoil("teacher_logprobs", 1, 0.5), r"teacher_logprobs of response token 1 .*0\.5"),
     "nan tail": (spoil("tail_logprobs", 3, np.nan), r"tail_logprobs of response token 3"),
-    "nan entropy": (spoil("entropy", 0, np.nan), r"entropy of response token 0"),
+    "nan entropy": (spoil("teacher_entropy", 0, np.nan), r"teacher_entropy of response token 0"),
     "negative id": (spoil("topk_ids", (1, 0), -1), r"topk_ids of response token 1 .*-1"),
     "id beyond": (spoil("topk_ids", (1, 0), 40), r"topk_ids of response token 1 .*\[0, 40\)"),
     "token beyond": (out_of_vocabulary, r"token 5 has id 40"),
     "mass above one": (overfull, r"mass of list and tail .*expected 1"),
     "mass below one": (lost_mass, r"mass of list and tail"),
-    "off by one": (shifted, r"logprobs of response token .*own entry in topk_logprobs"),
-    "above the tail": (above_tail, r"logprobs of .* no more than the tail"),
+    "off by one": (shifted, r"teacher_logprobs of response token .*entry in topk_logprobs"),
+    "above the tail": (above_tail, r"teacher_logprobs of .* at most the tail"),
     "lengths": (one_row_short, r"topk_ids is int32 \[5, 8\], expected integers \[6, 8\]"),
     "rising": (rising, r"topk_logprobs of response token 0 .*descending"),
 }
@@ -119,7 +123,7 @@ def test_duplicates_are_refused(tmp_path):
             writer.write(0, [make_pair(0)[:2], (rollout, scores)])
         with pytest.raises(DataError, match=r"prompt-0/0 is twice in shard 0"):
             writer.write(0, [make_pair(0)[:2]] * 2)
-        with pytest.raises(DataError, match="given 1 sequences, the plan says 2"):
+        with pytest.raises(DataError, match="found 1 sequences; expected 2, as planned"):
             writer.write(0, [make_pair(0)[:2]])
 
 
@@ -128,7 +132,7 @@ def test_packed_refuses_what_fp16_cannot_hold(tmp_path):
     scores.topk_logprobs[:, 0] = 0
     scores.topk_logprobs[:, 1:] = -70000.0
     scores.tail_logprobs[:] = -70000.0
-    scores.logprobs[:] = -70000.0
+    scores.teacher_logprobs[:] = -70000.0
     rollout.tokens[3:] = scores.topk_ids[:, 4]
     manifest = make_manifest(plan=[1], codec="packed")
     with (

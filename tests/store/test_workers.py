@@ -184,14 +184,14 @@ def test_a_lock_file_that_its_owner_removed_meanwhile_is_no_lock(tmp_path, monke
     assert ShardLock.take(tmp_path, 0) is not None
 
 
-def test_a_folder_that_is_shared_before_it_is_settled_keeps_others_out(tmp_path):
+def test_a_sharing_writer_excludes_others_until_it_shares(tmp_path):
     first = FolderLock(tmp_path, shared=True)
-    assert first.alone
+    assert first.is_exclusive
     with pytest.raises(ShardError):
         FolderLock(tmp_path, shared=True)
-    first.settle()
+    first.share()
     second = FolderLock(tmp_path, shared=True)
-    assert not second.alone
+    assert not second.is_exclusive
     with pytest.raises(ShardError):
         FolderLock(tmp_path)
 

@@ -12,7 +12,7 @@ from helpers_training import make_rollouts, make_scored
 from lopd.data.demonstrations import load_sft_jsonl
 from lopd.errors import ConfigError, DataError, MissingFileError, ModelError
 from lopd.stages.demo import arithmetic as toy
-from lopd.store import Rollout, TeacherCache
+from lopd.store import Rollout, TeacherCache, TopKLists
 from lopd.training.batch import Collator, SequenceDataset
 
 
@@ -73,6 +73,52 @@ def test_teacher_columns_follow_the_loss_rows_and_pad_shorter_lists():
         assert np.array_equal(batch[name][rows].numpy(), getattr(items[1], name)[1:]), name
 
 
+def padded_columns(items, offsets):
+    """Lists as [R, K_i] arrays per sequence, sliced and copied into one [N, K] array."""
+    rows, width = sum(map(len, offsets)), max(item.topk_ids.shape[1] for item in items)
+    ids = np.full((rows, width), -1, dtype=np.int32)
+    logprobs = np.full((rows, width), -np.inf, dtype=np.float32)
+    start = 0
+    for item, offset in zip(items, offsets, strict=True):
+        end, k = start + len(offset), item.topk_ids.shape[1]
+        ids[start:end, :k] = item.topk_ids[offset]
+        logprobs[start:end, :k] = item.topk_logprobs[offset]
+        start = end
+    return ids, logprobs
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_ragged_lists_are_padded_as_rectangular_ones(seed, packed):
+    """Mixed widths, lists without entries, and loss masks that skip the longest list."""
+    rng = np.random.default_rng(seed)
+    items = []
+    for item in make_scored(make_rollouts(5, seed=seed), k=12, seed=seed):
+        lengths = rng.integers(0, rng.integers(1, 13), len(item.teacher_logprobs))
+        ids = np.where(np.arange(item.topk_ids.shape[1]) < lengths[:, None], item.topk_ids, -1)
+        mask = item.rollout.loss_mask & (rng.random(len(item.rollout.tokens)) < 0.7)
+        mask[-1] = True
+        changed = dataclasses.replace(item.rollout, loss_mask=mask)
+        lists = TopKLists.from_padded(ids, item.topk_logprobs)
+        items.append(dataclasses.replace(item, rollout=changed, lists=lists))
+    batch = Collator(packed=packed)(items)
+    offsets = [
+        np.flatnonzero(item.rollout.loss_mask) - item.rollout.prompt_length for item in items
+    ]
+    ids, logprobs = padded_columns(items, offsets)
+    assert batch["topk_ids"].dtype == torch.int32 and batch["topk_logprobs"].dtype == torch.float32
+    assert np.array_equal(batch["topk_ids"].numpy(), ids)
+    assert np.array_equal(batch["topk_logprobs"].numpy(), logprobs)
+    assert batch["unlisted"].tolist() == np.flatnonzero((ids < 0).all(axis=1)).tolist()
+    starts = np.cumsum([0, *(len(item.rollout.tokens) for item in items)])
+    starts = starts if packed else np.arange(5) * batch["input_ids"].shape[1]
+    rows = [
+        start + item.rollout.prompt_length + offset - 1
+        for start, item, offset in zip(starts, items, offsets, strict=False)
+    ]
+    assert batch["loss_index"].tolist() == np.concatenate(rows).tolist()
+
+
 def test_batches_of_a_store_are_read_together_and_are_the_same(tmp_path, monkeypatch):
     write_cache(tmp_path, make_manifest(codec="compact", plan=(4, 3, 2)))
     cache = TeacherCache.open(tmp_path)
@@ -115,8 +161,8 @@ def test_dataset_drops_truncated_sequences_and_tells_the_share(capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"context": 7}, "p/3: 8 tokens; the model's context holds 7"),
-        ({"vocab_size": 30}, "token id 30; the model's vocabulary ends at 29"),
+        ({"context": 7}, "p/3: found 8 tokens; expected at most 7, the context"),
+        ({"vocab_size": 30}, r"token 7 has id 30; expected ids in \[0, 30\), the vocabulary"),
     ],
 )
 def test_dataset_refuses_what_the_model_cannot_read(change, message):

@@ -1,11 +1,13 @@
 """Drift statistics against their definitions, over micro-batches and steps."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from helpers_training import make_rollouts, make_scored, options, tiny_model
 
+from lopd.store import TopKLists
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.metrics import MetricsAccumulator, drift_moments
 from lopd.training.objective import Objective
@@ -80,7 +82,10 @@ def test_reverse_kl_and_teachers_tail_are_logged_where_they_are_known():
 
 def test_a_row_without_a_list_has_its_log_ratio_too():
     items = make_scored(make_rollouts(3))
-    items[1].topk_ids[2], items[1].topk_logprobs[2] = -1, -math.inf
+    ids = items[1].topk_ids.copy()
+    ids[2] = -1
+    lists = TopKLists.from_padded(ids, items[1].topk_logprobs)
+    items[1] = dataclasses.replace(items[1], lists=lists)
     items[1].tail_logprobs[2] = 0.0
     model, batch = tiny_model("phi"), Collator()(items)
     row = int((batch["sequence_index"] == 0).sum()) + 2

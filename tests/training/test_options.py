@@ -1,4 +1,4 @@
-"""Settings of a training run and of its objective: what is refused, and with which words."""
+"""Settings of a training run and of its objective: what is refused, and the error messages."""
 
 import pytest
 from helpers_training import make_rollouts, make_scored, tiny_model
@@ -74,12 +74,12 @@ NUMBERS = [
 
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_options_refuse_what_is_no_number_in_range(name, value):
+def test_options_refuse_numbers_out_of_range(name, value):
     with pytest.raises(ConfigError, match=f"{name}: found {value}; expected"):
         TrainOptions(**{name: value})
 
 
-def test_options_take_the_ends_of_their_ranges():
+def test_options_accept_the_ends_of_their_ranges():
     zero = {"weight_decay": 0, "max_grad_norm": 0, "adam_beta1": 0.0, "warmup_steps": 0}
     assert TrainOptions(**zero, seed=2**32 - 1).seed == 2**32 - 1
     assert TrainOptions(warmup_steps=3, max_steps=3).warmup_steps == 3
@@ -96,7 +96,7 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
         TrainOptions(report_to="wandb")
 
 
-def test_beta_is_half_for_jsd_and_nothing_for_the_others():
+def test_beta_defaults_to_half_for_jsd_and_to_none_otherwise():
     assert Objective("jsd").beta == 0.5
     assert Objective("jsd") == Objective("jsd", beta=0.5) != Objective("jsd", beta=0.3)
     assert Objective("reverse_kl").beta is None

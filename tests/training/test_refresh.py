@@ -10,7 +10,7 @@ from helpers_training import SAME_UPDATE, largest_difference, update_error, weig
 
 from lopd.data.prompts import Prompt
 from lopd.engines.base import Sampling, sequence_seed, to_rollout
-from lopd.engines.transformers import HfEngine
+from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError, ProvenanceError, ShardError
 from lopd.models.load import load_model
 from lopd.provenance import MANIFEST_NAME, manifest_digest, read_manifest, write_manifest
@@ -59,8 +59,8 @@ def logged(folder):
 
 def by_hand(pipeline, every):
     """On-policy distillation in a plain loop: sample, score, step."""
-    student = HfEngine.load(pipeline / "student", dtype="float32", device="cpu")
-    teacher = HfEngine.load(pipeline / "teacher", dtype="float32", device="cpu")
+    student = TransformersEngine.load(pipeline / "student", dtype="float32", device="cpu")
+    teacher = TransformersEngine.load(pipeline / "teacher", dtype="float32", device="cpu")
     cached = [*TeacherCache.open(pipeline / "cache").rollouts()]
     options = TrainOptions(**SETTINGS, weight_decay=0.1)
     sampler = StepSampler([len(r.tokens) for r in cached], 2, 2, seed=options.seed)

@@ -14,12 +14,13 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError
 from lopd.provenance.io import pretty_json, write_atomic
 from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
@@ -73,12 +74,21 @@ EVAL_PROMPTS = 1024
 
 
 @dataclass(kw_only=True)
-class DemoConfig:
-    """The pipeline at toy scale (`lopd demo`)."""
+class DemoConfig(Settings):
+    """Run the whole pipeline at toy scale (`lopd demo`)."""
 
-    out: str = field(default="lopd-demo", metadata={"help": "Folder that keeps every artefact."})
-    seed: int = field(default=0, metadata={"help": "Seed of models, data and sampling."})
-    online: bool = field(default=False, metadata={"help": "Add the run with a live teacher."})
+    out: str = setting(
+        "lopd-demo", group="Model and data", identity=False, help="Folder of all artefacts."
+    )
+    seed: int = setting(
+        0,
+        within="[0, 4294967296)",
+        group="Model and data",
+        help="Seed of models, data and sampling.",
+    )
+    online: bool = setting(
+        False, group="Model and data", identity=False, help="Add the run with a live teacher."
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""Settings as dataclass fields: help, group, range and run identity are field metadata."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import cache
+from numbers import Real
+from typing import Any, Literal, get_args, get_origin
+
+from lopd.errors import ConfigError
+
+# The groups of `--help`, in their order.
+GROUPS = (
+    "Required",
+    "Model and data",
+    "Sampling",
+    "Objective",
+    "Cache",
+    "Evaluation",
+    "Optimizer",
+    "LoRA",
+    "Memory",
+    "Engine",
+    "Devices and processes",
+    "Hold-out and staleness",
+    "Logging and checkpoints",
+    "Provenance overrides",
+)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`, and `also` outside of them. NaN is never among them."""
+
+    low: float
+    high: float
+    also: float | None
+    words: str  # as error messages state it
+
+    def __contains__(self, value: Any) -> bool:
+        is_number = isinstance(value, Real)
+        return is_number and (self.low <= value <= self.high or value == self.also)
+
+
+@cache
+def parse_range(text: str) -> Range:
+    """The range that `[0, 1)`, `(0, inf)` or `[1, inf) or -1` stands for."""
+    match = re.fullmatch(r"([\[(])(\S+), (\S+)([\])])(?: or (\S+))?", text)
+    assert match is not None, f"found '{text}'; expected an interval such as [0, 1)"
+    low, high = float(match[2]), float(match[3])
+    if match[1] == "(":
+        low = math.nextafter(low, math.inf)
+    if match[4] == ")":
+        high = math.nextafter(high, -math.inf)
+    interval, _, also = text.partition(" or ")
+    known = {
+        "(-inf, inf)": "a finite number",
+        "[0, inf)": "0 or a positive number",
+        "(0, inf)": "a positive number",
+        "[1, inf)": "at least 1",
+    }
+    words = known.get(interval, f"a number in {interval}") + (f", or {also}" if also else "")
+    return Range(low, high, float(also) if also else None, words)
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    help: str,
+    group: str = "Required",
+    within: str | None = None,
+    choices: Sequence[str] = (),
+    remedy: str = "",
+    identity: bool = True,
+) -> Any:
+    """A dataclass field that declares everything there is to know about one setting.
+
+    Args:
+        default: leave it out for a required setting.
+        help: text of `--help`.
+        group: one of GROUPS, under which `--help` shows the setting.
+        within: numbers that are allowed, an interval such as `[0, 1)`.
+        choices: strings that are allowed; a `Literal` annotation declares them by itself.
+        remedy: what the error message adds for a value that is not allowed.
+        identity: whether the setting belongs to the identity of a run: whether it changes the
+            result by more than rounding. Inputs and outputs do not, since inputs are identified
+            by their digests.
+    """
+    assert group in GROUPS, group
+    assert within is None or parse_range(within)
+    about = {
+        "help": help,
+        "group": group,
+        "within": within,
+        "choices": tuple(choices),
+        "remedy": remedy,
+        "identity": identity,
+    }
+    return field(default=default, metadata=about)
+
+
+def setting_of(declared_in: type, name: str, **changes: Any) -> Any:
+    """The setting `name` of another class, with changes such as another `default`."""
+    (found,) = (item for item in fields(declared_in) if item.name == name)
+    return setting(**{"default": found.default, **found.metadata, **changes})
+
+
+class Settings:
+    """Base of dataclasses of settings: values are checked on construction.
+
+    A subclass checks relations between its settings in `__post_init__`, after `super()`'s.
+    """
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def check_settings(config: Any) -> None:
+    """Raise ConfigError for the first value outside its declared range or choices."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if value is None and item.default is None:
+            continue
+        remedy = item.metadata.get("remedy", "")
+        if (choices := choices_of(item)) and value not in choices:
+            expected = f"one of {', '.join(choices)}"
+            raise ConfigError(f"{item.name}: found '{value}'; expected {expected}{remedy}")
+        if within := item.metadata.get("within"):
+            allowed = parse_range(within)
+            if value not in allowed:
+                raise ConfigError(f"{item.name}: found {value}; expected {allowed.words}{remedy}")
+
+
+def choices_of(item: Field) -> tuple[str, ...]:
+    """The strings that a field allows; empty if it declares none."""
+    literal = get_origin(item.type) is Literal
+    return get_args(item.type) if literal else item.metadata.get("choices", ())
+
+
+def identity_of(config: Any, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings that belong to the identity of a run.
+
+    Args:
+        config: the run's config; its fields declare which settings these are.
+        stored: settings of an earlier run of the same stage, such as the `config` of a manifest,
+            to return instead of the config's. Keys that are not fields, as of another version,
+            are kept.
+    """
+    excluded = {item.name for item in fields(config) if not item.metadata.get("identity", True)}
+    settings = asdict(config) if stored is None else stored
+    return {name: value for name, value in settings.items() if name not in excluded}

@@ -1,0 +1,230 @@
+"""Settings: every one is declared in full, ranges and choices are checked, identity is stable."""
+
+import importlib
+import json
+import math
+from dataclasses import MISSING, dataclass, fields
+from typing import Literal, get_args
+
+import pytest
+
+from lopd.cli import COMMANDS
+from lopd.config.fields import (
+    GROUPS,
+    Settings,
+    check_settings,
+    identity_of,
+    parse_range,
+    setting,
+    setting_of,
+)
+from lopd.errors import ConfigError
+from lopd.provenance.identity import training_recipe_of
+from lopd.stages.distill import DistillConfig
+from lopd.stages.evaluate import EvalConfig
+from lopd.stages.sft import SftConfig
+
+CONFIGS = [
+    getattr(importlib.import_module(f"lopd.stages.{module}"), name)
+    for module, name, _ in COMMANDS.values()
+]
+SETTINGS = [
+    pytest.param(config, item, id=f"{config.__name__}.{item.name}")
+    for config in CONFIGS
+    for item in fields(config)
+]
+NUMERIC = [
+    pytest.param(*param.values, id=param.id)
+    for param in SETTINGS
+    for types in [set(get_args(param.values[1].type)) or {param.values[1].type}]
+    if types & {int, float} and str not in types
+]
+
+
+def build(config, **changes):
+    """A config with the required settings filled in."""
+    known = {"gpu_memory": "8GiB", "format": "topk"}
+    required = [item.name for item in fields(config) if item.default is MISSING]
+    return config(**{name: known.get(name, name) for name in required} | changes)
+
+
+@pytest.mark.parametrize(("config", "item"), SETTINGS)
+def test_every_setting_has_help_group_and_identity(config, item):
+    assert item.metadata["help"].endswith(".") and "%" not in item.metadata["help"]
+    assert item.metadata["group"] in GROUPS
+    assert (item.metadata["group"] == "Required") == (item.default is MISSING)
+    assert isinstance(item.metadata["identity"], bool)
+
+
+@pytest.mark.parametrize(("config", "item"), NUMERIC)
+def test_every_number_has_a_range_that_is_checked(config, item):
+    allowed = parse_range(item.metadata["within"])
+    good = build(config)
+    outside = [math.nan, math.inf, -math.inf]
+    for bound, away in ((allowed.low, -math.inf), (allowed.high, math.inf)):
+        outside.append(math.nextafter(bound, away))
+        setattr(good, item.name, bound)
+        check_settings(good)
+    for value in outside:
+        setattr(good, item.name, value)
+        with pytest.raises(ConfigError) as error:
+            check_settings(good)
+        assert str(error.value).startswith(f"{item.name}: found {value}; expected {allowed.words}")
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "outside", "words"),
+    [
+        ("[1, inf)", [1, 7.5, 2**64], [0, -1, math.inf, math.nan, "1", None], "at least 1"),
+        ("(0, inf)", [5e-324, 1e308], [0, -0.0, math.inf], "a positive number"),
+        ("[0, inf)", [0, 3], [-5e-324, math.inf], "0 or a positive number"),
+        ("[0, 1)", [0, 0.999], [1, -0.1], "a number in [0, 1)"),
+        ("(0, 1]", [1, 5e-324], [0, 1.01], "a number in (0, 1]"),
+        ("(-inf, inf)", [0, -1e308], [math.inf, -math.inf, math.nan], "a finite number"),
+        ("[1, inf) or -1", [-1, 1], [0, -2, math.nan], "at least 1, or -1"),
+    ],
+)
+def test_ranges(text, inside, outside, words):
+    allowed = parse_range(text)
+    assert all(value in allowed for value in inside)
+    assert not any(value in allowed for value in outside)
+    assert allowed.words == words
+
+
+def test_a_misspelt_range_or_group_fails_at_declaration():
+    with pytest.raises(AssertionError, match="expected an interval"):
+        setting(0, within="0..1", group="Memory", help="Number.")
+    with pytest.raises(AssertionError, match="Memry"):
+        setting(0, group="Memry", help="Number.")
+
+
+@dataclass(kw_only=True)
+class Example(Settings):
+    path: str = setting(identity=False, help="A folder.")
+    count: int = setting(0, within="[0, inf)", group="Memory", remedy="; use 0", help="Count.")
+    limit: int | None = setting(None, within="[0, inf)", group="Memory", help="Limit.")
+    kind: Literal["a", "b"] = setting("a", group="Memory", help="Kind.")
+    engine: str = setting("x", choices=("x", "y"), group="Memory", identity=False, help="Engine.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": -1}, "count: found -1; expected 0 or a positive number; use 0"),
+        ({"count": "3"}, "count: found 3; expected 0 or a positive number; use 0"),
+        ({"count": None}, "count: found None; expected 0 or a positive number; use 0"),
+        ({"limit": -2}, "limit: found -2; expected 0 or a positive number"),
+        ({"kind": "c"}, "kind: found 'c'; expected one of a, b"),
+        ({"engine": "z"}, "engine: found 'z'; expected one of x, y"),
+    ],
+)
+def test_messages_state_name_value_and_expectation(changes, message):
+    with pytest.raises(ConfigError) as error:
+        Example(path="p", **changes)
+    assert str(error.value) == message
+
+
+def test_none_is_allowed_where_it_is_the_default():
+    assert Example(path="p", limit=None).limit is None
+
+
+def test_setting_of_copies_a_declaration_with_changes():
+    @dataclass(kw_only=True)
+    class Other(Settings):
+        count: int = setting_of(Example, "count", default=5, help="Another count.")
+
+    (original,) = (item for item in fields(Example) if item.name == "count")
+    (copied,) = fields(Other)
+    assert Other().count == 5
+    assert copied.metadata == {**original.metadata, "help": "Another count."}
+    with pytest.raises(ConfigError, match="count: found -1; expected 0 or a positive number"):
+        Other(count=-1)
+
+
+def test_identity_excludes_declared_settings_and_keeps_unknown_keys():
+    config = Example(path="p", count=2)
+    assert identity_of(config) == {"count": 2, "limit": None, "kind": "a"}
+    stored = {"path": "elsewhere", "count": 1, "engine": "y", "of_another_version": 3}
+    assert identity_of(config, stored) == {"count": 1, "of_another_version": 3}
+
+
+TRAINING = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.98,
+    "adam_epsilon": 1e-08,
+    "drop_truncated": False,
+    "dtype": "float32",
+    "fsdp": False,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.0,
+    "lora_rank": 0,
+    "lora_targets": "all-linear",
+    "loss_aggregation": "token_mean",
+    "max_grad_norm": 1.0,
+    "max_steps": -1,
+    "min_lr_ratio": 0.0,
+    "mixed_precision": "none",
+    "num_epochs": 1.0,
+    "optim": "adamw_torch_fused",
+    "seed": 0,
+    "warmup_steps": 0,
+}
+SFT_RECIPE = TRAINING | {
+    "learning_rate": 1e-05,
+    "lr_scheduler_type": "cosine",
+    "sequences_per_step": 8,
+    "weight_decay": 0.0,
+}
+DISTILL_RECIPE = TRAINING | {
+    "advantage_clip": None,
+    "allow_incomplete_cache": False,
+    "allow_student_mismatch": False,
+    "allow_teacher_mismatch": False,
+    "allow_tokenizer_mismatch": False,
+    "beta": 0.3,
+    "clip_range": None,
+    "eval_steps": 100,
+    "holdout": 0.0,
+    "importance": "none",
+    "importance_cap": None,
+    "keep_best": False,
+    "learning_rate": 2e-06,
+    "lr_scheduler_type": "constant",
+    "objective": "jsd",
+    "patience": 0,
+    "refresh_batch_size": 64,
+    "refresh_every": 0,
+    "sequences_per_step": 32,
+    "support": "list+sampled",
+    "tail": "bucket",
+    "temperature": None,
+    "weight_decay": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "recipe"),
+    [
+        (SftConfig, {}, SFT_RECIPE),
+        (
+            DistillConfig,
+            {"objective": "jsd", "beta": 0.3, "gradient_accumulation_steps": 4},
+            DISTILL_RECIPE,
+        ),
+    ],
+)
+def test_recipes_of_training_runs_are_stable(config, changes, recipe):
+    """Folders hold these recipes, so another one would refuse to continue their runs."""
+    built = build(config, **changes)
+    assert json.dumps(training_recipe_of(built), sort_keys=True) == json.dumps(
+        recipe, sort_keys=True
+    )
+    stored = json.loads(json.dumps(vars(built))) | {"of_another_version": 1}
+    assert training_recipe_of(built, stored) == recipe | {"of_another_version": 1}
+
+
+def test_identity_of_evaluations_is_stable():
+    assert identity_of(build(EvalConfig)).keys() == {
+        *("kl_k", "num_samples", "limit", "max_new_tokens", "temperature", "top_p", "seed"),
+        *("judge", "answer_regex", "dtype"),
+    }
