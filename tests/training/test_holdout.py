@@ -60,7 +60,7 @@ def test_the_split_depends_only_on_the_names(amount):
         assert len(held_out) == amount
 
 
-def test_a_share_is_about_that_share():
+def test_a_share_holds_out_about_that_share():
     rollouts = make_rollouts(400, shortest=1, longest=2)
     _, held_out = split_holdout(SequenceDataset(rollouts), 0.25)
     assert 70 < len(held_out) < 130

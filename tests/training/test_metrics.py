@@ -47,7 +47,7 @@ def popped(*steps):
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.name}-{o.importance}")
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere", "phi"])
-def test_drift_is_that_of_the_models_own_logits(family, objective, aggregation):
+def test_drift_equals_that_from_the_models_logits(family, objective, aggregation):
     model, items = tiny_model(family, spread=3.0), make_scored(make_rollouts(6))
     collate = Collator(aggregation)
     together, parts = collate(items), [collate(items[:1]), collate(items[1:4]), collate(items[4:])]
@@ -67,7 +67,7 @@ def test_drift_is_that_of_the_models_own_logits(family, objective, aggregation):
     assert not {"token_moments", "sequence_moments"} & found.keys()
 
 
-def test_reverse_kl_and_teachers_tail_are_logged_where_they_are_known():
+def test_reverse_kl_and_teacher_tail_are_logged_if_known():
     model, batch = tiny_model(), Collator()(make_scored(make_rollouts(4)))
     n = float(len(batch["labels"]))
     loss, stats = step(model, batch, Objective("reverse_kl"), n)
@@ -80,7 +80,7 @@ def test_reverse_kl_and_teachers_tail_are_logged_where_they_are_known():
     assert "log_ratio_to_rollout" not in renormalized and "token_moments" not in renormalized
 
 
-def test_a_row_without_a_list_has_its_log_ratio_too():
+def test_a_row_without_a_list_has_a_log_ratio():
     items = make_scored(make_rollouts(3))
     ids = items[1].topk_ids.copy()
     ids[2] = -1
@@ -108,14 +108,14 @@ def test_long_sequences_do_not_underflow():
     index = torch.tensor([0, 0, 1, 2])
     moments = drift_moments(log_ratio, torch.ones(4), index, 3)
     _, found = popped([moments])
-    # of -600, -500 and -101 the last carries everything
+    # of -600, -500 and -101 the last has all the weight
     assert found["ess_sequences"] == pytest.approx(1 / 3, rel=1e-5)
     even = drift_moments(torch.full((4,), -400.0), torch.ones(4), torch.arange(4), 4)
     _, found = popped([even])
     assert found["ess_tokens"] == found["ess_sequences"] == pytest.approx(1.0, rel=1e-4)
 
 
-def test_a_window_pools_its_steps_and_tells_the_last_one():
+def test_ess_is_over_all_steps_and_step_ess_over_the_last():
     def moments(ratios):
         log_ratio = torch.tensor(ratios).log()
         ones = torch.ones(len(ratios))
@@ -136,11 +136,11 @@ def test_a_window_pools_its_steps_and_tells_the_last_one():
     assert metrics.step_ess() is None
 
 
-def test_the_policy_that_sampled_is_worth_all_of_its_samples(tmp_path):
+def test_the_rollout_policy_has_an_ess_of_one(tmp_path):
     model, items = tiny_model(), make_scored(make_rollouts(6))
     for item in items:
-        own = sampled_logprobs(model, Collator()([item]))
-        item.rollout.rollout_logprobs[:] = own.numpy()
+        logprobs = sampled_logprobs(model, Collator()([item]))
+        item.rollout.rollout_logprobs[:] = logprobs.numpy()
     args = options(max_steps=8, learning_rate=2e-2, warmup_steps=0).training_arguments(tmp_path)
     trainer = LopdTrainer(model, args, Objective("reverse_kl"), SequenceDataset(items))
     trainer.train()
@@ -148,7 +148,7 @@ def test_the_policy_that_sampled_is_worth_all_of_its_samples(tmp_path):
     assert shares[0] == pytest.approx(1.0, abs=1e-4) and shares[-1] < 0.9
 
 
-def test_time_left_out_is_not_counted(monkeypatch):
+def test_excluded_time_is_not_counted(monkeypatch):
     now = iter([10.0, 15.0])
     monkeypatch.setattr("lopd.training.metrics.time.perf_counter", lambda: next(now))
     metrics = MetricsAccumulator()
@@ -158,8 +158,8 @@ def test_time_left_out_is_not_counted(monkeypatch):
     assert metrics.pop()["tokens_per_second"] == pytest.approx(3.0)
 
 
-def test_a_window_goes_on_where_the_tensors_are():
-    """A checkpoint's sums are on the CPU, a micro-batch's on the device that trains."""
+def test_loaded_sums_move_to_the_device_of_new_ones():
+    """Sums from a checkpoint are on the CPU, those of a micro-batch on the training device."""
     metrics = MetricsAccumulator()
     metrics.begin_step()
     stats = {
