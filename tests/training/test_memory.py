@@ -202,7 +202,7 @@ class Invented(MemoryPlanner):
 
 
 @pytest.mark.parametrize(
-    ("memory", "given", "taken"),
+    ("memory", "changes", "taken"),
     [
         (1400, {}, ["gradient_checkpointing"]),
         (800, {}, ["gradient_checkpointing", "workspace_bytes"]),
