@@ -1,5 +1,6 @@
 """The `lopd` command: one subcommand per stage, flags or YAML, one-line errors."""
 
+import gc
 import importlib
 import sys
 from collections.abc import Sequence
@@ -64,8 +65,24 @@ def run(argv: Sequence[str]) -> None:
     where = file or f"lopd {command}"
     config = build_config(getattr(module, class_name), settings, flags, where, f"lopd {command}")
     done = module.main(config)
+    _leave_process_group()
     if done is not None:
         print(f"lopd {command}: wrote {done}", file=sys.stderr)
+
+
+def _leave_process_group() -> None:
+    """Destroy the process group that training under torchrun has opened.
+
+    Its threads would otherwise still run while the interpreter exits, which can abort a process
+    whose work is done.
+    """
+    if "torch.distributed" not in sys.modules:
+        return
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a wrapped model holds the group
+        distributed.destroy_process_group()
 
 
 def split_config(words: Sequence[str], command: str) -> tuple[str | None, list[str]]:

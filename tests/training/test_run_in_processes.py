@@ -45,7 +45,9 @@ def training_step(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *args)
 LopdTrainer.training_step = training_step
-sys.exit(main(sys.argv[2:]))
+code = main(sys.argv[2:])
+assert code or not torch.distributed.is_initialized()
+sys.exit(code)
 """
 
 
