@@ -220,11 +220,11 @@ class Bench:
             scoring = clock.lap()
             out = self.distill(cache, name, None)
             seconds = dict(zip(PARTS, (generation, scoring, clock.lap()), strict=True))
-            if "seconds" in read_manifest(out):
+            if "seconds" in read_manifest(out).raw:
                 raise InvalidResult("the offline run's manifest records renewed rollouts")
             return Run(out, seconds, {}, None, clock.peak_mib())
         out = self.distill(cache, name, every)
-        total, manifest = clock.lap(), read_manifest(out)
+        total, manifest = clock.lap(), read_manifest(out).raw
         logged = manifest["seconds"]
         check_parts(logged, total, manifest["refresh"], self.size, every)
         seconds = {part: logged[part] for part in ("generation", "scoring")}

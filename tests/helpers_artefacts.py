@@ -1,5 +1,7 @@
 """Small artefact folders for the tests of the training stages, made without an engine."""
 
+import dataclasses
+
 import numpy as np
 from helpers_training import make_rollouts
 
@@ -40,31 +42,39 @@ def write_sequences(folder, model, kind="rollouts", seed=0, truncated=(), vocab=
     return folder
 
 
-def write_cache(folder, teacher, rollouts, temperature=1.0, shards=(0, 1), vocab=VOCAB):
+def write_cache(
+    folder, teacher, rollouts, temperature=1.0, shards=(0, 1), vocab=VOCAB, has_logprobs=True
+):
     """Scores of a random teacher, as if `teacher` had given them."""
     store = RolloutStore.open(rollouts)
-    source = {key: store.manifest[key] for key in ("model", "lineage", "sampling")}
+    source = {key: getattr(store.manifest, key) for key in ("model", "lineage", "sampling")}
     manifest = build_manifest(
         "cache",
         stage="test",
         config={},
         model=describe(teacher),
         inputs={"rollouts": {"digest": store.digest(), **source}},
-        plan=store.manifest["plan"],
+        plan={"shards": store.manifest.shards},
         k=4,
         top_p=1.0,
         codec="exact",
         temperature=temperature,
-        vocab_size=vocab,
+        scoring={} if has_logprobs else {"rollout_logprobs": "absent"},
     )
     rng = np.random.default_rng(5)
     with CacheWriter.create(folder, manifest) as writer:
         save_vocab(teacher, folder)
         for shard in shards:
-            writer.write(
-                shard, [(rollout, score(rollout, rng, vocab)) for rollout in store.shard(shard)]
-            )
+            sequences = store.shard(shard)
+            if not has_logprobs:
+                sequences = [without_logprobs(rollout) for rollout in sequences]
+            writer.write(shard, [(rollout, score(rollout, rng, vocab)) for rollout in sequences])
     return folder
+
+
+def without_logprobs(rollout):
+    unknown = np.full_like(rollout.rollout_logprobs, np.nan)
+    return dataclasses.replace(rollout, rollout_logprobs=unknown, rollout_logprobs_raw=unknown)
 
 
 def score(rollout, rng, vocab, k=4):

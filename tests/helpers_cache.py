@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lopd.provenance import build_manifest
+from lopd.provenance import Manifest, build_manifest
+from lopd.provenance.manifest import parse_manifest
 from lopd.store import CacheWriter, Rollout, RolloutWriter, TeacherScores
 
 SHARDS = [f"shard-{i:05d}.safetensors" for i in range(3)]
@@ -60,12 +61,18 @@ def make_pair(
 
 
 def make_manifest(
-    kind: str = "cache", *, plan: Sequence[int] = (2, 1, 2), vocab_size: int = 40, **extra: Any
-) -> dict[str, Any]:
+    kind: str = "cache",
+    *,
+    plan: Sequence[int] = (2, 1, 2),
+    vocab_size: int = 40,
+    path: str = "/models/m",
+    config: Any = None,
+    **extra: Any,
+) -> Any:  # a Manifest, a CacheManifest for a cache
     settings = {"k": 8, "top_p": 1.0, "codec": "exact", "temperature": 1.0}
     extra = {**settings, **extra} if kind == "cache" else extra
     model = {
-        "path": "/models/m",
+        "path": path,
         "weights": "a" * 64,
         "tokenizer": "b" * 64,
         "vocab_size": vocab_size,
@@ -74,12 +81,17 @@ def make_manifest(
     return build_manifest(
         kind,
         stage="test",
-        config={},
+        config=config or {},
         model=model,
         inputs={"rollouts": rollouts} if kind == "cache" else None,
         plan={"shards": list(plan)},
         **extra,
     )
+
+
+def damaged(manifest: Manifest, **fields: Any) -> Any:
+    """The manifest with other top-level fields, which no writer would have written."""
+    return parse_manifest({**manifest.raw, **fields})
 
 
 def shards_of(plan: Sequence[int], make: Callable[[int], Any]) -> list[list[Any]]:
@@ -88,18 +100,18 @@ def shards_of(plan: Sequence[int], make: Callable[[int], Any]) -> list[list[Any]
     return [[make(i) for i in range(end - n, end)] for n, end in zip(plan, ends, strict=True)]
 
 
-def write_cache(folder: Path, manifest: dict[str, Any], **pair: Any) -> None:
+def write_cache(folder: Path, manifest: Manifest, **pair: Any) -> None:
     """Write what is missing of a cache whose sequence i is `make_pair(i)`."""
-    pair = {"vocab_size": manifest["model"]["vocab_size"], "k": manifest["k"], **pair}
-    shards = shards_of(manifest["plan"]["shards"], lambda i: make_pair(i, **pair)[:2])
+    pair = {"vocab_size": manifest.vocab_size, "k": manifest.k, **pair}
+    shards = shards_of(manifest.shards, lambda i: make_pair(i, **pair)[:2])
     with CacheWriter.create(folder, manifest) as writer:
         for shard in writer.missing():
             writer.write(shard, shards[shard])
         writer.finish()
 
 
-def write_rollouts(folder: Path, manifest: dict[str, Any], **pair: Any) -> None:
-    shards = shards_of(manifest["plan"]["shards"], lambda i: make_pair(i, **pair)[0])
+def write_rollouts(folder: Path, manifest: Manifest, **pair: Any) -> None:
+    shards = shards_of(manifest.shards, lambda i: make_pair(i, **pair)[0])
     with RolloutWriter.create(folder, manifest) as writer:
         for shard in writer.missing():
             writer.write(shard, shards[shard])

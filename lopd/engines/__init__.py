@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Numerics:
-    """Sources of an engine's tail and entropy; values as in `lopd.store.scoring_of`."""
+    """Sources of an engine's tail and entropy; values as in `lopd.provenance.scoring`."""
 
     tail: str
     entropy: str

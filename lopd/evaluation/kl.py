@@ -68,13 +68,13 @@ def open_cache(path: str | Path, model: str | Path, student: TransformersEngine)
         ShardError: a shard is missing or altered.
     """
     cache = TeacherCache.open(path, vocab_size=student.vocab_size)
-    if cache.manifest.get("tail") == "renormalized":
+    if cache.manifest.scoring.tail == "renormalized":
         raise ConfigError(
             f"{path}: its lists were renormalised before they were imported, so the mass outside "
             "them is lost; a KL needs it: leave --cache out, or score the rollouts again"
         )
     cache.verify()
-    if tokenizer_digest(model) != cache.manifest["model"]["tokenizer"]:
+    if tokenizer_digest(model) != cache.manifest.model.tokenizer:
         check_same_tokens(
             student.tokenizer.get_vocab(), load_vocab(path), cache.used_ids(), "cache"
         )
@@ -92,7 +92,7 @@ def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, floa
     longest = max(len(rollout.tokens) for rollout in cache.rollouts())
     size = max(1, student.tokens_per_batch // longest)
     batches = (data.__getitems__(range(len(data))[i : i + size]) for i in range(0, len(data), size))
-    temperature = cache.manifest["temperature"]
+    temperature = cache.manifest.temperature
     result = reverse_kl(student, batches, temperature)
     return {**result, "sequences": len(data), "temperature": temperature}
 

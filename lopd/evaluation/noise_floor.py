@@ -17,8 +17,8 @@ from lopd.engines import load_engine
 from lopd.engines.base import Engine
 from lopd.engines.options import EngineOptions
 from lopd.errors import ConfigError, ModelError, ProvenanceError
-from lopd.provenance import fingerprint_weights
-from lopd.store import TeacherCache, TeacherScores, TeacherSequence, scoring_of
+from lopd.provenance import CacheManifest, fingerprint_weights
+from lopd.store import TeacherCache, TeacherScores, TeacherSequence
 from lopd.store.codec import kl_terms
 
 
@@ -75,12 +75,12 @@ def measure_noise(
     if cache.has_no_lists:
         cache = TeacherCache.open(path, support="list+sampled")
     manifest = cache.manifest
-    if scoring_of(manifest)["tail"] == "renormalized":
+    if manifest.scoring.tail == "renormalized":
         raise ConfigError(
             f"{path}: its lists were renormalised before they were imported, so the teacher's own "
             "distribution is lost and there is nothing to compare with; score the rollouts again"
         )
-    found, expected = fingerprint_weights(teacher), manifest["model"]["weights"]
+    found, expected = fingerprint_weights(teacher), manifest.model.weights
     if found != expected:
         raise ProvenanceError(
             f"teacher: {teacher} has weights {found[:12]}, the cache was scored by "
@@ -99,25 +99,25 @@ def measure_noise(
     del engine
     engine = load_engine("transformers", student, **settings)
     own = _score(engine, "transformers", items, manifest)
-    maker = manifest["inputs"]["rollouts"]["model"]["weights"]
+    policy = manifest.rollouts.model.weights
     return _compare(
-        items, again, own, engine.vocab_size, same_student=fingerprint_weights(student) == maker
+        items, again, own, engine.vocab_size, same_student=fingerprint_weights(student) == policy
     )
 
 
 def _score(
-    engine: Engine, name: str, items: Sequence[TeacherSequence], manifest: dict[str, Any]
+    engine: Engine, name: str, items: Sequence[TeacherSequence], manifest: CacheManifest
 ) -> list[TeacherScores]:
     """Scores at the stored ids where the engine can, at its own top-k else."""
     rows = engine.vocab_size
-    k, stored = min(max(1, manifest["k"]), rows), None
+    k, stored = min(max(1, manifest.k), rows), None
     if name == "transformers":
         k, stored = 1, [np.where(item.topk_ids < rows, item.topk_ids, -1) for item in items]
     scores = engine.score(
         [item.rollout.tokens for item in items],
         [item.rollout.prompt_length for item in items],
         k,
-        temperature=manifest["temperature"],
+        temperature=manifest.temperature,
         extra_ids=stored,
     )
     if len(scores) != len(items):

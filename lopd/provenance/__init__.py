@@ -1,8 +1,8 @@
 """What made an artefact, and whether two artefacts belong together.
 
 Every artefact folder (`sft_data`, `checkpoint`, `rollouts`, `cache`, `evaluation`) has a
-`manifest.json` with the content fingerprints of the models and inputs that made it.
-`check_distill` compares them before a model is built. Nothing here builds a model.
+`manifest.json` with the content fingerprints of the models and inputs that made it, read as a
+`Manifest`. `check_distill` compares them before a model is built. Nothing here builds a model.
 """
 
 from lopd.provenance.fingerprint import (
@@ -20,12 +20,21 @@ from lopd.provenance.fingerprint import (
     vocab_size_of,
 )
 from lopd.provenance.gate import OVERRIDES, check_distill, check_same_tokens, differing_token
-from lopd.provenance.identity import manifest_digest, recipe_of
+from lopd.provenance.identity import (
+    difference,
+    digests_of,
+    manifest_digest,
+    recipe_of,
+    settings_identity,
+)
+from lopd.provenance.lineage import declare, lineage_of
 from lopd.provenance.manifest import (
     MANIFEST_NAME,
+    CacheManifest,
+    Lineage,
+    Manifest,
+    ModelIdentity,
     build_manifest,
-    declare,
-    lineage_of,
     read_manifest,
     write_manifest,
 )
@@ -34,6 +43,10 @@ __all__ = [
     "MANIFEST_NAME",
     "OVERRIDES",
     "VOCAB_NAME",
+    "CacheManifest",
+    "Lineage",
+    "Manifest",
+    "ModelIdentity",
     "build_manifest",
     "chat_template_digest",
     "check_distill",
@@ -42,7 +55,9 @@ __all__ = [
     "declare",
     "describe_file",
     "describe_model",
+    "difference",
     "differing_token",
+    "digests_of",
     "fingerprint_weights",
     "forget_fingerprints",
     "lineage_of",
@@ -52,6 +67,7 @@ __all__ = [
     "read_vocab",
     "recipe_of",
     "save_vocab",
+    "settings_identity",
     "tokenizer_digest",
     "vocab_size_of",
     "write_manifest",

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lopd.errors import DataError, MissingFileError, ModelError, ShardError
 from lopd.provenance.io import canonical_json, json_digest, sha256_file, write_atomic
+from lopd.provenance.manifest import ModelIdentity
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -143,26 +144,29 @@ def chat_template_digest(path: str | Path) -> str | None:
 
 def describe_model(
     path: str | Path, *, dtype: str, engine: str, rehash: bool = False
-) -> dict[str, Any]:
-    """What a manifest says of a model: where it was, what it is, how it was run.
+) -> ModelIdentity:
+    """The identity of a model folder, for manifests.
 
-    `weights`, `config`, `tokenizer` and `chat_template` are sha256 digests in hex (the last
-    may be None); `dtype` and `engine` are the caller's, for they decide the numerics.
+    Args:
+        dtype, engine: how the model is run, which decides the numerics.
+        rehash: read the weights even where their fingerprint is remembered.
     """
-    return {
-        "path": str(_model_folder(path).resolve()),
-        "weights": fingerprint_weights(path, rehash=rehash),
-        "config": config_digest(path),
-        "tokenizer": tokenizer_digest(path),
-        "chat_template": chat_template_digest(path),
-        "vocab_size": vocab_size_of(path),
-        "dtype": dtype,
-        "engine": engine,
-    }
+    return ModelIdentity.from_json(
+        {
+            "path": str(_model_folder(path).resolve()),
+            "weights": fingerprint_weights(path, rehash=rehash),
+            "config": config_digest(path),
+            "tokenizer": tokenizer_digest(path),
+            "chat_template": chat_template_digest(path),
+            "vocab_size": vocab_size_of(path),
+            "dtype": dtype,
+            "engine": engine,
+        }
+    )
 
 
 def describe_file(path: str | Path) -> dict[str, Any]:
-    """What a manifest says of an input file: where it was, its size and its sha256."""
+    """An input file for a manifest: its path, size and sha256."""
     file = Path(path)
     if not file.is_file():
         raise MissingFileError(f"{file} is not a file; name an existing one")
@@ -174,7 +178,7 @@ def describe_file(path: str | Path) -> dict[str, Any]:
 
 
 def save_vocab(model_path: str | Path, folder: str | Path) -> Path:
-    """Store a teacher's token -> id map beside its scores, for the gate to compare ids by.
+    """Store a model's token -> id map beside its answers or scores, to compare ids by later.
 
     Raises:
         ShardError: the disk is full, and the like.
@@ -185,8 +189,7 @@ def save_vocab(model_path: str | Path, folder: str | Path) -> Path:
         write_atomic(file, vocab)
     except OSError as error:
         raise ShardError(
-            f"{file}: not written ({error.strerror or error}); mend that and run the same "
-            "command again"
+            f"{file}: not written ({error.strerror or error}); fix this and rerun the same command"
         ) from error
     return file
 
@@ -279,7 +282,7 @@ def _file_states(files: list[Path]) -> list[list[Any]]:
 
 
 def forget_fingerprints() -> None:
-    """Drop what is remembered of every model, so that the next look at it hashes its weights."""
+    """Drop all remembered fingerprints, so that weights are hashed again."""
     _memo_path().unlink(missing_ok=True)
 
 
@@ -289,7 +292,7 @@ def _memo_path() -> Path:
 
 
 def _read_memo() -> dict[str, Any]:
-    """What was remembered; a memo that cannot be read only costs the hashing."""
+    """The remembered fingerprints; empty if they cannot be read, which only costs hashing."""
     try:
         value = json.loads(_memo_path().read_bytes())
     except (OSError, ValueError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,21 +14,22 @@ from lopd.provenance.fingerprint import (
     tokenizer_digest,
     vocab_size_of,
 )
-from lopd.provenance.manifest import lineage_of, short
+from lopd.provenance.lineage import lineage_of
+from lopd.provenance.manifest import CacheManifest, Override, short
 
 OVERRIDES = ("teacher-mismatch", "student-mismatch", "tokenizer-mismatch", "incomplete-cache")
 
 
 def check_distill(
     student: str | Path,
-    cache_manifest: Mapping[str, Any],
+    cache_manifest: CacheManifest,
     *,
     used_ids: Callable[[], np.ndarray] | np.ndarray | None = None,
     cache_path: str | Path | None = None,
     missing_shards: Sequence[int] = (),
     allow: Collection[str] = frozenset(),
-) -> list[dict[str, Any]]:
-    """Refuse artefacts that do not belong together; return the overrides that were needed.
+) -> list[Override]:
+    """Refuse artefacts that do not belong together.
 
     Four comparisons, in this order: the cache is complete; the teacher that scored it is the
     one whose answers the student was fine-tuned on; the rollouts were made by the student; no
@@ -36,10 +37,13 @@ def check_distill(
     student's head though the tokenizer has it. Reads files only.
 
     Args:
-        used_ids: the distinct ids of the cache, or a function that finds them; called only
-            where the tokenizers differ or the student's head is short.
-        cache_path: where the cache and its copy of the teacher's vocabulary are.
-        allow: names out of `OVERRIDES`; one per flag `--allow-<name>`.
+        used_ids: the distinct ids of the cache, or a function that returns them; called only
+            if the tokenizers differ or the student's head is short.
+        cache_path: folder of the cache and its copy of the teacher's vocabulary.
+        allow: names from `OVERRIDES`, one for each flag `--allow-<name>`.
+
+    Returns:
+        The overrides that were needed.
 
     Raises:
         ProvenanceError: found, expected, remedy, and the flag that overrides.
@@ -49,34 +53,36 @@ def check_distill(
     unknown = sorted(set(allow) - set(OVERRIDES))
     if unknown:
         raise ConfigError(f"override '{unknown[0]}' is unknown; use one of {', '.join(OVERRIDES)}")
-    findings = [
+    mismatches = [
         _check_complete(missing_shards),
         _check_teacher(student, cache_manifest),
         _check_rollouts(student, cache_manifest),
         _check_tokenizer(student, cache_manifest, used_ids, cache_path),
     ]
     overrides = []
-    for finding in findings:
-        if finding is None:
-            continue
-        if finding["name"] not in allow:
+    for mismatch in filter(None, mismatches):
+        if mismatch.name not in allow:
             raise ProvenanceError(
-                f"{finding['name']}: found {finding['found']}, expected "
-                f"{finding['expected']}; {finding['remedy']}, or pass "
-                f"--allow-{finding['name']}"
+                f"{mismatch.name}: found {mismatch.found}, expected {mismatch.expected}; "
+                f"{mismatch.remedy}, or pass --allow-{mismatch.name}"
             )
-        overrides.append({key: finding[key] for key in ("name", "found", "expected")})
+        overrides.append(
+            Override(name=mismatch.name, found=mismatch.found, expected=mismatch.expected)
+        )
     return overrides
 
 
-def _finding(name: str, found: str, expected: str, remedy: str) -> dict[str, str]:
-    return {"name": name, "found": found, "expected": expected, "remedy": remedy}
+class _Mismatch(NamedTuple):
+    name: str  # of the override
+    found: str
+    expected: str
+    remedy: str
 
 
-def _check_complete(missing_shards: Sequence[int]) -> dict[str, str] | None:
+def _check_complete(missing_shards: Sequence[int]) -> _Mismatch | None:
     if not missing_shards:
         return None
-    return _finding(
+    return _Mismatch(
         "incomplete-cache",
         f"{len(missing_shards)} unfinished shards (the first is shard-{min(missing_shards):05d})",
         "every shard of the plan",
@@ -84,43 +90,38 @@ def _check_complete(missing_shards: Sequence[int]) -> dict[str, str] | None:
     )
 
 
-def _check_teacher(student: str | Path, cache_manifest: Mapping[str, Any]) -> dict[str, str] | None:
-    scorer = cache_manifest["model"]
-    found = f"a cache scored by {_name(scorer)}"
-    remedy = "name its teacher with 'lopd declare'"
+def _check_teacher(student: str | Path, cache_manifest: CacheManifest) -> _Mismatch | None:
+    scorer = cache_manifest.model
+    found = f"a cache scored by {scorer}"
     try:
-        lineage = lineage_of(student)
+        teacher = lineage_of(student).sft_teacher
     except ProvenanceError as error:
-        return _finding("teacher-mismatch", found, "a student of known origin", str(error))
-    teacher = lineage["sft_teacher"]
+        return _Mismatch("teacher-mismatch", found, "a student of known origin", str(error))
     if teacher is None:
-        return _finding(
+        return _Mismatch(
             "teacher-mismatch",
-            f"{found} and a student ({student}) that nothing says the SFT teacher of",
+            f"{found} and a student ({student}) whose SFT teacher is not recorded",
             "a student fine-tuned on that teacher's answers",
-            remedy,
+            "name its teacher with 'lopd declare'",
         )
-    if teacher["weights"] == scorer["weights"]:
+    if teacher.weights == scorer.weights:
         return None
-    return _finding(
+    return _Mismatch(
         "teacher-mismatch",
         found,
-        f"{_name(teacher)}, whose answers the student was fine-tuned on",
+        f"{teacher}, whose answers the student was fine-tuned on",
         "another teacher costs accuracy at a finite budget: score with that teacher "
         "('lopd score'), or fine-tune on this one's answers",
     )
 
 
-def _check_rollouts(
-    student: str | Path, cache_manifest: Mapping[str, Any]
-) -> dict[str, str] | None:
-    maker = cache_manifest["inputs"]["rollouts"]["model"]
-    expected = fingerprint_weights(student)
-    if maker["weights"] == expected:
+def _check_rollouts(student: str | Path, cache_manifest: CacheManifest) -> _Mismatch | None:
+    policy, expected = cache_manifest.rollouts.model, fingerprint_weights(student)
+    if policy.weights == expected:
         return None
-    return _finding(
+    return _Mismatch(
         "student-mismatch",
-        f"rollouts made by {_name(maker)}",
+        f"rollouts made by {policy}",
         f"rollouts of the student {student} (weights {short(expected)})",
         "sample rollouts from that student ('lopd rollout') and score them ('lopd score')",
     )
@@ -128,12 +129,12 @@ def _check_rollouts(
 
 def _check_tokenizer(
     student: str | Path,
-    cache_manifest: Mapping[str, Any],
+    cache_manifest: CacheManifest,
     used_ids: Callable[[], np.ndarray] | np.ndarray | None,
     cache_path: str | Path | None,
-) -> dict[str, str] | None:
+) -> _Mismatch | None:
     student_vocab = read_vocab(student)
-    same = tokenizer_digest(student) == cache_manifest["model"]["tokenizer"]
+    same = tokenizer_digest(student) == cache_manifest.model.tokenizer
     rows = vocab_size_of(student)
     if same and rows > max(student_vocab.values(), default=-1):
         return None
@@ -141,9 +142,9 @@ def _check_tokenizer(
     try:
         teacher_vocab = student_vocab if same or cache_path is None else load_vocab(cache_path)
     except MissingFileError as error:
-        return _finding("tokenizer-mismatch", str(error), "the teacher's vocabulary", remedy)
+        return _Mismatch("tokenizer-mismatch", str(error), "the teacher's vocabulary", remedy)
     if (not same and cache_path is None) or used_ids is None:
-        return _finding(
+        return _Mismatch(
             "tokenizer-mismatch",
             "tokenizers or heads that differ and no record of the ids that the data uses",
             "equal tokenizers, or both records to compare by",
@@ -175,12 +176,12 @@ def _compare_tokens(
     teacher_vocab: Mapping[str, int],
     rows: int,
     remedy: str,
-) -> dict[str, str] | None:
+) -> _Mismatch | None:
     """The first used id that the student's head lacks, or that means different things."""
     beyond = differing_token({}, {**student_vocab, **teacher_vocab}, ids[ids >= rows])
     if beyond is not None:
         index, _, token = beyond
-        return _finding(
+        return _Mismatch(
             "tokenizer-mismatch",
             f"id {index} ({token!r}) in the data",
             f"ids that the student's {rows} vocabulary rows can produce",
@@ -190,17 +191,12 @@ def _compare_tokens(
     if differing is None:
         return None
     index, student_token, teacher_token = differing
-    return _finding(
+    return _Mismatch(
         "tokenizer-mismatch",
         f"id {index} is {teacher_token!r} to the teacher and {student_token!r} to the student",
         "one meaning for every id that the data uses",
         remedy,
     )
-
-
-def _name(model: Mapping[str, Any]) -> str:
-    path = model.get("path")
-    return f"{path or 'a model'} (weights {short(model.get('weights'))})"
 
 
 def check_same_tokens(

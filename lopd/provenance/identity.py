@@ -6,31 +6,77 @@ from typing import Any
 
 from lopd.config.fields import identity_of
 from lopd.provenance.io import json_digest
+from lopd.provenance.manifest import Manifest
+from lopd.provenance.typed_json import plain
 
-
-def training_recipe_of(config: Any, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The settings that decide the result of a training run; arguments as for `identity_of`."""
-    settings = asdict(config) if stored is None else stored
-    micro_batches = settings.get("batch_size", 0), settings.get("gradient_accumulation_steps", 0)
-    return {
-        **identity_of(config, stored),
-        "sequences_per_step": micro_batches[0] * micro_batches[1],
-    }
-
-
-# How and when a stage was called; everything else is the recipe.
+# How and when a stage was called; everything else in a manifest is the recipe.
 NOT_RECIPE = frozenset({"config", "created", "environment", "seconds"})
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """sha256 of the recipe: the manifest without paths, times, environment and `config`."""
+def settings_identity(config: Any, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings of a training or evaluation run that decide its result, but for rounding.
+
+    Args:
+        config: the stage's config, whose fields declare which settings these are.
+        stored: values to take instead of `config`'s: those in the manifest of a finished run.
+    """
+    values = asdict(config) if stored is None else stored
+    identity = identity_of(config, stored)
+    if "gradient_accumulation_steps" in values:  # micro-batches count by their product only
+        micro_batches = values["gradient_accumulation_steps"]
+        identity["sequences_per_step"] = values["batch_size"] * micro_batches
+    return identity
+
+
+def digests_of(inputs: Mapping[str, Any]) -> dict[str, str | None]:
+    """The content digest of everything in the `inputs` of a manifest, by name."""
+    digests = {}
+    for name, described in plain(inputs).items():
+        keys = ("digest", "sha256", "weights")  # of a folder of shards, a file, a model
+        digests[name] = next((described[key] for key in keys if key in described), None)
+    return digests
+
+
+def recipe_of(manifest: Manifest) -> dict[str, Any]:
+    """The part of a manifest that decides what the artefact holds: no paths, times, `config`."""
+    return _without_paths({k: v for k, v in manifest.raw.items() if k not in NOT_RECIPE})
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """sha256 of the recipe, which receipts and shards repeat."""
     return json_digest(recipe_of(manifest))
 
 
-def recipe_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a manifest that decides what the artefact holds."""
-    recipe = {key: value for key, value in manifest.items() if key not in NOT_RECIPE}
-    return _without_paths(recipe)
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any], most: int = 3) -> str:
+    """What differs between two identities, in words; empty if nothing does.
+
+    A key that is missing counts as one without a value, so that settings may be added.
+
+    Args:
+        most: number of differences that are named; the others are only counted.
+
+    >>> difference({"k": 8, "model": {"dtype": "float32"}}, {"k": 4, "model": {"dtype": "float32"}})
+    'k was 8, is 4'
+    """
+    was, now = _flat(found), _flat(expected)
+    keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    words = [f"{key} was {_brief(was.get(key))}, is {_brief(now.get(key))}" for key in keys[:most]]
+    more = [f"and {len(keys) - most} more"] if len(keys) > most else []
+    return "; ".join([*words, *more])
+
+
+def _flat(value: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """The values of nested objects by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{at}{key}.") if isinstance(item, Mapping) else {at + key: item}
+    return flat
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, str) and len(value) > 32:
+        return repr(f"{value[:12]}...")
+    return repr(value)
 
 
 def _without_paths(value: Any) -> Any:

@@ -1,90 +1,199 @@
-"""Manifests: written once, beside what they describe."""
+"""Manifests: what made an artefact, as typed objects, and their file beside the artefact."""
 
-import dataclasses
 import json
 import platform
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
-from lopd.errors import ConfigError, DataError, MissingFileError, ProvenanceError, ShardError
-from lopd.provenance.fingerprint import describe_model, fingerprint_weights, read_config
+from lopd.errors import ConfigError, DataError, LopdError, MissingFileError, ShardError
 from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.scoring import Scoring, parse_scoring
+from lopd.provenance.typed_json import Unfit, parse, plain, value_at
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
-_MODEL = ("model.path", "model.weights", "model.tokenizer", "model.vocab_size")
-# What readers of a kind rely on; "a.b" is key b of the object under a.
-REQUIRED = {
-    "sft_data": (*_MODEL, "plan.shards"),
-    "checkpoint": ("model.weights",),
-    "rollouts": (*_MODEL, "plan.shards"),
-    "cache": (
-        *_MODEL,
-        "plan.shards",
-        "inputs.rollouts.digest",
-        "inputs.rollouts.model.weights",
-        "k",
-        "top_p",
-        "codec",
-        "temperature",
-    ),
-    "evaluation": ("model.weights", "inputs.prompts.sha256"),
-}
 KEYS = ("config", "model", "base", "sampling", "inputs", "lineage", "overrides", "plan")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SEQUENCES = ("model.path", "model.tokenizer", "model.vocab_size", "plan.shards")
+# What a kind needs beyond the fields that its class needs; "a.b" is key b of the object under a.
+REQUIRED = {
+    "sft_data": _SEQUENCES,
+    "rollouts": _SEQUENCES,
+    "cache": _SEQUENCES,
+    "checkpoint": (),
+    "evaluation": ("inputs.prompts.sha256",),
+}
 _PACKAGES = ("lopd", "torch", "transformers", "numpy", "safetensors")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """A model: the sha256 digests of its parts, where it was, and how it was run."""
+
+    weights: str
+    path: str | None = None
+    config: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    vocab_size: int | None = None
+    dtype: str | None = None
+    engine: str | None = None
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "ModelIdentity":
+        """The model that a JSON object describes; ConfigError if it does not name the weights."""
+        return parse(cls, value, "model.", _unfit("manifest", "model", ConfigError))
+
+    def as_teacher(self) -> dict[str, Any]:
+        """The part of the JSON that a lineage records of a teacher."""
+        return {"weights": self.weights, "tokenizer": self.tokenizer, "path": self.path}
+
+    def __str__(self) -> str:
+        return f"{self.path or 'a model'} (weights {short(self.weights)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How answers were sampled; None where the manifest does not say."""
+
+    max_new_tokens: int | None = None
+    num_samples: int | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """Whose answers a checkpoint was fine-tuned on."""
+
+    sft_teacher: ModelIdentity | None = None  # None: unknown
+    declared: bool = False  # stated by a person with `lopd declare`, not recorded by a stage
+    initial_student: str | None = None  # weights that a distillation began from
+    raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """A mismatch that a flag allowed."""
+
+    name: str
+    found: str
+    expected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRollouts:
+    """The rollouts that a cache holds the scores of."""
+
+    digest: str
+    model: ModelIdentity
+    lineage: Lineage | None = None
+    sampling: SamplingSettings | None = None
+    raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The manifest of an artefact of any kind.
+
+    `raw` is the JSON object on disk, unknown keys included; digests are computed from it. What
+    a stage reports for people only (`training`, `holdout`, `seconds`, ...) is found only there.
+    """
+
+    kind: str
+    stage: str
+    config: Mapping[str, Any]
+    model: ModelIdentity
+    inputs: Mapping[str, Any]  # what the stage read, by name; `identity.digests_of`
+    base: ModelIdentity | None = None  # that training began from
+    sampling: SamplingSettings | None = None
+    lineage: Lineage | None = None
+    overrides: tuple[Override, ...] = ()
+    declared: bool = False  # who scored and who rolled out are taken on trust
+    shards: tuple[int, ...] = field(default=(), metadata={"at": "plan.shards"})  # sequences of each
+    scoring: Scoring
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's head; only folders of sequences are sure to say."""
+        assert self.model.vocab_size is not None
+        return self.model.vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheManifest(Manifest):
+    """The manifest of a teacher cache; `model` is the teacher."""
+
+    k: int
+    top_p: float
+    codec: str
+    temperature: float
+    rollouts: ScoredRollouts = field(metadata={"at": "inputs.rollouts"})
+
+
+@overload
+def build_manifest(
+    kind: Literal["cache"], *, stage: str, config: Any, **parts: Any
+) -> CacheManifest: ...
+@overload
+def build_manifest(kind: str, *, stage: str, config: Any, **parts: Any) -> Manifest: ...
 def build_manifest(
     kind: str,
     *,
     stage: str,
     config: Any,
-    model: Mapping[str, Any] | None = None,
-    base: Mapping[str, Any] | None = None,
-    sampling: Mapping[str, Any] | None = None,
+    model: ModelIdentity | Mapping[str, Any] | None = None,
+    base: ModelIdentity | None = None,
+    sampling: SamplingSettings | Mapping[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
-    lineage: Mapping[str, Any] | None = None,
-    overrides: Sequence[Mapping[str, Any]] = (),
+    lineage: Lineage | Mapping[str, Any] | None = None,
+    overrides: Sequence[Override] = (),
     plan: Mapping[str, Any] | None = None,
     **extra: Any,
-) -> dict[str, Any]:
-    """A manifest as a plain JSON object.
+) -> Manifest:
+    """The manifest of an artefact that is about to be written.
 
-    `config` (a dataclass or a mapping) is kept for people to read and is not part of the
-    recipe: whatever decides the content of the artefact belongs into `model`, `sampling`,
-    `inputs`, `plan` or `extra`, for `manifest_digest` and so resuming look at those alone.
+    `config` (a dataclass or a mapping) is kept for people to read and is not part of the recipe.
+    Whatever decides the content of the artefact belongs into `model`, `sampling`, `inputs`,
+    `plan` or `extra`: resuming compares only those (`lopd.provenance.identity`).
+
+    Raises:
+        ConfigError: an unknown kind, an extra key that is taken, or a part that the kind needs
+            is missing.
     """
     if kind not in KINDS:
         raise ConfigError(f"manifest kind '{kind}' is unknown; use one of {', '.join(KINDS)}")
-    fields = {
+    parts = {
         "schema": SCHEMA,
         "kind": kind,
         "stage": stage,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": _environment(),
-        "config": _as_dict(config),
+        "config": config,
         "model": model,
         "base": base,
         "sampling": sampling,
         "inputs": inputs or {},
         "lineage": lineage,
-        "overrides": list(overrides),
+        "overrides": overrides,
         "plan": plan,
     }
-    clash = sorted(fields.keys() & extra.keys())
+    clash = sorted(parts.keys() & extra.keys())
     if clash:
         raise ConfigError(f"manifest key '{clash[0]}' is taken; give the extra key another name")
     # Through JSON once, so that what is compared now is what will be read back.
-    return json.loads(pretty_json({**fields, **extra}))
+    return parse_manifest(json.loads(pretty_json(plain({**parts, **extra}))))
 
 
-def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> Path:
+def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
     """Write `manifest.json` into `folder`, which is made if need be.
 
     Raises:
@@ -93,17 +202,23 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> Path:
     file = Path(folder) / MANIFEST_NAME
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, pretty_json(manifest))
+        write_atomic(file, pretty_json(manifest.raw))
     except OSError as error:
         raise ShardError(
-            f"{file}: not written ({error.strerror or error}); mend that and run the same "
-            "command again"
+            f"{file}: not written ({error.strerror or error}); fix this and rerun the same command"
         ) from error
     return file
 
 
-def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """The manifest of an artefact folder, of the given kind when one is named.
+@overload
+def read_manifest(folder: str | Path, kind: Literal["cache"]) -> CacheManifest: ...
+@overload
+def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest: ...
+def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
+    """The manifest of an artefact folder.
+
+    Args:
+        kind: the kind that is expected; None admits any.
 
     Raises:
         MissingFileError: no such folder or no manifest in it.
@@ -116,80 +231,47 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
         what = "does not exist" if not Path(folder).is_dir() else f"has no {MANIFEST_NAME}"
         raise MissingFileError(f"{folder} {what}; name a folder that a lopd stage has written")
     try:
-        manifest = json.loads(file.read_bytes())
+        raw = json.loads(file.read_bytes())
     except ValueError as error:
         raise DataError(f"{file} is not JSON ({error}); restore it or redo the stage") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); restore it") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") not in KINDS:
+    if not isinstance(raw, dict) or raw.get("kind") not in KINDS:
         raise DataError(f"{file} is not a lopd manifest; restore it or redo the stage")
-    if manifest.get("schema") != SCHEMA:
+    if raw.get("schema") != SCHEMA:
         raise DataError(
-            f"{file} has schema {manifest.get('schema')!r}, expected {SCHEMA}; "
+            f"{file} has schema {raw.get('schema')!r}, expected {SCHEMA}; "
             "read it with the version of lopd that wrote it"
         )
-    if kind is not None and manifest["kind"] != kind:
-        raise ConfigError(f"{folder} holds '{manifest['kind']}', expected '{kind}'; name another")
-    _check_content(file, manifest)
-    return manifest
+    if kind is not None and raw["kind"] != kind:
+        raise ConfigError(f"{folder} holds '{raw['kind']}', expected '{kind}'; name another")
+    return parse_manifest(raw, str(file), DataError)
 
 
-def lineage_of(checkpoint: str | Path) -> dict[str, Any]:
-    """Whose answers a checkpoint was fine-tuned on, from its manifest.
+def parse_manifest(
+    raw: Mapping[str, Any], source: str = "manifest", error: type[LopdError] = ConfigError
+) -> Manifest:
+    """The typed manifest of a JSON object.
 
-    `sft_teacher` ({"weights", "tokenizer", "path"} or None where nothing says), `declared`
-    (True when a person said so), `initial_student` (weights that the distillation in
-    progress began from, or None). A folder without a manifest has no lineage.
-
-    Raises:
-        ProvenanceError: the manifest describes other weights than the folder holds.
+    Args:
+        source: what messages call the object: its file.
+        error: the exception for a field that is missing or has another type.
     """
-    empty = {"sft_teacher": None, "declared": False, "initial_student": None}
-    if not (Path(checkpoint) / MANIFEST_NAME).exists():
-        return empty
-    manifest = read_manifest(checkpoint, kind="checkpoint")
-    described = (manifest.get("model") or {}).get("weights")
-    found = fingerprint_weights(checkpoint)
-    if described != found:
-        raise ProvenanceError(
-            f"{checkpoint}: its manifest describes weights {short(described)}, the folder holds "
-            f"{short(found)}; remove {MANIFEST_NAME} and say whose answers it was fine-tuned on "
-            "with 'lopd declare'"
+    unfit = _unfit(source, raw["kind"], error)
+    absent = [key for key in KEYS if key not in raw]
+    absent += [key for key in REQUIRED[raw["kind"]] if value_at(raw, key) is None]
+    if absent:
+        raise unfit(absent[0])
+    scoring = parse_scoring(raw, source, error, unfit)
+    kind = CacheManifest if raw["kind"] == "cache" else Manifest
+    manifest = parse(kind, raw, "", unfit, scoring=scoring)
+    if value_at(raw, "plan.shards") is not None and min(manifest.shards, default=0) < 1:
+        raise error(
+            f"{source} has plan.shards {list(manifest.shards)}; expected 1 or more sequences in "
+            "each of one or more shards"
         )
-    return {**empty, **(manifest.get("lineage") or {})}
-
-
-def declare(model: str | Path, *, teacher: str | Path) -> dict[str, Any]:
-    """Write the manifest of a checkpoint that was fine-tuned elsewhere; return it.
-
-    `teacher` is the folder of the model whose answers it was fine-tuned on, or the 64 hex
-    digits of that model's weights fingerprint. The lineage is marked as declared: it is a
-    person's word, which every later manifest repeats.
-
-    Raises:
-        ProvenanceError: a stage of lopd has written whose answers they were.
-    """
-    if (Path(model) / MANIFEST_NAME).exists():
-        known = read_manifest(model, kind="checkpoint").get("lineage") or {}
-        if known.get("sft_teacher") and not known.get("declared"):
-            raise ProvenanceError(
-                f"{model} already has a {MANIFEST_NAME} that a stage wrote; it says more than "
-                "a declaration could, so remove it first if it is wrong"
-            )
-    config = read_config(model)
-    dtype = config.get("dtype") or config.get("torch_dtype") or "unspecified"
-    manifest = build_manifest(
-        "checkpoint",
-        stage="declare",
-        config={"model": str(model), "teacher": str(teacher)},
-        model=describe_model(model, dtype=str(dtype), engine="unspecified"),
-        lineage={
-            "sft_teacher": _describe_teacher(teacher),
-            "declared": True,
-            "initial_student": None,
-        },
-    )
-    write_manifest(model, manifest)
+    if manifest.model.vocab_size is not None and manifest.model.vocab_size < 1:
+        raise unfit("model.vocab_size")
     return manifest
 
 
@@ -198,41 +280,10 @@ def short(digest: Any) -> str:
     return str(digest)[:12] if digest else "unknown"
 
 
-def _check_content(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse a manifest without what readers of its kind rely on."""
-    absent = [key for key in KEYS if key not in manifest]
-    absent += [key for key in REQUIRED[manifest["kind"]] if _at(manifest, key) is None]
-    lineage = manifest.get("lineage")
-    if lineage is not None and not isinstance(lineage, dict):
-        absent.append("lineage.sft_teacher")
-    teacher = _at(manifest, "lineage.sft_teacher")
-    if teacher is not None and not isinstance(_at(teacher, "weights"), str):
-        absent.append("lineage.sft_teacher.weights")
-    if absent:
-        raise DataError(
-            f"{file} has no {absent[0]}, which a manifest of '{manifest['kind']}' needs; restore "
-            "it or redo the stage"
-        )
-
-
-def _at(value: Any, key: str) -> Any:
-    """The value under a dotted key, None where there is none."""
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def _describe_teacher(teacher: str | Path) -> dict[str, Any]:
-    if _DIGEST.fullmatch(str(teacher)):
-        return {"weights": str(teacher), "tokenizer": None, "path": None}
-    described = describe_model(teacher, dtype="unspecified", engine="unspecified")
-    return {key: described[key] for key in ("weights", "tokenizer", "path")}
-
-
-def _as_dict(config: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return dataclasses.asdict(config)
-    return dict(config)
+def _unfit(source: str, kind: str, error: type[LopdError]) -> Unfit:
+    return lambda name: error(
+        f"{source} has no {name}, which a manifest of '{kind}' needs; restore it or redo the stage"
+    )
 
 
 def _environment() -> dict[str, str]:

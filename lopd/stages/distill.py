@@ -4,7 +4,6 @@ Whether teacher, cache, rollouts and student belong together is checked first, f
 before any model is built. Overrides given by flags are recorded in the result's manifest.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,17 @@ from lopd.errors import ConfigError, ProvenanceError
 from lopd.models.load import check_model_folder
 from lopd.provenance import (
     OVERRIDES,
+    CacheManifest,
     build_manifest,
     check_distill,
     describe_model,
+    digests_of,
     lineage_of,
     vocab_size_of,
     write_manifest,
 )
-from lopd.store import TeacherCache, scoring_of
+from lopd.provenance.manifest import Override
+from lopd.store import TeacherCache
 from lopd.training import run as runs
 from lopd.training.memory import MemorySettings
 from lopd.training.objective import SPARSE, Importance, Objective, Tail
@@ -143,7 +145,7 @@ def main(config: DistillConfig) -> Path:
     check_model_folder(config.student)
     cache, overrides = open_cache(config)
     check_lists(config, cache)
-    temperature = cache.manifest["temperature"]
+    temperature = cache.manifest.temperature
     objective = config.objective_at(temperature)
     check_correction(config, objective, cache.manifest)
     if objective.temperature != temperature:
@@ -152,19 +154,16 @@ def main(config: DistillConfig) -> Path:
             f"{temperature}; leave it out, or score the rollouts again at that temperature"
         )
     base = describe_model(config.student, dtype=config.dtype, engine="transformers")
-    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), "model": cache.manifest["model"]}}
-    digests = {"cache": inputs["cache"]["digest"]}
-    refresh, teacher = _refresh(config, cache, base["weights"])
-    if teacher is not None:
-        inputs["teacher"], digests["teacher"] = teacher, teacher["weights"]
-    checkpoint = runs.begin(config, base=base, **digests)
+    refresh = _refresh(config, cache, base.weights)
+    inputs = describe_inputs(config)
+    checkpoint = runs.begin(config, base=base, **digests_of(inputs))
     trained = runs.train(
         config,
         cache,
         objective,
         model_path=config.student,
         checkpoint=checkpoint,
-        k=cache.manifest["k"],
+        k=cache.manifest.k,
         refresh=refresh,
     )
     if not runs.is_first():
@@ -176,7 +175,7 @@ def main(config: DistillConfig) -> Path:
         model=describe_model(config.out, dtype=config.dtype, engine="transformers"),
         base=base,
         inputs=inputs,
-        lineage={**_lineage(config.student), "initial_student": base["weights"]},
+        lineage={**_lineage(config.student), "initial_student": base.weights},
         overrides=overrides,
         objective={k: v for k, v in asdict(objective).items() if k != "workspace_bytes"},
         **trained,
@@ -185,15 +184,27 @@ def main(config: DistillConfig) -> Path:
     return Path(config.out)
 
 
-def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> tuple[Any, Any]:
-    """What renews the cache's rollouts, and the description of its teacher; None for neither."""
+def describe_inputs(config: DistillConfig) -> dict[str, Any]:
+    """The cache that is trained on and the teacher that renews it, for the manifest."""
+    cache = TeacherCache.open(config.cache, allow_incomplete=True)
+    scorer = cache.manifest.model
+    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), "model": scorer}}
+    if config.teacher is not None:
+        dtype, engine = str(scorer.dtype), str(scorer.engine)
+        inputs["teacher"] = describe_model(config.teacher, dtype=dtype, engine=engine)
+    return inputs
+
+
+def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> Any:
+    """What renews the cache's rollouts; None if nothing does."""
     if config.teacher is None:
-        return None, None
+        return None
     from lopd.training.refresh import Refresh, check_refresh
 
     settings = (config.teacher, config.refresh_every, config.refresh_batch_size)
     refresh = Refresh(*settings, cache, base)
-    return refresh, check_refresh(refresh, config.student, config.max_tokens_per_batch)
+    check_refresh(refresh, config.student, config.max_tokens_per_batch)
+    return refresh
 
 
 def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
@@ -211,7 +222,7 @@ def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
     sees_lists_alone = (
         config.objective in SPARSE and config.tail == "renormalize" and config.support == "list"
     )
-    if scoring_of(cache.manifest)["tail"] == "renormalized" and not sees_lists_alone:
+    if cache.manifest.scoring.tail == "renormalized" and not sees_lists_alone:
         raise ConfigError(
             f"{config.cache}: its lists were renormalised before they were imported, so the mass "
             f"outside them is lost; found objective {config.objective} with tail {config.tail} and "
@@ -220,9 +231,7 @@ def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
         )
 
 
-def check_correction(
-    config: DistillConfig, objective: Objective, manifest: Mapping[str, Any]
-) -> None:
+def check_correction(config: DistillConfig, objective: Objective, manifest: CacheManifest) -> None:
     """Refuse a correction by ratios that the cache does not have.
 
     Raises:
@@ -236,17 +245,17 @@ def check_correction(
         )
 
 
-def without_ratios(manifest: Mapping[str, Any]) -> str | None:
+def without_ratios(manifest: CacheManifest) -> str | None:
     """Why the cache's rollouts have no ratio to the policy that sampled them, if so."""
-    if scoring_of(manifest)["rollout_logprobs"] == "absent":
+    if manifest.scoring.rollout_logprobs == "absent":
         return "its rollout log-probs are unknown (they were imported without)"
-    sampling = manifest["inputs"]["rollouts"].get("sampling") or {}
-    if sampling.get("temperature") == 0:
+    sampling = manifest.rollouts.sampling
+    if sampling is not None and sampling.temperature == 0:
         return "its rollouts are greedy (temperature 0)"
     return None
 
 
-def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]]]:
+def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
     """The cache as the student will read it, and the overrides that admitted it."""
     cache = TeacherCache.open(
         config.cache,
@@ -270,6 +279,6 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[dict[str, Any]
 def _lineage(student: str) -> dict[str, Any]:
     """The student's lineage; unknown where an override admitted one that contradicts itself."""
     try:
-        return lineage_of(student)
+        return dict(lineage_of(student).raw)
     except ProvenanceError:
         return {"sft_teacher": None, "declared": False}

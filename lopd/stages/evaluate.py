@@ -10,7 +10,6 @@ the vocabulary and a lower bound otherwise. With a teacher cache, the same on it
 """
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,11 +33,15 @@ from lopd.provenance import (
     build_manifest,
     describe_file,
     describe_model,
+    digests_of,
     read_manifest,
     write_manifest,
 )
 from lopd.provenance.io import pretty_json, write_atomic
+from lopd.store import TeacherCache
+from lopd.store.folders import examine_folder
 
+RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
 ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
 
 
@@ -112,20 +115,17 @@ def main(config: EvalConfig) -> Path:
         DataError: prompts without answers, or that the model has no room for.
         ShardError: the cache is incomplete or altered.
     """
-    out = claim(config.out)
+    out = examine_folder(config.out, final=MANIFEST_NAME, own_files=RESULTS).require_writable().path
     engine = _load(config, config.model)
     prompts = _prompts(config, engine)
-    dtype, name = config.dtype, TransformersEngine.name
-    inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
-        inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest["model"]}
+    inputs = describe_inputs(config)
     results, answers, sampled = measure(engine, prompts, config)
     if config.cache is not None:
-        held_out = not _trained_on(config.model, inputs["cache"]["digest"])
+        held_out = not _trained_on(config.model, cache.digest())
         results["cache_kl"] = cache_kl(engine, cache) | {"held_out": held_out}
     if config.teacher is not None:
-        inputs["teacher"] = describe_model(config.teacher, dtype=dtype, engine=name)
         teacher = _load(config, config.teacher)
         if not config.sampling().is_raw:
             sampled = sample(engine, prompts, Sampling(config.max_new_tokens), 1, config.seed)
@@ -134,7 +134,7 @@ def main(config: EvalConfig) -> Path:
         "evaluation",
         stage="eval",
         config=asdict(config),
-        model=describe_model(config.model, dtype=dtype, engine=name),
+        model=describe_model(config.model, dtype=config.dtype, engine=TransformersEngine.name),
         inputs=inputs,
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -147,20 +147,16 @@ def main(config: EvalConfig) -> Path:
     return out
 
 
-def claim(folder: str) -> Path:
-    """The folder to write to, refused where an evaluation or anything else is in it."""
-    out = Path(folder)
-    if not folder or (out.exists() and not out.is_dir()):
-        raise ConfigError(f"out: found '{folder}'; expected the name of a new folder")
-    if (out / MANIFEST_NAME).exists():
-        raise ConfigError(f"{out}: holds a finished artefact; choose another --out, or remove it")
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"{out}: {parent} is not a folder that can be written to")
-    strangers = sorted({file.name for file in out.glob("*")} - {"answers.jsonl", "results.json"})
-    if strangers:
-        raise ConfigError(f"{out}: holds {strangers[0]}; choose another --out")
-    return out
+def describe_inputs(config: EvalConfig) -> dict[str, Any]:
+    """The prompts, the cache and the teacher, for the manifest."""
+    inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
+    if config.cache is not None:
+        cache = TeacherCache.open(config.cache)
+        inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest.model}
+    if config.teacher is not None:
+        teacher = describe_model(config.teacher, dtype=config.dtype, engine=TransformersEngine.name)
+        inputs["teacher"] = teacher
+    return inputs
 
 
 def _load(config: EvalConfig, path: str) -> TransformersEngine:
@@ -196,7 +192,7 @@ def _trained_on(model: str, digest: str) -> bool:
     """Whether the model's manifest, if it has one, says that it was distilled on this cache."""
     if not (Path(model) / MANIFEST_NAME).is_file():
         return False
-    return (read_manifest(model)["inputs"] or {}).get("cache", {}).get("digest") == digest
+    return digests_of(read_manifest(model).inputs).get("cache") == digest
 
 
 def _judge(config: EvalConfig, prompts: list[Prompt]) -> Judge:

@@ -3,12 +3,12 @@
 `lopd.data.external_scores` describes the formats. Teacher and student are declared, not verified:
 a model folder is fingerprinted, a digest is recorded as it is, and any other name cannot be
 verified, so that `lopd distill` requires its override. The manifest's `scoring` records what the
-file lacks (`lopd.store.scoring_of`): tail and entropy are derived from the lists, rollout
+file lacks (`lopd.provenance.scoring`): tail and entropy are derived from the lists, rollout
 log-probs may be absent.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,15 @@ from lopd.config.fields import Settings, setting, setting_of
 from lopd.data.external_scores import Dumped, Format, read_dump
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import eos_ids_of, load_tokenizer
-from lopd.provenance import build_manifest, describe_file, describe_model, lineage_of, save_vocab
+from lopd.provenance import (
+    ModelIdentity,
+    build_manifest,
+    describe_file,
+    describe_model,
+    lineage_of,
+    save_vocab,
+    vocab_size_of,
+)
 from lopd.stages.rollout import SamplingOptions
 from lopd.stages.score import ScoreConfig
 from lopd.store import CacheWriter, Codec, Rollout, TeacherScores
@@ -83,6 +91,7 @@ def main(config: ImportConfig) -> Path:
         MissingFileError: the file does not exist.
     """
     student, teacher = _describe_both(config.student, config.teacher)
+    assert teacher.vocab_size is not None
     tokenizer, eos_ids = None, []
     if Path(config.student).is_dir():
         tokenizer = load_tokenizer(config.student)
@@ -91,7 +100,7 @@ def main(config: ImportConfig) -> Path:
     def read() -> Iterator[Dumped]:
         return read_dump(config.source, config.format, tokenizer, eos_ids)
 
-    survey = take_survey(config, teacher["vocab_size"], read())
+    survey = take_survey(config, teacher.vocab_size, read())
     source = describe_file(config.source)
     full, rest = divmod(survey.sequences, config.shard_size)
     manifest = build_manifest(
@@ -127,41 +136,37 @@ def main(config: ImportConfig) -> Path:
             save_vocab(config.teacher, config.out)
         records = read()
         width = survey.longest - survey.shortest
-        for shard, size in enumerate(manifest["plan"]["shards"]):
+        for shard, size in enumerate(manifest.shards):
             dumped = list(islice(records, size))
             if shard in missing:
-                scored = _scores(dumped, survey.shortest, width, teacher["vocab_size"])
+                scored = _scores(dumped, survey.shortest, width, teacher.vocab_size)
                 writer.write(shard, list(scored))
         writer.finish()
     return Path(config.out)
 
 
-def _describe_both(student: str, teacher: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    known = {name: _describe_folder(name) for name in {student, teacher} if Path(name).is_dir()}
-    if not known:
+def _describe_both(student: str, teacher: str) -> tuple[ModelIdentity, ModelIdentity]:
+    rows = [vocab_size_of(name) for name in (student, teacher) if Path(name).is_dir()]
+    if not rows:
         raise ConfigError(
             f"neither student '{student}' nor teacher '{teacher}' is a folder; name the folder of "
             "one of them, to read the vocabulary from"
         )
-    rows = max(found["vocab_size"] for found in known.values())
-    found = [known.get(name) or _describe_name(name, rows) for name in (student, teacher)]
-    return found[0], found[1]
+    return _describe(student, max(rows)), _describe(teacher, max(rows))
 
 
-def _describe_folder(folder: str) -> dict[str, Any]:
-    described = describe_model(folder, dtype="unspecified", engine="unspecified")
-    return {**described, "declared": True}
-
-
-def _describe_name(name: str, vocab_size: int) -> dict[str, Any]:
+def _describe(name: str, vocab_size: int) -> ModelIdentity:
+    """A model by its folder, or as far as a digest or another name identifies it."""
     unknown = f"unidentified: {name}"
-    return {
+    known: Mapping[str, Any] = {
         "path": name,
         "weights": name if _DIGEST.fullmatch(name) else unknown,
         "tokenizer": unknown,
         "vocab_size": vocab_size,
-        "declared": True,
     }
+    if Path(name).is_dir():
+        known = describe_model(name, dtype="unspecified", engine="unspecified").raw
+    return ModelIdentity.from_json({**known, "declared": True})
 
 
 def take_survey(config: ImportConfig, vocab_size: int, records: Iterable[Dumped]) -> Survey:

@@ -7,7 +7,7 @@ from typing import Any
 from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.provenance import fingerprint_weights, read_manifest
-from lopd.store import RolloutStore, TeacherCache, scoring_of
+from lopd.store import RolloutStore, TeacherCache
 
 
 @dataclass(kw_only=True)
@@ -22,18 +22,18 @@ class InspectConfig(Settings):
 
 def main(config: InspectConfig) -> None:
     manifest = read_manifest(Path(config.path))
-    kind = manifest["kind"]
-    rows: dict[str, Any] = {"kind": kind, "stage": manifest["stage"]}
-    for role in ("model", "base"):
-        if manifest.get(role):
-            rows[role] = f"{manifest[role]['path']} ({manifest[role]['weights'][:12]})"
-    teacher = (manifest.get("lineage") or {}).get("sft_teacher")
-    if teacher:
-        rows["fine-tuned on"] = f"{teacher.get('path')} ({teacher['weights'][:12]})"
-    if sampling := manifest.get("sampling"):
-        rows["sampling"] = ", ".join(f"{name} {value}" for name, value in sampling.items())
-    if manifest.get("overrides"):
-        rows["overrides"] = ", ".join(item["name"] for item in manifest["overrides"])
+    kind = manifest.kind
+    rows: dict[str, Any] = {"kind": kind, "stage": manifest.stage}
+    models = {"model": manifest.model, "base": manifest.base}
+    models["fine-tuned on"] = None if manifest.lineage is None else manifest.lineage.sft_teacher
+    for role, model in models.items():
+        if model is not None:
+            rows[role] = f"{model.path} ({model.weights[:12]})"
+    if manifest.sampling is not None:
+        settings = manifest.sampling.raw.items()
+        rows["sampling"] = ", ".join(f"{name} {value}" for name, value in settings)
+    if manifest.overrides:
+        rows["overrides"] = ", ".join(override.name for override in manifest.overrides)
     store: RolloutStore | TeacherCache | None = None
     if kind == "cache":
         store = TeacherCache.open(config.path, allow_incomplete=True)
@@ -42,7 +42,7 @@ def main(config: InspectConfig) -> None:
     if store is None and config.verify:
         if kind != "checkpoint":
             raise ConfigError(f"{config.path}: holds '{kind}', which has no hashes to verify")
-        if fingerprint_weights(config.path, rehash=True) != manifest["model"]["weights"]:
+        if fingerprint_weights(config.path, rehash=True) != manifest.model.weights:
             raise ProvenanceError(
                 f"{config.path}: its weights are not those that its manifest describes; restore "
                 "them, or make the checkpoint again"
@@ -57,7 +57,7 @@ def main(config: InspectConfig) -> None:
                 raise ShardError(
                     f"{config.path}: {len(store.missing_shards)} of {store.num_shards} shards are "
                     f"unfinished or damaged, the first is shard-{store.missing_shards[0]:05d}; run "
-                    f"'lopd {manifest['stage']}' again to write them"
+                    f"'lopd {manifest.stage}' again to write them"
                 )
             store.verify()
             rows["verified"] = "every shard matches its receipt"
@@ -76,12 +76,12 @@ def _cache_rows(cache: TeacherCache) -> dict[str, Any]:
         "not measured when it was written" if error is None else f"{error:.3g} nat"
     )
     manifest = cache.manifest
-    if manifest.get("declared"):
+    if manifest.declared:
         rows["declared"] = "who scored and who rolled out are taken on trust"
-    rows["temperature"] = manifest["temperature"]
-    rows["scoring"] = ", ".join(f"{name} {word}" for name, word in scoring_of(manifest).items())
-    if support := (manifest.get("scoring") or {}).get("support"):
-        rows["lists"] = support["ids"]
+    rows["temperature"] = manifest.temperature
+    rows["scoring"] = ", ".join(f"{name} {word}" for name, word in manifest.scoring.words().items())
+    if manifest.scoring.support is not None:
+        rows["lists"] = manifest.scoring.support.ids
     for name, size in details["bytes_per_token_by_array"].items():
         rows[f"bytes/token {name}"] = size
     return rows

@@ -23,13 +23,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import Settings, identity_of, setting
+from lopd.config.fields import Settings, setting
 from lopd.config.parse import build_config, check_keys, load_yaml
 from lopd.errors import ConfigError
-from lopd.provenance import MANIFEST_NAME, describe_file, fingerprint_weights, read_manifest
-from lopd.provenance.identity import training_recipe_of
+from lopd.provenance import (
+    MANIFEST_NAME,
+    difference,
+    digests_of,
+    fingerprint_weights,
+    read_manifest,
+    settings_identity,
+)
 from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
-from lopd.store import RolloutStore, TeacherCache
+from lopd.store.folders import OutputFolder
 from lopd.store.workers import this_worker
 
 STAGES: dict[str, tuple[Any, type]] = {
@@ -141,62 +147,32 @@ def finished(config: Any) -> bool:
     """Whether a stage's product is there, whole, made with these settings from these inputs.
 
     Stores of sequences count their shards themselves when their stage is called, so only
-    stages whose manifest is their last file are judged here.
+    stages whose manifest is their last file are answered for here.
 
     Raises:
-        ConfigError: a finished product whose settings or inputs have changed since.
+        ConfigError: the settings or the inputs of a finished product have changed since.
     """
     out = Path(config.out)
     if not (out / MANIFEST_NAME).is_file():
         return False
     manifest = read_manifest(out)
-    if manifest["kind"] not in ("checkpoint", "evaluation"):
+    if manifest.kind not in ("checkpoint", "evaluation"):
         return False
-    recipe_of = training_recipe_of if manifest["kind"] == "checkpoint" else identity_of
-    wanted, found = recipe_of(config), recipe_of(config, manifest["config"])
-    changed = sorted(key for key in wanted if found.get(key) != wanted[key])
+    expected = settings_identity(config)
+    recorded = settings_identity(config, manifest.config)
+    changed = difference({key: recorded.get(key) for key in expected}, expected)
+    if not changed:
+        start = manifest.base or manifest.model
+        recorded = {"model": start.weights, **digests_of(manifest.inputs)}
+        expected = input_digests(config)
+        changed = difference({key: recorded.get(key) for key in expected}, expected)
     if changed:
-        key = changed[0]
-        raise ConfigError(
-            f"{out}: finished with {key}={found.get(key)!r}, the recipe now says {wanted[key]!r}; "
-            "restore the setting, or choose another 'out' for what follows"
-        )
-    for place, now in inputs_now(config).items():
-        then: Any = manifest
-        for key in place:
-            then = (then or {}).get(key)
-        if then != now:
-            raise ConfigError(
-                f"{out}: finished with {' '.join(place[:-1])} {str(then)[:12]}, found {now[:12]}; "
-                "restore it, or choose another 'out' for what follows"
-            )
+        OutputFolder(out, "other recipe", changed).require_writable()
     return True
 
 
-def inputs_now(config: Any) -> dict[tuple[str, ...], str]:
-    """Content digests of what a stage reads, by where its manifest keeps them."""
-    inputs: dict[tuple[str, ...], str]
-    if isinstance(config, sft.SftConfig):
-        inputs = {("base", "weights"): fingerprint_weights(config.model)}
-        if Path(config.data).is_file():
-            inputs["inputs", "demonstrations", "sha256"] = describe_file(config.data)["sha256"]
-        else:
-            store = RolloutStore.open(config.data, kind="sft_data")
-            inputs["inputs", "sft_data", "digest"] = store.digest()
-        return inputs
-    if isinstance(config, distill.DistillConfig):
-        cache = TeacherCache.open(config.cache, allow_incomplete=True)
-        return {
-            ("base", "weights"): fingerprint_weights(config.student),
-            ("inputs", "cache", "digest"): cache.digest(),
-        }
-    assert isinstance(config, evaluate.EvalConfig)
-    inputs = {
-        ("model", "weights"): fingerprint_weights(config.model),
-        ("inputs", "prompts", "sha256"): describe_file(config.prompts)["sha256"],
-    }
-    if config.teacher is not None:
-        inputs["inputs", "teacher", "weights"] = fingerprint_weights(config.teacher)
-    if config.cache is not None:
-        inputs["inputs", "cache", "digest"] = TeacherCache.open(config.cache).digest()
-    return inputs
+def input_digests(config: Any) -> dict[str, str | None]:
+    """The content digests of what a training or evaluation stage reads, its model included."""
+    (module,) = (module for module, config_class in STAGES.values() if type(config) is config_class)
+    model = config.student if module is distill else config.model
+    return {"model": fingerprint_weights(model), **digests_of(module.describe_inputs(config))}

@@ -25,7 +25,8 @@ from lopd.errors import ConfigError, ProvenanceError
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
-    MANIFEST_NAME,
+    CacheManifest,
+    ModelIdentity,
     build_manifest,
     describe_model,
     save_vocab,
@@ -33,7 +34,7 @@ from lopd.provenance import (
 )
 from lopd.stages.rollout import SamplingOptions
 from lopd.store import CacheWriter, Codec, Rollout, RolloutStore, TeacherCache, TeacherScores
-from lopd.store.folders import is_unused, require_same_recipe
+from lopd.store.folders import examine_shard_folder
 from lopd.store.size import (
     Probe,
     Work,
@@ -140,10 +141,11 @@ def main(config: ScoreConfig) -> Path | None:
     return Path(config.out)
 
 
-def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
+def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
     source, numerics = rollouts.manifest, ENGINES[config.engine]
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
-    ModelLimits("the teacher", model["vocab_size"]).check_k(config.k)
+    assert model.vocab_size is not None
+    ModelLimits("the teacher", model.vocab_size).check_k(config.k)
     return build_manifest(
         "cache",
         stage="score",
@@ -152,12 +154,12 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
         inputs={
             "rollouts": {
                 "digest": rollouts.digest(),
-                "model": source["model"],
-                "lineage": source["lineage"],
-                "sampling": source["sampling"],
+                "model": source.model,
+                "lineage": source.lineage,
+                "sampling": source.sampling,
             }
         },
-        plan=source["plan"],
+        plan={"shards": source.shards},
         k=config.k,
         top_p=config.top_p,
         codec=config.codec,
@@ -166,22 +168,23 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> dict[str, Any]:
             "tail": numerics.tail,
             "entropy": numerics.entropy,
             "rollout_logprobs": "computed",
-            "support": _describe_support(config, source["model"]),
+            "support": _describe_support(config, source.model),
         },
     )
 
 
-def _describe_support(config: ScoreConfig, maker: dict[str, Any]) -> dict[str, Any]:
+def _describe_support(config: ScoreConfig, policy: ModelIdentity) -> dict[str, Any]:
     """The ids that the lists hold and, with extra ids, the student that chose them."""
     if config.student is None:
         return {"ids": "teacher's top k", "extra_ids": 0}
     student = describe_model(config.student, dtype=config.dtype, engine="transformers")
-    if student["weights"] != maker["weights"]:
+    if student.weights != policy.weights:
         raise ProvenanceError(
-            f"student: {config.student} has weights {student['weights'][:12]}, the rollouts were "
-            f"made by {maker['weights'][:12]}; name the student that made them"
+            f"student: {config.student} has weights {student.weights[:12]}, the rollouts were "
+            f"made by {policy.weights[:12]}; name the student that made them"
         )
-    ModelLimits("the student", student["vocab_size"]).check_k(config.extra_ids, "extra_ids")
+    assert student.vocab_size is not None
+    ModelLimits("the student", student.vocab_size).check_k(config.extra_ids, "extra_ids")
     return {
         "ids": "teacher's top k and student's top extra_ids",
         "extra_ids": config.extra_ids,
@@ -189,13 +192,10 @@ def _describe_support(config: ScoreConfig, maker: dict[str, Any]) -> dict[str, A
     }
 
 
-def _missing(config: ScoreConfig, manifest: dict[str, Any]) -> list[int]:
+def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
     """Shards without a receipt; does not write anything."""
-    if not (Path(config.out) / MANIFEST_NAME).exists():
-        return list(range(len(manifest["plan"]["shards"])))
-    if is_unused(config.out, manifest):
-        return list(range(len(manifest["plan"]["shards"])))
-    require_same_recipe(config.out, manifest)
+    if examine_shard_folder(config.out, manifest).state == "new":
+        return list(range(len(manifest.shards)))
     return TeacherCache.open(config.out, allow_incomplete=True).missing_shards
 
 
@@ -246,7 +246,7 @@ def _fill(
     *,
     probe: bool,  # measure a few sequences first, to check that the rest fits on the disk
 ) -> None:
-    scorer, sizes = _Scorer(config, worker), rollouts.manifest["plan"]["shards"]
+    scorer, sizes = _Scorer(config, worker), rollouts.manifest.shards
     work = work_left(rollouts, missing)
     if probe:
         scored = measure(writer.manifest, sample(rollouts), scorer)

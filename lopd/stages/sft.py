@@ -17,6 +17,7 @@ from lopd.provenance import (
     describe_file,
     describe_model,
     differing_token,
+    digests_of,
     load_vocab,
     tokenizer_digest,
     write_manifest,
@@ -26,8 +27,6 @@ from lopd.training import run as runs
 from lopd.training.batch import Source
 from lopd.training.objective import Objective
 from lopd.training.options import TrainOptions
-
-TEACHER_KEYS = ("weights", "tokenizer", "path")
 
 
 @dataclass(kw_only=True)
@@ -51,8 +50,10 @@ def main(config: SftConfig) -> Path:
     """
     check_model_folder(config.model)
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
-    source, inputs, teacher = open_data(config.data, config.model)
-    checkpoint = runs.begin(config, data=_digest(inputs), base=base)
+    source, teacher = open_data(config.data, config.model)
+    inputs = describe_inputs(config)
+    (data,) = digests_of(inputs).values()
+    checkpoint = runs.begin(config, data=data, base=base)
     objective = Objective("cross_entropy", workspace_bytes=config.workspace)
     trained = runs.train(config, source, objective, model_path=config.model, checkpoint=checkpoint)
     if not runs.is_first():
@@ -71,18 +72,24 @@ def main(config: SftConfig) -> Path:
     return Path(config.out)
 
 
-def open_data(data: str, model: str) -> tuple[Source, dict[str, Any], dict[str, Any] | None]:
-    """Sequences, what the manifest says of them, and the teacher that made them, if known."""
+def describe_inputs(config: SftConfig) -> dict[str, Any]:
+    """The data that is trained on, for the manifest."""
+    if Path(config.data).is_file():
+        return {"demonstrations": describe_file(config.data)}
+    store = RolloutStore.open(config.data, kind="sft_data")
+    return {"sft_data": {"digest": store.digest(), "model": store.manifest.model}}
+
+
+def open_data(data: str, model: str) -> tuple[Source, dict[str, Any] | None]:
+    """The sequences, and the teacher that made them, if known."""
     tokenizer = load_tokenizer(model)
     if Path(data).is_file():
-        return load_sft_jsonl(data, tokenizer), {"demonstrations": describe_file(data)}, None
+        return load_sft_jsonl(data, tokenizer), None
     store = RolloutStore.open(data, kind="sft_data")
     if runs.is_first():  # the others wait for it where the run begins
         store.verify()
-    teacher = store.manifest["model"]
     check_tokenizer(store, tokenizer, model)
-    inputs = {"sft_data": {"digest": store.digest(), "model": teacher}}
-    return store, inputs, {key: teacher[key] for key in TEACHER_KEYS}
+    return store, store.manifest.model.as_teacher()
 
 
 def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
@@ -92,7 +99,7 @@ def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
         ProvenanceError: such an id, or tokenizers that differ and no copy of the teacher's
             vocabulary beside the answers to compare them by.
     """
-    if tokenizer_digest(model) == store.manifest["model"]["tokenizer"]:
+    if tokenizer_digest(model) == store.manifest.model.tokenizer:
         return
     remedy = "fine-tune a model with the teacher's tokenizer"
     try:
@@ -108,8 +115,3 @@ def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
             f"{store.path}: id {index} is {other!r} to the teacher and {ours!r} to {model}; "
             f"{remedy}"
         )
-
-
-def _digest(inputs: dict[str, Any]) -> str:
-    (described,) = inputs.values()
-    return described["digest"] if "digest" in described else described["sha256"]

@@ -12,7 +12,6 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lopd.config.fields import setting
 from lopd.engines.options import EngineOptions, ScoringOptions
@@ -20,6 +19,9 @@ from lopd.errors import ConfigError, DataError, NoiseError, ProvenanceError
 from lopd.evaluation.noise_floor import measure_noise
 from lopd.provenance import (
     VOCAB_NAME,
+    CacheManifest,
+    Manifest,
+    ModelIdentity,
     config_digest,
     fingerprint_weights,
     load_vocab,
@@ -27,7 +29,7 @@ from lopd.provenance import (
     tokenizer_digest,
 )
 from lopd.provenance.io import json_digest
-from lopd.store import RolloutStore, TeacherCache, TeacherSequence, scoring_of
+from lopd.store import RolloutStore, TeacherCache, TeacherSequence
 from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequence
 
 LOSSY_MASS_TOLERANCE = 5e-3  # list and tail, where log-probs were quantised
@@ -68,9 +70,9 @@ def main(config: VerifyConfig) -> None:
         NoiseError: the noise floor is above the set share of the signal.
     """
     manifest = read_manifest(config.path)
-    if config.rescore and manifest["kind"] != "cache":
-        raise ConfigError(f"{config.path}: holds '{manifest['kind']}'; only a cache is rescored")
-    rows = {"kind": manifest["kind"], **check_artefact(Path(config.path), manifest)}
+    if config.rescore and manifest.kind != "cache":
+        raise ConfigError(f"{config.path}: holds '{manifest.kind}'; only a cache is rescored")
+    rows = {"kind": manifest.kind, **check_artefact(Path(config.path), manifest)}
     _print(rows)
     if config.rescore:
         assert config.teacher is not None and config.student is not None
@@ -93,34 +95,35 @@ def main(config: VerifyConfig) -> None:
             )
 
 
-def check_artefact(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+def check_artefact(folder: Path, manifest: Manifest) -> dict[str, str]:
     """Check what files can tell; returns what was found, in words.
 
     Raises:
         ShardError: an unfinished, truncated or altered shard. DataError: contents out of range.
         ProvenanceError: the folder does not hold what its manifest describes.
     """
-    kind = manifest["kind"]
+    kind = manifest.kind
     if kind == "checkpoint":
         rows = _check_checkpoint(folder, manifest)
     elif kind == "evaluation":
         rows = _check_evaluation(folder)
     else:
         rows = _check_store(folder, manifest)
-    for role in ("model", "base"):
-        if manifest.get(role) and not (kind == "checkpoint" and role == "model"):
-            rows[role] = _whereabouts(manifest[role])
+    if kind != "checkpoint":
+        rows["model"] = _whereabouts(manifest.model)
+    if manifest.base is not None:
+        rows["base"] = _whereabouts(manifest.base)
     return rows
 
 
-def _check_checkpoint(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+def _check_checkpoint(folder: Path, manifest: Manifest) -> dict[str, str]:
     found = {
         "weights": fingerprint_weights(folder, rehash=True),
         "config": config_digest(folder),
         "tokenizer": tokenizer_digest(folder),
     }
     for what, digest in found.items():
-        expected = manifest["model"].get(what)
+        expected = getattr(manifest.model, what)
         if expected is not None and digest != expected:
             raise ProvenanceError(
                 f"{folder}: its {what} ({digest[:12]}) are not those that its manifest describes "
@@ -143,16 +146,16 @@ def _check_evaluation(folder: Path) -> dict[str, str]:
     return {"answers": f"{len(answers)}, as many as the results count"}
 
 
-def _check_store(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+def _check_store(folder: Path, manifest: Manifest) -> dict[str, str]:
     store: RolloutStore | TeacherCache
-    if manifest["kind"] == "cache":
+    tolerance = 0.0
+    if isinstance(manifest, CacheManifest):
         store = TeacherCache.open(folder, support="list")
+        tolerance = MASS_TOLERANCE if manifest.codec == "exact" else LOSSY_MASS_TOLERANCE
     else:
-        store = RolloutStore.open(folder, kind=manifest["kind"])
+        store = RolloutStore.open(folder, kind=manifest.kind)
     store.verify()
-    rows = manifest["model"]["vocab_size"]
-    tolerance = MASS_TOLERANCE if manifest.get("codec") == "exact" else LOSSY_MASS_TOLERANCE
-    has_logprobs = scoring_of(manifest)["rollout_logprobs"] != "absent"
+    rows, has_logprobs = manifest.vocab_size, manifest.scoring.rollout_logprobs != "absent"
     names = set()
     for item in store:
         rollout = item.rollout if isinstance(item, TeacherSequence) else item
@@ -169,10 +172,10 @@ def _check_store(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _check_vocabulary(folder: Path, manifest: dict[str, Any]) -> str:
+def _check_vocabulary(folder: Path, manifest: Manifest) -> str:
     if not (folder / VOCAB_NAME).exists():
         return "none stored beside it"
-    if json_digest(load_vocab(folder)) != manifest["model"]["tokenizer"]:
+    if json_digest(load_vocab(folder)) != manifest.model.tokenizer:
         raise ProvenanceError(
             f"{folder / VOCAB_NAME}: is not the tokenizer that the manifest describes; run the "
             "stage again to write it"
@@ -180,9 +183,9 @@ def _check_vocabulary(folder: Path, manifest: dict[str, Any]) -> str:
     return "the tokenizer that the manifest describes"
 
 
-def _whereabouts(model: dict[str, Any]) -> str:
+def _whereabouts(model: ModelIdentity) -> str:
     """Whether the model that a manifest names is still where it was; a note, not a check."""
-    path, weights = model.get("path"), str(model.get("weights"))
+    path, weights = model.path, model.weights
     if not path or not Path(path).is_dir():
         state = "not there now"
     elif fingerprint_weights(path) == weights:

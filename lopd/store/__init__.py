@@ -15,7 +15,6 @@ from lopd.store.codec import CODECS, Codec
 from lopd.store.ragged import TopKLists
 from lopd.store.reader import RolloutStore, TeacherCache
 from lopd.store.sequences import SUPPORTS, scored_sequence
-from lopd.store.shards import scoring_of
 from lopd.store.types import FINISH_REASONS, Rollout, TeacherScores, TeacherSequence, name_of
 from lopd.store.workers import Worker, this_worker
 from lopd.store.writer import CacheWriter, RolloutWriter
@@ -36,6 +35,5 @@ __all__ = [
     "Worker",
     "name_of",
     "scored_sequence",
-    "scoring_of",
     "this_worker",
 ]

@@ -1,66 +1,147 @@
-"""Whose a folder is: which recipe it holds, and whether another may take its place."""
+"""Output folders: what a stage finds in the folder that it is to write, and what it refuses."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from lopd.errors import ConfigError, ShardError
-from lopd.provenance import MANIFEST_NAME, VOCAB_NAME, manifest_digest, read_manifest, recipe_of
+from lopd.errors import ConfigError, LopdError, ShardError
+from lopd.provenance import (
+    MANIFEST_NAME,
+    VOCAB_NAME,
+    Manifest,
+    difference,
+    manifest_digest,
+    read_manifest,
+    recipe_of,
+)
 from lopd.provenance.io import TEMP_SUFFIX
 from lopd.store.locks import LOCK_NAME, START_LOCK_NAME
 
-
-def require_ours(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse a folder with another recipe, or that something else has filled."""
-    if (folder / MANIFEST_NAME).exists():
-        if not is_unused(folder, manifest):
-            require_same_recipe(folder, manifest)
-        return
-    ours = {LOCK_NAME, START_LOCK_NAME, VOCAB_NAME}
-    stray = sorted(
-        item
-        for item in folder.iterdir()
-        if item.name not in ours and not (item.name[0] == "." and item.suffix == TEMP_SUFFIX)
-    )
-    shards = [item for item in stray if item.match("shard-*")]
-    if shards:
-        raise ShardError(
-            f"{shards[0]}: a shard in a folder without {MANIFEST_NAME}; restore the manifest, or "
-            "name an empty folder"
-        )
-    if stray:
-        raise ShardError(
-            f"{folder}: holds {stray[0].name} and no {MANIFEST_NAME}, so it is not of this stage; "
-            "name a new or empty folder"
-        )
+State = Literal["new", "unfinished", "finished", "other recipe", "foreign", "file", "read-only"]
+REASONS = {
+    "finished": "holds a finished run; choose another --out, or remove it",
+    "other recipe": "holds another recipe ({}); restore that, choose another --out, or remove the "
+    "folder to start over",
+    "foreign": "holds {}; choose a new or empty folder",
+    "file": "{} is a file; choose another --out, a folder",
+    "read-only": "{} cannot be written to; choose another --out",
+}
 
 
-def holds(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether the folder has this very recipe."""
-    if not (folder / MANIFEST_NAME).exists():
-        return False
-    return manifest_digest(read_manifest(folder)) == manifest_digest(manifest)
+@dataclass(frozen=True)
+class OutputFolder:
+    """An output folder as a stage finds it.
+
+    It is `new` where another recipe may use it: it is empty, or the recorded recipe has no
+    results yet. `unfinished` means that a run with the same identity can be continued.
+    """
+
+    path: Path
+    state: State
+    detail: str = ""
+
+    def require_writable(self, error: type[LopdError] = ConfigError) -> "OutputFolder":
+        """Refuse a folder that is neither new nor unfinished.
+
+        Args:
+            error: the exception for a path that is no folder of this stage at all; ConfigError
+                is raised for a finished run or another recipe.
+        """
+        if self.state in ("new", "unfinished"):
+            return self
+        cause = ConfigError if self.state in ("finished", "other recipe") else error
+        raise cause(f"{self.path}: {REASONS[self.state].format(self.detail)}")
 
 
-def is_unused(folder: str | Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a run of this kind left a recipe and no shard, so that another may take its place."""
-    same_kind = read_manifest(folder)["kind"] == manifest["kind"]
-    return same_kind and not any(Path(folder).glob("shard-*"))
+def examine_folder(
+    path: str | Path,
+    *,
+    final: str | None = None,
+    record: str | None = None,
+    differs: Callable[[], str] = str,
+    has_results: Callable[[], bool] = lambda: True,
+    own_files: Collection[str] | None = (),
+) -> OutputFolder:
+    """What a stage finds in its output folder; writes nothing.
+
+    Args:
+        final: name of the file that a run writes last.
+        record: name of the file in which a run records its identity when it starts.
+        differs: what differs between the recorded identity and that of the run at hand, in
+            words; empty if nothing does.
+        has_results: whether another recipe must not replace the recorded one.
+        own_files: names of other files that a run of the stage may have left; None admits any.
+    """
+    folder = Path(path)
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        return OutputFolder(folder, "file", str(existing))
+    if final is not None and (folder / final).exists():
+        return OutputFolder(folder, "finished")
+    if not os.access(existing, os.W_OK):
+        return OutputFolder(folder, "read-only", str(existing))
+    if record is not None and (folder / record).exists():
+        if not (words := differs()):
+            return OutputFolder(folder, "unfinished")
+        return OutputFolder(folder, "other recipe" if has_results() else "new", words)
+    if own_files is not None and folder.exists():
+        known = {LOCK_NAME, START_LOCK_NAME, *own_files}
+        names = sorted(item.name for item in folder.iterdir() if not _is_temporary(item))
+        if foreign := [name for name in names if name not in known]:
+            return OutputFolder(folder, "foreign", f"{foreign[0]} and no {record or final}")
+    return OutputFolder(folder, "new")
 
 
-def require_same_recipe(folder: str | Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse a folder whose manifest has another recipe than `manifest`.
+def examine_shard_folder(
+    path: str | Path, manifest: Manifest, *, in_use: bool = False
+) -> OutputFolder:
+    """What the writer of a folder of shards finds in it; refuses one that it must not write to.
+
+    Args:
+        in_use: whether other workers are writing there, so that the recipe must not change.
 
     Raises:
-        ConfigError: names what differs.
+        ConfigError: the folder holds another recipe; names what differs.
+        DataError: its manifest was not written by lopd, or is damaged.
+        ShardError: it is a file, cannot be written, or holds something else.
     """
-    found = read_manifest(folder)
-    if manifest_digest(found) == manifest_digest(manifest):
-        return
-    ours, theirs = recipe_of(manifest), recipe_of(found)
-    keys = ours.keys() | theirs.keys()
-    differing = sorted(key for key in keys if ours.get(key) != theirs.get(key))
-    raise ConfigError(
-        f"{folder} holds another recipe (it differs in {', '.join(differing)}); name another "
-        "folder, or remove this one to redo it"
-    )
+    folder = Path(path)
+
+    def differs() -> str:
+        recorded = read_manifest(folder)
+        if manifest_digest(recorded) == manifest_digest(manifest):
+            return ""
+        return difference(recipe_of(recorded), recipe_of(manifest)) or "in keys without a value"
+
+    def has_results() -> bool:
+        other_kind = read_manifest(folder).kind != manifest.kind
+        return in_use or other_kind or any(folder.glob("shard-*"))
+
+    return examine_folder(
+        folder,
+        record=MANIFEST_NAME,
+        differs=differs,
+        has_results=has_results,
+        own_files={VOCAB_NAME},
+    ).require_writable(ShardError)
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Make the folder; ShardError names it where the file system refuses that or what follows."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except LopdError:
+        raise
+    except OSError as error:
+        raise ShardError(
+            f"{folder}: cannot be made or written ({error.strerror or error}); choose another --out"
+        ) from error
+
+
+def _is_temporary(item: Path) -> bool:
+    return item.name[0] == "." and item.suffix == TEMP_SUFFIX

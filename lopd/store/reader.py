@@ -5,16 +5,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lopd.errors import ConfigError, ShardError
-from lopd.provenance import manifest_digest, read_manifest
+from lopd.provenance import CacheManifest, Manifest, manifest_digest, read_manifest
 from lopd.provenance.io import json_digest
 from lopd.store.codec import CODECS
 from lopd.store.sequences import SUPPORTS, Support, join_sequences
-from lopd.store.shards import check_hash, head_rows, open_shard, plan_of, read_receipt, shard_path
+from lopd.store.shards import check_hash, open_shard, read_receipt, shard_path
 from lopd.store.types import FINISH_REASONS, Rollout, TeacherColumns, TeacherSequence
 from lopd.store.view import ShardView
 
@@ -28,18 +28,18 @@ class _ShardReader:
 
     _codec: Any = None
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, allow_incomplete: bool) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, allow_incomplete: bool) -> None:
         self.path = path
         self.manifest = manifest
-        self.num_shards = len(plan_of(manifest))
-        self._vocab_size = head_rows(manifest)
+        self.num_shards = len(manifest.shards)
+        self._vocab_size = manifest.vocab_size
         self._receipts: dict[int, dict[str, Any]] = {}
         self.missing_shards: list[int] = []
         recipe = manifest_digest(manifest)
-        for shard, sequences in enumerate(plan_of(manifest)):
+        for shard, sequences in enumerate(manifest.shards):
             try:
                 self._receipts[shard] = read_receipt(
-                    path, shard, kind=manifest["kind"], recipe=recipe, sequences=sequences
+                    path, shard, kind=manifest.kind, recipe=recipe, sequences=sequences
                 )
             except ShardError:
                 if not allow_incomplete:
@@ -89,7 +89,7 @@ class _ShardReader:
             for key in ("sequences", "tokens", "response_tokens", "bytes")
         }
         return {
-            "kind": self.manifest["kind"],
+            "kind": self.manifest.kind,
             "shards": self.num_shards,
             "missing_shards": len(self.missing_shards),
             **totals,
@@ -149,9 +149,7 @@ class RolloutStore(_ShardReader):
     """Sequences of a `rollouts` or `sft_data` folder; `store[i]` is a `Rollout`."""
 
     @classmethod
-    def open(
-        cls, path: str | Path, kind: Literal["rollouts", "sft_data"] = "rollouts"
-    ) -> "RolloutStore":
+    def open(cls, path: str | Path, kind: str = "rollouts") -> "RolloutStore":
         """Open a finished folder.
 
         Raises:
@@ -181,16 +179,18 @@ class RolloutStore(_ShardReader):
 class TeacherCache(_ShardReader):
     """Scored rollouts of a `cache` folder; `cache[i]` is a `TeacherSequence`."""
 
+    manifest: CacheManifest
+
     def __init__(
         self,
         path: Path,
-        manifest: dict[str, Any],
+        manifest: CacheManifest,
         *,
         support: Support,
         vocab_size: int | None,
         allow_incomplete: bool,
     ) -> None:
-        self._codec = manifest.get("codec")
+        self._codec = manifest.codec
         if self._codec not in CODECS:
             raise ConfigError(f"{path}: codec {self._codec!r}, expected one of {', '.join(CODECS)}")
         if support not in SUPPORTS:
@@ -267,8 +267,8 @@ class TeacherCache(_ShardReader):
         return {
             **totals,
             "codec": self._codec,
-            "k": self.manifest["k"],
-            "top_p": self.manifest["top_p"],
+            "k": self.manifest.k,
+            "top_p": self.manifest.top_p,
             "mean_list_length": _ratio(sum(r["list_entries"] for r in receipts), tokens),
             "mean_covered_mass": _ratio(sum(r["covered_mass"] for r in receipts), tokens),
             "mean_entropy": None if None in entropies else _ratio(sum(entropies), tokens),

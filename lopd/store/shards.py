@@ -10,18 +10,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lopd.errors import ConfigError, DataError, ShardError
+from lopd.errors import ShardError
 from lopd.provenance.io import canonical_json, pretty_json, sha256_file, sync_folder, write_atomic
 
 RECEIPT_SCHEMA = 1
 COUNTS = ("bytes", "sha256", "tokens", "response_tokens", "finish_reasons")
 SCORE_COUNTS = ("list_entries", "covered_mass", "entropy", "floored_tails")
-# Values of a manifest's `scoring`: the source of each column of a cache.
-SCORING = {
-    "tail": ("computed", "derived", "renormalized"),
-    "entropy": ("computed", "derived", "absent"),
-    "rollout_logprobs": ("computed", "absent"),
-}
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -29,58 +23,14 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
+def altered(path: Path, what: str) -> ShardError:
+    """The error of a file whose contents are not those that were written."""
+    return ShardError(f"{path}: {what}: altered; run the stage again to redo it")
+
+
 def receipt_path(folder: Path, shard: int) -> Path:
     """The path of its receipt."""
     return folder / f"shard-{shard:05d}.json"
-
-
-def plan_of(manifest: Mapping[str, Any]) -> list[int]:
-    """Sequences per shard, from a manifest.
-
-    Raises:
-        ConfigError: no plan, or one with an empty shard.
-    """
-    plan = (manifest.get("plan") or {}).get("shards")
-    if not isinstance(plan, list) or not plan or not all(isinstance(n, int) for n in plan):
-        raise ConfigError(
-            f"manifest has plan {manifest.get('plan')!r}, expected "
-            '{"shards": [sequences of shard 0, ...]}'
-        )
-    if min(plan) < 1:
-        raise ConfigError(f"plan has a shard of {min(plan)} sequences, expected at least 1")
-    return plan
-
-
-def head_rows(manifest: Mapping[str, Any]) -> int:
-    """The vocabulary size of the model that a manifest describes.
-
-    Raises:
-        ConfigError: the manifest describes none.
-    """
-    size = (manifest.get("model") or {}).get("vocab_size")
-    if not isinstance(size, int) or size < 1:
-        raise ConfigError(f"manifest has model.vocab_size {size!r}, expected a positive integer")
-    return size
-
-
-def scoring_of(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The sources of tail, entropy and rollout log-probs; `computed` unless the manifest says more.
-
-    `computed`: by a model, from all of its logits. `derived`: from the list; the tail is 1 minus
-    the listed mass, the entropy that of list and tail, a lower bound. `absent`: NaN in the shards.
-    `renormalized`: the lists were renormalised before they were imported, and the tail is lost.
-
-    Raises:
-        ConfigError: an unknown value.
-    """
-    said = manifest.get("scoring") or {}
-    found = {name: said.get(name, "computed") for name in SCORING}
-    for name, word in found.items():
-        if word not in SCORING[name]:
-            raise ConfigError(
-                f"manifest has scoring.{name} {word!r}, expected one of {', '.join(SCORING[name])}"
-            )
-    return found
 
 
 def write_shard(
@@ -133,10 +83,13 @@ def read_receipt(folder: Path, shard: int, *, kind: str, recipe: str, sequences:
     if not file.exists():
         what = "receipt" if path.exists() else "shard and its receipt"
         raise ShardError(f"{file}: the {what} is missing; run the stage again to write it")
+    data = file.read_bytes()
     try:
-        receipt = json.loads(file.read_bytes())
+        receipt = json.loads(data)
     except ValueError as error:
         raise ShardError(f"{file}: not JSON ({error}); run the stage again to redo it") from error
+    if not data.endswith(b"\n"):
+        raise ShardError(f"{file}: its last byte is missing: torn; run the stage again to redo it")
     expected = {
         "schema": RECEIPT_SCHEMA,
         "kind": kind,
@@ -153,9 +106,7 @@ def read_receipt(folder: Path, shard: int, *, kind: str, recipe: str, sequences:
             )
     absent = sorted({*COUNTS, *(SCORE_COUNTS if kind == "cache" else ())} - receipt.keys())
     if absent:
-        raise ShardError(
-            f"{file}: '{absent[0]}' is missing: altered; run the stage again to redo it"
-        )
+        raise altered(file, f"'{absent[0]}' is missing")
     if not path.exists():
         raise ShardError(f"{path}: the shard is missing; run the stage again to write it")
     size = path.stat().st_size
@@ -176,10 +127,8 @@ def check_hash(folder: Path, receipt: Mapping[str, Any]) -> None:
     path = shard_path(folder, receipt["shard"])
     found = sha256_file(path)
     if found != receipt["sha256"]:
-        raise ShardError(
-            f"{path}: sha256 {found[:12]}, the receipt says {str(receipt['sha256'])[:12]}: "
-            "altered; run the stage again to redo it"
-        )
+        expected = str(receipt["sha256"])[:12]
+        raise altered(path, f"sha256 {found[:12]}, the receipt says {expected}")
 
 
 def open_shard(folder: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -221,15 +170,4 @@ def check_offsets(path: Path, name: str, offsets: np.ndarray, count: int, total:
     """
     good = offsets.shape == (count + 1,) and offsets[0] == 0 and offsets[-1] == total
     if not (good and (np.diff(offsets) >= 0).all()):
-        raise ShardError(
-            f"{path}: {name} do not divide {total} entries among {count}: altered; run the "
-            "stage again to redo it"
-        )
-
-
-def require_kind(manifest: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
-    """The manifest's kind, which must be one of `kinds`."""
-    kind = manifest.get("kind")
-    if kind not in kinds:
-        raise DataError(f"manifest has kind {kind!r}, expected one of {', '.join(kinds)}")
-    return str(kind)
+        raise altered(path, f"{name} do not divide {total} entries among {count}")

@@ -7,17 +7,16 @@ the longest lists that the settings allow, and the scores of a few sequences.
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
 from lopd.errors import ConfigError
-from lopd.store import Rollout, RolloutStore, TeacherScores, scoring_of
-from lopd.store.shards import plan_of
+from lopd.provenance import CacheManifest
+from lopd.store import Rollout, RolloutStore, TeacherScores
 from lopd.store.writer import encode_records
 
 PROBE_SEQUENCES = 8
@@ -60,7 +59,7 @@ class Probe:
 
 def work_left(rollouts: RolloutStore, missing: Sequence[int]) -> Work:
     """The work that the missing shards hold."""
-    totals, sizes = rollouts.summary(), plan_of(rollouts.manifest)
+    totals, sizes = rollouts.summary(), rollouts.manifest.shards
     sequences = sum(sizes[shard] for shard in missing)
     share = sequences / totals["sequences"]
     return Work(
@@ -74,10 +73,10 @@ def sample(rollouts: RolloutStore, count: int = PROBE_SEQUENCES) -> list[Rollout
     return [rollouts[int(i)] for i in positions]
 
 
-def size_bounds(manifest: Mapping[str, Any], sequences: Sequence[Rollout]) -> tuple[Size, Size]:
+def size_bounds(manifest: CacheManifest, sequences: Sequence[Rollout]) -> tuple[Size, Size]:
     """Sizes with the shortest and with the longest lists that k and top_p allow."""
-    k, top_p, rows = manifest["k"], manifest["top_p"], manifest["model"]["vocab_size"]
-    has_entropy = scoring_of(manifest)["entropy"] != "absent"
+    k, top_p, rows = manifest.k, manifest.top_p, manifest.vocab_size
+    has_entropy = manifest.scoring.entropy != "absent"
     first = [(1 + top_p) / 2 if top_p < 1 else 1 / (k + 1), 0.9 * min(top_p, 1.0) / k]
     shortest, longest = (
         measure_size(
@@ -88,9 +87,7 @@ def size_bounds(manifest: Mapping[str, Any], sequences: Sequence[Rollout]) -> tu
     return shortest, longest
 
 
-def measure_size(
-    manifest: Mapping[str, Any], records: Sequence[tuple[Rollout, TeacherScores]]
-) -> Size:
+def measure_size(manifest: CacheManifest, records: Sequence[tuple[Rollout, TeacherScores]]) -> Size:
     """Encode the records as one shard of such a cache."""
     arrays, _ = encode_records(manifest, records)
     data = sum(values.nbytes for values in arrays.values())
@@ -99,7 +96,7 @@ def measure_size(
 
 
 def measure(
-    manifest: Mapping[str, Any],
+    manifest: CacheManifest,
     sequences: Sequence[Rollout],
     score: Callable[[Sequence[Rollout]], Sequence[TeacherScores]],
 ) -> Probe:

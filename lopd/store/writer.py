@@ -6,28 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from lopd.errors import ConfigError, DataError, LopdError, ShardError
+from lopd.errors import ConfigError, DataError, ShardError
 from lopd.provenance import (
     VOCAB_NAME,
+    CacheManifest,
+    Manifest,
     manifest_digest,
     read_manifest,
     write_manifest,
 )
 from lopd.provenance.io import remove_temporaries
 from lopd.store.arrays import index_digest, rollout_arrays, rollout_counts, score_arrays
-from lopd.store.codec import CODECS, check_storable
-from lopd.store.folders import holds, require_ours, require_same_recipe
+from lopd.store.codec import CODECS, Codec, check_storable
+from lopd.store.folders import examine_shard_folder, writing_to
 from lopd.store.lists import to_columns
 from lopd.store.locks import FolderLock, ShardLock, remove_shard_locks, start_lock
-from lopd.store.shards import (
-    check_hash,
-    head_rows,
-    plan_of,
-    read_receipt,
-    require_kind,
-    scoring_of,
-    write_shard,
-)
+from lopd.store.shards import check_hash, read_receipt, write_shard
 from lopd.store.types import Rollout, TeacherScores, name_of
 from lopd.store.validate import check_rollout, check_scores
 from lopd.store.workers import Worker
@@ -42,16 +36,13 @@ class _ShardWriter:
 
     kinds: tuple[str, ...] = ()
 
-    def __init__(
-        self, path: Path, manifest: Mapping[str, Any], lock: FolderLock, worker: Worker
-    ) -> None:
+    def __init__(self, path: Path, manifest: Manifest, lock: FolderLock, worker: Worker) -> None:
         self.path = path
         self.manifest = manifest
-        self._kind = require_kind(manifest, self.kinds)
-        self._plan = plan_of(manifest)
+        self._plan = manifest.shards
         self._recipe = manifest_digest(manifest)
-        self._vocab_size = head_rows(manifest)
-        self._has_logprobs = scoring_of(manifest)["rollout_logprobs"] != "absent"
+        self._vocab_size = manifest.vocab_size
+        self._has_logprobs = manifest.scoring.rollout_logprobs != "absent"
         self._lock = lock
         self._worker = worker
         self._claimed: int | None = None
@@ -65,50 +56,44 @@ class _ShardWriter:
         }
 
     @classmethod
-    def _open(cls, path: str | Path, manifest: Mapping[str, Any], worker: Worker) -> Any:
-        folder = Path(path)
-        require_kind(manifest, cls.kinds)
-        plan_of(manifest)
-        head_rows(manifest)
-        scoring_of(manifest)
-        action = "made a folder"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            action = "used"
-            require_ours(folder, manifest)
-            return cls._start(folder, manifest, worker)
-        except LopdError:
-            raise
-        except OSError as error:
-            raise ShardError(
-                f"{folder}: cannot be {action} ({error.strerror or error}); name another folder"
-            ) from error
-
-    @classmethod
-    def _start(cls, folder: Path, manifest: Mapping[str, Any], worker: Worker) -> Any:
-        with start_lock(folder):
-            lock = FolderLock(folder, shared=not worker.alone)
+    def _open(cls, path: str | Path, manifest: Manifest, worker: Worker) -> Any:
+        cls._check(manifest)
+        folder = examine_shard_folder(path, manifest).path
+        with writing_to(folder):
+            with start_lock(folder):
+                lock = FolderLock(folder, shared=not worker.alone)
+                try:
+                    manifest = cls._start(folder, manifest, lock)
+                    lock.share()
+                except BaseException:
+                    lock.release()
+                    raise
             try:
-                if lock.is_exclusive:
-                    remove_temporaries(folder)
-                    remove_shard_locks(folder)
-                require_ours(folder, manifest)  # again: another writer may have started since
-                if holds(folder, manifest):
-                    manifest = read_manifest(folder)
-                elif lock.is_exclusive:
-                    (folder / VOCAB_NAME).unlink(missing_ok=True)  # of a recipe that is replaced
-                    write_manifest(folder, manifest)
-                else:
-                    require_same_recipe(folder, manifest)
-                lock.share()
+                return cls(folder, manifest, lock, worker)
             except BaseException:
                 lock.release()
                 raise
-        try:
-            return cls(folder, manifest, lock, worker)
-        except BaseException:
-            lock.release()
-            raise
+
+    @classmethod
+    def _check(cls, manifest: Manifest) -> None:
+        if manifest.kind not in cls.kinds:
+            raise DataError(
+                f"manifest has kind {manifest.kind!r}, expected one of {', '.join(cls.kinds)}"
+            )
+
+    @staticmethod
+    def _start(folder: Path, manifest: Manifest, lock: FolderLock) -> Manifest:
+        """Write the manifest, or return the one on disk if it has the same recipe."""
+        if lock.is_exclusive:
+            remove_temporaries(folder)
+            remove_shard_locks(folder)
+        # Examined again under the lock: another writer may have started since.
+        found = examine_shard_folder(folder, manifest, in_use=not lock.is_exclusive)
+        if found.state == "unfinished":
+            return read_manifest(folder)
+        (folder / VOCAB_NAME).unlink(missing_ok=True)  # of a recipe that is replaced
+        write_manifest(folder, manifest)
+        return manifest
 
     def missing(self) -> list[int]:
         """Shards, in order, whose receipt is absent or does not match the data."""
@@ -187,7 +172,7 @@ class _ShardWriter:
             receipt = read_receipt(
                 self.path,
                 shard,
-                kind=self._kind,
+                kind=self.manifest.kind,
                 recipe=self._recipe,
                 sequences=self._plan[shard],
             )
@@ -222,7 +207,9 @@ class _ShardWriter:
                 f"{self.path}: shard {shard} is not claimed; a worker writes what claims() yields"
             )
         counts = {**counts, "index_sha256": index_digest(arrays)}
-        write_shard(self.path, shard, arrays, kind=self._kind, recipe=self._recipe, counts=counts)
+        write_shard(
+            self.path, shard, arrays, kind=self.manifest.kind, recipe=self._recipe, counts=counts
+        )
         self._altered.discard(shard)
 
 
@@ -233,14 +220,13 @@ class RolloutWriter(_ShardWriter):
 
     @classmethod
     def create(
-        cls, path: str | Path, manifest: Mapping[str, Any], *, worker: Worker | None = None
+        cls, path: str | Path, manifest: Manifest, *, worker: Worker | None = None
     ) -> "RolloutWriter":
         """Start the folder, or resume it if it holds the same recipe.
 
-        A recipe without a written shard is replaced. The manifest needs `plan.shards` and
-        `model.vocab_size`. When resuming, the manifest on disk stays and finished shards are
-        hashed, so that a torn one counts as missing. One `worker` of several shares the folder
-        with the others and hashes the shards assigned to it.
+        A recipe without a written shard is replaced. When resuming, the manifest on disk stays
+        and finished shards are hashed, so that a torn one counts as missing. One `worker` of
+        several shares the folder with the others and hashes the shards assigned to it.
 
         Raises:
             ConfigError: the folder holds another recipe; the message names what differs.
@@ -266,24 +252,24 @@ class CacheWriter(_ShardWriter):
     """Writes a `cache` folder: rollouts with the teacher's scores."""
 
     kinds = ("cache",)
-
-    def __init__(
-        self, path: Path, manifest: Mapping[str, Any], lock: FolderLock, worker: Worker
-    ) -> None:
-        super().__init__(path, manifest, lock, worker)
-        _cache_settings(manifest)
+    manifest: CacheManifest
 
     @classmethod
     def create(
-        cls, path: str | Path, manifest: Mapping[str, Any], *, worker: Worker | None = None
+        cls, path: str | Path, manifest: CacheManifest, *, worker: Worker | None = None
     ) -> "CacheWriter":
-        """As `RolloutWriter.create`; the manifest also needs `k`, `top_p` and `codec`.
+        """As `RolloutWriter.create`; `k`, `top_p` and `codec` must be in range too.
 
-        Columns that its `scoring` declares absent must be NaN (`shards.scoring_of`). `model` is
-        the teacher: its `vocab_size` bounds the ids and sets their bits in `packed` and `compact`.
+        Columns that the manifest's `scoring` declares absent must be NaN. `model` is the
+        teacher: its `vocab_size` bounds the ids and sets their bits in `packed` and `compact`.
         """
-        _cache_settings(manifest)
         return cls._open(path, manifest, worker or Worker())
+
+    @classmethod
+    def _check(cls, manifest: Manifest) -> None:
+        super()._check(manifest)
+        assert isinstance(manifest, CacheManifest)
+        _check_settings(manifest)
 
     def write(self, shard: int, records: Sequence[tuple[Rollout, TeacherScores]]) -> None:
         """Cut the lists at `top_p`, encode and write one shard.
@@ -298,21 +284,20 @@ class CacheWriter(_ShardWriter):
 
 
 def encode_records(
-    manifest: Mapping[str, Any], records: Sequence[tuple[Rollout, TeacherScores]]
+    manifest: CacheManifest, records: Sequence[tuple[Rollout, TeacherScores]]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays and counts of a cache shard that holds these records.
 
     Raises:
         DataError: names the sequence, the response token and the fault.
     """
-    k, top_p, codec = _cache_settings(manifest)
-    rows = head_rows(manifest)
+    codec, rows = _check_settings(manifest), manifest.vocab_size
     rollouts = [rollout for rollout, _ in records]
-    has_entropy = scoring_of(manifest)["entropy"] != "absent"
+    has_entropy = manifest.scoring.entropy != "absent"
     columns = []
     for rollout, scores in records:
-        check_scores(rollout, scores, rows, k, has_entropy=has_entropy)
-        columns.append(to_columns(scores, top_p))
+        check_scores(rollout, scores, rows, manifest.k, has_entropy=has_entropy)
+        columns.append(to_columns(scores, manifest.top_p))
         logprobs = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
         check_storable(name_of(rollout), codec, columns[-1], *logprobs)
     arrays = rollout_arrays(rollouts, codec, rows)
@@ -320,13 +305,13 @@ def encode_records(
     return arrays | more, rollout_counts(rollouts) | counts
 
 
-def _cache_settings(manifest: Mapping[str, Any]) -> tuple[int, float, Any]:
-    k, top_p, codec = (manifest.get(key) for key in ("k", "top_p", "codec"))
-    rows = head_rows(manifest)
-    if not isinstance(k, int) or not 0 <= k <= rows:
-        raise ConfigError(f"k is {k!r}, expected an integer in [0, {rows}], the vocabulary")
-    if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p!r}, expected a number in (0, 1]")
-    if codec not in CODECS:
-        raise ConfigError(f"codec is {codec!r}, expected one of {', '.join(CODECS)}")
-    return k, float(top_p), codec
+def _check_settings(manifest: CacheManifest) -> Codec:
+    """The codec of a cache whose settings are in range."""
+    k, top_p, rows = manifest.k, manifest.top_p, manifest.vocab_size
+    if not 0 <= k <= rows:
+        raise ConfigError(f"k is {k}, expected an integer in [0, {rows}], the vocabulary")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}, expected a number in (0, 1]")
+    if manifest.codec not in CODECS:
+        raise ConfigError(f"codec is {manifest.codec!r}, expected one of {', '.join(CODECS)}")
+    return manifest.codec

@@ -20,8 +20,14 @@ from lopd.engines.base import Sampling, score_rollouts, sequence_seed, to_rollou
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.models.load import check_model_folder, context_of
-from lopd.provenance import build_manifest, describe_model, vocab_size_of
+from lopd.provenance import (
+    CacheManifest,
+    build_manifest,
+    describe_model,
+    vocab_size_of,
+)
 from lopd.provenance.gate import check_same_tokens
+from lopd.provenance.manifest import short
 from lopd.store import CacheWriter, Rollout, TeacherCache, TeacherScores
 from lopd.store.workers import this_worker
 from lopd.training.batch import sequence_of
@@ -44,16 +50,26 @@ class Refresh:
 
     @property
     def sampling(self) -> Sampling:
-        said = self.cache.manifest["inputs"]["rollouts"]["sampling"]
-        return Sampling(said["max_new_tokens"], said["temperature"], said["top_p"])
+        """How the cache's rollouts were sampled; ConfigError if an imported cache does not say."""
+        names = ("max_new_tokens", "temperature", "top_p")
+        recorded = self.cache.manifest.rollouts.sampling
+        values: list[Any] = [getattr(recorded, name, None) for name in names]
+        if None in values:
+            raise ConfigError(
+                f"refresh_every: {self.cache.path} does not record the "
+                f"{names[values.index(None)]} of its rollouts; roll out and score again, or leave "
+                "--refresh_every out"
+            )
+        return Sampling(*values)
 
     @property
     def extra_ids(self) -> int:
-        said = (self.cache.manifest.get("scoring") or {}).get("support") or {}
-        return said.get("extra_ids", 0)
+        """How many of the student's top ids every list of the cache gained."""
+        support = self.cache.manifest.scoring.support
+        return 0 if support is None else support.extra_ids
 
 
-def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dict[str, Any]:
+def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> None:
     """Check from files only that rollouts can be refreshed in the way the cache was made.
 
     Args:
@@ -61,41 +77,36 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dic
         student: the student's model folder.
         max_tokens: tokens per pack; None for padded micro-batches.
 
-    Returns:
-        The description of the teacher.
-
     Raises:
         ProvenanceError: the teacher is not the one that scored the cache.
         ConfigError: there are several processes, the cache was scored by another engine or its
             sampling is unknown, or packs are too small for the longest answer.
         DataError: a prompt leaves no room for the longest answer in a model's context.
     """
-    cache, scorer = refresh.cache, refresh.cache.manifest["model"]
+    cache, scorer = refresh.cache, refresh.cache.manifest.model
     if not (worker := this_worker(None)).alone:
         raise ConfigError(
             f"refresh_every: found {worker.count} processes; expected one: start without torchrun, "
             "or omit --refresh_every"
         )
-    if scorer["engine"] != TransformersEngine.name:
+    if scorer.engine != TransformersEngine.name:
         raise ConfigError(
-            f"refresh_every: {cache.path} was scored by engine {scorer['engine']}; expected "
-            f"{TransformersEngine.name}, which can score during training: score again with it"
+            f"refresh_every: {cache.path} was scored by engine {scorer.engine or 'unknown'}; "
+            f"expected {TransformersEngine.name}, which can score during training: score again "
+            "with it"
         )
-    said = cache.manifest["inputs"]["rollouts"].get("sampling") or {}
-    if absent := {"max_new_tokens", "temperature", "top_p"} - said.keys():
-        raise ConfigError(
-            f"refresh_every: {cache.path} does not record the {min(absent)} of its rollouts; roll "
-            "out and score again, or omit --refresh_every"
-        )
+    longest = refresh.sampling.max_new_tokens
     check_model_folder(refresh.teacher)
-    teacher = describe_model(refresh.teacher, dtype=scorer["dtype"], engine=TransformersEngine.name)
+    dtype = str(scorer.dtype)
+    teacher = describe_model(refresh.teacher, dtype=dtype, engine=TransformersEngine.name)
     for what in ("weights", "config", "tokenizer"):
-        if teacher[what] != scorer[what]:
+        found, expected = getattr(teacher, what), getattr(scorer, what)
+        if found != expected:
             raise ProvenanceError(
-                f"teacher: {refresh.teacher} has {what} {teacher[what][:12]}, {cache.path} was "
-                f"scored with {scorer[what][:12]}; use that teacher, or score with this one"
+                f"teacher: {refresh.teacher} has {what} {short(found)}, {cache.path} was "
+                f"scored with {short(expected)}; use that teacher, or score with this one"
             )
-    prompts, longest = [_prompt(rollout) for rollout in cache.rollouts()], said["max_new_tokens"]
+    prompts = [_prompt(rollout) for rollout in cache.rollouts()]
     for model in (student, refresh.teacher):
         check_prompts(
             prompts,
@@ -110,7 +121,6 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> dic
             f"max_tokens_per_batch: found {max_tokens}, but a refreshed sequence may have {needed} "
             f"tokens (max_new_tokens {longest}); expected at least that many"
         )
-    return teacher
 
 
 def _prompt(rollout: Any) -> Prompt:
@@ -142,7 +152,7 @@ class RefreshTrainer(LopdTrainer):
         self.student = TransformersEngine(self.model, tokenizer, batch_size=refresh.batch_size)
         self.teacher = TransformersEngine.load(
             refresh.teacher,
-            dtype=refresh.cache.manifest["model"]["dtype"],
+            dtype=str(refresh.cache.manifest.model.dtype),
             device=str(self.args.device),
         )
         self.described = {"base": refresh.base, "dtype": dtype, "seed": self.args.seed}
@@ -197,8 +207,8 @@ class RefreshTrainer(LopdTrainer):
         scores = score_rollouts(
             self.teacher,
             rollouts,
-            manifest["k"],
-            temperature=manifest["temperature"],
+            manifest.k,
+            temperature=manifest.temperature,
             student=self.student,
             extra_ids=self.refresh.extra_ids,
         )
@@ -273,25 +283,27 @@ class WindowDataset(StepDataset):
             if folder.name not in needed:
                 shutil.rmtree(folder)
 
-    def _manifest(self, first: int, sequences: int) -> dict[str, Any]:
+    def _manifest(self, first: int, sequences: int) -> CacheManifest:
         """The manifest of the run's cache with another sampler and number of sequences."""
         refresh, source = self.trainer.refresh, self.trainer.refresh.cache.manifest
-        rollouts, keys = source["inputs"]["rollouts"], ("k", "top_p", "codec", "temperature")
         maker = {"weights": f"{refresh.base} after {first} steps", **self.trainer.described}
         return build_manifest(
             "cache",
             stage="refresh",
             config={},
-            model=source["model"],
+            model=source.model,
             inputs={
                 "rollouts": {
                     "digest": refresh.cache.digest(),  # of the cache whose prompts these are
                     "model": maker,
-                    "sampling": rollouts["sampling"],
-                    "lineage": rollouts.get("lineage"),
+                    "sampling": source.rollouts.sampling,
+                    "lineage": source.rollouts.lineage,
                 }
             },
             plan={"shards": [sequences]},
-            **{key: source[key] for key in keys},
-            scoring=source.get("scoring") or {},
+            k=source.k,
+            top_p=source.top_p,
+            codec=source.codec,
+            temperature=source.temperature,
+            scoring=source.scoring,
         )

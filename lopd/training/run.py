@@ -9,17 +9,18 @@ With torchrun each process trains on its part of every step; only the first one 
 """
 
 import json
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lopd.errors import ConfigError, DataError, LopdError, ShardError
+from lopd.errors import ConfigError, DataError
 from lopd.models.load import resolve_device
 from lopd.models.lora import merged
-from lopd.provenance import MANIFEST_NAME
-from lopd.provenance.identity import training_recipe_of
-from lopd.provenance.io import TEMP_SUFFIX, pretty_json, write_atomic
-from lopd.store.locks import LOCK_NAME, FolderLock
+from lopd.provenance import MANIFEST_NAME, ModelIdentity, difference, settings_identity
+from lopd.provenance.io import pretty_json, write_atomic
+from lopd.store.folders import examine_folder, writing_to
+from lopd.store.locks import FolderLock
 from lopd.store.workers import Worker, this_worker
 from lopd.training.batch import Source
 from lopd.training.checkpoints import last_checkpoint, put_torn_aside, saving
@@ -30,13 +31,13 @@ RECIPE_NAME = "recipe.json"
 ADAPTER_NAME = "adapter"  # a LoRA run's adapters, next to the merged model
 
 
-def begin(config: Any, *, base: dict[str, Any], **inputs: str) -> Path | None:
+def begin(config: Any, *, base: ModelIdentity, **inputs: str | None) -> Path | None:
     """Claim `config.out` for this recipe.
 
     Args:
         config: settings of the stage.
-        base: description of the model that training starts from.
-        inputs: digests of the run's other inputs.
+        base: the model that training starts from.
+        inputs: content digests of the run's other inputs.
 
     Returns:
         The checkpoint to continue from; None to start from the beginning.
@@ -44,7 +45,7 @@ def begin(config: Any, *, base: dict[str, Any], **inputs: str) -> Path | None:
     Raises:
         ConfigError: the folder contains a finished run, a checkpoint of another recipe or
             something else, or is a file.
-        DataError: `recipe.json` is torn.
+        DataError: `recipe.json` is damaged.
         ShardError: another process trains there, or the folder cannot be written.
     """
     worker = this_worker(None)
@@ -67,45 +68,27 @@ def is_first() -> bool:
 
 
 def _claim(
-    config: Any, base: dict[str, Any], inputs: dict[str, str], worker: Worker
+    config: Any, base: ModelIdentity, inputs: Mapping[str, str | None], worker: Worker
 ) -> Path | None:
     out = Path(config.out)
-    settings = training_recipe_of(config)
-    identity = {key: base[key] for key in ("weights", "config", "tokenizer")}
+    start = {"weights": base.weights, "config": base.config, "tokenizer": base.tokenizer}
     processes = {} if worker.alone else {"processes": worker.count}
-    recipe = json.loads(json.dumps({**settings, **inputs, **processes, "base": identity}))
-    file = out / RECIPE_NAME
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file; choose another --out, a folder")
+    recipe = {**settings_identity(config), **inputs, **processes, "base": start}
+    recipe = json.loads(json.dumps(recipe))  # as it will be read back
     checkpoint = last_checkpoint(out)
-    if (out / MANIFEST_NAME).exists():
-        raise ConfigError(f"{out}: holds a finished run; choose another --out, or remove it")
-    if file.exists():
-        found = _read_recipe(file)
-        changed = sorted(k for k in found.keys() | recipe.keys() if found.get(k) != recipe.get(k))
-        if changed and checkpoint is not None:
-            key = changed[0]
-            raise ConfigError(
-                f"{out}: holds {checkpoint.name} of another recipe ({key} was {found.get(key)!r}, "
-                f"is {recipe.get(key)!r}); choose another --out, or remove the folder"
-            )
-    elif out.is_dir() and any(
-        item.suffix != TEMP_SUFFIX and item.name != LOCK_NAME for item in out.iterdir()
-    ):
-        raise ConfigError(f"{out}: is not empty and holds no {RECIPE_NAME}; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    examine_folder(
+        out,
+        final=MANIFEST_NAME,
+        record=RECIPE_NAME,
+        differs=lambda: difference(_read_recipe(out / RECIPE_NAME), recipe),
+        has_results=lambda: checkpoint is not None,
+    ).require_writable()
+    with writing_to(out):
         lock = FolderLock(out)
         try:
-            write_atomic(file, pretty_json(recipe))
+            write_atomic(out / RECIPE_NAME, pretty_json(recipe))
         finally:
             lock.release()
-    except LopdError:
-        raise
-    except OSError as error:
-        raise ShardError(
-            f"{out}: cannot be made or written ({error.strerror or error}); choose another --out"
-        ) from error
     return checkpoint
 
 

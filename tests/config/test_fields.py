@@ -19,7 +19,7 @@ from lopd.config.fields import (
     setting_of,
 )
 from lopd.errors import ConfigError
-from lopd.provenance.identity import training_recipe_of
+from lopd.provenance.identity import settings_identity
 from lopd.stages.distill import DistillConfig
 from lopd.stages.evaluate import EvalConfig
 from lopd.stages.sft import SftConfig
@@ -216,11 +216,11 @@ DISTILL_RECIPE = TRAINING | {
 def test_recipes_of_training_runs_are_stable(config, changes, recipe):
     """Folders hold these recipes, so another one would refuse to continue their runs."""
     built = build(config, **changes)
-    assert json.dumps(training_recipe_of(built), sort_keys=True) == json.dumps(
+    assert json.dumps(settings_identity(built), sort_keys=True) == json.dumps(
         recipe, sort_keys=True
     )
     stored = json.loads(json.dumps(vars(built))) | {"of_another_version": 1}
-    assert training_recipe_of(built, stored) == recipe | {"of_another_version": 1}
+    assert settings_identity(built, stored) == recipe | {"of_another_version": 1}
 
 
 def test_identity_of_evaluations_is_stable():

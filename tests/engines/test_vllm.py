@@ -180,9 +180,9 @@ def test_the_stages_write_what_the_transformers_engine_reads_back(
     argv = ["score", "--teacher", str(folder), "--rollouts", str(rollouts), "--out", str(cache)]
     assert main([*argv, "--k", "8", "--top_p", "1", *engine]) == 0
     store, scored = RolloutStore.open(rollouts), TeacherCache.open(cache, support="list")
-    assert store.manifest["model"]["engine"] == scored.manifest["model"]["engine"] == "vllm"
-    assert scored.manifest["scoring"]["tail"] == "derived"
-    assert scored.manifest["scoring"]["entropy"] == "absent"
+    assert store.manifest.model.engine == scored.manifest.model.engine == "vllm"
+    assert scored.manifest.scoring.tail == "derived"
+    assert scored.manifest.scoring.entropy == "absent"
     assert scored.summary()["mean_entropy"] is None
     items = [scored[i] for i in range(len(scored))]
     rollout = [item.rollout for item in items]

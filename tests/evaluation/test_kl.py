@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers_stages import make_rollouts, one_line, score_argv
 
 from lopd.cli import main
 from lopd.engines.transformers import TransformersEngine
-from lopd.errors import ConfigError, DataError
+from lopd.errors import DataError
 from lopd.evaluation.kl import cache_kl, open_cache
 from lopd.store import TeacherCache
 
@@ -66,17 +67,32 @@ def test_the_teacher_has_no_kl_to_its_own_cache(cache_folder, teacher_folder):
     assert abs(result["nats_per_token"]) < 1e-5
 
 
-def test_a_cache_without_its_tail_is_refused(cache_folder, student_folder, monkeypatch):
-    student, opened = load(student_folder), TeacherCache.open
+def test_a_cache_imported_from_renormalised_lists_is_refused(
+    cache_folder, teacher_folder, student_folder, prompt_file, tmp_path, capsys
+):
+    """Its tails were lost before the import: a KL over list and tail would be a wrong number."""
+    source, cache = tmp_path / "dump.jsonl", tmp_path / "imported"
+    source.write_text("".join(map(renormalised_record, TeacherCache.open(cache_folder))))
+    argv = ["import", "--source", source, "--format", "topk", "--teacher", teacher_folder]
+    argv += ["--student", student_folder, "--out", cache, "--allow_renormalized"]
+    assert main(list(map(str, argv))) == 0
+    assert main(eval_argv(student_folder, cache, prompt_file, tmp_path / "out")) == 2
+    assert "mass outside them is lost" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
 
-    def renormalized(*args, **kwargs):
-        cache = opened(*args, **kwargs)
-        cache.manifest = {**cache.manifest, "tail": "renormalized"}
-        return cache
 
-    monkeypatch.setattr(TeacherCache, "open", renormalized)
-    with pytest.raises(ConfigError, match="mass outside them is lost"):
-        open_cache(cache_folder, student_folder, student)
+def renormalised_record(item):
+    """A line of a dump that lists the stored ids with their mass scaled to 1."""
+    rows = []
+    for ids, logprobs in zip(item.topk_ids, item.topk_logprobs.astype(float), strict=True):
+        listed = ids >= 0
+        scaled = logprobs[listed] - np.logaddexp.reduce(logprobs[listed])
+        pairs = zip(ids[listed].tolist(), scaled.tolist(), strict=True)
+        rows.append([[token, min(logprob, 0.0)] for token, logprob in pairs])
+    length = item.rollout.prompt_length
+    tokens = item.rollout.tokens.tolist()
+    record = {"prompt_token_ids": tokens[:length], "response_token_ids": tokens[length:]}
+    return json.dumps({**record, "logprobs": rows}) + "\n"
 
 
 def test_sequences_longer_than_the_model_are_refused(cache_folder, student_folder):

@@ -263,7 +263,7 @@ def test_chat_templates_are_found_in_either_place(tmp_path):
 def test_descriptions_have_what_manifests_need(tmp_path):
     folder = make_model(tmp_path / "m", rows=10)
     found = describe_model(folder, dtype="float32", engine="hf")
-    assert found == {
+    assert found.raw == {
         "path": str(folder),
         "weights": fingerprint_weights(folder),
         "config": config_digest(folder),

@@ -11,6 +11,7 @@ from helpers_provenance import VOCAB, make_model, weights_of_model, write_weight
 
 from lopd.errors import ConfigError, DataError, ProvenanceError
 from lopd.provenance import (
+    CacheManifest,
     build_manifest,
     check_distill,
     declare,
@@ -19,7 +20,9 @@ from lopd.provenance import (
     fingerprint_weights,
     lineage_of,
     save_vocab,
+    write_manifest,
 )
+from lopd.provenance.manifest import Override
 
 EVERY = frozenset(
     {"teacher-mismatch", "student-mismatch", "tokenizer-mismatch", "incomplete-cache"}
@@ -37,7 +40,7 @@ class World:
         self.cache.mkdir()
         declare(self.student, teacher=self.teacher)
 
-    def manifest(self, teacher: Path | None = None, student: Path | None = None) -> dict:
+    def manifest(self, teacher: Path | None = None, student: Path | None = None) -> CacheManifest:
         teacher, student = teacher or self.teacher, student or self.student
         save_vocab(teacher, self.cache)
         return build_manifest(
@@ -53,9 +56,14 @@ class World:
                     "sampling": {},
                 }
             },
+            plan={"shards": [1]},
+            k=4,
+            top_p=1.0,
+            codec="exact",
+            temperature=1.0,
         )
 
-    def check(self, manifest: dict | None = None, **options) -> list[dict]:
+    def check(self, manifest: CacheManifest | None = None, **options) -> list[Override]:
         options = {"cache_path": self.cache, "used_ids": np.arange(8), **options}
         return check_distill(self.student, manifest or self.manifest(), **options)
 
@@ -74,7 +82,7 @@ def refused(world, name, message, manifest=None, **options):
     assert "\n" not in text and f"or pass --allow-{name}" in text
     assert "found" in text and "expected" in text
     (override,) = world.check(manifest, allow={name}, **options)
-    assert override["name"] == name and override["found"] and override["expected"]
+    assert override.name == name and override.found and override.expected
     return text
 
 
@@ -106,7 +114,7 @@ def test_a_stale_manifest_beside_the_student_is_refused(world):
     write_weights(world.student, weights_of_model(seed=9))
     with pytest.raises(ProvenanceError, match="describes weights .*'lopd declare'"):
         world.check(manifest, allow={"student-mismatch"})
-    names = [o["name"] for o in world.check(manifest, allow=EVERY)]
+    names = [o.name for o in world.check(manifest, allow=EVERY)]
     assert names == ["teacher-mismatch", "student-mismatch"]
 
 
@@ -184,13 +192,13 @@ def test_every_override_that_was_needed_is_recorded_in_order(world):
     other = make_model(world.root / "other", seed=3, added=["<think>"])
     manifest = world.manifest(other, student=other)
     found = world.check(manifest, allow=EVERY, missing_shards=[0], used_ids=np.array([8]))
-    assert [item["name"] for item in found] == [
+    assert [item.name for item in found] == [
         "incomplete-cache",
         "teacher-mismatch",
         "student-mismatch",
         "tokenizer-mismatch",
     ]
-    assert all(set(item) == {"name", "found", "expected"} for item in found)
+    assert all(item.found and item.expected for item in found)
 
 
 def test_unknown_overrides_are_refused(world):
@@ -199,14 +207,14 @@ def test_unknown_overrides_are_refused(world):
 
 
 def test_the_gate_builds_no_model(world):
-    manifest = world.manifest()
+    write_manifest(world.cache, world.manifest())
     code = (
-        "import json, sys; from lopd.provenance import check_distill; "
-        "check_distill(sys.argv[1], json.loads(sys.argv[2])); "
+        "import sys; from lopd.provenance import check_distill, read_manifest; "
+        "check_distill(sys.argv[1], read_manifest(sys.argv[2])); "
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, world.student, json.dumps(manifest)],
+        [sys.executable, "-c", code, world.student, world.cache],
         capture_output=True,
         text=True,
         check=True,

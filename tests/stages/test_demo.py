@@ -112,4 +112,4 @@ def test_stage_commands_run_on_what_it_keeps(demo, tmp_path):
 @pytest.mark.demo
 def test_a_finished_demo_is_not_overwritten(demo, capsys):
     assert main(["demo", "--out", str(demo)]) == 2
-    assert "a finished demo is there" in capsys.readouterr().err
+    assert "holds a finished run" in capsys.readouterr().err

@@ -272,7 +272,7 @@ def test_a_folder_that_holds_something_is_not_written_to(
     shutil.copytree(student_folder, tmp_path / "model")
     given = {"model": str(student_folder), "prompts": str(prompt_file), "num_samples": 1}
     main(settings(out=str(tmp_path / "finished"), **given))
-    with pytest.raises(ConfigError, match="out: found|another --out|file is not a folder"):
+    with pytest.raises(ConfigError, match="another --out|a new or empty folder"):
         main(settings(out=str(tmp_path / name) if name else "", **given))
     assert not (tmp_path / "model/manifest.json").exists()
 

@@ -153,7 +153,7 @@ def test_an_imported_cache_trains_and_says_what_it_does_not_know(
     source = write(tmp_path / "dump.jsonl", [topk_record(*item) for item in dumped])
     cache = tmp_path / "cache"
     assert run(source, "topk", student, teacher_folder, cache, "--shard_size", "2") == 0
-    manifest = read_manifest(cache)
+    manifest = read_manifest(cache).raw
     assert manifest["stage"] == "import" and manifest["declared"] is True
     assert manifest["model"]["declared"] and manifest["inputs"]["rollouts"]["model"]["declared"]
     assert manifest["scoring"] == {
@@ -189,7 +189,7 @@ def test_given_rollout_logprobs_and_own_logprobs_are_kept(
     source = write(tmp_path / "dump.jsonl", records)
     cache = tmp_path / "cache"
     assert run(source, "topk", student, teacher_folder, cache, "--codec", "compact") == 0
-    assert read_manifest(cache)["scoring"]["rollout_logprobs"] == "computed"
+    assert read_manifest(cache).scoring.rollout_logprobs == "computed"
     items = list(TeacherCache.open(cache))
     assert [(i.rollout.prompt_id, i.rollout.sample) for i in items] == [
         ("same", n) for n in (0, 1, 2)
@@ -257,7 +257,7 @@ def test_renormalised_lists_are_refused_and_admitted_for_renormalised_losses_alo
     assert run(source, "topk", student, teacher_folder, cache) == 2
     assert "--allow_renormalized" in capsys.readouterr().err and not cache.exists()
     assert run(source, "topk", student, teacher_folder, cache, "--allow_renormalized") == 0
-    assert read_manifest(cache)["scoring"]["tail"] == "renormalized"
+    assert read_manifest(cache).scoring.tail == "renormalized"
     only = ["--tail", "renormalize", "--support", "list"]
     policy_gradient = ["--objective", "policy_gradient"]
     for flags in ([], policy_gradient, ["--tail", "truncate", *only[2:]], only[:2], only[2:]):
@@ -334,7 +334,7 @@ def test_one_list_with_a_tail_is_enough_to_keep_the_others(
     records[-1]["logprobs"][-1] = topk_record(*dumped[-1])["logprobs"][-1]
     source = write(tmp_path / "dump.jsonl", records)
     assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
-    assert read_manifest(tmp_path / "cache")["scoring"]["tail"] == "derived"
+    assert read_manifest(tmp_path / "cache").scoring.tail == "derived"
 
 
 def test_names_that_identify_nothing_need_overrides(
@@ -343,11 +343,14 @@ def test_names_that_identify_nothing_need_overrides(
     source = write(tmp_path / "dump.jsonl", [topk_record(*item) for item in dumped])
     cache = tmp_path / "cache"
     assert run(source, "topk", student, "org/teacher-8B", cache) == 0
-    assert read_manifest(cache)["model"]["weights"] == "unidentified: org/teacher-8B"
+    assert read_manifest(cache).model.weights == "unidentified: org/teacher-8B"
     assert distill(student, cache, tmp_path / "out") == 2
     assert "teacher-mismatch" in capsys.readouterr().err
     flags = ["--allow_teacher_mismatch", "--allow_tokenizer_mismatch"]
     assert distill(student, cache, tmp_path / "out", *flags) == 0
+    refresh = ["--refresh_every", "1", "--teacher", str(teacher_folder)]
+    assert distill(student, cache, tmp_path / "live", *flags, *refresh) == 2
+    assert "was scored by engine unknown; expected transformers" in capsys.readouterr().err
     capsys.readouterr()
     assert run(source, "topk", "someone", "org/teacher-8B", tmp_path / "none") == 2
     assert "to read the vocabulary from" in capsys.readouterr().err

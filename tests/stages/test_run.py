@@ -158,19 +158,19 @@ def test_a_changed_setting_of_a_finished_stage_is_refused(finished_run, tmp_path
     changed = tmp_path / "changed.yaml"
     changed.write_text(yaml.safe_dump(values | {"stages": stages}))
     assert main(["run", str(changed)]) == 2
-    assert "finished with max_steps=2, the recipe now says 5" in capsys.readouterr().err
+    assert "holds another recipe (max_steps was 2, is 5)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("stage", "changes", "named"),
     [
-        ("sft", {"model": "teacher"}, "base"),
+        ("sft", {"model": "teacher"}, r"another recipe \(model was"),
         ("sft", {"data": "rollout"}, "holds 'rollouts', expected 'sft_data'"),
-        ("distill", {"student": "student"}, "base"),
-        ("eval", {"model": "sft"}, "model"),
-        ("eval", {"prompts": "prompts"}, "prompts"),
-        ("eval", {"teacher": "sft"}, "teacher"),
-        ("eval", {"cache": "score"}, "inputs cache"),
+        ("distill", {"student": "student"}, r"another recipe \(model was"),
+        ("eval", {"model": "sft"}, r"another recipe \(model was"),
+        ("eval", {"prompts": "prompts"}, r"another recipe \(prompts was"),
+        ("eval", {"teacher": "sft"}, r"another recipe \(teacher was"),
+        ("eval", {"cache": "score"}, r"another recipe \(cache was None, is"),
     ],
 )
 def test_a_finished_stage_whose_inputs_changed_is_refused(
@@ -207,7 +207,7 @@ def test_settings_that_do_not_change_the_product_may_change(finished_run, stage)
         assert recipe.finished(dataclasses.replace(config, log_every=7))
         cut = {"batch_size": 1, "gradient_accumulation_steps": config.batch_size}
         assert recipe.finished(dataclasses.replace(config, gradient_checkpointing=True, **cut))
-        with pytest.raises(ConfigError, match="sequences_per_step=2, the recipe now says 3"):
+        with pytest.raises(ConfigError, match="sequences_per_step was 2, is 3"):
             recipe.finished(dataclasses.replace(config, batch_size=3))
 
 
@@ -220,7 +220,7 @@ def test_a_teacher_that_was_not_evaluated_against_is_missed(finished_run):
     del manifest["inputs"]["teacher"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     try:
-        with pytest.raises(ConfigError, match="finished with inputs teacher None"):
+        with pytest.raises(ConfigError, match="teacher was None, is"):
             recipe.finished(dataclasses.replace(config, out=str(copy)))
     finally:
         shutil.rmtree(copy)

@@ -89,7 +89,7 @@ def test_one_worker_of_two_does_all_when_it_is_alone(teacher_folder, rollouts, c
 
 def test_the_manifest_says_where_tail_entropy_and_list_come_from(cache):
     manifest = TeacherCache.open(cache).manifest
-    scoring = manifest["scoring"]
+    scoring = dict(manifest.raw["scoring"])
     assert scoring.pop("support") == {"ids": "teacher's top k", "extra_ids": 0}
     assert scoring == {"tail": "computed", "entropy": "computed", "rollout_logprobs": "computed"}
 
@@ -112,7 +112,7 @@ def test_a_first_attempt_that_wrote_no_shard_may_be_repeated_otherwise(
 
 def test_a_plan_for_a_folder_of_another_recipe_is_refused(teacher_folder, rollouts, cache, capsys):
     assert main(score_argv(teacher_folder, rollouts, cache, "--k", "5", "--plan")) == 2
-    assert "holds another recipe (it differs in k)" in one_line(capsys)
+    assert "holds another recipe (k was 6, is 5)" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_the_students_own_top_ids_join_the_lists(
     flags = ["--student", str(student_folder), "--extra_ids", "3", "--top_p", "0.5"]
     assert main(score_argv(teacher_folder, rollouts, tmp_path / "out", *flags)) == 0
     items = TeacherCache.open(tmp_path / "out", support="list")
-    support = items.manifest["scoring"]["support"]
+    support = items.manifest.raw["scoring"]["support"]
     assert support["extra_ids"] == 3
-    assert support["student"]["weights"] == items.manifest["inputs"]["rollouts"]["model"]["weights"]
+    assert support["student"]["weights"] == items.manifest.rollouts.model.weights
     teacher = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
     student = TransformersEngine.load(student_folder, dtype="float32", device="cpu")
     sequences = [items[i] for i in range(6)]

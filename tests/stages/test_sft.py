@@ -40,14 +40,14 @@ def config(folder, out, **changes):
 
 def test_sft_on_sampled_answers_records_their_teacher(folder, tmp_path):
     out = sft.main(config(folder, tmp_path / "out", drop_truncated=True))
-    manifest = read_manifest(out, kind="checkpoint")
+    manifest = read_manifest(out, kind="checkpoint").raw
     teacher = describe(folder / "teacher")
-    assert manifest["model"]["weights"] == describe(out)["weights"]
-    assert manifest["base"]["weights"] == describe(folder / "base")["weights"]
-    assert manifest["inputs"]["sft_data"]["model"]["weights"] == teacher["weights"]
+    assert manifest["model"]["weights"] == describe(out).weights
+    assert manifest["base"]["weights"] == describe(folder / "base").weights
+    assert manifest["inputs"]["sft_data"]["model"]["weights"] == teacher.weights
     assert manifest["training"]["sequences"] == 11
-    assert lineage_of(out) == {
-        "sft_teacher": {key: teacher[key] for key in ("weights", "tokenizer", "path")},
+    assert lineage_of(out).raw == {
+        "sft_teacher": teacher.as_teacher(),
         "declared": False,
         "initial_student": None,
     }
@@ -60,8 +60,8 @@ def test_sft_on_demonstrations_learns_them_and_knows_no_teacher(folder, tmp_path
     data = toy.write_prompts(tmp_path / "sft.jsonl", prompts, completions=True)
     settings = {"data": str(data), "max_steps": 80, "batch_size": 16, "learning_rate": 1e-2}
     out = sft.main(config(folder, tmp_path / "out", **settings))
-    assert lineage_of(out)["sft_teacher"] is None
-    assert "sha256" in read_manifest(out)["inputs"]["demonstrations"]
+    assert lineage_of(out).sft_teacher is None
+    assert "sha256" in read_manifest(out).inputs["demonstrations"]
     losses = [json.loads(line)["loss"] for line in (out / LOG_NAME).read_text().splitlines()]
     assert losses[0] > 2.0 and losses[-1] < 0.5 * losses[0]
 

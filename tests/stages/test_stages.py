@@ -91,8 +91,8 @@ def test_rollouts_hold_every_sample_of_every_prompt(rollouts):
     store = RolloutStore.open(rollouts, kind="rollouts")
     assert len(store) == 20
     assert len({(store[i].prompt_id, store[i].sample) for i in range(20)}) == 20
-    assert store.manifest["plan"]["shards"] == [6, 6, 6, 2]
-    sampling = store.manifest["sampling"]
+    assert store.manifest.shards == (6, 6, 6, 2)
+    sampling = store.manifest.sampling.raw
     assert (sampling["temperature"], sampling["top_p"], sampling["seed"]) == (1.0, 1.0, 0)
 
 

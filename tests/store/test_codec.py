@@ -102,9 +102,9 @@ def test_minifloats_are_binary_fractions_and_the_nearest_is_taken():
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
 def test_the_receipt_tells_the_error_of_what_is_read_back(tmp_path, codec, top_p):
     shape = {"vocab_size": 3000, "k": 32, "length": 50, "spread": 3.0}
-    manifest = make_manifest(plan=[2], vocab_size=3000, k=32, codec=codec, top_p=top_p)
-    write_cache(tmp_path / "lossy", manifest, **shape)
-    write_cache(tmp_path / "exact", {**manifest, "codec": "exact"}, **shape)
+    for name, used in {"lossy": codec, "exact": "exact"}.items():
+        manifest = make_manifest(plan=[2], vocab_size=3000, k=32, codec=used, top_p=top_p)
+        write_cache(tmp_path / name, manifest, **shape)
     total = 0.0
     stored = [TeacherCache.open(tmp_path / name, support="list") for name in ("exact", "lossy")]
     for exact, lossy in zip(*stored, strict=True):

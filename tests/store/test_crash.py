@@ -97,7 +97,7 @@ def test_a_disk_that_is_really_full_loses_nothing(tmp_path, finished):
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ShardError, match="file: cannot be made a folder"):
+    with pytest.raises(ShardError, match="file is a file; choose another"):
         CacheWriter.create(tmp_path / "file", make_manifest(plan=PLAN))
 
 

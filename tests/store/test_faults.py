@@ -9,7 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_cache import RECEIPTS, SHARDS, files_of, flip, make_manifest, make_pair, write_cache
+from helpers_cache import (
+    RECEIPTS,
+    SHARDS,
+    damaged,
+    files_of,
+    flip,
+    make_manifest,
+    make_pair,
+    write_cache,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -202,6 +211,15 @@ def test_resuming_after_any_loss_gives_the_same_bytes(finished, tmp_path_factory
     assert not list(folder.glob(".*.tmp"))
 
 
+def test_a_receipt_without_its_last_byte_is_torn(cache, finished):
+    """It is still JSON, but resuming has to give the same bytes."""
+    os.truncate(cache / RECEIPTS[0], (cache / RECEIPTS[0]).stat().st_size - 1)
+    with pytest.raises(ShardError, match=f"{RECEIPTS[0]}: its last byte is missing"):
+        TeacherCache.open(cache)
+    write_cache(cache, make_manifest(plan=PLAN))
+    assert files_of(cache) == files_of(finished)
+
+
 def rewrite(folder, change):
     """Shard 1 with changed arrays and a receipt of the right size and hash."""
     path = folder / SHARDS[1]
@@ -255,16 +273,17 @@ def test_arrays_that_do_not_fit_are_not_read(cache, change, message):
 
 
 def test_another_recipe_is_refused_and_named(cache, finished):
-    with pytest.raises(ConfigError, match=r"differs in codec, top_p\); name another folder"):
+    with pytest.raises(
+        ConfigError, match=r"codec was 'exact', is 'packed'; top_p was 1\.0, is 0\.5\); restore"
+    ):
         CacheWriter.create(cache, make_manifest(plan=PLAN, codec="packed", top_p=0.5))
     assert files_of(cache) == files_of(finished)
 
 
 def test_resuming_keeps_the_manifest_and_ignores_paths_and_times(cache):
     before = (cache / "manifest.json").read_bytes()
-    later = make_manifest(plan=PLAN) | {"created": "2030-01-01", "config": {"out": "/elsewhere"}}
-    later["model"]["path"] = "/moved"
-    with CacheWriter.create(cache, later) as writer:
+    later = make_manifest(plan=PLAN, path="/moved", config={"out": "/elsewhere"})
+    with CacheWriter.create(cache, damaged(later, created="2030-01-01")) as writer:
         assert writer.missing() == []
     assert (cache / "manifest.json").read_bytes() == before
 
@@ -280,7 +299,7 @@ def test_digest_follows_content_and_recipe_not_time(cache, finished, tmp_path):
 
 def test_shards_without_a_manifest_are_not_overwritten(cache):
     (cache / "manifest.json").unlink()
-    with pytest.raises(ShardError, match=r"without manifest\.json"):
+    with pytest.raises(ShardError, match=r"holds shard-00000\.json and no manifest\.json"):
         CacheWriter.create(cache, make_manifest(plan=PLAN))
 
 
@@ -307,7 +326,7 @@ def test_a_recipe_without_shards_gives_way_to_another_of_its_kind(tmp_path):
         RolloutWriter.create(tmp_path, make_manifest("rollouts", plan=PLAN))
     write_cache(tmp_path, second)
     assert not (tmp_path / "teacher_vocab.json").exists()
-    assert TeacherCache.open(tmp_path).manifest["k"] == 8
-    with pytest.raises(ConfigError, match=r"another recipe \(it differs in k\)"):
+    assert TeacherCache.open(tmp_path).manifest.k == 8
+    with pytest.raises(ConfigError, match=r"another recipe \(k was 8, is 5\)"):
         CacheWriter.create(tmp_path, first)
-    assert TeacherCache.open(tmp_path).manifest["k"] == 8
+    assert TeacherCache.open(tmp_path).manifest.k == 8

@@ -149,9 +149,9 @@ def test_packed_refuses_what_fp16_cannot_hold(tmp_path):
         ({"k": 41}, "k is 41"),
         ({"top_p": 0}, "top_p is 0"),
         ({"codec": "zip"}, "codec is 'zip'"),
-        ({"plan": []}, "plan"),
-        ({"plan": [0, 2]}, "shard of 0"),
-        ({"vocab_size": None}, "vocab_size None"),
+        ({"plan": []}, r"plan\.shards \[\]; expected 1 or more"),
+        ({"plan": [0, 2]}, r"plan\.shards \[0, 2\]; expected 1 or more"),
+        ({"vocab_size": None}, "has no model.vocab_size"),
     ],
 )
 def test_bad_manifests_are_refused(tmp_path, change, message):
@@ -190,18 +190,18 @@ def test_what_a_killed_writer_left_is_no_obstacle(tmp_path):
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "out").write_text("mine")
     for out in (tmp_path / "out", tmp_path / "out" / "below"):
-        with pytest.raises(ShardError, match="out.*: cannot be made a folder"):
+        with pytest.raises(ShardError, match="out.* is a file; choose another"):
             RolloutWriter.create(out, make_manifest("rollouts"))
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("where", ["remove_temporaries", "require_ours"])
+@pytest.mark.parametrize("where", ["remove_temporaries", "write_manifest"])
 def test_a_folder_that_cannot_be_written_is_refused_and_given_back(tmp_path, monkeypatch, where):
     def denied(*args):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_writer, where, denied)
-        with pytest.raises(LopdError, match=r"cannot be used \(Permission denied\)"):
+        with pytest.raises(LopdError, match=r"cannot be made or written \(Permission denied\)"):
             RolloutWriter.create(tmp_path, make_manifest("rollouts"))
     RolloutWriter.create(tmp_path, make_manifest("rollouts")).close()

@@ -213,7 +213,7 @@ def test_the_result_is_the_best_checkpoint(pipeline, tmp_path, monkeypatch, save
     fake_kl(monkeypatch, [5.0, 4.0, 1.0, 3.0, 2.0, 2.5])
     saving = {"save_every": save_every, "save_total_limit": limit}
     out = distill.main(config(pipeline, tmp_path / "best", **BEST, **saving))
-    assert read_manifest(out)["holdout"] == {
+    assert read_manifest(out).raw["holdout"] == {
         "sequences": 4,
         "objective": "reverse_kl",
         "best": {"kl": 1.0, "step": 3},
@@ -221,14 +221,14 @@ def test_the_result_is_the_best_checkpoint(pipeline, tmp_path, monkeypatch, save
         "result_step": 3,
         "stopped_early": False,
     }
-    assert read_manifest(out)["training"]["sequences"] == 8
+    assert read_manifest(out).raw["training"]["sequences"] == 8
     left = [folder.name for folder in checkpoints(out)]
     assert "checkpoint-3" in left and len(left) <= 2
     if not save_every:
         assert left == ["checkpoint-3", "checkpoint-2"]
     assert largest_difference(trained(out), trained(out / "checkpoint-3")) == 0.0
     last = distill.main(config(pipeline, tmp_path / "last", **{**BEST, "keep_best": False}))
-    assert read_manifest(last)["holdout"]["result_step"] == 6
+    assert read_manifest(last).raw["holdout"]["result_step"] == 6
     assert largest_difference(trained(out), trained(last)) > 0.0
     short = {**BEST, "keep_best": False, "max_steps": 3}
     at_three = distill.main(
@@ -255,7 +255,7 @@ def test_training_stops_early_and_prints_why(pipeline, tmp_path, monkeypatch, ca
     out = distill.main(config(pipeline, tmp_path, **BEST, patience=2))
     expected = "step 4: stopping early, held-out KL 3.5 is no better than 3 at step 2"
     assert expected in capsys.readouterr().err
-    found = read_manifest(out)["holdout"]
+    found = read_manifest(out).raw["holdout"]
     assert found["stopped_early"] is True
     assert (found["result_step"], found["last"]["step"]) == (2, 4)
 
@@ -278,10 +278,10 @@ def test_a_killed_run_resumes_with_its_evaluations(pipeline, tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             distill.main(config(pipeline, tmp_path / "cut", **settings))
     cut = distill.main(config(pipeline, tmp_path / "cut", **settings))
-    assert read_manifest(whole)["holdout"]["last"]["step"] == 5
+    assert read_manifest(whole).raw["holdout"]["last"]["step"] == 5
     assert largest_difference(trained(whole), trained(cut)) == 0.0
     assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
-    assert read_manifest(whole)["stale"] == read_manifest(cut)["stale"]
+    assert read_manifest(whole).raw["stale"] == read_manifest(cut).raw["stale"]
 
 
 def test_a_run_that_stopped_early_is_not_continued(pipeline, tmp_path, monkeypatch):
@@ -299,6 +299,6 @@ def test_a_run_that_stopped_early_is_not_continued(pipeline, tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             distill.main(config(pipeline, tmp_path / "cut", **settings))
     cut = distill.main(config(pipeline, tmp_path / "cut", **settings))
-    assert read_manifest(cut)["holdout"]["last"]["step"] == 2
+    assert read_manifest(cut).raw["holdout"]["last"]["step"] == 2
     assert largest_difference(trained(whole), trained(cut)) == 0.0
     assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))

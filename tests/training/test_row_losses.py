@@ -240,16 +240,8 @@ def test_a_cache_without_ratios_is_refused_before_a_model_is_built(
         sampling = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 9, "seed": 0}
         monkeypatch.setattr("helpers_artefacts.SAMPLING", sampling)
         rollouts = write_sequences(tmp_path / "rollouts", pipeline / "student")
-    cache = write_cache(tmp_path / "cache", pipeline / "teacher", rollouts)
-    if why == "unknown":
-        open_cache = distill.open_cache
-
-        def imported(config):
-            found, overrides = open_cache(config)
-            found.manifest["scoring"] = {"rollout_logprobs": "absent"}
-            return found, overrides
-
-        monkeypatch.setattr(distill, "open_cache", imported)
+    teacher, known = pipeline / "teacher", why != "unknown"
+    cache = write_cache(tmp_path / "cache", teacher, rollouts, has_logprobs=known)
     changes = {"cache": str(cache), "objective": "policy_gradient", **change}
     (flag,) = change
     with pytest.raises(ConfigError, match=rf"^{flag}: .*its rollout.* are {why}"):

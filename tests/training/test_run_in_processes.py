@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lopd.errors import ConfigError
 from lopd.models.load import load_model
-from lopd.provenance import read_manifest
+from lopd.provenance import ModelIdentity, read_manifest
 from lopd.stages import distill
 from lopd.training.checkpoints import ADAPTER_WEIGHTS, checkpoints, is_whole
 
@@ -122,7 +122,7 @@ def test_two_processes_equal_one_even_if_killed_and_resumed(
         assert entry.keys() == other.keys()
         for name in entry:
             assert other[name] == pytest.approx(entry[name], rel=2e-3, abs=1e-6), name
-    assert read_manifest(out)["training"] == read_manifest(single)["training"]
+    assert read_manifest(out).raw["training"] == read_manifest(single).raw["training"]
 
 
 def test_sharded_adapters_equal_those_of_one_process(script, tmp_path):
@@ -186,8 +186,8 @@ def test_processes_wait_for_the_first_longer_than_torchs_default(pipeline, tmp_p
 
     monkeypatch.setattr(accelerate, "PartialState", State)
     monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda found: found)
-    monkeypatch.setattr(runs, "this_worker", lambda kwargs: runs.Worker(0, 2, 0))
-    base = {"weights": "w", "config": "c", "tokenizer": "t"}
+    monkeypatch.setattr(runs, "this_worker", lambda local_rank: runs.Worker(0, 2, 0))
+    base = ModelIdentity.from_json({"weights": "w", "config": "c", "tokenizer": "t"})
     found = config(pipeline, tmp_path / "out")
     assert runs.begin(found, base=base) is None
     args = found.training_arguments(tmp_path / "args")
@@ -198,7 +198,7 @@ def test_a_run_of_two_processes_is_not_continued_by_one(pipeline, tmp_path, monk
     from lopd.training import run as runs
 
     found = config(pipeline, tmp_path / "out")
-    base = {"weights": "w", "config": "c", "tokenizer": "t"}
+    base = ModelIdentity.from_json({"weights": "w", "config": "c", "tokenizer": "t"})
     (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
     monkeypatch.setattr("lopd.training.checkpoints.is_whole", lambda folder: True)
     (tmp_path / "out" / runs.RECIPE_NAME).write_text("{}")
@@ -242,5 +242,5 @@ def test_a_run_with_adapters_resumes_and_ends_as_a_plain_model(
     changed = {name for name in start if not torch.equal(start[name], one[name])}
     assert changed and all("proj" in name for name in changed)
     assert (cut / "adapter" / "adapter_config.json").is_file()
-    assert read_manifest(cut)["config"]["lora_rank"] == 4
+    assert read_manifest(cut).config["lora_rank"] == 4
     assert log_of(whole) == log_of(cut)

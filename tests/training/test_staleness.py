@@ -109,7 +109,7 @@ def test_the_manifest_reports_how_stale_the_cache_became(
 ):
     settings = {"max_steps": 3, "save_every": 0, "stale_every": 2, **changes}
     out = distill.main(config(pipeline, tmp_path, **settings))
-    summary = read_manifest(out)["stale"]
+    summary = read_manifest(out).raw["stale"]
     assert summary["watched"] is watched and (summary["warnings"] > 0) is warned
     assert ("gone stale" in capsys.readouterr().err) is warned
     if warned:
@@ -135,6 +135,6 @@ def test_a_resumed_run_reports_the_lowest_ess_of_its_log(
     log = [json.loads(line) for line in (out / LOG_NAME).read_text().splitlines()]
     ess, step = min((entry["ess_tokens"], entry["step"]) for entry in log)
     assert len(log) == 6 and step > 1
-    summary = read_manifest(out)["stale"]
+    summary = read_manifest(out).raw["stale"]
     assert summary["lowest"] == {"ess": pytest.approx(ess), "step": step}
     assert summary["warnings"] == (6 if stale_every == 1 else 1)

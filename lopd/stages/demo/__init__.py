@@ -22,6 +22,7 @@ import torch
 
 from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError
+from lopd.provenance import difference
 from lopd.provenance.io import pretty_json, write_atomic
 from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
 from lopd.stages.demo import arithmetic as toy
@@ -37,6 +38,7 @@ from lopd.stages.demo.report import (
     format_table,
 )
 from lopd.stages.run import finished
+from lopd.store.folders import examine_folder
 
 SFT_SETTINGS: dict[str, Any] = {
     "batch_size": 64,
@@ -105,16 +107,16 @@ def main(config: DemoConfig) -> Path:
     """Every stage in order, continuing where it stopped; then table, figure, `results.json`."""
     out = Path(config.out)
     results_file, progress_file = out / "results.json", out / "progress.json"
-    if results_file.is_file():
-        raise ConfigError(f"{results_file}: a finished demo is there; remove it or choose --out")
     progress: dict[str, Any] = {"seed": config.seed, "steps": OPD_STEPS, "rows": []}
     if progress_file.is_file():
         progress = json.loads(progress_file.read_text(encoding="utf-8"))
-        if progress["seed"] != config.seed:
-            raise ConfigError(
-                f"{out}: holds an unfinished demo of seed {progress['seed']}, found --seed "
-                f"{config.seed}; continue that one, or choose another --out"
-            )
+    examine_folder(
+        out,
+        final=results_file.name,
+        record=progress_file.name,
+        differs=lambda: difference({"seed": progress["seed"]}, {"seed": config.seed}),
+        own_files=None,
+    ).require_writable()
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("matplotlib: not installed, and the demo draws curves; pip install it")
     threads = torch.get_num_threads()

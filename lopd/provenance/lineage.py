@@ -1,0 +1,78 @@
+"""Lineage: whose answers a checkpoint was fine-tuned on."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lopd.errors import ProvenanceError
+from lopd.provenance.fingerprint import describe_model, fingerprint_weights, read_config
+from lopd.provenance.manifest import (
+    MANIFEST_NAME,
+    Lineage,
+    Manifest,
+    build_manifest,
+    read_manifest,
+    short,
+    write_manifest,
+)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_UNKNOWN = {"sft_teacher": None, "declared": False, "initial_student": None}
+
+
+def lineage_of(checkpoint: str | Path) -> Lineage:
+    """The lineage in a checkpoint's manifest; a folder without a manifest has none.
+
+    Raises:
+        ProvenanceError: the manifest describes other weights than the folder holds.
+    """
+    if not (Path(checkpoint) / MANIFEST_NAME).exists():
+        return Lineage(raw=_UNKNOWN)
+    manifest = read_manifest(checkpoint, kind="checkpoint")
+    found = fingerprint_weights(checkpoint)
+    if manifest.model.weights != found:
+        raise ProvenanceError(
+            f"{checkpoint}: its manifest describes weights {short(manifest.model.weights)}, the "
+            f"folder holds {short(found)}; remove {MANIFEST_NAME} and say whose answers it was "
+            "fine-tuned on with 'lopd declare'"
+        )
+    return manifest.lineage or Lineage(raw=_UNKNOWN)
+
+
+def declare(model: str | Path, *, teacher: str | Path) -> Manifest:
+    """Write the manifest of a checkpoint that was fine-tuned elsewhere.
+
+    Args:
+        teacher: folder of the model whose answers it was fine-tuned on, or the 64 hex digits of
+            that model's weights fingerprint.
+
+    Returns:
+        The manifest. Its lineage is marked as declared, as is that of every later manifest.
+
+    Raises:
+        ProvenanceError: a stage of lopd has recorded whose answers they were.
+    """
+    if (Path(model) / MANIFEST_NAME).exists():
+        known = read_manifest(model, kind="checkpoint").lineage
+        if known is not None and known.sft_teacher is not None and not known.declared:
+            raise ProvenanceError(
+                f"{model} already has a {MANIFEST_NAME} that a stage wrote; it says more than "
+                "a declaration could, so remove it first if it is wrong"
+            )
+    config = read_config(model)
+    dtype = config.get("dtype") or config.get("torch_dtype") or "unspecified"
+    manifest = build_manifest(
+        "checkpoint",
+        stage="declare",
+        config={"model": str(model), "teacher": str(teacher)},
+        model=describe_model(model, dtype=str(dtype), engine="unspecified"),
+        lineage={**_UNKNOWN, "sft_teacher": _describe_teacher(teacher), "declared": True},
+    )
+    write_manifest(model, manifest)
+    return manifest
+
+
+def _describe_teacher(teacher: str | Path) -> dict[str, Any]:
+    if _DIGEST.fullmatch(str(teacher)):
+        return {"weights": str(teacher), "tokenizer": None, "path": None}
+    return describe_model(teacher, dtype="unspecified", engine="unspecified").as_teacher()

@@ -1,0 +1,79 @@
+"""Where the columns of a cache come from: the `scoring` of its manifest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lopd.errors import LopdError
+from lopd.provenance.typed_json import Unfit, parse
+
+SCORING = {
+    "tail": ("computed", "derived", "renormalized"),
+    "entropy": ("computed", "derived", "absent"),
+    "rollout_logprobs": ("computed", "absent"),
+}
+# Older caches use other words, some of them as keys of the manifest itself.
+OLD_WORDS = {
+    "tail": {
+        "reduced over the vocabulary without the list": "computed",
+        "subtracted: log1mexp(logsumexp(unrounded list)), floored at log 2^-23 and at the "
+        "log-prob of a token outside the list": "derived",
+    },
+    "entropy": {"buckets": "derived"},
+    "rollout_logprobs": {"unknown": "absent"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListSupport:
+    """Which ids a cache's lists hold."""
+
+    ids: str  # in words
+    extra_ids: int = 0  # of the student's top ids that every list gained
+    raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """Where a cache's columns come from.
+
+    `computed` by a model from all of its logits; `derived` from the list only: the tail as 1 less
+    the listed mass, the entropy of list and tail, a lower bound; `absent`, NaN in the shards;
+    `renormalized`, a tail that was lost before the scores were imported.
+    """
+
+    tail: str = "computed"
+    entropy: str = "computed"
+    rollout_logprobs: str = "computed"
+    support: ListSupport | None = None
+    raw: Mapping[str, Any] = field(repr=False)
+
+    def words(self) -> dict[str, str]:
+        """The columns and where they come from."""
+        return {name: getattr(self, name) for name in SCORING}
+
+
+def parse_scoring(
+    manifest: Mapping[str, Any], source: str, error: type[LopdError], unfit: Unfit
+) -> Scoring:
+    """The `scoring` of a manifest's JSON object; what it does not mention is computed.
+
+    Args:
+        source: what messages call the manifest.
+        error: the exception for an unknown word.
+        unfit: makes the exception for a field of another type.
+    """
+    recorded = manifest.get("scoring") or {}
+    if not isinstance(recorded, dict):
+        raise unfit("scoring")
+    values = {**{name: manifest[name] for name in SCORING if name in manifest}, **recorded}
+    for name, words in OLD_WORDS.items():
+        if isinstance(word := values.get(name), str):
+            values[name] = words.get(word, word)
+    scoring = parse(Scoring, values, "scoring.", unfit, raw=recorded)
+    for name, word in scoring.words().items():
+        if word not in SCORING[name]:
+            raise error(
+                f"{source} has scoring.{name} {word!r}, expected one of {', '.join(SCORING[name])}"
+            )
+    return scoring

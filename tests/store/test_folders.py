@@ -1,0 +1,92 @@
+"""What a stage finds in its output folder: every state, and the message of each refusal."""
+
+import os
+
+import pytest
+from helpers_cache import make_manifest, write_cache
+
+from lopd.errors import ConfigError, ShardError
+from lopd.store.folders import examine_folder, examine_shard_folder, writing_to
+
+
+def examine(folder, differs="", has_results=True):
+    return examine_folder(
+        folder,
+        final="final.json",
+        record="record.json",
+        differs=lambda: differs,
+        has_results=lambda: has_results,
+        own_files={"mine.txt"},
+    )
+
+
+@pytest.mark.parametrize("name", [None, ".lock", ".start.lock", ".record.json.7.tmp", "mine.txt"])
+def test_a_folder_without_foreign_files_is_new(tmp_path, name):
+    if name is not None:
+        (tmp_path / name).write_text("")
+    for folder in (tmp_path, tmp_path / "not" / "there"):
+        assert examine(folder).require_writable().state == "new"
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_run_with_the_same_identity_is_unfinished(tmp_path):
+    (tmp_path / "record.json").write_text("{}")
+    (tmp_path / "checkpoint-1").mkdir()
+    assert examine(tmp_path).require_writable().state == "unfinished"
+
+
+def test_another_recipe_is_replaced_only_if_it_has_no_results(tmp_path):
+    (tmp_path / "record.json").write_text("{}")
+    assert examine(tmp_path, "k was 8, is 4", has_results=False).require_writable().state == "new"
+    with pytest.raises(ConfigError, match=r"holds another recipe \(k was 8, is 4\); restore that"):
+        examine(tmp_path, "k was 8, is 4").require_writable(ShardError)
+
+
+def test_a_finished_run_is_left_alone_whatever_differs(tmp_path):
+    for name in ("record.json", "final.json", "notes.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match="holds a finished run; choose another --out"):
+        examine(tmp_path, "k was 8, is 4").require_writable(ShardError)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "notes.tmp", ".gitattributes"])
+def test_foreign_files_are_named(tmp_path, name):
+    (tmp_path / name).write_text("")
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(ShardError, match=f"holds {name} and no record.json; choose a new or empty"):
+        examine(tmp_path).require_writable(ShardError)
+    assert examine_folder(tmp_path, own_files=None).state == "new"
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=rf"{tmp_path / 'file'} is a file; choose another"):
+            examine(out).require_writable()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ConfigError, match=rf"{tmp_path} cannot be written to; choose another"):
+        examine(tmp_path / "out").require_writable()
+    message = r"cannot be made or written \(No space left"
+    with pytest.raises(ShardError, match=message), writing_to(tmp_path):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_recipe_in_use_by_other_workers_is_not_replaced(tmp_path):
+    write_cache(tmp_path, make_manifest())
+    for shard in tmp_path.glob("shard-*"):
+        shard.unlink()
+    other = make_manifest(k=4)
+    assert examine_shard_folder(tmp_path, other).state == "new"
+    assert examine_shard_folder(tmp_path, make_manifest(), in_use=True).state == "unfinished"
+    with pytest.raises(ConfigError, match=r"holds another recipe \(k was 8, is 4\)"):
+        examine_shard_folder(tmp_path, other, in_use=True)
+
+
+def test_a_recipe_that_differs_only_in_keys_without_a_value_is_another(tmp_path):
+    """Receipts hold the digest of the recipe, in which such keys count."""
+    write_cache(tmp_path, make_manifest())
+    with pytest.raises(ConfigError, match="holds another recipe .in keys without a value"):
+        examine_shard_folder(tmp_path, make_manifest(note=None))
