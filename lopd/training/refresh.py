@@ -57,8 +57,8 @@ class Refresh:
         if None in values:
             raise ConfigError(
                 f"refresh_every: {self.cache.path} does not record the "
-                f"{names[values.index(None)]} of its rollouts; roll out and score again, or leave "
-                "--refresh_every out"
+                f"{names[values.index(None)]} of its rollouts; roll out and score again, or omit "
+                "--refresh_every"
             )
         return Sampling(*values)
 
