@@ -50,7 +50,7 @@ from lopd.models.head import run_with_loss
 from lopd.models.packing import check_packing, pack_attention
 from lopd.training.batch import Batch, Collator, to_device
 from lopd.training.dry_run import meta_model
-from lopd.training.memory import MemorySettings, Planner
+from lopd.training.memory import MemoryPlanner, MemorySettings
 from lopd.training.objective import Objective
 from lopd.training.step import model_inputs, step
 
@@ -240,7 +240,7 @@ def planned(job: Job) -> dict[str, Any]:
             optim=size.optim,
             k=size.topk,
         )
-        parts = Planner(meta_model(folder, "bfloat16")).parts(settings)
+        parts = MemoryPlanner(meta_model(folder, "bfloat16")).estimate(settings)
     inputs = job.pack(make_sequences(size, 1, prompt=1))
 
     def accumulate() -> None:

@@ -1,4 +1,4 @@
-"""Losses from full logits, to compare with those run inside a model."""
+"""Losses from full logits, for comparison with losses run inside a model."""
 
 import torch
 from helpers_training import VOCAB

@@ -1,4 +1,4 @@
-"""One training step in several processes; the functions that the processes run."""
+"""One training step in several processes: the functions that the processes run."""
 
 import gc
 from pathlib import Path
@@ -63,7 +63,7 @@ def wrap(model, wrapper):
 
 
 def batches():
-    """One for each process, of different lengths; and the normaliser of both."""
+    """A batch for each process, of different lengths, and the normaliser of both."""
     items = make_scored(make_rollouts(4 * WORLD))
     made = [Collator()(items[rank::WORLD]) for rank in range(WORLD)]
     return made, float(sum(len(batch["labels"]) for batch in made))
@@ -109,7 +109,7 @@ def rank_main(rank, folder, cases):
             if rank == 0:
                 torch.save(found, Path(folder) / f"{name}.{wrapper}.pt")
         del model, loss
-        gc.collect()  # wrappers hold the group, and end before it
+        gc.collect()  # the wrappers refer to the group and must be freed before it
         dist.barrier()
     finally:
         dist.destroy_process_group()

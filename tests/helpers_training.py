@@ -1,4 +1,4 @@
-"""Tiny models and made-up data for the tests of training."""
+"""Tiny models and random data for the tests of training."""
 
 import numpy as np
 import torch
@@ -18,9 +18,17 @@ SIZE = {
     "max_position_embeddings": 64,
 }
 
+OBJECTIVES = [
+    Objective("reverse_kl"),
+    Objective("forward_kl", tail="renormalize"),
+    Objective("jsd", beta=0.3, temperature=1.5),
+    Objective("policy_gradient", advantage_clip=0.7),
+    Objective("cross_entropy"),
+]
+
 
 def tiny_model(family="qwen3", seed=0, spread=1.0):
-    """A random causal LM; `spread` multiplies its embeddings, so that soft caps bite."""
+    """A random causal LM; `spread` scales the head's weight, so that soft caps matter."""
     import transformers as t
 
     kv = {"num_key_value_heads": 1, "head_dim": 16}
@@ -64,7 +72,7 @@ def tiny_model(family="qwen3", seed=0, spread=1.0):
 
 
 def tiny_window():
-    """A random causal LM whose tokens see the last 4 alone."""
+    """A random causal LM whose tokens attend only to the last 4."""
     import transformers as t
 
     size = {**SIZE, "num_key_value_heads": 1, "initializer_range": 0.1}
@@ -77,17 +85,17 @@ def tiny_moe(family, **changes):
 
     size = {**SIZE, "num_key_value_heads": 2, "num_experts_per_tok": 2, "initializer_range": 0.2}
     qwen3 = {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16}
-    config, model, own = {
+    config, model, specific = {
         "qwen3_moe": (t.Qwen3MoeConfig, t.Qwen3MoeForCausalLM, qwen3),
         "mixtral": (t.MixtralConfig, t.MixtralForCausalLM, {"num_local_experts": 4}),
         "olmoe": (t.OlmoeConfig, t.OlmoeForCausalLM, {"num_experts": 4}),
     }[family]
     torch.manual_seed(0)
-    return model(config(**{**size, **own, "router_aux_loss_coef": 0.3, **changes})).eval()
+    return model(config(**{**size, **specific, "router_aux_loss_coef": 0.3, **changes})).eval()
 
 
 def make_rollouts(count=12, seed=0, shortest=3, longest=9, truncated=(), vocab=VOCAB):
-    """Rollouts of random tokens, of prompts and answers of different lengths."""
+    """Rollouts of random tokens, with prompts and answers of different lengths."""
     rng = np.random.default_rng(seed)
     rollouts = []
     for number in range(count):
@@ -120,17 +128,21 @@ def make_scored(rollouts, k=4, seed=1):
         width = k - 1 if number == 0 else k
         ids = np.argsort(-logprobs, axis=1)[:, :width]
         listed = np.take_along_axis(logprobs, ids, 1)
-        own = logprobs[np.arange(length), rollout.tokens[rollout.prompt_length :]]
+        sampled = logprobs[np.arange(length), rollout.tokens[rollout.prompt_length :]]
         scored.append(
             TeacherSequence(
                 rollout=rollout,
-                teacher_logprobs=own.astype(np.float32),
+                teacher_logprobs=sampled.astype(np.float32),
                 teacher_entropy=-(np.exp(logprobs) * logprobs).sum(1).astype(np.float32),
                 lists=TopKLists.from_padded(ids.astype(np.int32), listed.astype(np.float32)),
                 tail_logprobs=np.log1p(-np.exp(listed).sum(1)).astype(np.float32),
             )
         )
     return scored
+
+
+def scored(count=12, **kwargs):
+    return make_scored(make_rollouts(count, **kwargs))
 
 
 def options(**changes):

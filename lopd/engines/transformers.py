@@ -12,6 +12,7 @@ from torch import Tensor
 from lopd.data.alignment import predicting_rows, response_positions
 from lopd.engines.base import Generation, Progress, Sampling, check_sequences
 from lopd.errors import ConfigError, ModelError
+from lopd.models.architecture import context_of_config, head_rows_of
 from lopd.models.head import HeadOptions, check_head, lm_head, run_with_loss
 from lopd.models.limits import ModelLimits
 from lopd.models.load import eos_token_ids, load_model, load_tokenizer
@@ -39,9 +40,7 @@ class TransformersEngine:
             )
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        config = model.config.get_text_config()
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.vocab_size, self.context = head_rows_of(model), context_of_config(model.config)
         self._limits = ModelLimits("the scoring model", self.vocab_size, self.context)
         self.eos_ids = eos_token_ids(model, tokenizer)
         check_head(model)

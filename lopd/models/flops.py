@@ -1,14 +1,15 @@
-"""How much of a device a run uses: model FLOPs, their share of the peak, memory, a line a step.
+"""Utilisation of a device in training: model FLOPs, their share of the peak, and memory.
 
-FLOPs are those that the mathematics of a step needs, whatever is done twice or in vain: padding
-and recomputed activations are not counted. With N matrix elements that a token meets, N_t of
-them trained, and a head [V, D] that only the tokens with a loss go through, a sequence costs
+Model FLOPs are those that the mathematics of a step needs; padding and recomputed activations do
+not count. With N matrix elements applied to each token, N_t of them trained, and a head [V, D]
+applied to the loss tokens only, a sequence costs
 
     tokens * (4 N + 2 N_t) + loss tokens * (4 or 6) V D + 12 * heads * head_dim * pairs
 
-two FLOPs an element in the forward, two for the gradient of its input and two for its own where
-it is trained: 6 N in full training. `pairs` counts, over layers, the (query, key) pairs that a
-causal mask, and a sliding window, leave. Of experts a token meets `num_experts_per_tok`.
+An element costs two FLOPs in the forward, two for the gradient of the layer's input and two for
+its own gradient if it is trained: 6 N in full training. `pairs` counts, over all layers, the
+(query, key) pairs inside the causal mask and the sliding window. Of a mixture of experts only the
+experts that a token is routed to count.
 
 Source of the definition: PaLM, arXiv:2204.02311, appendix B; there attention is not causal.
 """
@@ -19,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lopd.models.architecture import attention_width_of, experts_of, layer_windows_of
 from lopd.models.head import lm_head, plain_model
-from lopd.models.moe import EXPERTS
 
 TERA = 1e12
-# Dense peaks in TFLOP/s by the vendor's data sheets, and what a device's name holds, the longest
-# first: (16-bit with fp32 sums, fp32 without TF32).
+# Dense peaks in TFLOP/s from the vendor's data sheets: (16-bit with fp32 sums, fp32 without TF32).
+# Keys are parts of device names; the first that matches counts.
 PEAKS = {
     "H100 PCIe": (756.0, 51.2),
     "RTX 4090": (165.2, 82.6),
@@ -39,63 +40,56 @@ PEAKS = {
 
 
 class Size(NamedTuple):
-    """What a model's FLOPs depend on."""
+    """The sizes of a model that determine its FLOPs."""
 
-    matrices: float  # elements that a token meets, the head's aside
-    trained: float  # of them
+    matrices: float  # elements applied to each token, without the head
+    trained: float  # those of `matrices` that are trained
     head: int
     head_trained: bool
     attention: int  # heads * head_dim
-    windows: Sequence[int | None]  # of each layer
+    windows: Sequence[int | None]  # one per layer
 
 
 def size_of(model: Any) -> Size | None:
-    """None for a mixture of experts whose config does not say how many a token goes to."""
+    """Sizes of a model; None for experts if the config does not say how many a token uses."""
     plain, head = plain_model(model), lm_head(model).weight
-    config = plain.config.get_text_config()
-    looked_up = {
+    embeddings = {
         id(module.weight) for module in plain.modules() if isinstance(module, nn.Embedding)
     }
     matrices = trained = 0.0
     for name, parameter in plain.named_parameters():
-        if parameter.dim() < 2 or parameter is head or id(parameter) in looked_up:
+        if parameter.dim() < 2 or parameter is head or id(parameter) in embeddings:
             continue
         share: float | None = 1.0
         if ".experts." in name:
-            share = _active_experts(config)
+            share = _active_experts(plain)
         if share is None:
             return None
         matrices += share * parameter.numel()
         trained += share * parameter.numel() * parameter.requires_grad
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Size(
-        matrices, trained, head.numel(), head.requires_grad, heads * width, _windows(config)
+        matrices,
+        trained,
+        head.numel(),
+        head.requires_grad,
+        attention_width_of(plain.config),
+        layer_windows_of(plain.config),
     )
 
 
-def _active_experts(config: Any) -> float | None:
-    number = next((n for name in EXPERTS if (n := getattr(config, name, None))), None)
-    active = getattr(config, "num_experts_per_tok", None)
-    return active / number if active and number else None
-
-
-def _windows(config: Any) -> list[int | None]:
-    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return [window] * layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+def _active_experts(plain: Any) -> float | None:
+    experts, per_token = experts_of(plain)
+    return per_token / experts if per_token and experts else None
 
 
 def pairs(length: int, window: int | None) -> int:
-    """(query, key) pairs of a causal mask over `length` tokens."""
+    """(query, key) pairs in the causal mask of `length` tokens, within the window if any."""
     near = length if window is None else min(length, window)
     return near * (near + 1) // 2 + (length - near) * near
 
 
 def step_flops(size: Size, lengths: Sequence[int], loss_tokens: int) -> float:
-    """Forward and backward of sequences of these lengths."""
+    """FLOPs of the forward and backward of sequences of these lengths."""
     attended = sum(pairs(length, window) for length in lengths for window in size.windows)
     return (
         sum(lengths) * (4 * size.matrices + 2 * size.trained)
@@ -105,26 +99,27 @@ def step_flops(size: Size, lengths: Sequence[int], loss_tokens: int) -> float:
 
 
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a device by its name; None where it is not known, as under TF32."""
-    found = next((peak for key, peak in PEAKS.items() if key in name), None)
-    if found is None or dtype == torch.float64:
+    """Peak FLOP/s of a device by its name; None if unknown, for example with TF32."""
+    peaks = next((peak for key, peak in PEAKS.items() if key in name), None)
+    if peaks is None or dtype == torch.float64:
         return None
     if dtype == torch.float32:
         exact = torch.get_float32_matmul_precision() == "highest"
-        return found[1] * TERA if exact else None
-    return found[0] * TERA
+        return peaks[1] * TERA if exact else None
+    return peaks[0] * TERA
 
 
 def mfu(flops: float, seconds: float, peak: float, devices: int = 1) -> float:
-    """Share of what the devices could have done in that time."""
+    """Model FLOPs utilisation: the share of what the devices can do in this time."""
     return flops / (seconds * peak * devices)
 
 
-class Meter:
+class FlopsMeter:
     """Counts FLOPs between two logs.
 
     Args:
-        dtype: of the matrix products; None for that of the model's weights.
+        dtype: of the matrix products; None for the dtype of the model's weights.
+        devices: number of devices that train in parallel.
     """
 
     def __init__(
@@ -138,11 +133,11 @@ class Meter:
         self.size, self.device, self.devices = size_of(model), device, devices
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.peak = peak_flops(name, dtype or lm_head(model).weight.dtype)
-        self.planned: int | None = None  # bytes at the peak
+        self.planned: int | None = None  # planned peak memory in bytes
         self._flops, self._tokens = 0.0, 0
 
     def count(self, batches: Sequence[Mapping[str, Any]]) -> float:
-        """FLOPs of these micro-batches; 0 where they are not known."""
+        """Add and return the FLOPs of these micro-batches; 0 if they are unknown."""
         if self.size is None:
             return 0.0
         flops = 0.0
@@ -155,18 +150,19 @@ class Meter:
         return flops
 
     def read(self, tokens_per_second: float) -> dict[str, float]:
-        """`mfu` of the steps since the last call, `peak_mib` and `planned_mib`, where known.
+        """`mfu` of the steps since the last call, `peak_mib` and `planned_mib`, those known.
 
-        `tokens_per_second` is of loss tokens over all devices, which are taken to have sequences
-        of the same lengths.
+        Args:
+            tokens_per_second: loss tokens per second over all devices. The other devices are
+                assumed to have sequences of the same lengths as this one.
         """
-        found = {}
+        figures = {}
         if self.peak is not None and self._tokens and self._flops:
             seconds = self._tokens / tokens_per_second * self.devices
-            found["mfu"] = mfu(self._flops, seconds, self.peak)
+            figures["mfu"] = mfu(self._flops, seconds, self.peak)
         if self.device.type == "cuda":
-            found["peak_mib"] = torch.cuda.max_memory_allocated(self.device) / 2**20
+            figures["peak_mib"] = torch.cuda.max_memory_allocated(self.device) / 2**20
         if self.planned is not None:
-            found["planned_mib"] = self.planned / 2**20
+            figures["planned_mib"] = self.planned / 2**20
         self._flops, self._tokens = 0.0, 0
-        return found
+        return figures

@@ -1,16 +1,15 @@
-"""Running a loss inside a causal LM: the one place that knows model internals.
+"""Run a loss inside a causal LM, in place of its output head.
 
-The losses of `lopd_kernels` want the last hidden states and the LM head's weight, never
-the logits. `run_with_loss` gets them by swapping two forwards for the length of one call:
+The losses of `lopd_kernels` take the last hidden states and the head's weight instead of the
+logits. `run_with_loss` replaces two forwards during one call:
 
-    model(**inputs)                   hooks of DDP, FSDP2, PEFT and compile see one ordinary call
+    model(**inputs)                   hooks of DDP, FSDP2, PEFT and compile see an ordinary call
       -> backbone(**inputs)           last hidden states [B, T, D]
-      -> head(hidden)                 head's forward is loss_fn: weight and bias are read where the
-                                      head itself would read them
+      -> head(hidden)                 runs loss_fn, which reads weight and bias inside the head's
+                                      forward, as the head itself does
 
-What a model does to `H W^T + b` afterwards (scale, soft cap) is read from its config by
-`head_options`; `check_head` compares the outcome with the model's own logits and refuses
-a model that does anything else.
+The config says what a model does to `H W^T + b` afterwards (scale, soft cap). `check_head`
+compares the result with the model's own logits and refuses a model that does anything else.
 """
 
 import sys
@@ -24,23 +23,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lopd.errors import ModelError
-from lopd.models.moe import balance, check_router, router_coefficient
+from lopd.models.architecture import logit_scale_of, logit_softcap_of, router_coefficient_of
+from lopd.models.moe import check_router, load_balancing_loss
 
 Result = TypeVar("Result")
-
-# Configs that multiply logits under a name which other families use as a divisor.
-MULTIPLIED_LOGITS_SCALING = {"hyperclovax"}
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What follows the matrix product: `softcap(logit_scale * (H W^T + b))`."""
+    """Operations after the matrix product: `softcap(logit_scale * (H W^T + b))`."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
 
     def kwargs(self) -> dict[str, Any]:
-        """The keyword arguments that every `lopd_kernels.linear_*` function takes."""
+        """Keyword arguments for the `lopd_kernels.linear_*` functions."""
         return asdict(self)
 
 
@@ -48,41 +45,34 @@ LossFn = Callable[[Tensor, Tensor, Tensor | None, HeadOptions], Result]
 
 
 def head_options(model: Any) -> HeadOptions:
-    """Scale and soft cap of the model's final logits, from the names that configs give them.
+    """Scale and soft cap of the model's final logits, from its config.
 
     Raises:
-        ModelError: the config holds a scale that is not a positive number.
+        ModelError: the config has a scale or soft cap that is not a positive number.
     """
-    config = plain_model(model).config.get_text_config()
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
-        if (value := getattr(config, name, None)) is not None:
-            scale *= _positive(config, name, value)
-    if (value := getattr(config, "logits_scaling", None)) is not None:
-        factor = _positive(config, "logits_scaling", value)
-        scale *= factor if config.model_type in MULTIPLIED_LOGITS_SCALING else 1.0 / factor
-    cap = getattr(config, "final_logit_softcapping", None)
-    return HeadOptions(
-        scale, None if cap is None else _positive(config, "final_logit_softcapping", cap)
-    )
+    config = plain_model(model).config
+    return HeadOptions(logit_scale_of(config), logit_softcap_of(config))
 
 
 def run_with_loss(model: Any, inputs: dict[str, Any], loss_fn: LossFn[Result]) -> Result:
     """Call `loss_fn(hidden, weight, bias, head_options)` inside the model's own forward.
 
     Args:
-        model: a transformers causal LM, as it is or sharded in place by FSDP2, with PEFT adapters
-            or without, and with DistributedDataParallel around it or not.
-        inputs: input_ids [B, T] and what else the backbone takes, such as attention_mask or
-            position_ids; it gets them with `use_cache=False`.
+        model: a transformers causal LM, optionally with PEFT adapters, sharded in place by FSDP2,
+            or wrapped in DistributedDataParallel.
+        inputs: input_ids [B, T] and further arguments of the backbone, such as attention_mask or
+            position_ids; `use_cache=False` is added.
         loss_fn: called with hidden [B, T, D], weight [V, D], bias [V] or None, and the head's
-            options; what it returns is returned. With a LoRA on the head the weight is
-            `W + scaling * B A`, rounded to W's dtype as merging would. Under autocast, hidden
-            states of its dtype get weight and bias of that dtype.
+            options. With a LoRA on the head the weight is `W + scaling * B A`, rounded to W's
+            dtype as in merging. Under autocast, weight and bias are cast to the dtype of the
+            hidden states.
+
+    Returns:
+        What `loss_fn` returns.
 
     Raises:
-        ModelError: the model is wrapped in anything else, its adapters are not of a kind that
-            this can follow, or its head is not a plain linear layer.
+        ModelError: the model has another wrapper or an unsupported kind of adapters, or its head
+            is not a plain linear layer.
     """
     return _run(model, inputs, loss_fn, 0.0)
 
@@ -90,35 +80,40 @@ def run_with_loss(model: Any, inputs: dict[str, Any], loss_fn: LossFn[Result]) -
 def run_with_loss_and_router(
     model: Any, inputs: dict[str, Any], loss_fn: LossFn[Result]
 ) -> tuple[Result, Tensor | None]:
-    """As `run_with_loss`, and the loss that balances a mixture of experts.
+    """Like `run_with_loss`, but also return the router's loss of a mixture of experts.
 
-    That is `coefficient * load_balancing_loss_func(...)` of the model's family, a mean over the
-    tokens of these inputs; None where the config asks for none.
+    Returns:
+        What `loss_fn` returns, and `coefficient * load_balancing_loss_func(...)` of the model's
+        family, a mean over the tokens of these inputs; None if the config asks for none.
+
+    Raises:
+        ModelError: as `run_with_loss`, or the backbone returned no router logits.
     """
-    coefficient = router_coefficient(plain_model(model))
+    coefficient = router_coefficient_of(plain_model(model))
     result: Any = _run(model, inputs, loss_fn, coefficient)
     return result if coefficient else (result, None)
 
 
 def _run(model: Any, inputs: dict[str, Any], loss_fn: LossFn[Any], coefficient: float) -> Any:
-    """The loss, or with a coefficient other than 0 the pair of it and the router's."""
+    """The result of `loss_fn`; if coefficient is not 0, a pair with the router's loss."""
     plain = plain_model(model)
     head, options = _head_module(plain), head_options(plain)
     extra = {"output_router_logits": True} if coefficient else {}
 
     def head_forward(hidden: Tensor) -> Any:
         weight, bias = _effective(head, hidden)
-        # A model spread over devices moves states by hooks, which the swapped forward replaces.
+        # Hooks that move states between devices of a split model are replaced with the forward.
         return loss_fn(hidden.to(weight.device), weight, bias, options)
 
     def root_forward(**kwargs: Any) -> Any:
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        outputs = plain.base_model(**given, **extra, use_cache=False)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        outputs = plain.base_model(**kwargs, **extra, use_cache=False)
         with _swapped_forward(head, head_forward):
             result = head(outputs[0])
         if not coefficient:
             return result
-        return result, coefficient * balance(plain, outputs, given.get("attention_mask"))
+        mask = kwargs.get("attention_mask")
+        return result, coefficient * load_balancing_loss(plain, outputs, mask)
 
     with _swapped_forward(plain, root_forward):
         return model(**inputs)
@@ -128,7 +123,7 @@ def plain_model(model: Any) -> Any:
     """The transformers model inside DistributedDataParallel and PEFT adapters.
 
     Raises:
-        ModelError: there is none, or anything else lies around it.
+        ModelError: there is none, or it has another wrapper.
     """
     from torch.nn.parallel import DistributedDataParallel
     from transformers import PreTrainedModel
@@ -142,7 +137,7 @@ def plain_model(model: Any) -> Any:
             if kind.is_prompt_learning or inner.base_model is inner.get_base_model():
                 raise ModelError(
                     f"{type(inner).__name__}: found {kind.peft_type} adapters, which change the "
-                    "sequence; expected ones that change weights, such as a LoRA"
+                    "sequence; expected adapters that change weights, such as a LoRA"
                 )
             inner = inner.get_base_model()
         else:
@@ -161,31 +156,33 @@ def _is_peft(model: Any) -> bool:
 
 
 def lm_head(model: Any) -> nn.Linear:
-    """The model's output projection, or ModelError where a loss could not be run inside it.
+    """The model's output projection; with a LoRA on it, the frozen layer below.
 
-    With a LoRA on it, the frozen layer below. A sharded weight is whole only inside the head's
-    forward: read it through `run_with_loss`.
+    A sharded weight is complete only inside the head's forward: read it in `run_with_loss`.
+
+    Raises:
+        ModelError: a loss cannot be run inside this head.
     """
     head = _head_module(plain_model(model))
     return head if isinstance(head, nn.Linear) else head.base_layer
 
 
 def _head_module(plain: Any) -> Any:
-    head, found = plain.get_output_embeddings(), type(plain).__name__
+    head, name = plain.get_output_embeddings(), type(plain).__name__
     if plain.base_model is not plain:
         if isinstance(head, nn.Linear):
             return head
         if hasattr(head, "lora_A"):
-            _check_lora(head, found)
+            _check_lora(head, name)
             return head
     raise ModelError(
-        f"{found}: its output head is {type(head).__name__}; expected a causal LM whose head "
+        f"{name}: its output head is {type(head).__name__}; expected a causal LM whose head "
         "is a torch.nn.Linear, or a LoRA on one, after the backbone"
     )
 
 
-def _check_lora(head: Any, found: str) -> None:
-    """Refuse a LoRA of the head that is not `W + scaling * B A` with W frozen."""
+def _check_lora(head: Any, name: str) -> None:
+    """Refuse a LoRA on the head that is not `W + scaling * B A` with W frozen."""
     problem = None
     dropouts = [drop.p for drop in head.lora_dropout.values() if isinstance(drop, nn.Dropout)]
     if type(head.base_layer) is not nn.Linear:
@@ -195,17 +192,15 @@ def _check_lora(head: Any, found: str) -> None:
     elif any(head.lora_bias.values()):
         problem = "has a bias; train with lora_bias=False"
     elif any(dropouts):
-        problem = (
-            f"has dropout {max(dropouts)}; the head never sees its input alone, so set it to 0"
-        )
+        problem = f"has dropout {max(dropouts)}, which would not be applied; set it to 0"
     elif head.base_layer.weight.requires_grad:
         problem = "lies on a weight that is trained too; freeze one of them"
     if problem is not None:
-        raise ModelError(f"{found}: the LoRA on its output head {problem}")
+        raise ModelError(f"{name}: the LoRA on its output head {problem}")
 
 
 def _effective(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the head, to be called inside its forward."""
+    """Weight and bias of the head; call this inside its forward."""
     base = head if isinstance(head, nn.Linear) else head.base_layer
     weight, bias = base.weight, base.bias
     if isinstance(weight, DTensor):
@@ -230,10 +225,10 @@ def _effective(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def check_trainable(model: Any) -> None:
-    """Refuse a model that cannot be trained by a loss on its hidden states.
+    """Refuse a model that cannot be trained with a loss on its hidden states.
 
     Raises:
-        ModelError: as `lm_head`, or as `lopd.models.moe.check_router`.
+        ModelError: as in `lm_head` and `lopd.models.moe.check_router`.
     """
     lm_head(model)
     check_router(plain_model(model))
@@ -243,15 +238,15 @@ def check_trainable(model: Any) -> None:
 def check_head(model: Any, input_ids: Tensor | None = None) -> None:
     """Compare `softcap(logit_scale * (H W^T + b))` with the model's own logits on a few tokens.
 
-    Once as they are, and once with the head's output amplified so that the largest logit is
-    about 100: a soft cap that small logits would hide shows itself there.
+    The second comparison scales the head's output so that the largest logit is about 100, which
+    reveals a soft cap that small logits would hide.
 
     Args:
-        input_ids: [B, T] int64; 2 x 8 ids spread over the vocabulary when None.
+        input_ids: [B, T] int64; None for 2 x 8 ids spread over the vocabulary.
 
     Raises:
-        ModelError: they differ by more than rounding in the model's dtype, so the model does
-            something to its logits that `head_options` does not know.
+        ModelError: they differ by more than rounding in the model's dtype: the model transforms
+            its logits in a way that `head_options` does not know.
     """
     weight = lm_head(model).weight
     if input_ids is None:
@@ -274,39 +269,31 @@ def _compare_logits(model: Any, raw: Tensor, logits: Tensor) -> None:
             f"{name}: its logits are {tuple(logits.shape)}, hidden states times head weight "
             f"{tuple(raw.shape)}; this architecture is not supported"
         )
-    own = raw.float() * options.logit_scale
+    ours = raw.float() * options.logit_scale
     if options.softcap is not None:
-        own = options.softcap * torch.tanh(own / options.softcap)
-    error, size = (own - logits.to(own)).abs().max().item(), own.abs().max().item()
+        ours = options.softcap * torch.tanh(ours / options.softcap)
+    error, size = (ours - logits.to(ours)).abs().max().item(), ours.abs().max().item()
     tolerance = 8 * torch.finfo(raw.dtype).eps * size
     if not error <= tolerance:
         raise ModelError(
             f"{name}: its logits differ from softcap(scale * (H W^T + b)) by {error:.3g} "
             f"(tolerance {tolerance:.1g}, {options}); its head does something that lopd does not "
-            "know, so no loss can be computed on it"
+            "support, so no loss can be computed on it"
         )
-
-
-def _positive(config: Any, name: str, value: Any) -> float:
-    if not value > 0:
-        raise ModelError(
-            f"config.{name} of {config.model_type}: found {value!r}; expected a positive number"
-        )
-    return float(value)
 
 
 @contextmanager
 def _swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     instance = vars(module)
-    own = instance.get("forward")  # set where a hook has already replaced the class's forward
+    previous = instance.get("forward")  # set if a hook has replaced the class's forward
     instance["forward"] = forward
     try:
         yield
     finally:
-        if own is None:
+        if previous is None:
             del instance["forward"]
         else:
-            instance["forward"] = own
+            instance["forward"] = previous
 
 
 @contextmanager

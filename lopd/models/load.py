@@ -1,4 +1,4 @@
-"""Loading local Hugging Face folders, and the words for devices and dtypes."""
+"""Load models and tokenizers from local Hugging Face folders; resolve devices and dtypes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lopd.errors import ConfigError, MissingFileError, ModelError
+from lopd.models.architecture import context_of_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_CONFIG = "adapter_config.json"
@@ -15,15 +16,25 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def resolve_dtype(name: str) -> torch.dtype:
+    """The torch dtype of this name.
+
+    Raises:
+        ConfigError: the name is not one of DTYPES.
+    """
     if name not in DTYPES:
         raise ConfigError(f"dtype: found '{name}'; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
-    """`"auto"` is CUDA where there is one, else the CPU; anything else is taken literally.
+    """The torch device of this name.
 
-    With `local_rank`, "auto" and "cuda" are the GPU of that number.
+    Args:
+        name: "auto" selects CUDA if available, otherwise the CPU; other names are torch's.
+        local_rank: the GPU that "auto" and "cuda" select.
+
+    Raises:
+        ConfigError: the name is not a device, or torch does not see it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,17 +55,17 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def check_model_folder(path: str | Path) -> Path:
-    """The folder as a Path.
+    """The model folder as a Path.
 
     Raises:
-        MissingFileError: it, or its config.json, is not there.
-        ModelError: it holds an adapter, such as a LoRA.
+        MissingFileError: the folder or its config.json does not exist.
+        ModelError: it contains an adapter, such as a LoRA.
     """
     folder = Path(path)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
             f"{folder}: holds an adapter ({ADAPTER_CONFIG}), which is not a model; merge it into "
-            "its base model and name the folder of the result (peft: model.merge_and_unload(), "
+            "its base model and pass the folder of the result (peft: model.merge_and_unload(), "
             "then save_pretrained)"
         )
     if not (folder / "config.json").is_file():
@@ -64,16 +75,25 @@ def check_model_folder(path: str | Path) -> Path:
 
 
 def context_of(path: str | Path) -> int | None:
-    """Positions that the model was built for; None where its config does not say."""
+    """Number of positions that the model supports; None if its config does not say.
+
+    Raises:
+        MissingFileError, ModelError: the folder has no config.json that can be read.
+    """
     from transformers import AutoConfig
 
     folder = check_model_folder(path)
     with _loading(folder, "its config cannot be read; restore config.json"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+        return context_of_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer in a model folder.
+
+    Raises:
+        MissingFileError: the folder has no tokenizer.
+        ModelError: the tokenizer cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     folder = check_model_folder(path)
@@ -93,13 +113,18 @@ def load_model(
     local_rank: int | None = None,
     device_map: Any = None,
 ) -> Any:
-    """A causal LM from a local folder, in eval mode, on its device.
+    """Load a causal LM from a local folder, in eval mode.
 
-    With `device_map` (as in transformers) its parts lie where that says.
+    Args:
+        path: the model folder.
+        dtype: one of DTYPES.
+        device, local_rank: as in `resolve_device`; unused with `device_map`.
+        device_map: places the model's parts on devices, as in transformers.
 
     Raises:
-        ModelError: the folder is not loadable, or its weights are not exactly the model's, so
-            that some would be left at their random initialisation.
+        MissingFileError: the folder does not exist.
+        ModelError: the folder cannot be loaded, or its weights are not exactly the model's, so
+            that some would keep their random initialisation.
     """
     from transformers import AutoModelForCausalLM
 
@@ -130,7 +155,7 @@ def load_model(
 
 @contextmanager
 def _loading(folder: Path, problem: str) -> Iterator[None]:
-    """Any failure of transformers to read a folder, as one line that names it."""
+    """Turn any failure of transformers to read a folder into a ModelError that names it."""
     try:
         yield
     except Exception as error:
@@ -139,12 +164,16 @@ def _loading(folder: Path, problem: str) -> Iterator[None]:
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: the generation config's and the tokenizer's."""
+    """Every id that ends an answer: those of the generation config and the tokenizer.
+
+    Raises:
+        ModelError: neither of them has one.
+    """
     return _eos_ids(model.generation_config, tokenizer)
 
 
 def eos_ids_of(path: str | Path, tokenizer: Any) -> list[int]:
-    """As `eos_token_ids`, from a model folder alone."""
+    """Like `eos_token_ids`, from a model folder without loading its weights."""
     from transformers import AutoConfig, GenerationConfig
 
     folder = check_model_folder(path)

@@ -1,4 +1,4 @@
-"""LoRA by peft: settings, adapters on a model, and a plain model from it again."""
+"""LoRA with peft: its settings, adding adapters to a model, and merging them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ _lora = partial(setting, group="LoRA")
 
 @dataclass(kw_only=True)
 class LoraOptions(Settings):
-    """`W + (lora_alpha / lora_rank) * B A`, with W frozen, in the layers of `lora_targets`."""
+    """Settings of a LoRA: `W + (lora_alpha / lora_rank) * B A`, with W frozen."""
 
     lora_rank: int = _lora(
         0, within="[0, inf)", help="Rank of the LoRA adapters; 0 trains the whole model."
@@ -50,12 +50,15 @@ class LoraOptions(Settings):
 
 
 def add_lora(model: Any, options: LoraOptions) -> Any:
-    """The model with fresh adapters, a PeftModel: its weights frozen, and unchanged in value.
+    """Add new adapters to a model and freeze its weights.
+
+    Returns:
+        A PeftModel with the same outputs as before.
 
     Raises:
-        ConfigError: peft is not installed, a setting is out of range, or a target is no layer of
-            the model.
-        ModelError: a target's weight is tied to another's, so that merging would change both.
+        ConfigError: peft is not installed, a setting is out of range, or a target is not a layer
+            of the model.
+        ModelError: a target's weight is tied to another layer's: merging would change both.
     """
     if options.lora_rank == 0:
         raise ConfigError("lora_rank: found 0, which means no adapters; expected at least 1")
@@ -76,8 +79,8 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
         target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
     )
     adapted = get_peft_model(model, config)
-    lm_head(adapted)  # refuses a dropout on the head
-    # Checkpointed layers are recomputed only where their input needs a gradient.
+    lm_head(adapted)  # refuses dropout on the head
+    # Checkpointed layers are recomputed only if their input requires a gradient.
     adapted.enable_input_require_grads()
     return adapted
 
@@ -89,8 +92,8 @@ def _check_targets(model: Any, names: list[str]) -> None:
         if isinstance(module, nn.Linear | nn.Embedding)
     ]
     for name in names:
-        found = [module for path, module in layers if path == name or path.endswith(f".{name}")]
-        if not found:
+        targets = [module for path, module in layers if f".{path}".endswith(f".{name}")]
+        if not targets:
             known = sorted({path.rsplit(".", 1)[-1] for path, _ in layers})
             raise ConfigError(
                 f"lora_targets: {type(model).__name__} has no layer '{name}'; expected "
@@ -98,22 +101,23 @@ def _check_targets(model: Any, names: list[str]) -> None:
             )
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         tied = head is not None and head.weight is embedding.weight
-        if tied and any(module in (head, embedding) for module in found):
+        if tied and any(module in (head, embedding) for module in targets):
             raise ModelError(
-                f"{type(model).__name__}: the weight of '{name}' is embedding and output head in "
-                "one, so an adapter on it could not be merged; leave it out of lora_targets"
+                f"{type(model).__name__}: '{name}' shares its weight with the embedding or output "
+                "head, so an adapter on it cannot be merged; leave it out of lora_targets"
             )
 
 
 @torch.no_grad()
 def merged(model: Any) -> Any:
-    """The plain model, the adapters added to its weights in place: save them before.
+    """Merge the adapters into the weights, in place, and return the plain model.
 
-    A copy of a large model would not fit beside an optimizer's state.
+    Save the adapters first. There is no copy: a copy of a large model would not fit in memory
+    next to an optimizer's state.
 
     Raises:
-        ModelError: its logits differ from the adapted model's by more than 16 roundings in the
-            weights' dtype and a thousandth of the largest.
+        ModelError: the logits change by more than a thousandth of the largest plus 16 roundings
+            in the weights' dtype.
     """
     head = lm_head(model)
     spread = torch.linspace(0, head.weight.shape[0] - 1, 16, device=head.weight.device)
@@ -122,13 +126,13 @@ def merged(model: Any) -> Any:
     expected = model(input_ids=ids, use_cache=False).logits.float()
     plain = model.merge_and_unload()
     plain.disable_input_require_grads()
-    found = plain(input_ids=ids, use_cache=False).logits.float()
-    error, size = (found - expected).abs().max().item(), expected.abs().max().item()
+    logits = plain(input_ids=ids, use_cache=False).logits.float()
+    error, size = (logits - expected).abs().max().item(), expected.abs().max().item()
     tolerance = (1e-3 + 16 * torch.finfo(head.weight.dtype).eps) * size
     if not error <= tolerance:
         raise ModelError(
-            f"{type(plain_model(plain)).__name__}: merged, its logits differ from the adapted "
-            f"model's by {error:.3g} (tolerance {tolerance:.1g}); use the model that was trained, "
-            "with the adapters that save_pretrained wrote, unmerged"
+            f"{type(plain_model(plain)).__name__}: merging changes its logits by {error:.3g} "
+            f"(tolerance {tolerance:.1g}); use the base model with the unmerged adapters that "
+            "save_pretrained wrote"
         )
     return plain

@@ -1,14 +1,14 @@
-"""Attention within each sequence of a pack: several sequences in one row, none sees another.
+"""Attention for packs: rows of several sequences that do not attend to each other.
 
-Transformers builds such attention from position ids alone, by a dense `[T, T]` mask, unless a
-flash-attention package is there. The two paths here need neither mask nor package:
+Without a flash-attention package, transformers builds a dense `[T, T]` mask from the position ids
+of a pack. The two implementations here need neither the mask nor the package:
 
-    varlen   torch.nn.attention.varlen: one kernel for the pack (CUDA, 16-bit weights)
-    sdpa     scaled_dot_product_attention, sequence by sequence (everywhere)
+    varlen   torch.nn.attention.varlen: one kernel call per pack (CUDA, 16-bit weights)
+    sdpa     scaled_dot_product_attention, one call per sequence (any device)
 
-Both, and transformers' flash_attention_2 and _3, get the sequences' ends from keyword arguments
-(`pack_kwargs`) that a model hands down to its attention. Not every architecture does, so
-`check_packing` compares a pack with its sequences alone before a run trusts it.
+Like transformers' flash_attention_2 and _3, they read the sequence boundaries from keyword
+arguments (`pack_kwargs`) that the model passes on to its attention layers. Some architectures do
+not pass them on, so `check_packing` compares a pack with its separate sequences before a run.
 """
 
 import importlib.util
@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lopd.errors import ConfigError, ModelError
-from lopd.models.head import lm_head, plain_model, run_with_loss
+from lopd.models.architecture import head_rows_of, sliding_window_of
+from lopd.models.head import plain_model, run_with_loss
 
 FLASH = ("flash_attention_3", "flash_attention_2")
-OWN = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}
-PATHS = ("auto", *FLASH, *OWN)
+REGISTERED = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}  # name in transformers
+PATHS = ("auto", *FLASH, *REGISTERED)
 
 
 def pack_attention(
@@ -35,32 +36,41 @@ def pack_attention(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Have `model` attend within sequences; prints and returns the path that was taken.
+    """Set the attention implementation of `model` to one for packs, and print its name.
 
-    "auto" takes the first that is installed and fits device (where the model will be, if it is not
-    there yet) and dtype (of autocast; None for the weights'), in the order of `PATHS`. Padded
-    batches and generation go on working. `check_packing` tells whether the model hands the bounds
-    down.
+    Padded batches and generation still work. Call `check_packing` afterwards.
+
+    Args:
+        path: one of `PATHS`; "auto" selects the first in their order that is installed and
+            supports device and dtype.
+        device: where the model will run; None for where it is.
+        dtype: of the activations, as under autocast; None for that of the weights.
+
+    Returns:
+        The name of the implementation.
 
     Raises:
-        ConfigError: the path is unknown, not installed, or does not fit device or dtype.
+        ConfigError: the path is unknown, not installed, or does not support device or dtype.
     """
     weight = model.get_input_embeddings().weight
-    where = weight.device if device is None else device
+    device = device or weight.device
     dtype = dtype or weight.dtype
     if path == "auto":
-        path = next(p for p in PATHS[1:] if not _unavailable(p, where, dtype))
-    if why := _unavailable(path, where, dtype):
+        path = next(p for p in PATHS[1:] if not _unavailable(p, device, dtype))
+    if why := _unavailable(path, device, dtype):
         raise ConfigError(f"attention: found '{path}'; {why}")
-    if path in OWN:
+    if path in REGISTERED:
         _register()
-    model.set_attn_implementation(OWN.get(path, path))
+    model.set_attn_implementation(REGISTERED.get(path, path))
     print(f"packing: attention by {path}", file=sys.stderr)
     return path
 
 
 def pack_kwargs(lengths: Sequence[int], device: Any) -> dict[str, Any]:
-    """What attention wants to know of a pack, by the names of transformers, and the lengths."""
+    """Keyword arguments that tell attention where each packed sequence ends.
+
+    The names are those of transformers, with `sequence_lengths` added.
+    """
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     longest = max(lengths)
     return {
@@ -73,7 +83,7 @@ def pack_kwargs(lengths: Sequence[int], device: Any) -> dict[str, Any]:
 
 
 def _unavailable(path: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a path cannot be taken; empty where it can."""
+    """Why an implementation cannot be used; empty if it can."""
     from transformers.utils import import_utils
 
     if path not in PATHS:
@@ -94,7 +104,7 @@ def _unavailable(path: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _has_varlen() -> bool:
-    """Whether torch has it, and in the form that takes a scale and a window (2.10's does not)."""
+    """Whether torch has varlen_attn with a scale and a window (torch 2.10 has not)."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn
@@ -107,12 +117,12 @@ def _register() -> None:
     from transformers.masking_utils import AttentionMaskInterface
 
     for name, attend in (("varlen", varlen_attention), ("sdpa", sdpa_attention)):
-        AttentionInterface.register(OWN[name], attend)
-        AttentionMaskInterface.register(OWN[name], _mask_of_padding)
+        AttentionInterface.register(REGISTERED[name], attend)
+        AttentionMaskInterface.register(REGISTERED[name], _mask_of_padding)
 
 
 def _mask_of_padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """No mask for rows without padding: a pack, or one sequence; else that of sdpa."""
+    """None for rows without padding (a pack or one sequence), otherwise the mask of sdpa."""
     from transformers.masking_utils import sdpa_mask
 
     if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
@@ -128,7 +138,7 @@ def sdpa_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # [B, T, H, d]
-    """Scaled dot products within each sequence of a pack, in turn; as ever where it is none."""
+    """Attention by scaled dot products, sequence by sequence if the row is a pack."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     lengths, window = kwargs.pop("sequence_lengths", None), kwargs.get("sliding_window")
@@ -143,7 +153,7 @@ def sdpa_attention(
 
 
 def _band(query: Tensor, window: int | None) -> Tensor | None:
-    """The causal mask of a window, where a sequence is longer than it: [1, 1, T, T]."""
+    """The causal mask [1, 1, T, T] of a window; None if the sequence fits into the window."""
     length = query.shape[2]
     if window is None or length <= window:
         return None
@@ -160,7 +170,11 @@ def varlen_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # [1, T, H, d]
-    """A pack in one call of torch's varlen_attn; anything else as `sdpa_attention`."""
+    """Attention by one call of torch's varlen_attn per pack; otherwise `sdpa_attention`.
+
+    Raises:
+        ConfigError: the model has attention dropout, which varlen_attn does not support.
+    """
     if attention_mask is not None or "sequence_lengths" not in kwargs:
         return sdpa_attention(module, query, key, value, attention_mask, **kwargs)
     from torch.nn.attention.varlen import varlen_attn
@@ -168,7 +182,7 @@ def varlen_attention(
     if kwargs.get("dropout"):
         raise ConfigError("attention: varlen has no dropout; use sdpa, or set it to 0")
     groups, window = query.shape[1] // key.shape[1], kwargs.get("sliding_window")
-    if torch.is_autocast_enabled(query.device.type):  # norms and rotations leave float32
+    if torch.is_autocast_enabled(query.device.type):  # norms and rotations return float32
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(low) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
@@ -184,20 +198,24 @@ def varlen_attention(
 
 @torch.no_grad()
 def check_packing(model: Any, path: str, longest: int | None = None) -> None:
-    """Compare the last hidden states of a pack of three sequences with those of each alone.
+    """Compare the last hidden states of a pack of three sequences with those of each sequence.
 
-    The error is relative, in the norm over a sequence; what rounding may do is measured on the
-    same sequences as a padded batch. A third sequence is longer than the model's window, if it has
-    one and packs may be (`longest`).
+    The error is relative to the norm over a sequence. A padded batch of the same sequences
+    measures what rounding contributes. The third sequence is longer than the model's sliding
+    window, if it has one and packs may be that long.
+
+    Args:
+        path: the implementation, for the error message.
+        longest: the largest number of tokens of a pack; None for no limit.
 
     Raises:
-        ModelError: they differ by more than 4 times what padding makes of them, 4 units in the
-            last place, and 1e-5.
+        ModelError: the error is above the largest of 4 times that of padding, 4 units in the last
+            place, and 1e-5.
     """
-    config = plain_model(model).config.get_text_config()
-    beyond = (getattr(config, "sliding_window", None) or 0) + 2
+    plain = plain_model(model)
+    beyond = (sliding_window_of(plain.config) or 0) + 2
     lengths = (7, 3, max(12, beyond if longest is None else min(beyond, longest)))
-    rows, device = lm_head(model).weight.shape[0], next(model.parameters()).device
+    rows, device = head_rows_of(plain), next(model.parameters()).device
     ids = torch.linspace(0, rows - 1, sum(lengths), device=device).long().flip(0)
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     pack = {"input_ids": ids[None], "position_ids": positions[None]}
@@ -209,34 +227,32 @@ def check_packing(model: Any, path: str, longest: int | None = None) -> None:
     training = model.training
     model.eval()
     try:
-        together = _hidden(model, {**pack, **pack_kwargs(lengths, device)})[0].split(lengths)
+        packed = _hidden(model, {**pack, **pack_kwargs(lengths, device)})[0].split(lengths)
         padded = [row[:length] for row, length in zip(_hidden(model, batch), lengths, strict=True)]
-        alone = [
-            _hidden(model, {"input_ids": own[None], "attention_mask": torch.ones_like(own[None])})[
-                0
-            ]
-            for own in parts
+        separate = [
+            _hidden(model, {"input_ids": p[None], "attention_mask": torch.ones_like(p[None])})[0]
+            for p in parts
         ]
     finally:
         model.train(training)
-    dtype = alone[0].dtype
+    dtype = separate[0].dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    floor = max(map(_distance, padded, alone))
-    bound = max(4 * floor, 4 * torch.finfo(dtype).eps, 1e-5)
-    error = max(map(_distance, together, alone))
+    rounding = max(map(_distance, padded, separate))
+    bound = max(4 * rounding, 4 * torch.finfo(dtype).eps, 1e-5)
+    error = max(map(_distance, packed, separate))
     if not error <= bound:
         raise ModelError(
             f"{type(model).__name__}: in a pack its hidden states differ by {error:.2g} of their "
-            f"norm from those of the same sequence alone (at most {bound:.2g} is rounding), "
-            f"attention by {path}; this architecture cannot be packed, leave "
-            "--max_tokens_per_batch out"
+            f"norm from those of the separate sequences (expected at most {bound:.2g}), with "
+            f"attention by {path}; this architecture cannot be packed, omit "
+            "--max_tokens_per_batch"
         )
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def _distance(actual: Tensor, expected: Tensor) -> float:
     expected = expected.float()
-    return ((found.float() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    return ((actual.float() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 def _hidden(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ from lopd.config.fields import setting
 from lopd.errors import MemoryPlanError
 from lopd.stages.table import print_rows
 from lopd.training.dry_run import meta_model
-from lopd.training.memory import MemorySettings, Planner, proposals
+from lopd.training.memory import MemoryPlanner, MemorySettings, proposals
 from lopd.training.options import parse_bytes
 
 GIB = 1 << 30
@@ -67,22 +67,22 @@ def main(config: PlanConfig) -> None:
     """
     installed = parse_bytes("gpu_memory", config.gpu_memory)
     memory = int((1 - config.reserve) * installed)
-    planner = Planner(meta_model(config.model, config.dtype, config))
-    parts = planner.parts(config)
-    sizes = {**vars(parts), "total": parts.total, "available": memory}
+    planner = MemoryPlanner(meta_model(config.model, config.dtype, config))
+    estimate = planner.estimate(config)
+    sizes = {**vars(estimate), "total": estimate.total, "available": memory}
     print_rows([(name, gib(size)) for name, size in sizes.items()], right={1})
-    if parts.total <= memory:
-        print(f"fits, {gib(memory - parts.total)} to spare")
+    if estimate.total <= memory:
+        print(f"fits, {gib(memory - estimate.total)} to spare")
         return
     print("does not fit; each line adds to the one before:")
     rows, advice = [], "use a larger GPU or a smaller model"
     for candidate in proposals(planner, config, memory):
-        total, flags = planner.parts(candidate).total, changed_flags(config, candidate)
+        total, flags = planner.estimate(candidate).total, changed_flags(config, candidate)
         rows.append((gib(total), "fits" if total <= memory else "no", flags))
         if total <= memory:  # only the last one may
             advice = f"train with {flags}"
     print_rows(rows, right={0})
     raise MemoryPlanError(
-        f"{config.model}: needs {gib(parts.total)} of the {gib(memory)} that a reserve of "
+        f"{config.model}: needs {gib(estimate.total)} of the {gib(memory)} that a reserve of "
         f"{config.reserve:.0%} leaves of {gib(installed)}; {advice}"
     )

@@ -19,7 +19,8 @@ from lopd.data.demonstrations import Demonstration
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
 from lopd.store import Rollout, RolloutStore, TeacherCache, TeacherSequence, TopKLists
-from lopd.training.metrics import POSITIONS, is_probed
+from lopd.training.metrics import POSITIONS
+from lopd.training.topk_overlap import is_overlap_position
 
 LOSS_AGGREGATIONS = ("token_mean", "sequence_mean")
 
@@ -121,10 +122,10 @@ class SequenceDataset(torch.utils.data.Dataset):
         return [self.source[index] for index in wanted]
 
 
-Part = torch.utils.data.Subset
+Subset = torch.utils.data.Subset
 
 
-def lengths_of(dataset: SequenceDataset | Part) -> list[int]:
+def lengths_of(dataset: SequenceDataset | Subset) -> list[int]:
     """Tokens of each sequence."""
     if isinstance(dataset, SequenceDataset):
         return dataset.lengths
@@ -132,7 +133,7 @@ def lengths_of(dataset: SequenceDataset | Part) -> list[int]:
     return [lengths[index] for index in dataset.indices]
 
 
-def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Part, Part]:
+def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Subset, Subset]:
     """Split a dataset into training and held-out sequences.
 
     A hash of its name maps a sequence to [0, 1). The sequences below `amount` are held out or, if
@@ -155,7 +156,7 @@ def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Part, Part]:
         )
     training = [index for index, held in enumerate(out) if not held]
     held_out = [index for index, held in enumerate(out) if held]
-    return Part(dataset, training), Part(dataset, held_out)
+    return Subset(dataset, training), Subset(dataset, held_out)
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Collator:
         sequence_lengths                                            tuple of B numbers, packed
         loss_index, labels, sequence_index                          [N] int64
         parts, of lopd.training.metrics.POSITIONS                   [N] int64
-        probes, rows on which topk_overlap is computed              [P] int64, with a teacher
+        overlap_rows, rows on which topk_overlap is computed        [P] int64, with a teacher
         unlisted, rows without a list                               [U] int64, with a teacher
         row_weights                                                 [N] fp32
         rollout_logprobs (where every sequence has them)            [N] fp32
@@ -261,10 +262,14 @@ def _teacher_columns(items: Sequence[Any], offsets: list[np.ndarray]) -> dict[st
         [item.lists.take(offset) for item, offset in zip(items, offsets, strict=True)]
     )
     ids, logprobs = lists.padded(max(item.lists.width for item in items))
-    probed = np.concatenate(
-        [is_probed(sequence_name(i), offset) for i, offset in zip(items, offsets, strict=True)]
+    measured = np.concatenate(
+        [
+            is_overlap_position(sequence_name(item), offset)
+            for item, offset in zip(items, offsets, strict=True)
+        ]
     )
-    arrays |= {"probes": np.flatnonzero(probed), "unlisted": np.flatnonzero(lists.lengths == 0)}
+    arrays["overlap_rows"] = np.flatnonzero(measured)
+    arrays["unlisted"] = np.flatnonzero(lists.lengths == 0)
     return {**arrays, "topk_ids": ids, "topk_logprobs": logprobs}
 
 

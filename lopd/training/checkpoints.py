@@ -1,42 +1,65 @@
-"""The checkpoints of a run: which are whole, and what becomes of those that are not."""
+"""Checkpoints of a run: writing errors, which checkpoints are complete, and torn ones."""
 
+import contextlib
 import json
 import re
 import shutil
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from lopd.errors import LopdError
+from lopd.errors import LopdError, ShardError
 from lopd.models.load import ADAPTER_CONFIG
 from lopd.provenance.fingerprint import weight_files
-from lopd.training.metrics import WINDOW_NAME
 
+METRICS_NAME = "window.pt"  # metrics since the last log
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-STATE_FILES = ("scheduler.pt", WINDOW_NAME)
+STATE_FILES = ("scheduler.pt", METRICS_NAME)
 OPTIMIZER = "optimizer.pt"
-SHARDED = ("pytorch_model_fsdp.bin", "optimizer.bin")  # both whole, as accelerate gathers them
-RANDOM_STATES = "rng_state*.pth"  # one a process
+FSDP_FILES = ("pytorch_model_fsdp.bin", "optimizer.bin")  # both unsharded; accelerate gathers them
+RANDOM_STATES = "rng_state*.pth"  # one per process
+ZIP_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory")  # in torch's messages
+
+
+@contextlib.contextmanager
+def saving(path: str | Path) -> Iterator[None]:
+    """Turn the errors of a full or read-only disk into a ShardError that names `path`.
+
+    safetensors and torch.save raise exceptions of their own for these.
+    """
+    try:
+        yield
+    except LopdError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in ZIP_WRITER):
+            raise  # for example a lost process, or a GPU out of memory
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ShardError(
+            f"{path}: not written ({what}); finished checkpoints are intact: fix this and rerun "
+            "the same command"
+        ) from error
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Every `checkpoint-N` of a run, the latest first, torn ones too."""
-    found = [item for item in out.glob("checkpoint-*") if item.is_dir()]
-    numbered = [item for item in found if re.fullmatch(r"checkpoint-\d+", item.name)]
+    """Every `checkpoint-N` in the folder `out`, latest first, including torn ones."""
+    folders = [item for item in out.glob("checkpoint-*") if item.is_dir()]
+    numbered = [item for item in folders if re.fullmatch(r"checkpoint-\d+", item.name)]
     return sorted(numbered, key=_step_of, reverse=True)
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The latest `checkpoint-N` that was written to its end."""
+    """The latest complete `checkpoint-N` in the folder `out`; None if there is none."""
     return next((folder for folder in checkpoints(out) if is_whole(folder)), None)
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file that resuming reads is there and not cut short.
+    """Whether every file that resuming reads exists and is not truncated.
 
-    Reads the headers of the weights and the directories at the end of torch's zip files.
+    Reads only the headers of the weights and the directories at the end of torch's zip files.
     """
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_bytes())
@@ -45,7 +68,7 @@ def is_whole(checkpoint: Path) -> bool:
         states = [*checkpoint.glob(RANDOM_STATES)]
         if not states:
             return False
-        optimizer = SHARDED if (checkpoint / SHARDED[0]).exists() else (OPTIMIZER,)
+        optimizer = FSDP_FILES if (checkpoint / FSDP_FILES[0]).exists() else (OPTIMIZER,)
         names = (*STATE_FILES, *optimizer)
         for state_file in (*states, *(checkpoint / name for name in names)):
             with zipfile.ZipFile(state_file):
@@ -64,15 +87,19 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def put_torn_aside(out: Path, checkpoint: Path | None) -> None:
-    """Say where the run continues; rename later, torn checkpoints, and remove unfinished ones.
+    """Rename torn checkpoints after `checkpoint`, remove unfinished ones, and print what happened.
 
-    Otherwise the next rotation would take them for the newest and remove whole ones, and what a
-    full disk cut short would go on filling it.
+    Otherwise the next rotation would keep them as the newest and remove complete ones, and files
+    that a full disk cut short would keep it full.
+
+    Args:
+        out: folder of the run.
+        checkpoint: where the run continues; None if it starts from the beginning.
     """
     for torn in checkpoints(out):
         if torn == checkpoint:
             break
-        if not (torn / "trainer_state.json").exists():  # which is written last
+        if not (torn / "trainer_state.json").exists():  # it is written last
             shutil.rmtree(torn)
             print(f"{out}: {torn.name} was never finished, removed", file=sys.stderr)
             continue

@@ -1,7 +1,7 @@
-"""What a training step of a model would hold, from runs on the meta device.
+"""Memory of activations and optimizer state, from dry runs on the meta device.
 
-A forward there has shapes, dtypes and autograd's graph, and no memory: what it saves for the
-backward can be counted in seconds for a model of any size, and so can an optimizer's state.
+Tensors there have shapes, dtypes and a graph, but no memory, so counting what a forward saves for
+the backward takes seconds for a model of any size.
 """
 
 from collections.abc import Iterator
@@ -23,17 +23,22 @@ UNQUANTISED = 4096  # tensors with fewer elements keep 32-bit states there
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit")
 
 
-def held_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the storages under tensors, each counted once."""
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages of tensors, each storage counted once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def meta_model(path: str, dtype: str, lora: LoraOptions | None = None) -> Any:
-    """The model in training mode on the meta device, with adapters where some are asked for.
+    """The model of a folder, in training mode on the meta device.
+
+    Args:
+        path: the model folder; its config.json is enough.
+        dtype: of the weights.
+        lora: adapters to add, if its rank is not 0.
 
     Raises:
-        ModelError: no causal LM with scaled-dot-product attention can be made of its config.
+        ModelError: its config is not that of a causal LM with scaled-dot-product attention.
     """
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
@@ -46,9 +51,9 @@ def meta_model(path: str, dtype: str, lora: LoraOptions | None = None) -> Any:
                 settings, dtype=resolve_dtype(dtype), attn_implementation=ATTENTION
             )
     except (OSError, ValueError, KeyError) as error:
-        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{folder}: not a causal language model with scaled-dot-product attention ({found})"
+            f"{folder}: not a causal language model with scaled-dot-product attention ({reason})"
         ) from error
     if lora is not None and lora.lora_rank:
         with torch.device("meta"):
@@ -67,9 +72,10 @@ def fused_attention(
     sequence_lengths: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # [B, T, H, d]
-    """What fused kernels save: q, k, v, the mask as floats, the output, one number a row and head.
+    """Attention that saves what fused kernels save for the backward.
 
-    On the meta device torch would choose the kernel that saves [T, T] scores instead.
+    These are q, k, v, the mask as floats, the output, and one number per row and head. On the meta
+    device torch itself would choose the kernel that saves [T, T] scores.
     """
     from transformers.integrations.sdpa_attention import repeat_kv
 
@@ -86,9 +92,9 @@ def fused_attention(
 
 
 def dry_inputs(batch: int, length: int, *, packed: bool, device: str = "meta") -> dict[str, Any]:
-    """Ids [B, T], and the mask [B, 1, T, T] of a padded batch or the marks of a pack.
+    """Inputs of a dry run: ids [B, T], with a mask [B, 1, T, T] if padded.
 
-    One sequence has no padding, and so no mask.
+    A pack has `sequence_lengths` instead of a mask; a single sequence has neither.
     """
     ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -102,13 +108,13 @@ def dry_inputs(batch: int, length: int, *, packed: bool, device: str = "meta") -
 
 
 def optimizer_bytes(model: nn.Module, optim: str) -> int:
-    """State of an optimizer after one step.
+    """Bytes of an optimizer's state after one step.
 
-    The 8-bit AdamW of bitsandbytes, whose states live on a GPU alone, is counted by its layout:
-    two bytes an element and two fp32 scales for every BLOCK of them.
+    The 8-bit AdamW of bitsandbytes runs only on a GPU, so its state is computed from its layout:
+    two bytes per element and two fp32 scales for every BLOCK elements.
 
     Raises:
-        ConfigError: the optimizer is unknown, not installed, or has no step on meta parameters.
+        ConfigError: the optimizer is unknown or not installed, or cannot run on the meta device.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if optim in EIGHT_BIT:
@@ -128,32 +134,42 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
         optimizer = kind(stand_ins, **options)
         optimizer.step()
     except RuntimeError as error:
-        raise ConfigError(f"optim: {optim} cannot be planned for on the meta device") from error
+        raise ConfigError(f"optim: {optim} cannot run on the meta device; plan another") from error
     return state_bytes(optimizer)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors in an optimizer's state."""
     states = [value for state in optimizer.state.values() for value in state.values()]
-    return held_bytes([value for value in states if isinstance(value, Tensor)])
+    return storage_bytes([value for value in states if isinstance(value, Tensor)])
 
 
 def activation_bytes(model: Any, inputs: dict[str, Any], checkpointing: bool) -> int:
-    """What the backward needs of a forward, parameters aside: bytes of distinct storages.
+    """Bytes that a forward saves for the backward, without parameters.
 
-    With checkpointing, the checkpoints and the largest layer between two of them.
+    With checkpointing these are the checkpoints and the largest layer between two of them.
+
+    Raises:
+        ModelError: the model cannot run on the meta device, or has no layers to checkpoint.
     """
-    with _checkpointing(model, False), _largest_layer(model) as layer:
-        whole = saved_bytes(model, inputs, layer)
+    with _largest_layer(model) as layer:
+        total = saved_bytes(model, inputs, layer)
     if not checkpointing:
-        return whole
-    if not layer.found:
+        return total
+    if layer.bytes is None:
         raise ModelError(f"{type(model).__name__}: has no layers to checkpoint")
-    with _checkpointing(model, True):
+    model.gradient_checkpointing_enable()
+    try:
         return saved_bytes(model, inputs) + layer.bytes
+    finally:
+        model.gradient_checkpointing_disable()
 
 
 class Saved:
-    """Storages that autograd keeps, parameters aside; held, so that none is counted twice."""
+    """Storages that autograd saves, without parameters.
+
+    It holds references to them, so that no address is used twice.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -165,28 +181,27 @@ class Saved:
             self.storages[storage._cdata] = storage
         return tensor
 
-    def bytes(self, but: frozenset[int] | set[int] = frozenset()) -> int:
-        return sum(s.nbytes() for key, s in self.storages.items() if key not in but)
+    def bytes(self, exclude: frozenset[int] | set[int] = frozenset()) -> int:
+        return sum(s.nbytes() for key, s in self.storages.items() if key not in exclude)
 
 
 class _Layer:
-    """The largest layer of a forward, by what it saves beyond its inputs."""
+    """The largest layer of a forward, by the bytes that it saves besides its inputs."""
 
     def __init__(self) -> None:
-        self.bytes, self.found = 0, False
+        self.bytes: int | None = None  # None until a layer has run
         self.saved: Saved | None = None
         self._before: set[int] = set()
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.saved is None:
             return
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        self._before = {x.untyped_storage()._cdata for x in given} | set(self.saved.storages)
+        inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        self._before = {x.untyped_storage()._cdata for x in inputs} | set(self.saved.storages)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.saved is not None:
-            self.found = True
-            self.bytes = max(self.bytes, self.saved.bytes(but=self._before))
+            self.bytes = max(self.bytes or 0, self.saved.bytes(exclude=self._before))
 
 
 @contextmanager
@@ -205,22 +220,12 @@ def _largest_layer(model: nn.Module) -> Iterator[_Layer]:
             hook.remove()
 
 
-@contextmanager
-def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
-    if wanted:
-        model.gradient_checkpointing_enable()
-    try:
-        yield
-    finally:
-        if wanted:
-            model.gradient_checkpointing_disable()
-
-
 def saved_bytes(model: Any, inputs: dict[str, Any], layer: _Layer | None = None) -> int:
-    """Bytes that one forward saves, the rows that the loss gets among them.
+    """Bytes that one forward saves, including the rows for the loss.
 
     Raises:
-        ModelError: the model cannot run on the meta device, as where shapes depend on values.
+        ModelError: the model cannot run on the meta device, for example because shapes depend on
+            values.
     """
     saved = Saved(model)
     if layer is not None:
@@ -235,7 +240,7 @@ def saved_bytes(model: Any, inputs: dict[str, Any], layer: _Layer | None = None)
             loss = run_with_loss(model, inputs, loss_fn)
     except RuntimeError as error:
         raise ModelError(
-            f"{type(model).__name__}: its forward needs values, which a dry run has not ("
+            f"{type(model).__name__}: its forward reads values, which a dry run does not have ("
             f"{str(error).splitlines()[0]})"
         ) from error
     total = saved.bytes()

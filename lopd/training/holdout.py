@@ -1,7 +1,7 @@
-"""What watches a run: a cache that has gone stale, and sequences kept out of training.
+"""Evaluation on sequences held out of training, early stopping, and the choice of the best step.
 
-What they find stands in the log history of the Trainer's state, which its checkpoints hold, so
-that a resumed run knows what the interrupted one had found.
+The evaluations are entries of the log history in the Trainer's state. Checkpoints contain it, so a
+resumed run continues with them.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lopd.training.batch import Collator, Part, lengths_of, to_device
-from lopd.training.metrics import Gather, alone
+from lopd.training.batch import Collator, Subset, lengths_of, to_device
+from lopd.training.metrics import Gather, gather_single
 from lopd.training.objective import Objective
 from lopd.training.sampler import split
 from lopd.training.step import check_finite, step
@@ -21,13 +21,13 @@ History = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Holdout:
-    """Sequences kept out of training, and what becomes of their KL."""
+    """Sequences held out of training, and how they are used."""
 
-    dataset: Part
+    dataset: Subset
     objective: Objective
-    eval_steps: int
-    keep_best: bool = False
-    patience: int = 0  # evaluations; 0 never stops
+    eval_steps: int  # optimizer steps between evaluations
+    keep_best: bool = False  # the checkpoint with the lowest KL is the result of the run
+    patience: int = 0  # evaluations without improvement before training stops; 0 disables
 
 
 @torch.no_grad()
@@ -40,27 +40,38 @@ def holdout_kl(
     *,
     max_tokens: int | None = None,
     rank: int = 0,
-    gather: Gather = alone,
+    gather: Gather = gather_single,
 ) -> float:
-    """Mean of the objective over the held-out sequences, dropout off; draws no random number.
+    """Mean of the objective over the held-out sequences, without dropout or random numbers.
 
-    Processes share the forward passes in turn. Each makes as many, since a sharded model needs all
-    of them; a surplus one is not counted.
+    The processes take the micro-batches in turn. All make the same number of forward passes, as a
+    sharded model needs; repeated micro-batches are not counted.
+
+    Args:
+        model: the model to evaluate.
+        holdout: the sequences.
+        collate: makes the micro-batches.
+        batch_size: sequences per micro-batch.
+        step_number: the optimizer step, for error messages.
+        max_tokens: tokens per pack; None for padded micro-batches.
+        rank: number of this process.
+        gather: as in `MetricsAccumulator`.
 
     Raises:
-        DataError: it is not finite; names the sequences.
+        DataError: the mean is not finite; the message names the sequences.
     """
     device, training = next(model.parameters()).device, model.training
-    parts = split(lengths_of(holdout.dataset), batch_size, max_tokens)
+    micro_batches = split(lengths_of(holdout.dataset), batch_size, max_tokens)
     world_size = len(gather(None))
     total, weight = 0.0, 0.0
     model.eval()
-    for place in range(rank, rank + -(-len(parts) // world_size) * world_size, world_size):
-        items: Any = holdout.dataset.__getitems__([*parts[place % len(parts)]])
+    count = len(micro_batches)
+    for number in range(rank, rank + -(-count // world_size) * world_size, world_size):
+        items: Any = holdout.dataset.__getitems__([*micro_batches[number % count]])
         batch = to_device(collate(items), device)
         loss, _ = step(model, batch, holdout.objective, 1.0)
         check_finite("held-out loss", loss, [batch], step_number)
-        if place < len(parts):
+        if number < count:
             total += loss.item()
             weight += batch["row_weights"].sum().item()
     model.train(training)
@@ -69,20 +80,28 @@ def holdout_kl(
 
 
 def evaluations(history: History) -> list[tuple[float, int]]:
-    """(held-out KL, step) of every evaluation, in order."""
+    """(held-out KL, step) of each evaluation, in order."""
     return [(entry["holdout_kl"], entry["step"]) for entry in history if "holdout_kl" in entry]
 
 
 def exhausted(history: History, patience: int) -> bool:
-    """Whether the last `patience` evaluations brought no improvement."""
-    found = evaluations(history)
-    return bool(patience and found) and len(found) - 1 - found.index(min(found)) >= patience
+    """Whether the last `patience` evaluations brought no improvement; never if patience is 0."""
+    results = evaluations(history)
+    return bool(patience and results) and (
+        len(results) - 1 - results.index(min(results)) >= patience
+    )
 
 
 def holdout_summary(holdout: Holdout, history: History, last_step: int) -> dict[str, Any]:
-    """What the manifest says of the held-out sequences."""
-    found = evaluations(history)
-    best, last = min(found), found[-1]
+    """The manifest's `holdout`.
+
+    Args:
+        holdout: the held-out sequences.
+        history: log history of the Trainer's state, with at least one evaluation.
+        last_step: the last optimizer step of the run.
+    """
+    results = evaluations(history)
+    best, last = min(results), results[-1]
     return {
         "sequences": len(holdout.dataset),
         "objective": holdout.objective.name,

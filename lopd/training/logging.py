@@ -1,45 +1,24 @@
-"""What a run tells while it trains: a line and a bar on stderr, and its log file."""
+"""Training output: progress bar, log lines on stderr, and train_log.jsonl."""
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from lopd.errors import LopdError, ShardError
 from lopd.provenance.io import write_atomic
+from lopd.training.checkpoints import saving
 
 LOG_NAME = "train_log.jsonl"
-ZIP_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory")  # in torch's messages
-
-
-@contextlib.contextmanager
-def saving(path: str | Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises into a ShardError that names `path`.
-
-    safetensors and torch.save report it by exceptions of their own.
-    """
-    try:
-        yield
-    except LopdError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in ZIP_WRITER):
-            raise  # a lost process, a GPU without memory
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ShardError(
-            f"{path}: not written ({what}); finished checkpoints are intact: mend that and run "
-            "the same command again"
-        ) from error
+# A record of the log history with one of these is written to the log file.
+LOGGED = {"loss", "holdout_kl", "generation_seconds", "update_seconds"}
 
 
 class LogAtEnds(TrainerCallback):
-    """Logs at the last step and at evaluations too; in every process, for all are asked."""
+    """Also logs at the last step and at evaluations. Logging needs this in every process."""
 
     def __init__(self, eval_steps: int) -> None:
         self.eval_steps = eval_steps
@@ -51,14 +30,14 @@ class LogAtEnds(TrainerCallback):
 
 
 class Reporter(TrainerCallback):
-    """A progress bar on stderr, and the log file."""
+    """Progress bar and log lines on stderr, and the log file in the folder `out`."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.bar: Any = None
 
     def close(self) -> None:
-        """Take the bar away; lines after it would go around one that is still drawn."""
+        """Remove the progress bar, so that later output does not mix with it."""
         if self.bar is not None:
             self.bar.close()
 
@@ -79,15 +58,14 @@ class Reporter(TrainerCallback):
         self._write(state)
 
     def _write(self, state: Any) -> None:
-        wanted = {"loss", "holdout_kl", "generation_seconds", "update_seconds"}
-        records = [record for record in state.log_history if wanted & record.keys()]
+        records = [record for record in state.log_history if LOGGED & record.keys()]
         lines = "".join(json.dumps(record) + "\n" for record in records)
         with saving(self.out / LOG_NAME):
             write_atomic(self.out / LOG_NAME, lines.encode())
 
 
 def line(step: int, steps: int, logs: Mapping[str, float]) -> str:
-    """What is logged of a step, for a reader."""
+    """The log line of a step, with those figures that `logs` has."""
     words = [f"step {step}/{steps}", f"loss {logs['loss']:.4g}"]
     for name, form in (
         ("grad_norm", "grad {:.3g}"),

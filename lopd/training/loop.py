@@ -1,8 +1,8 @@
-"""The training loop without a framework: AdamW, clipping, a schedule, nothing else.
+"""A training loop without a framework: AdamW, gradient clipping and a schedule.
 
-It gives the same weights as `lopd.training.trainer.LopdTrainer` on the same batches, which is how
-both are tested, and it takes its batches from any iterator: an online run generates them
-from the model that is being trained.
+It gives the same weights as `lopd.training.trainer.LopdTrainer` on the same batches, and each is
+tested against the other. It takes batches from any iterator: an online run generates them from the
+model in training.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from lopd.errors import ConfigError, DataError
 from lopd.models.head import check_head, check_trainable
 from lopd.training.batch import Batch, to_device
-from lopd.training.metrics import StatsWindow
+from lopd.training.metrics import MetricsAccumulator
 from lopd.training.objective import Objective
 from lopd.training.options import TrainOptions
 from lopd.training.step import check_finite, step
@@ -24,21 +24,26 @@ from lopd.training.step import check_finite, step
 def train_loop(
     model: Any, batches: Iterable[Sequence[Batch]], objective: Objective, options: TrainOptions
 ) -> list[dict[str, float]]:
-    """Train in place for `options.max_steps` optimizer steps; returns the log.
-
-    Of `options` the optimizer, the schedule, the clipping, `gradient_checkpointing` and
-    `log_every` are used: batches come as they come, the model stays where it is, nothing is
-    saved. The model is in eval mode whenever `batches` is asked for the next step.
+    """Train a model in place for `options.max_steps` optimizer steps, without saving it.
 
     Args:
-        batches: for every optimizer step its micro-batches, from `lopd.training.batch.Collator`.
+        model: as in `lopd.models.head.run_with_loss`; it stays on its device. It is in eval mode
+            while the next element of `batches` is generated.
+        batches: the micro-batches of each optimizer step, from `lopd.training.batch.Collator`.
+        objective: what to minimise.
+        options: the settings of the optimizer (AdamW), the schedule and the clipping,
+            `gradient_checkpointing`, `max_steps` and `log_every` are used.
+
+    Returns:
+        The log: the metrics of every `log_every` steps.
 
     Raises:
-        ConfigError: max_steps is not given.
+        ConfigError: max_steps is not set.
         DataError: the loss or the gradient is not finite, or `batches` ends too early.
+        ModelError: the model cannot be trained with a loss on its hidden states.
     """
     if options.max_steps < 1:
-        raise ConfigError("max_steps: train_loop cannot count epochs; give the number of steps")
+        raise ConfigError("max_steps: train_loop cannot count epochs; set the number of steps")
     check_trainable(model)
     check_head(model)
     if options.gradient_checkpointing:
@@ -54,30 +59,30 @@ def train_loop(
     )
     model.eval()
     log: list[dict[str, float]] = []
-    window = StatsWindow()
+    metrics = MetricsAccumulator()
     number = 0
     for number, micro_batches in enumerate(itertools.islice(batches, options.max_steps), 1):
-        window.begin_step()
+        metrics.begin_step()
         model.train()
         optimizer.zero_grad()
-        norm = _accumulate(model, micro_batches, objective, options, number, window)
+        norm = _accumulate(model, micro_batches, objective, options, number, metrics)
         rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
-        model.eval()  # for an iterator that generates
+        model.eval()  # `batches` may generate
         if number % options.log_every == 0 or number == options.max_steps:
             entry = {"step": number, "learning_rate": rate, "grad_norm": norm.item()}
-            log.append({**entry, **window.pop()})
+            log.append({**entry, **metrics.pop()})
     if number < options.max_steps:
         raise DataError(
             f"batches: ended after {number} of max_steps={options.max_steps}; the schedule needs "
-            "them all"
+            "all of them"
         )
     return log
 
 
 def adamw(model: Any, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW with decay on matrices and none on vectors (norms, biases)."""
+    """AdamW with weight decay on matrices and none on vectors (norms, biases)."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
@@ -98,7 +103,7 @@ def _accumulate(
     objective: Objective,
     options: TrainOptions,
     number: int,
-    window: StatsWindow,
+    metrics: MetricsAccumulator,
 ) -> torch.Tensor:
     """Gradients of one optimizer step, clipped; returns their norm before clipping."""
     device = next(model.parameters()).device
@@ -108,7 +113,7 @@ def _accumulate(
         loss, stats = step(model, moved, objective, num_items)
         check_finite("loss", loss, [moved], number)
         loss.backward()
-        window.add({"loss": loss.detach(), **stats}, len(moved["labels"]))
+        metrics.add({"loss": loss.detach(), **stats}, len(moved["labels"]))
     limit = options.max_grad_norm or torch.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     check_finite("norm of the gradient", norm, micro_batches, number)

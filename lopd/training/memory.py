@@ -1,16 +1,17 @@
-"""Peak memory of a training run, part by part, before there is one (`lopd plan`).
+"""Estimated peak memory of a training run (`lopd plan`), and settings that need less.
 
-    weights, gradients   the model on the meta device: shapes and dtypes without memory
-    optimizer            its state after a real step on meta parameters
-    loss                 the memory model of `lopd_kernels.workspace`, with its choice of schedule
+    weights, gradients   from the model on the meta device: shapes and dtypes without memory
+    optimizer            its state after a step on meta parameters
+    loss                 from the memory model of `lopd_kernels.workspace`
     activations          what a forward on the meta device saves for the backward
 
-Their sum is the peak where gradients are accumulated, and a bound of it where they are not.
-Every token bears loss and every sequence is as long as `sequence_length`. Not counted are the
-CUDA context, what single operators hold for a moment, and what the allocator leaves unused:
-for these a share of the memory, `reserve`, is kept free.
+Their sum is the peak with gradient accumulation, and an upper bound without. All tokens are
+assumed to have loss and all sequences to be `sequence_length` long. The CUDA context, temporaries
+of single operators and fragmentation are not counted; a share of the memory, `reserve`, is left
+free for them.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -18,9 +19,16 @@ from typing import Any, Literal
 from torch import nn
 
 from lopd.config.fields import setting
-from lopd.errors import ConfigError
+from lopd.errors import ConfigError, LopdError
 from lopd.models.head import lm_head
-from lopd.training.dry_run import activation_bytes, dry_inputs, held_bytes, optimizer_bytes
+from lopd.training.batch import lengths_of
+from lopd.training.dry_run import (
+    activation_bytes,
+    dry_inputs,
+    meta_model,
+    optimizer_bytes,
+    storage_bytes,
+)
 from lopd.training.options import MemoryOptions, TrainOptions
 from lopd_kernels.workspace import workspace_needed
 
@@ -54,7 +62,7 @@ class MemorySettings(MemoryOptions):
 
     @property
     def rows(self) -> tuple[int, int]:
-        """Shape [B, T] of the ids of a micro-batch."""
+        """Shape [B, T] of a micro-batch."""
         if self.max_tokens_per_batch is not None:
             return 1, self.max_tokens_per_batch
         return self.batch_size, self.sequence_length
@@ -63,9 +71,16 @@ class MemorySettings(MemoryOptions):
 def memory_settings_of_run(
     config: TrainOptions, objective: str, *, k: int, longest: int
 ) -> MemorySettings:
-    """Memory settings of a run with sequences of up to `longest` tokens."""
+    """Memory settings of a run.
+
+    Args:
+        config: settings of the run.
+        objective: name of its objective.
+        k: tokens in a teacher's list.
+        longest: tokens of the longest sequence.
+    """
     shared = {name: getattr(config, name) for name in SHARED}
-    known = objective if objective != "cross_entropy" else "policy_gradient"  # a label a token too
+    known = objective if objective != "cross_entropy" else "policy_gradient"  # also one id per row
     return MemorySettings(
         sequence_length=longest,
         objective=known,  # type: ignore[arg-type]
@@ -75,8 +90,8 @@ def memory_settings_of_run(
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Bytes."""
+class MemoryEstimate:
+    """Bytes of each part."""
 
     weights: int
     gradients: int
@@ -89,16 +104,25 @@ class Parts:
         return self.weights + self.gradients + self.optimizer + self.loss + self.activations
 
 
-class Planner:
-    """Parts of any settings for one model, each dry run made once."""
+class MemoryPlanner:
+    """Estimates the memory of one model with different settings, with each dry run made once.
+
+    Args:
+        model: from `lopd.training.dry_run.meta_model`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._optimizers: dict[str, int] = {}
         self._activations: dict[tuple[Any, ...], int] = {}
 
-    def parts(self, config: MemorySettings) -> Parts:
-        """Raises ConfigError for a workspace that no schedule fits in."""
+    def estimate(self, config: MemorySettings) -> MemoryEstimate:
+        """Estimated peak memory of a run with these settings.
+
+        Raises:
+            ConfigError: no schedule of the loss fits in `workspace_bytes`.
+            ModelError: the model cannot run on the meta device.
+        """
         if config.optim not in self._optimizers:
             self._optimizers[config.optim] = optimizer_bytes(self.model, config.optim)
         packed = config.max_tokens_per_batch is not None
@@ -109,8 +133,8 @@ class Planner:
                 self.model, inputs, config.gradient_checkpointing
             )
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        return Parts(
-            held_bytes([*self.model.parameters(), *self.model.buffers()]),
+        return MemoryEstimate(
+            storage_bytes([*self.model.parameters(), *self.model.buffers()]),
             trained,
             self._optimizers[config.optim],
             loss_bytes(self.model, config),
@@ -119,14 +143,15 @@ class Planner:
 
 
 def loss_bytes(model: Any, config: MemorySettings) -> int:
-    """What the loss allocates on a GPU beyond inputs and outputs, as its schedule has it.
+    """Bytes that the loss allocates on a GPU beyond its inputs and outputs.
 
     Raises:
-        ConfigError: no schedule fits in `workspace_bytes`.
+        ConfigError: no schedule of the loss fits in `workspace_bytes`.
     """
     head, rows = lm_head(model), config.rows[0] * config.rows[1]
     weight = head.weight
-    width = 1 if config.objective == "policy_gradient" else config.k + 1  # and the sampled token
+    # A list and the sampled id, or only the sampled id.
+    width = 1 if config.objective == "policy_gradient" else config.k + 1
     try:
         return workspace_needed(
             rows,
@@ -134,6 +159,7 @@ def loss_bytes(model: Any, config: MemorySettings) -> int:
             weight.shape[1],
             width,
             dtype=weight.dtype,
+            hidden_grad=True,
             weight_grad=weight.requires_grad,
             bias_grad=head.bias is not None and head.bias.requires_grad,
             workspace_bytes=config.workspace,
@@ -142,15 +168,23 @@ def loss_bytes(model: Any, config: MemorySettings) -> int:
         raise ConfigError(f"workspace_bytes: {error}") from error
 
 
-def proposals(planner: Planner, config: MemorySettings, memory: int) -> Iterator[MemorySettings]:
-    """Settings that need less, each on top of the one before, the last of them fitting if any.
+def proposals(
+    planner: MemoryPlanner, config: MemorySettings, memory: int
+) -> Iterator[MemorySettings]:
+    """Settings that need less and less memory, up to the first that fits.
 
-    In order: gradient checkpointing, a smaller workspace for the loss, smaller micro-batches
-    (the largest that fit), and optimizers with less state, again with the largest micro-batches.
+    Each changes one setting of the one before, in this order: gradient checkpointing, a smaller
+    workspace for the loss, the largest micro-batches that fit, and optimizers with less state,
+    again with the largest micro-batches.
+
+    Args:
+        planner: of the model.
+        config: settings that do not fit.
+        memory: available bytes.
     """
 
     def fits(candidate: MemorySettings) -> bool:
-        return planner.parts(candidate).total <= memory
+        return planner.estimate(candidate).total <= memory
 
     if not config.gradient_checkpointing:
         config = replace(config, gradient_checkpointing=True)
@@ -165,7 +199,7 @@ def proposals(planner: Planner, config: MemorySettings, memory: int) -> Iterator
     for optim in (None, "adafactor", "adamw_8bit"):
         if optim is not None:
             less = replace(config, optim=optim)
-            if planner.parts(less).optimizer >= planner.parts(config).optimizer:
+            if planner.estimate(less).optimizer >= planner.estimate(config).optimizer:
                 continue
             config = less
             yield config
@@ -177,25 +211,31 @@ def proposals(planner: Planner, config: MemorySettings, memory: int) -> Iterator
 
 
 def smaller_workspace(
-    planner: Planner, config: MemorySettings, memory: int
+    planner: MemoryPlanner, config: MemorySettings, memory: int
 ) -> MemorySettings | None:
-    """Half the loss's workspace, and half again until it fits or no schedule does."""
-    found, bound = None, planner.parts(config).loss // 2
+    """Halve the workspace of the loss until the run fits or no schedule does.
+
+    Returns:
+        The settings with the last workspace that has a schedule; None if half is too small.
+    """
+    smaller, bound = None, planner.estimate(config).loss // 2
     while bound >= SMALLEST_WORKSPACE:
         candidate = replace(config, workspace_bytes=bound >> 20 << 20)
         try:
-            parts = planner.parts(candidate)
+            estimate = planner.estimate(candidate)
         except ConfigError:
             break
-        found = candidate
-        if parts.total <= memory:
+        smaller = candidate
+        if estimate.total <= memory:
             break
         bound //= 2
-    return found
+    return smaller
 
 
-def largest_batch(planner: Planner, config: MemorySettings, memory: int) -> MemorySettings | None:
-    """The largest micro-batch below the config's that fits; None where the smallest does not."""
+def largest_batch(
+    planner: MemoryPlanner, config: MemorySettings, memory: int
+) -> MemorySettings | None:
+    """The settings with the largest smaller micro-batch that fits; None if there is none."""
     packed = config.max_tokens_per_batch
     low, high = (1, config.batch_size) if packed is None else (config.sequence_length, packed)
 
@@ -206,8 +246,8 @@ def largest_batch(planner: Planner, config: MemorySettings, memory: int) -> Memo
 
     def fits(size: int) -> bool:
         try:
-            return planner.parts(candidate(size)).total <= memory
-        except ConfigError:  # more rows than a workspace can hold
+            return planner.estimate(candidate(size)).total <= memory
+        except ConfigError:  # too many rows for the workspace
             return False
 
     if low == high or not fits(low):
@@ -216,3 +256,24 @@ def largest_batch(planner: Planner, config: MemorySettings, memory: int) -> Memo
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return candidate(low)
+
+
+def planned_peak(config: Any, trainer: Any, model_path: str, k: int) -> int | None:
+    """Bytes that `lopd plan` predicts for a run; None if it cannot, with a message why.
+
+    Args:
+        config: settings of the stage.
+        trainer: has the `train_dataset` and `objective` of the run.
+        model_path: folder of the model.
+        k: tokens in a teacher's list.
+    """
+    if config.fsdp or config.mixed_precision != "none":
+        return None
+    longest = max(lengths_of(trainer.train_dataset))
+    try:
+        settings = memory_settings_of_run(config, trainer.objective.name, k=k, longest=longest)
+        planner = MemoryPlanner(meta_model(model_path, config.dtype, config))
+        return planner.estimate(settings).total
+    except LopdError as error:
+        print(f"no plan of the peak memory ({error})", file=sys.stderr)
+        return None

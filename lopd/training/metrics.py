@@ -1,31 +1,34 @@
-"""Statistics of a run: sums over micro-batches, means over steps, effective sample sizes.
+"""Training metrics: sums over micro-batches, means over steps, effective sample sizes.
 
-With l the log-ratio of the student to the policy that sampled, and w weights, the share
+With l the log-ratio of the student to the rollout policy and w the row weights, the share
 
     ESS = (sum w e^l)^2 / (sum w * sum w e^2l)
 
-is what the samples are worth as samples of the student: 1 while it is that policy, near 0
-where a few carry all weight (Kish). It is no mean, so its three sums are kept, by their logs:
-the l of a long sequence is far beyond what its exponential can hold.
+is the effective sample size of the rollouts as samples of the student: 1 while the student is the
+rollout policy, near 0 if a few tokens have all the weight (Kish). It is not a mean, so its three
+sums are accumulated, in log space: the exponential of a long sequence's l would overflow.
 """
 
 import math
 import time
-import zlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lopd_kernels import linear_topk
-
-# Names of the three sums, and of the share that they make.
+# Name of the three sums: name of the ESS computed from them.
 ESS = {"token_moments": "ess_tokens", "sequence_moments": "ess_sequences"}
-# Pairs of sums whose ratio is told, [2] or [2, len(POSITIONS)].
+# Pairs of sums whose ratio is logged, [2] or [2, len(POSITIONS)].
 RATIOS = ("topk_overlap", "divergence_from")
-POSITIONS = (0, 16, 64, 256, 1024, 4096, 16384)  # where parts of an answer begin
+POSITIONS = (0, 16, 64, 256, 1024, 4096, 16384)  # first positions of the parts of an answer
+
+Gather = Callable[[Any], list[Any]]
+
+
+def gather_single(value: Any) -> list[Any]:
+    """The `Gather` of a run with one process."""
+    return [value]
 
 
 def sequence_sums(
@@ -33,15 +36,16 @@ def sequence_sums(
     sequence_index: Tensor,  # [N] int64 in [0, count)
     count: int,
 ) -> Tensor:  # [count]
+    """Sums of the rows of each sequence."""
     return rows.new_zeros(count).index_add_(0, sequence_index, rows)
 
 
 def by_position(
     rows: Tensor,  # [N]
     row_weights: Tensor,  # [N]
-    parts: Tensor,  # [N] int64, of POSITIONS
+    parts: Tensor,  # [N] int64, indices into POSITIONS
 ) -> Tensor:  # [2, len(POSITIONS)]
-    """Weighted sums of the rows, and sums of their weights, in each part of the answers."""
+    """Weighted sums of the rows and sums of their weights, for each part of the answers."""
     pair = torch.stack([row_weights * rows, row_weights])
     return pair.new_zeros(2, len(POSITIONS)).index_add_(1, parts, pair)
 
@@ -52,7 +56,7 @@ def drift_moments(
     sequence_index: Tensor,  # [N]
     count: int,
 ) -> dict[str, Tensor]:
-    """Logs of the three sums, [3] each: over tokens by their weights, over whole sequences."""
+    """Logs of the three sums of an ESS, [3] each: over weighted tokens and over sequences."""
     by_sequence = sequence_sums(log_ratio, sequence_index, count)
     return {
         "token_moments": _moments(log_ratio, row_weights.log()),
@@ -65,49 +69,44 @@ def _moments(log_ratio: Tensor, log_weights: Tensor) -> Tensor:
     return torch.logsumexp(log_weights + powers * log_ratio, 1)
 
 
-def _share(moments: Tensor) -> float:
-    none, first, second = moments.tolist()
-    return math.exp(2 * first - none - second)
+def _ess(moments: Tensor) -> float:
+    zeroth, first, second = moments.tolist()
+    return math.exp(2 * first - zeroth - second)
 
 
 def _ratios(name: str, pair: Tensor) -> dict[str, float]:
-    """Those of parts that have any weight."""
+    """Ratios of a pair of sums, without those whose weight is 0."""
     if pair.dim() == 1:
         pair, names = pair[:, None], [name]
     else:
         names = [f"{name}_{start}" for start in POSITIONS]
     sums, weights = pair.tolist()
-    found = zip(names, sums, weights, strict=True)
-    return {name: total / weight for name, total, weight in found if weight}
+    return {
+        name: total / weight
+        for name, total, weight in zip(names, sums, weights, strict=True)
+        if weight
+    }
 
 
-WINDOW_NAME = "window.pt"  # in a checkpoint: the statistics since the last log
-Gather = Callable[[Any], list[Any]]
-
-
-def alone(value: Any) -> list[Any]:
-    return [value]
-
-
-def _together(name: str, first: Tensor | None, second: Tensor) -> Tensor:
+def _combine(name: str, first: Tensor | None, second: Tensor) -> Tensor:
     if first is None:
         return second
-    first = first.to(second.device)  # a checkpoint's are on the CPU
+    first = first.to(second.device)  # sums from a checkpoint are on the CPU
     return torch.logaddexp(first, second) if name in ESS else first + second
 
 
-class StatsWindow:
-    """Statistics since the last log: means over optimizer steps, and loss tokens per second.
+class MetricsAccumulator:
+    """Metrics since the last log: means over optimizer steps, and loss tokens per second.
 
-    Effective sample sizes and ratios are of all tokens and sequences since the last log. Each
-    process adds its own micro-batches; what is told is of all of them.
+    Effective sample sizes and ratios are over all tokens and sequences since the last log. Each
+    process adds its own micro-batches; the results are over all processes.
 
     Args:
-        gather: a value of this process to those of every process, in order; called by all of
-            them at once.
+        gather: maps a value of this process to the list of every process's value, in order; all
+            processes call it together.
     """
 
-    def __init__(self, gather: Gather = alone) -> None:
+    def __init__(self, gather: Gather = gather_single) -> None:
         self._gather = gather
         self._step_moments: Tensor | None = None
         self._reset()
@@ -117,49 +116,55 @@ class StatsWindow:
         self._steps, self._tokens, self._began = 0, 0, 0.0
 
     def begin_step(self) -> None:
+        """Start an optimizer step; `add` follows for each of its micro-batches."""
         if self._steps == 0:
             self._began = time.perf_counter()
         self._steps += 1
         self._step_moments = None
 
     def add(self, stats: dict[str, Tensor], tokens: int) -> None:
-        """One micro-batch of the step that was begun last."""
+        """Add the statistics of one micro-batch of the current step.
+
+        Args:
+            stats: as `lopd.training.step.step` returns them.
+            tokens: loss tokens of the micro-batch.
+        """
         self._tokens += tokens
         for name, value in stats.items():
-            self._sums[name] = _together(name, self._sums.get(name), value)
-        if (found := stats.get("token_moments")) is not None:
-            self._step_moments = _together("token_moments", self._step_moments, found)
+            self._sums[name] = _combine(name, self._sums.get(name), value)
+        if (moments := stats.get("token_moments")) is not None:
+            self._step_moments = _combine("token_moments", self._step_moments, moments)
 
-    def leave_out(self, seconds: float) -> None:
-        """Time since the last log that was not spent on its tokens."""
+    def exclude_time(self, seconds: float) -> None:
+        """Do not count this time, which was not spent on training, in the tokens per second."""
         self._began += seconds
 
     def step_ess(self) -> float | None:
-        """Effective share of the tokens of the step begun last; None where it is unknown."""
-        mine = self._step_moments
-        found = self._gather(None if mine is None else mine.cpu())
-        if any(moments is None for moments in found):
+        """ESS of the tokens of the current step; None if a log-ratio is unknown."""
+        local = self._step_moments
+        moments = self._gather(None if local is None else local.cpu())
+        if any(each is None for each in moments):
             return None
-        return _share(torch.stack(found).logsumexp(0)) if len(found) > 1 else _share(found[0])
+        return _ess(torch.stack(moments).logsumexp(0)) if len(moments) > 1 else _ess(moments[0])
 
     def _totals(self) -> tuple[dict[str, Tensor], int]:
         """Sums and tokens over all processes."""
-        mine = {name: value.cpu() for name, value in self._sums.items()}
+        local = {name: value.cpu() for name, value in self._sums.items()}
         sums: dict[str, Tensor] = {}
         tokens = 0
-        for theirs, count in self._gather((mine, self._tokens)):
-            tokens += count
-            for name, value in theirs.items():
-                sums[name] = _together(name, sums.get(name), value)
+        for process_sums, process_tokens in self._gather((local, self._tokens)):
+            tokens += process_tokens
+            for name, value in process_sums.items():
+                sums[name] = _combine(name, sums.get(name), value)
         return sums, tokens
 
     def pop(self) -> dict[str, float]:
-        """What was added since the last call."""
+        """Metrics of what was added since the last call."""
         sums, tokens = self._totals()
         means: dict[str, float] = {}
         for name, value in sums.items():
             if name in ESS:
-                means[ESS[name]] = _share(value)
+                means[ESS[name]] = _ess(value)
             elif name in RATIOS:
                 means |= _ratios(name, value)
             else:
@@ -169,47 +174,13 @@ class StatsWindow:
         return means
 
     def state(self) -> dict[str, Any]:
-        """What `load` of one process, the first, continues from."""
+        """State for a checkpoint, over all processes."""
         sums, tokens = self._totals()
         seconds = time.perf_counter() - self._began
         return {"sums": sums, "tokens": tokens, "steps": self._steps, "seconds": seconds}
 
     def load(self, state: dict[str, Any], *, first: bool = True) -> None:
-        """Go on from a state; processes other than the first add to its sums."""
+        """Continue from a state of `state`; only the first process takes over its sums."""
         self._steps, self._began = state["steps"], time.perf_counter() - state["seconds"]
         if first:
             self._sums, self._tokens = dict(state["sums"]), state["tokens"]
-
-
-STRIDE = 64
-
-
-def is_probed(name: str, positions: np.ndarray) -> np.ndarray:  # [T] bool
-    """Which positions of the answer of the sequence of this name are measured."""
-    return (positions + zlib.crc32(name.encode())) % STRIDE == 0
-
-
-@torch.no_grad()
-def topk_overlap(
-    rows: Tensor,  # [P, D]
-    weight: Tensor,  # [V, D]
-    topk_ids: Tensor,  # [P, K] int, -1 pads
-    row_weights: Tensor,  # [P]
-    options: dict[str, Any],
-) -> Tensor:  # [2]
-    """Weighted sum of the rows' overlaps, and of the weights of the rows that have a list.
-
-    Args:
-        options: of `linear_topk`.
-    """
-    listed = topk_ids >= 0
-    lengths = listed.sum(1)
-    if not len(rows):
-        return row_weights.new_zeros(2)
-    top = linear_topk(rows, weight, min(topk_ids.shape[1], weight.shape[0]), **options)
-    ranks = torch.arange(top.ids.shape[1], device=rows.device)
-    own = torch.where(ranks < lengths[:, None], top.ids.to(topk_ids.dtype), -2)
-    found = (topk_ids[:, :, None] == own[:, None, :]).any(2) & listed
-    overlap = found.sum(1) / lengths.clamp(min=1)
-    weights = torch.where(lengths > 0, row_weights, 0.0)
-    return torch.stack([(weights * overlap).sum(), weights.sum()])

@@ -1,4 +1,4 @@
-"""The training objectives and their settings."""
+"""Training objectives and their settings."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +92,7 @@ class Objective(Settings):
         if self.clip_range is not None and self.importance != "none":
             raise ConfigError(
                 f"clip_range: found importance '{self.importance}' too; the clipped objective has "
-                "its own ratio, so leave importance out"
+                "its own ratio; omit importance"
             )
 
     @property
@@ -110,8 +110,10 @@ class Objective(Settings):
 
     @property
     def needs_rollout_logprobs(self) -> bool:
+        """Whether batches must have the log-probs of the rollout policy."""
         return self.importance != "none" or self.clip_range is not None
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether batches must have the teacher's scores."""
         return self.name != "cross_entropy"

@@ -1,22 +1,19 @@
-"""Rollouts renewed while the student trains (`lopd distill --refresh_every R`).
+"""Rollouts refreshed during training (`lopd distill --refresh_every R`).
 
-A window is R optimizer steps. When it begins, the sequences whose turn it is in them are sampled
-anew by the student as it is and scored by the cache's teacher. They become a cache of their own,
-`out/refresh/step-N`, written as the run's cache was and read as it is. With R = 1 this is standard
-on-policy distillation; without it, Lightning OPD on the same prompts in the same order.
+A window is R optimizer steps. When it begins, the current student resamples the sequences of these
+steps and the cache's teacher scores them. The result is a cache in `out/refresh/step-N`, with the
+settings of the run's cache. R = 1 is standard on-policy distillation; without refresh the run is
+Lightning OPD on the same prompts in the same order.
 """
 
 import re
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import TrainerCallback
 
 from lopd.data.prompts import Prompt, check_prompts
 from lopd.engines.base import Sampling, score_rollouts, sequence_seed, to_rollout
@@ -34,19 +31,19 @@ from lopd.provenance.manifest import short
 from lopd.store import CacheWriter, Rollout, TeacherCache, TeacherScores
 from lopd.store.workers import this_worker
 from lopd.training.batch import sequence_of
+from lopd.training.refresh_timing import UpdateTimer, now
 from lopd.training.sampler import MicroBatches, StepDataset, StepSampler, split
 from lopd.training.trainer import LopdTrainer
 
 FOLDER = "refresh"
-PARTS = ("generation_seconds", "scoring_seconds", "update_seconds")
 
 
 @dataclass(frozen=True)
 class Refresh:
-    """What renews the rollouts of a run: a teacher, and the cache that says how."""
+    """Settings of refreshed rollouts; sampling and scoring are those of the run's cache."""
 
-    teacher: str  # folder
-    every: int  # optimizer steps
+    teacher: str  # model folder
+    every: int  # optimizer steps per window
     batch_size: int  # sequences decoded together
     cache: TeacherCache
     base: str  # digest of the weights that training starts from
@@ -60,8 +57,8 @@ class Refresh:
         if None in values:
             raise ConfigError(
                 f"refresh_every: {self.cache.path} does not record the "
-                f"{names[values.index(None)]} of its rollouts; roll out and score again, or leave "
-                "--refresh_every out"
+                f"{names[values.index(None)]} of its rollouts; roll out and score again, or omit "
+                "--refresh_every"
             )
         return Sampling(*values)
 
@@ -73,25 +70,30 @@ class Refresh:
 
 
 def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> None:
-    """Refuse, from files only, what cannot renew the cache's rollouts in the way it was made.
+    """Check from files only that rollouts can be refreshed in the way the cache was made.
+
+    Args:
+        refresh: settings of the refresh.
+        student: the student's model folder.
+        max_tokens: tokens per pack; None for padded micro-batches.
 
     Raises:
         ProvenanceError: the teacher is not the one that scored the cache.
-        ConfigError: several processes, a cache of another engine or of unknown sampling, or packs
-            that an answer may not fit into.
-        DataError: a prompt leaves a model no room for the longest answer.
+        ConfigError: there are several processes, the cache was scored by another engine or its
+            sampling is unknown, or packs are too small for the longest answer.
+        DataError: a prompt leaves no room for the longest answer in a model's context.
     """
     cache, scorer = refresh.cache, refresh.cache.manifest.model
     if not (worker := this_worker(None)).alone:
         raise ConfigError(
-            f"refresh_every: found {worker.count} processes; rollouts are renewed in one: start "
-            "without torchrun, or leave --refresh_every out"
+            f"refresh_every: found {worker.count} processes; expected one: start without torchrun, "
+            "or omit --refresh_every"
         )
     if scorer.engine != TransformersEngine.name:
         raise ConfigError(
             f"refresh_every: {cache.path} was scored by engine {scorer.engine or 'unknown'}; "
-            f"expected {TransformersEngine.name}, which scores while the student trains; score "
-            "again with it"
+            f"expected {TransformersEngine.name}, which can score during training: score again "
+            "with it"
         )
     longest = refresh.sampling.max_new_tokens
     check_model_folder(refresh.teacher)
@@ -102,7 +104,7 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
         if found != expected:
             raise ProvenanceError(
                 f"teacher: {refresh.teacher} has {what} {short(found)}, {cache.path} was "
-                f"scored with {short(expected)}; name that teacher, or score with this one"
+                f"scored with {short(expected)}; use that teacher, or score with this one"
             )
     prompts = [_prompt(rollout) for rollout in cache.rollouts()]
     for model in (student, refresh.teacher):
@@ -116,7 +118,7 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
     needed = max(len(prompt.tokens) for prompt in prompts) + longest
     if max_tokens is not None and max_tokens < needed:
         raise ConfigError(
-            f"max_tokens_per_batch: found {max_tokens}, but a renewed sequence may have {needed} "
+            f"max_tokens_per_batch: found {max_tokens}, but a refreshed sequence may have {needed} "
             f"tokens (max_new_tokens {longest}); expected at least that many"
         )
 
@@ -126,20 +128,26 @@ def _prompt(rollout: Any) -> Prompt:
 
 
 def renewed_seed(seed: int, window: int, prompt_id: str, sample: int) -> int:
-    """The random stream that belongs to a sequence in the window of this number."""
+    """Seed of the random numbers that sample a sequence in window number `window`."""
     return sequence_seed(sequence_seed(seed, "window", window), prompt_id, sample)
 
 
 class RefreshTrainer(LopdTrainer):
-    """`LopdTrainer` on rollouts that are renewed every `refresh.every` optimizer steps.
+    """`LopdTrainer` on rollouts that are refreshed every `refresh.every` optimizer steps.
 
-    `train_dataset` says which prompts are whose turn; its answers are not trained on.
+    The answers in `train_dataset` are replaced; only its prompts and their order are used.
+
+    Args:
+        args, kwargs: as in `LopdTrainer`.
+        refresh: settings of the refresh.
+        tokenizer: the student's.
+        dtype: of the student's weights, for the windows' manifests.
     """
 
     def __init__(
-        self, *given: Any, refresh: Refresh, tokenizer: Any, dtype: str, **kwargs: Any
+        self, *args: Any, refresh: Refresh, tokenizer: Any, dtype: str, **kwargs: Any
     ) -> None:
-        super().__init__(*given, callbacks=[Clock(refresh.every)], **kwargs)
+        super().__init__(*args, callbacks=[UpdateTimer(refresh.every)], **kwargs)
         self.refresh = refresh
         self.student = TransformersEngine(self.model, tokenizer, batch_size=refresh.batch_size)
         self.teacher = TransformersEngine.load(
@@ -155,19 +163,22 @@ class RefreshTrainer(LopdTrainer):
         return WindowDataset(self, sampler)
 
     def renew(self, sequences: Sequence[Any], window: int) -> list[tuple[Rollout, TeacherScores]]:
-        """Fresh answers to the sequences' prompts, scored; the model's mode is as it was."""
+        """Sample and score new answers to the sequences' prompts.
+
+        Leaves the model's training mode as it is and records the time in the log history.
+        """
         assert self.model is not None
         training = self.model.training
         self.model.eval()
         try:
-            began = _now(self.args.device)
+            began = now(self.args.device)
             rollouts = self._generate(sequences, window)
-            generated = _now(self.args.device)
+            generated = now(self.args.device)
             scores = self._score(rollouts)
-            scored = _now(self.args.device)
+            scored = now(self.args.device)
         finally:
             self.model.train(training)
-        self.window.leave_out(scored - began)
+        self.metrics.exclude_time(scored - began)
         self.state.log_history.append(
             {
                 "generation_seconds": generated - began,
@@ -211,13 +222,13 @@ class RefreshTrainer(LopdTrainer):
 
 
 class WindowDataset(StepDataset):
-    """A step's items out of the window that it falls into, which opens with its first step."""
+    """The items of a step from the cache of its window, which is made at its first step."""
 
     def __init__(self, trainer: RefreshTrainer, sampler: StepSampler) -> None:
         super().__init__(trainer.train_dataset)
         self.trainer, self.sampler = trainer, sampler
         self.out = Path(str(trainer.args.output_dir)) / FOLDER
-        self.first: int | None = None  # step of the open window, from 0
+        self.first: int | None = None  # first step of the open window, from 0
 
     def __getitems__(self, micro_batches: MicroBatches) -> list[list[Any]]:
         step, sampler = self.trainer.state.global_step, self.sampler
@@ -236,10 +247,10 @@ class WindowDataset(StepDataset):
         return self.sampler.steps(epoch)[number]
 
     def _open(self, first: int, step: int) -> None:
-        """Open the window of steps `first` on; one that a checkpoint lies within is on disk.
+        """Open the window that begins at step `first`, and make its cache if it does not exist.
 
         Raises:
-            ShardError: the run continues within a window that is gone or altered.
+            ShardError: the run continues within a window whose cache is missing or altered.
         """
         refresh = self.trainer.refresh
         last = min(first + refresh.every, self.trainer.state.max_steps)
@@ -250,8 +261,9 @@ class WindowDataset(StepDataset):
             if writer.missing():
                 if first < step:
                     raise ShardError(
-                        f"{folder}: gone or altered, and checkpoint-{step} lies within that "
-                        "window; restore it, or remove the checkpoint to go on from an earlier one"
+                        f"{folder}: missing or altered, and checkpoint-{step} lies within that "
+                        "window; restore it, or remove the checkpoint to continue from an earlier "
+                        "one"
                     )
                 sequences = [sequence_of(item) for item in self.dataset.__getitems__(wanted)]
                 writer.write(0, self.trainer.renew(sequences, first // refresh.every))
@@ -262,17 +274,17 @@ class WindowDataset(StepDataset):
         self.first = first
 
     def _drop(self, step: int) -> None:
-        """Remove all windows but those that the run, or a checkpoint, is in the middle of."""
+        """Remove all windows except those that contain the current step or a checkpoint."""
         every = self.trainer.refresh.every
-        found = [re.fullmatch(r"checkpoint-(\d+)", f.name) for f in self.out.parent.glob("*")]
-        steps = {step, *(int(match[1]) for match in found if match)}
+        matches = [re.fullmatch(r"checkpoint-(\d+)", f.name) for f in self.out.parent.glob("*")]
+        steps = {step, *(int(match[1]) for match in matches if match)}
         needed = {f"step-{s - s % every:08d}" for s in steps if s % every}
         for folder in self.out.glob("step-*"):
             if folder.name not in needed:
                 shutil.rmtree(folder)
 
     def _manifest(self, first: int, sequences: int) -> CacheManifest:
-        """Like that of the run's cache, except for who sampled and how many sequences."""
+        """The manifest of the run's cache with another sampler and number of sequences."""
         refresh, source = self.trainer.refresh, self.trainer.refresh.cache.manifest
         maker = {"weights": f"{refresh.base} after {first} steps", **self.trainer.described}
         return build_manifest(
@@ -295,55 +307,3 @@ class WindowDataset(StepDataset):
             temperature=source.temperature,
             scoring=source.scoring,
         )
-
-
-class Clock(TrainerCallback):
-    """Seconds from a step's first forward to its update, logged after every `every` steps."""
-
-    def __init__(self, every: int) -> None:
-        self.every, self.seconds, self.steps = every, 0.0, 0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = _now(args.device)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds, self.steps = self.seconds + _now(args.device) - self.began, self.steps + 1
-        if state.global_step % self.every == 0:
-            self._tell(state)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.steps:
-            self._tell(state)
-
-    def _tell(self, state: Any) -> None:
-        state.log_history.append(
-            {
-                "update_seconds": self.seconds,
-                "update_steps": self.steps,
-                "step": state.global_step,
-            }
-        )
-        self.seconds, self.steps = 0.0, 0
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def refresh_summary(refresh: Refresh, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the manifest says: how much was renewed, and the seconds of each part.
-
-    Updates between a checkpoint and the log before it are counted only where the run was not cut.
-    """
-
-    def total(name: str) -> Any:
-        return sum(entry.get(name, 0) for entry in history)
-
-    windows = sum("generation_seconds" in entry for entry in history)
-    renewed = {"sequences": total("renewed_sequences"), "tokens": total("renewed_tokens")}
-    return {
-        "refresh": {"every": refresh.every, "windows": windows, **renewed},
-        "seconds": {name.removesuffix("_seconds"): total(name) for name in PARTS},
-    }

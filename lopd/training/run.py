@@ -1,58 +1,56 @@
-"""What the training stages share: one output folder is one run of one recipe.
+"""A training run and its output folder, for the stages that train.
 
-A run's folder holds `recipe.json` from the start, `checkpoint-N` while it trains, then the
-model, its tokenizer and `train_log.jsonl`, and at last `manifest.json`, which marks it as
-finished. Calling a stage again continues the run from its last whole checkpoint, putting
-torn ones aside; a checkpoint of another recipe, or a finished run, is refused.
+The folder contains `recipe.json` from the start, `checkpoint-N` during training, then the model,
+its tokenizer and `train_log.jsonl`, and last `manifest.json`, which marks the run as finished.
+Calling a stage again continues the run from its last complete checkpoint and renames torn ones; a
+checkpoint of another recipe and a finished run are refused.
 
-Started by torchrun, each process trains on its part of every step; the first one alone claims,
-writes and finishes the folder.
+With torchrun each process trains on its part of every step; only the first one writes the folder.
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lopd.errors import ConfigError, DataError, LopdError, ShardError
-from lopd.models.load import context_of, load_model, load_tokenizer, resolve_device, resolve_dtype
-from lopd.models.lora import add_lora, merged
+from lopd.errors import ConfigError, DataError
+from lopd.models.load import resolve_device
+from lopd.models.lora import merged
 from lopd.provenance import MANIFEST_NAME, ModelIdentity, difference, settings_identity
 from lopd.provenance.io import pretty_json, write_atomic
 from lopd.store.folders import examine_folder, writing_to
 from lopd.store.locks import FolderLock
 from lopd.store.workers import Worker, this_worker
-from lopd.training.batch import Collator, Part, SequenceDataset, Source, lengths_of, split_holdout
-from lopd.training.checkpoints import is_whole, last_checkpoint, put_torn_aside
+from lopd.training.batch import Source
+from lopd.training.checkpoints import last_checkpoint, put_torn_aside, saving
 from lopd.training.objective import Objective
 from lopd.training.options import PATIENCE_S, WatchOptions
 
-SMALLEST_RATE = 1e-4  # weights of 0.02 have neighbours 1e-4 away in bfloat16
 RECIPE_NAME = "recipe.json"
-ADAPTER_NAME = "adapter"  # of a LoRA run, beside the model that it was merged into
+ADAPTER_NAME = "adapter"  # a LoRA run's adapters, next to the merged model
 
 
 def begin(config: Any, *, base: ModelIdentity, **inputs: str | None) -> Path | None:
-    """Claim `config.out` for this recipe; returns the checkpoint to continue from, if any.
+    """Claim `config.out` for this recipe.
 
     Args:
+        config: settings of the stage.
         base: the model that training starts from.
-        inputs: content digests of what else the run reads.
+        inputs: content digests of the run's other inputs.
+
+    Returns:
+        The checkpoint to continue from; None to start from the beginning.
 
     Raises:
-        ConfigError: the folder holds a finished run, a checkpoint of another recipe, or
+        ConfigError: the folder contains a finished run, a checkpoint of another recipe or
             something else, or is a file.
         DataError: `recipe.json` is damaged.
         ShardError: another process trains there, or the folder cannot be written.
     """
     worker = this_worker(None)
     if worker.alone and config.fsdp:
-        raise ConfigError("fsdp: found one process; expected several, by torchrun, to shard over")
+        raise ConfigError("fsdp: found one process; expected several to shard over; use torchrun")
     if worker.alone:
         return _claim(config, base, inputs, worker)
     from accelerate import PartialState
@@ -116,174 +114,74 @@ def train(
     k: int = 0,
     refresh: Any = None,
 ) -> dict[str, Any]:
-    """Train the model at `model_path`; the first process saves it and its tokenizer.
+    """Train the model at `model_path`; the first process saves the result and its tokenizer.
 
     Args:
+        config: settings of the stage.
+        source: the sequences to train on.
+        objective: what to minimise.
+        model_path: folder of the model to start from.
+        checkpoint: the checkpoint to continue from, if any.
         k: tokens in a teacher's list.
+        refresh: a `Refresh`, for rollouts that are refreshed during training.
 
-    Returns what the manifest says, once the result is there: `training`, the sequences trained on
-    and the share dropped; where `config` has WatchOptions also `stale` and, if sequences were held
-    out, `holdout`.
+    Returns:
+        Entries of the manifest: `training` with the number of sequences and the share dropped;
+        with WatchOptions also `stale` and, if sequences were held out, `holdout`; with `refresh`
+        those of `refresh_summary`.
 
     Raises:
-        ConfigError: the share to hold out leaves nothing on one side.
-        ShardError: another process trains there, the disk is full, and the like; the best
-            checkpoint is gone or torn.
+        ConfigError: holding out sequences leaves nothing to train on or to evaluate.
+        ShardError: another process trains there, the disk is full, or the best checkpoint is
+            missing or torn.
     """
-    from lopd.training.holdout import holdout_summary
-    from lopd.training.logging import saving
-    from lopd.training.staleness import stale_summary
+    from lopd.training.memory import planned_peak
+    from lopd.training.result import result_model
+    from lopd.training.setup import build_trainer, warn_of_rounding
 
-    first = is_first()
-    lock = FolderLock(Path(config.out)) if first else None
+    first, out = is_first(), Path(config.out)
+    lock = FolderLock(out) if first else None
     try:
-        trainer, tokenizer, dropped = _trainer(config, source, objective, model_path, refresh)
         if first:
-            with saving(config.out):
-                put_torn_aside(Path(config.out), checkpoint)
+            warn_of_rounding(config)
+        trainer, tokenizer, dropped = build_trainer(config, source, objective, model_path, refresh)
+        if first:
+            with saving(out):
+                put_torn_aside(out, checkpoint)
             if trainer.args.device.type == "cuda" and refresh is None:
                 trainer.meter.planned = planned_peak(config, trainer, model_path, k)
         trainer.accelerator.wait_for_everyone()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        whole = trainer.whole_state() if config.fsdp else None
+        state = trainer.unsharded_state() if config.fsdp else None
         if first:
-            model = _result(config, trainer, model_path, whole)
-            with saving(config.out):
+            model = result_model(config, trainer, model_path, state)
+            with saving(out):
                 if config.lora_rank:
-                    model.save_pretrained(Path(config.out) / ADAPTER_NAME)
+                    model.save_pretrained(out / ADAPTER_NAME)
                     model = merged(model)
-                model.save_pretrained(config.out)
-                tokenizer.save_pretrained(config.out)
+                model.save_pretrained(out)
+                tokenizer.save_pretrained(out)
         trainer.accelerator.wait_for_everyone()
     finally:
         if lock is not None:
             lock.release()
-    sequences, history = len(trainer.train_dataset), trainer.state.log_history
-    told: dict[str, Any] = {"training": {"sequences": sequences, "dropped_share": dropped}}
+    return _summary(config, trainer, dropped, refresh)
+
+
+def _summary(config: Any, trainer: Any, dropped: float, refresh: Any) -> dict[str, Any]:
+    """The manifest's entries about a finished training."""
+    from lopd.training.holdout import holdout_summary
+    from lopd.training.staleness import stale_summary
+
+    history, sequences = trainer.state.log_history, len(trainer.train_dataset)
+    summary: dict[str, Any] = {"training": {"sequences": sequences, "dropped_share": dropped}}
     if isinstance(config, WatchOptions):
-        told["stale"] = stale_summary(config.stale_ess, history)
+        summary["stale"] = stale_summary(config.stale_ess, history)
     if trainer.holdout is not None:
         last = trainer.state.global_step
-        told["holdout"] = holdout_summary(trainer.holdout, history, last)
+        summary["holdout"] = holdout_summary(trainer.holdout, history, last)
     if refresh is not None:
-        from lopd.training.refresh import refresh_summary
+        from lopd.training.refresh_timing import refresh_summary
 
-        told |= refresh_summary(refresh, history)
-    return told
-
-
-def planned_peak(config: Any, trainer: Any, model_path: str, k: int) -> int | None:
-    """Bytes that `lopd plan` says the run takes; None, and said so, where it cannot."""
-    from lopd.training.dry_run import meta_model
-    from lopd.training.memory import Planner, memory_settings_of_run
-
-    if config.fsdp or config.mixed_precision != "none":
-        return None
-    longest, objective = max(lengths_of(trainer.train_dataset)), trainer.objective.name
-    try:
-        plan = memory_settings_of_run(config, objective, k=k, longest=longest)
-        return Planner(meta_model(model_path, config.dtype, config)).parts(plan).total
-    except LopdError as error:
-        print(f"no plan of the peak memory ({error})", file=sys.stderr)
-        return None
-
-
-def _result(config: Any, trainer: Any, model_path: str, whole: Any) -> Any:
-    """The model that the run ends with, with its adapters if it has any.
-
-    Another than the trainer's is on the CPU: the GPU still holds that one and its optimizer.
-
-    Args:
-        whole: weights of the last step, where `trainer.model` has a share of each alone.
-    """
-    if trainer.holdout is not None and trainer.holdout.keep_best:
-        return _best_model(config, trainer, model_path)
-    if whole is None:
-        return trainer.model
-    model = load_model(model_path, dtype=config.dtype, device="cpu")
-    if config.lora_rank:
-        model = add_lora(model, config)
-    model.load_state_dict(whole)
-    return model
-
-
-def _best_model(config: Any, trainer: Any, model_path: str) -> Any:
-    """The model of the checkpoint with the best held-out KL, with its adapters if it has any."""
-    folder = Path(config.out) / f"checkpoint-{trainer.state.best_global_step}"
-    if not is_whole(folder):
-        raise ShardError(
-            f"{folder}: the checkpoint with the best held-out KL is gone or torn; restore it and "
-            "run the same command again, or remove the run's folder to begin again"
-        )
-    if not config.lora_rank:
-        return load_model(str(folder), dtype=config.dtype, device="cpu")
-    from peft import PeftModel
-
-    model = load_model(model_path, dtype=config.dtype, device="cpu")
-    return PeftModel.from_pretrained(model, folder)
-
-
-def warn_of_rounding(config: Any) -> None:
-    """Say so where most updates are too small for the weights' dtype to hold."""
-    if (
-        resolve_dtype(config.dtype) == torch.bfloat16
-        and not config.lora_rank
-        and config.learning_rate < SMALLEST_RATE
-    ):
-        print(
-            f"dtype {config.dtype} with learning_rate {config.learning_rate:g}: most of such small "
-            "updates are lost in rounding; --mixed_precision bf16 keeps float32 weights, and "
-            "--lora_rank trains float32 adapters",
-            file=sys.stderr,
-        )
-
-
-def _trainer(
-    config: Any, source: Source, objective: Objective, model_path: str, refresh: Any
-) -> tuple[Any, Any, float]:
-    """The trainer of the model at `model_path`, its tokenizer, and the share of data dropped."""
-    from lopd.training.holdout import Holdout
-    from lopd.training.staleness import StaleWatch
-    from lopd.training.trainer import LopdTrainer
-
-    if is_first():
-        warn_of_rounding(config)
-    local_rank = this_worker(None).local_rank
-    device = "cpu" if config.fsdp else config.device  # the whole may not fit on one GPU
-    model = load_model(model_path, dtype=config.dtype, device=device, local_rank=local_rank)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    if config.lora_rank:
-        torch.manual_seed(config.seed)  # of the adapters' initial values
-        model = add_lora(model, config)
-    tokenizer = load_tokenizer(model_path)
-    dataset = SequenceDataset(
-        source,
-        context=context_of(model_path),
-        vocab_size=vocab_size,
-        drop_truncated=config.drop_truncated,
-    )
-    kept: SequenceDataset | Part = dataset
-    holdout, watch = None, isinstance(config, WatchOptions)
-    if watch and config.holdout:
-        kept, held_out = split_holdout(dataset, config.holdout)
-        holdout = Holdout(
-            held_out, objective.held_out, config.eval_steps, config.keep_best, config.patience
-        )
-    kind: Any = LopdTrainer
-    if refresh is not None:
-        from lopd.training.refresh import RefreshTrainer
-
-        kind = partial(RefreshTrainer, refresh=refresh, tokenizer=tokenizer, dtype=config.dtype)
-    trainer = kind(
-        model,
-        config.training_arguments(config.out),
-        objective,
-        kept,
-        Collator(config.loss_aggregation, pad_token_id=tokenizer.pad_token_id or 0),
-        holdout,
-        max_tokens_per_batch=config.max_tokens_per_batch,
-        attention=config.attention,
-    )
-    if watch and config.stale_ess:
-        trainer.add_callback(StaleWatch(trainer.window, config.stale_ess, config.stale_every))
-    return trainer, tokenizer, dataset.dropped_share
+        summary |= refresh_summary(refresh.every, history)
+    return summary

@@ -1,8 +1,8 @@
-"""Which sequences make which optimizer step, and which of them go through the model together.
+"""Optimizer steps, and their split over processes and into micro-batches.
 
-A step's sequences depend on seed, epoch and number of processes alone; how they are cut into
-micro-batches changes memory and rounding. Every process plans for all of them, so that none
-has to ask.
+The sequences of a step depend only on seed, epoch and number of processes; the split into
+micro-batches affects memory and rounding. Each process computes the split of all of them, so no
+communication is needed.
 """
 
 import sys
@@ -14,7 +14,7 @@ import torch
 
 from lopd.errors import ConfigError
 
-MicroBatches = list[list[int]]  # places in the dataset, by micro-batch
+MicroBatches = list[list[int]]  # indices into the dataset, by micro-batch
 
 
 def split(
@@ -23,13 +23,19 @@ def split(
     max_tokens: int | None = None,
     at_least: int = 1,
 ) -> MicroBatches:
-    """Positions in `lengths` by micro-batch, `at_least` so many of them.
+    """Split a step's sequences into micro-batches.
 
-    Without `max_tokens` each has at most `batch_size` sequences, of similar length where there
-    are several; with it they are packs of at most so many tokens (first fit, the longest first).
+    Args:
+        lengths: tokens of each sequence.
+        batch_size: sequences per micro-batch without `max_tokens`, grouped by similar length.
+        max_tokens: tokens per pack (first fit, longest first); None for padded micro-batches.
+        at_least: lowest number of micro-batches.
+
+    Returns:
+        Indices into `lengths`, by micro-batch.
 
     Raises:
-        ConfigError: a sequence alone is longer than max_tokens.
+        ConfigError: a sequence is longer than max_tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if max_tokens is None:
@@ -59,7 +65,7 @@ def split(
 
 
 def share(lengths: Sequence[int], world_size: int) -> list[list[int]]:
-    """Positions in `lengths` by process: as many to each, of like tokens together."""
+    """Indices into `lengths` by process: the same number for each, with similar token counts."""
     if world_size == 1:
         return [[*range(len(lengths))]]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -72,14 +78,23 @@ def share(lengths: Sequence[int], world_size: int) -> list[list[int]]:
 
 
 class StepSampler(torch.utils.data.Sampler[MicroBatches]):
-    """Batch sampler of a DataLoader: for each optimizer step this process's micro-batches.
+    """Batch sampler of a DataLoader: this process's micro-batches of each optimizer step.
 
-    A step has `batch_size * accumulation` sequences on each process, in an order drawn from
-    (seed, epoch); an epoch's last step has what is left, as many on each process. Fewer than there
-    are processes wait for the next epoch, which is said once.
+    A step has `batch_size * accumulation` sequences per process, in an order drawn from
+    (seed, epoch). The last step of an epoch has the remaining ones, the same number per process. If
+    the processes do not divide the number of sequences, each epoch leaves out the rest.
+
+    Args:
+        lengths: tokens of each sequence of the dataset.
+        batch_size, max_tokens: as in `split`.
+        accumulation: micro-batches of `batch_size` per step and process.
+        rank: number of this process.
+        world_size: number of processes.
+        seed: of the order.
 
     Raises:
-        ConfigError: a sequence is longer than max_tokens, or there are fewer than processes.
+        ConfigError: a sequence is longer than max_tokens, or there are more processes than
+            sequences.
     """
 
     def __init__(
@@ -101,13 +116,14 @@ class StepSampler(torch.utils.data.Sampler[MicroBatches]):
         self.used = len(lengths) // world_size * world_size
         if not self.used:
             raise ConfigError(
-                f"{world_size} processes for {len(lengths)} sequences; start no more than there are"
+                f"{world_size} processes for {len(lengths)} sequences; start at most that many "
+                "processes"
             )
         split([int(self.lengths.max())], 1, max_tokens)
         if (left := len(lengths) - self.used) and rank == 0:
             print(
-                f"each epoch leaves out {left} of {len(lengths)} sequences, by chance, so that "
-                f"{world_size} processes have as many",
+                f"each epoch leaves out {left} of {len(lengths)} sequences at random, so that "
+                f"{world_size} processes have the same number",
                 file=sys.stderr,
             )
 
@@ -118,20 +134,19 @@ class StepSampler(torch.utils.data.Sampler[MicroBatches]):
         self.epoch = epoch
 
     def steps(self, epoch: int) -> list[list[int]]:
-        """The sequences of every step of an epoch, over all processes."""
+        """The sequences of each step of an epoch, over all processes."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()[: self.used]
         return [order[i : i + self.step_size] for i in range(0, len(order), self.step_size)]
 
     def micro_batches(self, sequences: Sequence[int]) -> MicroBatches:
-        """This process's part of a step, in as many micro-batches as every other has."""
+        """This process's share of a step, in the same number of micro-batches as on the others."""
         lengths = self.lengths[np.asarray(sequences)].tolist()
         shares = share(lengths, self.world_size)
         by_rank = [[lengths[i] for i in part] for part in shares]
-        most = max(len(split(own, self.batch_size, self.max_tokens)) for own in by_rank)
-        own = shares[self.rank]
+        most = max(len(split(part, self.batch_size, self.max_tokens)) for part in by_rank)
         parts = split(by_rank[self.rank], self.batch_size, self.max_tokens, most)
-        return [[sequences[own[i]] for i in part] for part in parts]
+        return [[sequences[shares[self.rank][i]] for i in part] for part in parts]
 
     def __iter__(self) -> Iterator[MicroBatches]:
         for sequences in self.steps(self.epoch):
@@ -139,7 +154,7 @@ class StepSampler(torch.utils.data.Sampler[MicroBatches]):
 
 
 class StepDataset(torch.utils.data.Dataset):
-    """Reads a step's items together, grouped as the sampler groups them."""
+    """Reads the items of a step together and groups them by micro-batch."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -153,7 +168,7 @@ class StepDataset(torch.utils.data.Dataset):
 
 
 class StepLoader(torch.utils.data.DataLoader):
-    """Items of one optimizer step at a time, read at the moment it begins."""
+    """DataLoader that reads the items of one optimizer step when the step begins."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

@@ -1,4 +1,8 @@
-"""Warnings when the effective sample size says that the cache has gone stale."""
+"""Warnings if a low effective sample size (ESS) shows that the cache has gone stale.
+
+The warnings and the lowest ESS are entries of the log history in the Trainer's state. Checkpoints
+contain it, so a resumed run continues with them.
+"""
 
 import sys
 from typing import Any
@@ -7,48 +11,69 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from lopd.training.holdout import History
-from lopd.training.metrics import StatsWindow
+from lopd.training.metrics import MetricsAccumulator
 
 
-class StaleWatch(TrainerCallback):
-    """Warns where a step's tokens are worth less than `limit` of as many fresh ones.
+class StalenessMonitor(TrainerCallback):
+    """Tracks the lowest ESS of an optimizer step and warns if a step's ESS is below a limit.
 
-    Once when it happens first, then every `every` steps for as long as it does.
+    Args:
+        metrics: of the run.
+        limit: lowest ESS without a warning.
+        every: steps between two warnings, at least.
     """
 
-    def __init__(self, window: StatsWindow, limit: float, every: int) -> None:
-        self.window, self.limit, self.every = window, limit, every
+    def __init__(self, metrics: MetricsAccumulator, limit: float, every: int) -> None:
+        self.metrics, self.limit, self.every = metrics, limit, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        share, number = self.window.step_ess(), state.global_step
-        if share is not None and share >= self.limit:
+        ess, step, history = self.metrics.step_ess(), state.global_step, state.log_history
+        if ess is not None:
+            _update_lowest(history, ess, step)
+            if ess >= self.limit:
+                return
+        warned = [entry["step"] for entry in history if "stale_ess" in entry]
+        if warned and (ess is None or step - warned[-1] < self.every):
             return
-        told = [entry["step"] for entry in state.log_history if "stale_ess" in entry]
-        if told and (share is None or number - told[-1] < self.every):
-            return
-        state.log_history.append({"stale_ess": share, "step": number})
-        if share is None:
+        history.append({"stale_ess": ess, "step": step})
+        if ess is None:
             text = (
-                "the log-ratio to the rollout policy is not known, so a cache that goes stale will "
-                "not be noticed; --stale_ess 0 says that this is meant"
+                "the log-ratio to the rollout policy is unknown, so a stale cache will not be "
+                "noticed; set --stale_ess 0 to disable this check"
             )
         else:
             text = (
                 f"the cache has gone stale: as samples of the student its tokens are worth "
-                f"{100 * share:.3g} % of their number, below --stale_ess {self.limit:g}; roll out "
+                f"{100 * ess:.3g} % of their number, below --stale_ess {self.limit:g}; roll out "
                 "and score again with this student, or lower the learning rate"
             )
-        tqdm.write(f"step {number}: {text}", file=sys.stderr)
+        tqdm.write(f"step {step}: {text}", file=sys.stderr)
+
+
+def _update_lowest(history: Any, ess: float, step: int) -> None:
+    entry = next((entry for entry in history if "lowest_ess" in entry), None)
+    if entry is None:
+        history.append({"lowest_ess": ess, "step": step})
+    elif ess < entry["lowest_ess"]:
+        entry.update(lowest_ess=ess, step=step)
 
 
 def stale_summary(limit: float, history: History) -> dict[str, Any]:
-    """What the manifest says of the warnings."""
-    found = [(e["stale_ess"], e["step"]) for e in history if "stale_ess" in e]
-    warned = [(share, number) for share, number in found if share is not None]
+    """The manifest's `stale`: the warnings, and the lowest ESS of all steps.
+
+    Args:
+        limit: the `limit` of the monitor; 0 if there was none.
+        history: log history of the Trainer's state.
+    """
+    entries = [(entry["stale_ess"], entry["step"]) for entry in history if "stale_ess" in entry]
+    warnings = [(ess, step) for ess, step in entries if ess is not None]
+    # A checkpoint of an earlier version has no lowest ESS, only warnings.
+    lows = [(entry["lowest_ess"], entry["step"]) for entry in history if "lowest_ess" in entry]
+    lowest = min(lows + warnings, default=None)
     return {
         "limit": limit,
-        "watched": bool(limit) and len(warned) == len(found),
-        "warnings": len(warned),
-        "first": {"ess": warned[0][0], "step": warned[0][1]} if warned else None,
-        "lowest": dict(zip(("ess", "step"), min(warned), strict=True)) if warned else None,
+        "watched": bool(limit) and len(warnings) == len(entries),
+        "warnings": len(warnings),
+        "first": {"ess": warnings[0][0], "step": warnings[0][1]} if warnings else None,
+        "lowest": {"ess": lowest[0], "step": lowest[1]} if lowest else None,
     }

@@ -1,7 +1,7 @@
-"""A thin `transformers.Trainer` over `lopd.training.step`.
+"""A `transformers.Trainer` around `lopd.training.step`.
 
-It adds what a run needs: steps cut into micro-batches, schedule, logging, checkpoints, resume,
-several processes. `lopd.training.loop.train_loop` is the same in a plain loop.
+It adds micro-batches, the schedule, logging, checkpoints, resuming and several processes.
+`lopd.training.loop.train_loop` does the same training in a plain loop.
 """
 
 import contextlib
@@ -23,13 +23,14 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 from transformers.trainer_utils import IntervalStrategy
 
 from lopd.errors import ConfigError
-from lopd.models.flops import Meter
+from lopd.models.flops import FlopsMeter
 from lopd.models.head import check_head, check_trainable
 from lopd.models.packing import check_packing, pack_attention
 from lopd.training.batch import Batch, Collator, lengths_of
+from lopd.training.checkpoints import METRICS_NAME, saving
 from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl
-from lopd.training.logging import LogAtEnds, Reporter, saving
-from lopd.training.metrics import WINDOW_NAME, StatsWindow
+from lopd.training.logging import LogAtEnds, Reporter
+from lopd.training.metrics import MetricsAccumulator
 from lopd.training.objective import Objective
 from lopd.training.options import TrainOptions
 from lopd.training.sampler import StepDataset, StepLoader, StepSampler
@@ -38,27 +39,42 @@ from lopd.training.step import check_finite, step
 __all__ = ["LopdTrainer", "Objective", "TrainOptions", "step"]
 
 
+def _check_parallelism(args: TrainingArguments) -> None:
+    for name, used in (
+        ("DataParallel", args.n_gpu > 1),
+        ("DeepSpeed", args.deepspeed),
+        ("FSDP by accelerate's settings", os.environ.get("ACCELERATE_USE_FSDP") == "true"),
+    ):
+        if used:
+            raise ConfigError(
+                f"{name}: expected one process per GPU; start with torchrun, with or without fsdp"
+            )
+
+
 class LopdTrainer(Trainer):
     """`transformers.Trainer` that minimises an `Objective`.
 
-    An item of its DataLoader is a whole optimizer step of one process: micro-batches that
-    `lopd.training.sampler` cuts it into. The loss is normalised by `num_items` over all of them, on
-    all processes, so accumulation, packing and processes change memory and rounding alone.
-    Stops on a loss or gradient that is not finite; logs what `step` reports, also as JSON lines
-    in `out/train_log.jsonl`.
+    An item of its DataLoader is one process's share of an optimizer step, split into micro-batches
+    by `lopd.training.sampler`. The loss is normalised by `num_items` over all micro-batches and
+    processes, so accumulation, packing and the number of processes affect only memory and
+    rounding. Training stops at a loss or gradient that is not finite. The statistics of `step` are
+    logged, also as JSON lines in `train_log.jsonl`.
 
     Args:
+        model: as in `lopd.models.head.run_with_loss`.
         args: from `TrainOptions.training_arguments`.
-        train_dataset: map-style, items of `lopd.training.batch`.
-        holdout: evaluated every `eval_steps` and at the end; the best step gets a checkpoint
-            that stays when it says `keep_best`.
-        max_tokens_per_batch: packs of at most so many tokens instead of padded micro-batches.
+        objective: what to minimise.
+        train_dataset: map-style, with the items of `lopd.training.batch`.
+        data_collator: makes micro-batches; `packed` is set from max_tokens_per_batch.
+        holdout: evaluated every `eval_steps` and at the end; with `keep_best` the checkpoint of
+            the best step is not removed.
+        max_tokens_per_batch: tokens per pack; None for padded micro-batches.
         attention: for packs, one of `lopd.models.packing.PATHS`.
 
     Raises:
         ModelError: `check_head`, `check_trainable` or `check_packing` refuses the model.
-        ConfigError: a sequence is longer than a pack; DataParallel, DeepSpeed, or `fsdp` where
-            accelerate cannot shard.
+        ConfigError: a sequence is longer than a pack, DataParallel or DeepSpeed is used, or
+            accelerate cannot shard as `fsdp` asks.
         ShardError: a checkpoint or the log cannot be written.
     """
 
@@ -77,17 +93,11 @@ class LopdTrainer(Trainer):
         attention: str = "auto",
         **kwargs: Any,
     ) -> None:
-        for found, wanted in (
-            ("DataParallel", args.n_gpu > 1),
-            ("DeepSpeed", args.deepspeed),
-            ("FSDP by accelerate's settings", os.environ.get("ACCELERATE_USE_FSDP") == "true"),
-        ):
-            if wanted:
-                raise ConfigError(f"{found}: expected one process a GPU, by torchrun, fsdp or not")
+        _check_parallelism(args)
         check_trainable(model)
-        args = copy.copy(args)  # Trainer is to count one batch a step
+        args = copy.copy(args)  # for Trainer a step is one batch
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
-        if args.device.type == "cpu":  # "cpu:0" in several processes, which torch.load refuses
+        if args.device.type == "cpu":  # torch.load refuses the "cpu:0" of several processes
             args.__dict__["_setup_devices"] = torch.device("cpu")
         self.max_tokens, self.attention = max_tokens_per_batch, attention
         if holdout is not None:
@@ -105,12 +115,12 @@ class LopdTrainer(Trainer):
         )
         if args.fsdp:
             self._check_sharding(args)
-        model.config.use_cache = use_cache  # Trainer's would be saved with the result
-        self.model_accepts_loss_kwargs = True  # losses come normalised by num_items
+        model.config.use_cache = use_cache  # Trainer changes it, and it is saved with the result
+        self.model_accepts_loss_kwargs = True  # losses are already normalised by num_items
         self.objective, self.holdout = objective, holdout
-        self.window = StatsWindow(self.gather)
-        low = torch.bfloat16 if args.bf16 else None
-        self.meter = Meter(model, args.device, dtype=low, devices=args.world_size)
+        self.metrics = MetricsAccumulator(self.gather)
+        dtype = torch.bfloat16 if args.bf16 else None
+        self.meter = FlopsMeter(model, args.device, dtype=dtype, devices=args.world_size)
         self.pop_callback(PrinterCallback)
         self.add_callback(LogAtEnds(0 if holdout is None else holdout.eval_steps))
         self.reporter = Reporter(Path(args.output_dir)) if self.is_world_process_zero() else None
@@ -118,26 +128,26 @@ class LopdTrainer(Trainer):
             self.add_callback(self.reporter)
         check_head(model)
         if self.max_tokens is not None:
-            self.attention = pack_attention(model, attention, args.device, low)
+            self.attention = pack_attention(model, attention, args.device, dtype)
 
     def _check_sharding(self, args: TrainingArguments) -> None:
         accelerator = self.accelerator
         if not accelerator.is_fsdp2:
             raise ConfigError(
                 f"fsdp: found {args.world_size} processes on {args.device.type}; accelerate shards "
-                "over several GPUs alone: start several by torchrun, or leave it out"
+                "only over several GPUs: start one process per GPU with torchrun, or omit fsdp"
             )
-        if args.bf16:  # accelerate's policy would round the loss, and the sums of gradients
+        if args.bf16:  # accelerate's policy would round the loss and the sums of gradients
             accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
 
-    def whole_state(self) -> dict[str, torch.Tensor]:
-        """Weights on the CPU, in the first process; to be called in all of them."""
+    def unsharded_state(self) -> dict[str, torch.Tensor]:
+        """The weights on the CPU, in the first process; all processes must call this."""
         return self.accelerator.get_state_dict(self.model)
 
     def gather(self, value: Any) -> list[Any]:
-        """A value of every process, in order."""
+        """The value of each process, in order; all processes must call this."""
         return gather_object([value]) if self.args.world_size > 1 else [value]
 
     def get_train_dataloader(self) -> StepLoader:
@@ -154,11 +164,11 @@ class LopdTrainer(Trainer):
             self.step_dataset(sampler),
             batch_sampler=sampler,
             collate_fn=lambda parts: [self.data_collator(items) for items in parts],
-            generator=torch.Generator(),  # else it would draw from the global one
+            generator=torch.Generator(),  # otherwise it draws from the global generator
         )
 
     def step_dataset(self, sampler: StepSampler) -> StepDataset:
-        """Where the items of each step come from; asked once for a run."""
+        """The source of each step's items; called once per run."""
         return StepDataset(self.train_dataset)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +181,7 @@ class LopdTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Batch]], num_batches: int, device: torch.device
     ) -> tuple[list[list[Batch]], float]:
-        self.window.begin_step()
+        self.metrics.begin_step()
         step_batches = [next(epoch_iterator) for _ in range(num_batches)]
         weight = sum(
             batch["row_weights"].sum().item() for batches in step_batches for batch in batches
@@ -181,9 +191,10 @@ class LopdTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One optimizer step's micro-batches, forward and backward.
+        """Forward and backward of an optimizer step's micro-batches.
 
-        Where gradients are sharded each is reduced at once: waiting would hold whole ones.
+        Sharded gradients are reduced after each micro-batch: to accumulate them first would need
+        memory for unsharded ones.
         """
         losses, self.micro_batches = [], inputs
         for number, batch in enumerate(inputs, 1):
@@ -199,10 +210,10 @@ class LopdTrainer(Trainer):
         rows, length = batch["input_ids"].shape
         return (
             f"step {self.state.global_step + 1}: out of memory in a micro-batch of {rows} x "
-            f"{length} tokens; run the same command with --gradient_checkpointing, a smaller "
-            "--max_tokens_per_batch or --workspace_bytes, or a smaller --batch_size and so many "
-            "more --gradient_accumulation_steps: it continues from the last checkpoint (lopd plan "
-            "tells what fits)"
+            f"{length} tokens; rerun the command with --gradient_checkpointing, a smaller "
+            "--max_tokens_per_batch or --workspace_bytes, or a smaller --batch_size and more "
+            "--gradient_accumulation_steps; it continues from the last checkpoint (lopd plan shows "
+            "which settings fit)"
         )
 
     def compute_loss(
@@ -213,11 +224,11 @@ class LopdTrainer(Trainer):
         num_items_in_batch: float | None = None,
     ) -> Any:
         assert num_items_in_batch is not None
-        # accelerate's own autocast is in the forward, which `run_with_loss` replaces
+        # `run_with_loss` replaces the forward, which contains accelerate's autocast
         with self.accelerator.autocast():
             loss, stats = step(model, inputs, self.objective, num_items_in_batch)
         check_finite("loss", loss, [inputs], self.state.global_step + 1)
-        self.window.add({"loss": loss.detach(), **stats}, len(inputs["labels"]))
+        self.metrics.add({"loss": loss.detach(), **stats}, len(inputs["labels"]))
         loss = loss * self.args.world_size  # gradients are averaged over processes
         return (loss, stats) if return_outputs else loss
 
@@ -225,7 +236,7 @@ class LopdTrainer(Trainer):
         return self.meter.count(inputs)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As Trainer's; a run that had stopped for want of improvement stays as it ended."""
+        """As in Trainer; a run that stopped early is left as is."""
         if resume_from_checkpoint is not None and self.holdout is not None:
             state = TrainerState.load_from_json(f"{resume_from_checkpoint}/trainer_state.json")
             if exhausted(state.log_history, self.holdout.patience):
@@ -240,7 +251,12 @@ class LopdTrainer(Trainer):
                 self.reporter.close()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out KL of the model as it is."""
+        """Held-out KL of the current model.
+
+        Raises:
+            ConfigError: the trainer has no hold-out.
+            DataError: the KL is not finite.
+        """
         if self.holdout is None:
             raise ConfigError("evaluate: nothing was held out; pass holdout to LopdTrainer")
         began = time.perf_counter()
@@ -255,7 +271,7 @@ class LopdTrainer(Trainer):
                 rank=self.args.process_index,
                 gather=self.gather,
             )
-        self.window.leave_out(time.perf_counter() - began)
+        self.metrics.exclude_time(time.perf_counter() - began)
         metrics = {"holdout_kl": kl}
         self.log({**metrics})
         self.control = self.callback_handler.on_evaluate(
@@ -273,9 +289,9 @@ class LopdTrainer(Trainer):
         if exhausted(self.state.log_history, self.holdout.patience):
             self.control.should_training_stop = True
             tqdm.write(
-                f"step {self.state.global_step}: stops, held-out KL {metrics['holdout_kl']:.4g} is "
-                f"no better than {best[0]:.4g} at step {best[1]}, {self.holdout.patience} "
-                "evaluations on",
+                f"step {self.state.global_step}: stopping early, held-out KL "
+                f"{metrics['holdout_kl']:.4g} is no better than {best[0]:.4g} at step {best[1]}, "
+                f"{self.holdout.patience} evaluations ago",
                 file=sys.stderr,
             )
         return improved
@@ -286,15 +302,15 @@ class LopdTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        state = self.window.state()
+        state = self.metrics.state()
         if self.args.should_save:
-            torch.save(state, Path(output_dir) / WINDOW_NAME)
+            torch.save(state, Path(output_dir) / METRICS_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = torch.load(Path(checkpoint) / WINDOW_NAME, weights_only=True)
-            self.window.load(state, first=self.is_world_process_zero())
+            state = torch.load(Path(checkpoint) / METRICS_NAME, weights_only=True)
+            self.metrics.load(state, first=self.is_world_process_zero())
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -304,6 +320,6 @@ class LopdTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self.window.pop())
+            logs.update(self.metrics.pop())
             logs.update(self.meter.read(logs["tokens_per_second"]))
         super().log(logs, start_time)

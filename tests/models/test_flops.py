@@ -1,4 +1,4 @@
-"""FLOPs against a count of the operators that really run, and what is made of them."""
+"""FLOPs compared with a count of the operators, and the utilisation."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from helpers_training import VOCAB, make_rollouts, make_scored, options, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from lopd.models.flops import Meter, mfu, pairs, peak_flops, size_of, step_flops
+from lopd.models.flops import FlopsMeter, mfu, pairs, peak_flops, size_of, step_flops
 from lopd.models.head import run_with_loss
 from lopd.models.lora import LoraOptions, add_lora
 from lopd.training.batch import Collator, SequenceDataset
@@ -31,20 +31,20 @@ def counted(model):
 
 
 def uncausal(size, loss_tokens=LENGTH):
-    """As `step_flops`, with every pair."""
+    """Like `step_flops`, with every pair of positions."""
     pairs_left = len(size.windows) * pairs(LENGTH, None)
     missing = len(size.windows) * LENGTH**2 - pairs_left
     return step_flops(size, [LENGTH], loss_tokens) + 12 * size.attention * missing
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-tied", "granite", "phi"])
-def test_they_are_those_of_the_operators(family):
+def test_flops_equal_those_of_the_operators(family):
     model = tiny_model(family)
-    rotary = 3 * LENGTH * 16 * 2  # positions times frequencies, a product of no parameter
+    rotary = 3 * LENGTH * 16 * 2  # positions times frequencies, a product without parameters
     assert uncausal(size_of(model)) == pytest.approx(counted(model), abs=rotary)
 
 
-def test_frozen_matrices_have_no_gradient_of_their_own():
+def test_frozen_matrices_count_no_weight_gradient():
     pytest.importorskip("peft")
     model = add_lora(tiny_model("qwen3"), LoraOptions(lora_rank=4))
     size = size_of(model)
@@ -52,7 +52,7 @@ def test_frozen_matrices_have_no_gradient_of_their_own():
     assert uncausal(size) == pytest.approx(counted(model), rel=0.005)
 
 
-def test_the_head_is_for_tokens_with_a_loss():
+def test_the_head_counts_for_loss_tokens_only():
     size = size_of(tiny_model())
     more = step_flops(size, [LENGTH], 5) - step_flops(size, [LENGTH], 4)
     assert more == 6 * VOCAB * 32
@@ -78,11 +78,11 @@ def test_only_active_experts_count():
     assert sizes[1].matrices - sizes[0].matrices == 2 * 3 * 32 * 48
 
 
-def test_a_mixture_of_unknown_share_has_no_utilisation(monkeypatch):
-    monkeypatch.setattr("lopd.models.flops.EXPERTS", ())
+def test_unknown_experts_give_no_utilisation(monkeypatch):
+    monkeypatch.setattr("lopd.models.architecture.EXPERTS", ())
     model = mixture(1)
     assert size_of(model) is None
-    meter = Meter(model, torch.device("cpu"))
+    meter = FlopsMeter(model, torch.device("cpu"))
     batch = Collator()(make_scored(make_rollouts(2)))
     assert meter.count([batch]) == 0 and meter.read(1.0) == {}
 
@@ -110,23 +110,23 @@ def test_peaks_are_of_the_device_and_dtype():
 
 def test_utilisation_is_of_all_devices():
     assert mfu(flops=30.0, seconds=2.0, peak=10.0, devices=3) == 0.5
-    meter = Meter(tiny_model(), torch.device("cpu"), devices=2)
+    meter = FlopsMeter(tiny_model(), torch.device("cpu"), devices=2)
     meter.peak = 1e6
     batch = Collator()(make_scored(make_rollouts(4)))
     flops = meter.count([batch]) + meter.count([batch])
     tokens = 2 * len(batch["labels"])
-    # two devices that do as much: twice the tokens, in 0.5 s
+    # two devices with the same work: twice the tokens, in 0.5 s
     assert meter.read(2 * tokens / 0.5) == {"mfu": pytest.approx(flops / (0.5 * 1e6))}
     assert meter.read(1.0) == {}
 
 
 def test_padding_and_packing_count_the_same():
     items = make_scored(make_rollouts(4))
-    meter = Meter(tiny_model(), torch.device("cpu"))
+    meter = FlopsMeter(tiny_model(), torch.device("cpu"))
     assert meter.count([Collator()(items)]) == meter.count([Collator(packed=True)(items)])
 
 
-def test_a_run_tells_of_every_step_it_logs(tmp_path, capsys):
+def test_a_run_logs_its_utilisation(tmp_path, capsys):
     items = SequenceDataset(make_scored(make_rollouts(8)), vocab_size=VOCAB)
     args = options(max_steps=4, log_every=2).training_arguments(tmp_path)
     trainer = LopdTrainer(tiny_model(), args, Objective("reverse_kl"), items, Collator())
@@ -146,7 +146,7 @@ def _loss_tokens(items):
     return sum(len(Collator()(items.__getitems__([i]))["labels"]) for i in range(len(items)))
 
 
-def test_a_line_has_what_is_known():
+def test_a_log_line_has_the_known_figures():
     logs = {"loss": 0.123456, "tokens_per_second": 12345.6, "mfu": 0.4123, "peak_mib": 30123.4}
     expected = "step 3/9  loss 0.1235  12,346 tok/s  mfu 41.2%  peak 30,123 MiB"
     assert line(3, 9, logs) == expected

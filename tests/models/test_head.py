@@ -1,4 +1,4 @@
-"""Losses run inside a model see what the model's own head would see."""
+"""Losses run inside a model, compared with losses on the model's logits."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_value_and_every_gradient_equal_those_of_the_models_logits(family):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rounding_in_half_precision_is_not_taken_for_an_unknown_head(family, dtype):
+def test_half_precision_rounding_is_not_refused(family, dtype):
     check_head(tiny_model(family, spread=3.0).to(dtype))
 
 
@@ -51,7 +51,7 @@ def test_head_options_come_from_the_config(family, expected):
 
 
 @pytest.mark.parametrize("value", [0, -1.0])
-def test_a_scale_that_is_no_positive_number_is_refused(value):
+def test_a_scale_that_is_not_positive_is_refused(value):
     model = tiny_model("granite")
     model.config.logits_scaling = value
     with pytest.raises(ModelError, match="logits_scaling"):
@@ -88,12 +88,12 @@ def test_a_head_with_an_unknown_transform_is_refused(monkeypatch, change):
 
 def test_a_config_that_hides_the_scale_is_refused():
     model = tiny_model("granite")
-    model.config.get_text_config().model_type = "hyperclovax"  # where the name multiplies
+    model.config.get_text_config().model_type = "hyperclovax"  # its logits_scaling multiplies
     with pytest.raises(ModelError, match="does something"):
         check_head(model)
 
 
-def test_check_head_leaves_mode_forwards_and_gradients_alone():
+def test_check_head_does_not_change_mode_forwards_or_gradients():
     model = tiny_model().train()
     check_head(model)
     assert model.training
@@ -105,10 +105,10 @@ def test_swaps_are_undone_when_the_loss_raises():
     model, inputs = tiny_model(), batch()
     before = model(**inputs).logits
 
-    def own_forward(hidden):
+    def instance_forward(hidden):
         return nn.functional.linear(hidden, model.lm_head.weight)
 
-    model.lm_head.forward = own_forward
+    model.lm_head.forward = instance_forward
 
     def broken(*head):
         raise RuntimeError("no loss today")
@@ -116,11 +116,11 @@ def test_swaps_are_undone_when_the_loss_raises():
     with pytest.raises(RuntimeError, match="no loss today"):
         run_with_loss(model, inputs, broken)
     assert "forward" not in vars(model)
-    assert vars(model.lm_head)["forward"] is own_forward
+    assert vars(model.lm_head)["forward"] is instance_forward
     assert torch.equal(model(**inputs).logits, before)
 
 
-def test_hooks_on_the_root_see_inputs_and_loss_and_the_backbone_no_cache():
+def test_root_hooks_see_inputs_and_loss_and_the_backbone_has_no_cache():
     model, inputs, seen = tiny_model(), batch(), {}
 
     def root_hook(module, args, kwargs, output):
@@ -149,7 +149,7 @@ def test_wrappers_and_strange_heads_are_refused():
 
 
 def adapted(model, targets, **changes):
-    """With a LoRA whose B is not zero."""
+    """A model with a LoRA whose B is not zero."""
     import peft
 
     settings = {"r": 3, "lora_alpha": 6, "target_modules": targets, **changes}
@@ -164,7 +164,7 @@ def adapted(model, targets, **changes):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-tied", "gemma2", "phi"])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
-def test_adapters_get_the_gradients_of_the_adapted_models_logits(family, targets):
+def test_gradients_of_adapters_equal_those_from_the_models_logits(family, targets):
     model = adapted(tiny_model(family, spread=5.0), targets)
     inputs = batch()
     labels = inputs["input_ids"].flatten()
@@ -193,7 +193,7 @@ def test_adapters_get_the_gradients_of_the_adapted_models_logits(family, targets
         ({"use_dora": True}, "DoRA"),
     ],
 )
-def test_adapters_of_the_head_that_are_no_plain_lora_are_refused(changes, match):
+def test_head_adapters_other_than_plain_lora_are_refused(changes, match):
     model = adapted(tiny_model(), ["lm_head"], **changes)
     with pytest.raises(ModelError, match=match):
         run_with_loss(model, batch(), dense_logits)
@@ -207,8 +207,8 @@ def test_adapters_that_change_the_sequence_are_refused():
         check_trainable(peft.get_peft_model(tiny_model(), kind))
 
 
-def test_autocast_gives_weight_and_bias_the_dtype_of_the_hidden_states():
-    model = tiny_model("phi")  # whose final LayerNorm answers in float32: made to answer in bf16
+def test_autocast_casts_weight_and_bias_to_the_dtype_of_the_hidden_states():
+    model = tiny_model("phi")  # its final LayerNorm returns float32; the hook makes it bf16
     model.base_model.final_layernorm.register_forward_hook(lambda *call: call[2].bfloat16())
 
     def dtypes(hidden, weight, bias, head):
@@ -226,7 +226,7 @@ BROAD = (
 
 
 @pytest.mark.parametrize("kind", BROAD)
-def test_other_architectures_have_the_head_that_is_computed(kind):
+def test_other_architectures_have_a_supported_head(kind):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     size = {**SIZE, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}

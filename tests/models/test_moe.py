@@ -1,4 +1,4 @@
-"""The experts' auxiliary loss is the model's own, or refused."""
+"""The auxiliary loss of a mixture of experts equals that of the model, or is refused."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from lopd.models.head import check_head, check_trainable, run_with_loss_and_rout
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
-def test_the_routers_loss_is_the_models_own(family):
+def test_the_routers_loss_equals_that_of_the_model(family):
     model, inputs = tiny_moe(family), batch()
     inputs["attention_mask"][0, -2:] = 0
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    own = {"labels": labels, "output_router_logits": True}
-    expected = model(**inputs, **own).loss
+    settings = {"labels": labels, "output_router_logits": True}
+    expected = model(**inputs, **settings).loss
 
     def nll(*head):
         logits = dense_logits(*head)[:, :-1]
@@ -33,12 +33,12 @@ def test_the_routers_loss_is_the_models_own(family):
     check_trainable(model)
 
 
-def test_no_routers_loss_where_the_config_asks_for_none():
+def test_no_routers_loss_if_the_config_asks_for_none():
     for model in (tiny_model(), tiny_moe("mixtral", router_aux_loss_coef=0.0)):
         assert run_with_loss_and_router(model, batch(), lambda h, *_: h.sum())[1] is None
 
 
-def test_losses_of_a_router_that_would_be_lost_are_refused():
+def test_unsupported_router_losses_are_refused():
     model = tiny_moe("qwen3_moe")
     model.config.router_z_loss_coef = 0.001
     with pytest.raises(ModelError, match="router_z_loss_coef is 0.001"):

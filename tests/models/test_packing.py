@@ -1,4 +1,4 @@
-"""In a pack no sequence sees another: the same hidden states, losses and gradients as alone."""
+"""Packs have the hidden states, losses and gradients of their separate sequences."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_packed_equals_padded(family, checkpointing):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
-def test_sequences_longer_than_a_window_see_no_further_than_it(family):
+def test_long_sequences_attend_only_within_the_window(family):
     if family == "mistral":
         model = tiny_window()
     else:
@@ -72,12 +72,12 @@ def test_sequences_longer_than_a_window_see_no_further_than_it(family):
         "sequence_lengths": lengths,
     }
     found = model(**model_inputs(batch), use_cache=False).logits[0]
-    for own, expected in zip(found.split(lengths), alone, strict=True):
-        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    for logits, expected in zip(found.split(lengths), alone, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(ids[:, :13]).logits, wide, rtol=1e-4, atol=1e-5)
 
 
-def test_generation_goes_on_working():
+def test_generation_still_works():
     model = tiny_model()
     prompt = torch.tensor([[0, 3, 4, 5], [1, 2, 3, 4]])
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
@@ -89,7 +89,7 @@ def test_generation_goes_on_working():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layers", [(0, 1), (1,), (17,)], ids=["all", "one of two", "one of 28"])
-def test_a_layer_that_keeps_the_bounds_to_itself_is_found(layers, dtype):
+def test_a_layer_that_ignores_the_boundaries_is_detected(layers, dtype):
     import transformers as t
 
     torch.manual_seed(0)
@@ -118,8 +118,8 @@ def test_a_layer_that_keeps_the_bounds_to_itself_is_found(layers, dtype):
         check_packing(model, "sdpa")
 
 
-def test_a_window_is_looked_beyond(monkeypatch):
-    """Where packs may be longer than it: a mistake that only shows there."""
+def test_packs_are_checked_beyond_the_window(monkeypatch):
+    """An error that only packs longer than the window show."""
     model = tiny_window()
     model.config.sliding_window = 14
     for layer in model.model.layers:
@@ -132,7 +132,7 @@ def test_a_window_is_looked_beyond(monkeypatch):
         check_packing(model, "sdpa")
 
 
-def test_under_autocast_packs_are_checked_as_they_will_be_run():
+def test_packs_are_checked_under_autocast():
     model = tiny_model()
     pack_attention(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -140,7 +140,7 @@ def test_under_autocast_packs_are_checked_as_they_will_be_run():
 
 
 @pytest.mark.parametrize("path", ["varlen", "flash_attention_2", "flash_attention_3"])
-def test_what_needs_a_gpu_says_so(path):
+def test_attention_that_needs_a_gpu_is_refused_on_a_cpu(path):
     with pytest.raises(
         ConfigError, match=f"attention: found '{path}'; it needs CUDA and a 16-bit dtype"
     ):
@@ -149,7 +149,7 @@ def test_what_needs_a_gpu_says_so(path):
         pack_attention(tiny_model(), "fast")
 
 
-def test_a_torch_whose_varlen_lacks_a_window_is_passed_over(monkeypatch):
+def test_a_varlen_without_a_window_is_not_used(monkeypatch):
     import torch.nn.attention.varlen as varlen
 
     device, dtype = torch.device("cuda"), torch.bfloat16
@@ -159,8 +159,8 @@ def test_a_torch_whose_varlen_lacks_a_window_is_passed_over(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_varlen_asks_torch_for_the_same_attention(monkeypatch, window):
-    """The call as torch documents it, computed densely in its place: the kernel needs a GPU."""
+def test_varlen_calls_torch_with_the_same_attention(monkeypatch, window):
+    """A dense replacement checks the call; torch's kernel needs a GPU."""
 
     def dense(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window_size):
         assert torch.equal(ends_q, ends_k) and longest_q == longest_k == 9
@@ -188,7 +188,7 @@ def test_varlen_asks_torch_for_the_same_attention(monkeypatch, window):
     found, _ = varlen_attention(Module(), query, key, value, None, **options)
     expected, _ = sdpa_attention(Module(), query, key, value, None, **options)
     torch.testing.assert_close(found, expected)
-    with torch.autocast("cpu", torch.bfloat16):  # as of norms in float32 around 16-bit layers
+    with torch.autocast("cpu", torch.bfloat16):  # float32 norms around 16-bit layers
         found, _ = varlen_attention(Module(), query, key, value.bfloat16(), None, **options)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)

@@ -199,7 +199,7 @@ def test_updates_lost_to_bfloat16_rounding_are_reported(
     if "lora_rank" in changes:
         pytest.importorskip("peft")
     out = distill.main(config(pipeline, tmp_path / "out", max_steps=1, **changes))
-    assert ("updates are lost in rounding" in capsys.readouterr().err) == warned
+    assert ("this small are lost to rounding" in capsys.readouterr().err) == warned
     assert out.is_dir()
 
 

@@ -34,7 +34,7 @@ class DenseTrainer(LopdTrainer):
         tail = 1.0 - student.exp().masked_fill(~listed, 0.0).sum(1)
         losses = terms.sum(1) + tail * (tail.log() - inputs["tail_logprobs"])
         loss = (inputs["row_weights"] * losses).sum() / num_items_in_batch
-        self.window.add({"loss": loss.detach()}, len(losses))
+        self.metrics.add({"loss": loss.detach()}, len(losses))
         return loss
 
 
@@ -56,7 +56,7 @@ def trained(kind, out, **changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_tokens_per_batch": 26}], ids=["padded", "packed"])
-def test_ten_steps_of_the_fused_loss_are_those_of_dense_logits(tmp_path, changes):
+def test_ten_steps_of_the_fused_loss_equal_those_of_dense_logits(tmp_path, changes):
     curve, weights = trained(LopdTrainer, tmp_path / "fused", **changes)
     dense_curve, dense_weights = trained(DenseTrainer, tmp_path / "dense", **changes)
     assert len(curve) == len(dense_curve) == STEPS

@@ -1,4 +1,4 @@
-"""Stale caches are told, held-out sequences are held out, and the best checkpoint is the result."""
+"""Held-out sequences: the split, their KL, early stopping, and the best checkpoint."""
 
 import json
 import random
@@ -20,13 +20,12 @@ from lopd.errors import ConfigError, DataError, ShardError
 from lopd.models.load import load_model
 from lopd.provenance import manifest_digest, read_manifest
 from lopd.stages import distill
-from lopd.training import holdout as watch
 from lopd.training.batch import Collator, SequenceDataset, split_holdout
 from lopd.training.checkpoints import checkpoints
+from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl
 from lopd.training.logging import LOG_NAME
 from lopd.training.objective import Objective
 from lopd.training.options import WatchOptions
-from lopd.training.staleness import StaleWatch, stale_summary
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
 
@@ -37,15 +36,15 @@ def scored(count=12):
     return make_scored(make_rollouts(count))
 
 
-def names(part):
-    return sorted(part.dataset.names[index] for index in part.indices)
+def names(subset):
+    return sorted(subset.dataset.names[index] for index in subset.indices)
 
 
 @pytest.mark.parametrize("amount", [SHARE, 4])
-def test_the_split_depends_on_the_names_alone(amount):
+def test_the_split_depends_only_on_the_names(amount):
     items = scored()
-    kept, held_out = split_holdout(SequenceDataset(items), amount)
-    assert len(kept) + len(held_out) == 12 and not {*names(kept)} & {*names(held_out)}
+    training, held_out = split_holdout(SequenceDataset(items), amount)
+    assert len(training) + len(held_out) == 12 and not {*names(training)} & {*names(held_out)}
     shuffled = random.Random(3).sample(items, len(items))
     _, again = split_holdout(SequenceDataset(shuffled), amount)
     assert names(again) == names(held_out)
@@ -54,14 +53,14 @@ def test_the_split_depends_on_the_names_alone(amount):
     ]
     if amount < 1:
         part = [item for item in items if f"{item.rollout.prompt_id}/0" in names(held_out)[1:]]
-        rest = [item for item in items if f"{item.rollout.prompt_id}/0" in names(kept)]
+        rest = [item for item in items if f"{item.rollout.prompt_id}/0" in names(training)]
         _, fewer = split_holdout(SequenceDataset(part + rest), amount)
         assert names(fewer) == names(held_out)[1:]
     else:
         assert len(held_out) == amount
 
 
-def test_a_share_is_about_that_share():
+def test_a_share_holds_out_about_that_share():
     rollouts = make_rollouts(400, shortest=1, longest=2)
     _, held_out = split_holdout(SequenceDataset(rollouts), 0.25)
     assert 70 < len(held_out) < 130
@@ -101,67 +100,67 @@ def test_options_take_the_ends_of_their_ranges():
 
 def make_trainer(out, objective=None, holdout=None, model=None, **changes):
     objective = objective or Objective("reverse_kl")
-    kept, held_out = split_holdout(SequenceDataset(scored()), SHARE)
+    training, held_out = split_holdout(SequenceDataset(scored()), SHARE)
     holdout = {"eval_steps": 2, **(holdout or {})}
     return LopdTrainer(
         tiny_model() if model is None else model,
         options(**changes).training_arguments(out),
         objective,
-        kept,
+        training,
         Collator(),
-        watch.Holdout(held_out, objective.held_out, **holdout),
+        Holdout(held_out, objective.held_out, **holdout),
     )
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd", "policy_gradient"])
-def test_held_out_kl_is_the_divergence_over_all_its_sequences(name, aggregation):
+def test_held_out_kl_is_the_divergence_over_all_held_out_sequences(name, aggregation):
     model, collate = tiny_model(), Collator(aggregation)
     model.model.layers[0].self_attn.attention_dropout = 0.5
     _, held_out = split_holdout(SequenceDataset(scored()), 5)
-    judged = Objective(name, temperature=1.3).held_out
-    assert judged.name == ("reverse_kl" if name == "policy_gradient" else name)
+    evaluated = Objective(name, temperature=1.3).held_out
+    assert evaluated.name == ("reverse_kl" if name == "policy_gradient" else name)
     whole = collate([held_out[i] for i in range(5)])
     n = whole["row_weights"].sum().item()
-    expected = step(model, whole, judged, n)[0].item()
-    assert judged.temperature == 1.3
+    expected = step(model, whole, evaluated, n)[0].item()
+    assert evaluated.temperature == 1.3
     model.train()
     state = torch.get_rng_state()
     for size in (1, 2, 5, 64):
-        holdout = watch.Holdout(held_out, judged, 1)
-        found = watch.holdout_kl(model, holdout, collate, size, 3)
+        holdout = Holdout(held_out, evaluated, 1)
+        found = holdout_kl(model, holdout, collate, size, 3)
         assert found == pytest.approx(expected, rel=1e-5)
     assert torch.equal(state, torch.get_rng_state()) and model.training
     held_out.dataset.source[held_out.indices[4]].tail_logprobs[0] = float("nan")
     with pytest.raises(DataError, match="step 3: the held-out loss is nan"):
-        watch.holdout_kl(model, holdout, collate, 2, 3)
+        holdout_kl(model, holdout, collate, 2, 3)
 
 
-def test_evaluating_changes_no_weight_and_trains_on_the_others(tmp_path):
-    watched = make_trainer(tmp_path / "a", max_steps=5)
+def test_evaluation_changes_no_weight_and_training_leaves_out_held_out_sequences(tmp_path):
+    evaluated = make_trainer(tmp_path / "a", max_steps=5)
     seen = set()
-    compute_loss = watched.compute_loss
+    compute_loss = evaluated.compute_loss
 
     def recorded(model, inputs, *args, **kwargs):
         seen.update(inputs["sequence_names"])
         return compute_loss(model, inputs, *args, **kwargs)
 
-    watched.compute_loss = recorded
-    watched.train()
-    assert seen == {*names(watched.train_dataset)}
+    evaluated.compute_loss = recorded
+    evaluated.train()
+    assert seen == {*names(evaluated.train_dataset)}
     args = options(max_steps=5).training_arguments(tmp_path / "b")
-    plain = LopdTrainer(tiny_model(), args, Objective("reverse_kl"), watched.train_dataset)
+    plain = LopdTrainer(tiny_model(), args, Objective("reverse_kl"), evaluated.train_dataset)
     plain.train()
-    assert largest_difference(weights(watched.model), weights(plain.model)) == 0.0
-    found = watch.evaluations(watched.state.log_history)
+    assert largest_difference(weights(evaluated.model), weights(plain.model)) == 0.0
+    found = evaluations(evaluated.state.log_history)
     assert [number for _, number in found] == [2, 4, 5]
-    now = watch.holdout_kl(watched.model, watched.holdout, Collator(), 4, 5)
+    now = holdout_kl(evaluated.model, evaluated.holdout, Collator(), 4, 5)
     assert found[-1][0] == now != found[0][0]
     lines = [json.loads(line) for line in (tmp_path / "a" / LOG_NAME).read_text().splitlines()]
     assert [line["holdout_kl"] for line in lines if "holdout_kl" in line] == [kl for kl, _ in found]
 
 
-def test_nothing_held_out_is_nothing_to_evaluate(tmp_path):
+def test_evaluating_without_a_holdout_is_refused(tmp_path):
     args = options().training_arguments(tmp_path)
     trainer = LopdTrainer(tiny_model(), args, Objective("reverse_kl"), SequenceDataset(scored()))
     with pytest.raises(ConfigError, match="evaluate: nothing was held out"):
@@ -172,21 +171,21 @@ def test_exhausted_counts_from_the_best():
     def history(*values):
         return [{"holdout_kl": kl, "step": 10 * i} for i, kl in enumerate(values)] + [{"loss": 0}]
 
-    assert not watch.exhausted(history(), 1)
-    assert not watch.exhausted(history(3.0, 2.0, 2.5), 0)
-    assert watch.exhausted(history(3.0, 2.0, 2.5), 1)
-    assert not watch.exhausted(history(3.0, 2.0, 2.5), 2)
-    assert watch.exhausted(history(3.0, 2.0, 2.0, 2.0), 2)
-    assert not watch.exhausted(history(2.0, 3.0, 1.0), 1)
+    assert not exhausted(history(), 1)
+    assert not exhausted(history(3.0, 2.0, 2.5), 0)
+    assert exhausted(history(3.0, 2.0, 2.5), 1)
+    assert not exhausted(history(3.0, 2.0, 2.5), 2)
+    assert exhausted(history(3.0, 2.0, 2.0, 2.0), 2)
+    assert not exhausted(history(2.0, 3.0, 1.0), 1)
 
 
 def fake_kl(monkeypatch, values):
-    """Evaluations at steps 1, 2, ... find these."""
+    """Evaluations at steps 1, 2, ... return these values."""
 
-    def found(model, holdout, collate, batch_size, step_number, **processes):
+    def fake(model, holdout, collate, batch_size, step_number, **processes):
         return values[step_number - 1]
 
-    monkeypatch.setattr("lopd.training.trainer.holdout_kl", found)
+    monkeypatch.setattr("lopd.training.trainer.holdout_kl", fake)
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +222,10 @@ def test_the_result_is_the_best_checkpoint(pipeline, tmp_path, monkeypatch, save
         "stopped_early": False,
     }
     assert read_manifest(out).raw["training"]["sequences"] == 8
-    kept = [folder.name for folder in checkpoints(out)]
-    assert "checkpoint-3" in kept and len(kept) <= 2
+    left = [folder.name for folder in checkpoints(out)]
+    assert "checkpoint-3" in left and len(left) <= 2
     if not save_every:
-        assert kept == ["checkpoint-3", "checkpoint-2"]
+        assert left == ["checkpoint-3", "checkpoint-2"]
     assert largest_difference(trained(out), trained(out / "checkpoint-3")) == 0.0
     last = distill.main(config(pipeline, tmp_path / "last", **{**BEST, "keep_best": False}))
     assert read_manifest(last).raw["holdout"]["result_step"] == 6
@@ -238,7 +237,7 @@ def test_the_result_is_the_best_checkpoint(pipeline, tmp_path, monkeypatch, save
     assert largest_difference(trained(out), trained(at_three)) == 0.0
 
 
-def test_a_best_checkpoint_that_is_gone_is_named(pipeline, tmp_path, monkeypatch):
+def test_a_missing_best_checkpoint_is_named(pipeline, tmp_path, monkeypatch):
     fake_kl(monkeypatch, [1.0, 2.0])
     out, train = tmp_path / "out", LopdTrainer.train
 
@@ -251,17 +250,18 @@ def test_a_best_checkpoint_that_is_gone_is_named(pipeline, tmp_path, monkeypatch
         distill.main(config(pipeline, out, **{**BEST, "max_steps": 2}))
 
 
-def test_training_stops_after_patience_and_says_so(pipeline, tmp_path, monkeypatch, capsys):
+def test_training_stops_early_and_prints_why(pipeline, tmp_path, monkeypatch, capsys):
     fake_kl(monkeypatch, [5.0, 3.0, 4.0, 3.5, 1.0, 1.0])
     out = distill.main(config(pipeline, tmp_path, **BEST, patience=2))
-    assert "step 4: stops, held-out KL 3.5 is no better than 3 at step 2" in capsys.readouterr().err
+    expected = "step 4: stopping early, held-out KL 3.5 is no better than 3 at step 2"
+    assert expected in capsys.readouterr().err
     found = read_manifest(out).raw["holdout"]
     assert found["stopped_early"] is True
     assert (found["result_step"], found["last"]["step"]) == (2, 4)
 
 
 @pytest.mark.parametrize("cut_at", [1, 3, 5])
-def test_a_killed_run_resumes_with_what_it_had_found(pipeline, tmp_path, monkeypatch, cut_at):
+def test_a_killed_run_resumes_with_its_evaluations(pipeline, tmp_path, monkeypatch, cut_at):
     settings = {**BEST, "save_every": 2, "patience": 3}
     values = [5.0, 1.0, 4.0, 3.0, 2.0, 6.0]  # best at 2, exhausted at 5
     fake_kl(monkeypatch, values)
@@ -284,7 +284,7 @@ def test_a_killed_run_resumes_with_what_it_had_found(pipeline, tmp_path, monkeyp
     assert read_manifest(whole).raw["stale"] == read_manifest(cut).raw["stale"]
 
 
-def test_a_run_that_had_stopped_is_not_trained_on(pipeline, tmp_path, monkeypatch):
+def test_a_run_that_stopped_early_is_not_continued(pipeline, tmp_path, monkeypatch):
     fake_kl(monkeypatch, [1.0, 2.0, 0.5])
     settings = {"max_steps": 3, "holdout": 4, "eval_steps": 1, "patience": 1, "save_every": 2}
     whole = distill.main(config(pipeline, tmp_path / "whole", **settings))
@@ -302,68 +302,3 @@ def test_a_run_that_had_stopped_is_not_trained_on(pipeline, tmp_path, monkeypatc
     assert read_manifest(cut).raw["holdout"]["last"]["step"] == 2
     assert largest_difference(trained(whole), trained(cut)) == 0.0
     assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
-
-
-class Shares:
-    """Stands in for a window: what each step's tokens are worth."""
-
-    def __init__(self, shares):
-        self.shares = iter(shares)
-
-    def step_ess(self):
-        return next(self.shares)
-
-
-def watched(shares, limit=0.5, every=3, history=(), first=1):
-    from transformers import TrainerState
-
-    state = TrainerState(log_history=[*history])
-    callback = StaleWatch(Shares(shares), limit, every)
-    for number in range(first, first + len(shares)):
-        state.global_step = number
-        callback.on_step_end(None, state, None)
-    return state.log_history
-
-
-def test_a_stale_cache_is_told_once_and_every_so_many_steps(capsys):
-    shares = [0.9, 0.5, 0.4, 0.3, 0.2, 0.1, 0.3, 0.7, 0.45]
-    history = watched(shares)
-    assert [entry["step"] for entry in history] == [3, 6, 9]
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 3
-    assert told[0].startswith("step 3: the cache has gone stale: ") and "worth 40 %" in told[0]
-    assert stale_summary(0.5, history) == {
-        "limit": 0.5,
-        "watched": True,
-        "warnings": 3,
-        "first": {"ess": 0.4, "step": 3},
-        "lowest": {"ess": 0.1, "step": 6},
-    }
-    resumed = watched(shares[4:], history=watched(shares[:4]), first=5)
-    assert resumed == history
-    assert stale_summary(0.5, [])["watched"] is True
-    assert stale_summary(0.0, [])["watched"] is False
-
-
-def test_drift_that_is_unknown_is_said_once(capsys):
-    history = watched([None] * 6)
-    assert len(history) == 1
-    assert capsys.readouterr().err.count("not known, so a cache that goes stale will not") == 1
-    summary = stale_summary(0.5, history)
-    assert summary["watched"] is False and summary["warnings"] == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "watched", "some"),
-    [({}, True, True), ({"stale_ess": 0.0}, False, False), ({"tail": "renormalize"}, False, False)],
-)
-def test_the_manifest_says_how_stale_the_cache_went(
-    pipeline, tmp_path, capsys, changes, watched, some
-):
-    settings = {"max_steps": 3, "save_every": 0, "stale_every": 2, **changes}
-    out = distill.main(config(pipeline, tmp_path, **settings))
-    summary = read_manifest(out).raw["stale"]
-    assert summary["watched"] is watched and (summary["warnings"] > 0) is some
-    assert ("gone stale" in capsys.readouterr().err) is some
-    if some:
-        assert summary["first"]["step"] == 1 and 0 < summary["lowest"]["ess"] < 0.5

@@ -29,7 +29,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, monkeypatch, err
     assert str(error).splitlines()[0] in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_no_fault_of_the_disk_is_not_called_one(tmp_path, monkeypatch):
+def test_errors_that_are_not_of_the_disk_pass_through(tmp_path, monkeypatch):
     def lost(*args, **kwargs):
         raise RuntimeError("Connection reset by peer")
 

@@ -1,6 +1,6 @@
-"""Peak memory before a run: the parts against real runs, and what is proposed where they are many.
+"""Peak memory before a run: the parts against real runs, and settings that need less.
 
-That the real runs' tensors are counted at all is what the equalities rest on: see the first test.
+The first test checks that tensors are counted at all; the equalities depend on it.
 """
 
 from dataclasses import replace
@@ -18,17 +18,24 @@ from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.dry_run import (
     activation_bytes,
     dry_inputs,
-    held_bytes,
     meta_model,
     optimizer_bytes,
     saved_bytes,
     state_bytes,
+    storage_bytes,
 )
-from lopd.training.memory import Parts, Planner, largest_batch, loss_bytes, proposals
+from lopd.training.memory import (
+    MemoryEstimate,
+    MemoryPlanner,
+    largest_batch,
+    loss_bytes,
+    planned_peak,
+    proposals,
+)
 from lopd.training.objective import Objective
 from lopd.training.options import parse_bytes
-from lopd.training.run import planned_peak
 from lopd.training.trainer import LopdTrainer
+from lopd_kernels.workspace import workspace_needed
 
 LENGTH = 16
 MIB = 1 << 20
@@ -54,8 +61,8 @@ def real_inputs(batch):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def test_what_a_linear_chain_saves_is_known(folder):
-    """Rows [B T, D] for the loss cost what they must: the one part that can be told by hand."""
+def test_saved_bytes_include_every_linear_layer(folder):
+    """A lower bound by hand: the inputs of the linear layers of each row."""
     dry = meta_model(folder, "float32")
     one, two = (saved_bytes(dry, dry_inputs(b, LENGTH, packed=False)) for b in (2, 4))
     layers, width, hidden = SIZE["num_hidden_layers"], SIZE["intermediate_size"], 32
@@ -66,7 +73,7 @@ def test_what_a_linear_chain_saves_is_known(folder):
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-tied", "gemma2", "gemma3", "cohere", "phi"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_dry_run_saves_what_a_real_one_saves(tmp_path, family, batch, checkpointing):
+def test_a_dry_run_saves_as_much_as_a_real_forward(tmp_path, family, batch, checkpointing):
     real = tiny_model(family).train()
     real.set_attn_implementation("sdpa")
     real.config.save_pretrained(tmp_path)
@@ -76,7 +83,7 @@ def test_a_dry_run_saves_what_a_real_one_saves(tmp_path, family, batch, checkpoi
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_are_planned_for(folder, dtype):
+def test_adapters_are_counted(folder, dtype):
     pytest.importorskip("peft")
     lora = LoraOptions(lora_rank=4)
     real = add_lora(tiny_model().to(getattr(torch, dtype)), lora).train()
@@ -84,12 +91,12 @@ def test_adapters_are_planned_for(folder, dtype):
     for checkpointing in (False, True):
         expected = activation_bytes(real, real_inputs(3), checkpointing)
         assert expected == activation_bytes(dry, dry_inputs(3, LENGTH, packed=False), checkpointing)
-    parts = Planner(dry).parts(config(folder, dtype=dtype))
-    assert parts.gradients == sum(p.nbytes for p in real.parameters() if p.requires_grad)
-    assert parts.gradients < parts.weights / 2
+    estimate = MemoryPlanner(dry).estimate(config(folder, dtype=dtype))
+    assert estimate.gradients == sum(p.nbytes for p in real.parameters() if p.requires_grad)
+    assert estimate.gradients < estimate.weights / 2
 
 
-def test_checkpoints_and_one_layer_are_less_than_all_layers(tmp_path):
+def test_checkpointing_counts_checkpoints_and_one_layer(tmp_path):
     settings = tiny_model().config
     sizes = []
     for layers in (2, 6):
@@ -105,7 +112,7 @@ def test_checkpoints_and_one_layer_are_less_than_all_layers(tmp_path):
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_optimizer_state_is_that_of_a_real_step(tmp_path, folder, optim, dtype):
+def test_optimizer_state_equals_that_of_a_real_step(tmp_path, folder, optim, dtype):
     items = SequenceDataset(make_scored(make_rollouts(4)), vocab_size=SIZE["vocab_size"])
     args = options(max_steps=1, optim=optim).training_arguments(tmp_path)
     model = tiny_model().to(getattr(torch, dtype))
@@ -116,18 +123,18 @@ def test_optimizer_state_is_that_of_a_real_step(tmp_path, folder, optim, dtype):
     assert (real == 0) is (optim == "sgd")
 
 
-def test_eight_bit_state_by_its_layout():
+def test_eight_bit_state_follows_its_layout():
     large, small = torch.nn.Linear(64, 65, bias=False), torch.nn.Linear(63, 65, bias=False)
     assert optimizer_bytes(large, "adamw_8bit") == 2 * 4160 + 8 * 17
     assert optimizer_bytes(small, "adamw_8bit") == 8 * 4095
 
 
-def test_parts_of_a_tied_model_count_its_weight_once(tmp_path):
+def test_a_tied_weight_is_counted_once(tmp_path):
     model = tiny_model("qwen3-tied")
     model.config.save_pretrained(tmp_path)
-    parts = Planner(meta_model(str(tmp_path), "float32")).parts(config(str(tmp_path)))
-    assert parts.weights == held_bytes([*model.parameters(), *model.buffers()])
-    assert parts.gradients == sum(p.nbytes for p in model.parameters())
+    estimate = MemoryPlanner(meta_model(str(tmp_path), "float32")).estimate(config(str(tmp_path)))
+    assert estimate.weights == storage_bytes([*model.parameters(), *model.buffers()])
+    assert estimate.gradients == sum(p.nbytes for p in model.parameters())
 
 
 def test_a_pack_has_no_mask(folder):
@@ -141,7 +148,7 @@ def test_a_pack_has_no_mask(folder):
     assert padded - packed == masks - positions
 
 
-def test_the_loss_keeps_to_its_workspace(tmp_path):
+def test_the_loss_memory_respects_workspace_bytes(tmp_path):
     settings, folder = tiny_model().config, str(tmp_path)
     settings.vocab_size = 20000
     settings.save_pretrained(folder)
@@ -156,21 +163,46 @@ def test_the_loss_keeps_to_its_workspace(tmp_path):
     assert loss_bytes(dry, pg) < free
 
 
-class Invented(Planner):
-    """Parts by a rule instead of dry runs."""
+@pytest.mark.parametrize("workspace", [None, 8 * MIB], ids=["free", "bounded"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_the_loss_memory_includes_the_gradient_of_the_hidden_states(tmp_path, frozen, workspace):
+    model = tiny_model()
+    model.config.vocab_size = 20000
+    model.config.save_pretrained(tmp_path)
+    dry = meta_model(str(tmp_path), "bfloat16").requires_grad_(not frozen)
+    settings = config(str(tmp_path), batch_size=64, workspace_bytes=workspace)
+    with_gradient, without = (
+        workspace_needed(
+            64 * LENGTH,
+            20000,
+            SIZE["hidden_size"],
+            settings.k + 1,
+            dtype=torch.bfloat16,
+            hidden_grad=hidden_grad,
+            weight_grad=not frozen,
+            workspace_bytes=workspace,
+        )
+        for hidden_grad in (True, False)
+    )
+    assert loss_bytes(dry, settings) == with_gradient > without
+
+
+class Invented(MemoryPlanner):
+    """Estimates by a rule instead of dry runs."""
 
     def __init__(self):
         super().__init__(torch.nn.Identity())
 
-    def parts(self, config):
+    def estimate(self, config):
         tokens = config.rows[0] * config.rows[1]
         state = {"adafactor": 1, "adamw_8bit": 40}.get(config.optim, 100) * MIB
         layers = 1 if config.gradient_checkpointing else 10
-        return Parts(100 * MIB, 100 * MIB, state, config.workspace or GIB, tokens * layers * MIB)
+        loss, activations = config.workspace or GIB, tokens * layers * MIB
+        return MemoryEstimate(100 * MIB, 100 * MIB, state, loss, activations)
 
 
 @pytest.mark.parametrize(
-    ("memory", "given", "taken"),
+    ("memory", "changes", "taken"),
     [
         (1400, {}, ["gradient_checkpointing"]),
         (800, {}, ["gradient_checkpointing", "workspace_bytes"]),
@@ -185,17 +217,17 @@ class Invented(Planner):
         (100, {}, ["gradient_checkpointing", "workspace_bytes", "optim"]),
     ],
 )
-def test_proposals_come_in_order_and_end_with_the_first_that_fits(folder, memory, given, taken):
-    planner, asked = Invented(), config(folder, **given)
+def test_proposals_come_in_order_and_end_with_the_first_that_fits(folder, memory, changes, taken):
+    planner, asked = Invented(), config(folder, **changes)
     found = list(proposals(planner, asked, memory * MIB))
-    fits = [planner.parts(each).total <= memory * MIB for each in found]
+    fits = [planner.estimate(each).total <= memory * MIB for each in found]
     assert fits == [*[False] * (len(found) - 1), memory > 300]
     changed = [name for name in vars(asked) if getattr(found[-1], name) != getattr(asked, name)]
     assert sorted(changed) == sorted(taken)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_largest_batch_is_the_largest(folder, packed):
+def test_largest_batch_is_the_largest_that_fits(folder, packed):
     planner = Invented()
     asked = config(
         folder,
@@ -212,10 +244,10 @@ def test_the_largest_batch_is_the_largest(folder, packed):
     assert largest_batch(planner, asked, (1324 + 9) * MIB) is None
 
 
-def test_it_says_whether_it_fits(folder, capsys):
+def test_the_plan_prints_whether_the_run_fits(folder, capsys):
     main(config(folder))
     assert "fits, " in capsys.readouterr().out
-    total = Planner(meta_model(folder, "float32")).parts(config(folder)).total
+    total = MemoryPlanner(meta_model(folder, "float32")).estimate(config(folder)).total
     with pytest.raises(MemoryPlanError, match="needs .* use a larger GPU"):
         main(config(folder, gpu_memory="100kB"))
     table = capsys.readouterr().out
@@ -227,7 +259,7 @@ def test_it_says_whether_it_fits(folder, capsys):
 
 
 @pytest.mark.parametrize(("memory", "code"), [("8GiB", 0), ("100kB", 1), ("much", 2)])
-def test_the_commands_code_says_so_too(folder, memory, code, capsys):
+def test_the_exit_code_says_whether_the_run_fits(folder, memory, code, capsys):
     words = ["plan", "--model", folder, "--gpu_memory", memory, "--sequence_length", "16"]
     assert lopd(words) == code
 
@@ -269,12 +301,12 @@ def test_an_unknown_optimizer_and_a_model_that_needs_values_are_refused(folder, 
         ("7B", 7),
     ],
 )
-def test_sizes(text, size):
+def test_valid_sizes_are_parsed(text, size):
     assert parse_bytes("x", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1e9", "24Gib/s", "0", 0, "nan"])
-def test_what_is_no_size(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(ConfigError, match="x: found '.*'; expected a size"):
         parse_bytes("x", text)
 
@@ -295,17 +327,17 @@ def a_run(**changes):
     ],
     ids=str,
 )
-def test_a_run_knows_what_the_command_would_have_said(folder, changes):
+def test_the_planned_peak_of_a_run_equals_that_of_lopd_plan(folder, changes):
     settings, trainer, longest = a_run(**changes)
     changes.pop("objective", None)
     asked = config(folder, **{"batch_size": 4, "sequence_length": longest, "k": 4, **changes})
     if trainer.objective.name == "cross_entropy":
         asked = replace(asked, objective="policy_gradient")
-    expected = Planner(meta_model(folder, "float32", asked)).parts(asked).total
+    expected = MemoryPlanner(meta_model(folder, "float32", asked)).estimate(asked).total
     assert planned_peak(settings, trainer, folder, k=4) == expected
 
 
-def test_a_run_that_no_plan_covers_has_none(folder, tmp_path, capsys):
+def test_runs_that_cannot_be_planned_have_no_planned_peak(folder, tmp_path, capsys):
     settings, trainer, _ = a_run(mixed_precision="bf16")
     assert planned_peak(settings, trainer, folder, k=4) is None
     settings, trainer, _ = a_run()

@@ -9,7 +9,7 @@ from helpers_training import make_rollouts, make_scored, options, tiny_model
 
 from lopd.store import TopKLists
 from lopd.training.batch import Collator, SequenceDataset
-from lopd.training.metrics import StatsWindow, drift_moments
+from lopd.training.metrics import MetricsAccumulator, drift_moments
 from lopd.training.objective import Objective
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
@@ -35,19 +35,19 @@ def kish(log_ratio, weights):
 
 
 def popped(*steps):
-    """What a window says of steps of (stats, tokens) micro-batches."""
-    window = StatsWindow()
+    """Metrics of steps of (stats, tokens) micro-batches."""
+    metrics = MetricsAccumulator()
     for micro_batches in steps:
-        window.begin_step()
+        metrics.begin_step()
         for stats in micro_batches:
-            window.add(stats, 1)
-    return window, window.pop()
+            metrics.add(stats, 1)
+    return metrics, metrics.pop()
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.name}-{o.importance}")
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere", "phi"])
-def test_drift_is_that_of_the_models_own_logits(family, objective, aggregation):
+def test_drift_equals_that_from_the_models_logits(family, objective, aggregation):
     model, items = tiny_model(family, spread=3.0), make_scored(make_rollouts(6))
     collate = Collator(aggregation)
     together, parts = collate(items), [collate(items[:1]), collate(items[1:4]), collate(items[4:])]
@@ -67,7 +67,7 @@ def test_drift_is_that_of_the_models_own_logits(family, objective, aggregation):
     assert not {"token_moments", "sequence_moments"} & found.keys()
 
 
-def test_reverse_kl_and_teachers_tail_are_logged_where_they_are_known():
+def test_reverse_kl_and_teacher_tail_are_logged_if_known():
     model, batch = tiny_model(), Collator()(make_scored(make_rollouts(4)))
     n = float(len(batch["labels"]))
     loss, stats = step(model, batch, Objective("reverse_kl"), n)
@@ -80,7 +80,7 @@ def test_reverse_kl_and_teachers_tail_are_logged_where_they_are_known():
     assert "log_ratio_to_rollout" not in renormalized and "token_moments" not in renormalized
 
 
-def test_a_row_without_a_list_has_its_log_ratio_too():
+def test_a_row_without_a_list_has_a_log_ratio():
     items = make_scored(make_rollouts(3))
     ids = items[1].topk_ids.copy()
     ids[2] = -1
@@ -98,7 +98,7 @@ def test_a_row_without_a_list_has_its_log_ratio_too():
 def test_many_rows_are_gathered_in_parts(monkeypatch):
     model, batch = tiny_model(), Collator()(make_scored(make_rollouts(5)))
     whole = step(model, batch, Objective("reverse_kl"), 1.0)[1]["log_ratio_to_rollout"]
-    monkeypatch.setattr("lopd.training.step.GATHERED_ROWS", 4)
+    monkeypatch.setattr("lopd.training.row_losses.GATHERED_ROWS", 4)
     parts = step(model, batch, Objective("reverse_kl"), 1.0)[1]["log_ratio_to_rollout"]
     assert parts.item() == whole.item()
 
@@ -108,39 +108,39 @@ def test_long_sequences_do_not_underflow():
     index = torch.tensor([0, 0, 1, 2])
     moments = drift_moments(log_ratio, torch.ones(4), index, 3)
     _, found = popped([moments])
-    # of -600, -500 and -101 the last carries everything
+    # of -600, -500 and -101 the last has all the weight
     assert found["ess_sequences"] == pytest.approx(1 / 3, rel=1e-5)
     even = drift_moments(torch.full((4,), -400.0), torch.ones(4), torch.arange(4), 4)
     _, found = popped([even])
     assert found["ess_tokens"] == found["ess_sequences"] == pytest.approx(1.0, rel=1e-4)
 
 
-def test_a_window_pools_its_steps_and_tells_the_last_one():
+def test_ess_is_over_all_steps_and_step_ess_over_the_last():
     def moments(ratios):
         log_ratio = torch.tensor(ratios).log()
         ones = torch.ones(len(ratios))
         return drift_moments(log_ratio, ones, torch.arange(len(ratios)), len(ratios))
 
-    window = StatsWindow()
-    assert window.step_ess() is None
-    window.begin_step()
-    window.add(moments([1.0, 1.0]), 2)
-    assert window.step_ess() == pytest.approx(1.0)
-    window.begin_step()
-    window.add(moments([4.0]), 1)
-    window.add(moments([1.0, 1.0]), 2)
-    assert window.step_ess() == pytest.approx(36 / (3 * 18), rel=1e-6)
-    assert window.pop()["ess_tokens"] == pytest.approx(64 / (5 * 20), rel=1e-6)
-    assert math.isclose(window.step_ess(), 36 / 54, rel_tol=1e-6)
-    window.begin_step()
-    assert window.step_ess() is None
+    metrics = MetricsAccumulator()
+    assert metrics.step_ess() is None
+    metrics.begin_step()
+    metrics.add(moments([1.0, 1.0]), 2)
+    assert metrics.step_ess() == pytest.approx(1.0)
+    metrics.begin_step()
+    metrics.add(moments([4.0]), 1)
+    metrics.add(moments([1.0, 1.0]), 2)
+    assert metrics.step_ess() == pytest.approx(36 / (3 * 18), rel=1e-6)
+    assert metrics.pop()["ess_tokens"] == pytest.approx(64 / (5 * 20), rel=1e-6)
+    assert math.isclose(metrics.step_ess(), 36 / 54, rel_tol=1e-6)
+    metrics.begin_step()
+    assert metrics.step_ess() is None
 
 
-def test_the_policy_that_sampled_is_worth_all_of_its_samples(tmp_path):
+def test_the_rollout_policy_has_an_ess_of_one(tmp_path):
     model, items = tiny_model(), make_scored(make_rollouts(6))
     for item in items:
-        own = sampled_logprobs(model, Collator()([item]))
-        item.rollout.rollout_logprobs[:] = own.numpy()
+        logprobs = sampled_logprobs(model, Collator()([item]))
+        item.rollout.rollout_logprobs[:] = logprobs.numpy()
     args = options(max_steps=8, learning_rate=2e-2, warmup_steps=0).training_arguments(tmp_path)
     trainer = LopdTrainer(model, args, Objective("reverse_kl"), SequenceDataset(items))
     trainer.train()
@@ -148,28 +148,28 @@ def test_the_policy_that_sampled_is_worth_all_of_its_samples(tmp_path):
     assert shares[0] == pytest.approx(1.0, abs=1e-4) and shares[-1] < 0.9
 
 
-def test_time_left_out_is_not_counted(monkeypatch):
+def test_excluded_time_is_not_counted(monkeypatch):
     now = iter([10.0, 15.0])
     monkeypatch.setattr("lopd.training.metrics.time.perf_counter", lambda: next(now))
-    window = StatsWindow()
-    window.begin_step()
-    window.add({}, 6)
-    window.leave_out(3.0)
-    assert window.pop()["tokens_per_second"] == pytest.approx(3.0)
+    metrics = MetricsAccumulator()
+    metrics.begin_step()
+    metrics.add({}, 6)
+    metrics.exclude_time(3.0)
+    assert metrics.pop()["tokens_per_second"] == pytest.approx(3.0)
 
 
-def test_a_window_goes_on_where_the_tensors_are():
-    """A checkpoint's sums are on the CPU, a micro-batch's on the device that trains."""
-    window = StatsWindow()
-    window.begin_step()
+def test_loaded_sums_move_to_the_device_of_new_ones():
+    """Sums from a checkpoint are on the CPU, those of a micro-batch on the training device."""
+    metrics = MetricsAccumulator()
+    metrics.begin_step()
     stats = {
         "loss": torch.tensor(1.0),
         "token_moments": torch.zeros(3),
         "divergence_from": torch.ones(2, 7),
     }
-    window.add(stats, 1)
-    again = StatsWindow()
-    again.load(window.state())
+    metrics.add(stats, 1)
+    again = MetricsAccumulator()
+    again.load(metrics.state())
     again.begin_step()
     again.add({name: value.to("meta") for name, value in stats.items()}, 1)
     assert all(value.device.type == "meta" for value in again._sums.values())

@@ -1,4 +1,4 @@
-"""Rollouts renewed during training: against a loop by hand, resumed, and refused."""
+"""Refreshed rollouts: equality with a plain loop, resuming, and refusals."""
 
 import json
 import shutil
@@ -46,8 +46,8 @@ def pipeline(tmp_path_factory):
 def distilled(pipeline, out, every, **changes):
     paths = {name: str(pipeline / name) for name in ("student", "cache")}
     live = {"refresh_every": every, "teacher": str(pipeline / "teacher")} if every else {}
-    given = {**paths, **SETTINGS, **live, **changes}
-    return distill.main(distill.DistillConfig(out=str(out), **given))
+    settings = {**paths, **SETTINGS, **live, **changes}
+    return distill.main(distill.DistillConfig(out=str(out), **settings))
 
 
 def trained(folder):
@@ -67,12 +67,12 @@ def by_hand(pipeline, every):
     sampler = StepSampler([len(r.tokens) for r in cached], 2, 2, seed=options.seed)
     turns = [turn for epoch in range(4) for turn in sampler.steps(epoch)]
 
-    def answer(index, window):
+    def sampled(index, window):
         old = cached[index]
         prompt = Prompt(old.prompt_id, old.tokens[: old.prompt_length].tolist(), None)
         stream = sequence_seed(sequence_seed(options.seed, "window", window), old.prompt_id, 0)
-        (given,) = student.generate([prompt.tokens], Sampling(9), [stream])
-        rollout = to_rollout(prompt, 0, given)
+        (answer,) = student.generate([prompt.tokens], Sampling(9), [stream])
+        rollout = to_rollout(prompt, 0, answer)
         (scores,) = teacher.score([rollout.tokens], [rollout.prompt_length], 4)
         return scored_sequence(rollout, scores)
 
@@ -80,7 +80,7 @@ def by_hand(pipeline, every):
         for step in range(options.max_steps):
             if step % every == 0:
                 wanted = {i for turn in turns[step : step + every] for i in turn}
-                fresh = {i: answer(i, step // every) for i in wanted}
+                fresh = {i: sampled(i, step // every) for i in wanted}
             items = [fresh[i] for i in turns[step]]
             yield [Collator()(items[:2]), Collator()(items[2:])]
 
@@ -89,7 +89,7 @@ def by_hand(pipeline, every):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_it_is_on_policy_distillation(pipeline, tmp_path, every):
+def test_refreshed_training_equals_on_policy_distillation(pipeline, tmp_path, every):
     out = distilled(pipeline, tmp_path / "out", every)
     expected = by_hand(pipeline, every)
     start = weights(load_model(pipeline / "student", dtype="float32", device="cpu"))
@@ -99,7 +99,7 @@ def test_it_is_on_policy_distillation(pipeline, tmp_path, every):
     assert largest_difference(trained(out), other) > 1e-3
 
 
-def test_packs_and_recomputed_activations_change_nothing_but_rounding(pipeline, tmp_path):
+def test_packing_and_checkpointing_affect_only_rounding(pipeline, tmp_path):
     plain = distilled(pipeline, tmp_path / "plain", 2)
     packed = distilled(pipeline, tmp_path / "packed", 2, max_tokens_per_batch=30)
     again = distilled(pipeline, tmp_path / "again", 2, gradient_checkpointing=True)
@@ -108,7 +108,7 @@ def test_packs_and_recomputed_activations_change_nothing_but_rounding(pipeline, 
         assert update_error(trained(other), trained(plain), start) < SAME_UPDATE
 
 
-def test_adapters_are_trained_on_renewed_rollouts(pipeline, tmp_path):
+def test_adapters_are_trained_on_refreshed_rollouts(pipeline, tmp_path):
     pytest.importorskip("peft")
     out = distilled(pipeline, tmp_path / "out", 2, lora_rank=2, max_steps=3)
     start = weights(load_model(pipeline / "student", dtype="float32", device="cpu"))
@@ -130,10 +130,10 @@ def windows(out):
     return sorted(folder.name for folder in (out / "refresh").iterdir())
 
 
-@pytest.mark.parametrize("kept", [2, 1], ids=["inside a window", "between two"])
-def test_a_killed_run_continues_to_the_same_weights(pipeline, tmp_path, monkeypatch, kept):
-    settings = {"save_every": 2 * kept, "max_steps": 8}
-    every = 3 if kept == 2 else 2
+@pytest.mark.parametrize("limit", [2, 1], ids=["inside a window", "between two"])
+def test_a_killed_run_continues_to_the_same_weights(pipeline, tmp_path, monkeypatch, limit):
+    settings = {"save_every": 2 * limit, "max_steps": 8}
+    every = 3 if limit == 2 else 2
     whole = distilled(pipeline, tmp_path / "whole", every, **settings)
     cut = tmp_path / "cut"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -141,36 +141,36 @@ def test_a_killed_run_continues_to_the_same_weights(pipeline, tmp_path, monkeypa
         distilled(pipeline, cut, every, **settings)
     renewed, renew = [], RefreshTrainer.renew
     monkeypatch.setattr(
-        RefreshTrainer, "renew", lambda *given: renewed.append(given[2]) or renew(*given)
+        RefreshTrainer, "renew", lambda *args: renewed.append(args[2]) or renew(*args)
     )
     distilled(pipeline, cut, every, **settings)
-    assert renewed == ([2] if kept == 2 else [3])
+    assert renewed == ([2] if limit == 2 else [3])
     assert largest_difference(trained(whole), trained(cut)) == 0.0
     first, second = read_manifest(whole), read_manifest(cut)
     assert manifest_digest(first) == manifest_digest(second)
     assert first.raw["seconds"] != second.raw["seconds"]
 
 
-def test_a_window_that_is_gone_is_named(pipeline, tmp_path, monkeypatch):
+def test_a_missing_window_is_named(pipeline, tmp_path, monkeypatch):
     out, settings = tmp_path / "out", {"save_every": 4}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_at(patch, 5)
         distilled(pipeline, out, 3, **settings)
     assert windows(out) == ["step-00000003"]
     shutil.rmtree(out / "refresh" / "step-00000003")
-    with pytest.raises(ShardError, match="step-00000003: gone or altered, and checkpoint-4"):
+    with pytest.raises(ShardError, match="step-00000003: missing or altered, and checkpoint-4"):
         distilled(pipeline, out, 3, **settings)
     with pytest.raises(ConfigError, match=r"another recipe \(refresh_every was 3, is 2\)"):
         distilled(pipeline, out, 2, **settings)
 
 
-def test_the_windows_that_checkpoints_are_within_are_kept(pipeline, tmp_path):
+def test_windows_that_contain_a_checkpoint_are_not_removed(pipeline, tmp_path):
     out = distilled(pipeline, tmp_path / "a", 3, save_every=4, save_total_limit=3)
     assert windows(out) == ["step-00000003", "step-00000006"]
     assert windows(distilled(pipeline, tmp_path / "b", 3)) == ["step-00000006"]
 
 
-def test_a_window_is_a_cache_like_the_runs(pipeline, tmp_path):
+def test_a_window_is_a_cache_with_the_settings_of_the_runs(pipeline, tmp_path):
     cache = tmp_path / "compact"
     shutil.copytree(pipeline / "cache", cache)
     manifest = damaged(read_manifest(cache), codec="compact", top_p=0.6)
@@ -215,7 +215,7 @@ def rewrite(cache, manifest, pipeline):
     return cache
 
 
-def test_log_and_manifest_say_what_was_spent(pipeline, tmp_path):
+def test_log_and_manifest_report_the_seconds_of_each_part(pipeline, tmp_path):
     out = distilled(pipeline, tmp_path / "out", 3)
     manifest, log = read_manifest(out).raw, logged(out)
     begun = [entry for entry in log if "generation_seconds" in entry]
@@ -231,17 +231,17 @@ def test_log_and_manifest_say_what_was_spent(pipeline, tmp_path):
     assert "refresh" not in read_manifest(distilled(pipeline, tmp_path / "offline", 0)).raw
 
 
-def test_the_models_mode_is_restored_and_no_random_number_drawn(pipeline, tmp_path, monkeypatch):
+def test_refreshing_restores_the_mode_and_draws_no_random_number(pipeline, tmp_path, monkeypatch):
     found, renew = [], RefreshTrainer.renew
 
-    def watched(self, *given):
+    def observed(self, *args):
         self.model.train()
         before = torch.get_rng_state()
-        result = renew(self, *given)
+        result = renew(self, *args)
         found.append((self.model.training, torch.equal(before, torch.get_rng_state())))
         return result
 
-    monkeypatch.setattr(RefreshTrainer, "renew", watched)
+    monkeypatch.setattr(RefreshTrainer, "renew", observed)
     distilled(pipeline, tmp_path / "out", 2, max_steps=3)
     assert found == [(True, True)] * 2
 
@@ -270,12 +270,12 @@ def test_several_processes_are_refused(pipeline, tmp_path, no_model, monkeypatch
         distilled(pipeline, tmp_path / "out", 1)
 
 
-def test_a_pack_that_an_answer_may_not_fit_into_is_refused(pipeline, tmp_path, no_model):
-    with pytest.raises(ConfigError, match="found 12, but a renewed sequence may have 13 tokens"):
+def test_packs_too_small_for_the_longest_answer_are_refused(pipeline, tmp_path, no_model):
+    with pytest.raises(ConfigError, match="found 12, but a refreshed sequence may have 13 tokens"):
         distilled(pipeline, tmp_path / "out", 1, max_tokens_per_batch=12)
 
 
-def test_a_teacher_without_room_is_refused(tmp_path, no_model):
+def test_a_context_too_short_for_the_longest_answer_is_refused(tmp_path, no_model):
     pipeline = write_pipeline(tmp_path / "pipeline")
     for name in ("student", "teacher"):
         file = pipeline / name / "config.json"
@@ -295,6 +295,6 @@ def test_a_teacher_without_room_is_refused(tmp_path, no_model):
         ({"refresh_batch_size": 0}, "refresh_batch_size: found 0"),
     ],
 )
-def test_settings_that_do_not_go_together(changes, message):
+def test_contradicting_settings_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         distill.DistillConfig(student="s", cache="c", out="o", **changes)

@@ -1,4 +1,4 @@
-"""Real processes and adapters through the commands: what one process and a whole model give."""
+"""Runs in two processes and with adapters, compared with one process and a plain model."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from lopd.stages import distill
 from lopd.training.checkpoints import ADAPTER_WEIGHTS, checkpoints, is_whole
 
 SETTINGS = {"learning_rate": 1e-2, "max_steps": 5, "device": "cpu", "log_every": 2, "save_every": 2}
-# Through a command of its own: argv[1] is the step at which the second process dies, 0 for never.
-# accelerate passes a request to shard over when the processes are on a CPU; here it must not.
+# The script of each process; argv[1] is the step at which the second one is killed, 0 for never.
+# accelerate ignores a request to shard on a CPU; the patch makes it shard there too.
 RUN = """
 import os, signal, sys
 import torch
@@ -80,12 +80,12 @@ def log_of(out):
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
-# Packed, 12 sequences less the held-out ones: steps of 4, the last of an epoch shorter.
+# Packed, 12 sequences without the held-out ones: steps of 4, the last of an epoch shorter.
 PACKED = {"holdout": 2, "eval_steps": 2, "max_tokens_per_batch": 64}
 
 
 @pytest.fixture(scope="module")
-def alone(pipeline, tmp_path_factory):
+def single(pipeline, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
     return distill.main(config(pipeline, out, batch_size=4, **PACKED))
 
@@ -98,8 +98,8 @@ def script(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_equal_one_also_when_killed_and_resumed(
-    pipeline, alone, script, tmp_path, fsdp
+def test_two_processes_equal_one_even_if_killed_and_resumed(
+    pipeline, single, script, tmp_path, fsdp
 ):
     out, changes = tmp_path / "two", {**PACKED, "batch_size": 2, "fsdp": fsdp}
     done = in_two_processes(script, pipeline, out, killed_at=4, **changes)
@@ -112,24 +112,24 @@ def test_two_processes_equal_one_also_when_killed_and_resumed(
     assert done.stderr.count("continues from checkpoint-2") == 1
     start, one, two = (
         weights(load_model(folder, dtype="float32", device="cpu"))
-        for folder in (pipeline / "student", alone, out)
+        for folder in (pipeline / "student", single, out)
     )
     assert largest_difference(start, one) > 1e-3
     assert update_error(two, one, start) < SAME_UPDATE
-    ours, theirs = log_of(alone), log_of(out)
+    ours, theirs = log_of(single), log_of(out)
     assert len(ours) == len(theirs) == 3 + 3
     for entry, other in zip(ours, theirs, strict=True):
         assert entry.keys() == other.keys()
         for name in entry:
             assert other[name] == pytest.approx(entry[name], rel=2e-3, abs=1e-6), name
-    assert read_manifest(out).raw["training"] == read_manifest(alone).raw["training"]
+    assert read_manifest(out).raw["training"] == read_manifest(single).raw["training"]
 
 
 def test_sharded_adapters_equal_those_of_one_process(script, tmp_path):
-    """On the head too, cut into more micro-batches than one a step, killed and resumed."""
+    """With the head as a target, several micro-batches per step, killed and resumed."""
     pipeline = write_pipeline(tmp_path / "pipeline", tie_word_embeddings=False)
     changes = {"lora_rank": 3, "lora_targets": "q_proj,down_proj,lm_head"}
-    alone = distill.main(config(pipeline, tmp_path / "alone", batch_size=4, **changes))
+    single = distill.main(config(pipeline, tmp_path / "alone", batch_size=4, **changes))
     changes |= {"fsdp": True, "batch_size": 1, "gradient_accumulation_steps": 2}
     done = in_two_processes(script, pipeline, tmp_path / "two", killed_at=4, **changes)
     assert done.returncode != 0 and is_whole(tmp_path / "two" / "checkpoint-2")
@@ -137,11 +137,11 @@ def test_sharded_adapters_equal_those_of_one_process(script, tmp_path):
     assert done.returncode == 0, done.stderr
     start, one, two = (
         load_file(folder / "model.safetensors")
-        for folder in (pipeline / "student", alone, tmp_path / "two")
+        for folder in (pipeline / "student", single, tmp_path / "two")
     )
     assert largest_difference(start, one) > 1e-3
     assert update_error(two, one, start) < SAME_UPDATE
-    one, two = (load_file(out / "adapter" / ADAPTER_WEIGHTS) for out in (alone, tmp_path / "two"))
+    one, two = (load_file(out / "adapter" / ADAPTER_WEIGHTS) for out in (single, tmp_path / "two"))
     assert update_error(two, one, {name: 0.0 * value for name, value in one.items()}) < SAME_UPDATE
 
 
@@ -156,24 +156,22 @@ def test_mixed_precision_does_not_round_the_loss_of_a_sharded_model(pipeline, sc
         assert loss != loss.bfloat16().float()
 
 
-def test_sharding_is_refused_where_there_is_nothing_to_shard_over(pipeline, tmp_path):
+def test_sharding_over_one_process_is_refused(pipeline, tmp_path):
     with pytest.raises(ConfigError, match="fsdp: found one process; expected several"):
         distill.main(config(pipeline, tmp_path / "out", fsdp=True))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_request_that_accelerate_passes_over_is_refused(pipeline, script, tmp_path):
+def test_sharding_that_accelerate_ignores_is_refused(pipeline, script, tmp_path):
     plain = tmp_path / "plain.py"
     plain.write_text(RUN.replace("AcceleratorState.__init__ = __init__\n", ""))
     done = in_two_processes(plain, pipeline, tmp_path / "out", fsdp=True)
     assert done.returncode != 0
-    assert (
-        "fsdp: found 2 processes on cpu; accelerate shards over several GPUs alone" in done.stderr
-    )
+    assert "fsdp: found 2 processes on cpu; accelerate shards only over several GPUs" in done.stderr
 
 
-def test_processes_wait_for_the_first_longer_than_torch_would(pipeline, tmp_path, monkeypatch):
-    """Its checkpoint may take longer to write than NCCL waits; accelerate's first state decides."""
+def test_processes_wait_for_the_first_longer_than_torchs_default(pipeline, tmp_path, monkeypatch):
+    """Writing a checkpoint may exceed NCCL's timeout; accelerate's first state sets the timeout."""
     import accelerate
 
     from lopd.training import run as runs
@@ -183,12 +181,12 @@ def test_processes_wait_for_the_first_longer_than_torch_would(pipeline, tmp_path
     class State:
         is_main_process = True
 
-        def __init__(self, **given):
-            asked.append(given)
+        def __init__(self, **kwargs):
+            asked.append(kwargs)
 
     monkeypatch.setattr(accelerate, "PartialState", State)
     monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda found: found)
-    monkeypatch.setattr(runs, "this_worker", lambda given: runs.Worker(0, 2, 0))
+    monkeypatch.setattr(runs, "this_worker", lambda local_rank: runs.Worker(0, 2, 0))
     base = ModelIdentity.from_json({"weights": "w", "config": "c", "tokenizer": "t"})
     found = config(pipeline, tmp_path / "out")
     assert runs.begin(found, base=base) is None

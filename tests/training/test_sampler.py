@@ -1,4 +1,4 @@
-"""Every sequence once an epoch, in steps that do not depend on how they are cut."""
+"""The sampler: every sequence once per epoch, in steps that do not depend on their split."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
 @settings(max_examples=150, deadline=None)
 @given(LENGTHS, st.integers(1, 8), st.one_of(st.none(), st.integers(30, 90)), st.integers(1, 4))
-def test_a_split_holds_every_sequence_once_within_its_bounds(lengths, size, budget, at_least):
+def test_a_split_contains_every_sequence_once_within_its_limits(lengths, size, budget, at_least):
     at_least = min(at_least, len(lengths))
     parts = split(lengths, size, budget, at_least)
     assert sorted(i for part in parts for i in part) == [*range(len(lengths))]
@@ -25,10 +25,10 @@ def test_a_split_holds_every_sequence_once_within_its_bounds(lengths, size, budg
             assert sum(lengths[i] for i in part) <= budget
 
 
-def test_padded_micro_batches_hold_sequences_of_like_length():
+def test_padded_micro_batches_have_sequences_of_similar_length():
     lengths = [9, 1, 8, 2, 9, 1]
     assert [sorted(lengths[i] for i in p) for p in split(lengths, 2)] == [[9, 9], [2, 8], [1, 1]]
-    assert split(lengths, 6) == [[0, 1, 2, 3, 4, 5]]  # one batch stays in its order
+    assert split(lengths, 6) == [[0, 1, 2, 3, 4, 5]]  # one batch keeps its order
 
 
 def test_packs_are_filled():
@@ -38,7 +38,7 @@ def test_packs_are_filled():
 
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, st.integers(1, 4))
-def test_shares_are_of_as_many_sequences(lengths, world_size):
+def test_shares_have_the_same_number_of_sequences(lengths, world_size):
     lengths = lengths * world_size
     shares = share(lengths, world_size)
     assert {len(part) for part in shares} == {len(lengths) // world_size}
@@ -53,7 +53,7 @@ def sampler(lengths, **changes):
 
 @pytest.mark.parametrize("budget", [None, 40])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_processes_share_steps_in_as_many_micro_batches(world_size, budget):
+def test_processes_have_the_same_number_of_micro_batches(world_size, budget):
     lengths = np.random.default_rng(0).integers(1, 30, 43)
     ranks = [
         sampler(lengths, max_tokens=budget, rank=rank, world_size=world_size)
@@ -76,7 +76,7 @@ def test_processes_share_steps_in_as_many_micro_batches(world_size, budget):
     assert ranks[0].steps(0) != ranks[0].steps(1)
 
 
-def test_the_steps_do_not_depend_on_how_they_are_cut():
+def test_steps_do_not_depend_on_the_split_into_micro_batches():
     lengths = [3, 9, 4, 8, 5, 7, 6, 2]
     ways = [{"batch_size": 4, "accumulation": 1}, {"batch_size": 1, "accumulation": 4}]
     ways += [{"batch_size": 2, "accumulation": 1, "world_size": 2}]
@@ -84,7 +84,7 @@ def test_the_steps_do_not_depend_on_how_they_are_cut():
     assert len({str(sampler(lengths, **way).steps(3)) for way in ways}) == 1
 
 
-def test_refusals(capsys):
+def test_impossible_splits_are_refused(capsys):
     with pytest.raises(ConfigError, match=r"max_tokens_per_batch: found 8, but a sequence has 9"):
         sampler([3, 9], max_tokens=8)
     with pytest.raises(ConfigError, match="3 processes for 2 sequences"):
@@ -93,7 +93,7 @@ def test_refusals(capsys):
     assert "leaves out 1 of 7 sequences" in capsys.readouterr().err
 
 
-def test_a_step_is_read_together():
+def test_the_items_of_a_step_are_read_together():
     class Items:
         def __getitems__(self, indices):
             self.asked = indices

@@ -1,9 +1,9 @@
-"""A step in two processes, by DDP and FSDP2, is the step in one."""
+"""A step in two processes, with DDP and FSDP2, equals a step in one."""
 
 import pytest
 from helpers_ranks import MODELS, WRAPPERS, one_process, run_ranks
 
-# A tied weight belongs to the embedding's group too: no group of the head's own.
+# A tied weight is in the group of the embedding, so the head has no separate group.
 CASES = [
     (name, wrapper)
     for name in MODELS

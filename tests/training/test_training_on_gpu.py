@@ -1,4 +1,4 @@
-"""Training on a GPU: packs by its kernels, runs of the commands, beside the same on a CPU."""
+"""Training on a GPU, compared with the same on a CPU."""
 
 import pytest
 import torch
@@ -47,14 +47,14 @@ def gradients(model, batch):
 
 
 def difference(found, expected, start):
-    """Relative error of the whole update: single elements near 0 may go either way under Adam."""
+    """Relative error of the whole update; with Adam, single elements near 0 may differ in sign."""
     off = sum((found[n] - expected[n]).square().sum() for n in expected)
     moved = sum((expected[n] - start[n]).square().sum() for n in expected)
     return (off / moved).sqrt().item()
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_window], ids=["whole", "window"])
-def test_packs_by_varlen_have_the_gradients_of_exact_ones(make):
+def test_packs_with_varlen_have_the_gradients_of_exact_ones(make):
     items = make_scored(make_rollouts(7))
     exact = make()
     assert pack_attention(exact) == "sdpa"
@@ -62,10 +62,10 @@ def test_packs_by_varlen_have_the_gradients_of_exact_ones(make):
     model = make().to("cuda", torch.bfloat16)
     assert pack_attention(model, "varlen") == "varlen"
     check_packing(model, "varlen")
-    found, own = gradients(model, to_device(Collator(packed=True)(items), "cuda"))
+    found, grads = gradients(model, to_device(Collator(packed=True)(items), "cuda"))
     assert found == pytest.approx(loss, rel=2e-2)
     for name, value in expected.items():
-        assert (own[name].cpu() - value).norm() < 0.06 * value.norm(), name
+        assert (grads[name].cpu() - value).norm() < 0.06 * value.norm(), name
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_packs_by_varlen_have_the_gradients_of_exact_ones(make):
     ],
     ids=str,
 )
-def test_a_run_ends_where_it_ends_on_a_cpu(pipeline, tmp_path, changes):
+def test_a_run_ends_with_the_weights_of_one_on_a_cpu(pipeline, tmp_path, changes):
     if "lora_rank" in changes:
         pytest.importorskip("peft")
     changes = {"batch_size": 4, **changes}

@@ -1,0 +1,191 @@
+"""The loss of an objective on the rows of the LM head, and statistics of each row."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopd.training.batch import Batch
+from lopd.training.metrics import sequence_sums
+from lopd.training.objective import Objective
+from lopd_kernels import (
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_policy_gradient,
+    linear_sparse_divergence,
+)
+
+GATHERED_ROWS = 1024  # rows of the head's weight that `_sampled_logprobs` gathers at a time
+
+
+def loss_of_rows(
+    rows: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    batch: Batch,
+    objective: Objective,
+    options: dict[str, Any],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of an objective over rows, and statistics by name, [N] each.
+
+    Args:
+        rows: hidden states that predict the batch's labels.
+        weight: of the LM head.
+        batch: from `lopd.training.batch.Collator`.
+        objective: what to minimise.
+        options: head options, temperature and workspace for the functions of `lopd_kernels`.
+    """
+    if objective.name == "cross_entropy":
+        loss: Any = linear_cross_entropy(
+            rows,
+            weight,
+            batch["labels"],
+            row_weights=batch["row_weights"],
+            reduction="sum",
+            **options,
+        )
+        return loss, {}
+    if objective.name == "policy_gradient":
+        return _policy_gradient(rows, weight, batch, objective, options)
+    return _sparse_divergence(rows, weight, batch, objective, options)
+
+
+def _sparse_divergence(
+    rows: Tensor, weight: Tensor, batch: Batch, objective: Objective, options: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    form: dict[str, Any] = {"divergence": objective.name, "tail": objective.tail}
+    if objective.beta is not None:
+        form["beta"] = objective.beta
+    result: Any = linear_sparse_divergence(
+        rows,
+        weight,
+        batch["topk_ids"],
+        batch["topk_logprobs"],
+        tail_logprobs=batch["tail_logprobs"],
+        row_weights=batch["row_weights"],
+        reduction="sum",
+        return_stats=True,
+        **form,
+        **options,
+    )
+    loss, stats = result
+    reported = {"divergence": stats.loss, **_teacher_statistics(batch)}
+    if objective.name == "reverse_kl":
+        reported["reverse_kl"] = stats.loss
+    if objective.tail == "renormalize":  # it does not compute the mass outside the list
+        return loss, reported
+    reported["student_tail"] = stats.student_tail_logprobs.exp()
+    reported["student_entropy"] = stats.student_entropy
+    if "rollout_logprobs" in batch:
+        sampled = _sampled_logprobs(rows, weight, batch, stats.student_lse, options)
+        reported["log_ratio_to_rollout"] = sampled - batch["rollout_logprobs"]
+    return loss, reported
+
+
+@torch.no_grad()
+def _sampled_logprobs(
+    rows: Tensor, weight: Tensor, batch: Batch, lse: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """log p [N] of the sampled tokens from the known lse [N], by one row of the weight each.
+
+    The loss computes no lse for rows without a list: these take a pass over the head.
+    """
+    labels, logits = batch["labels"], torch.empty_like(lse)
+    for start in range(0, len(labels), GATHERED_ROWS):
+        part = slice(start, start + GATHERED_ROWS)
+        product = rows[part].to(lse.dtype) * weight[labels[part]].to(lse.dtype)
+        logits[part] = product.sum(-1)
+    if (bias := options["bias"]) is not None:
+        logits += bias[labels]
+    logits *= options["logit_scale"]
+    if (cap := options["softcap"]) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logprobs = logits / options["temperature"] - lse
+    unlisted = batch["unlisted"]
+    if len(unlisted):
+        ids = labels[unlisted, None]
+        unlisted_logprobs: Any = linear_logprobs(rows[unlisted], weight, ids, **options)
+        logprobs[unlisted] = unlisted_logprobs[:, 0]
+    return logprobs
+
+
+def _policy_gradient(
+    rows: Tensor, weight: Tensor, batch: Batch, objective: Objective, options: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    clip, by_sequence = objective.advantage_clip, objective.importance == "sequence"
+    row_weights = batch["row_weights"]
+    correction: dict[str, Any] = {"clip_range": objective.clip_range}
+    if by_sequence:
+        logprobs, entropy = _logprobs_and_entropy(rows, weight, batch["labels"], options)
+        ratio = sequence_ratios(logprobs, batch, objective.importance_cap)
+        row_weights = row_weights * ratio
+    else:
+        correction["importance"] = objective.importance
+        correction["importance_cap"] = objective.importance_cap
+    loss, stats = linear_policy_gradient(
+        rows,
+        weight,
+        batch["labels"],
+        batch["teacher_logprobs"],
+        advantage_clip=clip,
+        rollout_logprobs=batch.get("rollout_logprobs"),
+        row_weights=row_weights,
+        reduction="sum",
+        return_stats=True,
+        **correction,
+        **options,
+    )
+    if not by_sequence:  # the loss has no statistics of rows whose sequence ratio is 0
+        logprobs, entropy, ratio = stats.logprobs, stats.student_entropy, stats.importance
+    advantages = batch["teacher_logprobs"] - logprobs
+    reported = {
+        "divergence": -advantages,  # a one-sample estimate of the reverse KL
+        "advantage": advantages,
+        "advantage_squared": advantages.square(),
+        "student_entropy": entropy,
+        **_teacher_statistics(batch),
+    }
+    if "rollout_logprobs" in batch:
+        reported["log_ratio_to_rollout"] = logprobs - batch["rollout_logprobs"]
+    if objective.needs_rollout_logprobs:
+        reported["importance"] = ratio
+    if clip is not None:
+        reported["share_clipped"] = (advantages.abs() > clip).float()
+    return loss, reported
+
+
+@torch.no_grad()
+def _logprobs_and_entropy(
+    rows: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the labels and entropies, [N] each, by a separate pass without gradient."""
+    result: Any = linear_logprobs(rows, weight, labels[:, None], return_entropy=True, **options)
+    logprobs, entropy = result
+    return logprobs[:, 0], entropy
+
+
+def sequence_ratios(logprobs: Tensor, batch: Batch, cap: float | None) -> Tensor:
+    """p(sequence) / p_rollout(sequence) over the loss tokens, for each row.
+
+    Args:
+        logprobs: [N], the student's, of the sampled tokens.
+        batch: from `lopd.training.batch.Collator`, with rollout log-probs.
+        cap: upper bound of a ratio; None for no bound.
+
+    Returns:
+        [N], the ratio of the row's sequence.
+    """
+    log_ratio = logprobs - batch["rollout_logprobs"]
+    index = batch["sequence_index"]
+    total = sequence_sums(log_ratio, index, len(batch["sequence_names"]))
+    if cap is not None:
+        total = total.clamp(max=math.log(cap))
+    return total.exp()[index]
+
+
+def _teacher_statistics(batch: Batch) -> dict[str, Tensor]:
+    """The teacher's tail mass and, if the scoring engine reports it, its entropy."""
+    stats = {"teacher_tail": batch["tail_logprobs"].exp()}
+    if "teacher_entropy" in batch:
+        stats["teacher_entropy"] = batch["teacher_entropy"]
+    return stats

@@ -1,0 +1,41 @@
+"""The public names of `lopd`, which are imported on first use."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lopd
+from lopd.errors import LopdError
+
+
+@pytest.mark.parametrize("name", sorted(lopd.__all__))
+def test_public_names_exist_and_are_listed(name):
+    assert getattr(lopd, name).__name__.removeprefix("lopd.") == name
+    assert name in dir(lopd)
+
+
+def test_type_checkers_see_the_same_imports_as_the_interpreter():
+    tree = ast.parse(Path(lopd.__file__).read_text(encoding="utf-8"))
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = {alias.name: node.module for node in checked.body for alias in node.names}
+    assert imports == lopd._MODULES
+    assert {*imports, "errors"} == {*lopd.__all__}
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'lopd' has no attribute 'train'"):
+        lopd.train  # noqa: B018
+    assert lopd.errors.LopdError is LopdError
+
+
+def test_importing_the_package_loads_nothing_else():
+    code = (
+        "import sys, lopd\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'lopd_kernels'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert not {m for m in sys.modules if m.startswith('lopd.')} - {'lopd.errors'}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
