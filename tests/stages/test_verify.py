@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from lopd.cli import main
 from lopd.engines.transformers import TransformersEngine
 from lopd.evaluation.noise_floor import _bucket_kl, _candidates, _fold
+from lopd.provenance.io import pretty_json
 from lopd.store import CacheWriter, TeacherCache
 
 
@@ -88,7 +89,7 @@ def rewrite(cache, out, change):
     content = json.loads(receipt.read_text())
     content["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     content["bytes"] = file.stat().st_size
-    receipt.write_text(json.dumps(content))
+    receipt.write_bytes(pretty_json(content))
 
 
 def shift(arrays):
