@@ -86,11 +86,11 @@ def make_sequences(size: Size, count: int, prompt: int) -> list[TeacherSequence]
     shape = cache.Shape(count, size.length - prompt, prompt, size.vocab, size.topk)
     return [
         TeacherSequence(
-            rollout,
             scores.teacher_logprobs,
             scores.teacher_entropy,
             TopKLists.from_padded(scores.topk_ids, scores.topk_logprobs),
             scores.tail_logprobs,
+            rollout,
         )
         for rollout, scores in cache.make_records(shape, ids="zipf")
     ]

@@ -111,7 +111,7 @@ class TransformersEngine:
         uniforms = torch.from_numpy(
             np.stack([np.random.default_rng(seed).random(steps) for seed in seeds])
         ).to(device)
-        inputs, mask = _left_pad(prompts, device)
+        inputs, mask = _pad(prompts, device, left=True)
         eos = torch.tensor(self.eos_ids, device=device)
         past = DynamicCache(config=self.model.config)
         alive = torch.arange(len(prompts), device=device)
@@ -187,37 +187,31 @@ class TransformersEngine:
         temperature: float,
         extra_ids: list[np.ndarray] | None,
     ) -> list[TeacherScores]:
-        width = max(map(len, sequences))
-        ids = np.zeros((len(sequences), width), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, tokens in enumerate(sequences):
-            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        ids, mask = _pad(sequences, self.device, left=False)
         positions = [
             response_positions(prompt_length, len(tokens))
             for tokens, prompt_length in zip(sequences, prompt_lengths, strict=True)
         ]
-        index = torch.from_numpy(
-            np.concatenate([predicting_rows(p, row * width) for row, p in enumerate(positions)])
-        )
+        width = ids.shape[1]
+        rows_of = [predicting_rows(p, row * width) for row, p in enumerate(positions)]
+        index = torch.from_numpy(np.concatenate(rows_of))
         sampled = np.concatenate([t[p] for t, p in zip(sequences, positions, strict=True)])
-        wanted = [sampled.astype(np.int64)[:, None]]
+        wanted = sampled.astype(np.int64)[:, None]
         if extra_ids is not None:
-            wanted.append(_pad_columns(extra_ids))
-        extra = torch.from_numpy(np.concatenate(wanted, axis=1))
+            wanted = np.concatenate([wanted, _pad_columns(extra_ids)], axis=1)
 
         def read(
             hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions
         ) -> tuple[TopK, Tensor | None]:
             rows = hidden.flatten(0, 1)[index.to(hidden.device)]
             options = {"bias": bias, "temperature": temperature, **head.kwargs()}
-            asked = extra.to(weight.device)
+            asked = torch.from_numpy(wanted).to(weight.device)
             top = linear_topk(rows, weight, k, extra_ids=asked, **options)
             if extra_ids is None:
                 return top, None
             return top, _tail_without(rows, weight, top, asked[:, 1:], options)
 
-        inputs = {"input_ids": torch.from_numpy(ids).to(self.device)}
-        inputs["attention_mask"] = torch.from_numpy(mask).to(self.device)
+        inputs = {"input_ids": ids, "attention_mask": mask}
         top, extra_tail = run_with_loss(self.model, inputs, read)
         assert top.extra_logprobs is not None
         columns = [
@@ -227,32 +221,30 @@ class TransformersEngine:
             _floats(top.logprobs),
             _floats(top.tail_logprobs),
         ]
+        if extra_tail is not None:
+            columns += [wanted[:, 1:], _floats(top.extra_logprobs[:, 1:]), _floats(extra_tail)]
         ends = np.cumsum([len(p) for p in positions])[:-1]
-        scores = [
-            TeacherScores(*parts)
-            for parts in zip(*(np.split(c, ends) for c in columns), strict=True)
-        ]
-        if extra_ids is None or extra_tail is None:
+        parts = zip(*(np.split(column, ends) for column in columns), strict=True)
+        scores = [TeacherScores(*part) for part in parts]
+        if extra_ids is None:
             return scores
-        logprobs = np.split(_floats(top.extra_logprobs[:, 1:]), ends)
-        tails = np.split(_floats(extra_tail), ends)
         return [
             replace(
                 score,
                 extra_ids=asked.astype(np.int32),
-                extra_logprobs=part[:, : asked.shape[1]],
-                extra_tail_logprobs=tail,
+                extra_logprobs=score.extra_logprobs[:, : asked.shape[1]],  # type: ignore[index]
             )
-            for score, asked, part, tail in zip(scores, extra_ids, logprobs, tails, strict=True)
+            for score, asked in zip(scores, extra_ids, strict=True)
         ]
 
 
 def _pad_columns(parts: list[np.ndarray]) -> np.ndarray:  # [sum R_i, max E_i] int64
     """Arrays [R_i, E_i] below each other, -1 where one has fewer columns than another."""
     width = max(part.shape[1] for part in parts)
-    pads = [((0, 0), (0, width - part.shape[1])) for part in parts]
-    padded = [np.pad(part, pad, constant_values=-1) for part, pad in zip(parts, pads, strict=True)]
-    return np.concatenate(padded).astype(np.int64)
+    padded = np.full((sum(map(len, parts)), width), -1, np.int64)
+    for part, rows in zip(parts, np.split(padded, np.cumsum([*map(len, parts)])[:-1]), strict=True):
+        rows[:, : part.shape[1]] = part
+    return padded
 
 
 def _floats(values: Tensor) -> np.ndarray:
@@ -317,13 +309,15 @@ def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, 
     )
 
 
-def _left_pad(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.zeros((len(prompts), width), dtype=torch.int64)
+def _pad(
+    sequences: Sequence[Any], device: torch.device, *, left: bool
+) -> tuple[Tensor, Tensor]:  # ids [B, T] int64, attention mask [B, T] int64
+    width = max(map(len, sequences))
+    ids = torch.zeros((len(sequences), width), dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    for row, tokens in enumerate(sequences):
+        part = slice(width - len(tokens), width) if left else slice(len(tokens))
+        ids[row, part], mask[row, part] = torch.as_tensor(tokens), 1
     return ids.to(device), mask.to(device)
 
 

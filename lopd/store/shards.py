@@ -23,6 +23,11 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
+def altered(path: Path, what: str) -> ShardError:
+    """The error of a file whose contents are not those that were written."""
+    return ShardError(f"{path}: {what}: altered; run the stage again to redo it")
+
+
 def receipt_path(folder: Path, shard: int) -> Path:
     """The path of its receipt."""
     return folder / f"shard-{shard:05d}.json"
@@ -101,9 +106,7 @@ def read_receipt(folder: Path, shard: int, *, kind: str, recipe: str, sequences:
             )
     absent = sorted({*COUNTS, *(SCORE_COUNTS if kind == "cache" else ())} - receipt.keys())
     if absent:
-        raise ShardError(
-            f"{file}: '{absent[0]}' is missing: altered; run the stage again to redo it"
-        )
+        raise altered(file, f"'{absent[0]}' is missing")
     if not path.exists():
         raise ShardError(f"{path}: the shard is missing; run the stage again to write it")
     size = path.stat().st_size
@@ -124,10 +127,8 @@ def check_hash(folder: Path, receipt: Mapping[str, Any]) -> None:
     path = shard_path(folder, receipt["shard"])
     found = sha256_file(path)
     if found != receipt["sha256"]:
-        raise ShardError(
-            f"{path}: sha256 {found[:12]}, the receipt says {str(receipt['sha256'])[:12]}: "
-            "altered; run the stage again to redo it"
-        )
+        expected = str(receipt["sha256"])[:12]
+        raise altered(path, f"sha256 {found[:12]}, the receipt says {expected}")
 
 
 def open_shard(folder: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -169,7 +170,4 @@ def check_offsets(path: Path, name: str, offsets: np.ndarray, count: int, total:
     """
     good = offsets.shape == (count + 1,) and offsets[0] == 0 and offsets[-1] == total
     if not (good and (np.diff(offsets) >= 0).all()):
-        raise ShardError(
-            f"{path}: {name} do not divide {total} entries among {count}: altered; run the "
-            "stage again to redo it"
-        )
+        raise altered(path, f"{name} do not divide {total} entries among {count}")

@@ -52,16 +52,16 @@ class TeacherScores:
 
 @dataclass(frozen=True)
 class TeacherColumns:
-    """The teacher's columns of R response tokens, of one sequence or of several end to end."""
+    """What the teacher adds to R response tokens, of one sequence or of several end to end."""
 
     teacher_logprobs: np.ndarray  # [R] fp32, of the response token itself
-    teacher_entropy: np.ndarray  # [R] fp32, nat
+    teacher_entropy: np.ndarray  # [R] fp32, nat; all NaN where the engine did not compute it
     lists: TopKLists
     tail_logprobs: np.ndarray  # [R] fp32, log of the mass outside the list
 
 
 @dataclass(frozen=True)
-class TeacherSequence:
+class TeacherSequence(TeacherColumns):
     """One scored rollout as the reader returns it; its arrays belong to the caller.
 
     Lists of codec `compact` begin with the sampled token and are then sorted by id; those of the
@@ -69,10 +69,6 @@ class TeacherSequence:
     """
 
     rollout: Rollout
-    teacher_logprobs: np.ndarray  # [R] fp32, of the response token itself
-    teacher_entropy: np.ndarray  # [R] fp32, nat; all NaN where the engine did not compute it
-    lists: TopKLists  # of the R response tokens
-    tail_logprobs: np.ndarray  # [R] fp32, log of the mass outside the list in `lists`
 
     @property
     def topk_ids(self) -> np.ndarray:  # [R, K] int32, -1 pads; K = the longest of the R lists

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from lopd.errors import DataError, ShardError
+from lopd.errors import DataError
 from lopd.store.arrays import LOSSY_ARRAYS, RAW, ROLLOUT_ARRAYS, SCORE_ARRAYS, index_digest
 from lopd.store.bits import id_bits, packed_bytes, unpack_bits
 from lopd.store.codec import Codec, decode
 from lopd.store.ragged import Spans, offsets_of
-from lopd.store.shards import check_offsets
+from lopd.store.shards import altered, check_offsets
 from lopd.store.types import FINISH_REASONS, Rollout, TeacherColumns
 
 
@@ -51,18 +51,18 @@ class ShardView:
             }
         )
         if tokens != receipt["tokens"] or response != receipt["response_tokens"]:
-            raise self._altered("token counts differ from the receipt")
+            raise altered(self.path, "token counts differ from the receipt")
         self.response_lengths = np.diff(arrays["response_offsets"])
         self._prompt_lengths = np.diff(arrays["token_offsets"]) - self.response_lengths
         bad = (self._prompt_lengths < 1) | (self.response_lengths < 1)
         bad |= arrays["finish_reason"] >= len(FINISH_REASONS)
         if bad.any():
             first = np.flatnonzero(bad)[0]
-            raise self._altered(f"sequence {first} has an invalid length or finish reason")
+            raise altered(self.path, f"sequence {first} has an invalid length or finish reason")
         if codec is not None:
             self._check_scores(response)
         if receipt.get("index_sha256") not in (None, index_digest(arrays)):
-            raise self._altered("offsets or names differ from the receipt")
+            raise altered(self.path, "offsets or names differ from the receipt")
 
     def rollouts(self, positions: np.ndarray) -> list[Rollout]:  # [n] int64
         """The sequences at these positions, copied; ids are checked against the vocabulary."""
@@ -118,7 +118,7 @@ class ShardView:
                 with_sampled=with_sampled,
             )
         except DataError as error:
-            raise self._altered(str(error)) from error
+            raise altered(self.path, str(error)) from error
 
     def list_lengths(self) -> np.ndarray:  # [R] int64
         """Entries of each list as it was written."""
@@ -138,7 +138,7 @@ class ShardView:
         try:
             return self.arrays["prompt_ids"][first:last].tobytes().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self._altered(f"the prompt id of sequence {index} is not UTF-8") from error
+            raise altered(self.path, f"the prompt id of sequence {index} is not UTF-8") from error
 
     def _tokens(self, spans: Spans) -> np.ndarray:  # int32, a copy
         if self._codec == "compact":
@@ -147,7 +147,7 @@ class ShardView:
         else:
             tokens = np.array(spans.take(self.arrays["tokens"]))
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
-            raise self._altered(f"a token id lies outside [0, {self._vocab_size})")
+            raise altered(self.path, f"a token id lies outside [0, {self._vocab_size})")
         return tokens
 
     def _loss_mask(self, spans: Spans) -> np.ndarray:  # bool, a copy
@@ -167,12 +167,12 @@ class ShardView:
             expected[RAW] = expected["rollout_logprobs"]
         if self.arrays.keys() != expected.keys():
             name = sorted(self.arrays.keys() ^ expected.keys())[0]
-            raise self._altered(f"array '{name}' is missing or unknown")
+            raise altered(self.path, f"array '{name}' is missing or unknown")
         for name, values in self.arrays.items():
             dtype = expected[name]
             is_valid = values.dtype == dtype if dtype else values.dtype.kind == "u"
             if not is_valid or values.ndim != 1:
-                raise self._altered(f"array '{name}' is {values.dtype} {list(values.shape)}")
+                raise altered(self.path, f"array '{name}' is {values.dtype} {list(values.shape)}")
         if RAW in self.arrays:
             self._check_lengths({RAW: len(self.arrays["rollout_logprobs"])})
 
@@ -195,9 +195,7 @@ class ShardView:
     def _check_lengths(self, lengths: Mapping[str, int]) -> None:
         for name, expected in lengths.items():
             if len(self.arrays[name]) != expected:
-                raise self._altered(
-                    f"array '{name}' has {len(self.arrays[name])} entries, expected {expected}"
+                raise altered(
+                    self.path,
+                    f"array '{name}' has {len(self.arrays[name])} entries, expected {expected}",
                 )
-
-    def _altered(self, what: str) -> ShardError:
-        return ShardError(f"{self.path}: {what}: altered; run the stage again to redo it")
