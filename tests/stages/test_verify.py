@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lopd.cli import main
+from lopd.provenance.io import pretty_json
 from lopd.store import CacheWriter, TeacherCache
 
 
@@ -87,7 +88,7 @@ def rewrite(cache, out, change):
     content = json.loads(receipt.read_text())
     content["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     content["bytes"] = file.stat().st_size
-    receipt.write_text(json.dumps(content) + "\n")
+    receipt.write_bytes(pretty_json(content))
 
 
 def shift(arrays):

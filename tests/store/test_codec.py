@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lopd.errors import DataError
+from lopd.provenance.io import pretty_json
 from lopd.store import CODECS, CacheWriter, TeacherCache
 from lopd.store.bits import (
     MINIFLOATS,
@@ -147,7 +148,7 @@ def test_an_older_receipt_without_the_error_says_so(tmp_path):
     content = json.loads(receipt.read_text())
     for key in ("codec_error", "index_sha256"):
         del content[key]
-    receipt.write_text(json.dumps(content))
+    receipt.write_bytes(pretty_json(content))
     cache = TeacherCache.open(tmp_path)
     cache.verify()
     assert cache.summary()["codec_error"] is None

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lopd.errors import ConfigError, ShardError
+from lopd.provenance.io import pretty_json
 from lopd.store import CODECS, CacheWriter, RolloutWriter, TeacherCache
 from lopd.store.arrays import INDEX_ARRAYS
 
@@ -44,13 +45,13 @@ def cache(finished, tmp_path):
 
 
 def edit_receipt(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_bytes(pretty_json(json.loads(path.read_text()) | changes))
 
 
 def drop_from_receipt(folder, key):
     content = json.loads((folder / RECEIPTS[1]).read_text())
     del content[key]
-    (folder / RECEIPTS[1]).write_text(json.dumps(content))
+    (folder / RECEIPTS[1]).write_bytes(pretty_json(content))
 
 
 def truncate_and_amend(folder):
@@ -80,7 +81,11 @@ AT_OPEN = {
     "truncated": (lambda f: os.truncate(f / SHARDS[1], 900), SHARDS[1], "900 bytes"),
     "emptied": (lambda f: os.truncate(f / SHARDS[1], 0), SHARDS[1], "0 bytes"),
     "receipt torn": (lambda f: os.truncate(f / RECEIPTS[1], 40), RECEIPTS[1], "not JSON"),
-    "receipt a list": (lambda f: (f / RECEIPTS[1]).write_text("[]"), RECEIPTS[1], "schema is None"),
+    "receipt a list": (
+        lambda f: (f / RECEIPTS[1]).write_text("[]\n"),
+        RECEIPTS[1],
+        "schema is None",
+    ),
     "receipt short": (
         lambda f: drop_from_receipt(f, "entropy"),
         RECEIPTS[1],
