@@ -17,8 +17,8 @@ from lopd_kernels import (
     linear_topk,
 )
 from lopd_kernels._core.gemm import operand_dtype
-from lopd_kernels._core.rules import row_rule
-from lopd_kernels._core.types import Head, Reduction
+from lopd_kernels._core.rules import decode
+from lopd_kernels._core.types import Head, RowState
 from lopd_kernels._core.workspace import padded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -148,7 +148,7 @@ def test_a_hundred_runs_of_the_row_kernel_give_the_same_bits(settings, dtype, mo
     source.copy_(hidden.float() @ weight.float().t())
     support = triton_rows.locate(ids, None, 151936)
     target = torch.cat([logprobs, tail.unsqueeze(1)], 1)
-    rule, weights = row_rule("reverse_kl:bucket", [0.5]), torch.ones(600)
+    rule, weights = decode("reverse_kl:bucket", [0.5]), torch.ones(600)
     runs = []
     for _ in range(100):
         u, stats = torch.empty_like(source), torch.zeros(600, 4)
@@ -180,7 +180,7 @@ def test_a_hundred_runs_of_the_panel_kernels_give_the_same_bits():
     u, ids = torch.randn(900, 4096), torch.rand(900, 9000).topk(64, 1).indices
     support, first = triton_rows.locate(ids, None, 9000), None
     for _ in range(100):
-        reduction = Reduction.start(u, 900, 64, torch.float32)
+        reduction = RowState.start(u, 900, 64, torch.float32)
         for start in (0, 4096):
             triton_rows.reduce(u.clone(), start, support, Head(), True, reduction)
         if first is None:
@@ -231,8 +231,9 @@ def test_reading_at_full_vocabulary():
     hidden, weight, *_ = problem(500, 512, 151936, 4)
     ids = torch.randint(0, 151936, (500, 7))
     ids[:, 3] = ids[:, 0]
-    found = linear_topk(hidden, weight, 64, extra_ids=ids)
-    right = linear_topk(hidden.double(), weight.double(), 64, extra_ids=ids)
+    lists = {"extra_ids": ids, "sampled_ids": ids[:, 1]}
+    found = linear_topk(hidden, weight, 64, **lists)
+    right = linear_topk(hidden.double(), weight.double(), 64, **lists)
     for ours, wanted in zip(found[1:], right[1:], strict=True):
         assert ((ours.double() - wanted).abs() <= 2e-5 * (1.0 + wanted.abs())).all()
     assert (found.ids == right.ids).float().mean() > 0.999

@@ -69,7 +69,7 @@ LOSSES = {
 }
 # (operator of the forward, options, rows): each way in which gradients are formed
 WAYS = {
-    "kept": ("kept_loss", {"reduction": "mean"}, 120),
+    "kept": ("stored_loss", {"reduction": "mean"}, 120),
     "accumulated": ("fused_loss", {"reduction": "mean"}, 140),
     "panels": ("row_losses", {"reduction": "none"}, 120),
 }
@@ -149,7 +149,8 @@ def test_large_advantages_stay_within_fp16():
 def test_readers_take_16_bit_operands():
     case = make_case("near", torch.bfloat16, rows=10, vocab=300)
     linear = make_linear(case.hidden, case.weight, None, 1.0, None, 1.0)
-    found = topk.topk(linear, 5, None, None)
+    none = torch.empty(10, 0, dtype=torch.int64)
+    found = topk.topk(linear, 5, none, none, None)
     exact = (case.hidden.double() @ case.weight.double().t()).log_softmax(1).topk(5, 1)
     assert torch.equal(found.ids, exact.indices)
     assert (found.logprobs - exact.values).abs().max() < 1e-5

@@ -10,7 +10,7 @@ from kernel_cases import (
     gradients,
     make_case,
     relative_error,
-    skip_what_the_interpreter_rounds_wrongly,
+    skip_bf16_stores_of_the_interpreter,
 )
 from torch.autograd import gradcheck
 from torch.library import opcheck
@@ -23,52 +23,65 @@ from lopd_kernels import (
     linear_topk,
     sparse_divergence,
 )
-from lopd_kernels._core.rules import DIVERGENCES, TAILS, teacher_buckets
+from lopd_kernels._core.rules import (
+    DIVERGENCES,
+    TAILS,
+    DivergenceRule,
+    RowLoss,
+    teacher_buckets,
+)
+from lopd_kernels._ops import logits as logits_ops
+from lopd_kernels._ops import logprobs
 from lopd_kernels._ops import losses as ops
-from lopd_kernels._ops import queries
+from lopd_kernels._ops.schema import HeadArgs, LossArgs
 
 FORMS = list(itertools.product(DIVERGENCES, TAILS))
 
 
-def operator_args(rule="reverse_kl:bucket"):
+def operator_args(rule):
+    """(head, loss) as the operators take them."""
     case = make_case(rows=5, vocab=30, width=6, k=3)
     leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     target = teacher_buckets(case.ids, case.logprobs, case.tail, 30).logprobs
-    weights = torch.linspace(0.5, 2.0, 5)
-    return (*leaves, case.ids, target, weights), (rule, [0.5]), (1.3, 4.0, 0.7)
+    loss = RowLoss(case.ids, target, torch.linspace(0.5, 2.0, 5), rule)
+    return HeadArgs(*leaves, 1.3, 4.0, 0.7, True, True, True, None), LossArgs.of(loss)
 
 
-@pytest.mark.parametrize("rule", ["reverse_kl:bucket", "jsd:renormalize"])
-def test_opcheck_losses(rule):
-    tensors, constants, head = operator_args(rule)
-    opcheck(ops.row_losses, (*tensors, *constants, *head, True, True, True, False, None))
-    plain = tuple(x.detach() for x in tensors)
-    buffer = torch.zeros_like(plain[1])
-    *_, state, on = ops.row_losses(*plain, *constants, *head, True, True, True, False, None)
-    saved = (*plain, state, on)
-    opcheck(ops.row_grads, (*saved, *constants, *head, True, True, True, None))
-    opcheck(ops.row_grads_into_, (*saved, buffer, *constants, *head, True, True, None))
-    if rule.endswith("renormalize"):
+def detached(head):
+    return head._replace(
+        hidden=head.hidden.detach(), weight=head.weight.detach(), bias=head.bias.detach()
+    )
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_opcheck_losses(tail):
+    head, args = operator_args(DivergenceRule("jsd", tail))
+    opcheck(ops.row_losses, (*head, *args, False))
+    plain = detached(head)
+    *_, unlisted, listed = ops.row_losses(*plain, *args, False)
+    opcheck(ops.row_grads, (*plain, *args, unlisted, listed))
+    into = plain._replace(need_weight=False)
+    buffer = torch.zeros_like(plain.weight)
+    opcheck(ops.row_grads_into_, (*into, *args, unlisted, listed, buffer))
+    if tail == "renormalize":
         return
-    for operator in (ops.fused_loss, ops.kept_loss):
-        opcheck(operator, (*tensors, *constants, *head, True, True, True, True, None))
-        frozen = (plain[0], tensors[1], None, *plain[3:])
-        opcheck(operator, (*frozen, *constants, *head, False, True, False, False, None))
-    _, _, dz, scale = ops.kept_loss(*plain, *constants, *head, True, True, True, False, None)
-    saved = (*plain[:4], plain[5], dz, scale)
-    opcheck(ops.kept_grads, (*saved, True, True, True))
+    frozen = head._replace(hidden=plain.hidden, bias=None, need_hidden=False, need_bias=False)
+    for operator in (ops.fused_loss, ops.stored_loss):
+        opcheck(operator, (*head, *args, True))
+        opcheck(operator, (*frozen, *args, False))
+    _, _, dlogits, scale = ops.stored_loss(*plain, *args, False)
+    opcheck(ops.stored_grads, (*plain, args.ids, args.row_weights, dlogits, scale))
 
 
-def test_opcheck_queries():
-    tensors, constants, head = operator_args()
-    hidden, weight, bias, ids, target, weights = tensors
-    needs = (True, True, True)
-    opcheck(queries.logprobs, (hidden, weight, bias, ids, *head, *needs, True, None))
-    opcheck(queries.logprobs, (hidden, weight, None, ids, *head, *needs, False, None))
+def test_opcheck_logprobs_topk_and_logits():
+    head, args = operator_args(DivergenceRule("reverse_kl", "bucket"))
+    opcheck(logprobs.logprobs, (*head, args.ids, True))
+    opcheck(logprobs.logprobs, (*head._replace(bias=None, need_bias=False), args.ids, False))
+    plain = detached(head)._replace(bias=None)
     with torch.no_grad():
-        opcheck(queries.topk, (hidden.detach(), weight.detach(), None, 3, ids, *head, None))
-    logits = (hidden @ weight.t()).detach().requires_grad_()
-    opcheck(queries.logits_losses, (logits, ids, target, weights, *constants, 0.7, True))
+        opcheck(logprobs.topk, (*plain, 3, args.ids, args.ids[:, :1]))
+    logits = (plain.hidden @ plain.weight.t()).requires_grad_()
+    opcheck(logits_ops.logits_losses, (logits, 0.7, *args, True))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
@@ -287,7 +300,7 @@ def test_a_tied_weight_gets_both_gradients():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weight_grad_buffer_takes_the_weights_gradient(dtype, tail, reduction):
     if tail == "renormalize":
-        skip_what_the_interpreter_rounds_wrongly(dtype)
+        skip_bf16_stores_of_the_interpreter(dtype)
     case = make_case(dtype=dtype)
     options = dict(tail=tail, reduction=reduction, row_weights=torch.linspace(0.1, 1.0, 20))
     buffer = torch.zeros(211, 24)

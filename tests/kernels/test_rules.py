@@ -5,19 +5,19 @@ import math
 import pytest
 import torch
 
-from lopd_kernels._core.buckets import centred
+from lopd_kernels._core.buckets import center
 from lopd_kernels._core.rules import (
     DIVERGENCES,
     IMPORTANCE,
     TAIL_FLOOR,
     TAILS,
-    row_rule,
+    decode,
     teacher_buckets,
 )
 
 BUCKET_RULES = [(f"{d}:{t}", [0.3]) for d in DIVERGENCES for t in TAILS]
 POLICY_RULES = [
-    (f"policy_gradient:given:{mode}", [math.inf, 1.1, 0.2]) for mode in (*IMPORTANCE, "clipped")
+    (f"policy_gradient:advantage:{mode}", [math.inf, 1.1, 0.2]) for mode in (*IMPORTANCE, "clipped")
 ]
 
 
@@ -36,8 +36,8 @@ def test_gradient_through_the_logits_is_that_of_the_loss(name, options):
         nothing = torch.full((6, 1), -math.inf, dtype=torch.float64)
         lp = torch.cat([z.log_softmax(1), nothing], 1)
         target = torch.cat([target[:, :-1], nothing], 1)
-    apply = row_rule(name, options).apply
-    g = centred(apply(lp.detach(), target)[1], lp.detach().exp())
+    apply = decode(name, options).apply
+    g = center(apply(lp.detach(), target)[1], lp.detach().exp())
     step = 1e-6
     for b in range(z.shape[1]):
         shift = torch.zeros_like(z).index_fill(1, torch.tensor([b]), step)
@@ -55,7 +55,7 @@ def test_gradient_through_the_logits_is_that_of_the_loss(name, options):
 def test_policy_rules_weigh_the_sampled_id_alone(name, options):
     lp = buckets(k=1)
     target = torch.stack([torch.tensor([1.0, -1.0, 2.0, 0.0, -3.0, 0.5]), lp[:, 0] * 0.8], 1)
-    _, g, (logprob, advantage, ratio) = row_rule(name, options).apply(lp, target)
+    _, g, (logprob, advantage, ratio) = decode(name, options).apply(lp, target)
     assert (g[:, 1] == 0.0).all()
     torch.testing.assert_close(logprob, lp[:, 0])
     torch.testing.assert_close(advantage, target[:, 0].double())
@@ -71,10 +71,10 @@ def test_policy_rules_weigh_the_sampled_id_alone(name, options):
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergences_are_zero_at_the_teacher_and_positive_elsewhere(name):
-    lp, apply = buckets(), row_rule(f"{name}:bucket", [0.5]).apply
+    lp, apply = buckets(), decode(f"{name}:bucket", [0.5]).apply
     loss, g, _ = apply(lp, lp)
     assert loss.abs().max() < 1e-14
-    assert centred(g, lp.exp()).abs().max() < 1e-14
+    assert center(g, lp.exp()).abs().max() < 1e-14
     assert (apply(lp, buckets(seed=3))[0] > 0).all()
 
 
@@ -82,7 +82,7 @@ def test_divergences_are_zero_at_the_teacher_and_positive_elsewhere(name):
 def test_empty_buckets_on_either_side(name):
     lp = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
     lq = torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float64).log()
-    apply = row_rule(f"{name}:bucket", [0.5]).apply
+    apply = decode(f"{name}:bucket", [0.5]).apply
     loss, g, _ = apply(lp, lq)
     two, g_two, _ = apply(lp[:, :2], lq[:, :2])
     torch.testing.assert_close(loss, two)
@@ -97,7 +97,7 @@ def test_empty_buckets_on_either_side(name):
 def test_a_bucket_with_all_the_mass_keeps_its_digits():
     exact_p = torch.tensor([[1.0 - 1e-6, 1e-6]], dtype=torch.float64)
     g = torch.tensor([[-1.0, 0.0]])
-    found = centred(g, exact_p.float())
+    found = center(g, exact_p.float())
     assert abs(float(found[0, 0]) + 1e-6) < 1e-12
 
 
@@ -132,7 +132,7 @@ def test_a_derived_tail_keeps_its_digits(missing):
 def test_jsd_keeps_its_digits_near_the_teacher(distance, beta):
     lp = buckets(40).float()
     lq = (lp + distance * torch.randn(40, 5)).float()
-    apply = row_rule("jsd:bucket", [beta]).apply
+    apply = decode("jsd:bucket", [beta]).apply
     p, q = lp.double(), lq.double()
     mix = torch.log1p(beta * torch.expm1(q - p))
     exact = -(1.0 - beta) * p.exp() * mix
@@ -147,7 +147,7 @@ def test_jsd_keeps_its_digits_near_the_teacher(distance, beta):
 def test_the_clipped_policy_rule_passes_nan_on():
     target = torch.tensor([[1.0, -1.0]])
     lp = torch.tensor([[math.nan, math.nan]])
-    loss, g, _ = row_rule("policy_gradient:given:clipped", [math.inf, math.inf, 0.2]).apply(
+    loss, g, _ = decode("policy_gradient:advantage:clipped", [math.inf, math.inf, 0.2]).apply(
         lp, target
     )
     assert loss.isnan().all()

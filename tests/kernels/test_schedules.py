@@ -10,8 +10,8 @@ from kernel_memory import Allocations
 from lopd_kernels import linear_sparse_divergence, linear_topk
 from lopd_kernels._core import chunks, gemm, logprobs, panels, topk, workspace
 from lopd_kernels._core.linear import make_linear
-from lopd_kernels._core.rules import row_rule, teacher_buckets
-from lopd_kernels._core.workspace import Needs
+from lopd_kernels._core.rules import RowLoss, decode, teacher_buckets
+from lopd_kernels._core.types import Needs
 from lopd_kernels._ops import losses as ops
 
 ALL = Needs(True, True, True)
@@ -20,37 +20,35 @@ RULES = ["reverse_kl:bucket", "jsd:truncate", "cross_entropy"]
 
 
 def problem(dtype=torch.float32, bias=True, head=HEAD, rule=RULES[0], **sizes):
-    """(linear, ids, target, row weights, rule)"""
+    """(linear, loss)"""
     case = make_case("near", dtype, **sizes)
     linear = make_linear(case.hidden, case.weight, case.bias if bias else None, *head)
     if rule == "cross_entropy":
         target = torch.zeros(len(case.ids), 1)
-        return linear, case.ids[:, :1], target, None, row_rule(rule, [])
+        return linear, RowLoss(case.ids[:, :1], target, None, decode(rule, []))
     target = teacher_buckets(case.ids, case.logprobs, case.tail, len(case.weight)).logprobs
     weights = torch.linspace(0.5, 1.5, len(case.ids))
-    return linear, case.ids, target, weights, row_rule(rule, [0.3])
+    return linear, RowLoss(case.ids, target, weights, decode(rule, [0.3]))
 
 
 def kept(inputs, needs=ALL, entropy=True):
-    linear, ids, _, weights, _ = inputs
-    found = chunks.kept_loss(*inputs, needs, entropy, None)
-    active = linear.functions.locate(ids, weights, len(linear.weight)).active
-    grads = chunks.kept_grads(linear, active, found.dz, found.scale, needs)
+    linear, loss = inputs
+    found = chunks.stored_loss(*inputs, needs, entropy, None)
+    active = linear.functions.locate(loss.ids, loss.row_weights, len(linear.weight)).active
+    grads = chunks.stored_grads(linear, active, found.dlogits, found.scale, needs)
     return found.stats, *(grad.double() for grad in grads)
 
 
 def chunked(inputs, needs=ALL, entropy=True):
     result = chunks.fused_loss(*inputs, needs, entropy, None)
-    grads = result.grads
-    return result.stats, *(
-        g.double() * grads.scale for g in (grads.hidden, grads.weight, grads.bias)
-    )
+    grads = result.dhidden, result.dweight, result.dbias
+    return result.stats, *(grad.double() * result.scale for grad in grads)
 
 
 def panelled(inputs, needs=ALL, entropy=True):
-    linear, ids, target, weights, rule = inputs
+    linear, loss = inputs
     found = panels.row_losses(*inputs, needs, entropy, None)
-    grads = panels.row_grads(linear, ids, target, weights, found.reduction, rule, needs, None)
+    grads = panels.row_grads(linear, loss, found.state, needs, None)
     return found.stats, *(grad.double() for grad in grads)
 
 
@@ -70,7 +68,7 @@ def test_chunks_and_panels_of_any_size_give_one_result(dtype, rule, monkeypatch)
         monkeypatch.setitem(workspace.CHUNK_BYTES, "cpu", rows * 304 * 4)
         monkeypatch.setattr(workspace, "FEWEST_ROWS", 1)
         assert_same(chunked(inputs), whole)
-        monkeypatch.setattr(workspace, "KEPT_BYTES", 4 * 24 * 50 * rows)
+        monkeypatch.setattr(workspace, "WEIGHT_GRAD_BYTES", 4 * 24 * 50 * rows)
         assert_same(kept(inputs), whole, bound)
     for columns in (1, 7, 128, 299):
         monkeypatch.setitem(workspace.PANEL_BYTES, "cpu", columns * 33 * 4)
@@ -88,12 +86,12 @@ def test_nothing_of_size_rows_by_vocabulary_is_alive(monkeypatch):
     monkeypatch.setitem(workspace.CHUNK_BYTES, "cpu", 1 << 18)
     monkeypatch.setitem(workspace.PANEL_BYTES, "cpu", 1 << 18)
     inputs = problem(rows=512, vocab=4096, width=8)
-    linear, ids = inputs[:2]
+    linear, ids = inputs[0], inputs[1].ids
     with Allocations() as seen:
         chunked(inputs)
         panelled(inputs)
-        topk.topk(linear, 4, None, None)
-        scores, entropy, reduction = logprobs.logprobs(linear, ids, True, ALL, None)
+        topk.topk(linear, 4, ids, ids[:, :1].clamp(min=0), None)
+        scores, entropy, reduction = logprobs.logprobs(linear, ids, ALL, True, None)
         logprobs.logprobs_grads(linear, ids, reduction, scores, entropy, ALL, None)
     assert seen.largest < 512 * 4096 * 4 // 8
     assert seen.peak < 512 * 4096 * 4 // 2

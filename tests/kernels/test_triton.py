@@ -20,9 +20,9 @@ from lopd_kernels import (
     linear_topk,
     sparse_divergence,
 )
-from lopd_kernels._core.buckets import settle
-from lopd_kernels._core.rules import DIVERGENCES, IMPORTANCE, TAILS, row_rule
-from lopd_kernels._core.types import Coefficients, Head, Reduction
+from lopd_kernels._core.buckets import student_buckets
+from lopd_kernels._core.rules import DIVERGENCES, IMPORTANCE, TAILS, decode
+from lopd_kernels._core.types import Head, LogitGrads, RowState
 from lopd_kernels._torch import listed as torch_listed
 from lopd_kernels._torch import rows as torch_rows
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 DIVERGENCE_RULES = [f"{name}:{tail}" for name in DIVERGENCES for tail in ("bucket", "truncate")]
 POLICY_RULES = [
     f"policy_gradient:{source}:{mode}"
-    for source in ("given", "log_ratio")
+    for source in ("advantage", "teacher")
     for mode in (*IMPORTANCE, "clipped")
 ]
 HEADS = {
@@ -147,7 +147,7 @@ def test_the_row_kernel(case, triton_rows):
     elif case["weights"] == "tiny":
         weights = weights * 1e-6
     head = make_head(case["head"], vocab)
-    rule = row_rule(case["rule"], options_of(case["rule"]))
+    rule = decode(case["rule"], options_of(case["rule"]))
     target = make_target(case["rule"], ids, u)
     stats, exact = oracle_pass(u, ids, target, weights, rule, head)
     support = triton_rows.locate(ids.to(case["ids"]), weights, vocab)
@@ -166,7 +166,7 @@ def test_rows_and_supports_in_many_blocks(block, support_block, triton_rows, mon
     options = {"BLOCK": block, "KBLOCK": support_block, "num_warps": 4}
     monkeypatch.setattr(triton_rows, "launch", lambda *given: options)
     u, ids = padded_rows(4, 700), ragged_ids(4, 700, 130)
-    rule, head, weights = row_rule("reverse_kl:bucket", [0.5]), Head(), torch.ones(4)
+    rule, head, weights = decode("reverse_kl:bucket", [0.5]), Head(), torch.ones(4)
     target = make_target("reverse_kl:bucket", ids, u)
     stats, exact = oracle_pass(u, ids, target, weights, rule, head)
     found = torch.zeros(4, 4)
@@ -179,7 +179,7 @@ def test_rows_and_supports_in_many_blocks(block, support_block, triton_rows, mon
 @pytest.mark.parametrize("vocab", [33, 4100])
 def test_half_precision_gradients_fit_into_the_first_half_of_their_row(vocab, triton_rows):
     u, ids = padded_rows(3, vocab), ragged_ids(3, vocab, 8)
-    rule, head = row_rule("forward_kl:bucket", [0.5]), make_head("capped", vocab)
+    rule, head = decode("forward_kl:bucket", [0.5]), make_head("capped", vocab)
     weights = torch.full((3,), 256.0)  # without it the small entries would be subnormal
     target = make_target("forward_kl:bucket", ids, u)
     _, exact = oracle_pass(u, ids, target, weights, rule, head)
@@ -201,23 +201,23 @@ def test_panels_reduce_and_write_what_whole_rows_do(name, columns, triton_rows):
     head = make_head(name, vocab)
     wide = Head(head.logit_scale, head.softcap, head.temperature,
                 None if head.bias is None else head.bias.double())  # fmt: skip
-    slopes = Coefficients(torch.randn(rows), torch.randn(rows), torch.randn(rows),
+    slopes = LogitGrads(torch.randn(rows), torch.randn(rows), torch.randn(rows),
                           torch.randn(rows, 12))  # fmt: skip
     sides = []
     for functions, dtype, used in ((triton_rows, torch.float32, head),
                                    (torch_rows, torch.float64, wide)):  # fmt: skip
         support = functions.locate(ids, None, vocab)
-        reduction = Reduction.start(u, rows, 12, dtype)
+        reduction = RowState.start(u, rows, 12, dtype)
         out = torch.empty(rows, vocab, dtype=dtype)
-        kind = Coefficients(*(x.to(dtype) for x in slopes))
+        kind = LogitGrads(*(x.to(dtype) for x in slopes))
         for first in range(0, vocab, columns):
             panel = u[:, first : first + columns].to(dtype, copy=True)
             functions.reduce(panel, first, support, used, True, reduction)
         for first in range(0, vocab, columns):
             panel = u[:, first : first + columns].to(dtype, copy=True)
-            functions.write(panel, first, support, used, kind, reduction.on,
+            functions.write(panel, first, support, used, kind, reduction.listed,
                             out[:, first : first + columns])  # fmt: skip
-        sides.append((settle(reduction), out, support.active))
+        sides.append((student_buckets(reduction), out, support.active))
     (ours, found, active), (exact, wanted, _) = sides
     for field, right in zip(ours, exact, strict=True):
         field, right = field[active].double(), right[active]
@@ -237,13 +237,18 @@ def test_what_is_broken_makes_its_row_nan_and_no_other(columns, bad, triton_rows
         ids[2, 5] = {"below": -2, "beyond": vocab}[bad]
     else:
         u[2, 40] = float(bad)
-    rule, head = row_rule("reverse_kl:bucket", [0.5]), Head()
+    rule, head = decode("reverse_kl:bucket", [0.5]), Head()
     support = triton_rows.locate(ids, None, vocab)
-    reduction = Reduction.start(u, 4, 20, torch.float32)
+    reduction = RowState.start(u, 4, 20, torch.float32)
     for first in range(0, vocab, columns):
         panel = u[:, first : first + columns].clone()
         triton_rows.reduce(panel, first, support, head, True, reduction)
-    assert settle(reduction).buckets.isnan().any(1).tolist() == [False, False, True, False]
+    assert student_buckets(reduction).logprobs.isnan().any(1).tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
     stats, target = torch.zeros(4, 4), make_target("reverse_kl:bucket", ids.clamp(0, 210), u)
     triton_rows.row_pass(u, support, target, torch.ones(4), rule, head, True, stats, u)
     assert stats[:, 0].isnan().tolist() == [False, False, True, False]
@@ -352,7 +357,7 @@ def spy_on_launches(monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 def test_topk(bias, device):
     case = make_case(rows=6, vocab=67, k=4)
-    options = dict(softcap=9.0, temperature=0.8)
+    options = dict(softcap=9.0, temperature=0.8, sampled_ids=case.ids[:, 0])
     found = linear_topk(case.hidden, case.weight, 5, extra_ids=case.ids,
                         bias=case.bias if bias else None, **options)  # fmt: skip
     wide = case.double()
@@ -369,7 +374,7 @@ def test_small_tails_keep_their_digits(triton_rows):
     u[0, 0] = 30.0
     ids, target = torch.tensor([[0]]), torch.tensor([[math.log(0.5), math.log(0.5)]])
     stats, support = torch.zeros(1, 4), triton_rows.locate(ids, None, 48)
-    rule = row_rule("reverse_kl:bucket", [0.5])
+    rule = decode("reverse_kl:bucket", [0.5])
     exact, grad = oracle_pass(u, ids, target, torch.ones(1), rule, Head())
     triton_rows.row_pass(u, support, target, torch.ones(1), rule, Head(), True, stats, u)
     assert abs(float(stats[0, 2]) - float(exact[0, 2])) < 1e-5
@@ -379,7 +384,7 @@ def test_small_tails_keep_their_digits(triton_rows):
 def test_an_offset_of_all_logits_costs_no_digits(triton_rows):
     ids = torch.arange(4).repeat(3, 1)
     plain = torch.randn(3, 96).mul(64).round().div(64)
-    target, rule = make_target("jsd:bucket", ids, plain), row_rule("jsd:bucket", [0.3])
+    target, rule = make_target("jsd:bucket", ids, plain), decode("jsd:bucket", [0.3])
     support, weights = triton_rows.locate(ids, None, 96), torch.ones(3)
     grads = []
     for offset in (0.0, 1e4, -1e4):

@@ -9,7 +9,8 @@ from kernel_memory import Allocations
 
 from lopd_kernels import linear_logprobs, linear_sparse_divergence, linear_topk
 from lopd_kernels._core import workspace
-from lopd_kernels._core.workspace import Needs, Sizes
+from lopd_kernels._core.types import Needs
+from lopd_kernels._core.workspace import Sizes
 
 ALL = Needs(True, True, True)
 GIB = 1 << 30
@@ -27,7 +28,7 @@ def call(kind, case, workspace_bytes, buffer=None):
         scores, entropy = linear_logprobs(h, w, case.ids, return_entropy=True, **options)
         return scores.masked_fill(case.ids < 0, 0.0).sum() + entropy.sum()
     if kind == "topk":
-        return linear_topk(h, w, 4, **options).entropy
+        return linear_topk(h, w, 4, extra_ids=case.ids, **options).entropy
     if kind == "no_grad":
         with torch.no_grad():
             return linear_sparse_divergence(h, w, *case.teacher, **options)
@@ -114,12 +115,12 @@ def test_an_impossible_bound_names_the_smallest_that_works():
 def test_what_a_large_head_on_a_gpu_gets():
     """N=8192, D=4096, V=151936 in bf16: the memory that the schedules are meant to fit in."""
     needs = Needs(hidden=True, weight=True)
-    assert workspace.keeps_dz(TARGET, needs, None)
+    assert workspace.stores_dlogits(TARGET, needs, None)
     for keeps, bound in ((True, 2.5 * GIB), (False, 3.5 * GIB)):
         rows = workspace.chunk_rows(TARGET, needs, keeps, int(bound))
         assert rows >= 128 and TARGET.chunked(rows, needs, keeps) <= bound
     frozen = Needs(hidden=True)
-    assert not workspace.keeps_dz(TARGET, frozen, None)
+    assert not workspace.stores_dlogits(TARGET, frozen, None)
     assert workspace.chunk_rows(TARGET, frozen, False, int(1.3 * GIB)) >= 1024
     assert not workspace.in_forward(TARGET, needs, GIB // 4)
     assert workspace.panel_columns(TARGET, needs, GIB // 4) >= 1500
@@ -135,8 +136,8 @@ def test_what_a_large_head_on_a_gpu_gets():
 )
 def test_dz_is_kept_where_it_is_smaller_than_an_accumulator(changes, keeps):
     needs = Needs(hidden=True, weight=True)
-    assert workspace.keeps_dz(TARGET._replace(**changes), needs, None) is keeps
-    assert not workspace.keeps_dz(TARGET._replace(**changes), needs, GIB)
+    assert workspace.stores_dlogits(TARGET._replace(**changes), needs, None) is keeps
+    assert not workspace.stores_dlogits(TARGET._replace(**changes), needs, GIB)
 
 
 def test_a_schedule_never_exceeds_its_bound():
@@ -154,7 +155,7 @@ def test_a_schedule_never_exceeds_its_bound():
                 workspace.in_forward(sizes, needs, least)
                 continue
             if forward:
-                keeps = workspace.keeps_dz(sizes, needs, bound)
+                keeps = workspace.stores_dlogits(sizes, needs, bound)
                 rows = workspace.chunk_rows(sizes, needs, keeps, bound)
                 assert 1 <= rows <= n and sizes.chunked(rows, needs, keeps) <= bound
             else:
