@@ -1,4 +1,4 @@
-"""The operators: opcheck, gradcheck, full graphs, and what autograd may ask of them."""
+"""The operators: opcheck, gradcheck, full graphs, and their use through autograd."""
 
 import itertools
 
@@ -39,7 +39,7 @@ FORMS = list(itertools.product(DIVERGENCES, TAILS))
 
 
 def operator_args(rule):
-    """(head, loss) as the operators take them."""
+    """(HeadArgs, LossArgs) whose parameters require grad."""
     case = make_case(rows=5, vocab=30, width=6, k=3)
     leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     target = teacher_buckets(case.ids, case.logprobs, case.tail, 30).logprobs
@@ -178,7 +178,7 @@ def test_full_graph_with_a_weight_grad_buffer():
     assert_close(graph, [x.double() for x in eager], torch.float32)
 
 
-def test_one_full_graph_serves_changing_numbers_and_sizes():
+def test_one_full_graph_serves_different_options_and_sizes():
     case = make_case()
     torch._dynamo.reset()
     graph = torch.compile(
@@ -202,7 +202,7 @@ def test_one_full_graph_serves_changing_numbers_and_sizes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tail", [*TAILS, "logprobs", "cross_entropy", "buffer"])
-def test_autocast_changes_nothing_of_one_dtype(tail, dtype, default_device):
+def test_autocast_leaves_tensors_of_one_dtype_unchanged(tail, dtype, default_device):
     case = make_case("near", dtype)
     buffer = torch.zeros(211, 24)
 
@@ -221,14 +221,14 @@ def test_autocast_changes_nothing_of_one_dtype(tail, dtype, default_device):
     with torch.autocast(default_device, torch.bfloat16):
         cast = gradients(loss, case.hidden, case.weight)
         top = linear_topk(case.hidden, case.weight, 3)
-    for found, expected in zip(cast, plain, strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(cast, plain, strict=True):
+        assert torch.equal(actual, expected)
     assert relative_error(buffer, 2.0 * added) < 1e-6
     assert torch.equal(top.logprobs, linear_topk(case.hidden, case.weight, 3).logprobs)
 
 
-def test_autocast_casts_what_is_of_several_dtypes(default_device):
-    """As F.linear does: bf16 hidden states meet the fp32 weight of a model under autocast."""
+def test_autocast_casts_tensors_of_different_dtypes(default_device):
+    """Like F.linear: under autocast, hidden states are bf16 and a model's weight is fp32."""
     case = make_case("near")
     hidden, labels = case.hidden.bfloat16(), torch.arange(20)
 
@@ -236,10 +236,10 @@ def test_autocast_casts_what_is_of_several_dtypes(default_device):
         return linear_cross_entropy(h, w, labels) + linear_sparse_divergence(h, w, *case.teacher)
 
     with torch.autocast(default_device, torch.bfloat16):
-        found = gradients(loss, hidden, case.weight)
-    exact = gradients(loss, hidden, case.weight.bfloat16())
-    assert found[2].dtype == torch.float32
-    for a, b in zip(found, exact, strict=True):
+        ours = gradients(loss, hidden, case.weight)
+    expected = gradients(loss, hidden, case.weight.bfloat16())
+    assert ours[2].dtype == torch.float32
+    for a, b in zip(ours, expected, strict=True):
         assert relative_error(a, b) < 3e-3
     with pytest.raises(TypeError, match="cast one"):
         loss(hidden, case.weight)
@@ -289,16 +289,16 @@ def test_a_tied_weight_gets_both_gradients():
     def parts(h, w):
         return linear_cross_entropy(h, w, ids)
 
-    _, found = gradients(tied, case.weight)
+    _, tied_grad = gradients(tied, case.weight)
     _, dhidden, dweight = gradients(parts, case.weight[ids], case.weight)
     dweight[ids] += dhidden
-    assert relative_error(found, dweight) < 1e-5
+    assert relative_error(tied_grad, dweight) < 1e-5
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weight_grad_buffer_takes_the_weights_gradient(dtype, tail, reduction):
+def test_weight_grad_buffer_receives_the_gradient_of_the_weight(dtype, tail, reduction):
     if tail == "renormalize":
         skip_bf16_stores_of_the_interpreter(dtype)
     case = make_case(dtype=dtype)
@@ -329,12 +329,12 @@ def test_weight_grad_buffer_takes_the_weights_gradient(dtype, tail, reduction):
     assert relative_error(buffer, 2.0 * dweight.double()) < bound
 
 
-def test_layouts_do_not_matter():
+def test_memory_layouts_do_not_matter():
     case = make_case()
     strided = case.hidden.t().contiguous().t()
-    turned = case.weight.t().contiguous().t()
+    column_major = case.weight.t().contiguous().t()
 
     def loss(h, w):
         return linear_sparse_divergence(h, w, *case.teacher)
 
-    torch.testing.assert_close(loss(strided, turned), loss(case.hidden, case.weight))
+    torch.testing.assert_close(loss(strided, column_major), loss(case.hidden, case.weight))
