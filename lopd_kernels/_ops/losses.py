@@ -58,7 +58,8 @@ def fused_loss(
 
 def _fused_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     save(ctx, inputs, output, store_inputs=False)
-    for x, needed in zip(inputs[:3], inputs[6:9], strict=True):
+    needs = HeadArgs(*inputs[: len(HeadArgs._fields)]).needs
+    for x, needed in zip(inputs[:3], needs, strict=True):
         assert needed or x is None or not x.requires_grad, "a gradient that need_* leaves out"
 
 

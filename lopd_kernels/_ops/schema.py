@@ -38,7 +38,7 @@ class HeadArgs(NamedTuple):
 
     @property
     def needs(self) -> Needs:
-        return Needs(*self[6:9])
+        return Needs(self.need_hidden, self.need_weight, self.need_bias)
 
     @property
     def rows(self) -> int:
@@ -165,8 +165,11 @@ def restore_head(ctx: Any) -> tuple[HeadArgs, list[Any], tuple[Tensor, ...]]:
     """(head with the gradients that autograd needs now, other flat inputs, results)."""
     inputs, results = restore(ctx)
     count = len(HeadArgs._fields)
-    needs = dict(zip(HeadArgs._fields[6:9], ctx.needs_input_grad[:3], strict=True))
-    return HeadArgs(*inputs[:count])._replace(**needs), inputs[count:], results
+    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    head = HeadArgs(*inputs[:count])._replace(
+        need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias
+    )
+    return head, inputs[count:], results
 
 
 def upstream_args(inputs: list[Any], upstream: Tensor) -> LossArgs:

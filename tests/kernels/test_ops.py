@@ -150,7 +150,7 @@ def test_full_graph_of_the_others():
     ids = case.ids[:, 0]
 
     def everything(h, w):
-        scores = linear_topk(h, w, 3, extra_ids=case.ids)
+        scores = linear_topk(h, w, 3, extra_ids=case.ids, sampled_ids=ids)
         logprobs, entropy = linear_logprobs(h, w, ids.unsqueeze(1), return_entropy=True)
         policy = linear_policy_gradient(h, w, ids, scores.logprobs[:, 0], advantage_clip=1.0)
         logits = sparse_divergence(h @ w.t(), *case.teacher)
