@@ -18,7 +18,7 @@ from benchmarks.variants import project
 from lopd_kernels import linear_topk
 from lopd_kernels._core.backend import row_functions
 from lopd_kernels._core.gemm import in_place, operand_dtype
-from lopd_kernels._core.rules import row_rule, teacher_buckets
+from lopd_kernels._core.rules import DivergenceRule, teacher_buckets
 from lopd_kernels._core.types import STATS, Head
 from lopd_kernels._core.workspace import padded
 
@@ -53,7 +53,7 @@ def time_row_kernel(problem: Problem, logits: Tensor) -> tuple[Callable[[], None
     vocab, functions = problem.shape.vocab, row_functions(problem.hidden)
     support = functions.locate(problem.ids, None, vocab)
     target = teacher_buckets(problem.ids, problem.logprobs, problem.tail, vocab).logprobs
-    rule, head = row_rule("reverse_kl:bucket", [0.5]), Head()
+    rule, head = DivergenceRule("reverse_kl", "bucket"), Head()
     weights = torch.ones_like(problem.tail)
     stats = logits.new_zeros((len(logits), len(STATS)))
     dz = in_place(logits, operand_dtype(problem.hidden))

@@ -106,7 +106,8 @@ def cases(problem: Problem) -> Iterator[Case]:
     )
     yield Case("linear_logprobs", "with entropy", (ragged[0],), {"return_entropy": True}, {})
     yield Case("linear_logprobs", "head options", (problem.ids,), head, {})
-    yield Case("linear_topk", "top-k", (k,), {"extra_ids": problem.labels.unsqueeze(1)}, {})
+    ids = {"extra_ids": problem.labels.unsqueeze(1), "sampled_ids": problem.labels}
+    yield Case("linear_topk", "top-k", (k,), ids, {})
     for kind in ("bucket", "renormalize", "truncate"):
         yield Case(
             "sparse_divergence", kind, full, {**tail, "tail": kind, "row_weights": weights}, {}

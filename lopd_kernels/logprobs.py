@@ -1,4 +1,4 @@
-"""Public functions that read log-probs off the LM head."""
+"""Log-probs, entropies and top-k lists from hidden states, without the [N, V] logits."""
 
 from __future__ import annotations
 
@@ -7,50 +7,75 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopd_kernels import _checks as checks
-from lopd_kernels._ops import queries as query_ops
-from lopd_kernels.divergence import tracked
+from lopd_kernels import _checks
+from lopd_kernels._calls import checked_head
+from lopd_kernels._ops import logprobs as ops
 
 
 class TopK(NamedTuple):
-    """Result of `linear_topk`."""
+    """Result of `linear_topk`; log-probs in float32 (float64 for float64 inputs), nat."""
 
-    ids: Tensor  # [N, k] int64, by falling log-prob
-    logprobs: Tensor  # [N, k] fp32
-    tail_logprobs: Tensor  # [N] fp32, log of the mass outside the k ids; -inf at k = V
-    entropy: Tensor  # [N] fp32, nat
-    extra_logprobs: Tensor | None  # [N, E] fp32 at extra_ids
+    ids: Tensor  # [N, k] int64, by decreasing log-prob
+    logprobs: Tensor  # [N, k]
+    tail_logprobs: Tensor  # [N] log of the mass outside the k ids; -inf at k = V
+    entropy: Tensor  # [N] nat
+    extra_logprobs: Tensor | None  # [N, E] at extra_ids, -inf at pads
+    extra_tail_logprobs: Tensor | None  # [N] log of the mass outside the k ids and extra_ids
+    sampled_logprobs: Tensor | None  # [N] at sampled_ids
 
 
 def linear_logprobs(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
-    ids: Tensor,  # [N, K] int, -1 pads; an id may repeat in a row
+    ids: Tensor,  # [N, K]
     *,
     return_entropy: bool = False,
-    bias: Tensor | None = None,
+    bias: Tensor | None = None,  # [V]
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     workspace_bytes: int | None = None,
     validate: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log p_n(id) [N, K] fp32, and with `return_entropy` also -sum_j p_j log p_j [N] in nat.
+    """Log-probs of given ids, and the entropy of each row; differentiable once.
 
-    Differentiable once; the backward computes the logits again. Pads give -inf and carry
-    no gradient.
+        log p_n(id) = z_n,id - log sum_j exp z_nj,   H_n = -sum_j p_nj log p_nj
+
+    The backward computes the logits a second time.
+
+    Args:
+        hidden: [N, D] float, last hidden states.
+        weight: [V, D], the LM head's weight, in the dtype of `hidden`.
+        ids: [N, K] int32 or int64. An id may be repeated in a row, and gradients then add up. -1
+            pads; pads give -inf and carry no gradient.
+        return_entropy: also return H.
+        bias, logit_scale, softcap, temperature: of the logits z, as in
+            `linear_sparse_divergence`.
+        workspace_bytes: bound on what the call allocates beyond inputs and outputs.
+        validate: whether to check values. None checks them except while compiling or capturing a
+            CUDA graph. An unchecked invalid id makes its row NaN.
+
+    Returns:
+        Log-probs [N, K] in float32 (float64 for float64 inputs), nat; with `return_entropy` the
+        pair (log-probs, entropy [N]).
+
+    Raises:
+        ValueError: an invalid argument; the message names it. For a wrong dtype the error is a
+            TypeError as well.
+        RuntimeError: the result is differentiated twice.
+
+    >>> hidden, weight = torch.zeros(1, 2), torch.randn(4, 2)
+    >>> logprobs, entropy = linear_logprobs(
+    ...     hidden, weight, torch.tensor([[3, -1]]), return_entropy=True
+    ... )
+    >>> [[round(x, 4) for x in row] for row in logprobs.tolist()], round(entropy.item(), 4)
+    ([[-1.3863, -inf]], 1.3863)
     """
-    hidden, weight, bias = checks.in_one_dtype(hidden, weight, bias)
-    checks.check_linear(hidden, weight, bias)
-    checks.check_head(logit_scale, softcap, temperature)
-    checks.check_schedule(0.0, workspace_bytes, None, weight)
-    checks.check_ids("ids", ids, hidden.shape[0], hidden)
-    if checks.checks_values(validate, hidden):
-        checks.check_ids_values("ids", ids, weight.shape[0], distinct=False)
-    logprobs, entropy, *_ = query_ops.logprobs(
-        hidden, weight, bias, ids, logit_scale, softcap, temperature,
-        *tracked(hidden, weight, bias), return_entropy, workspace_bytes,
-    )  # fmt: skip
+    head = checked_head(hidden, weight, bias, logit_scale, softcap, temperature, workspace_bytes)
+    _checks.check_ids("ids", ids, head.rows, head.hidden)
+    if _checks.checks_values(validate, head.hidden):
+        _checks.check_id_values("ids", ids, weight.shape[0], distinct=False)
+    logprobs, entropy, *_ = ops.logprobs(*head, ids, return_entropy)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -60,31 +85,76 @@ def linear_topk(
     weight: Tensor,  # [V, D]
     k: int,
     *,
-    extra_ids: Tensor | None = None,  # [N, E] int, -1 pads
-    bias: Tensor | None = None,
+    extra_ids: Tensor | None = None,  # [N, E]
+    sampled_ids: Tensor | None = None,  # [N]
+    bias: Tensor | None = None,  # [V]
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     workspace_bytes: int | None = None,
     validate: bool | None = None,
 ) -> TopK:
-    """The k most probable ids of each row, with the log of the mass outside them.
+    """The k most probable ids of each row, and the log of the mass outside them. No gradient.
 
-    The tail is reduced with the k ids removed, never by subtraction: it keeps its digits
-    however small it is. `extra_ids` asks for the log-probs of further ids (-inf at pads);
-    they do not enter the list or its tail. No gradient.
+        tail_n = log sum_{j not in top k} p_nj
+        extra_tail_n = log sum_{j not in top k, not in extra_ids} p_nj
+
+    Tails are log-sum-exps of the remaining logits, never differences from 1, so they have full
+    precision at any size.
+
+    Args:
+        hidden: [N, D] float, last hidden states.
+        weight: [V, D], the LM head's weight, in the dtype of `hidden`.
+        k: length of the list, 1 to V.
+        extra_ids: [N, E] int32 or int64, -1 pads: ids whose log-probs are returned, and that
+            `extra_tail_logprobs` excludes. They may be repeated or among the top k.
+        sampled_ids: [N] int32 or int64: ids whose log-probs are returned, and that no tail
+            excludes.
+        bias, logit_scale, softcap, temperature: of the logits, as in `linear_sparse_divergence`.
+        workspace_bytes: bound on what the call allocates beyond inputs and outputs.
+        validate: whether to check values. None checks them except while compiling or capturing a
+            CUDA graph. An unchecked invalid id makes its results NaN.
+
+    Returns:
+        `TopK`. Fields of arguments that are None are None.
+
+    Raises:
+        ValueError: an invalid argument; the message names it. For a wrong dtype the error is a
+            TypeError as well.
+
+    >>> weight = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().unsqueeze(1)
+    >>> top = linear_topk(torch.ones(1, 1), weight, 1, extra_ids=torch.tensor([[1]]))
+    >>> top.ids.tolist(), round(top.tail_logprobs.exp().item(), 4)
+    ([[0]], 0.5)
+    >>> round(top.extra_tail_logprobs.exp().item(), 4)
+    0.25
     """
-    hidden, weight, bias = checks.in_one_dtype(hidden, weight, bias)
-    checks.check_linear(hidden, weight, bias)
-    checks.check_head(logit_scale, softcap, temperature)
-    checks.check_schedule(0.0, workspace_bytes, None, weight)
-    if not 1 <= k <= weight.shape[0]:
-        raise ValueError(f"k is {k}, expected 1 to the vocabulary size {weight.shape[0]}")
+    head = checked_head(hidden, weight, bias, logit_scale, softcap, temperature, workspace_bytes)
+    vocab = weight.shape[0]
+    if not 1 <= k <= vocab:
+        raise ValueError(f"k is {k}, expected 1 to the vocabulary size {vocab}")
+    checks_values = _checks.checks_values(validate, head.hidden)
     if extra_ids is not None:
-        checks.check_ids("extra_ids", extra_ids, hidden.shape[0], hidden)
-        if checks.checks_values(validate, hidden):
-            checks.check_ids_values("extra_ids", extra_ids, weight.shape[0], distinct=False)
-    ids, logprobs, tail, entropy, extra = query_ops.topk(
-        hidden, weight, bias, k, extra_ids, logit_scale, softcap, temperature, workspace_bytes
+        _checks.check_ids("extra_ids", extra_ids, head.rows, head.hidden)
+        if checks_values:
+            _checks.check_id_values("extra_ids", extra_ids, vocab, distinct=False)
+    if sampled_ids is not None:
+        _checks.check_ids("sampled_ids", sampled_ids, head.rows, head.hidden, dims=1)
+        if checks_values:
+            _checks.check_id_values("sampled_ids", sampled_ids, vocab, pads=False)
+    none = head.hidden.new_empty((head.rows, 0), dtype=torch.int64)
+    ids, logprobs, tail, entropy, extra, extra_tail, sampled = ops.topk(
+        *head,
+        k,
+        none if extra_ids is None else extra_ids,
+        none if sampled_ids is None else sampled_ids.unsqueeze(1),
     )
-    return TopK(ids, logprobs, tail, entropy, None if extra_ids is None else extra)
+    return TopK(
+        ids,
+        logprobs,
+        tail,
+        entropy,
+        None if extra_ids is None else extra,
+        None if extra_ids is None else extra_tail,
+        None if sampled_ids is None else sampled[:, 0],
+    )

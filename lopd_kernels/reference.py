@@ -1,7 +1,14 @@
-"""The definition of every loss on dense logits: what the fused functions must equal.
+"""Definitions of the losses on dense logits, which the fused functions must equal.
 
-Any floating dtype, fp64 for an oracle; gradients by autograd; no checks, no workspace.
-Arguments mean what they mean in the public functions of the same names.
+Each function takes the arguments of the public function of the same name, apart from those that
+concern memory, checks and statistics. Any floating dtype works (use float64 for an oracle).
+Gradients come from autograd and can be differentiated again. Arguments are not checked.
+
+>>> hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+>>> labels = torch.tensor([1, 8, -100, 0, 3])
+>>> exact = linear_cross_entropy(hidden, weight, labels)
+>>> torch.allclose(exact, torch.nn.functional.cross_entropy(hidden @ weight.t(), labels))
+True
 """
 
 from __future__ import annotations
@@ -22,6 +29,19 @@ def linear_logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
+    """z = softcap tanh(logit_scale (H W^T + bias) / softcap) / temperature, [N, V].
+
+    Without a softcap, z = logit_scale (H W^T + bias) / temperature.
+
+    Args:
+        hidden: [N, D] float.
+        weight: [V, D], in the dtype of `hidden`.
+        bias: [V].
+        logit_scale, softcap, temperature: numbers above 0.
+
+    >>> linear_logits(torch.eye(2), 3.0 * torch.eye(2), temperature=1.5).tolist()
+    [[2.0, 0.0], [0.0, 2.0]]
+    """
     z = hidden @ weight.t()
     if bias is not None:
         z = z + bias
@@ -32,7 +52,20 @@ def linear_logits(
 
 
 def kl(p_log: Tensor, q_log: Tensor) -> Tensor:
-    """KL(p || q) over the last dimension; buckets that p leaves empty add nothing."""
+    """KL(p || q) = sum_b p_b (log p_b - log q_b) over the last dimension, nat.
+
+    Buckets with p_b = 0 add nothing.
+
+    Args:
+        p_log, q_log: [..., B] log-probs; -inf for an empty bucket.
+
+    Returns:
+        [...].
+
+    >>> p_log, q_log = torch.tensor([0.5, 0.5, 0.0]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
+    >>> round(kl(p_log, q_log).item(), 4)
+    0.3466
+    """
     empty = p_log == -math.inf
     ratio = p_log.masked_fill(empty, 0.0) - q_log.masked_fill(empty, 0.0)
     return torch.where(empty, 0.0, p_log.exp() * ratio).sum(-1)
@@ -48,6 +81,16 @@ def _divergence(p_log: Tensor, q_log: Tensor, divergence: str, beta: float) -> T
 
 
 def reduce(losses: Tensor, row_weights: Tensor | None, reduction: str) -> Tensor:
+    """sum_n w_n L_n ("sum"), that over sum_n w_n ("mean"), or w_n L_n [N] ("none").
+
+    Args:
+        losses: [N]; may be anything, also NaN, in rows of weight 0.
+        row_weights: [N] w_n; None: 1.
+
+    >>> losses, weights = torch.tensor([1.0, 4.0]), torch.tensor([3.0, 1.0])
+    >>> [reduce(losses, weights, reduction).tolist() for reduction in ("sum", "mean", "none")]
+    [7.0, 1.75, [3.0, 4.0]]
+    """
     weights = torch.ones_like(losses) if row_weights is None else row_weights.to(losses.dtype)
     weighted = torch.where(weights == 0.0, 0.0, losses) * weights
     if reduction == "none":
@@ -70,7 +113,22 @@ def sparse_divergence(
     reduction: str = "sum",
     temperature: float = 1.0,
 ) -> Tensor:
-    """Row by row: list, tail and both distributions spelt out."""
+    """`lopd_kernels.sparse_divergence`, row by row, with both distributions written out.
+
+    Args:
+        logits: [N, V] float.
+        topk_ids: [N, K] int, -1 pads.
+        topk_logprobs: [N, K] float, nat.
+        tail_logprobs: [N] float, nat; None: log(1 - sum_k q_k), at least log 2^-23.
+
+    Returns:
+        [] or [N], in the dtype of `logits`.
+
+    >>> logits = torch.zeros(1, 4)
+    >>> topk_logprobs = torch.tensor([[0.5]]).log()
+    >>> round(sparse_divergence(logits, torch.tensor([[2]]), topk_logprobs).item(), 4)
+    0.1308
+    """
     logprobs = (logits / temperature).log_softmax(1)
     losses = []
     for n in range(logits.shape[0]):
@@ -111,6 +169,13 @@ def linear_sparse_divergence(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
+    """`sparse_divergence` of `linear_logits`: the definition of the fused function.
+
+    >>> hidden, weight = torch.eye(2), torch.randn(6, 2)
+    >>> logprobs, ids = linear_logits(hidden, weight).log_softmax(1).topk(3, 1)
+    >>> linear_sparse_divergence(hidden, weight, ids, logprobs).item() < 1e-6
+    True
+    """
     return sparse_divergence(
         linear_logits(hidden, weight, bias, logit_scale, softcap, temperature),
         topk_ids,
@@ -143,6 +208,25 @@ def linear_policy_gradient(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
+    """L_n = -rho_n A_n log p_n(y_n), or PPO's loss with `clip_range`.
+
+    Args:
+        sampled_ids: [N] int, y_n.
+        teacher_logprobs: [N] float, nat; A_n is the teacher's minus the student's log-prob.
+        advantages: [N] float, used as A_n.
+        rollout_logprobs: [N] float, nat; rho_n = exp(log p_n(y_n) - rollout_logprobs).
+
+    Returns:
+        [] or [N], in the dtype of `hidden`.
+
+    >>> hidden, weight = torch.eye(2), torch.zeros(4, 2)
+    >>> advantages = torch.tensor([1.0, -2.0])
+    >>> loss = linear_policy_gradient(
+    ...     hidden, weight, torch.tensor([0, 1]), None, advantages=advantages, reduction="none"
+    ... )
+    >>> [round(x, 4) for x in loss.tolist()]
+    [1.3863, -2.7726]
+    """
     logits = linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
     logprobs = logits.log_softmax(1).gather(1, sampled_ids.long().unsqueeze(1))[:, 0]
     if advantages is None:
@@ -176,14 +260,37 @@ def linear_cross_entropy(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
+    """L_n = -log p_n(y_n); rows whose label is `ignore_index` have weight 0.
+
+    Args:
+        labels: [N] int, y_n.
+
+    Returns:
+        [] or [N], in the dtype of `hidden`.
+
+    >>> loss = linear_cross_entropy(torch.ones(1, 1), torch.zeros(8, 1), torch.tensor([5]))
+    >>> round(loss.item(), 4)
+    2.0794
+    """
     logits = linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
-    kept = labels != ignore_index
-    index = torch.where(kept, labels, 0).long().unsqueeze(1)
+    used = labels != ignore_index
+    index = torch.where(used, labels, 0).long().unsqueeze(1)
     losses = -logits.log_softmax(1).gather(1, index)[:, 0]
-    weights = kept.to(losses.dtype)
+    weights = used.to(losses.dtype)
     if row_weights is not None:
         weights = weights * row_weights
     return reduce(losses, weights, reduction)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """-sum_j p_j log p_j [N]; ids without mass add nothing."""
+    empty = logprobs == -math.inf
+    return -(logprobs.exp() * logprobs.masked_fill(empty, 0.0)).sum(1)
+
+
+def _pick(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """Log-probs at ids [N, K], -inf at pads."""
+    return logprobs.gather(1, ids.long().clamp(min=0)).masked_fill(ids < 0, -math.inf)
 
 
 def linear_logprobs(
@@ -197,10 +304,18 @@ def linear_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """log p_n(id) [N, K], -inf at pads; with `return_entropy` also -sum_j p_nj log p_nj [N].
+
+    >>> logprobs, entropy = linear_logprobs(
+    ...     torch.ones(1, 1), torch.zeros(2, 1), torch.tensor([[1, -1]]), return_entropy=True
+    ... )
+    >>> [[round(x, 4) for x in row] for row in logprobs.tolist()], round(entropy.item(), 4)
+    ([[-0.6931, -inf]], 0.6931)
+    """
     logits = linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
     logprobs = logits.log_softmax(1)
-    picked = logprobs.gather(1, ids.long().clamp(min=0)).masked_fill(ids < 0, -math.inf)
-    return (picked, -(logprobs.exp() * logprobs).sum(1)) if return_entropy else picked
+    picked = _pick(logprobs, ids)
+    return (picked, _entropy(logprobs)) if return_entropy else picked
 
 
 def linear_topk(
@@ -208,20 +323,32 @@ def linear_topk(
     weight: Tensor,
     k: int,
     *,
-    extra_ids: Tensor | None = None,
+    extra_ids: Tensor | None = None,  # [N, E]
+    sampled_ids: Tensor | None = None,  # [N]
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """(ids, logprobs, tail_logprobs, entropy, extra_logprobs)"""
+) -> tuple[Tensor | None, ...]:
+    """The fields of `lopd_kernels.TopK`, in its order.
+
+    >>> weight = torch.tensor([0.5, 0.25, 0.25]).log().unsqueeze(1)
+    >>> ids, logprobs, tail, *_ = linear_topk(torch.ones(1, 1), weight, 1)
+    >>> ids.tolist(), round(tail.exp().item(), 4)
+    ([[0]], 0.5)
+    """
     logits = linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
     logprobs = logits.log_softmax(1)
-    kept, ids = logprobs.topk(k, 1)
-    tail = logprobs.scatter(1, ids, -math.inf).logsumexp(1)
-    entropy = -(logprobs.exp() * logprobs).sum(1)
-    extra = None
+    top, ids = logprobs.topk(k, 1)
+    unlisted = logprobs.scatter(1, ids, -math.inf)
+    extra = extra_tail = sampled = None
     if extra_ids is not None:
-        extra = logprobs.gather(1, extra_ids.long().clamp(min=0))
-        extra = extra.masked_fill(extra_ids < 0, -math.inf)
-    return ids, kept, tail, entropy, extra
+        extra = _pick(logprobs, extra_ids)
+        is_extra = torch.zeros_like(logprobs).scatter_add(
+            1, extra_ids.long().clamp(min=0), (extra_ids >= 0).to(logprobs.dtype)
+        )
+        extra_tail = unlisted.masked_fill(is_extra > 0, -math.inf).logsumexp(1)
+    if sampled_ids is not None:
+        sampled = logprobs.gather(1, sampled_ids.long().unsqueeze(1))[:, 0]
+    tail, entropy = unlisted.logsumexp(1), _entropy(logprobs)
+    return ids, top, tail, entropy, extra, extra_tail, sampled

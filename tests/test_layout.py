@@ -26,17 +26,16 @@ PACKAGES = [
 USES_KERNELS = {"models", "engines", "training"}
 # Modules of a package in this list stand in several layers; a package alone is one layer.
 KERNEL_LAYERS = [
-    {"_core.gemm", "_core.rules", "_core.support", "_triton.kernels", "reference"},
-    {"_core.types", "_core.workspace", "_checks"},
-    {"_core.backend", "_core.buckets"},
+    {"_core.gemm", "_core.rules", "_core.support", "_core.types", "_triton.kernels", "reference"},
+    {"_core.workspace", "_core.backend", "_core.buckets", "_checks"},
     {"_core.linear", "_torch", "_triton"},
     {"_core.scaling"},
     {"_core.chunks", "_core.panels"},
     {"_core.listed"},
     {"_core.logprobs", "_core.topk", "_core.given_logits"},
     {"_ops"},
-    {"divergence", "workspace"},
-    {"policy", "logprobs"},
+    {"_calls", "workspace"},
+    {"divergence", "policy", "logprobs"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, name in enumerate(PACKAGES)}

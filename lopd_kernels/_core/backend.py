@@ -1,7 +1,7 @@
-"""The two implementations: what they have to offer, and which one serves a tensor.
+"""The interface of the two implementations, and the choice between them.
 
-`_triton` serves CUDA tensors, and with TRITON_INTERPRET=1 in the environment CPU tensors
-too; `_torch` serves the others, and fp64, which is for oracles, everywhere.
+`_triton` serves CUDA tensors, and CPU tensors with TRITON_INTERPRET=1 in the environment.
+`_torch` serves all others, and fp64 on every device.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from lopd_kernels._core.rules import RowRule
-from lopd_kernels._core.types import Coefficients, Head, Reduction, Support
+from lopd_kernels._core.rules import Rule
+from lopd_kernels._core.types import Head, LogitGrads, RowState, Support
 
 
 class RowFunctions(Protocol):
-    """An implementation. `u` are rows of H W^T in the compute dtype and are overwritten."""
+    """Functions of rows u of H W^T, in the compute dtype. They overwrite u."""
 
     def locate(self, ids: Tensor, row_weights: Tensor | None, vocab: int) -> Support: ...
 
-    def spoilt(self, hidden: Tensor, weight: Tensor, head: Head) -> Tensor | None:
-        """[N] rows whose logits this implementation would not know to be infinite."""
+    def nonfinite_rows(self, hidden: Tensor, weight: Tensor, head: Head) -> Tensor | None:
+        """[N] bool: rows with an infinite logit that the functions below would not detect."""
 
     def row_pass(
         self,
         u: Tensor,  # [R, V]
         support: Support,
-        target: Tensor,  # [R, M] what the rule compares with
-        weights: Tensor | None,  # [R] factor of the gradient; None wants none
-        rule: RowRule,
+        target: Tensor,  # [R, M], see the rule
+        weights: Tensor | None,  # [R] factor of the gradient; None: no gradient
+        rule: Rule,
         head: Head,
         want_entropy: bool,
-        stats: Tensor,  # [R, 4 + extras] output, see STATS; zeros in inactive rows
-        out: Tensor | None,  # [R, V] w dL/dz (1 - tanh^2); may lie in the storage of u
-        inf_masks: bool = False,  # -inf in u is an id without mass
-    ) -> None: ...
+        stats: Tensor,  # [R, 4 + extras] output, see STATS; left as it is in inactive rows
+        out: Tensor | None,  # [R, V] w dL/dz (1 - tanh^2); may share the storage of u
+        inf_masks: bool = False,  # -inf in u marks an id without mass
+    ) -> None:
+        """Whole rows to losses and gradients."""
 
     def reduce(
         self,
@@ -45,9 +46,10 @@ class RowFunctions(Protocol):
         first: int,
         support: Support,
         head: Head,
-        want_spread: bool,
-        reduction: Reduction,  # of these rows and the columns before; updated
-    ) -> None: ...
+        want_entropy: bool,
+        state: RowState,  # of these rows and all previous columns; updated in place
+    ) -> None:
+        """Add a panel to the row state."""
 
     def write(
         self,
@@ -55,26 +57,15 @@ class RowFunctions(Protocol):
         first: int,
         support: Support,
         head: Head,
-        coefficients: Coefficients,
-        on: Tensor,  # [R, K] z at the ids
-        out: Tensor,  # [R, P] (1 - tanh^2) dL/dz; may lie in the storage of u
-    ) -> None: ...
-
-
-def uses_triton(like: Tensor) -> bool:
-    """Whether the kernels of `_triton` serve tensors like this one."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return like.dtype != torch.float64 and (like.is_cuda or interpreted)
-
-
-def row_functions(like: Tensor) -> RowFunctions:
-    """The implementation for logits of `like`, a hidden state or a logit."""
-    name = "_triton.rows" if uses_triton(like) else "_torch.rows"
-    return cast(RowFunctions, importlib.import_module(f"lopd_kernels.{name}"))
+        grads: LogitGrads,
+        listed: Tensor,  # [R, K] z at the ids
+        out: Tensor,  # [R, P] (1 - tanh^2) dL/dz; may share the storage of u
+    ) -> None:
+        """The gradient of a panel."""
 
 
 class ListedFunctions(Protocol):
-    """Products with listed rows of the weight; `rows` bounds what is gathered at a time."""
+    """Products with the listed rows of the weight; `rows` bounds how many are gathered at once."""
 
     def dots(self, hidden: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
         """hidden[n] . weight[ids[n, k]] in the compute dtype, [N, K]."""
@@ -88,6 +79,19 @@ class ListedFunctions(Protocol):
         """out[v] (+)= the sum of grad[n, k] hidden[n] over the entries with ids[n, k] = v."""
 
 
+def uses_triton(like: Tensor) -> bool:
+    """Whether the Triton kernels serve tensors like this one."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return like.dtype != torch.float64 and (like.is_cuda or interpreted)
+
+
+def _package(like: Tensor) -> str:
+    return "lopd_kernels._triton" if uses_triton(like) else "lopd_kernels._torch"
+
+
+def row_functions(like: Tensor) -> RowFunctions:
+    return cast(RowFunctions, importlib.import_module(f"{_package(like)}.rows"))
+
+
 def listed_functions(like: Tensor) -> ListedFunctions:
-    name = "_triton.listed" if uses_triton(like) else "_torch.listed"
-    return cast(ListedFunctions, importlib.import_module(f"lopd_kernels.{name}"))
+    return cast(ListedFunctions, importlib.import_module(f"{_package(like)}.listed"))

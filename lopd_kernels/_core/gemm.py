@@ -1,22 +1,18 @@
-"""The three GEMMs, with sums in the compute dtype whatever the operands are.
+"""The three GEMMs; sums are in the compute dtype, whatever the operands are.
 
-On CUDA, 16-bit operands go in as they are and fp32 comes out. On a CPU, fp32 and fp64
-weights are used where they lie; 16-bit weights are widened one panel of rows at a time into a
-buffer, so that logits never pass through 16 bits.
+On CUDA, 16-bit operands go in as they are and fp32 comes out. On a CPU, fp32 and fp64 weights
+are used as they are; 16-bit weights are widened a few rows at a time into a buffer, so that
+logits are never rounded to 16 bits.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-PANEL_BYTES = 16 << 20
-P = ParamSpec("P")
-T = TypeVar("T")
+WIDEN_BYTES = 16 << 20
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,64 +20,49 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_mixed(like: Tensor) -> bool:
-    """Whether GEMMs take 16-bit operands, and so want dz in 16 bits."""
+    """Whether the GEMMs take 16-bit operands, so that dL/dz is rounded to 16 bits."""
     return like.is_cuda and like.dtype in (torch.bfloat16, torch.float16)
 
 
 def operand_dtype(like: Tensor) -> torch.dtype:
-    """The dtype of hidden and dz in the GEMMs."""
+    """The dtype of hidden and dL/dz in the GEMMs."""
     return like.dtype if is_mixed(like) else compute_dtype(like.dtype)
 
 
 def in_place(u: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the gradient of u [R, V] in `dtype`, in the first part of each row of u."""
+    """Storage for the gradient of u [R, V] in `dtype`: the first part of each row of u."""
     return u if dtype == u.dtype else u.view(dtype)[:, : u.shape[1]]
 
 
-def widened_rows(columns: int) -> int:
-    """Rows of a 16-bit weight that fit in the buffer which widens them."""
-    return max(1, PANEL_BYTES // (4 * max(1, columns)))
+def buffer_rows(vocab: int, columns: int) -> int:
+    """Rows of a 16-bit weight that are widened at a time."""
+    return min(vocab, max(1, WIDEN_BYTES // (4 * max(1, columns))))
 
 
-def panel_rows(weight: Tensor) -> int:
-    """Rows of `weight` that are widened at a time; 0 when it needs no widening."""
-    if weight.dtype == operand_dtype(weight):
-        return 0
-    return min(weight.shape[0], widened_rows(weight.shape[1]))
+def widened_rows(weight: Tensor) -> int:
+    """`buffer_rows` of this weight; 0 if it needs no widening."""
+    return 0 if weight.dtype == operand_dtype(weight) else buffer_rows(*weight.shape)
 
 
-def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
-    """`function`, whose first argument is a tensor, in the dtypes that it chooses itself."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        like = args[0]
-        assert isinstance(like, Tensor)
-        with torch.autocast(like.device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-class Panels:
-    """The rows of a weight as the GEMMs take them, in order, one buffer for all."""
+class WeightRows:
+    """The rows of a weight in the operands' dtype, through one buffer if they need widening."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self.rows = panel_rows(weight)
+        self.rows = widened_rows(weight)
         shape = (self.rows, weight.shape[1])
         self.buffer = weight.new_empty(shape, dtype=operand_dtype(weight))
 
     def between(self, first: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
-        """(columns from `first` on, rows of the weight) for its rows first to stop."""
+        """(slice relative to `first`, rows of the weight) that together cover first to stop."""
         if not self.rows:
             yield slice(0, stop - first), self.weight[first:stop]
             return
         for start in range(first, stop, self.rows):
             end = min(start + self.rows, stop)
-            panel = self.buffer[: end - start]
-            panel.copy_(self.weight[start:end])
-            yield slice(start - first, end - first), panel
+            rows = self.buffer[: end - start]
+            rows.copy_(self.weight[start:end])
+            yield slice(start - first, end - first), rows
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -98,40 +79,46 @@ def _addmm(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-def project(hidden: Tensor, panels: Panels, first: int, out: Tensor) -> None:
+def project(hidden: Tensor, weight: WeightRows, first: int, out: Tensor) -> None:
     """out [R, P] = hidden [R, D] W^T, for rows first to first + P of W [V, D]."""
-    for part, panel in panels.between(first, first + out.shape[1]):
-        _mm(hidden, panel.t(), out[:, part])
+    for part, rows in weight.between(first, first + out.shape[1]):
+        _mm(hidden, rows.t(), out[:, part])
 
 
-def hidden_grad(dz: Tensor, panels: Panels, first: int, total: Tensor, fresh: bool) -> None:
-    """total [R, D] += dz [R, P] W, for rows first to first + P of W; `fresh` starts at 0."""
-    for part, panel in panels.between(first, first + dz.shape[1]):
-        if fresh:
-            _mm(dz[:, part], panel, total)
+def hidden_grad(
+    dlogits: Tensor, weight: WeightRows, first: int, total: Tensor, accumulate: bool
+) -> None:
+    """total [R, D] (+)= dlogits [R, P] W, for rows first to first + P of W."""
+    for part, rows in weight.between(first, first + dlogits.shape[1]):
+        if accumulate:
+            _addmm(total, dlogits[:, part], rows)
         else:
-            _addmm(total, dz[:, part], panel)
-        fresh = False
+            _mm(dlogits[:, part], rows, total)
+        accumulate = True
 
 
-def weight_grad(dz: Tensor, hidden: Tensor, total: Tensor, scale: Tensor | None = None) -> None:
-    """total [P, D] += scale dz^T [P, R] hidden [R, D]."""
+def weight_grad(
+    dlogits: Tensor, hidden: Tensor, total: Tensor, scale: Tensor | None = None
+) -> None:
+    """total [P, D] += scale dlogits^T [P, R] hidden [R, D]."""
     if scale is None:
-        _addmm(total, dz.t(), hidden)
+        _addmm(total, dlogits.t(), hidden)
     else:
-        total.add_(_wide_weight_grad(dz, hidden, scale))
+        total.add_(_wide_weight_grad(dlogits, hidden, scale))
 
 
-def new_weight_grad(dz: Tensor, hidden: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
-    """out [P, D] = scale dz^T [P, R] hidden [R, D], rounded once."""
-    if scale is None and out.dtype == dz.dtype:
-        torch.mm(dz.t(), hidden, out=out)
+def new_weight_grad(
+    dlogits: Tensor, hidden: Tensor, out: Tensor, scale: Tensor | None = None
+) -> None:
+    """out [P, D] = scale dlogits^T [P, R] hidden [R, D], rounded once."""
+    if scale is None and out.dtype == dlogits.dtype:
+        torch.mm(dlogits.t(), hidden, out=out)
     else:
-        out.copy_(_wide_weight_grad(dz, hidden, scale))
+        out.copy_(_wide_weight_grad(dlogits, hidden, scale))
 
 
-def _wide_weight_grad(dz: Tensor, hidden: Tensor, scale: Tensor | None) -> Tensor:
-    shape = dz.shape[1], hidden.shape[1]
-    wide = dz.new_empty(shape, dtype=compute_dtype(dz.dtype))
-    _mm(dz.t(), hidden, wide)
+def _wide_weight_grad(dlogits: Tensor, hidden: Tensor, scale: Tensor | None) -> Tensor:
+    shape = dlogits.shape[1], hidden.shape[1]
+    wide = dlogits.new_empty(shape, dtype=compute_dtype(dlogits.dtype))
+    _mm(dlogits.t(), hidden, wide)
     return wide if scale is None else wide.mul_(scale)

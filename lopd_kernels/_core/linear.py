@@ -1,4 +1,4 @@
-"""The LM head of a call."""
+"""The LM head of a call: hidden states, weight and head options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lopd_kernels._core.workspace import Sizes
 
 
 class Linear(NamedTuple):
-    """The LM head: u = hidden weight^T, then `head`."""
+    """u = hidden weight^T, then `head`."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -23,6 +23,7 @@ class Linear(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The compute dtype."""
         return compute_dtype(self.hidden.dtype)
 
     @property
@@ -33,13 +34,13 @@ class Linear(NamedTuple):
         return Sizes.of(self.hidden, self.weight, width)
 
     def operand(self, active: Tensor | None) -> Tensor:
-        """hidden [N, D] as the GEMMs take it: zeros in inactive rows, NaN in spoilt ones."""
-        spoilt = self.functions.spoilt(self.hidden, self.weight, self.head)
-        if spoilt is None and active is None:
+        """hidden [N, D] for the GEMMs: zeros in inactive rows, NaN in rows that are not finite."""
+        nonfinite = self.functions.nonfinite_rows(self.hidden, self.weight, self.head)
+        if nonfinite is None and active is None:
             return self.hidden.to(operand_dtype(self.hidden))
         hidden = self.hidden.to(operand_dtype(self.hidden), copy=True)
-        if spoilt is not None:
-            hidden.masked_fill_(spoilt.unsqueeze(1), math.nan)
+        if nonfinite is not None:
+            hidden.masked_fill_(nonfinite.unsqueeze(1), math.nan)
         if active is not None:
             hidden.masked_fill_(~active.unsqueeze(1), 0.0)
         return hidden

@@ -1,9 +1,9 @@
-"""Losses over the support alone: K gathered rows of the weight instead of the LM head.
+"""Losses on the listed ids only: K gathered rows of the weight instead of the LM head.
 
-Both distributions are renormalised over the listed ids, so nothing outside them enters
-the value or the gradient. `u_k = h . W[id_k]` needs N K D multiplications where the LM
-head needs N V D; dW is a sum over equal ids, taken in row order, so that equal inputs
-give equal bits. The forward keeps u; the backward forms the gradients, complete.
+Both distributions are renormalised over the listed ids, so nothing else enters the value or the
+gradient. `u_k = h . W[id_k]` takes N K D multiplications where the LM head takes N V D. dW is a
+sum over equal ids in row order, so equal inputs give equal bits. The forward stores u; the
+backward computes the gradients, complete.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from lopd_kernels._core.backend import listed_functions, uses_triton
-from lopd_kernels._core.buckets import centred
+from lopd_kernels._core.buckets import center
 from lopd_kernels._core.linear import Linear
 from lopd_kernels._core.panels import RowLosses
-from lopd_kernels._core.rules import RowRule
-from lopd_kernels._core.support import Support, locate
-from lopd_kernels._core.types import STATS, Head, Reduction
-from lopd_kernels._core.workspace import BOOKKEEPING, Needs
+from lopd_kernels._core.rules import RowLoss, Rule
+from lopd_kernels._core.support import SafeSupport, add_at, locate
+from lopd_kernels._core.types import STATS, Head, Needs, RowState
+from lopd_kernels._core.workspace import BOOKKEEPING
 
 GATHER_BYTES = 32 << 20
-SORTED = 12  # words per entry that sorting by id takes
+SORT_WORDS = 12  # words per entry that sorting by id takes
 
 
 def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int | None) -> int:
-    """Rows of hidden whose K gathered rows of the weight are held at a time.
+    """Rows of hidden whose K gathered rows of the weight are in memory at a time.
 
-    The kernels gather nothing; what they need beside the bookkeeping is a sort of the entries.
+    The kernels gather nothing; beside the bookkeeping they need memory to sort the entries.
     """
     (n, d), v = linear.hidden.shape, linear.weight.shape[0]
     size = linear.dtype.itemsize
@@ -38,21 +38,21 @@ def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int
     if workspace_bytes is None:
         return max(1, GATHER_BYTES // per_row)
     narrow = gathers and linear.hidden.dtype != linear.dtype
-    held = size * (
+    fixed = size * (
         narrow * (n * d * needs.hidden + v * d * needs.weight)
         + 2 * v
-        + (BOOKKEEPING["torch"] + SORTED * (not gathers)) * n * (width + 2)
+        + (BOOKKEEPING["torch"] + SORT_WORDS * (not gathers)) * n * (width + 2)
     )
-    smallest = held + per_row
+    smallest = fixed + per_row
     if workspace_bytes < smallest:
         raise ValueError(
             f"workspace_bytes is {workspace_bytes}, but the gather of {width} rows of a weight "
             f"with {d} columns needs at least {smallest}; pass workspace_bytes={smallest} or more"
         )
-    return (workspace_bytes - held) // per_row
+    return (workspace_bytes - fixed) // per_row
 
 
-def finish(u: Tensor, ids: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+def apply_head(u: Tensor, ids: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     """(z, 1 - tanh^2) of u [N, K] at `ids`; an infinite u or softcapped bias gives NaN."""
     x = u.masked_fill(u.isinf(), math.nan)
     if head.bias is not None:
@@ -64,81 +64,67 @@ def finish(u: Tensor, ids: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     return x * head.cap, 1.0 - x * x
 
 
-def support_rule(z: Tensor, support: Support, target: Tensor, rule: RowRule) -> tuple[Tensor, ...]:
-    """(loss [N], dL/dz [N, K], 0 on pads) of a rule renormalised over the support."""
+def renormalized_loss(
+    z: Tensor, support: SafeSupport, target: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """(loss [N], dL/dz [N, K], 0 at pads) of a rule renormalised over the listed ids."""
     logprobs = z.masked_fill(~support.listed, -math.inf).log_softmax(1)
-    nothing = torch.full_like(logprobs[:, :1], -math.inf)
-    buckets = torch.cat([logprobs, nothing], 1)
-    loss, g, _ = rule.apply(buckets, torch.cat([target[:, :-1], nothing], 1))
-    grad = centred(g, buckets.exp())[:, :-1]
-    loss = loss.masked_fill(support.broken, math.nan)
-    grad = grad.masked_fill(support.broken.unsqueeze(1), math.nan)
+    no_tail = torch.full_like(logprobs[:, :1], -math.inf)
+    buckets = torch.cat([logprobs, no_tail], 1)
+    loss, g, _ = rule.apply(buckets, torch.cat([target[:, :-1], no_tail], 1))
+    grad = center(g, buckets.exp())[:, :-1]
+    loss = loss.masked_fill(support.invalid, math.nan)
+    grad = grad.masked_fill(support.invalid.unsqueeze(1), math.nan)
     active = support.active
     grad = torch.where(active.unsqueeze(1) & support.listed, grad, 0.0)
     return torch.where(active, loss, 0.0), grad
 
 
-def support_losses(
-    linear: Linear,
-    ids: Tensor,
-    target: Tensor,
-    row_weights: Tensor | None,
-    rule: RowRule,
-    needs: Needs,  # of the backward, whose workspace is checked here
-    workspace_bytes: int | None,
+def listed_losses(
+    linear: Linear, loss: RowLoss, needs: Needs, workspace_bytes: int | None
 ) -> RowLosses:
-    """`engine.row_losses` for rules named `<divergence>:renormalize`; stats hold the loss."""
-    gathered_rows(linear, needs, ids.shape[1], workspace_bytes)
-    rows = gathered_rows(linear, Needs(), ids.shape[1], workspace_bytes)
-    support = locate(ids, row_weights, linear.weight.shape[0])
+    """`panels.row_losses` of a rule that ignores unlisted ids; the stats hold only the loss."""
+    width = loss.ids.shape[1]
+    gathered_rows(linear, needs, width, workspace_bytes)
+    rows = gathered_rows(linear, Needs(), width, workspace_bytes)
+    support = locate(loss.ids, loss.row_weights, linear.weight.shape[0])
     hidden = linear.hidden
     u = listed_functions(hidden).dots(hidden, linear.weight, support.ids, rows)
-    z, _ = finish(u, support.ids, linear.head)
+    z, _ = apply_head(u, support.ids, linear.head)
     stats = hidden.new_zeros((hidden.shape[0], len(STATS)), dtype=linear.dtype)
-    stats[:, 0], _ = support_rule(z, support, target.to(linear.dtype), rule)
-    return RowLosses(stats, Reduction(u.new_empty((0, 4)), u))
+    stats[:, 0], _ = renormalized_loss(z, support, loss.target.to(linear.dtype), loss.rule)
+    return RowLosses(stats, RowState(u.new_empty((0, 4)), u))
 
 
-def support_grads(
+def listed_grads(
     linear: Linear,
-    ids: Tensor,
-    target: Tensor,
-    weights: Tensor | None,  # [N] upstream gradient times the row's weight
-    reduction: Reduction,
-    rule: RowRule,
+    loss: RowLoss,  # row_weights: upstream gradient times the row's weight
+    state: RowState,  # `listed` is u, without the head
     needs: Needs,
     workspace_bytes: int | None,
-    accumulator: Tensor | None = None,
+    accumulator: Tensor | None = None,  # [V, D] compute dtype; dW is added to it
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden, dweight, dbias), complete and in the inputs' dtypes; empty where not needed."""
+    """(dhidden, dweight, dbias) of `listed_losses`, complete; [0] if not needed."""
     hidden, weight = linear.hidden, linear.weight
-    counted = needs._replace(weight=needs.weight and accumulator is None)
-    rows = gathered_rows(linear, counted, ids.shape[1], workspace_bytes)
-    support, functions = locate(ids, weights, weight.shape[0]), listed_functions(hidden)
-    z, slope = finish(reduction.on, support.ids, linear.head)
-    _, grad = support_rule(z, support, target.to(linear.dtype), rule)
+    rows = gathered_rows(linear, needs, loss.ids.shape[1], workspace_bytes)
+    support, functions = locate(loss.ids, loss.row_weights, len(weight)), listed_functions(hidden)
+    z, slope = apply_head(state.listed, support.ids, linear.head)
+    _, grad = renormalized_loss(z, support, loss.target.to(linear.dtype), loss.rule)
     grad = grad * linear.head.slope
-    if weights is not None:
-        grad = torch.where(support.active.unsqueeze(1), grad * weights.unsqueeze(1), 0.0)
+    if loss.row_weights is not None:
+        weighted = grad * loss.row_weights.unsqueeze(1)
+        grad = torch.where(support.active.unsqueeze(1), weighted, 0.0)
     grad = (grad if slope is None else grad * slope).to(linear.dtype)
     grad = torch.where(support.active.unsqueeze(1) & support.listed, grad, 0.0)
     dhidden, dweight = hidden.new_empty(0), weight.new_empty(0)
     dbias = hidden.new_zeros(weight.shape[0] if needs.bias else 0, dtype=linear.dtype)
     if needs.hidden:
         dhidden = functions.hidden_grad(grad, weight, support.ids, rows)
-    if accumulator is None and needs.weight:
+    if needs.weight:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         functions.weight_grad(grad, hidden, support.ids, rows, dweight, add=False)
-    elif accumulator is not None:
+    if accumulator is not None:
         functions.weight_grad(grad, hidden, support.ids, rows, accumulator, add=True)
     if needs.bias:
         add_at(dbias, support.ids.flatten(), grad.flatten())
     return dhidden, dweight, dbias
-
-
-def add_at(total: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """total[ids[i]] += rows[i] in order of i: the deterministic kernel of each device."""
-    if total.is_cuda:
-        total.index_put_((ids,), rows, accumulate=True)
-    else:
-        total.index_add_(0, ids, rows)

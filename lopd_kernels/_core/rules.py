@@ -1,22 +1,22 @@
-"""The bucket maths: every loss of this package as one rule on a row's support and tail.
+"""Every loss as one rule on the buckets of a row: its K listed ids and the tail.
 
-A row has K support ids and one tail bucket that holds the rest of the vocabulary. With
-`l_b = log p_b` the student's log-probs of these K + 1 buckets, a rule gives the row's
-loss and `g_b = dL/dl_b`; the gradient with respect to the logits is then, with
-`G = sum_b g_b`,
+The tail bucket holds the rest of the vocabulary. With `l_b = log p_b` the student's log-probs
+of these K + 1 buckets, a rule gives the row's loss and `g_b = dL/dl_b`. The gradient with
+respect to the logits is then, with `G = sum_b g_b`,
 
-    on the support   dL/dz_k = g_k - p_k G
-    off the support  dL/dz_j = p_j / p_tail * (g_tail - p_tail G)
+    listed ids   dL/dz_k = g_k - p_k G
+    other ids    dL/dz_j = p_j / p_tail * (g_tail - p_tail G)
 
-so that one row pass serves every loss. A divergence is one elementwise function of the
-student's and the teacher's log-probs; to add one, add it to `DIVERGENCES`.
+so one row pass serves every loss. A divergence is one elementwise function of the student's
+and the teacher's log-probs; to add one, add it to `DIVERGENCES`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,26 +24,14 @@ from torch import Tensor
 TAILS = ("bucket", "renormalize", "truncate")
 IMPORTANCE = ("none", "token", "token_truncated")
 TAIL_FLOOR = -23 * math.log(2.0)
-
-
-class RowRule(NamedTuple):
-    """A loss on the buckets of a block of rows.
-
-    apply(l [R, K+1], target [R, M]) -> (loss [R], g [R, K+1], extras), where extras is a
-    tuple of [R] tensors, one for each name in `extras`.
-    """
-
-    apply: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
-    name: str
-    options: tuple[float, ...]
-    extras: tuple[str, ...] = ()
+RowResult = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 
 
 class Divergence(NamedTuple):
     """phi(l, t, beta) -> (phi, g) per bucket, with dphi/dl = g + shift * p.
 
-    The constant is kept apart because it cancels wherever the buckets sum to one, where
-    adding it would only cost digits; a truncated sum needs it.
+    The constant is separate because it cancels wherever the buckets sum to one, where adding it
+    would only cost digits. A truncated sum needs it.
     """
 
     phi: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -63,7 +51,7 @@ def _forward_kl(lp: Tensor, lq: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _jsd(lp: Tensor, lq: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    # p or q is below e^-80 where the bound acts, and so is what it changes.
+    # Where the clamp acts, p or q is below e^-80, and so is the error of the clamp.
     ratio = (lq - lp).clamp(-80.0, 80.0)
     student = (beta - 1.0) * lp.exp() * torch.log1p(beta * torch.expm1(ratio))
     teacher = -beta * lq.exp() * torch.log1p((1.0 - beta) * torch.expm1(-ratio))
@@ -78,82 +66,124 @@ DIVERGENCES = {
 }
 
 
-def _divergence_rule(name: str, tail: str, options: tuple[float, ...]) -> RowRule:
-    divergence, beta = DIVERGENCES[name], options[0]
+@dataclass(frozen=True)
+class DivergenceRule:
+    """A divergence to the teacher's buckets; target [N, K+1] are their log-probs."""
 
-    def bucket(lp: Tensor, target: Tensor):
-        phi, g = divergence.phi(lp, target, beta)
-        return phi.sum(1), g, ()
+    divergence: str  # a key of DIVERGENCES
+    tail: str  # one of TAILS
+    beta: float = 0.5
 
-    def truncate(lp: Tensor, target: Tensor):
-        phi, g = divergence.phi(lp[:, :-1], target[:, :-1], beta)
-        g = g + divergence.shift * lp[:, :-1].exp()
-        return phi.sum(1), torch.cat([g, torch.zeros_like(lp[:, -1:])], 1), ()
+    extras: ClassVar[tuple[str, ...]] = ()
 
-    def renormalize(lp: Tensor, target: Tensor):
-        kept = target[:, :-1]
-        return bucket(lp, torch.cat([kept - kept.logsumexp(1, keepdim=True), target[:, -1:]], 1))
+    @property
+    def ignores_unlisted(self) -> bool:
+        """Whether the loss depends on the listed ids only and needs no LM-head GEMM."""
+        return self.tail == "renormalize"
 
-    forms = {"bucket": bucket, "truncate": truncate, "renormalize": renormalize}
-    return RowRule(forms[tail], f"{name}:{tail}", options)
+    def apply(self, lp: Tensor, target: Tensor) -> RowResult:
+        phi, shift = DIVERGENCES[self.divergence]
+        if self.tail == "truncate":
+            terms, g = phi(lp[:, :-1], target[:, :-1], self.beta)
+            g = g + shift * lp[:, :-1].exp()
+            return terms.sum(1), torch.cat([g, torch.zeros_like(lp[:, -1:])], 1), ()
+        if self.tail == "renormalize":
+            listed = target[:, :-1]
+            listed = listed - listed.logsumexp(1, keepdim=True)
+            target = torch.cat([listed, target[:, -1:]], 1)
+        terms, g = phi(lp, target, self.beta)
+        return terms.sum(1), g, ()
 
 
-def _policy_gradient_rule(source: str, importance: str, options: tuple[float, ...]) -> RowRule:
-    advantage_clip, importance_cap, clip_range = options
+@dataclass(frozen=True)
+class PolicyGradientRule:
+    """The policy gradient of one id per row; target [N, 2] is (score, rollout's log-prob).
 
-    def apply(lp: Tensor, target: Tensor):
+    The score is the advantage itself or, with `from_teacher`, the teacher's log-prob.
+    """
+
+    from_teacher: bool
+    importance: str  # one of IMPORTANCE, or "clipped" for PPO's form
+    advantage_clip: float = math.inf
+    importance_cap: float = math.inf
+    clip_range: float = 0.0
+
+    extras: ClassVar[tuple[str, ...]] = ("logprobs", "advantages", "importance")
+    ignores_unlisted: ClassVar[bool] = False
+
+    def apply(self, lp: Tensor, target: Tensor) -> RowResult:
         logprob, (score, rollout) = lp[:, 0], target.unbind(1)
         advantage = score
-        if source == "log_ratio":
-            advantage = (score - logprob).clamp(-advantage_clip, advantage_clip)
+        if self.from_teacher:
+            advantage = (score - logprob).clamp(-self.advantage_clip, self.advantage_clip)
         ratio = torch.exp(logprob - rollout)
-        if importance == "clipped":
-            bounded = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-            loss = torch.maximum(-ratio * advantage, -bounded * advantage)
-            slope = torch.where(-ratio * advantage >= -bounded * advantage, -ratio * advantage, 0.0)
+        if self.importance == "clipped":
+            bounded = ratio.clamp(1.0 - self.clip_range, 1.0 + self.clip_range)
+            free, bounded = -ratio * advantage, -bounded * advantage
+            loss = torch.maximum(free, bounded)
+            slope = torch.where(free >= bounded, free, 0.0)
             slope = torch.where(loss.isnan(), math.nan, slope)
         else:
-            if importance == "none":
+            if self.importance == "none":
                 ratio = torch.ones_like(logprob)
-            elif importance == "token_truncated":
-                ratio = ratio.clamp(max=importance_cap)
+            elif self.importance == "token_truncated":
+                ratio = ratio.clamp(max=self.importance_cap)
             slope = -ratio * advantage
             loss = slope * logprob
         g = torch.stack([slope, torch.zeros_like(slope)], 1)
         return loss, g, (logprob, advantage, ratio)
 
-    name = f"policy_gradient:{source}:{importance}"
-    return RowRule(apply, name, options, ("logprobs", "advantages", "importance"))
 
+@dataclass(frozen=True)
+class CrossEntropyRule:
+    """-log p of one id per row; the target is not used."""
 
-def _cross_entropy_rule() -> RowRule:
-    def apply(lp: Tensor, target: Tensor):
+    extras: ClassVar[tuple[str, ...]] = ()
+    ignores_unlisted: ClassVar[bool] = False
+
+    def apply(self, lp: Tensor, target: Tensor) -> RowResult:
         g = torch.zeros_like(lp)
         g[:, 0] = -1.0
         return -lp[:, 0], g, ()
 
-    return RowRule(apply, "cross_entropy", ())
+
+# apply(lp [R, K+1], target [R, M]) -> (loss [R], g [R, K+1], one [R] tensor per name in `extras`)
+Rule = DivergenceRule | PolicyGradientRule | CrossEntropyRule
 
 
-def row_rule(name: str, options: list[float]) -> RowRule:
-    """The rule of an operator's `rule` string: what a loss is, without its data.
+class RowLoss(NamedTuple):
+    """A loss of each row: on which ids, compared with what, times which weight."""
 
-    `<divergence>:<tail>` with options [beta] and target [N, K+1], the teacher's buckets;
-    `policy_gradient:<given|log_ratio>:<importance>` with options [advantage_clip,
-    importance_cap, clip_range] and target [N, 2], (advantage or teacher's log-prob,
-    rollout's log-prob); `cross_entropy` with neither.
-    """
-    head, *rest = name.split(":")
-    if head == "cross_entropy":
-        return _cross_entropy_rule()
-    if head == "policy_gradient":
-        return _policy_gradient_rule(rest[0], rest[1], tuple(options))
-    return _divergence_rule(head, rest[0], tuple(options))
+    ids: Tensor  # [N, K] int, -1 pads
+    target: Tensor  # [N, M], see the rule
+    row_weights: Tensor | None  # [N]
+    rule: Rule
+
+
+def encode(rule: Rule) -> tuple[str, list[float]]:
+    """The two arguments that stand for a rule in an operator's schema."""
+    if isinstance(rule, DivergenceRule):
+        return f"{rule.divergence}:{rule.tail}", [rule.beta]
+    if isinstance(rule, PolicyGradientRule):
+        score = "teacher" if rule.from_teacher else "advantage"
+        options = [rule.advantage_clip, rule.importance_cap, rule.clip_range]
+        return f"policy_gradient:{score}:{rule.importance}", options
+    return "cross_entropy", []
+
+
+def decode(name: str, options: list[float]) -> Rule:
+    """The inverse of `encode`."""
+    kind, *form = name.split(":")
+    if kind == "cross_entropy":
+        return CrossEntropyRule()
+    if kind == "policy_gradient":
+        return PolicyGradientRule(form[0] == "teacher", form[1], *options)
+    return DivergenceRule(kind, form[0], *options)
 
 
 class TeacherBuckets(NamedTuple):
     logprobs: Tensor  # [N, K+1], -inf where an id is -1; the last column is the tail
-    floored: Tensor  # [N] bool, derived tails that rounding had left at or below the floor
+    floored: Tensor  # [N] bool: a derived tail was raised to TAIL_FLOOR
 
 
 def teacher_buckets(
@@ -161,20 +191,20 @@ def teacher_buckets(
 ) -> TeacherBuckets:
     """The teacher's K + 1 buckets; a missing tail is `log(1 - sum_k q_k)`.
 
-    Derived tails are taken in fp64 and floored at log 2^-23, the rounding of fp32 near one. A row
-    that lists the whole vocabulary has no tail: its bucket is -inf.
+    A missing tail is derived in fp64 and floored at log 2^-23, the rounding of fp32 near one. A
+    row that lists the whole vocabulary has no tail: its bucket is -inf.
     """
-    listed = topk_ids >= 0
-    kept = topk_logprobs.masked_fill(~listed, -math.inf)
+    is_listed = topk_ids >= 0
+    listed = topk_logprobs.masked_fill(~is_listed, -math.inf)
     if tail_logprobs is None:
-        mass = kept.double().logsumexp(1)
+        mass = listed.double().logsumexp(1)
         near_one = torch.log(-torch.expm1(mass.clamp(max=0.0)))
         tail = torch.where(mass > -math.log(2.0), near_one, torch.log1p(-torch.exp(mass)))
         floored = tail < TAIL_FLOOR
-        tail = tail.clamp(min=TAIL_FLOOR).to(kept.dtype)
+        tail = tail.clamp(min=TAIL_FLOOR).to(listed.dtype)
     else:
         tail = tail_logprobs
         floored = torch.zeros_like(tail, dtype=torch.bool)
-    full = listed.sum(1) == vocab
+    full = is_listed.sum(1) == vocab
     tail = tail.masked_fill(full, -math.inf)
-    return TeacherBuckets(torch.cat([kept, tail.unsqueeze(1)], 1), floored & ~full)
+    return TeacherBuckets(torch.cat([listed, tail.unsqueeze(1)], 1), floored & ~full)

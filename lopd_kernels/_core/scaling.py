@@ -1,4 +1,4 @@
-"""Weights of rows, and the factor that dz leaves out where it is rounded."""
+"""Row weights, and the scale that dL/dz leaves out where it is rounded to 16 bits."""
 
 from __future__ import annotations
 
@@ -8,28 +8,33 @@ from torch import Tensor
 from lopd_kernels._core.gemm import is_mixed
 from lopd_kernels._core.linear import Linear
 
-FP16_ROOM = 2.0**15  # half of fp16's range, for the largest entry of dz
-
-
-def weighted_sum(losses: Tensor, row_weights: Tensor | None) -> Tensor:
-    """sum_n w_n L_n; a row without weight adds nothing, whatever its loss."""
-    return weigh(losses, row_weights).sum()
+FP16_ROOM = 2.0**15  # half of fp16's range, for the largest entry of dL/dz
 
 
 def weigh(losses: Tensor, row_weights: Tensor | None) -> Tensor:
+    """w_n L_n [N]; 0 in a row of weight 0, whatever its loss."""
     if row_weights is None:
         return losses.clone()
     return torch.where(row_weights == 0, 0.0, losses * row_weights.to(losses.dtype))
 
 
-def normalised(
-    linear: Linear, row_weights: Tensor | None, largest_dz: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(weights [N] that dz carries, the factor that makes up for them).
+def dlogits_bound(target: Tensor) -> Tensor:
+    """A bound on |dL/dz| at weights of one: |p (log p - log q)| and |A| for usual log-probs.
 
-    They are w over the largest |w|: equal weights round nothing in 16 bits. In fp16 they leave
-    room for `largest_dz`, what dz may reach with weights of one: its small entries would be
-    subnormal.
+    An importance ratio may exceed it; entries beyond the range of fp16 come out as inf.
+    """
+    finite = torch.where(target.isfinite(), target, 0.0).abs()
+    return 128.0 + 2.0 * (finite.amax() if finite.numel() else finite.sum())
+
+
+def normalized_weights(
+    linear: Linear, row_weights: Tensor | None, bound: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(weights [N] that dL/dz carries, the scale [] that its gradients are short of).
+
+    The weights are w / max|w|, so equal weights cost no rounding in 16 bits. In fp16, where small
+    entries of dL/dz would be subnormal, a power of two leaves room for `bound`, the largest entry
+    at weights of one.
     """
     n = linear.hidden.shape[0]
     weights = linear.hidden.new_ones(n, dtype=linear.dtype)
@@ -40,24 +45,15 @@ def normalised(
         weights = row_weights.to(linear.dtype) / largest
     scale = largest * linear.head.slope
     if is_mixed(linear.hidden) and linear.hidden.dtype == torch.float16:
-        room = FP16_ROOM / largest_dz
+        room = FP16_ROOM / bound
         power = room / torch.frexp(room).mantissa / 2.0
         weights, scale = weights * power, scale / power
     return weights, scale
 
 
-def largest_dz(target: Tensor) -> Tensor:
-    """A bound of |dL/dz| at weights of one: |p (log p - log q)| and |A| for usual log-probs.
-
-    An importance ratio may pass it; what leaves the range of fp16 comes out as inf.
-    """
-    known = torch.where(target.isfinite(), target, 0.0).abs()
-    return 128.0 + 2.0 * (known.amax() if known.numel() else known.sum())
-
-
-def complete(
-    linear: Linear, row_weights: Tensor | None, largest_dz: Tensor
+def panel_weights(
+    linear: Linear, row_weights: Tensor | None, bound: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(weights of dz, scale) for `panel_grads`: where dz is rounded it leaves the scale out."""
-    weights, scale = normalised(linear, row_weights, largest_dz)
+    """`normalized_weights`, with the scale folded in where dL/dz is not rounded."""
+    weights, scale = normalized_weights(linear, row_weights, bound)
     return (weights, scale) if is_mixed(linear.hidden) else (weights * scale, None)

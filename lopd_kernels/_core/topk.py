@@ -1,4 +1,4 @@
-"""The most probable ids of each row."""
+"""The most probable ids of each row, their tail, and log-probs of further ids."""
 
 from __future__ import annotations
 
@@ -8,55 +8,81 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopd_kernels._core.buckets import settle
-from lopd_kernels._core.chunks import row_chunks
-from lopd_kernels._core.gemm import Panels
+from lopd_kernels._core.buckets import student_buckets
+from lopd_kernels._core.chunks import visit_chunks
+from lopd_kernels._core.gemm import WeightRows
 from lopd_kernels._core.linear import Linear
-from lopd_kernels._core.listed import finish
-from lopd_kernels._core.types import Reduction
-from lopd_kernels._core.workspace import WIDE, Needs, chunk_rows, padded
+from lopd_kernels._core.listed import apply_head
+from lopd_kernels._core.support import distinct
+from lopd_kernels._core.types import Needs, RowState
+from lopd_kernels._core.workspace import READ_WORDS, chunk_rows, padded
 
 
 class TopRows(NamedTuple):
     ids: Tensor  # [N, k] int64
     logprobs: Tensor  # [N, k]
-    tail_logprobs: Tensor  # [N]
+    tail_logprobs: Tensor  # [N] mass outside the top k
     entropy: Tensor  # [N]
-    extra_logprobs: Tensor  # [N, E] or [N, 0]
+    extra_logprobs: Tensor  # [N, E]
+    extra_tail_logprobs: Tensor  # [N] mass outside the top k and the extra ids
+    sampled_logprobs: Tensor  # [N, S]
 
 
-def topk(linear: Linear, k: int, extra_ids: Tensor | None, workspace_bytes: int | None) -> TopRows:
-    """The k most probable ids of each row; the tail is reduced with those ids removed."""
-    n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
-    like, functions = linear.hidden, linear.functions
-    if extra_ids is None:
-        extra_ids = like.new_empty((n, 0), dtype=torch.int64)
-    index = extra_ids.long()
-    broken = ((index < -1) | (index >= vocab)).any(1, keepdim=True)
-    index = index.clamp(0, vocab - 1)
-    found = TopRows(
+def _invalid(ids: Tensor, lowest: int, vocab: int) -> Tensor:
+    return ((ids < lowest) | (ids >= vocab)).any(1, keepdim=True)
+
+
+def topk(
+    linear: Linear,
+    k: int,
+    extra_ids: Tensor,  # [N, E], -1 pads
+    sampled_ids: Tensor,  # [N, S]
+    workspace_bytes: int | None,
+) -> TopRows:
+    """One reduction, with the top k and the extra ids listed, gives both tails.
+
+    The tail of the top k is the extra tail plus the extra ids that are not among the top k: a
+    sum, never a difference.
+    """
+    like, functions, bias = linear.hidden, linear.functions, linear.head.bias
+    n, vocab, e = like.shape[0], linear.weight.shape[0], extra_ids.shape[1]
+    extra_ids, sampled_ids = extra_ids.long(), sampled_ids.long()
+    invalid_extra = _invalid(extra_ids, -1, vocab)
+    invalid_sampled = _invalid(sampled_ids, 0, vocab)
+    extra_ids = extra_ids.masked_fill(invalid_extra, -1)
+    sampled_ids = sampled_ids.clamp(0, vocab - 1)
+    shapes = (n, k), n, n, (n, e), n, sampled_ids.shape
+    out = TopRows(
         like.new_empty((n, k), dtype=torch.int64),
-        like.new_empty((n, k), dtype=linear.dtype),
-        like.new_empty(n, dtype=linear.dtype),
-        like.new_empty(n, dtype=linear.dtype),
-        like.new_empty(extra_ids.shape, dtype=linear.dtype),
+        *(like.new_empty(shape, dtype=linear.dtype) for shape in shapes),
     )
-    bias = linear.head.bias
 
     def visit(u: Tensor, part: slice) -> None:
         ids = (u if bias is None else u + bias).topk(k, 1).indices
-        extra, _ = finish(u.gather(1, index[part]), index[part], linear.head)
-        reduction = Reduction.start(u, len(u), k, linear.dtype)
-        functions.reduce(u, 0, functions.locate(ids, None, vocab), linear.head, True, reduction)
-        seen = settle(reduction)
-        found.ids[part], found.logprobs[part] = ids, seen.buckets[:, :-1]
-        found.tail_logprobs[part], found.entropy[part] = seen.buckets[:, -1], seen.entropy
-        found.extra_logprobs[part] = extra - seen.top - seen.lse
+        z_sampled, _ = apply_head(u.gather(1, sampled_ids[part]), sampled_ids[part], linear.head)
+        listed, first = distinct(torch.cat([ids, extra_ids[part]], 1))
+        state = RowState.start(u, len(u), k + e, linear.dtype)
+        support = functions.locate(listed, None, vocab)
+        functions.reduce(u, 0, support, linear.head, True, state)
+        student = student_buckets(state)
+        logprobs = student.logprobs
+        rows = TopRows(
+            ids,
+            logprobs[:, :k],
+            logprobs[:, k:].logsumexp(1),
+            student.entropy,
+            logprobs.gather(1, first[:, k:]),
+            logprobs[:, -1],
+            z_sampled - student.max_logit - student.lse,
+        )
+        for field, value in zip(out, rows, strict=True):
+            field[part] = value
 
-    width = k + extra_ids.shape[1] + WIDE
     copies = bias is not None or (like.is_cuda and vocab != padded(vocab))
-    sizes = linear.sizes(width)._replace(logits=2 if copies else 1)
+    sizes = linear.sizes(k + e + READ_WORDS)._replace(logits=2 if copies else 1)
     rows = chunk_rows(sizes, Needs(), False, workspace_bytes)
-    row_chunks(linear, rows, linear.operand(None), Panels(linear.weight), visit)
-    found.extra_logprobs.masked_fill_(extra_ids == -1, -math.inf).masked_fill_(broken, math.nan)
-    return found
+    visit_chunks(linear, rows, linear.operand(None), WeightRows(linear.weight), visit)
+    out.extra_logprobs.masked_fill_(invalid_extra, math.nan)
+    out.extra_tail_logprobs.masked_fill_(invalid_extra[:, 0], math.nan)
+    out.sampled_logprobs.masked_fill_(invalid_sampled, math.nan)
+    return out

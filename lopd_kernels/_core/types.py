@@ -1,14 +1,4 @@
-"""Rows of logits to losses and gradients: what both implementations share, and the choice.
-
-The K support logits of a row are gathered and overwritten by -inf; the log-sum-exp of what
-is left is the student's tail, taken directly: `lse = logaddexp(lse_on, lse_off)`,
-`log p_tail = lse_off - lse` keeps six digits at any tail where `1 - sum_k p_k` has none.
-Off the support the gradient is the softmax times one number per row; the K entries on it
-are overwritten.
-
-`triton_rows` serves CUDA tensors, and with TRITON_INTERPRET=1 in the environment CPU tensors
-too; `torch_rows` serves the others, and fp64, which is for oracles, everywhere.
-"""
+"""Data that the schedules and the row functions exchange."""
 
 from __future__ import annotations
 
@@ -33,7 +23,7 @@ class Head:
 
     @property
     def gain(self) -> float:
-        """Factor of u + bias: z itself, or tanh's argument under a softcap."""
+        """Factor of u + bias: gives z itself, or the argument of tanh under a softcap."""
         return self.logit_scale / (self.temperature if self.softcap is None else self.softcap)
 
     @property
@@ -47,8 +37,16 @@ class Head:
         return self.logit_scale / self.temperature
 
 
+class Needs(NamedTuple):
+    """The gradients that a call computes."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
 class Support(Protocol):
-    """Where the buckets of each row are."""
+    """The listed ids of each row, in the form that an implementation indexes with."""
 
     @property
     def active(self) -> Tensor: ...  # [N] bool: has an id and a weight other than 0
@@ -56,32 +54,35 @@ class Support(Protocol):
     def rows(self, part: slice) -> Support: ...
 
 
-class Reduction(NamedTuple):
-    """Rows of logits reduced to their support and the log-sum-exp of the rest."""
+class RowState(NamedTuple):
+    """Rows of logits, reduced to the listed logits and a log-sum-exp of the others."""
 
-    state: (
-        Tensor  # [N, 4]: max off the support, sum of e = exp(z - max), sum of e (z - max), broken
-    )
-    on: Tensor  # [N, K] z at the ids, -inf at pads
+    unlisted: Tensor  # [N, 4]: max m of z, sum of e = exp(z - m), sum of e (z - m), invalid
+    listed: Tensor  # [N, K] z at the ids, -inf at pads
 
     @classmethod
-    def start(cls, like: Tensor, rows: int, width: int, dtype: torch.dtype) -> Reduction:
-        state = like.new_zeros((rows, 4), dtype=dtype)
-        state[:, 0] = torch.finfo(dtype).min
-        return cls(state, like.new_full((rows, width), -math.inf, dtype=dtype))
+    def start(cls, like: Tensor, rows: int, width: int, dtype: torch.dtype) -> RowState:
+        unlisted = like.new_zeros((rows, 4), dtype=dtype)
+        unlisted[:, 0] = torch.finfo(dtype).min
+        return cls(unlisted, like.new_full((rows, width), -math.inf, dtype=dtype))
 
-    def rows(self, part: slice) -> Reduction:
-        return Reduction(self.state[part], self.on[part])
+    def rows(self, part: slice) -> RowState:
+        return RowState(self.unlisted[part], self.listed[part])
 
 
-class Coefficients(NamedTuple):
-    """The gradient dL/dz: e (factor - pull (z - own)), e = exp(z - own), and `on` at the ids."""
+class LogitGrads(NamedTuple):
+    """dL/dz: `listed` at the ids, elsewhere e (factor - entropy_factor d).
 
-    own: Tensor  # [N]
+    Here d = z - unlisted_max and e = exp(d).
+    """
+
+    unlisted_max: Tensor  # [N]
     factor: Tensor  # [N]
-    pull: Tensor | None  # [N]
-    on: Tensor  # [N, K]
+    entropy_factor: Tensor | None  # [N]
+    listed: Tensor  # [N, K]
 
-    def rows(self, part: slice) -> Coefficients:
-        pull = None if self.pull is None else self.pull[part]
-        return Coefficients(self.own[part], self.factor[part], pull, self.on[part])
+    def rows(self, part: slice) -> LogitGrads:
+        entropy_factor = None if self.entropy_factor is None else self.entropy_factor[part]
+        return LogitGrads(
+            self.unlisted_max[part], self.factor[part], entropy_factor, self.listed[part]
+        )

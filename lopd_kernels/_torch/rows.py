@@ -1,4 +1,4 @@
-"""The row functions in torch. Rows go through in blocks that stay in the processor's cache."""
+"""`backend.RowFunctions` in torch. Rows are processed in blocks that fit in a CPU's cache."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lopd_kernels._core.buckets import centred, settle
-from lopd_kernels._core.rules import RowRule
-from lopd_kernels._core.support import Support
+from lopd_kernels._core.buckets import center, student_buckets
+from lopd_kernels._core.rules import Rule
+from lopd_kernels._core.support import SafeSupport
 from lopd_kernels._core.support import locate as locate
-from lopd_kernels._core.types import Coefficients, Head, Reduction
+from lopd_kernels._core.types import Head, LogitGrads, RowState
 from lopd_kernels._core.workspace import BLOCK_BYTES
 
 
-def spoilt(hidden: Tensor, weight: Tensor, head: Head) -> Tensor | None:
-    """A softcap maps +-inf to +-cap, and a weight of inf may give a logit of -inf, which reads
-    as an id without mass. A bias of -inf does mean that, where there is no softcap.
+def nonfinite_rows(hidden: Tensor, weight: Tensor, head: Head) -> Tensor | None:
+    """A softcap maps +-inf to +-cap, and an infinite weight may give a logit of -inf, which
+    marks an id without mass. Without a softcap, a bias of -inf marks one deliberately.
     """
     finite = torch.linalg.vector_norm(hidden, math.inf, 1).isfinite()
     low, high = weight.aminmax()
@@ -28,18 +28,14 @@ def spoilt(hidden: Tensor, weight: Tensor, head: Head) -> Tensor | None:
     return ~finite
 
 
-def block_rows(columns: int, itemsize: int) -> int:
-    return max(1, BLOCK_BYTES // (columns * itemsize))
-
-
 def _blocks(u: Tensor) -> Iterator[slice]:
-    size = block_rows(u.shape[1], u.element_size())
+    size = max(1, BLOCK_BYTES // (u.shape[1] * u.element_size()))
     for start in range(0, u.shape[0], size):
         yield slice(start, start + size)
 
 
-def _finish(u: Tensor, head: Head, first: int, want_slope: bool) -> Tensor | None:
-    """Turn u into z in place; returns 1 - tanh^2 under a softcap."""
+def _apply_head(u: Tensor, head: Head, first: int, want_slope: bool) -> Tensor | None:
+    """Turn u into z in place. Returns 1 - tanh^2 under a softcap."""
     if head.bias is not None:
         u.add_(head.bias[first : first + u.shape[1]])
     if head.gain != 1.0:
@@ -54,10 +50,10 @@ def _finish(u: Tensor, head: Head, first: int, want_slope: bool) -> Tensor | Non
 
 def row_pass(
     u: Tensor,
-    support: Support,
+    support: SafeSupport,
     target: Tensor,
     weights: Tensor | None,
-    rule: RowRule,
+    rule: Rule,
     head: Head,
     want_entropy: bool,
     stats: Tensor,
@@ -65,125 +61,115 @@ def row_pass(
     inf_masks: bool = False,
 ) -> None:
     for part in _blocks(u):
-        here = support.rows(part)
+        block, here = u[part], support.rows(part)
         if inf_masks:
-            u[part].masked_fill_(~here.active.unsqueeze(1), 0.0)
-        _row_block(
-            u[part],
-            here,
-            target[part],
-            None if weights is None else weights[part],
-            rule,
-            head,
-            want_entropy,
-            stats[part],
-        )
+            block.masked_fill_(~here.active.unsqueeze(1), 0.0)
+        factor = None if weights is None else weights[part]
+        _row_block(block, here, target[part], factor, rule, head, want_entropy, stats[part])
         if out is not None and out.data_ptr() != u.data_ptr():
-            out[part].copy_(u[part])
+            out[part].copy_(block)
 
 
 def _row_block(
-    x: Tensor,
-    support: Support,
+    x: Tensor,  # u, then z, then the exponentials, then the gradient
+    support: SafeSupport,
     target: Tensor,
     weights: Tensor | None,
-    rule: RowRule,
+    rule: Rule,
     head: Head,
     want_entropy: bool,
     stats: Tensor,
 ) -> None:
-    """Leaves the gradient in x. The exponentials of the reduction are the softmax, unscaled."""
-    slope = _finish(x, head, 0, want_slope=weights is not None)
-    on = x.gather(1, support.ids).masked_fill(~support.listed, -math.inf)
+    """The exponentials of the reduction are reused as the unscaled softmax of the gradient."""
+    slope = _apply_head(x, head, 0, want_slope=weights is not None)
+    listed = x.gather(1, support.ids).masked_fill(~support.listed, -math.inf)
     x.scatter_(1, support.ids, -math.inf)
-    own, total, spread = _exponentials(x, want_entropy)
-    state = torch.stack([own, total, spread, support.broken.to(x.dtype)], 1)
-    seen = settle(Reduction(state, on))
-    loss, g, extras = rule.apply(seen.buckets, target)
-    entropy = seen.entropy if want_entropy else torch.zeros_like(loss)
-    lse = (seen.top + seen.lse)[:, 0]
-    rows = torch.stack([loss, lse, seen.buckets[:, -1], entropy, *extras], 1)
+    top, total, spread = _exponentials(x, want_entropy)
+    unlisted = torch.stack([top, total, spread, support.invalid.to(x.dtype)], 1)
+    student = student_buckets(RowState(unlisted, listed))
+    loss, g, extras = rule.apply(student.logprobs, target)
+    entropy = student.entropy if want_entropy else torch.zeros_like(loss)
+    lse = (student.max_logit + student.lse)[:, 0]
+    rows = torch.stack([loss, lse, student.logprobs[:, -1], entropy, *extras], 1)
     stats.copy_(torch.where(support.active.unsqueeze(1), rows, 0.0))
     if weights is None:
         return
-    grad = centred(g, seen.buckets.exp()) * weights.unsqueeze(1)
+    grad = center(g, student.logprobs.exp()) * weights.unsqueeze(1)
     grad = torch.where(support.active.unsqueeze(1), grad, 0.0)
     factor = torch.where(total == 0.0, 0.0, grad[:, -1] / total)
     x.mul_(factor.unsqueeze(1))
+    listed_grad = grad[:, :-1]
     if slope is not None:
         x.mul_(slope)
-    _overwrite(x, grad[:, :-1], support, slope)
+        listed_grad = listed_grad * slope.gather(1, support.ids)
+    at_anchor = listed_grad.gather(1, support.anchor)
+    x.scatter_(1, support.ids, torch.where(support.listed, listed_grad, at_anchor))
 
 
-def _exponentials(z: Tensor, want_spread: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(max, sum of e, sum of e log e) of z [R, V], with e = exp(z - max) left in its place."""
-    own = z.amax(1, keepdim=True)
-    own = own.masked_fill(own == -math.inf, torch.finfo(z.dtype).min)
-    e = z.sub_(own).exp_()
-    spread = -torch.special.entr(e).sum(1) if want_spread else torch.zeros_like(own[:, 0])
-    return own[:, 0], e.sum(1), spread
-
-
-def _overwrite(off: Tensor, on: Tensor, support: Support, slope: Tensor | None) -> None:
-    """Put the gradient `on` [R, K] of the support into that of the other ids, `off` [R, V]."""
-    if slope is not None:
-        on = on * slope.gather(1, support.ids)
-    on = torch.where(support.listed, on, on.gather(1, support.anchor))
-    off.scatter_(1, support.ids, on)
+def _exponentials(z: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(max, sum of e, sum of e log e) of z [R, V]; z is overwritten by e = exp(z - max)."""
+    top = z.amax(1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, torch.finfo(z.dtype).min)
+    e = z.sub_(top).exp_()
+    spread = -torch.special.entr(e).sum(1) if want_entropy else torch.zeros_like(top[:, 0])
+    return top[:, 0], e.sum(1), spread
 
 
 def reduce(
-    u: Tensor, first: int, support: Support, head: Head, want_spread: bool, reduction: Reduction
+    u: Tensor, first: int, support: SafeSupport, head: Head, want_entropy: bool, state: RowState
 ) -> None:
     for part in _blocks(u):
-        block, here, seen = u[part], support.rows(part), reduction.rows(part)
-        _finish(block, head, first, want_slope=False)
-        if seen.on.shape[1]:
+        block, here, seen = u[part], support.rows(part), state.rows(part)
+        _apply_head(block, head, first, want_slope=False)
+        if seen.listed.shape[1]:
             columns, inside, anchor = here.in_panel(first, block.shape[1])
-            found = block.gather(1, columns)
-            seen.on.copy_(torch.where(inside, found, seen.on))
-            block.scatter_(1, columns, torch.where(inside.gather(1, anchor), -math.inf, found))
-        merged = _merge(seen.state.unbind(1)[:3], _exponentials(block, want_spread))
-        seen.state.copy_(torch.stack([*merged, here.broken.to(u.dtype)], 1))
+            z = block.gather(1, columns)
+            seen.listed.copy_(torch.where(inside, z, seen.listed))
+            block.scatter_(1, columns, torch.where(inside.gather(1, anchor), -math.inf, z))
+        merged = _merge(seen.unlisted.unbind(1)[:3], _exponentials(block, want_entropy))
+        seen.unlisted.copy_(torch.stack([*merged, here.invalid.to(u.dtype)], 1))
 
 
 def _merge(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Two (max, sum of e, sum of e (z - max)) as one."""
     top = torch.maximum(left[0], right[0])
     total, spread = torch.zeros_like(top), torch.zeros_like(top)
-    for own, part, own_spread in (left, right):
-        scale, down = (own - top).exp(), own - top
-        total = total + scale * part
-        spread = spread + torch.where(part == 0.0, 0.0, scale * (own_spread + part * down))
+    for part_max, part_total, part_spread in (left, right):
+        shift = part_max - top
+        scale = shift.exp()
+        total = total + scale * part_total
+        moved = scale * (part_spread + part_total * shift)
+        spread = spread + torch.where(part_total == 0.0, 0.0, moved)
     return top, total, spread
 
 
 def write(
     u: Tensor,
     first: int,
-    support: Support,
+    support: SafeSupport,
     head: Head,
-    coefficients: Coefficients,
-    on: Tensor,
+    grads: LogitGrads,
+    listed: Tensor,
     out: Tensor,
 ) -> None:
     for part in _blocks(u):
         z, here, inactive = u[part], support.rows(part), ~support.active[part].unsqueeze(1)
-        own, factor, pull, on_grad = coefficients.rows(part)
-        slope = _finish(z, head, first, want_slope=True)
-        z.sub_(own.unsqueeze(1))
+        unlisted_max, factor, entropy_factor, listed_grad = grads.rows(part)
+        slope = _apply_head(z, head, first, want_slope=True)
+        z.sub_(unlisted_max.unsqueeze(1))
         grad = z.exp()
-        if pull is None:
+        if entropy_factor is None:
             grad.mul_(factor.unsqueeze(1))
         else:
-            empty = z == -math.inf
-            grad.mul_(z.mul_(-pull.unsqueeze(1)).add_(factor.unsqueeze(1)))
-            grad.masked_fill_(empty, 0.0)
-        if on_grad.shape[1]:
+            no_mass = z == -math.inf
+            grad.mul_(z.mul_(-entropy_factor.unsqueeze(1)).add_(factor.unsqueeze(1)))
+            grad.masked_fill_(no_mass, 0.0)
+        if listed_grad.shape[1]:
             columns, inside, anchor = here.in_panel(first, z.shape[1])
-            kept = torch.where(inside, on_grad, on_grad.gather(1, anchor))
-            kept = torch.where(inside.gather(1, anchor), kept, grad.gather(1, columns))
-            grad.scatter_(1, columns, kept)
+            inside_any = inside.gather(1, anchor)
+            values = torch.where(inside, listed_grad, listed_grad.gather(1, anchor))
+            values = torch.where(inside_any, values, grad.gather(1, columns))
+            grad.scatter_(1, columns, values)
         if slope is not None:
             grad.mul_(slope)
         out[part].copy_(grad.masked_fill_(inactive, 0.0))

@@ -1,4 +1,4 @@
-"""Products with listed rows of the weight, by the kernels of `kernels/listed.py`."""
+"""`backend.ListedFunctions` by the kernels of `kernels/listed.py`; they do not use `rows`."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def weight_grad(
 ) -> None:
     k, (v, d) = ids.shape[1], out.shape
     hidden = _rows_contiguous(hidden)
-    active = ids.masked_fill(grad == 0.0, v)  # beyond the last id: no program visits them
-    ordered, order = active.flatten().sort(stable=True)
+    used = ids.masked_fill(grad == 0.0, v)  # v is no id: no program visits these entries
+    ordered, order = used.flatten().sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(v + 1, device=ids.device))
     with on_device(hidden.device):
         listed.segment_sum_kernel[(v, triton.cdiv(d, BLOCKS["DBLOCK"]))](

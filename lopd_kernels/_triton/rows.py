@@ -1,4 +1,4 @@
-"""The row functions by the kernels of `kernels/rows.py`, one program to a row."""
+"""`backend.RowFunctions` by the kernels of `kernels/rows.py`, one program per row."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 import triton
 from torch import Tensor
 
-from lopd_kernels._core.rules import RowRule
-from lopd_kernels._core.types import Coefficients, Head, Reduction
+from lopd_kernels._core.rules import DivergenceRule, PolicyGradientRule, Rule
+from lopd_kernels._core.types import Head, LogitGrads, RowState
 from lopd_kernels._triton.kernels import rows, rules
 
-WIDEST_SUPPORT_BLOCK = 1024
-COLUMNS_TO_A_WARP = 256
+WIDEST_LIST_BLOCK = 1024
+COLUMNS_PER_WARP = 256
 
 
-class Support(NamedTuple):
-    """The ids as given: the kernels never index with an id that is out of range."""
+class RawSupport(NamedTuple):
+    """A `types.Support` with the ids as passed: the kernels skip ids that are out of range."""
 
     ids: Tensor  # [N, K] int
     active: Tensor  # [N] bool: has an id and a weight other than 0
     vocab: int
 
-    def rows(self, part: slice) -> Support:
-        return Support(self.ids[part], self.active[part], self.vocab)
+    def rows(self, part: slice) -> RawSupport:
+        return RawSupport(self.ids[part], self.active[part], self.vocab)
 
 
 class Launch(NamedTuple):
@@ -33,71 +33,76 @@ class Launch(NamedTuple):
 
     BLOCK: int
     num_warps: int
-    maxnreg: int  # without it ptxas spills a few registers to reach 64 of them
+    maxnreg: int  # without it ptxas limits itself to 64 registers and spills a few
 
 
-# By compute capability; None for devices that are not listed. No entry has been measured yet:
-# eight columns to a thread is what compiles without spills for every target (tests/aot.py).
+# By compute capability; None is for devices that are not listed. No entry has been measured yet:
+# eight columns per thread compile without spills for every target (tests/kernels/aot.py).
 LAUNCHES: dict[tuple[int, int] | None, Launch] = {None: Launch(BLOCK=2048, num_warps=8, maxnreg=96)}
 
 
-def launch(width: int, support: int, device: torch.device) -> dict[str, int]:
+def launch(width: int, list_block: int, device: torch.device) -> dict[str, int]:
     """The table's entry as options of a launch.
 
-    Narrower rows get a narrower block with as many columns to a warp, and as many warps as a
-    block of the support needs.
+    Narrower rows get a narrower block with as many columns per warp, and as many warps as a
+    block of the list needs.
     """
     key = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     entry = LAUNCHES.get(key, LAUNCHES[None])
     block = min(entry.BLOCK, max(128, triton.next_power_of_2(width)))
-    warps = max(entry.num_warps * block // entry.BLOCK, support // COLUMNS_TO_A_WARP, 1)
-    options = {"BLOCK": block, "KBLOCK": support, "num_warps": warps, "num_stages": 1}
+    warps = max(entry.num_warps * block // entry.BLOCK, list_block // COLUMNS_PER_WARP, 1)
+    options = {"BLOCK": block, "KBLOCK": list_block, "num_warps": warps, "num_stages": 1}
     return options if torch.version.hip else {**options, "maxnreg": entry.maxnreg}
 
 
-def support_block(buckets: int) -> int:
-    return min(WIDEST_SUPPORT_BLOCK, max(16, triton.next_power_of_2(buckets)))
+def list_block(buckets: int) -> int:
+    return min(WIDEST_LIST_BLOCK, max(16, triton.next_power_of_2(buckets)))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Triton launches on the current device, which may not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> Support:
+def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> RawSupport:
     active = (ids != -1).any(1)
     if row_weights is not None:
         active = active & (row_weights != 0)
-    return Support(ids.contiguous(), active, vocab)
+    return RawSupport(ids.contiguous(), active, vocab)
 
 
-def spoilt(hidden: Tensor, weight: Tensor, head: Head) -> None:
+def nonfinite_rows(hidden: Tensor, weight: Tensor, head: Head) -> None:
     """The kernels see every logit before it is masked or capped."""
 
 
-def rule_arguments(rule: RowRule) -> dict[str, Any]:
+def rule_arguments(rule: Rule) -> dict[str, Any]:
     """A rule as the constants and options of `row_kernel`."""
-    name, *form = rule.name.split(":")
-    options = [*rule.options, 0.0, 0.0, 0.0][:3]
-    arguments: dict[str, Any] = {
-        **{f"option_{i}": float(value) for i, value in enumerate(options)},
-        "RULE": name,
+    options: tuple[float, ...] = ()
+    constants: dict[str, Any] = {
+        "RULE": "cross_entropy",
         "DIVERGENCE": rules.reverse_kl,
         "SHIFT": 0.0,
         "TRUNCATE": False,
-        "DERIVED": False,
+        "FROM_TEACHER": False,
         "IMPORTANCE": "none",
     }
-    if name in rules.DIVERGENCES:
-        arguments |= {
+    if isinstance(rule, DivergenceRule):
+        options = (rule.beta,)
+        constants |= {
             "RULE": "divergence",
-            "DIVERGENCE": rules.DIVERGENCES[name],
-            "SHIFT": rules.SHIFTS[name],
-            "TRUNCATE": form[0] == "truncate",
+            "DIVERGENCE": rules.DIVERGENCES[rule.divergence],
+            "SHIFT": rules.SHIFTS[rule.divergence],
+            "TRUNCATE": rule.tail == "truncate",
         }
-    elif name == "policy_gradient":
-        arguments |= {"DERIVED": form[0] == "log_ratio", "IMPORTANCE": form[1]}
-    return arguments
+    elif isinstance(rule, PolicyGradientRule):
+        options = rule.advantage_clip, rule.importance_cap, rule.clip_range
+        constants |= {
+            "RULE": "policy_gradient",
+            "FROM_TEACHER": rule.from_teacher,
+            "IMPORTANCE": rule.importance,
+        }
+    values = (*options, 0.0, 0.0, 0.0)[:3]
+    return {**{f"option_{i}": float(value) for i, value in enumerate(values)}, **constants}
 
 
 def _head_arguments(head: Head) -> dict[str, Any]:
@@ -111,10 +116,10 @@ def _head_arguments(head: Head) -> dict[str, Any]:
 
 def row_pass(
     u: Tensor,
-    support: Support,
+    support: RawSupport,
     target: Tensor,
     weights: Tensor | None,
-    rule: RowRule,
+    rule: Rule,
     head: Head,
     want_entropy: bool,
     stats: Tensor,
@@ -124,7 +129,7 @@ def row_pass(
     (count, vocab), k = u.shape, support.ids.shape[1]
     if not count:
         return
-    options = launch(vocab, support_block(k + 1), u.device)
+    options = launch(vocab, list_block(k + 1), u.device)
     out = u if out is None else out
     with on_device(u.device):
         rows.row_kernel[(count,)](
@@ -139,39 +144,40 @@ def row_pass(
 
 
 def reduce(
-    u: Tensor, first: int, support: Support, head: Head, want_spread: bool, reduction: Reduction
+    u: Tensor, first: int, support: RawSupport, head: Head, want_entropy: bool, state: RowState
 ) -> None:
     (count, width), k = u.shape, support.ids.shape[1]
     if not count:
         return
-    options = launch(width, support_block(k), u.device)
+    options = launch(width, list_block(k), u.device)
     with on_device(u.device):
         rows.reduce_kernel[(count,)](
-            u, support.ids, reduction.on, support.active, reduction.state,
+            u, support.ids, state.listed, support.active, state.unlisted,
             u if head.bias is None else head.bias, u.stride(0), first, width, support.vocab, k,
-            **_head_arguments(head), INF_MASKS=False, SPREAD=want_spread, **options,
+            **_head_arguments(head), INF_MASKS=False, ENTROPY=want_entropy, **options,
         )  # fmt: skip
 
 
 def write(
     u: Tensor,
     first: int,
-    support: Support,
+    support: RawSupport,
     head: Head,
-    coefficients: Coefficients,
-    on: Tensor,
+    grads: LogitGrads,
+    listed: Tensor,
     out: Tensor,
 ) -> None:
     (count, width), k = u.shape, support.ids.shape[1]
     if not count:
         return
-    options = launch(width, support_block(k), u.device)
-    own, factor, pull, on_grad = coefficients
-    packed = torch.stack([own, factor, torch.zeros_like(own) if pull is None else pull], 1)
+    options = launch(width, list_block(k), u.device)
+    unlisted_max, factor, entropy_factor, listed_grad = grads
+    last = torch.zeros_like(factor) if entropy_factor is None else entropy_factor
     with on_device(u.device):
         rows.write_kernel[(count,)](
-            u, out, support.ids, on_grad.contiguous(), support.active, packed, on,
+            u, out, support.ids, listed_grad.contiguous(), support.active,
+            torch.stack([unlisted_max, factor, last], 1), listed,
             u if head.bias is None else head.bias,
             u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), first, width, k,
-            **_head_arguments(head), SPREAD=pull is not None, **options,
+            **_head_arguments(head), ENTROPY=entropy_factor is not None, **options,
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Compile every kernel for GPUs that are not there: `python tests/kernels/aot.py CAPABILITY...`
+"""Compile every kernel ahead of time: `python tests/kernels/aot.py CAPABILITY...`
 
-The launchers of `lopd_kernels` run on meta tensors of real sizes; what they would launch is
-recorded and compiled for each target. One JSON line a kernel: registers, stack, spills, shared
-memory. Not to be run with TRITON_INTERPRET=1. The results are cached by source in
-TRITON_CACHE_DIR.
+The targets need not be present. The launchers of `lopd_kernels` run on meta tensors of real
+sizes; their launches are recorded and compiled for each target. Prints one JSON line per kernel:
+registers, stack, spills, shared memory. Do not run it with TRITON_INTERPRET=1. TRITON_CACHE_DIR
+caches the results by source.
 """
 
 import json
@@ -18,8 +18,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lopd_kernels._core.rules import row_rule
-from lopd_kernels._core.types import Coefficients, Head, Reduction
+from lopd_kernels._core.rules import (
+    CrossEntropyRule,
+    DivergenceRule,
+    PolicyGradientRule,
+    encode,
+)
+from lopd_kernels._core.types import Head, LogitGrads, RowState
 from lopd_kernels._core.workspace import padded
 from lopd_kernels._triton import listed as triton_listed
 from lopd_kernels._triton import rows as triton_rows
@@ -39,25 +44,25 @@ TYPES = {
 
 
 class Recorder:
-    """Stands where a kernel stands and keeps what it would have been launched with."""
+    """Replaces a kernel and records the arguments of its launches."""
 
     def __init__(self, kernel):
         self.kernel, self.calls = kernel, []
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
-            given = dict(zip(self.kernel.arg_names, args, strict=False))
+            arguments = dict(zip(self.kernel.arg_names, args, strict=False))
             options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-            self.calls.append((given | kwargs, options))
+            self.calls.append((arguments | kwargs, options))
 
         return launch
 
 
-def source(kernel, given):
+def source(kernel, arguments):
     """The specialisation that a launch with these arguments compiles."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, given[parameter.name]
+        name, value = parameter.name, arguments[parameter.name]
         if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[name], constants[(index,)] = "constexpr", value
             continue
@@ -80,42 +85,41 @@ def heads(vocab):
 
 
 def row_passes():
-    """(label, call) of the row kernel at its extremes."""
+    """(label, function, arguments) of the row kernel at its extremes."""
     for vocab, k, dtype, rule, head in (
-        (151936, 64, torch.bfloat16, "reverse_kl:bucket", "plain"),
-        (262208, 1000, torch.bfloat16, "jsd:bucket", "capped+biased"),
-        (50257, 8, torch.float16, "forward_kl:truncate", "plain"),
-        (33, 33, torch.float32, "jsd:truncate", "capped+biased"),
-        (128256, 1, torch.bfloat16, "policy_gradient:log_ratio:clipped", "capped+biased"),
-        (151936, 1, torch.bfloat16, "policy_gradient:given:token_truncated", "plain"),
-        (151936, 1, torch.float32, "cross_entropy", "plain"),
+        (151936, 64, torch.bfloat16, DivergenceRule("reverse_kl", "bucket"), "plain"),
+        (262208, 1000, torch.bfloat16, DivergenceRule("jsd", "bucket"), "capped+biased"),
+        (50257, 8, torch.float16, DivergenceRule("forward_kl", "truncate"), "plain"),
+        (33, 33, torch.float32, DivergenceRule("jsd", "truncate"), "capped+biased"),
+        (128256, 1, torch.bfloat16, PolicyGradientRule(True, "clipped"), "capped+biased"),
+        (151936, 1, torch.bfloat16, PolicyGradientRule(False, "token_truncated"), "plain"),
+        (151936, 1, torch.float32, CrossEntropyRule(), "plain"),
     ):
         u = meta(2048, padded(vocab))[:, :vocab]
         out = u if dtype == u.dtype else meta(2048, 2 * padded(vocab), dtype=dtype)[:, :vocab]
-        law = row_rule(rule, [1.0, 1.0, 0.2])
         support = triton_rows.locate(meta(2048, k, dtype=torch.int64), None, vocab)
-        target = meta(2048, 2 if rule.startswith("policy") else k + 1)
-        arguments = (u, support, target, meta(2048), law, dict(heads(vocab))[head], True,
-                     meta(2048, 4 + len(law.extras)), out)  # fmt: skip
-        yield f"{rule} {head} V={vocab} K={k} {dtype}", triton_rows.row_pass, arguments
+        target = meta(2048, 2 if isinstance(rule, PolicyGradientRule) else k + 1)
+        arguments = (u, support, target, meta(2048), rule, dict(heads(vocab))[head], True,
+                     meta(2048, 4 + len(rule.extras)), out)  # fmt: skip
+        yield f"{encode(rule)[0]} {head} V={vocab} K={k} {dtype}", triton_rows.row_pass, arguments
 
 
 def panels():
     for (name, head), vocab, k in ((h, 151936, k) for h in heads(151936) for k in (8, 64)):
         u = meta(8192, 2048)
         support = triton_rows.locate(meta(8192, k, dtype=torch.int64), None, vocab)
-        reduction = Reduction(meta(8192, 4), meta(8192, k))
+        state = RowState(meta(8192, 4), meta(8192, k))
         yield (
             f"reduce {name} K={k}",
             triton_rows.reduce,
-            (u, 4096, support, head, True, reduction),
+            (u, 4096, support, head, True, state),
         )
-        slopes = Coefficients(meta(8192), meta(8192), meta(8192), meta(8192, k))
+        grads = LogitGrads(meta(8192), meta(8192), meta(8192), meta(8192, k))
         out = meta(8192, 4096, dtype=torch.bfloat16)[:, :2048]
         yield (
             f"write {name} K={k}",
             triton_rows.write,
-            (u, 4096, support, head, slopes, reduction.on, out),
+            (u, 4096, support, head, grads, state.listed, out),
         )
 
 
@@ -131,7 +135,7 @@ def listed():
 
 
 def launches():
-    """(label, kernel, arguments, options) of everything that is to be compiled."""
+    """(label, kernel, arguments, options) of everything to compile."""
     for module, names in (
         (row_kernels, ("row_kernel", "reduce_kernel", "write_kernel")),
         (listed_kernels, ("gather_dot_kernel", "gather_sum_kernel", "segment_sum_kernel")),
@@ -145,8 +149,8 @@ def launches():
     for label, function, arguments in (*row_passes(), *panels(), *listed()):
         function(*arguments)
         for recorder in recorders.values():
-            for given, options in recorder.calls:
-                yield label, recorder.kernel, given, options
+            for launched, options in recorder.calls:
+                yield label, recorder.kernel, launched, options
             recorder.calls.clear()
 
 
@@ -161,10 +165,10 @@ def nvidia_usage(cubin: bytes) -> dict:
         file.flush()
         usage = run_tool("cuobjdump", "-res-usage", file.name)
         code = run_tool("nvdisasm", "-c", file.name)
-    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    counts = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     return {
-        "registers": int(found["REG"]),
-        "stack": int(found["STACK"]),
+        "registers": int(counts["REG"]),
+        "stack": int(counts["STACK"]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
     }
@@ -178,11 +182,11 @@ def amd_usage(assembly: str) -> dict:
 
 
 def main(architectures: list[str]) -> None:
-    for label, kernel, given, options in launches():
+    for label, kernel, arguments, options in launches():
         for name in architectures:
             is_amd = name.startswith("gfx")
             target = GPUTarget("hip", name, 64) if is_amd else GPUTarget("cuda", int(name), 32)
-            built = triton.compile(source(kernel, given), target=target, options=options)
+            built = triton.compile(source(kernel, arguments), target=target, options=options)
             usage = amd_usage(built.asm["amdgcn"]) if is_amd else nvidia_usage(built.asm["cubin"])
             row = {"kernel": kernel.__name__, "case": label, "target": name, **options}
             print(json.dumps({**row, "shared": built.metadata.shared, **usage}), flush=True)

@@ -1,4 +1,4 @@
-"""Counting what operators allocate and which GEMMs they run."""
+"""What the operators allocate, and which GEMMs they run."""
 
 import weakref
 
@@ -6,15 +6,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lopd_kernels._ops import losses, queries
+from lopd_kernels._ops import logits, logprobs, losses
 
+OPERATORS = (losses, logprobs, logits)
 GEMMS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the storages that the operators under it make, and GEMMs by output shape.
+    """Bytes of the storages that operators allocate in this context, and GEMMs by output shape.
 
-    It looks into this library's operators, which a dispatch mode otherwise sees as one call.
+    The mode enters this library's operators, which are one opaque call each to other modes.
     """
 
     def __init__(self):
@@ -26,9 +27,9 @@ class Allocations(TorchDispatchMode):
         if func.namespace == "lopd":
             name = func.overloadpacket.__name__
             with self:
-                operator = getattr(losses, name, None) or getattr(queries, name)
+                operator = next(getattr(m, name) for m in OPERATORS if hasattr(m, name))
                 return operator._init_fn(*args, **(kwargs or {}))
-        given = {
+        inputs = {
             x.untyped_storage()._cdata
             for x in tree_leaves((args, kwargs))
             if isinstance(x, torch.Tensor)
@@ -39,7 +40,7 @@ class Allocations(TorchDispatchMode):
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in given and key not in self.live:
+            if key in inputs and key not in self.live:
                 continue
             if key not in self.live and storage.nbytes():
                 self.live[key] = storage.nbytes()

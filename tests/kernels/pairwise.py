@@ -5,10 +5,10 @@ import random
 
 
 def pairwise(seed: int = 0, allowed=lambda row: True, **choices) -> list[dict]:
-    """Rows of one value per name such that any two values of two names meet in some row.
+    """Rows of one value per name, such that any two values of two names occur in some row.
 
-    Greedy: of some random rows, take the one that covers the most pairs that are missing. Pairs
-    that meet in no `allowed` row are left out.
+    Greedy: of several random rows, take the one that covers the most missing pairs. Pairs that
+    occur in no `allowed` row are left out.
     """
     rng = random.Random(seed)
     names = list(choices)

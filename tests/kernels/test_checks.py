@@ -1,4 +1,4 @@
-"""Every argument error: the type, and a message that names the argument."""
+"""Argument errors: their type, and a message that names the argument."""
 
 import math
 
@@ -80,10 +80,10 @@ SPARSE = [
 
 @pytest.mark.parametrize(("wrong", "message"), SPARSE, ids=[m for _, m in SPARSE])
 def test_sparse_divergence(wrong, message):
-    right = dict(hidden=HIDDEN, weight=WEIGHT, topk_ids=IDS, topk_logprobs=LOGPROBS)
-    linear_sparse_divergence(**right)
+    valid = dict(hidden=HIDDEN, weight=WEIGHT, topk_ids=IDS, topk_logprobs=LOGPROBS)
+    linear_sparse_divergence(**valid)
     with pytest.raises((ValueError, TypeError), match=message) as error:
-        linear_sparse_divergence(**{**right, **wrong})
+        linear_sparse_divergence(**{**valid, **wrong})
     assert "\n" not in str(error.value)
 
 
@@ -110,10 +110,10 @@ POLICY = [
 
 @pytest.mark.parametrize(("wrong", "message"), POLICY, ids=[m for _, m in POLICY])
 def test_policy_gradient(wrong, message):
-    right = dict(hidden=HIDDEN, weight=WEIGHT, sampled_ids=LABELS, teacher_logprobs=ROW)
-    linear_policy_gradient(**right)
+    valid = dict(hidden=HIDDEN, weight=WEIGHT, sampled_ids=LABELS, teacher_logprobs=ROW)
+    linear_policy_gradient(**valid)
     with pytest.raises((ValueError, TypeError), match=message):
-        linear_policy_gradient(**{**right, **wrong})
+        linear_policy_gradient(**{**valid, **wrong})
 
 
 def test_the_other_functions():
@@ -128,9 +128,11 @@ def test_the_other_functions():
             linear_topk(HIDDEN, WEIGHT, k)
     with pytest.raises(ValueError, match="extra_ids has -2 in row 0"):
         linear_topk(HIDDEN, WEIGHT, 2, extra_ids=changed(IDS, (0, 0), -2))
+    with pytest.raises(ValueError, match="sampled_ids has -1 in row 0"):
+        linear_topk(HIDDEN, WEIGHT, 2, sampled_ids=changed(LABELS, 0, -1))
 
 
-def test_validate_chooses_who_looks_at_values():
+def test_validate_turns_checks_of_values_on_and_off():
     wrong = changed(IDS, (0, 0), 10)
     with pytest.raises(ValueError, match="topk_ids has 10"):
         linear_sparse_divergence(HIDDEN, WEIGHT, wrong, LOGPROBS, validate=True)

@@ -1,7 +1,7 @@
-"""What only a GPU shows: the kernels compiled, at real sizes; races, graphs, devices.
+"""Tests that need a GPU: compiled kernels at real sizes, races, CUDA graphs, devices.
 
-The oracle is the fp64 path of the same functions, which runs in torch on every device and is
-held against the definition by the other tests.
+The oracle is the fp64 path of the same functions, which runs in torch on every device and which
+the other tests compare with the definition.
 """
 
 import pytest
@@ -17,8 +17,8 @@ from lopd_kernels import (
     linear_topk,
 )
 from lopd_kernels._core.gemm import operand_dtype
-from lopd_kernels._core.rules import row_rule
-from lopd_kernels._core.types import Head, Reduction
+from lopd_kernels._core.rules import DivergenceRule
+from lopd_kernels._core.types import Head, RowState
 from lopd_kernels._core.workspace import padded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -35,7 +35,7 @@ def on_cuda():
 
 
 def problem(n, d, v, k, dtype=torch.bfloat16, regime="near"):
-    """(hidden, weight, ids, logprobs, tail): a teacher near the student's own distribution."""
+    """(hidden, weight, ids, logprobs, tail); see `kernel_cases.make_case` for the regimes."""
     hidden, weight = torch.randn(n, d).to(dtype), (torch.randn(v, d) * 2.0 * d**-0.5).to(dtype)
     ids = torch.empty(n, k, dtype=torch.int64)
     logprobs, tail = torch.empty(n, k), torch.empty(n)
@@ -110,21 +110,21 @@ def test_the_gate_at_real_sizes(row):
     if row["schedule"] == "small":
         small = {"workspace_bytes": smallest(row["loss"], hidden, weight, teacher, weights)}
     size = 1.0 if dtype == torch.float16 else row["size"]  # 1e-6 is below fp16's own range
-    found = run(row["loss"], hidden, weight, teacher, size * weights, **small)
-    right = exact(row["loss"], hidden, weight, teacher, size * weights, **options)
-    slack = 2e-5 * (1.0 + right[0].abs() / size)
+    ours = run(row["loss"], hidden, weight, teacher, size * weights, **small)
+    expected = exact(row["loss"], hidden, weight, teacher, size * weights, **options)
+    slack = 2e-5 * (1.0 + expected[0].abs() / size)
     if row["schedule"] != "none":
         slack = slack + 2e-5 * n
-    assert ((found[0].double() - right[0]).abs() / size <= slack).all()
+    assert ((ours[0].double() - expected[0]).abs() / size <= slack).all()
     wide = (teacher[0], *(x.double() for x in teacher[1:]))
     bounds = rounding_bounds(
         lambda h, w: LOSSES[row["loss"]](h, w, *wide, row_weights=weights.double()),
         hidden, weight, dtype,
     )  # fmt: skip
-    for grad, wanted, bound in zip(found[1:], right[1:], bounds, strict=True):
+    for grad, exact_grad, bound in zip(ours[1:], expected[1:], bounds, strict=True):
         assert grad.dtype == dtype
-        assert relative_error(grad, wanted) <= bound
-    assert (found[1][3::7] == 0.0).all()
+        assert relative_error(grad, exact_grad) <= bound
+    assert (ours[1][3::7] == 0.0).all()
 
 
 def smallest(loss, hidden, weight, teacher, weights):
@@ -137,7 +137,7 @@ def smallest(loss, hidden, weight, teacher, weights):
 @pytest.mark.parametrize("settings", [(1024, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_hundred_runs_of_the_row_kernel_give_the_same_bits(settings, dtype, monkeypatch):
-    """In place, where a missing barrier would let a store overtake a load."""
+    """In place, where without a barrier a store could overtake a load."""
     from lopd_kernels._triton import rows as triton_rows
 
     capability = torch.cuda.get_device_capability()
@@ -148,7 +148,7 @@ def test_a_hundred_runs_of_the_row_kernel_give_the_same_bits(settings, dtype, mo
     source.copy_(hidden.float() @ weight.float().t())
     support = triton_rows.locate(ids, None, 151936)
     target = torch.cat([logprobs, tail.unsqueeze(1)], 1)
-    rule, weights = row_rule("reverse_kl:bucket", [0.5]), torch.ones(600)
+    rule, weights = DivergenceRule("reverse_kl", "bucket"), torch.ones(600)
     runs = []
     for _ in range(100):
         u, stats = torch.empty_like(source), torch.zeros(600, 4)
@@ -180,15 +180,15 @@ def test_a_hundred_runs_of_the_panel_kernels_give_the_same_bits():
     u, ids = torch.randn(900, 4096), torch.rand(900, 9000).topk(64, 1).indices
     support, first = triton_rows.locate(ids, None, 9000), None
     for _ in range(100):
-        reduction = Reduction.start(u, 900, 64, torch.float32)
+        state = RowState.start(u, 900, 64, torch.float32)
         for start in (0, 4096):
-            triton_rows.reduce(u.clone(), start, support, Head(), True, reduction)
+            triton_rows.reduce(u.clone(), start, support, Head(), True, state)
         if first is None:
-            first = reduction
-        assert all(torch.equal(a, b) for a, b in zip(reduction, first, strict=True))
+            first = state
+        assert all(torch.equal(a, b) for a, b in zip(state, first, strict=True))
 
 
-def test_a_call_is_captured_in_a_graph_and_follows_its_inputs():
+def test_a_captured_graph_follows_its_inputs():
     hidden, weight, ids, logprobs, tail = problem(256, 128, 5000, 16)
     h, w = hidden.requires_grad_(), weight.requires_grad_()
 
@@ -206,17 +206,17 @@ def test_a_call_is_captured_in_a_graph_and_follows_its_inputs():
     h.grad = w.grad = None
     with torch.cuda.graph(graph):
         linear_sparse_divergence(h, w, ids, logprobs, tail_logprobs=tail).backward()
-    found = h.grad, w.grad
+    grads = h.grad, w.grad
     with torch.no_grad():
         h.copy_(torch.randn_like(h))
     graph.replay()
-    replayed = [x.clone() for x in found]
+    replayed = [x.clone() for x in grads]
     step()
     assert torch.equal(replayed[0], h.grad) and torch.equal(replayed[1], w.grad)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_full_graph_compiled_by_inductor(loss):
+def test_full_graphs_compiled_by_inductor(loss):
     hidden, weight, *teacher = problem(64, 64, 1000, 8)
     torch._dynamo.reset()
     weights = torch.rand(64)
@@ -227,37 +227,38 @@ def test_a_full_graph_compiled_by_inductor(loss):
     assert relative_error(h.grad, plain[1]) < 3e-3 and relative_error(w.grad, plain[2]) < 3e-3
 
 
-def test_reading_at_full_vocabulary():
+def test_logprobs_and_topk_at_a_full_vocabulary():
     hidden, weight, *_ = problem(500, 512, 151936, 4)
     ids = torch.randint(0, 151936, (500, 7))
     ids[:, 3] = ids[:, 0]
-    found = linear_topk(hidden, weight, 64, extra_ids=ids)
-    right = linear_topk(hidden.double(), weight.double(), 64, extra_ids=ids)
-    for ours, wanted in zip(found[1:], right[1:], strict=True):
-        assert ((ours.double() - wanted).abs() <= 2e-5 * (1.0 + wanted.abs())).all()
-    assert (found.ids == right.ids).float().mean() > 0.999
+    lists = {"extra_ids": ids, "sampled_ids": ids[:, 1]}
+    top = linear_topk(hidden, weight, 64, **lists)
+    exact_top = linear_topk(hidden.double(), weight.double(), 64, **lists)
+    for ours, expected in zip(top[1:], exact_top[1:], strict=True):
+        assert ((ours.double() - expected).abs() <= 2e-5 * (1.0 + expected.abs())).all()
+    assert (top.ids == exact_top.ids).float().mean() > 0.999
     logprobs, entropy = linear_logprobs(hidden, weight, ids, return_entropy=True)
-    assert (logprobs.double() - right.extra_logprobs).abs().max() < 1e-4
-    assert (entropy.double() - right.entropy).abs().max() < 1e-4
+    assert (logprobs.double() - exact_top.extra_logprobs).abs().max() < 1e-4
+    assert (entropy.double() - exact_top.entropy).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n", [2048, 2500])
 @pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl, renormalised"])
 def test_peak_memory_is_within_the_workspace(loss, n, dtype):
-    """dz of all rows kept (2048 rows in bf16), an fp32 accumulator, panels, listed rows."""
+    """Stored dlogits (2048 rows in bf16), an fp32 accumulator, panels, listed rows."""
     d, v, k = 1024, 65536, 64
     hidden, weight, *teacher = problem(n, d, v, k, dtype)
     weights, outputs = torch.full((n,), 0.5), (n * d + v * d) * 2
-    run(loss, hidden, weight, teacher, weights)  # cuBLAS keeps a workspace of its own
+    run(loss, hidden, weight, teacher, weights)  # cuBLAS allocates its own workspace
     for bound in (4 << 30, 1 << 30, 500 << 20, 200 << 20):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        found = run(loss, hidden, weight, teacher, weights, workspace_bytes=bound, validate=False)
+        result = run(loss, hidden, weight, teacher, weights, workspace_bytes=bound, validate=False)
         peak = torch.cuda.max_memory_allocated() - before
         assert peak <= bound + outputs + (8 << 20), bound
-        del found
+        del result
 
 
 def test_large_advantages_stay_within_fp16():
@@ -268,19 +269,19 @@ def test_large_advantages_stay_within_fp16():
         h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
         linear_policy_gradient(h, w, ids[:, 0], None, advantages=advantages.to(dtype)).backward()
         sides.append((h.grad, w.grad))
-    for grad, wanted in zip(*sides, strict=True):
-        assert relative_error(grad, wanted) < 1e-3
+    for grad, expected in zip(*sides, strict=True):
+        assert relative_error(grad, expected) < 1e-3
 
 
-def test_the_kernels_run_where_the_tensors_are():
+def test_the_kernels_run_on_the_tensors_device():
     if torch.cuda.device_count() < 2:
-        pytest.skip("one device")
+        pytest.skip("needs two devices")
     with torch.device("cuda:1"):
         hidden, weight, *teacher = problem(64, 64, 1000, 8)
-        found = run("reverse_kl", hidden, weight, teacher, torch.ones(64))
-    assert found[1].device.index == 1 and found[1].isfinite().all()
+        _, dhidden, _ = run("reverse_kl", hidden, weight, teacher, torch.ones(64))
+    assert dhidden.device.index == 1 and dhidden.isfinite().all()
 
 
-def test_16_bit_operands_meet_in_16_bit_gemms():
+def test_16_bit_operands_stay_16_bit_in_the_gemms():
     hidden = torch.empty(1, 1, dtype=torch.bfloat16)
     assert operand_dtype(hidden) == torch.bfloat16

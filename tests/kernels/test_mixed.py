@@ -1,7 +1,7 @@
-"""The schedules of 16-bit operands, as CUDA tensors take them, emulated on a CPU.
+"""The schedules with 16-bit operands, which CUDA tensors use, emulated on a CPU.
 
-GEMMs of 16-bit operands with fp32 results are done in fp32 on the same operands, and the row
-functions leave dz in 16 bits: what rounds where is as on a GPU, what runs is not.
+GEMMs of 16-bit operands run in fp32 on the same operands, and the row functions round dlogits to
+16 bits: values are rounded where a GPU rounds them, by other kernels.
 """
 
 import pytest
@@ -35,23 +35,23 @@ def mixed(monkeypatch):
     )
     row_pass, write = torch_rows.row_pass, torch_rows.write
 
-    def narrow_row_pass(u, *given, out, **rest):
+    def narrow_row_pass(u, *args, out, **options):
         wide = u.clone()
-        row_pass(wide, *given, wide, **rest)
+        row_pass(wide, *args, wide, **options)
         if out is not None:
             out.copy_(wide)
 
     monkeypatch.setattr(
         torch_rows,
         "row_pass",
-        lambda u, s, t, w, r, h, e, stats, out, **rest: narrow_row_pass(
-            u, s, t, w, r, h, e, stats, out=out if w is not None else None, **rest
+        lambda u, s, t, w, r, h, e, stats, out, **options: narrow_row_pass(
+            u, s, t, w, r, h, e, stats, out=out if w is not None else None, **options
         ),
     )
 
-    def narrow_write(u, first, support, head, slopes, on, out):
+    def narrow_write(u, first, support, head, grads, listed, out):
         wide = torch.empty_like(u)
-        write(u, first, support, head, slopes, on, wide)
+        write(u, first, support, head, grads, listed, wide)
         out.copy_(wide)
 
     monkeypatch.setattr(torch_rows, "write", narrow_write)
@@ -67,9 +67,9 @@ LOSSES = {
     ),
     "cross_entropy": lambda h, w, case, **o: linear_cross_entropy(h, w, case.ids[:, 0], **o),
 }
-# (operator of the forward, options, rows): each way in which gradients are formed
-WAYS = {
-    "kept": ("kept_loss", {"reduction": "mean"}, 120),
+# (operator of the forward, options, rows): each way of computing gradients
+SCHEDULES = {
+    "stored": ("stored_loss", {"reduction": "mean"}, 120),
     "accumulated": ("fused_loss", {"reduction": "mean"}, 140),
     "panels": ("row_losses", {"reduction": "none"}, 120),
 }
@@ -77,21 +77,23 @@ WAYS = {
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("regime", ["far", "near"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_gate(loss, way, regime, dtype, monkeypatch):
-    operator, options, rows = WAYS[way]
-    called, wanted = [], getattr(ops, operator)
-    monkeypatch.setattr(ops, operator, lambda h, *args: called.append(h.dtype) or wanted(h, *args))
+def test_the_gate(loss, schedule, regime, dtype, monkeypatch):
+    operator, options, rows = SCHEDULES[schedule]
+    called, original = [], getattr(ops, operator)
+    monkeypatch.setattr(
+        ops, operator, lambda h, *args: called.append(h.dtype) or original(h, *args)
+    )
     case = make_case(regime, dtype, rows=rows, vocab=700, width=64)
     weights = torch.linspace(0.3, 1.7, rows)
     weights[3] = 0.0
     upstream = 0.7 * rows
 
     def run(side, dtype):
-        given = {**options, "row_weights": weights.to(dtype)}
+        weighted = {**options, "row_weights": weights.to(dtype)}
         return gradients(
-            lambda h, w: LOSSES[loss](h, w, side, **given),
+            lambda h, w: LOSSES[loss](h, w, side, **weighted),
             side.hidden, side.weight, upstream=upstream,
         )  # fmt: skip
 
@@ -126,8 +128,8 @@ def test_a_gradient_buffer_and_log_probs(dtype):
 
     ours = gradients(lambda h, w: total(h, w, case), case.hidden, case.weight)
     exact = gradients(lambda h, w: total(h, w, wide), wide.hidden, wide.weight)
-    for grad, wanted in zip(ours[1:], exact[1:], strict=True):
-        assert relative_error(grad, wanted) < 3e-3
+    for grad, expected in zip(ours[1:], exact[1:], strict=True):
+        assert relative_error(grad, expected) < 3e-3
 
 
 def test_large_advantages_stay_within_fp16():
@@ -142,14 +144,15 @@ def test_large_advantages_stay_within_fp16():
         )
 
     sides = run(case, torch.float32), run(case.double(), torch.float64)
-    for grad, wanted in zip(sides[0][1:], sides[1][1:], strict=True):
-        assert relative_error(grad, wanted) < 1e-3
+    for grad, expected in zip(sides[0][1:], sides[1][1:], strict=True):
+        assert relative_error(grad, expected) < 1e-3
 
 
-def test_readers_take_16_bit_operands():
+def test_topk_takes_16_bit_operands():
     case = make_case("near", torch.bfloat16, rows=10, vocab=300)
     linear = make_linear(case.hidden, case.weight, None, 1.0, None, 1.0)
-    found = topk.topk(linear, 5, None, None)
+    none = torch.empty(10, 0, dtype=torch.int64)
+    top = topk.topk(linear, 5, none, none, None)
     exact = (case.hidden.double() @ case.weight.double().t()).log_softmax(1).topk(5, 1)
-    assert torch.equal(found.ids, exact.indices)
-    assert (found.logprobs - exact.values).abs().max() < 1e-5
+    assert torch.equal(top.ids, exact.indices)
+    assert (top.logprobs - exact.values).abs().max() < 1e-5

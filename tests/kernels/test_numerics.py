@@ -1,4 +1,4 @@
-"""Where digits are lost and what is not finite: edges of the losses, against fp64."""
+"""Precision and values that are not finite: edge cases of the losses, against fp64."""
 
 import math
 
@@ -19,7 +19,7 @@ from lopd_kernels._core.rules import TAILS
 
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("bad", [-2, 211, 2**31 - 1, "twice"])
-def test_an_unchecked_bad_id_makes_its_row_nan_and_no_other(bad, tail):
+def test_an_unchecked_invalid_id_makes_only_its_row_nan(bad, tail):
     case = make_case()
     ids = case.ids.clone()
     ids[5, 0] = ids[5, 1] if bad == "twice" else bad
@@ -43,7 +43,7 @@ def test_an_unchecked_bad_id_makes_its_row_nan_and_no_other(bad, tail):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("tail", TAILS)
-def test_nan_and_inf_in_a_row_stay_there_as_nan(tail, reduction, softcap, value):
+def test_nan_and_inf_in_a_row_make_only_that_row_nan(tail, reduction, softcap, value):
     case = make_case()
     hidden = case.hidden.clone()
     hidden[2, 0] = value
@@ -54,8 +54,8 @@ def test_nan_and_inf_in_a_row_stay_there_as_nan(tail, reduction, softcap, value)
 
     losses, dhidden, dweight = gradients(loss, hidden, case.weight)
     others = torch.arange(20) != 2
-    wanted = ~others if reduction == "none" else torch.tensor(True)
-    assert torch.equal(losses.isnan(), wanted)
+    expected = ~others if reduction == "none" else torch.tensor(True)
+    assert torch.equal(losses.isnan(), expected)
     assert dhidden[2].isnan().all()
     assert dhidden[others].isfinite().all()
     assert dweight.isnan().any()
@@ -72,22 +72,22 @@ def test_nan_and_inf_in_a_row_stay_there_as_nan(tail, reduction, softcap, value)
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("tail", TAILS)
-def test_one_bad_weight_makes_every_row_that_it_enters_nan(tail, softcap):
+def test_an_infinite_weight_makes_every_row_that_uses_it_nan(tail, softcap):
     case = make_case()
     weight = case.weight.clone()
     weight[case.ids[4, 0], 3] = math.inf
     options = dict(tail=tail, softcap=softcap, reduction="none")
     losses = linear_sparse_divergence(case.hidden, weight, *case.teacher, **options)
-    entered = torch.ones(20, dtype=torch.bool)
+    affected = torch.ones(20, dtype=torch.bool)
     if tail == "renormalize":
-        entered = (case.ids == case.ids[4, 0]).any(1)
-    assert losses.isnan().tolist() == entered.tolist()
+        affected = (case.ids == case.ids[4, 0]).any(1)
+    assert losses.isnan().tolist() == affected.tolist()
     if softcap is not None:
         bias = torch.zeros(211).index_fill(0, case.ids[4, 0], -math.inf)
         losses = linear_sparse_divergence(
             case.hidden, case.weight, *case.teacher, bias=bias, **options
         )
-        assert losses.isnan().tolist() == entered.tolist()
+        assert losses.isnan().tolist() == affected.tolist()
 
 
 def test_a_bias_of_minus_infinity_removes_an_id_from_the_vocabulary():
@@ -101,7 +101,7 @@ def test_a_bias_of_minus_infinity_removes_an_id_from_the_vocabulary():
     assert_close(masked, [x.double() for x in cut], torch.float32)
 
 
-def test_idle_rows_read_nothing_of_a_bad_weight():
+def test_a_row_of_weight_zero_ignores_a_nan_in_the_weight():
     case = make_case()
     weight = case.weight.clone()
     weight[7] = math.nan
@@ -122,7 +122,7 @@ def test_idle_rows_read_nothing_of_a_bad_weight():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("tail", TAILS)
-def test_a_bad_upstream_gradient_spoils_its_own_row_alone(tail, value):
+def test_a_nonfinite_upstream_gradient_affects_only_its_row_of_dh(tail, value):
     case = make_case()
     upstream = torch.linspace(0.5, 1.5, 20)
     upstream[6] = value
@@ -131,18 +131,18 @@ def test_a_bad_upstream_gradient_spoils_its_own_row_alone(tail, value):
         hidden, case.weight, *case.teacher, tail=tail, reduction="none"
     )
     losses.backward(upstream)
-    found = hidden.grad.clone()
-    assert not found[6].isfinite().any()
+    dhidden = hidden.grad.clone()
+    assert not dhidden[6].isfinite().any()
     upstream[6], hidden.grad = 0.0, None
     linear_sparse_divergence(
         hidden, case.weight, *case.teacher, tail=tail, reduction="none"
     ).backward(upstream)
     others = torch.arange(20) != 6
-    torch.testing.assert_close(found[others], hidden.grad[others])
+    torch.testing.assert_close(dhidden[others], hidden.grad[others])
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e3, 1e4, -1e4])
-def test_an_offset_of_all_logits_costs_no_digits(offset):
+def test_an_offset_of_all_logits_costs_no_precision(offset):
     case = make_case("near")
     logits = reference.linear_logits(case.hidden, case.weight) + offset
     ours = gradients(lambda z: sparse_divergence(z, *case.teacher, reduction="none"), logits)
@@ -155,13 +155,13 @@ def test_an_offset_of_all_logits_costs_no_digits(offset):
     assert relative_error(ours[1], exact[1]) < 1e-5
     labels = torch.arange(20)
     loss = linear_cross_entropy(torch.eye(20), logits.t(), labels, reduction="none")
-    right = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
-    assert ((loss - right).abs() / (1.0 + right)).max() < 2e-6
-    found = linear_logprobs(torch.eye(20), logits.t(), labels[:, None])[:, 0]
-    assert ((found + right).abs() / (1.0 + right)).max() < 2e-6
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    assert ((loss - expected).abs() / (1.0 + expected)).max() < 2e-6
+    logprobs = linear_logprobs(torch.eye(20), logits.t(), labels[:, None])[:, 0]
+    assert ((logprobs + expected).abs() / (1.0 + expected)).max() < 2e-6
     top = linear_topk(torch.eye(20), logits.t(), 5)
-    right = logits.double().log_softmax(1).topk(5, 1).values
-    assert ((top.logprobs - right).abs() / (1.0 + right.abs())).max() < 2e-6
+    expected = logits.double().log_softmax(1).topk(5, 1).values
+    assert ((top.logprobs - expected).abs() / (1.0 + expected.abs())).max() < 2e-6
 
 
 def test_entropy_of_a_row_that_lists_every_id():
@@ -175,7 +175,7 @@ def test_entropy_of_a_row_that_lists_every_id():
     torch.testing.assert_close(linear_topk(hidden, weight, 3).entropy[0].double(), expected)
 
 
-def test_the_teachers_tail_is_read_only_where_the_loss_uses_it():
+def test_the_teachers_tail_may_be_nan_where_the_loss_does_not_use_it():
     hidden, weight = torch.randn(2, 4), torch.randn(3, 4)
     ids = torch.tensor([[0, 1, 2], [0, 1, -1]])
     logprobs = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.0]]).log()
@@ -188,7 +188,7 @@ def test_the_teachers_tail_is_read_only_where_the_loss_uses_it():
         )
 
 
-def test_statistics_of_idle_rows_are_zero():
+def test_statistics_of_inactive_rows_are_zero():
     hidden, weight = torch.randn(3, 4), torch.randn(9, 4)
     ids = torch.tensor([[0], [1], [-1]])
     _, stats = linear_sparse_divergence(
@@ -199,7 +199,7 @@ def test_statistics_of_idle_rows_are_zero():
     assert stats.teacher_tail_logprobs[1:].tolist() == [0.0, 0.0]
 
 
-def test_tails_derived_floored_and_explicit():
+def test_derived_floored_and_explicit_tails():
     case = make_case(rows=4, vocab=30)
     ids = torch.arange(3).repeat(4, 1)
     logprobs = torch.tensor([[0.5, 0.25, 0.125], [0.5, 0.25, 0.25], [0.5, 0.3, 0.2005], [1, 1, 1]])
@@ -219,7 +219,7 @@ def test_tails_derived_floored_and_explicit():
     assert loss.isinf().tolist() == [False, True, False, False]
 
 
-def test_small_student_tails_keep_their_digits():
+def test_small_student_tails_are_precise():
     weight = torch.zeros(50, 2)
     weight[0, 0] = 30.0
     weight[1:, 1] = torch.linspace(0.0, 1.0, 49)
@@ -231,8 +231,8 @@ def test_small_student_tails_keep_their_digits():
     exact = logits[:, 1:].logsumexp(1) - logits.logsumexp(1)
     assert abs(float(stats.student_tail_logprobs.double() - exact)) < 1e-5
     ours = gradients(lambda h: linear_sparse_divergence(h, weight, ids, logprobs), hidden)
-    right = gradients(
+    expected = gradients(
         lambda h: reference.linear_sparse_divergence(h, weight.double(), ids, logprobs.double()),
         hidden.double(),
     )
-    assert relative_error(ours[1], right[1]) < 1e-5
+    assert relative_error(ours[1], expected[1]) < 1e-5

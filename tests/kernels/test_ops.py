@@ -1,4 +1,4 @@
-"""The operators: opcheck, gradcheck, full graphs, and what autograd may ask of them."""
+"""The operators: opcheck, gradcheck, full graphs, and their use through autograd."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from kernel_cases import (
     gradients,
     make_case,
     relative_error,
-    skip_what_the_interpreter_rounds_wrongly,
+    skip_bf16_stores_of_the_interpreter,
 )
 from torch.autograd import gradcheck
 from torch.library import opcheck
@@ -23,52 +23,65 @@ from lopd_kernels import (
     linear_topk,
     sparse_divergence,
 )
-from lopd_kernels._core.rules import DIVERGENCES, TAILS, teacher_buckets
+from lopd_kernels._core.rules import (
+    DIVERGENCES,
+    TAILS,
+    DivergenceRule,
+    RowLoss,
+    teacher_buckets,
+)
+from lopd_kernels._ops import logits as logits_ops
+from lopd_kernels._ops import logprobs
 from lopd_kernels._ops import losses as ops
-from lopd_kernels._ops import queries
+from lopd_kernels._ops.schema import HeadArgs, LossArgs
 
 FORMS = list(itertools.product(DIVERGENCES, TAILS))
 
 
-def operator_args(rule="reverse_kl:bucket"):
+def operator_args(rule):
+    """(HeadArgs, LossArgs) whose parameters require grad."""
     case = make_case(rows=5, vocab=30, width=6, k=3)
     leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     target = teacher_buckets(case.ids, case.logprobs, case.tail, 30).logprobs
-    weights = torch.linspace(0.5, 2.0, 5)
-    return (*leaves, case.ids, target, weights), (rule, [0.5]), (1.3, 4.0, 0.7)
+    loss = RowLoss(case.ids, target, torch.linspace(0.5, 2.0, 5), rule)
+    return HeadArgs(*leaves, 1.3, 4.0, 0.7, True, True, True, None), LossArgs.of(loss)
 
 
-@pytest.mark.parametrize("rule", ["reverse_kl:bucket", "jsd:renormalize"])
-def test_opcheck_losses(rule):
-    tensors, constants, head = operator_args(rule)
-    opcheck(ops.row_losses, (*tensors, *constants, *head, True, True, True, False, None))
-    plain = tuple(x.detach() for x in tensors)
-    buffer = torch.zeros_like(plain[1])
-    *_, state, on = ops.row_losses(*plain, *constants, *head, True, True, True, False, None)
-    saved = (*plain, state, on)
-    opcheck(ops.row_grads, (*saved, *constants, *head, True, True, True, None))
-    opcheck(ops.row_grads_into_, (*saved, buffer, *constants, *head, True, True, None))
-    if rule.endswith("renormalize"):
+def detached(head):
+    return head._replace(
+        hidden=head.hidden.detach(), weight=head.weight.detach(), bias=head.bias.detach()
+    )
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_opcheck_losses(tail):
+    head, args = operator_args(DivergenceRule("jsd", tail))
+    opcheck(ops.row_losses, (*head, *args, False))
+    plain = detached(head)
+    *_, unlisted, listed = ops.row_losses(*plain, *args, False)
+    opcheck(ops.row_grads, (*plain, *args, unlisted, listed))
+    into = plain._replace(need_weight=False)
+    buffer = torch.zeros_like(plain.weight)
+    opcheck(ops.row_grads_into_, (*into, *args, unlisted, listed, buffer))
+    if tail == "renormalize":
         return
-    for operator in (ops.fused_loss, ops.kept_loss):
-        opcheck(operator, (*tensors, *constants, *head, True, True, True, True, None))
-        frozen = (plain[0], tensors[1], None, *plain[3:])
-        opcheck(operator, (*frozen, *constants, *head, False, True, False, False, None))
-    _, _, dz, scale = ops.kept_loss(*plain, *constants, *head, True, True, True, False, None)
-    saved = (*plain[:4], plain[5], dz, scale)
-    opcheck(ops.kept_grads, (*saved, True, True, True))
+    frozen = head._replace(hidden=plain.hidden, bias=None, need_hidden=False, need_bias=False)
+    for operator in (ops.fused_loss, ops.stored_loss):
+        opcheck(operator, (*head, *args, True))
+        opcheck(operator, (*frozen, *args, False))
+    _, _, dlogits, scale = ops.stored_loss(*plain, *args, False)
+    opcheck(ops.stored_grads, (*plain, args.ids, args.row_weights, dlogits, scale))
 
 
-def test_opcheck_queries():
-    tensors, constants, head = operator_args()
-    hidden, weight, bias, ids, target, weights = tensors
-    needs = (True, True, True)
-    opcheck(queries.logprobs, (hidden, weight, bias, ids, *head, *needs, True, None))
-    opcheck(queries.logprobs, (hidden, weight, None, ids, *head, *needs, False, None))
+def test_opcheck_logprobs_topk_and_logits():
+    head, args = operator_args(DivergenceRule("reverse_kl", "bucket"))
+    opcheck(logprobs.logprobs, (*head, args.ids, True))
+    opcheck(logprobs.logprobs, (*head._replace(bias=None, need_bias=False), args.ids, False))
+    plain = detached(head)._replace(bias=None)
     with torch.no_grad():
-        opcheck(queries.topk, (hidden.detach(), weight.detach(), None, 3, ids, *head, None))
-    logits = (hidden @ weight.t()).detach().requires_grad_()
-    opcheck(queries.logits_losses, (logits, ids, target, weights, *constants, 0.7, True))
+        opcheck(logprobs.topk, (*plain, 3, args.ids, args.ids[:, :1]))
+    logits = (plain.hidden @ plain.weight.t()).requires_grad_()
+    opcheck(logits_ops.logits_losses, (logits, 0.7, *args, True))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
@@ -137,7 +150,7 @@ def test_full_graph_of_the_others():
     ids = case.ids[:, 0]
 
     def everything(h, w):
-        scores = linear_topk(h, w, 3, extra_ids=case.ids)
+        scores = linear_topk(h, w, 3, extra_ids=case.ids, sampled_ids=ids)
         logprobs, entropy = linear_logprobs(h, w, ids.unsqueeze(1), return_entropy=True)
         policy = linear_policy_gradient(h, w, ids, scores.logprobs[:, 0], advantage_clip=1.0)
         logits = sparse_divergence(h @ w.t(), *case.teacher)
@@ -165,7 +178,7 @@ def test_full_graph_with_a_weight_grad_buffer():
     assert_close(graph, [x.double() for x in eager], torch.float32)
 
 
-def test_one_full_graph_serves_changing_numbers_and_sizes():
+def test_one_full_graph_serves_different_options_and_sizes():
     case = make_case()
     torch._dynamo.reset()
     graph = torch.compile(
@@ -189,7 +202,7 @@ def test_one_full_graph_serves_changing_numbers_and_sizes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tail", [*TAILS, "logprobs", "cross_entropy", "buffer"])
-def test_autocast_changes_nothing_of_one_dtype(tail, dtype, default_device):
+def test_autocast_leaves_tensors_of_one_dtype_unchanged(tail, dtype, default_device):
     case = make_case("near", dtype)
     buffer = torch.zeros(211, 24)
 
@@ -208,14 +221,14 @@ def test_autocast_changes_nothing_of_one_dtype(tail, dtype, default_device):
     with torch.autocast(default_device, torch.bfloat16):
         cast = gradients(loss, case.hidden, case.weight)
         top = linear_topk(case.hidden, case.weight, 3)
-    for found, expected in zip(cast, plain, strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(cast, plain, strict=True):
+        assert torch.equal(actual, expected)
     assert relative_error(buffer, 2.0 * added) < 1e-6
     assert torch.equal(top.logprobs, linear_topk(case.hidden, case.weight, 3).logprobs)
 
 
-def test_autocast_casts_what_is_of_several_dtypes(default_device):
-    """As F.linear does: bf16 hidden states meet the fp32 weight of a model under autocast."""
+def test_autocast_casts_tensors_of_different_dtypes(default_device):
+    """Like F.linear: under autocast, hidden states are bf16 and a model's weight is fp32."""
     case = make_case("near")
     hidden, labels = case.hidden.bfloat16(), torch.arange(20)
 
@@ -223,10 +236,10 @@ def test_autocast_casts_what_is_of_several_dtypes(default_device):
         return linear_cross_entropy(h, w, labels) + linear_sparse_divergence(h, w, *case.teacher)
 
     with torch.autocast(default_device, torch.bfloat16):
-        found = gradients(loss, hidden, case.weight)
-    exact = gradients(loss, hidden, case.weight.bfloat16())
-    assert found[2].dtype == torch.float32
-    for a, b in zip(found, exact, strict=True):
+        ours = gradients(loss, hidden, case.weight)
+    expected = gradients(loss, hidden, case.weight.bfloat16())
+    assert ours[2].dtype == torch.float32
+    for a, b in zip(ours, expected, strict=True):
         assert relative_error(a, b) < 3e-3
     with pytest.raises(TypeError, match="cast one"):
         loss(hidden, case.weight)
@@ -276,18 +289,18 @@ def test_a_tied_weight_gets_both_gradients():
     def parts(h, w):
         return linear_cross_entropy(h, w, ids)
 
-    _, found = gradients(tied, case.weight)
+    _, tied_grad = gradients(tied, case.weight)
     _, dhidden, dweight = gradients(parts, case.weight[ids], case.weight)
     dweight[ids] += dhidden
-    assert relative_error(found, dweight) < 1e-5
+    assert relative_error(tied_grad, dweight) < 1e-5
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weight_grad_buffer_takes_the_weights_gradient(dtype, tail, reduction):
+def test_weight_grad_buffer_receives_the_gradient_of_the_weight(dtype, tail, reduction):
     if tail == "renormalize":
-        skip_what_the_interpreter_rounds_wrongly(dtype)
+        skip_bf16_stores_of_the_interpreter(dtype)
     case = make_case(dtype=dtype)
     options = dict(tail=tail, reduction=reduction, row_weights=torch.linspace(0.1, 1.0, 20))
     buffer = torch.zeros(211, 24)
@@ -316,12 +329,12 @@ def test_weight_grad_buffer_takes_the_weights_gradient(dtype, tail, reduction):
     assert relative_error(buffer, 2.0 * dweight.double()) < bound
 
 
-def test_layouts_do_not_matter():
+def test_memory_layouts_do_not_matter():
     case = make_case()
     strided = case.hidden.t().contiguous().t()
-    turned = case.weight.t().contiguous().t()
+    column_major = case.weight.t().contiguous().t()
 
     def loss(h, w):
         return linear_sparse_divergence(h, w, *case.teacher)
 
-    torch.testing.assert_close(loss(strided, turned), loss(case.hidden, case.weight))
+    torch.testing.assert_close(loss(strided, column_major), loss(case.hidden, case.weight))

@@ -28,16 +28,16 @@ def sampled(dtype, head):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_policy_gradient(form, given, dtype):
-    if given and "advantage_clip" in form:
+def test_policy_gradient(form, explicit, dtype):
+    if explicit and "advantage_clip" in form:
         pytest.skip("the clip belongs to derived advantages")
     case, ids, teacher, rollout = sampled(dtype, HEAD)
     options = {**form, **HEAD, "reduction": "none", "row_weights": torch.linspace(-1, 1, 20)}
     if "importance" in form or "clip_range" in form:
         options["rollout_logprobs"] = rollout
-    advantages = torch.randn(20) if given else None
+    advantages = torch.randn(20) if explicit else None
     ours = gradients(
         lambda h, w: linear_policy_gradient(h, w, ids, teacher, advantages=advantages, **options),
         case.hidden,
@@ -53,7 +53,7 @@ def test_policy_gradient(form, given, dtype):
     assert_close(ours, exact, dtype)
 
 
-def test_offline_is_least_squares_on_the_stored_tokens():
+def test_on_stored_tokens_the_gradient_is_that_of_least_squares():
     case, ids, teacher, _ = sampled(torch.float64, {})
 
     def squares(h, w):
@@ -67,7 +67,7 @@ def test_offline_is_least_squares_on_the_stored_tokens():
     assert_close((online[0], *offline[1:]), online, torch.float64)
 
 
-def test_at_the_reference_every_importance_gives_the_online_gradient():
+def test_where_the_student_sampled_every_importance_gives_the_same_gradient():
     case, ids, teacher, _ = sampled(torch.float64, {})
     rollout = reference.linear_logprobs(case.hidden, case.weight, ids[:, None])[:, 0].detach()
     results = [
@@ -107,14 +107,14 @@ def test_policy_stats():
     torch.testing.assert_close(loss, stats.loss)
 
 
-def test_confident_tokens_keep_the_digits_of_their_gradient():
+def test_the_gradient_at_confident_tokens_is_precise():
     weight = torch.zeros(30, 1)
     weight[0] = 16.0
     hidden = torch.ones(1, 1)
     ids = torch.tensor([0])
-    _, found, _ = gradients(lambda h, w: linear_cross_entropy(h, w, ids), hidden, weight)
+    _, dhidden, _ = gradients(lambda h, w: linear_cross_entropy(h, w, ids), hidden, weight)
     rest = 29 * math.exp(-16.0)
-    assert abs(float(found) / (-16.0 * rest / (1.0 + rest)) - 1.0) < 1e-5
+    assert abs(float(dhidden) / (-16.0 * rest / (1.0 + rest)) - 1.0) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -153,7 +153,7 @@ def test_ignored_rows_may_hold_anything():
 
 
 @pytest.mark.parametrize("bad", [-1, 211])
-def test_unchecked_bad_ids_come_out_nan(bad):
+def test_an_unchecked_invalid_id_makes_only_its_row_nan(bad):
     case = make_case()
     ids = torch.zeros(20, dtype=torch.int64)
     ids[3] = bad
@@ -167,11 +167,11 @@ def test_unchecked_bad_ids_come_out_nan(bad):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("options", [{}, {"clip_range": 0.2}], ids=str)
-def test_nan_and_inf_in_a_row_stay_there_as_nan(options, softcap):
+def test_nan_and_inf_in_a_row_make_only_that_row_nan(options, softcap):
     case, ids, teacher, rollout = sampled(torch.float32, {})
     hidden = case.hidden.clone()
     hidden[2, 0], hidden[5, 1] = math.inf, math.nan
-    spoilt = torch.zeros(20, dtype=torch.bool).index_fill(0, torch.tensor([2, 5]), True)
+    affected = torch.zeros(20, dtype=torch.bool).index_fill(0, torch.tensor([2, 5]), True)
     common = {"softcap": softcap, "reduction": "none"}
     for loss in (
         lambda h: linear_cross_entropy(h, case.weight, ids, **common),
@@ -180,6 +180,6 @@ def test_nan_and_inf_in_a_row_stay_there_as_nan(options, softcap):
         ),
     ):
         value, dhidden = gradients(loss, hidden)
-        assert torch.equal(value.isnan(), spoilt)
-        assert dhidden[spoilt].isnan().all()
-        assert dhidden[~spoilt].isfinite().all()
+        assert torch.equal(value.isnan(), affected)
+        assert dhidden[affected].isnan().all()
+        assert dhidden[~affected].isfinite().all()

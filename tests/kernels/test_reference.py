@@ -1,4 +1,4 @@
-"""The definitions against PyTorch's own losses, where it has them."""
+"""The definitions against the losses that PyTorch has."""
 
 import pytest
 import torch
@@ -8,29 +8,29 @@ from kernel_cases import make_case
 from lopd_kernels import reference
 
 
-def test_cross_entropy_is_torchs():
+def test_cross_entropy_equals_pytorchs():
     case = make_case(dtype=torch.float64)
     labels = torch.randint(0, 211, (20,))
     labels[3] = -100
     expected = F.cross_entropy(case.hidden @ case.weight.t() / 0.7 + case.bias / 0.7, labels)
-    found = reference.linear_cross_entropy(
+    loss = reference.linear_cross_entropy(
         case.hidden, case.weight, labels, bias=case.bias, temperature=0.7
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
-def test_full_lists_are_torchs_kl(divergence):
+def test_the_divergence_of_full_lists_equals_pytorchs_kl(divergence):
     student = torch.randn(5, 9, dtype=torch.float64).log_softmax(1)
     teacher = torch.randn(5, 9, dtype=torch.float64).log_softmax(1)
-    found = reference.sparse_divergence(
+    loss = reference.sparse_divergence(
         student, torch.arange(9).repeat(5, 1), teacher, divergence=divergence
     )
     pair = (teacher, student) if divergence == "reverse_kl" else (student, teacher)
-    torch.testing.assert_close(found, F.kl_div(*pair, log_target=True, reduction="sum"))
+    torch.testing.assert_close(loss, F.kl_div(*pair, log_target=True, reduction="sum"))
 
 
-def test_jsd_leans_to_its_ends():
+def test_jsd_tends_to_the_kl_divergences_at_its_ends():
     student = torch.randn(5, 9, dtype=torch.float64).log_softmax(1)
     teacher = torch.randn(5, 9, dtype=torch.float64).log_softmax(1)
     ids = torch.arange(9).repeat(5, 1)
@@ -44,7 +44,7 @@ def test_jsd_leans_to_its_ends():
     torch.testing.assert_close(large, value(divergence="reverse_kl"), rtol=1e-4, atol=0)
 
 
-def test_the_bucket_is_a_lower_bound_that_grows_with_the_list():
+def test_the_bucketed_divergence_grows_with_the_list():
     student = torch.randn(5, 30, dtype=torch.float64)
     teacher = torch.randn(5, 30, dtype=torch.float64).log_softmax(1)
     values = []
@@ -55,7 +55,7 @@ def test_the_bucket_is_a_lower_bound_that_grows_with_the_list():
     assert values[0] > 0
 
 
-def test_head_options_in_order():
+def test_the_order_of_the_head_options():
     z = reference.linear_logits(
         torch.ones(1, 1), torch.tensor([[2.0]]), torch.tensor([1.0]), 0.5, 1.2, 0.7
     )

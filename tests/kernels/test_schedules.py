@@ -1,4 +1,4 @@
-"""The two schedules: equal results, GEMMs that are not run, equal bits."""
+"""The schedules: equal results, equal bits, and no GEMM for a gradient that is not needed."""
 
 import math
 
@@ -10,59 +10,67 @@ from kernel_memory import Allocations
 from lopd_kernels import linear_sparse_divergence, linear_topk
 from lopd_kernels._core import chunks, gemm, logprobs, panels, topk, workspace
 from lopd_kernels._core.linear import make_linear
-from lopd_kernels._core.rules import row_rule, teacher_buckets
-from lopd_kernels._core.workspace import Needs
+from lopd_kernels._core.rules import (
+    CrossEntropyRule,
+    DivergenceRule,
+    RowLoss,
+    encode,
+    teacher_buckets,
+)
+from lopd_kernels._core.types import Needs
 from lopd_kernels._ops import losses as ops
 
 ALL = Needs(True, True, True)
 HEAD = (1.3, 4.0, 0.7)
-RULES = ["reverse_kl:bucket", "jsd:truncate", "cross_entropy"]
+RULES = [
+    DivergenceRule("reverse_kl", "bucket", 0.3),
+    DivergenceRule("jsd", "truncate", 0.3),
+    CrossEntropyRule(),
+]
 
 
 def problem(dtype=torch.float32, bias=True, head=HEAD, rule=RULES[0], **sizes):
-    """(linear, ids, target, row weights, rule)"""
+    """(linear, loss)"""
     case = make_case("near", dtype, **sizes)
     linear = make_linear(case.hidden, case.weight, case.bias if bias else None, *head)
-    if rule == "cross_entropy":
+    if isinstance(rule, CrossEntropyRule):
         target = torch.zeros(len(case.ids), 1)
-        return linear, case.ids[:, :1], target, None, row_rule(rule, [])
+        return linear, RowLoss(case.ids[:, :1], target, None, rule)
     target = teacher_buckets(case.ids, case.logprobs, case.tail, len(case.weight)).logprobs
     weights = torch.linspace(0.5, 1.5, len(case.ids))
-    return linear, case.ids, target, weights, row_rule(rule, [0.3])
+    return linear, RowLoss(case.ids, target, weights, rule)
 
 
-def kept(inputs, needs=ALL, entropy=True):
-    linear, ids, _, weights, _ = inputs
-    found = chunks.kept_loss(*inputs, needs, entropy, None)
-    active = linear.functions.locate(ids, weights, len(linear.weight)).active
-    grads = chunks.kept_grads(linear, active, found.dz, found.scale, needs)
-    return found.stats, *(grad.double() for grad in grads)
+def stored(inputs, needs=ALL, entropy=True):
+    linear, loss = inputs
+    result = chunks.stored_loss(*inputs, needs, entropy, None)
+    active = linear.functions.locate(loss.ids, loss.row_weights, len(linear.weight)).active
+    grads = chunks.stored_grads(linear, active, result.dlogits, result.scale, needs)
+    return result.stats, *(grad.double() for grad in grads)
 
 
 def chunked(inputs, needs=ALL, entropy=True):
     result = chunks.fused_loss(*inputs, needs, entropy, None)
-    grads = result.grads
-    return result.stats, *(
-        g.double() * grads.scale for g in (grads.hidden, grads.weight, grads.bias)
-    )
+    grads = result.dhidden, result.dweight, result.dbias
+    return result.stats, *(grad.double() * result.scale for grad in grads)
 
 
 def panelled(inputs, needs=ALL, entropy=True):
-    linear, ids, target, weights, rule = inputs
-    found = panels.row_losses(*inputs, needs, entropy, None)
-    grads = panels.row_grads(linear, ids, target, weights, found.reduction, rule, needs, None)
-    return found.stats, *(grad.double() for grad in grads)
+    linear, loss = inputs
+    result = panels.row_losses(*inputs, needs, entropy, None)
+    grads = panels.row_grads(linear, loss, result.state, needs, None)
+    return result.stats, *(grad.double() for grad in grads)
 
 
-def assert_same(found, expected, bound=1e-5):
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=2e-6)
-    for grad, exact in zip(found[1:], expected[1:], strict=True):
+def assert_same(actual, expected, bound=1e-5):
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=2e-6)
+    for grad, exact in zip(actual[1:], expected[1:], strict=True):
         assert relative_error(grad, exact) < bound
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: encode(rule)[0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_chunks_and_panels_of_any_size_give_one_result(dtype, rule, monkeypatch):
+def test_chunks_and_panels_of_any_size_give_the_same_result(dtype, rule, monkeypatch):
     inputs = problem(dtype, rows=33, vocab=300, rule=rule)
     whole = chunked(inputs)
     bound = 1e-5 if dtype == torch.float32 else 3e-3
@@ -70,8 +78,8 @@ def test_chunks_and_panels_of_any_size_give_one_result(dtype, rule, monkeypatch)
         monkeypatch.setitem(workspace.CHUNK_BYTES, "cpu", rows * 304 * 4)
         monkeypatch.setattr(workspace, "FEWEST_ROWS", 1)
         assert_same(chunked(inputs), whole)
-        monkeypatch.setattr(workspace, "KEPT_BYTES", 4 * 24 * 50 * rows)
-        assert_same(kept(inputs), whole, bound)
+        monkeypatch.setattr(workspace, "WEIGHT_GRAD_BYTES", 4 * 24 * 50 * rows)
+        assert_same(stored(inputs), whole, bound)
     for columns in (1, 7, 128, 299):
         monkeypatch.setitem(workspace.PANEL_BYTES, "cpu", columns * 33 * 4)
         assert_same(panelled(inputs), whole, bound)
@@ -79,22 +87,22 @@ def test_chunks_and_panels_of_any_size_give_one_result(dtype, rule, monkeypatch)
 
 def test_equal_inputs_give_equal_bits():
     inputs = problem(rows=33, vocab=300)
-    for schedule_of in (chunked, kept, panelled):
-        first, second = schedule_of(inputs), schedule_of(inputs)
+    for schedule in (chunked, stored, panelled):
+        first, second = schedule(inputs), schedule(inputs)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_nothing_of_size_rows_by_vocabulary_is_alive(monkeypatch):
+def test_no_tensor_of_size_rows_by_vocabulary_is_allocated(monkeypatch):
     monkeypatch.setitem(workspace.CHUNK_BYTES, "cpu", 1 << 18)
     monkeypatch.setitem(workspace.PANEL_BYTES, "cpu", 1 << 18)
     inputs = problem(rows=512, vocab=4096, width=8)
-    linear, ids = inputs[:2]
+    linear, ids = inputs[0], inputs[1].ids
     with Allocations() as seen:
         chunked(inputs)
         panelled(inputs)
-        topk.topk(linear, 4, None, None)
-        scores, entropy, reduction = logprobs.logprobs(linear, ids, True, ALL, None)
-        logprobs.logprobs_grads(linear, ids, reduction, scores, entropy, ALL, None)
+        topk.topk(linear, 4, ids, ids[:, :1].clamp(min=0), None)
+        scores, entropy, state = logprobs.logprobs(linear, ids, ALL, True, None)
+        logprobs.logprobs_grads(linear, ids, state, scores, entropy, ALL, None)
     assert seen.largest < 512 * 4096 * 4 // 8
     assert seen.peak < 512 * 4096 * 4 // 2
 
@@ -110,7 +118,7 @@ def test_a_frozen_tensor_costs_no_gemm(needs):
         chunked(inputs, needs)
     assert seen.gemms == [logits] + [hidden] * needs.hidden + [weight] * needs.weight
     with Allocations() as seen:
-        kept(inputs, needs)
+        stored(inputs, needs)
     assert seen.gemms == [logits] + [hidden] * needs.hidden + [weight] * needs.weight
     with Allocations() as seen:
         panelled(inputs, needs)
@@ -118,7 +126,7 @@ def test_a_frozen_tensor_costs_no_gemm(needs):
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both", "no_grad"])
-def test_the_public_function_derives_the_needs(frozen, monkeypatch):
+def test_the_public_function_computes_only_gradients_that_are_required(frozen, monkeypatch):
     gemms = []
     for name in ("project", "hidden_grad", "weight_grad"):
         function = getattr(gemm, name)
@@ -134,25 +142,25 @@ def test_the_public_function_derives_the_needs(frozen, monkeypatch):
     with torch.set_grad_enabled(frozen != "no_grad"):
         loss = linear_sparse_divergence(hidden, weight, *case.teacher)
     assert loss.requires_grad == (frozen in ("hidden", "weight"))
-    wanted = {"hidden": ["weight_grad"], "weight": ["hidden_grad"]}.get(frozen, [])
-    assert gemms == ["project", *wanted]
+    expected = {"hidden": ["weight_grad"], "weight": ["hidden_grad"]}.get(frozen, [])
+    assert gemms == ["project", *expected]
     if loss.requires_grad:
         loss.backward()
     assert (hidden.grad is not None) == (frozen == "weight")
     assert (weight.grad is not None) == (frozen == "hidden")
 
 
-def test_the_schedule_follows_from_the_call(monkeypatch):
-    """One sweep with the gradient in the forward, unless the upstream must be known first."""
+def test_the_arguments_choose_the_schedule(monkeypatch):
+    """The gradient is computed in the forward, unless it needs the upstream gradient first."""
     called = []
     for name in ("fused_loss", "row_losses", "row_grads"):
         operator = getattr(ops, name)
 
-        def noted(*args, operator=operator, name=name):
+        def recorded(*args, operator=operator, name=name):
             called.append(name)
             return operator(*args)
 
-        monkeypatch.setattr(ops, name, noted)
+        monkeypatch.setattr(ops, name, recorded)
     case = make_case(rows=200, vocab=300)
     room = case.weight.numel() * 4 + 200 * 300 * 4
 

@@ -1,8 +1,8 @@
 """The Triton kernels, interpreted on a CPU and compiled on a GPU.
 
-Every kernel against the torch implementation in fp64, which the other tests hold against the
-definition. On a CPU the process needs TRITON_INTERPRET=1 (`make test` sees to it); there bf16 is
-left out, because the interpreter rounds it wrongly, and races cannot show.
+Every kernel is compared with the torch implementation in fp64, which the other tests compare with
+the definition. On a CPU the process needs TRITON_INTERPRET=1, which `make test` sets. The
+interpreter rounds bf16 wrongly, so bf16 is left out there, and it does not reproduce races.
 """
 
 import math
@@ -20,9 +20,17 @@ from lopd_kernels import (
     linear_topk,
     sparse_divergence,
 )
-from lopd_kernels._core.buckets import settle
-from lopd_kernels._core.rules import DIVERGENCES, IMPORTANCE, TAILS, row_rule
-from lopd_kernels._core.types import Coefficients, Head, Reduction
+from lopd_kernels._core.buckets import student_buckets
+from lopd_kernels._core.rules import (
+    DIVERGENCES,
+    IMPORTANCE,
+    TAILS,
+    CrossEntropyRule,
+    DivergenceRule,
+    PolicyGradientRule,
+    encode,
+)
+from lopd_kernels._core.types import Head, LogitGrads, RowState
 from lopd_kernels._torch import listed as torch_listed
 from lopd_kernels._torch import rows as torch_rows
 
@@ -31,12 +39,16 @@ needs_interpreter = pytest.mark.skipif(
 )
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
-DIVERGENCE_RULES = [f"{name}:{tail}" for name in DIVERGENCES for tail in ("bucket", "truncate")]
-POLICY_RULES = [
-    f"policy_gradient:{source}:{mode}"
-    for source in ("given", "log_ratio")
-    for mode in (*IMPORTANCE, "clipped")
+DIVERGENCE_RULES = [
+    DivergenceRule(name, tail, 0.3) for name in DIVERGENCES for tail in ("bucket", "truncate")
 ]
+POLICY_RULES = [
+    PolicyGradientRule(from_teacher, importance, 1.0, 1.2, 0.2)
+    for from_teacher in (False, True)
+    for importance in (*IMPORTANCE, "clipped")
+]
+RULES = {encode(rule)[0]: rule for rule in (*DIVERGENCE_RULES, *POLICY_RULES, CrossEntropyRule())}
+REVERSE_KL = DivergenceRule("reverse_kl", "bucket")
 HEADS = {
     "plain": dict(),
     "scaled": dict(logit_scale=1.3, temperature=0.7),
@@ -77,7 +89,7 @@ def generator():
 
 
 def padded_rows(rows, vocab, scale=3.0):
-    """u as the schedules hold it: rows with room behind them, filled with junk."""
+    """u as the schedules allocate it: the columns beyond the vocabulary hold NaN."""
     buffer = torch.full((rows, vocab + 16 - vocab % 16), math.nan)
     buffer[:, :vocab] = scale * torch.randn(rows, vocab)
     return buffer[:, :vocab]
@@ -91,28 +103,24 @@ def ragged_ids(rows, vocab, k):
 
 
 def make_target(rule, ids, u):
-    """Teacher buckets near the student's, or what a sampled-token rule compares with."""
+    """Teacher buckets near the student's, or the target of a rule on one id per row."""
     n = len(ids)
-    if rule == "cross_entropy":
+    if isinstance(rule, CrossEntropyRule):
         return torch.zeros(n, 1)
-    if rule.startswith("policy"):
+    if isinstance(rule, PolicyGradientRule):
         student = u.log_softmax(1).gather(1, ids[:, :1].clamp(min=0))
         return student + 0.5 * torch.randn(n, 2)
     teacher = (u + 0.25 * torch.randn_like(u)).log_softmax(1)
-    on = teacher.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
+    on_list = teacher.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
     listed = torch.zeros(n, u.shape[1] + 1, dtype=torch.bool).scatter(
         1, ids % (u.shape[1] + 1), True
     )
     tail = teacher.masked_fill(listed[:, :-1], -math.inf).logsumexp(1, keepdim=True)
-    return torch.cat([on, tail], 1)
+    return torch.cat([on_list, tail], 1)
 
 
-def options_of(rule):
-    return [1.0, 1.2, 0.2] if rule.startswith("policy") else [0.3]
-
-
-def oracle_pass(u, ids, target, weights, rule, head, out_dtype=torch.float64):
-    """(stats, gradient) by torch in fp64."""
+def oracle_pass(u, ids, target, weights, rule, head):
+    """(stats, gradient) of the torch implementation in fp64."""
     u, rows = u.double(), len(u)
     bias = None if head.bias is None else head.bias.double()
     head = Head(head.logit_scale, head.softcap, head.temperature, bias)
@@ -126,7 +134,7 @@ def oracle_pass(u, ids, target, weights, rule, head, out_dtype=torch.float64):
 
 
 PAIRS = pairwise(
-    rule=[*DIVERGENCE_RULES, *POLICY_RULES, "cross_entropy"],
+    rule=list(RULES),
     head=list(HEADS),
     vocab=[33, 211, 1000],
     k=[1, 2, 8, 64, 300],
@@ -137,8 +145,8 @@ PAIRS = pairwise(
 
 @pytest.mark.parametrize("case", PAIRS, ids=label)
 def test_the_row_kernel(case, triton_rows):
-    vocab = case["vocab"]
-    k = 1 if case["rule"].split(":")[0] in ("policy_gradient", "cross_entropy") else case["k"]
+    vocab, rule = case["vocab"], RULES[case["rule"]]
+    k = case["k"] if isinstance(rule, DivergenceRule) else 1
     rows = 5
     u, ids = padded_rows(rows, vocab), ragged_ids(rows, vocab, min(k, vocab))
     weights = torch.ones(rows)
@@ -147,41 +155,40 @@ def test_the_row_kernel(case, triton_rows):
     elif case["weights"] == "tiny":
         weights = weights * 1e-6
     head = make_head(case["head"], vocab)
-    rule = row_rule(case["rule"], options_of(case["rule"]))
-    target = make_target(case["rule"], ids, u)
+    target = make_target(rule, ids, u)
     stats, exact = oracle_pass(u, ids, target, weights, rule, head)
     support = triton_rows.locate(ids.to(case["ids"]), weights, vocab)
-    found = torch.zeros(rows, 4 + len(rule.extras))
-    triton_rows.row_pass(u, support, target, weights, rule, head, True, found, u)
-    idle = (weights == 0.0) | (ids == -1).all(1)
-    assert (u[idle] == 0.0).all()
+    ours = torch.zeros(rows, 4 + len(rule.extras))
+    triton_rows.row_pass(u, support, target, weights, rule, head, True, ours, u)
+    inactive = (weights == 0.0) | (ids == -1).all(1)
+    assert (u[inactive] == 0.0).all()
     assert relative_error(u, exact) < 1e-5
-    error = (found.double() - stats).abs()
+    error = (ours.double() - stats).abs()
     assert (error <= 1e-5 * (1.0 + stats.abs()))[stats.isfinite()].all()
 
 
 @pytest.mark.parametrize("block", [128, 256])
-@pytest.mark.parametrize("support_block", [16, 64])
-def test_rows_and_supports_in_many_blocks(block, support_block, triton_rows, monkeypatch):
-    options = {"BLOCK": block, "KBLOCK": support_block, "num_warps": 4}
-    monkeypatch.setattr(triton_rows, "launch", lambda *given: options)
+@pytest.mark.parametrize("list_block", [16, 64])
+def test_rows_and_lists_in_many_blocks(block, list_block, triton_rows, monkeypatch):
+    options = {"BLOCK": block, "KBLOCK": list_block, "num_warps": 4}
+    monkeypatch.setattr(triton_rows, "launch", lambda *_: options)
     u, ids = padded_rows(4, 700), ragged_ids(4, 700, 130)
-    rule, head, weights = row_rule("reverse_kl:bucket", [0.5]), Head(), torch.ones(4)
-    target = make_target("reverse_kl:bucket", ids, u)
-    stats, exact = oracle_pass(u, ids, target, weights, rule, head)
-    found = torch.zeros(4, 4)
+    head, weights = Head(), torch.ones(4)
+    target = make_target(REVERSE_KL, ids, u)
+    stats, exact = oracle_pass(u, ids, target, weights, REVERSE_KL, head)
+    ours = torch.zeros(4, 4)
     support = triton_rows.locate(ids, None, 700)
-    triton_rows.row_pass(u, support, target, weights, rule, head, True, found, u)
+    triton_rows.row_pass(u, support, target, weights, REVERSE_KL, head, True, ours, u)
     assert relative_error(u, exact) < 1e-5
-    torch.testing.assert_close(found.double(), stats, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.double(), stats, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("vocab", [33, 4100])
-def test_half_precision_gradients_fit_into_the_first_half_of_their_row(vocab, triton_rows):
+def test_16_bit_gradients_may_use_the_first_half_of_their_row(vocab, triton_rows):
     u, ids = padded_rows(3, vocab), ragged_ids(3, vocab, 8)
-    rule, head = row_rule("forward_kl:bucket", [0.5]), make_head("capped", vocab)
-    weights = torch.full((3,), 256.0)  # without it the small entries would be subnormal
-    target = make_target("forward_kl:bucket", ids, u)
+    rule, head = DivergenceRule("forward_kl", "bucket"), make_head("capped", vocab)
+    weights = torch.full((3,), 256.0)  # avoids subnormal entries
+    target = make_target(rule, ids, u)
     _, exact = oracle_pass(u, ids, target, weights, rule, head)
     apart, stats = torch.empty(3, vocab, dtype=torch.float16), torch.zeros(3, 4)
     support = triton_rows.locate(ids, None, vocab)
@@ -194,63 +201,65 @@ def test_half_precision_gradients_fit_into_the_first_half_of_their_row(vocab, tr
 
 @pytest.mark.parametrize("columns", [7, 100, 211])
 @pytest.mark.parametrize("name", HEADS)
-def test_panels_reduce_and_write_what_whole_rows_do(name, columns, triton_rows):
+def test_reduce_and_write_by_panels(name, columns, triton_rows):
     rows, vocab = 5, 211
     u, ids = padded_rows(rows, vocab), ragged_ids(rows, vocab, 12)
     ids[3] = -1
     head = make_head(name, vocab)
     wide = Head(head.logit_scale, head.softcap, head.temperature,
                 None if head.bias is None else head.bias.double())  # fmt: skip
-    slopes = Coefficients(torch.randn(rows), torch.randn(rows), torch.randn(rows),
+    grads = LogitGrads(torch.randn(rows), torch.randn(rows), torch.randn(rows),
                           torch.randn(rows, 12))  # fmt: skip
     sides = []
     for functions, dtype, used in ((triton_rows, torch.float32, head),
                                    (torch_rows, torch.float64, wide)):  # fmt: skip
         support = functions.locate(ids, None, vocab)
-        reduction = Reduction.start(u, rows, 12, dtype)
+        state = RowState.start(u, rows, 12, dtype)
         out = torch.empty(rows, vocab, dtype=dtype)
-        kind = Coefficients(*(x.to(dtype) for x in slopes))
+        grads = LogitGrads(*(x.to(dtype) for x in grads))
         for first in range(0, vocab, columns):
             panel = u[:, first : first + columns].to(dtype, copy=True)
-            functions.reduce(panel, first, support, used, True, reduction)
+            functions.reduce(panel, first, support, used, True, state)
         for first in range(0, vocab, columns):
             panel = u[:, first : first + columns].to(dtype, copy=True)
-            functions.write(panel, first, support, used, kind, reduction.on,
+            functions.write(panel, first, support, used, grads, state.listed,
                             out[:, first : first + columns])  # fmt: skip
-        sides.append((settle(reduction), out, support.active))
-    (ours, found, active), (exact, wanted, _) = sides
-    for field, right in zip(ours, exact, strict=True):
-        field, right = field[active].double(), right[active]
-        torch.testing.assert_close(field, right, rtol=1e-5, atol=1e-5)
-    assert (found[~active] == 0.0).all()
-    assert relative_error(found, wanted) < 1e-5
+        sides.append((student_buckets(state), out, support.active))
+    (ours, ours_out, active), (exact, exact_out, _) = sides
+    for field, expected in zip(ours, exact, strict=True):
+        field, expected = field[active].double(), expected[active]
+        torch.testing.assert_close(field, expected, rtol=1e-5, atol=1e-5)
+    assert (ours_out[~active] == 0.0).all()
+    assert relative_error(ours_out, exact_out) < 1e-5
 
 
-@pytest.mark.parametrize("bad", ["twin", "far twin", "below", "beyond", "inf", "-inf", "nan"])
+@pytest.mark.parametrize(
+    "bad", ["repeated", "repeated far away", "below", "beyond", "inf", "-inf", "nan"]
+)
 @pytest.mark.parametrize("columns", [64, 211])
-def test_what_is_broken_makes_its_row_nan_and_no_other(columns, bad, triton_rows):
+def test_an_invalid_id_or_logit_makes_only_its_row_nan(columns, bad, triton_rows):
     vocab = 211
     u, ids = padded_rows(4, vocab), torch.rand(4, vocab).topk(20, 1).indices
-    if bad.endswith("twin"):
-        ids[2, 17] = ids[2, 1 if bad == "twin" else 16]
+    if bad.startswith("repeated"):
+        ids[2, 17] = ids[2, 16 if bad == "repeated" else 1]
     elif bad in ("below", "beyond"):
         ids[2, 5] = {"below": -2, "beyond": vocab}[bad]
     else:
         u[2, 40] = float(bad)
-    rule, head = row_rule("reverse_kl:bucket", [0.5]), Head()
-    support = triton_rows.locate(ids, None, vocab)
-    reduction = Reduction.start(u, 4, 20, torch.float32)
+    head, support = Head(), triton_rows.locate(ids, None, vocab)
+    state = RowState.start(u, 4, 20, torch.float32)
     for first in range(0, vocab, columns):
         panel = u[:, first : first + columns].clone()
-        triton_rows.reduce(panel, first, support, head, True, reduction)
-    assert settle(reduction).buckets.isnan().any(1).tolist() == [False, False, True, False]
-    stats, target = torch.zeros(4, 4), make_target("reverse_kl:bucket", ids.clamp(0, 210), u)
-    triton_rows.row_pass(u, support, target, torch.ones(4), rule, head, True, stats, u)
-    assert stats[:, 0].isnan().tolist() == [False, False, True, False]
+        triton_rows.reduce(panel, first, support, head, True, state)
+    affected = [False, False, True, False]
+    assert student_buckets(state).logprobs.isnan().any(1).tolist() == affected
+    stats, target = torch.zeros(4, 4), make_target(REVERSE_KL, ids.clamp(0, 210), u)
+    triton_rows.row_pass(u, support, target, torch.ones(4), REVERSE_KL, head, True, stats, u)
+    assert stats[:, 0].isnan().tolist() == affected
     assert u[2].isnan().all() and u[[0, 1, 3]].isfinite().all()
 
 
-def test_minus_infinity_in_given_logits_masks_an_id(device):
+def test_minus_infinity_in_logits_masks_an_id(device):
     case = make_case()
     logits = case.hidden @ case.weight.t()
     logits[:, 100:] = -math.inf
@@ -263,31 +272,31 @@ def test_minus_infinity_in_given_logits_masks_an_id(device):
     assert (ours[1][:, 100:] == 0.0).all()
 
 
-SPARSE = pairwise(rows=[1, 7], width=[24, 300], k=[1, 5, 40], vocab=[50, 211], idle=[False, True])
+LISTED = pairwise(rows=[1, 7], width=[24, 300], k=[1, 5, 40], vocab=[50, 211], unused=[False, True])
 
 
-@pytest.mark.parametrize("case", SPARSE, ids=label)
+@pytest.mark.parametrize("case", LISTED, ids=label)
 def test_products_with_listed_rows(case, device):
     from lopd_kernels._triton import listed as triton_listed
 
     n, d, k, v = case["rows"], case["width"], case["k"], case["vocab"]
     hidden, weight = torch.randn(n, d), torch.randn(v, d)
     ids, grad = torch.randint(0, min(v, 20), (n, k)), torch.randn(n, k)
-    if case["idle"]:
+    if case["unused"]:
         grad[0] = 0.0
         hidden[0] = math.nan
     wide = [x.double() for x in (hidden, weight, grad)]
     u = triton_listed.dots(hidden, weight, ids, 1)
     exact = torch_listed.dots(wide[0], wide[1], ids, 3)
-    kept = slice(1 if case["idle"] else 0, None)
-    assert (n == 1 and case["idle"]) or relative_error(u[kept], exact[kept]) < 1e-6
+    used = slice(1 if case["unused"] else 0, None)
+    assert (n == 1 and case["unused"]) or relative_error(u[used], exact[used]) < 1e-6
     dhidden = triton_listed.hidden_grad(grad, weight, ids, 1)
     assert relative_error(dhidden, torch_listed.hidden_grad(wide[2], wide[1], ids, 3)) < 1e-6
     for add in (False, True):
-        out, right = torch.ones(v, d), torch.ones(v, d, dtype=torch.float64)
+        out, expected = torch.ones(v, d), torch.ones(v, d, dtype=torch.float64)
         triton_listed.weight_grad(grad, hidden, ids, 1, out, add)
-        torch_listed.weight_grad(wide[2], wide[0], ids, 3, right, add)
-        assert relative_error(out, right) < 1e-6
+        torch_listed.weight_grad(wide[2], wide[0], ids, 3, expected, add)
+        assert relative_error(out, expected) < 1e-6
 
 
 PUBLIC = {
@@ -341,45 +350,45 @@ def spy_on_launches(monkeypatch):
     for module in (triton_rows, triton_listed):
         context = module.on_device
 
-        def noted(device, context=context):
+        def recorded(device, context=context):
             launched.append(device)
             return context(device)
 
-        monkeypatch.setattr(module, "on_device", noted)
+        monkeypatch.setattr(module, "on_device", recorded)
     return launched
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_topk(bias, device):
     case = make_case(rows=6, vocab=67, k=4)
-    options = dict(softcap=9.0, temperature=0.8)
-    found = linear_topk(case.hidden, case.weight, 5, extra_ids=case.ids,
-                        bias=case.bias if bias else None, **options)  # fmt: skip
+    options = dict(softcap=9.0, temperature=0.8, sampled_ids=case.ids[:, 0])
+    ours = linear_topk(case.hidden, case.weight, 5, extra_ids=case.ids,
+                       bias=case.bias if bias else None, **options)  # fmt: skip
     wide = case.double()
     exact = linear_topk(wide.hidden, wide.weight, 5, extra_ids=case.ids,
                         bias=wide.bias if bias else None, **options)  # fmt: skip
-    assert torch.equal(found.ids, exact.ids)
-    for ours, right in zip(found[1:], exact[1:], strict=True):
-        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.ids, exact.ids)
+    for actual, expected in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_small_tails_keep_their_digits(triton_rows):
-    """At a student tail of e^-30 a difference from one would have none left."""
+def test_small_tails_are_precise(triton_rows):
+    """At a student tail of e^-30, a difference from one would have no digits left."""
     u = torch.zeros(1, 48)
     u[0, 0] = 30.0
     ids, target = torch.tensor([[0]]), torch.tensor([[math.log(0.5), math.log(0.5)]])
     stats, support = torch.zeros(1, 4), triton_rows.locate(ids, None, 48)
-    rule = row_rule("reverse_kl:bucket", [0.5])
-    exact, grad = oracle_pass(u, ids, target, torch.ones(1), rule, Head())
-    triton_rows.row_pass(u, support, target, torch.ones(1), rule, Head(), True, stats, u)
+    exact, grad = oracle_pass(u, ids, target, torch.ones(1), REVERSE_KL, Head())
+    triton_rows.row_pass(u, support, target, torch.ones(1), REVERSE_KL, Head(), True, stats, u)
     assert abs(float(stats[0, 2]) - float(exact[0, 2])) < 1e-5
     assert relative_error(u, grad) < 1e-5
 
 
-def test_an_offset_of_all_logits_costs_no_digits(triton_rows):
+def test_an_offset_of_all_logits_costs_no_precision(triton_rows):
     ids = torch.arange(4).repeat(3, 1)
     plain = torch.randn(3, 96).mul(64).round().div(64)
-    target, rule = make_target("jsd:bucket", ids, plain), row_rule("jsd:bucket", [0.3])
+    rule = DivergenceRule("jsd", "bucket", 0.3)
+    target = make_target(rule, ids, plain)
     support, weights = triton_rows.locate(ids, None, 96), torch.ones(3)
     grads = []
     for offset in (0.0, 1e4, -1e4):
@@ -392,7 +401,7 @@ def test_an_offset_of_all_logits_costs_no_digits(triton_rows):
 
 
 def test_the_tables_of_divergences_agree(device):
-    """One place in torch, one in Triton: each has every divergence, with the same constant."""
+    """The tables in torch and in Triton have the same divergences with the same constants."""
     from lopd_kernels._triton.kernels import rules
 
     assert set(rules.DIVERGENCES) == set(rules.SHIFTS) == set(DIVERGENCES)

@@ -1,7 +1,7 @@
-"""Products with the K rows of the weight that a row of hidden states lists.
+"""Products of each row of hidden states with the K rows of the weight that it lists.
 
-No kernel adds into memory that another program adds into: a row of dH belongs to one row
-of hidden states, a row of dW to one id, whose entries are visited in a fixed order.
+No two programs add into the same memory: a row of dH belongs to one row of hidden states, a row
+of dW to one id, whose entries are visited in a fixed order.
 """
 
 import triton

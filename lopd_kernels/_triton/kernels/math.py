@@ -1,7 +1,7 @@
-"""Elementary functions that keep fp32 digits on every target and in the interpreter.
+"""Elementary functions that are accurate in fp32 on every target and in the interpreter.
 
-The hardware's exp and log are exact enough away from 0 and 1; near them the differences
-`exp(x) - 1` and `log(1 + x)` are taken as series.
+The hardware's exp and log are accurate enough away from 0 and 1. Near them, `exp(x) - 1` and
+`log(1 + x)` are computed as series.
 """
 
 import triton

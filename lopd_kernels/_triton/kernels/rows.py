@@ -1,20 +1,20 @@
-"""Rows of logits to losses and gradients, one program to a row.
+"""Rows of logits to losses and gradients, one program per row.
 
-A row holds u = h W^T in fp32, the whole vocabulary or a panel of it. Its life:
+A row holds u = h W^T in fp32, over the whole vocabulary or over a panel of it:
 
-    take     gather u at the support, put SENTINEL in its place
-    reduce   online log-sum-exp of what is left: the student's tail, never a difference
-    settle   the K + 1 buckets to the loss and to one gradient scalar for all ids off the support
-    write    exp(z - max) times that scalar, then the K entries of the support on top
+    take     gather u at the listed ids and put SENTINEL in their places
+    reduce   online log-sum-exp of the other ids: the student's tail, never a difference
+    rule     the K + 1 buckets to the loss, and to one factor for the gradient of all unlisted ids
+    write    exp(z - max) times that factor, then the K gradients at the listed ids over it
 
-`row_kernel` does all of it for whole rows. `reduce_kernel` and `write_kernel` are its two
-halves for panels and for callers who settle in torch.
+`row_kernel` does all of it on whole rows. `reduce_kernel` and `write_kernel` are the two halves
+for panels; the rule then runs in torch.
 
-SENTINEL is a finite number that no logit takes, so that the arithmetic of masked columns
-never meets inf - inf; it stands for "no mass", and so do columns beyond the row.
+SENTINEL is a finite number that no logit equals, so that arithmetic on masked columns never meets
+inf - inf. It stands for an id without mass, and so do columns beyond the row.
 
-The gradient may be written into the storage of the logits in a narrower type: block i is
-stored after block i + 1 has been loaded by all threads, and touches nothing beyond block i.
+The gradient may be written into the storage of the logits in a narrower dtype: block i is stored
+after all threads have loaded block i + 1, and reaches nothing beyond block i.
 """
 
 import triton
@@ -28,14 +28,14 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _finish(
+def _apply_head(
     u, bias_ptr, columns, known, gain, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
 ):  # fmt: skip
-    """(z, 1 - tanh^2) of u at `columns`; SENTINEL stays where it is.
+    """(z, 1 - tanh^2) of u at `columns`; SENTINEL stays SENTINEL.
 
-    An infinite u becomes NaN: it must not pass for an id without mass, nor, under a soft cap, for
-    a large logit. With INF_MASKS -inf is an id without mass; in a bias it always is.
+    An infinite u becomes NaN: it must not look like an id without mass or, under a softcap, like
+    a large logit. With INF_MASKS, -inf marks an id without mass. In a bias it always does.
     """
     if INF_MASKS:
         x = tl.where(u == INF, float("nan"), u)
@@ -54,25 +54,25 @@ def _finish(
 
 
 @triton.jit
-def _take(
-    u_row, ids_row, on_row, bias_ptr, first, width, vocab, K, gain, cap,
+def _take_listed(
+    u_row, ids_row, listed_row, bias_ptr, first, width, vocab, K, gain, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z at the ids in [first, first + width) into on_row, SENTINEL into their places.
+    """Move z at the ids in [first, first + width) into listed_row; put SENTINEL in their places.
 
-    Returns 1 if an id is out of range or stands twice. Twins are found by writing every id's
-    number to its place and reading it back.
+    Returns 1 if an id is out of range or repeated. A repetition is detected by writing each id's
+    position in the list to the id's place and reading it back.
     """
-    broken = 0
+    invalid = 0
     for start in range(0, K, KBLOCK):
         k = start + tl.arange(0, KBLOCK)
         ids = tl.load(ids_row + k, mask=k < K, other=-1).to(tl.int64)
         here = (ids >= first) & (ids < first + width)
         u = tl.load(u_row + (ids - first), mask=here, other=0.0)
-        z, _ = _finish(u, bias_ptr, ids, here, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
-        tl.store(on_row + k, tl.where(z == SENTINEL, -INF, z), mask=here)
+        z, _ = _apply_head(u, bias_ptr, ids, here, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
+        tl.store(listed_row + k, tl.where(z == SENTINEL, -INF, z), mask=here)
         bad = (ids < -1) | (ids >= vocab)
-        broken = tl.maximum(broken, tl.max(bad.to(tl.int32), axis=0))
+        invalid = tl.maximum(invalid, tl.max(bad.to(tl.int32), axis=0))
     tl.debug_barrier()
     for start in range(0, K, KBLOCK):
         k = start + tl.arange(0, KBLOCK)
@@ -84,9 +84,9 @@ def _take(
         k = start + tl.arange(0, KBLOCK)
         ids = tl.load(ids_row + k, mask=k < K, other=-1).to(tl.int64)
         here = (ids >= first) & (ids < first + width)
-        number = tl.load(u_row + (ids - first), mask=here, other=0.0)
-        twin = here & (number != k.to(tl.float32))
-        broken = tl.maximum(broken, tl.max(twin.to(tl.int32), axis=0))
+        position = tl.load(u_row + (ids - first), mask=here, other=0.0)
+        repeated = here & (position != k.to(tl.float32))
+        invalid = tl.maximum(invalid, tl.max(repeated.to(tl.int32), axis=0))
     tl.debug_barrier()
     for start in range(0, K, KBLOCK):
         k = start + tl.arange(0, KBLOCK)
@@ -94,19 +94,19 @@ def _take(
         here = (ids >= first) & (ids < first + width)
         tl.store(u_row + (ids - first), tl.full([KBLOCK], SENTINEL, tl.float32), mask=here)
     tl.debug_barrier()
-    return broken
+    return invalid
 
 
 @triton.jit
 def _reduce(
     u_row, bias_ptr, first, width, limit, gain, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
-    SPREAD: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(m, sum e, sum e (z - m)) with e = exp(z - m) and m = max z; m = SENTINEL if empty.
 
-    Every lane keeps a maximum and sums of its own, so that a block costs one exponential an
-    element and no reduction across threads.
+    Each lane has its own maximum and sums, so a block costs one exponential per element and no
+    reduction across threads.
     """
     m = tl.full([BLOCK], SENTINEL, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
@@ -116,11 +116,11 @@ def _reduce(
         j = start + tl.arange(0, BLOCK)
         ahead = tl.load(u_row + j + BLOCK, mask=j + BLOCK < limit, other=0.0)
         known = j < width
-        z, _ = _finish(u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
+        z, _ = _apply_head(u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
         d = z - m
         e = tl.where(z == SENTINEL, 0.0, tl.exp(-tl.abs(d)))
         grows = d > 0.0
-        if SPREAD:
+        if ENTROPY:
             t = tl.where(grows, e * (t - s * d), t + tl.where(z == SENTINEL, 0.0, e * d))
         s = tl.where(grows, s * e + 1.0, s + e)
         m = tl.where(grows, z, m)
@@ -128,30 +128,36 @@ def _reduce(
     top = tl.max(m, axis=0)
     scale = tl.exp(m - top)
     spread = 0.0
-    if SPREAD:
+    if ENTROPY:
         spread = tl.sum(tl.where(s == 0.0, 0.0, scale * (t + s * (m - top))), axis=0)
     return top, tl.sum(scale * s, axis=0), spread
 
 
 @triton.jit
-def _write_off(
-    u_row, out_row, bias_ptr, first, width, limit, out_limit, gain, cap, own, factor, pull,
+def _write_unlisted(
+    u_row, out_row, bias_ptr, first, width, limit, out_limit, gain, cap,
+    unlisted_max, factor, entropy_factor,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
-    SPREAD: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """e (factor - pull (z - own)), e = exp(z - own), 0 on the support; ends with a barrier."""
+    """e (factor - entropy_factor d) with d = z - unlisted_max and e = exp(d); 0 at listed ids.
+
+    Ends with a barrier.
+    """
     u = tl.load(u_row + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < limit, other=0.0)
     for start in range(0, width, BLOCK):
         j = start + tl.arange(0, BLOCK)
         ahead = tl.load(u_row + j + BLOCK, mask=j + BLOCK < limit, other=0.0)
         tl.debug_barrier()
         known = j < width
-        z, slope = _finish(u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
-        d = tl.where(z == SENTINEL, 0.0, z - own)
+        z, slope = _apply_head(
+            u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS
+        )
+        d = tl.where(z == SENTINEL, 0.0, z - unlisted_max)
         e = tl.where(z == SENTINEL, 0.0, tl.exp(d))
         grad = e * factor
-        if SPREAD:
-            grad = e * (factor - pull * d)
+        if ENTROPY:
+            grad = e * (factor - entropy_factor * d)
         grad = grad * slope
         tl.store(out_row + j, grad.to(out_row.dtype.element_ty), mask=j < out_limit)
         u = ahead
@@ -167,8 +173,8 @@ def _zero(out_row, width, out_limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _bucket_logprobs(on_row, k, K, top, lse, tail):
-    z = tl.load(on_row + k, mask=k < K, other=-INF)
+def _bucket_logprobs(listed_row, k, K, top, lse, tail):
+    z = tl.load(listed_row + k, mask=k < K, other=-INF)
     lp = tl.where(z == -INF, -INF, z - top - lse)
     return tl.where(k == K, tail, lp)
 
@@ -178,7 +184,7 @@ def row_kernel(
     u_ptr,  # [R, V] fp32, rows of u_stride; overwritten
     out_ptr,  # [R, V] gradient, rows of out_stride; may share the storage of u
     ids_ptr,  # [R, K] int, -1 pads
-    on_ptr,  # [R, K] fp32 scratch, -inf
+    listed_ptr,  # [R, K] fp32 scratch, filled with -inf
     target_ptr,  # [R, target_width] fp32
     active_ptr,  # [R] int8; the other rows get a gradient of zero
     weights_ptr,  # [R] fp32 factor of the gradient
@@ -187,7 +193,7 @@ def row_kernel(
     u_stride, out_stride, out_limit, V, K, target_width, stats_width,
     gain, cap, option_0, option_1, option_2,
     RULE: tl.constexpr, DIVERGENCE: tl.constexpr, SHIFT: tl.constexpr, TRUNCATE: tl.constexpr,
-    DERIVED: tl.constexpr, IMPORTANCE: tl.constexpr,
+    FROM_TEACHER: tl.constexpr, IMPORTANCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
     ENTROPY: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -197,96 +203,97 @@ def row_kernel(
         if GRAD:
             _zero(out_row, V, out_limit, BLOCK)
     else:
-        ids_row, on_row = ids_ptr + row * K, on_ptr + row * K
+        ids_row, listed_row = ids_ptr + row * K, listed_ptr + row * K
         target_row, stats_row = target_ptr + row * target_width, stats_ptr + row * stats_width
-        broken = _take(
-            u_row, ids_row, on_row, bias_ptr, 0, V, V, K, gain, cap,
+        invalid = _take_listed(
+            u_row, ids_row, listed_row, bias_ptr, 0, V, V, K, gain, cap,
             HAS_BIAS, SOFTCAP, INF_MASKS, KBLOCK,
         )  # fmt: skip
-        own, total, spread = _reduce(
+        unlisted_max, total, spread = _reduce(
             u_row, bias_ptr, 0, V, u_stride, gain, cap,
             HAS_BIAS, SOFTCAP, INF_MASKS, ENTROPY, BLOCK,
         )  # fmt: skip
 
-        largest_on = -INF
+        largest_listed = -INF
         for start in range(0, K, KBLOCK):
             k = start + tl.arange(0, KBLOCK)
-            z = tl.load(on_row + k, mask=k < K, other=-INF)
-            largest_on = tl.maximum(largest_on, tl.max(z, axis=0))
-        top = tl.maximum(own, largest_on)
+            z = tl.load(listed_row + k, mask=k < K, other=-INF)
+            largest_listed = tl.maximum(largest_listed, tl.max(z, axis=0))
+        top = tl.maximum(unlisted_max, largest_listed)
         top = tl.where(top == SENTINEL, 0.0, top)
-        total_on, largest = 0.0, K
+        total_listed, largest = 0.0, K
         for start in range(0, K, KBLOCK):
             k = start + tl.arange(0, KBLOCK)
-            z = tl.load(on_row + k, mask=k < K, other=-INF)
-            total_on += tl.sum(tl.exp(z - top), axis=0)
-            first = tl.min(tl.where((z == largest_on) & (k < K), k, K), axis=0)
+            z = tl.load(listed_row + k, mask=k < K, other=-INF)
+            total_listed += tl.sum(tl.exp(z - top), axis=0)
+            first = tl.min(tl.where((z == largest_listed) & (k < K), k, K), axis=0)
             largest = tl.minimum(largest, first)
-        lse = tl.log(total_on + total * tl.exp(own - top))
-        tail = (own - top) + tl.log(total) - lse
+        lse = tl.log(total_listed + total * tl.exp(unlisted_max - top))
+        tail = (unlisted_max - top) + tl.log(total) - lse
         tail = tl.where(total == 0.0, -INF, tail)
-        largest = tl.where(tail > largest_on - top - lse, K, largest)
+        largest = tl.where(tail > largest_listed - top - lse, K, largest)
 
-        loss, listed, first_lp = 0.0, 0.0, 0.0
-        own_g, own_p, other_g, other_p, tail_g = 0.0, 0.0, 0.0, 0.0, 0.0
+        loss, list_term, first_lp = 0.0, 0.0, 0.0
+        g_largest, p_largest, g_others, p_others, tail_g = 0.0, 0.0, 0.0, 0.0, 0.0
         for start in range(0, K + 1, KBLOCK):
             k = start + tl.arange(0, KBLOCK)
-            lp = _bucket_logprobs(on_row, k, K, top, lse, tail)
+            lp = _bucket_logprobs(listed_row, k, K, top, lse, tail)
             phi, g = bucket_rule(
                 lp, k, K, target_row, option_0, option_1, option_2,
-                RULE, DIVERGENCE, SHIFT, TRUNCATE, DERIVED, IMPORTANCE,
+                RULE, DIVERGENCE, SHIFT, TRUNCATE, FROM_TEACHER, IMPORTANCE,
             )  # fmt: skip
             p = tl.exp(lp)
             loss += tl.sum(phi, axis=0)
-            own_g += tl.sum(tl.where(k == largest, g, 0.0), axis=0)
-            own_p += tl.sum(tl.where(k == largest, p, 0.0), axis=0)
-            other_g += tl.sum(tl.where(k == largest, 0.0, g), axis=0)
-            other_p += tl.sum(tl.where(k == largest, 0.0, p), axis=0)
+            g_largest += tl.sum(tl.where(k == largest, g, 0.0), axis=0)
+            p_largest += tl.sum(tl.where(k == largest, p, 0.0), axis=0)
+            g_others += tl.sum(tl.where(k == largest, 0.0, g), axis=0)
+            p_others += tl.sum(tl.where(k == largest, 0.0, p), axis=0)
             tail_g += tl.sum(tl.where(k == K, g, 0.0), axis=0)
             if ENTROPY:
-                listed += tl.sum(tl.where((k < K) & (lp != -INF), p * lp, 0.0), axis=0)
+                list_term += tl.sum(tl.where((k < K) & (lp != -INF), p * lp, 0.0), axis=0)
             if RULE == "policy_gradient":
                 first_lp += tl.sum(tl.where(k == 0, lp, 0.0), axis=0)
-        spoil = tl.where(broken > 0, float("nan"), 0.0)
-        loss += spoil
+        nan_if_invalid = tl.where(invalid > 0, float("nan"), 0.0)
+        loss += nan_if_invalid
 
         tl.store(stats_row, loss)
         tl.store(stats_row + 1, top + lse)
         tl.store(stats_row + 2, tail)
         if ENTROPY:
-            shift = own - top - lse
-            off = tl.where(total == 0.0, 0.0, tl.exp(shift) * (spread + total * shift))
-            tl.store(stats_row + 3, -off - listed)
+            shift = unlisted_max - top - lse
+            tail_term = tl.where(total == 0.0, 0.0, tl.exp(shift) * (spread + total * shift))
+            tl.store(stats_row + 3, -tail_term - list_term)
         if RULE == "policy_gradient":
             _loss, _slope, advantage, ratio = policy_terms(
                 first_lp, tl.load(target_row), tl.load(target_row + 1),
-                option_0, option_1, option_2, DERIVED, IMPORTANCE,
+                option_0, option_1, option_2, FROM_TEACHER, IMPORTANCE,
             )  # fmt: skip
             tl.store(stats_row + 4, first_lp)
             tl.store(stats_row + 5, advantage)
             tl.store(stats_row + 6, ratio)
 
         if GRAD:
-            weight = tl.load(weights_ptr + row) + spoil
-            sum_g = own_g + other_g
-            # g - p sum(g) cancels in a bucket that holds nearly all the mass: taken without it
-            own_grad = own_g * other_p - own_p * other_g
-            tail_grad = tl.where(largest == K, own_grad, tail_g - tl.exp(tail) * sum_g)
+            weight = tl.load(weights_ptr + row) + nan_if_invalid
+            sum_g = g_largest + g_others
+            # g - p sum(g) cancels in a bucket that holds nearly all the mass, see buckets.center
+            largest_grad = g_largest * p_others - p_largest * g_others
+            tail_grad = tl.where(largest == K, largest_grad, tail_g - tl.exp(tail) * sum_g)
             factor = tl.where(total == 0.0, 0.0, tail_grad / total) * weight
-            _write_off(
-                u_row, out_row, bias_ptr, 0, V, u_stride, out_limit, gain, cap, own, factor, 0.0,
+            _write_unlisted(
+                u_row, out_row, bias_ptr, 0, V, u_stride, out_limit, gain, cap,
+                unlisted_max, factor, 0.0,
                 HAS_BIAS, SOFTCAP, INF_MASKS, False, BLOCK,
             )  # fmt: skip
             for start in range(0, K, KBLOCK):
                 k = start + tl.arange(0, KBLOCK)
-                lp = _bucket_logprobs(on_row, k, K, top, lse, tail)
+                lp = _bucket_logprobs(listed_row, k, K, top, lse, tail)
                 _phi, g = bucket_rule(
                     lp, k, K, target_row, option_0, option_1, option_2,
-                    RULE, DIVERGENCE, SHIFT, TRUNCATE, DERIVED, IMPORTANCE,
+                    RULE, DIVERGENCE, SHIFT, TRUNCATE, FROM_TEACHER, IMPORTANCE,
                 )  # fmt: skip
-                grad = tl.where(k == largest, own_grad, g - tl.exp(lp) * sum_g) * weight
+                grad = tl.where(k == largest, largest_grad, g - tl.exp(lp) * sum_g) * weight
                 if SOFTCAP:
-                    t = tl.load(on_row + k, mask=k < K, other=0.0) / cap
+                    t = tl.load(listed_row + k, mask=k < K, other=0.0) / cap
                     grad = grad * (1.0 - t * t)
                 ids = tl.load(ids_row + k, mask=k < K, other=-1).to(tl.int64)
                 inside = (ids >= 0) & (ids < V)
@@ -295,38 +302,38 @@ def row_kernel(
 
 @triton.jit
 def reduce_kernel(
-    u_ptr,  # [R, width] fp32, rows of u_stride; SENTINEL at the support afterwards
+    u_ptr,  # [R, width] fp32, rows of u_stride; SENTINEL at the listed ids afterwards
     ids_ptr,  # [R, K] int, -1 pads
-    on_ptr,  # [R, K] fp32, -inf; gets z at the ids of this panel
+    listed_ptr,  # [R, K] fp32; z at the ids of this panel is written to it
     active_ptr,  # [R] int8
-    state_ptr,  # [R, 4] fp32 (max, sum, spread, broken) of the panels before, updated
+    unlisted_ptr,  # [R, 4] fp32 (max, sum, spread, invalid) of earlier panels, updated
     bias_ptr,  # [V]
     u_stride, first, width, V, K, gain, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
-    SPREAD: tl.constexpr, BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if tl.load(active_ptr + row) != 0:
-        u_row, state_row = u_ptr + row * u_stride, state_ptr + row * 4
-        broken = _take(
-            u_row, ids_ptr + row * K, on_ptr + row * K, bias_ptr, first, width, V, K, gain, cap,
+        u_row, unlisted_row = u_ptr + row * u_stride, unlisted_ptr + row * 4
+        invalid = _take_listed(
+            u_row, ids_ptr + row * K, listed_ptr + row * K, bias_ptr, first, width, V, K, gain, cap,
             HAS_BIAS, SOFTCAP, INF_MASKS, KBLOCK,
         )  # fmt: skip
-        own, total, spread = _reduce(
+        unlisted_max, total, spread = _reduce(
             u_row, bias_ptr, first, width, u_stride, gain, cap,
-            HAS_BIAS, SOFTCAP, INF_MASKS, SPREAD, BLOCK,
+            HAS_BIAS, SOFTCAP, INF_MASKS, ENTROPY, BLOCK,
         )  # fmt: skip
-        before, sum_before = tl.load(state_row), tl.load(state_row + 1)
-        top = tl.maximum(before, own)
-        low, high = tl.exp(before - top), tl.exp(own - top)
-        if SPREAD:
-            left = low * (tl.load(state_row + 2) + sum_before * (before - top))
+        before, sum_before = tl.load(unlisted_row), tl.load(unlisted_row + 1)
+        top = tl.maximum(before, unlisted_max)
+        low, high = tl.exp(before - top), tl.exp(unlisted_max - top)
+        if ENTROPY:
+            left = low * (tl.load(unlisted_row + 2) + sum_before * (before - top))
             left = tl.where(sum_before == 0.0, 0.0, left)
-            right = tl.where(total == 0.0, 0.0, high * (spread + total * (own - top)))
-            tl.store(state_row + 2, left + right)
-        tl.store(state_row, top)
-        tl.store(state_row + 1, low * sum_before + high * total)
-        tl.store(state_row + 3, tl.maximum(tl.load(state_row + 3), broken.to(tl.float32)))
+            right = tl.where(total == 0.0, 0.0, high * (spread + total * (unlisted_max - top)))
+            tl.store(unlisted_row + 2, left + right)
+        tl.store(unlisted_row, top)
+        tl.store(unlisted_row + 1, low * sum_before + high * total)
+        tl.store(unlisted_row + 3, tl.maximum(tl.load(unlisted_row + 3), invalid.to(tl.float32)))
 
 
 @triton.jit
@@ -334,13 +341,13 @@ def write_kernel(
     u_ptr,  # [R, width] fp32, rows of u_stride
     out_ptr,  # [R, width] gradient, rows of out_stride; may share the storage of u
     ids_ptr,  # [R, K] int
-    on_grad_ptr,  # [R, K] fp32 gradient with respect to z at the ids
+    listed_grad_ptr,  # [R, K] fp32 gradient with respect to z at the ids
     active_ptr,  # [R] int8; the other rows get zeros
-    coefficients_ptr,  # [R, 3] fp32 (own, factor, pull)
-    on_ptr,  # [R, K] fp32, z at the ids
+    coefficients_ptr,  # [R, 3] fp32 (unlisted_max, factor, entropy_factor)
+    listed_ptr,  # [R, K] fp32, z at the ids
     bias_ptr,  # [V]
     u_stride, out_stride, out_limit, first, width, K, gain, cap,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SPREAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -348,19 +355,19 @@ def write_kernel(
     if tl.load(active_ptr + row) == 0:
         _zero(out_row, width, out_limit, BLOCK)
     else:
-        own = tl.load(coefficients_ptr + row * 3)
+        unlisted_max = tl.load(coefficients_ptr + row * 3)
         factor = tl.load(coefficients_ptr + row * 3 + 1)
-        pull = tl.load(coefficients_ptr + row * 3 + 2)
-        _write_off(
+        entropy_factor = tl.load(coefficients_ptr + row * 3 + 2)
+        _write_unlisted(
             u_row, out_row, bias_ptr, first, width, u_stride, out_limit, gain, cap,
-            own, factor, pull, HAS_BIAS, SOFTCAP, False, SPREAD, BLOCK,
+            unlisted_max, factor, entropy_factor, HAS_BIAS, SOFTCAP, False, ENTROPY, BLOCK,
         )  # fmt: skip
         for start in range(0, K, KBLOCK):
             k = start + tl.arange(0, KBLOCK)
             ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=-1).to(tl.int64)
             here = (ids >= first) & (ids < first + width)
-            grad = tl.load(on_grad_ptr + row * K + k, mask=here, other=0.0)
+            grad = tl.load(listed_grad_ptr + row * K + k, mask=here, other=0.0)
             if SOFTCAP:
-                t = tl.load(on_ptr + row * K + k, mask=here, other=0.0) / cap
+                t = tl.load(listed_ptr + row * K + k, mask=here, other=0.0) / cap
                 grad = grad * (1.0 - t * t)
             tl.store(out_row + (ids - first), grad.to(out_row.dtype.element_ty), mask=here)

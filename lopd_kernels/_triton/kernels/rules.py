@@ -1,8 +1,8 @@
-"""The losses as jit functions of the buckets: `lopd_kernels.divergence` in Triton.
+"""The rules of `_core/rules.py` in Triton, as jit functions of a row's buckets.
 
-A divergence maps the student's and the teacher's log-prob of a bucket to (phi, g), its
-term of the loss and dphi/dlog p up to `SHIFTS[name] * p`. To add one, add it here to
-`DIVERGENCES` and `SHIFTS`, and in `lopd_kernels/divergence.py`.
+A divergence maps the student's and the teacher's log-prob of a bucket to (phi, g), its term of
+the loss and dphi/dlog p up to `SHIFTS[name] * p`. To add one, add it to `DIVERGENCES` and
+`SHIFTS` here and to `DIVERGENCES` in `_core/rules.py`.
 """
 
 import triton
@@ -29,7 +29,7 @@ def forward_kl(lp, lq, beta):
 
 @triton.jit
 def jsd(lp, lq, beta):
-    # p or q is below e^-80 where the bound acts, and so is what it changes.
+    # Where the clamp acts, p or q is below e^-80, and so is the error of the clamp.
     ratio = lq - lp
     ratio = tl.where(ratio > 80.0, 80.0, tl.where(ratio < -80.0, -80.0, ratio))
     student = (beta - 1.0) * tl.exp(lp) * log1p(beta * expm1(ratio))
@@ -45,11 +45,11 @@ SHIFTS = {"reverse_kl": 1.0, "forward_kl": -1.0, "jsd": 0.0}
 @triton.jit
 def policy_terms(
     lp, score, rollout, advantage_clip, importance_cap, clip_range,
-    DERIVED: tl.constexpr, IMPORTANCE: tl.constexpr,
+    FROM_TEACHER: tl.constexpr, IMPORTANCE: tl.constexpr,
 ):  # fmt: skip
     """(loss, dloss/dlp, advantage, ratio) of the sampled token."""
     advantage = score + 0.0 * lp
-    if DERIVED:
+    if FROM_TEACHER:
         advantage = score - lp
         advantage = tl.where(advantage > advantage_clip, advantage_clip, advantage)
         advantage = tl.where(advantage < -advantage_clip, -advantage_clip, advantage)
@@ -57,10 +57,10 @@ def policy_terms(
     if IMPORTANCE == "clipped":
         low, high = 1.0 - clip_range, 1.0 + clip_range
         bounded = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
-        free, held = -ratio * advantage, -bounded * advantage
-        loss = tl.where(free >= held, free, held)
+        free, bounded = -ratio * advantage, -bounded * advantage
+        loss = tl.where(free >= bounded, free, bounded)
         loss = tl.where(free != free, free, loss)
-        slope = tl.where(free >= held, free, 0.0)
+        slope = tl.where(free >= bounded, free, 0.0)
         slope = tl.where(free != free, free, slope)
     else:
         if IMPORTANCE == "none":
@@ -77,7 +77,7 @@ def bucket_rule(
     lp,  # log-probs of the buckets `k`; bucket K is the tail, -inf beyond
     k, K, target_row, option_0, option_1, option_2,
     RULE: tl.constexpr, DIVERGENCE: tl.constexpr, SHIFT: tl.constexpr, TRUNCATE: tl.constexpr,
-    DERIVED: tl.constexpr, IMPORTANCE: tl.constexpr,
+    FROM_TEACHER: tl.constexpr, IMPORTANCE: tl.constexpr,
 ):  # fmt: skip
     """(terms of the loss, g) of a block of buckets."""
     if RULE == "divergence":
@@ -92,7 +92,7 @@ def bucket_rule(
     else:
         score, rollout = tl.load(target_row), tl.load(target_row + 1)
         phi, g, _advantage, _ratio = policy_terms(
-            lp, score, rollout, option_0, option_1, option_2, DERIVED, IMPORTANCE
+            lp, score, rollout, option_0, option_1, option_2, FROM_TEACHER, IMPORTANCE
         )
         phi = tl.where(k == 0, phi, 0.0)
         g = tl.where(k == 0, g, 0.0)

@@ -1,0 +1,83 @@
+"""What the public functions on an LM head share: checks of the head, and a reduced loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lopd_kernels import _checks
+from lopd_kernels._core.gemm import compute_dtype
+from lopd_kernels._core.rules import RowLoss
+from lopd_kernels._core.workspace import Sizes, in_forward, stores_dlogits
+from lopd_kernels._ops import losses as ops
+from lopd_kernels._ops.schema import HeadArgs, LossArgs
+
+Reduction = Literal["sum", "mean", "none"]
+
+
+def checked_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    workspace_bytes: int | None,
+) -> HeadArgs:
+    """The head, with the gradients that its inputs require.
+
+    Raises:
+        ValueError: an invalid argument; the message names it.
+    """
+    hidden, weight, bias = _checks.cast_for_autocast(hidden, weight, bias)
+    _checks.check_linear(hidden, weight, bias)
+    for name, value in (
+        ("logit_scale", logit_scale),
+        ("softcap", softcap),
+        ("temperature", temperature),
+    ):
+        _checks.check_positive(name, value)
+    _checks.check_workspace(workspace_bytes)
+
+    def needs_grad(x: Tensor | None) -> bool:
+        return torch.is_grad_enabled() and x is not None and x.requires_grad
+
+    return HeadArgs(
+        hidden, weight, bias, logit_scale, softcap, temperature,
+        needs_grad(hidden), needs_grad(weight), needs_grad(bias), workspace_bytes,
+    )  # fmt: skip
+
+
+def reduced_loss(
+    head: HeadArgs,
+    loss: RowLoss,
+    reduction: Reduction,
+    want_entropy: bool,
+    weight_grad_buffer: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(loss, stats [N, 4 + extras]), by the operator that fits the call."""
+    if reduction == "mean":
+        loss = loss._replace(row_weights=mean_weights(loss.row_weights, head.hidden))
+    args, needs, bound = LossArgs.of(loss), head.needs, head.workspace_bytes
+    sizes = Sizes.of(head.hidden, head.weight, loss.ids.shape[1])
+    if weight_grad_buffer is not None and torch.is_grad_enabled():
+        losses, stats = ops.losses_into_buffer(head, args, want_entropy, weight_grad_buffer)
+    elif loss.rule.ignores_unlisted or reduction == "none" or not in_forward(sizes, needs, bound):
+        losses, stats, *_ = ops.row_losses(*head, *args, want_entropy)
+    elif stores_dlogits(sizes, needs, bound):
+        losses, stats, *_ = ops.stored_loss(*head, *args, want_entropy)
+    else:
+        losses, stats, *_ = ops.fused_loss(*head, *args, want_entropy)
+    return losses if reduction == "none" else losses.sum(), stats
+
+
+def mean_weights(row_weights: Tensor | None, like: Tensor) -> Tensor:
+    """[N] weights whose weighted sum is the weighted mean: w / sum(w), 0 where the sum is 0."""
+    n, dtype = like.shape[0], compute_dtype(like.dtype)
+    if row_weights is None:
+        return torch.full((n,), 1.0 / max(n, 1), dtype=dtype, device=like.device)
+    weights = row_weights.to(dtype)
+    mass = weights.sum()
+    return weights * torch.where(mass == 0.0, 0.0, 1.0 / mass)
