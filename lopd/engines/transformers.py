@@ -17,7 +17,7 @@ from lopd.models.head import HeadOptions, check_head, lm_head, run_with_loss
 from lopd.models.limits import ModelLimits
 from lopd.models.load import eos_token_ids, load_model, load_tokenizer
 from lopd.store import TeacherScores
-from lopd_kernels import TopK, linear_sparse_divergence, linear_topk
+from lopd_kernels import TopK, linear_topk
 
 
 class TransformersEngine:
@@ -158,10 +158,7 @@ class TransformersEngine:
         extra_ids: Sequence[np.ndarray] | None = None,
         progress: Progress | None = None,
     ) -> list[TeacherScores]:
-        """See `Engine.score`. Memory does not depend on the vocabulary times the tokens.
-
-        Extra ids cost one more pass over the LM head, which computes the tail without them.
-        """
+        """See `Engine.score`. Memory does not depend on the vocabulary times the tokens."""
         self._limits.check_k(k)
         check_sequences(sequences, prompt_lengths, self._limits, extra_ids)
         results: dict[int, TeacherScores] = {}
@@ -195,33 +192,36 @@ class TransformersEngine:
         rows_of = [predicting_rows(p, row * width) for row, p in enumerate(positions)]
         index = torch.from_numpy(np.concatenate(rows_of))
         sampled = np.concatenate([t[p] for t, p in zip(sequences, positions, strict=True)])
-        wanted = sampled.astype(np.int64)[:, None]
-        if extra_ids is not None:
-            wanted = np.concatenate([wanted, _pad_columns(extra_ids)], axis=1)
+        sampled_ids = torch.from_numpy(sampled.astype(np.int64))
+        extra = None if extra_ids is None else torch.from_numpy(_pad_columns(extra_ids))
 
-        def read(
-            hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions
-        ) -> tuple[TopK, Tensor | None]:
+        def read(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions) -> TopK:
             rows = hidden.flatten(0, 1)[index.to(hidden.device)]
-            options = {"bias": bias, "temperature": temperature, **head.kwargs()}
-            asked = torch.from_numpy(wanted).to(weight.device)
-            top = linear_topk(rows, weight, k, extra_ids=asked, **options)
-            if extra_ids is None:
-                return top, None
-            return top, _tail_without(rows, weight, top, asked[:, 1:], options)
+            return linear_topk(
+                rows,
+                weight,
+                k,
+                extra_ids=None if extra is None else extra.to(weight.device),
+                sampled_ids=sampled_ids.to(weight.device),
+                bias=bias,
+                temperature=temperature,
+                **head.kwargs(),
+            )
 
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        top, extra_tail = run_with_loss(self.model, inputs, read)
-        assert top.extra_logprobs is not None
+        top = run_with_loss(self.model, {"input_ids": ids, "attention_mask": mask}, read)
         columns = [
-            _floats(top.extra_logprobs[:, 0]),
+            _floats(top.sampled_logprobs),
             _floats(top.entropy),
             top.ids.to(torch.int32).cpu().numpy(),
             _floats(top.logprobs),
             _floats(top.tail_logprobs),
         ]
-        if extra_tail is not None:
-            columns += [wanted[:, 1:], _floats(top.extra_logprobs[:, 1:]), _floats(extra_tail)]
+        if extra is not None:
+            columns += [
+                extra.numpy(),
+                _floats(top.extra_logprobs),
+                _floats(top.extra_tail_logprobs),
+            ]
         ends = np.cumsum([len(p) for p in positions])[:-1]
         parts = zip(*(np.split(column, ends) for column in columns), strict=True)
         scores = [TeacherScores(*part) for part in parts]
@@ -238,38 +238,17 @@ class TransformersEngine:
 
 
 def _pad_columns(parts: list[np.ndarray]) -> np.ndarray:  # [sum R_i, max E_i] int64
-    """Arrays [R_i, E_i] below each other, -1 where one has fewer columns than another."""
-    width = max(part.shape[1] for part in parts)
+    """Arrays [R_i, E_i] below each other, -1 where one has fewer columns than another, or none."""
+    width = max(1, *(part.shape[1] for part in parts))
     padded = np.full((sum(map(len, parts)), width), -1, np.int64)
     for part, rows in zip(parts, np.split(padded, np.cumsum([*map(len, parts)])[:-1]), strict=True):
         rows[:, : part.shape[1]] = part
     return padded
 
 
-def _floats(values: Tensor) -> np.ndarray:
+def _floats(values: Tensor | None) -> np.ndarray:
+    assert values is not None
     return values.float().cpu().numpy()
-
-
-def _tail_without(
-    rows: Tensor, weight: Tensor, top: TopK, extra: Tensor, options: dict[str, Any]
-) -> Tensor:  # [N]
-    """Log of the mass outside the top-k and the extra ids, summed without them.
-
-    It is a statistic of the divergence between the model and its own log-probs.
-    """
-    assert top.extra_logprobs is not None
-    new = extra.masked_fill((extra[:, :, None] == top.ids[:, None, :]).any(2), -1)
-    result: Any = linear_sparse_divergence(
-        rows,
-        weight,
-        torch.cat([top.ids, new], dim=1),
-        torch.cat([top.logprobs, top.extra_logprobs[:, 1:]], dim=1),
-        tail_logprobs=top.tail_logprobs,
-        return_stats=True,
-        validate=False,
-        **options,
-    )
-    return result[1].student_tail_logprobs
 
 
 def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
