@@ -1,8 +1,11 @@
 """The public names of `lopd`, which are imported on first use."""
 
 import ast
+import doctest
+import inspect
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,17 @@ def test_importing_the_package_loads_nothing_else():
         "assert not {m for m in sys.modules if m.startswith('lopd.')} - {'lopd.errors'}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["LopdTrainer", "Objective", "run_with_loss", "step", "train_loop"])
+def test_the_docstring_of_a_public_name_is_complete(name):
+    documentation = inspect.getdoc(getattr(lopd, name))
+    for section in ("Args:", "Raises:", ">>> "):
+        assert section in documentation
+    assert inspect.isclass(getattr(lopd, name)) or "Returns:" in documentation
+
+
+@pytest.mark.parametrize("module", sorted({*lopd._MODULES.values(), "lopd"}))
+def test_the_examples_run(module):
+    failed, _attempted = doctest.testmod(import_module(module))
+    assert failed == 0

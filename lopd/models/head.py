@@ -73,6 +73,17 @@ def run_with_loss(model: Any, inputs: dict[str, Any], loss_fn: LossFn[Result]) -
     Raises:
         ModelError: the model has another wrapper or an unsupported kind of adapters, or its head
             is not a plain linear layer.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from lopd_kernels import linear_logprobs
+    >>> sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    >>> model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    >>> ids = torch.tensor([[3, 1, 4, 1]])
+    >>> def next_token_logprobs(hidden, weight, bias, options):
+    ...     rows, labels = hidden[0, :-1], ids[0, 1:, None]
+    ...     return linear_logprobs(rows, weight, labels, bias=bias, **options.kwargs())
+    >>> run_with_loss(model, {"input_ids": ids}, next_token_logprobs).shape
+    torch.Size([3, 1])
     """
     return _run(model, inputs, loss_fn, 0.0)
 

@@ -41,6 +41,19 @@ def train_loop(
         ConfigError: max_steps is not set.
         DataError: the loss or the gradient is not finite, or `batches` ends too early.
         ModelError: the model cannot be trained with a loss on its hidden states.
+
+    >>> import numpy as np
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from lopd.data.demonstrations import Demonstration
+    >>> from lopd.training.batch import Collator
+    >>> sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    >>> model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    >>> tokens, loss_mask = np.arange(6, dtype=np.int32), np.arange(6) >= 2
+    >>> batch = Collator()([Demonstration("prompt", 0, tokens, 2, "stop", loss_mask)])
+    >>> options = TrainOptions(max_steps=3, learning_rate=1e-2, log_every=1, device="cpu")
+    >>> log = train_loop(model, [[batch]] * 3, Objective("cross_entropy"), options)
+    >>> [entry["step"] for entry in log], log[2]["loss"] < log[0]["loss"]
+    ([1, 2, 3], True)
     """
     if options.max_steps < 1:
         raise ConfigError("max_steps: train_loop cannot count epochs; set the number of steps")

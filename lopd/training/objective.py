@@ -30,8 +30,26 @@ class Objective(Settings):
     share a batch do not bias the loss. `clip_range` selects PPO's clipped objective, which has its
     own ratio.
 
-    `temperature` divides the student's logits and equals the one the teacher was scored at.
-    `workspace_bytes` limits what the loss allocates, and so changes only rounding.
+    Args:
+        name: one of `OBJECTIVES`.
+        tail: how the mass outside the teacher's list is treated, as in
+            `lopd_kernels.linear_sparse_divergence`.
+        beta: of jsd; 0.5 by default.
+        advantage_clip, importance, importance_cap, clip_range: of the policy gradient, as above.
+        temperature: divides the student's logits; equals the temperature of the teacher's scores.
+        workspace_bytes: limit on what the loss allocates; changes only rounding.
+
+    Raises:
+        ConfigError: a setting is out of range or does not belong to this objective.
+
+    Source: GKD, arXiv:2306.13649, for the divergences; Lightning OPD, arXiv:2604.13010, and PPO,
+    arXiv:1707.06347, for the policy gradient.
+
+    >>> Objective("jsd").beta
+    0.5
+    >>> Objective("reverse_kl", clip_range=0.2)
+    Traceback (most recent call last):
+    lopd.errors.ConfigError: clip_range: reverse_kl has no correction; use policy_gradient
     """
 
     name: str

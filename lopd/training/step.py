@@ -44,6 +44,19 @@ def step(
     Raises:
         DataError: num_items is not positive, or the batch has no teacher scores or rollout
             log-probs and the objective needs them.
+
+    >>> import numpy as np
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from lopd.data.demonstrations import Demonstration
+    >>> from lopd.training.batch import Collator
+    >>> sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    >>> model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    >>> tokens, loss_mask = np.arange(6, dtype=np.int32), np.arange(6) >= 2
+    >>> batch = Collator()([Demonstration("prompt", 0, tokens, 2, "stop", loss_mask)])
+    >>> loss, stats = step(model, batch, Objective("cross_entropy"), num_items=4.0)
+    >>> loss.backward()
+    >>> loss.shape, model.lm_head.weight.grad.shape
+    (torch.Size([]), torch.Size([32, 16]))
     """
     _check_batch(batch, objective, num_items)
 

@@ -76,6 +76,23 @@ class LopdTrainer(Trainer):
         ConfigError: a sequence is longer than a pack, DataParallel or DeepSpeed is used, or
             accelerate cannot shard as `fsdp` asks.
         ShardError: a checkpoint or the log cannot be written.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from lopd.data.demonstrations import Demonstration
+    >>> from lopd.training.batch import SequenceDataset
+    >>> sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    >>> model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    >>> tokens, loss_mask = np.arange(6, dtype=np.int32), np.arange(6) >= 2
+    >>> dataset = SequenceDataset([Demonstration("prompt", 0, tokens, 2, "stop", loss_mask)])
+    >>> options = TrainOptions(max_steps=2, save_every=0, device="cpu")
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     args = options.training_arguments(out)
+    ...     trainer = LopdTrainer(model, args, Objective("cross_entropy"), dataset)
+    ...     result = trainer.train()
+    >>> result.global_step
+    2
     """
 
     control: TrainerControl
