@@ -44,7 +44,9 @@ def test_importing_the_package_loads_nothing_else():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["LopdTrainer", "Objective", "run_with_loss", "step", "train_loop"])
+@pytest.mark.parametrize(
+    "name", ["LopdTrainer", "Objective", "run_with_loss", "step", "train_loop"]
+)
 def test_the_docstring_of_a_public_name_is_complete(name):
     documentation = inspect.getdoc(getattr(lopd, name))
     for section in ("Args:", "Raises:", ">>> "):

@@ -26,13 +26,20 @@ PACKAGES = [
 USES_KERNELS = {"models", "engines", "training"}
 # Modules of a package in this list stand in several layers; a package alone is one layer.
 KERNEL_LAYERS = [
-    {"_core.gemm", "_core.rules", "_core.support", "_core.types", "_triton.kernels", "reference"},
+    {
+        "_core.gemm",
+        "_core.rules",
+        "_core.listed_ids",
+        "_core.types",
+        "_triton.kernels",
+        "reference",
+    },
     {"_core.workspace", "_core.backend", "_core.buckets", "_checks"},
     {"_core.linear", "_torch", "_triton"},
     {"_core.scaling"},
     {"_core.chunks", "_core.panels"},
     {"_core.listed"},
-    {"_core.logprobs", "_core.topk", "_core.given_logits"},
+    {"_core.logprobs", "_core.topk", "_core.dense_logits"},
     {"_ops"},
     {"_calls", "workspace"},
     {"divergence", "policy", "logprobs"},

@@ -18,7 +18,7 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 _memory = partial(setting, group="Memory")
 _optimizer = partial(setting, group="Optimizer")
 _logging = partial(setting, group="Logging and checkpoints", identity=False)
-_watch = partial(setting, group="Hold-out and staleness")
+_monitoring = partial(setting, group="Hold-out and staleness")
 _NAMED_ALIKE = (  # in transformers.TrainingArguments
     *("max_steps", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "adam_beta1"),
     *("adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "gradient_checkpointing"),
@@ -225,34 +225,34 @@ class TrainOptions(MemoryOptions):
 
 
 @dataclass(kw_only=True)
-class WatchOptions(TrainOptions):
+class MonitoringOptions(TrainOptions):
     """TrainOptions, and settings for staleness warnings and held-out sequences."""
 
-    stale_ess: float = _watch(
+    stale_ess: float = _monitoring(
         0.5,
         within="[0, 1)",
         identity=False,
         help="Warn when a step's token-level effective sample size falls below this share; 0 "
         "disables.",
     )
-    stale_every: int = _watch(
+    stale_every: int = _monitoring(
         100,
         within="[1, inf)",
         identity=False,
         help="Minimum number of steps between two such warnings.",
     )
-    holdout: float = _watch(
+    holdout: float = _monitoring(
         0.0,
         within="[0, inf)",
         help="Sequences to hold out from training: a share below 1, or a number; 0 holds out none.",
     )
-    eval_steps: int = _watch(
+    eval_steps: int = _monitoring(
         100, within="[1, inf)", help="Evaluate the held-out sequences every N steps."
     )
-    keep_best: bool = _watch(
+    keep_best: bool = _monitoring(
         False, help="Save the weights that are best on the held-out sequences as the result."
     )
-    patience: int = _watch(
+    patience: int = _monitoring(
         0,
         within="[0, inf)",
         help="Stop after N evaluations without improvement; 0 never stops early.",

@@ -25,7 +25,7 @@ from lopd.store.workers import Worker, this_worker
 from lopd.training.batch import Source
 from lopd.training.checkpoints import last_checkpoint, put_torn_aside, saving
 from lopd.training.objective import Objective
-from lopd.training.options import PATIENCE_S, WatchOptions
+from lopd.training.options import PATIENCE_S, MonitoringOptions
 
 RECIPE_NAME = "recipe.json"
 ADAPTER_NAME = "adapter"  # a LoRA run's adapters, next to the merged model
@@ -127,7 +127,7 @@ def train(
 
     Returns:
         Entries of the manifest: `training` with the number of sequences and the share dropped;
-        with WatchOptions also `stale` and, if sequences were held out, `holdout`; with `refresh`
+        with MonitoringOptions also `stale` and, if sequences were held out, `holdout`; with `refresh`
         those of `refresh_summary`.
 
     Raises:
@@ -175,7 +175,7 @@ def _summary(config: Any, trainer: Any, dropped: float, refresh: Any) -> dict[st
 
     history, sequences = trainer.state.log_history, len(trainer.train_dataset)
     summary: dict[str, Any] = {"training": {"sequences": sequences, "dropped_share": dropped}}
-    if isinstance(config, WatchOptions):
+    if isinstance(config, MonitoringOptions):
         summary["stale"] = stale_summary(config.stale_ess, history)
     if trainer.holdout is not None:
         last = trainer.state.global_step

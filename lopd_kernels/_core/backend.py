@@ -14,25 +14,27 @@ import torch
 from torch import Tensor
 
 from lopd_kernels._core.rules import Rule
-from lopd_kernels._core.types import Head, LogitGrads, RowState, Support
+from lopd_kernels._core.types import ListedIds, LogitGrads, LogitOptions, RowState
 
 
 class RowFunctions(Protocol):
     """Functions of rows u of H W^T, in the compute dtype. They overwrite u."""
 
-    def locate(self, ids: Tensor, row_weights: Tensor | None, vocab: int) -> Support: ...
+    def locate(self, ids: Tensor, row_weights: Tensor | None, vocab: int) -> ListedIds: ...
 
-    def nonfinite_rows(self, hidden: Tensor, weight: Tensor, head: Head) -> Tensor | None:
+    def nonfinite_rows(
+        self, hidden: Tensor, weight: Tensor, logit_options: LogitOptions
+    ) -> Tensor | None:
         """[N] bool: rows with an infinite logit that the functions below would not detect."""
 
     def row_pass(
         self,
         u: Tensor,  # [R, V]
-        support: Support,
+        listed_ids: ListedIds,
         target: Tensor,  # [R, M], see the rule
         weights: Tensor | None,  # [R] factor of the gradient; None: no gradient
         rule: Rule,
-        head: Head,
+        logit_options: LogitOptions,
         want_entropy: bool,
         stats: Tensor,  # [R, 4 + extras] output, see STATS; left as it is in inactive rows
         out: Tensor | None,  # [R, V] w dL/dz (1 - tanh^2); may share the storage of u
@@ -44,8 +46,8 @@ class RowFunctions(Protocol):
         self,
         u: Tensor,  # [R, P], columns first to first + P of the vocabulary
         first: int,
-        support: Support,
-        head: Head,
+        listed_ids: ListedIds,
+        logit_options: LogitOptions,
         want_entropy: bool,
         state: RowState,  # of these rows and all previous columns; updated in place
     ) -> None:
@@ -55,8 +57,8 @@ class RowFunctions(Protocol):
         self,
         u: Tensor,  # [R, P]
         first: int,
-        support: Support,
-        head: Head,
+        listed_ids: ListedIds,
+        logit_options: LogitOptions,
         grads: LogitGrads,
         listed: Tensor,  # [R, K] z at the ids
         out: Tensor,  # [R, P] (1 - tanh^2) dL/dz; may share the storage of u

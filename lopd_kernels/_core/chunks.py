@@ -9,8 +9,8 @@
 `stored_grads` runs GEMMs 2 and 3 over all rows in the backward: no accumulator, and every
 gradient is rounded once.
 
-dlogits carry w_n / max|w| only. max|w|, the constant slope of the head and the upstream gradient
-are multiplied once, into the finished gradients.
+dlogits carry w_n / max|w| only. max|w|, the constant slope of the logit options and the upstream
+gradient are multiplied once, into the finished gradients.
 
 Chunks are visited in order and every sum has a fixed order, so equal inputs give equal bits. A
 gradient that is not needed costs no GEMM.
@@ -27,7 +27,7 @@ from lopd_kernels._core import gemm
 from lopd_kernels._core.linear import Linear
 from lopd_kernels._core.rules import RowLoss
 from lopd_kernels._core.scaling import dlogits_bound, normalized_weights, weigh
-from lopd_kernels._core.types import STATS, Needs, Support
+from lopd_kernels._core.types import STATS, ListedIds, Needs
 from lopd_kernels._core.workspace import chunk_rows, padded, weight_grad_rows
 
 
@@ -56,29 +56,29 @@ def loss_by_chunks(
     rows: int,
     out: Callable[[Tensor, slice], Tensor],  # (u, part) -> where the dlogits of the part go
     use: Callable[[Tensor, Tensor, slice, gemm.WeightRows], None],
-) -> tuple[Tensor, Tensor, Tensor, Support]:
+) -> tuple[Tensor, Tensor, Tensor, ListedIds]:
     """Losses by chunks; `use(dlogits, hidden, part, weight)` consumes the gradient of each.
 
     Returns:
-        (sum_n w_n L_n [], stats [N, 4 + extras], scale [] of dlogits, support)
+        (sum_n w_n L_n [], stats [N, 4 + extras], scale [] of dlogits, listed_ids)
     """
     n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
     functions, target = linear.functions, loss.target.to(linear.dtype)
     weights, scale = normalized_weights(linear, loss.row_weights, dlogits_bound(target))
-    support = functions.locate(loss.ids, loss.row_weights, vocab)
+    listed_ids = functions.locate(loss.ids, loss.row_weights, vocab)
     stats = linear.hidden.new_zeros((n, len(STATS) + len(loss.rule.extras)), dtype=linear.dtype)
-    hidden, weight = linear.operand(support.active), gemm.WeightRows(linear.weight)
+    hidden, weight = linear.operand(listed_ids.active), gemm.WeightRows(linear.weight)
 
     def visit(u: Tensor, part: slice) -> None:
         dlogits = out(u, part)
         functions.row_pass(
-            u, support.rows(part), target[part], weights[part] if wants_grad else None, loss.rule,
-            linear.head, want_entropy, stats[part], dlogits,
+            u, listed_ids.rows(part), target[part], weights[part] if wants_grad else None,
+            loss.rule, linear.logit_options, want_entropy, stats[part], dlogits,
         )  # fmt: skip
         use(dlogits, hidden[part], part, weight)
 
     visit_chunks(linear, rows, hidden, weight, visit)
-    return weigh(stats[:, 0], loss.row_weights).sum(), stats, scale, support
+    return weigh(stats[:, 0], loss.row_weights).sum(), stats, scale, listed_ids
 
 
 class FusedLoss(NamedTuple):
@@ -112,13 +112,13 @@ def fused_loss(
         if needs.weight:
             gemm.weight_grad(dlogits, hidden, dweight)
 
-    total, stats, scale, support = loss_by_chunks(
+    total, stats, scale, listed_ids = loss_by_chunks(
         linear, loss, any(needs), want_entropy,
         chunk_rows(linear.sizes(loss.ids.shape[1]), needs, False, workspace_bytes),
         lambda u, part: gemm.in_place(u, dlogits_dtype), use,
     )  # fmt: skip
     if needs.hidden:
-        dhidden.masked_fill_(~support.active.unsqueeze(1), 0.0)
+        dhidden.masked_fill_(~listed_ids.active.unsqueeze(1), 0.0)
     return FusedLoss(total, stats, dhidden, dweight, dbias, scale)
 
 

@@ -1,4 +1,4 @@
-"""The LM head of a call: hidden states, weight and head options."""
+"""The LM head of a call: hidden states, weight and logit options."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from lopd_kernels._core.backend import RowFunctions, row_functions
 from lopd_kernels._core.gemm import compute_dtype, operand_dtype
-from lopd_kernels._core.types import Head
+from lopd_kernels._core.types import LogitOptions
 from lopd_kernels._core.workspace import Sizes
 
 
 class Linear(NamedTuple):
-    """u = hidden weight^T, then `head`."""
+    """u = hidden weight^T, then `logit_options`."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
-    head: Head
+    logit_options: LogitOptions
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,7 +35,7 @@ class Linear(NamedTuple):
 
     def operand(self, active: Tensor | None) -> Tensor:
         """hidden [N, D] for the GEMMs: zeros in inactive rows, NaN in rows that are not finite."""
-        nonfinite = self.functions.nonfinite_rows(self.hidden, self.weight, self.head)
+        nonfinite = self.functions.nonfinite_rows(self.hidden, self.weight, self.logit_options)
         if nonfinite is None and active is None:
             return self.hidden.to(operand_dtype(self.hidden))
         hidden = self.hidden.to(operand_dtype(self.hidden), copy=True)
@@ -55,4 +55,4 @@ def make_linear(
     temperature: float,
 ) -> Linear:
     bias = None if bias is None else bias.to(compute_dtype(hidden.dtype)).contiguous()
-    return Linear(hidden, weight, Head(logit_scale, softcap, temperature, bias))
+    return Linear(hidden, weight, LogitOptions(logit_scale, softcap, temperature, bias))

@@ -16,10 +16,10 @@ from torch import Tensor
 from lopd_kernels._core.backend import listed_functions, uses_triton
 from lopd_kernels._core.buckets import center
 from lopd_kernels._core.linear import Linear
+from lopd_kernels._core.listed_ids import SafeListedIds, add_at, locate
 from lopd_kernels._core.panels import RowLosses
 from lopd_kernels._core.rules import RowLoss, Rule
-from lopd_kernels._core.support import SafeSupport, add_at, locate
-from lopd_kernels._core.types import STATS, Head, Needs, RowState
+from lopd_kernels._core.types import STATS, LogitOptions, Needs, RowState
 from lopd_kernels._core.workspace import BOOKKEEPING
 
 GATHER_BYTES = 32 << 20
@@ -52,31 +52,33 @@ def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int
     return (workspace_bytes - fixed) // per_row
 
 
-def apply_head(u: Tensor, ids: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+def apply_logit_options(
+    u: Tensor, ids: Tensor, logit_options: LogitOptions
+) -> tuple[Tensor, Tensor | None]:
     """(z, 1 - tanh^2) of u [N, K] at `ids`; an infinite u or softcapped bias gives NaN."""
     x = u.masked_fill(u.isinf(), math.nan)
-    if head.bias is not None:
-        x = x + head.bias[ids]
-    x = x * head.gain
-    if head.softcap is None:
+    if logit_options.bias is not None:
+        x = x + logit_options.bias[ids]
+    x = x * logit_options.gain
+    if logit_options.softcap is None:
         return x, None
     x = x.masked_fill(x.isinf(), math.nan).tanh()
-    return x * head.cap, 1.0 - x * x
+    return x * logit_options.cap, 1.0 - x * x
 
 
 def renormalized_loss(
-    z: Tensor, support: SafeSupport, target: Tensor, rule: Rule
+    z: Tensor, listed_ids: SafeListedIds, target: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], dL/dz [N, K], 0 at pads) of a rule renormalised over the listed ids."""
-    logprobs = z.masked_fill(~support.listed, -math.inf).log_softmax(1)
+    logprobs = z.masked_fill(~listed_ids.listed, -math.inf).log_softmax(1)
     no_tail = torch.full_like(logprobs[:, :1], -math.inf)
     buckets = torch.cat([logprobs, no_tail], 1)
     loss, g, _ = rule.apply(buckets, torch.cat([target[:, :-1], no_tail], 1))
     grad = center(g, buckets.exp())[:, :-1]
-    loss = loss.masked_fill(support.invalid, math.nan)
-    grad = grad.masked_fill(support.invalid.unsqueeze(1), math.nan)
-    active = support.active
-    grad = torch.where(active.unsqueeze(1) & support.listed, grad, 0.0)
+    loss = loss.masked_fill(listed_ids.invalid, math.nan)
+    grad = grad.masked_fill(listed_ids.invalid.unsqueeze(1), math.nan)
+    active = listed_ids.active
+    grad = torch.where(active.unsqueeze(1) & listed_ids.listed, grad, 0.0)
     return torch.where(active, loss, 0.0), grad
 
 
@@ -87,19 +89,19 @@ def listed_losses(
     width = loss.ids.shape[1]
     gathered_rows(linear, needs, width, workspace_bytes)
     rows = gathered_rows(linear, Needs(), width, workspace_bytes)
-    support = locate(loss.ids, loss.row_weights, linear.weight.shape[0])
+    listed_ids = locate(loss.ids, loss.row_weights, linear.weight.shape[0])
     hidden = linear.hidden
-    u = listed_functions(hidden).dots(hidden, linear.weight, support.ids, rows)
-    z, _ = apply_head(u, support.ids, linear.head)
+    u = listed_functions(hidden).dots(hidden, linear.weight, listed_ids.ids, rows)
+    z, _ = apply_logit_options(u, listed_ids.ids, linear.logit_options)
     stats = hidden.new_zeros((hidden.shape[0], len(STATS)), dtype=linear.dtype)
-    stats[:, 0], _ = renormalized_loss(z, support, loss.target.to(linear.dtype), loss.rule)
+    stats[:, 0], _ = renormalized_loss(z, listed_ids, loss.target.to(linear.dtype), loss.rule)
     return RowLosses(stats, RowState(u.new_empty((0, 4)), u))
 
 
 def listed_grads(
     linear: Linear,
     loss: RowLoss,  # row_weights: upstream gradient times the row's weight
-    state: RowState,  # `listed` is u, without the head
+    state: RowState,  # `listed` is u, before the logit options
     needs: Needs,
     workspace_bytes: int | None,
     accumulator: Tensor | None = None,  # [V, D] compute dtype; dW is added to it
@@ -107,24 +109,27 @@ def listed_grads(
     """(dhidden, dweight, dbias) of `listed_losses`, complete; [0] if not needed."""
     hidden, weight = linear.hidden, linear.weight
     rows = gathered_rows(linear, needs, loss.ids.shape[1], workspace_bytes)
-    support, functions = locate(loss.ids, loss.row_weights, len(weight)), listed_functions(hidden)
-    z, slope = apply_head(state.listed, support.ids, linear.head)
-    _, grad = renormalized_loss(z, support, loss.target.to(linear.dtype), loss.rule)
-    grad = grad * linear.head.slope
+    listed_ids, functions = (
+        locate(loss.ids, loss.row_weights, len(weight)),
+        listed_functions(hidden),
+    )
+    z, slope = apply_logit_options(state.listed, listed_ids.ids, linear.logit_options)
+    _, grad = renormalized_loss(z, listed_ids, loss.target.to(linear.dtype), loss.rule)
+    grad = grad * linear.logit_options.slope
     if loss.row_weights is not None:
         weighted = grad * loss.row_weights.unsqueeze(1)
-        grad = torch.where(support.active.unsqueeze(1), weighted, 0.0)
+        grad = torch.where(listed_ids.active.unsqueeze(1), weighted, 0.0)
     grad = (grad if slope is None else grad * slope).to(linear.dtype)
-    grad = torch.where(support.active.unsqueeze(1) & support.listed, grad, 0.0)
+    grad = torch.where(listed_ids.active.unsqueeze(1) & listed_ids.listed, grad, 0.0)
     dhidden, dweight = hidden.new_empty(0), weight.new_empty(0)
     dbias = hidden.new_zeros(weight.shape[0] if needs.bias else 0, dtype=linear.dtype)
     if needs.hidden:
-        dhidden = functions.hidden_grad(grad, weight, support.ids, rows)
+        dhidden = functions.hidden_grad(grad, weight, listed_ids.ids, rows)
     if needs.weight:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        functions.weight_grad(grad, hidden, support.ids, rows, dweight, add=False)
+        functions.weight_grad(grad, hidden, listed_ids.ids, rows, dweight, add=False)
     if accumulator is not None:
-        functions.weight_grad(grad, hidden, support.ids, rows, accumulator, add=True)
+        functions.weight_grad(grad, hidden, listed_ids.ids, rows, accumulator, add=True)
     if needs.bias:
-        add_at(dbias, support.ids.flatten(), grad.flatten())
+        add_at(dbias, listed_ids.ids.flatten(), grad.flatten())
     return dhidden, dweight, dbias

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lopd_kernels._core.buckets import StudentBuckets, logit_grads, student_buckets
 from lopd_kernels._core.linear import Linear
+from lopd_kernels._core.listed_ids import add_at, distinct
 from lopd_kernels._core.panels import panel_grads, reduce_rows
 from lopd_kernels._core.scaling import panel_weights
-from lopd_kernels._core.support import add_at, distinct
 from lopd_kernels._core.types import LogitGrads, Needs, RowState
 from lopd_kernels._core.workspace import READ_WORDS, panel_columns
 
@@ -27,8 +27,8 @@ def logprobs(
     sizes, vocab = linear.sizes(2 * ids.shape[1] + READ_WORDS), linear.weight.shape[0]
     panel_columns(sizes, needs, workspace_bytes)
     columns = panel_columns(sizes, Needs(), workspace_bytes)
-    support = linear.functions.locate(once, None, vocab)
-    state = reduce_rows(linear, support, ids.shape[1], want_entropy, columns)
+    listed_ids = linear.functions.locate(once, None, vocab)
+    state = reduce_rows(linear, listed_ids, ids.shape[1], want_entropy, columns)
     student = student_buckets(state)
     out = student.logprobs[:, :-1].gather(1, first).masked_fill(ids == -1, -math.inf)
     out = out.masked_fill(student.lse.isnan(), math.nan)
@@ -49,7 +49,7 @@ def logprobs_grads(
     dL/dz_j = sum_k g_k ([j = id_k] - p_j) - g_H p_j (log p_j + H); repeated ids add up.
     """
     once, first = distinct(ids)
-    support = linear.functions.locate(once, None, linear.weight.shape[0])
+    listed_ids = linear.functions.locate(once, None, linear.weight.shape[0])
     n, k = ids.shape
     g = grad_logprobs.new_zeros((n, k + 1), dtype=linear.dtype)
     offsets = (k + 1) * torch.arange(n, device=ids.device).unsqueeze(1)
@@ -65,7 +65,7 @@ def logprobs_grads(
     if grad_entropy.numel():
         grads = _add_entropy(grads, student, grad_entropy.to(linear.dtype) * weights)
     columns = panel_columns(linear.sizes(2 * k + READ_WORDS), needs, workspace_bytes)
-    return panel_grads(linear, support, state.listed, grads, scale, needs, columns)
+    return panel_grads(linear, listed_ids, state.listed, grads, scale, needs, columns)
 
 
 def _add_entropy(grads: LogitGrads, student: StudentBuckets, upstream: Tensor) -> LogitGrads:

@@ -23,29 +23,29 @@ from lopd_kernels._core.buckets import logit_grads, student_buckets
 from lopd_kernels._core.linear import Linear
 from lopd_kernels._core.rules import RowLoss
 from lopd_kernels._core.scaling import dlogits_bound, panel_weights
-from lopd_kernels._core.types import LogitGrads, Needs, RowState, Support
+from lopd_kernels._core.types import ListedIds, LogitGrads, Needs, RowState
 from lopd_kernels._core.workspace import padded, panel_columns
 
 
 def reduce_rows(
-    linear: Linear, support: Support, width: int, want_entropy: bool, columns: int
+    linear: Linear, listed_ids: ListedIds, width: int, want_entropy: bool, columns: int
 ) -> RowState:
     """The state of all rows with lists of `width` ids, panel by panel."""
     n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
     functions, weight = linear.functions, gemm.WeightRows(linear.weight)
     state = RowState.start(linear.hidden, n, width, linear.dtype)
-    hidden = linear.operand(support.active)
+    hidden = linear.operand(listed_ids.active)
     buffer = hidden.new_empty((n, padded(columns)), dtype=linear.dtype)
     for first in range(0, vocab, columns):
         u = buffer[:, : min(columns, vocab - first)]
         gemm.project(hidden, weight, first, u)
-        functions.reduce(u, first, support, linear.head, want_entropy, state)
+        functions.reduce(u, first, listed_ids, linear.logit_options, want_entropy, state)
     return state
 
 
 def panel_grads(
     linear: Linear,
-    support: Support,
+    listed_ids: ListedIds,
     listed: Tensor,  # [N, K] z at the ids
     grads: LogitGrads,
     scale: Tensor | None,  # [] that `grads` is short of
@@ -56,7 +56,7 @@ def panel_grads(
     """(dhidden, dweight, dbias), complete; [0] if not needed; dbias in the compute dtype."""
     n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
     like, functions, weight = linear.hidden, linear.functions, gemm.WeightRows(linear.weight)
-    hidden = linear.operand(support.active)
+    hidden = linear.operand(listed_ids.active)
     dhidden = like.new_zeros(like.shape if needs.hidden else (0,), dtype=linear.dtype)
     dweight = linear.weight.new_empty(linear.weight.shape if needs.weight else (0,))
     dbias = like.new_empty(vocab if needs.bias else 0, dtype=linear.dtype)
@@ -66,7 +66,7 @@ def panel_grads(
         u = buffer[:, : part.stop - first]
         gemm.project(hidden, weight, first, u)
         dlogits = gemm.in_place(u, hidden.dtype)
-        functions.write(u, first, support, linear.head, grads, listed, dlogits)
+        functions.write(u, first, listed_ids, linear.logit_options, grads, listed, dlogits)
         if needs.bias:
             torch.sum(dlogits, 0, dtype=linear.dtype, out=dbias[part])
         if needs.weight:
@@ -76,7 +76,7 @@ def panel_grads(
         if needs.hidden:
             gemm.hidden_grad(dlogits, weight, first, dhidden, accumulate=True)
     if needs.hidden:
-        dhidden.masked_fill_(~support.active.unsqueeze(1), 0.0)
+        dhidden.masked_fill_(~listed_ids.active.unsqueeze(1), 0.0)
     if scale is not None:
         dhidden.mul_(scale)
         dbias.mul_(scale)
@@ -97,14 +97,14 @@ def row_losses(
     sizes = linear.sizes(k)
     panel_columns(sizes, needs, workspace_bytes)
     columns = panel_columns(sizes, Needs(), workspace_bytes)
-    support = linear.functions.locate(loss.ids, loss.row_weights, vocab)
-    state = reduce_rows(linear, support, k, want_entropy, columns)
+    listed_ids = linear.functions.locate(loss.ids, loss.row_weights, vocab)
+    state = reduce_rows(linear, listed_ids, k, want_entropy, columns)
     student = student_buckets(state)
     losses, _, extras = loss.rule.apply(student.logprobs, loss.target.to(linear.dtype))
     lse = (student.max_logit + student.lse)[:, 0]
     entropy = student.entropy if want_entropy else torch.zeros_like(losses)
     rows = torch.stack([losses, lse, student.logprobs[:, -1], entropy, *extras], 1)
-    return RowLosses(torch.where(support.active.unsqueeze(1), rows, 0.0), state)
+    return RowLosses(torch.where(listed_ids.active.unsqueeze(1), rows, 0.0), state)
 
 
 def row_grads(
@@ -116,10 +116,10 @@ def row_grads(
     accumulator: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `row_losses`, see `panel_grads`."""
-    support = linear.functions.locate(loss.ids, loss.row_weights, linear.weight.shape[0])
+    listed_ids = linear.functions.locate(loss.ids, loss.row_weights, linear.weight.shape[0])
     logprobs, target = student_buckets(state).logprobs, loss.target.to(linear.dtype)
     _, g, _ = loss.rule.apply(logprobs, target)
     weights, scale = panel_weights(linear, loss.row_weights, dlogits_bound(target))
     grads = logit_grads(state, g, logprobs.exp(), weights)
     columns = panel_columns(linear.sizes(loss.ids.shape[1]), needs, workspace_bytes)
-    return panel_grads(linear, support, state.listed, grads, scale, needs, columns, accumulator)
+    return panel_grads(linear, listed_ids, state.listed, grads, scale, needs, columns, accumulator)

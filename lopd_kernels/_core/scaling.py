@@ -43,7 +43,7 @@ def normalized_weights(
         finite = torch.where(row_weights.isfinite(), row_weights, 0.0).abs().amax()
         largest = torch.where(finite == 0.0, 1.0, finite).to(linear.dtype)
         weights = row_weights.to(linear.dtype) / largest
-    scale = largest * linear.head.slope
+    scale = largest * linear.logit_options.slope
     if is_mixed(linear.hidden) and linear.hidden.dtype == torch.float16:
         room = FP16_ROOM / bound
         power = room / torch.frexp(room).mantissa / 2.0

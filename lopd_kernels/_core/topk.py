@@ -12,8 +12,8 @@ from lopd_kernels._core.buckets import student_buckets
 from lopd_kernels._core.chunks import visit_chunks
 from lopd_kernels._core.gemm import WeightRows
 from lopd_kernels._core.linear import Linear
-from lopd_kernels._core.listed import apply_head
-from lopd_kernels._core.support import distinct
+from lopd_kernels._core.listed import apply_logit_options
+from lopd_kernels._core.listed_ids import distinct
 from lopd_kernels._core.types import Needs, RowState
 from lopd_kernels._core.workspace import READ_WORDS, chunk_rows, padded
 
@@ -44,7 +44,7 @@ def topk(
     The tail of the top k is the extra tail plus the extra ids that are not among the top k: a
     sum, never a difference.
     """
-    like, functions, bias = linear.hidden, linear.functions, linear.head.bias
+    like, functions, bias = linear.hidden, linear.functions, linear.logit_options.bias
     n, vocab, e = like.shape[0], linear.weight.shape[0], extra_ids.shape[1]
     extra_ids, sampled_ids = extra_ids.long(), sampled_ids.long()
     invalid_extra = _invalid(extra_ids, -1, vocab)
@@ -59,11 +59,13 @@ def topk(
 
     def visit(u: Tensor, part: slice) -> None:
         ids = (u if bias is None else u + bias).topk(k, 1).indices
-        z_sampled, _ = apply_head(u.gather(1, sampled_ids[part]), sampled_ids[part], linear.head)
+        z_sampled, _ = apply_logit_options(
+            u.gather(1, sampled_ids[part]), sampled_ids[part], linear.logit_options
+        )
         listed, first = distinct(torch.cat([ids, extra_ids[part]], 1))
         state = RowState.start(u, len(u), k + e, linear.dtype)
-        support = functions.locate(listed, None, vocab)
-        functions.reduce(u, 0, support, linear.head, True, state)
+        listed_ids = functions.locate(listed, None, vocab)
+        functions.reduce(u, 0, listed_ids, linear.logit_options, True, state)
         student = student_buckets(state)
         logprobs = student.logprobs
         rows = TopRows(

@@ -13,7 +13,7 @@ STATS = ("loss", "lse", "tail_logprobs", "entropy")
 
 
 @dataclass(frozen=True)
-class Head:
+class LogitOptions:
     """z = softcap(logit_scale * (u + bias)) / temperature, with u = H W^T."""
 
     logit_scale: float = 1.0
@@ -45,13 +45,13 @@ class Needs(NamedTuple):
     bias: bool = False
 
 
-class Support(Protocol):
+class ListedIds(Protocol):
     """The listed ids of each row, in the form that an implementation indexes with."""
 
     @property
     def active(self) -> Tensor: ...  # [N] bool: has an id and a weight other than 0
 
-    def rows(self, part: slice) -> Support: ...
+    def rows(self, part: slice) -> ListedIds: ...
 
 
 class RowState(NamedTuple):

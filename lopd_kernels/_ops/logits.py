@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lopd_kernels._core.dense_logits import logits_loss
 from lopd_kernels._core.gemm import compute_dtype
-from lopd_kernels._core.given_logits import logits_loss
 from lopd_kernels._core.scaling import weigh
 from lopd_kernels._ops.schema import (
     LossArgs,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lopd_kernels._core.gemm import compute_dtype
-from lopd_kernels._core.support import add_at
+from lopd_kernels._core.listed_ids import add_at
 
 
 def _blocks(n: int, rows: int) -> Iterator[slice]:

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from lopd_kernels._core.buckets import center, student_buckets
+from lopd_kernels._core.listed_ids import SafeListedIds
+from lopd_kernels._core.listed_ids import locate as locate
 from lopd_kernels._core.rules import Rule
-from lopd_kernels._core.support import SafeSupport
-from lopd_kernels._core.support import locate as locate
-from lopd_kernels._core.types import Head, LogitGrads, RowState
+from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
 from lopd_kernels._core.workspace import BLOCK_BYTES
 
 
-def nonfinite_rows(hidden: Tensor, weight: Tensor, head: Head) -> Tensor | None:
+def nonfinite_rows(hidden: Tensor, weight: Tensor, logit_options: LogitOptions) -> Tensor | None:
     """A softcap maps +-inf to +-cap, and an infinite weight may give a logit of -inf, which
     marks an id without mass. Without a softcap, a bias of -inf marks one deliberately.
     """
     finite = torch.linalg.vector_norm(hidden, math.inf, 1).isfinite()
     low, high = weight.aminmax()
     finite = finite & low.isfinite() & high.isfinite()
-    if head.bias is not None and head.softcap is not None:
-        finite = finite & head.bias.isfinite().all()
+    if logit_options.bias is not None and logit_options.softcap is not None:
+        finite = finite & logit_options.bias.isfinite().all()
     return ~finite
 
 
@@ -34,76 +34,80 @@ def _blocks(u: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _apply_head(u: Tensor, head: Head, first: int, want_slope: bool) -> Tensor | None:
+def _apply_logit_options(
+    u: Tensor, logit_options: LogitOptions, first: int, want_slope: bool
+) -> Tensor | None:
     """Turn u into z in place. Returns 1 - tanh^2 under a softcap."""
-    if head.bias is not None:
-        u.add_(head.bias[first : first + u.shape[1]])
-    if head.gain != 1.0:
-        u.mul_(head.gain)
-    if head.softcap is None:
+    if logit_options.bias is not None:
+        u.add_(logit_options.bias[first : first + u.shape[1]])
+    if logit_options.gain != 1.0:
+        u.mul_(logit_options.gain)
+    if logit_options.softcap is None:
         return None
     u.tanh_()
     slope = torch.addcmul(u.new_ones(()), u, u, value=-1.0) if want_slope else None
-    u.mul_(head.cap)
+    u.mul_(logit_options.cap)
     return slope
 
 
 def row_pass(
     u: Tensor,
-    support: SafeSupport,
+    listed_ids: SafeListedIds,
     target: Tensor,
     weights: Tensor | None,
     rule: Rule,
-    head: Head,
+    logit_options: LogitOptions,
     want_entropy: bool,
     stats: Tensor,
     out: Tensor | None,
     inf_masks: bool = False,
 ) -> None:
     for part in _blocks(u):
-        block, here = u[part], support.rows(part)
+        block, here = u[part], listed_ids.rows(part)
         if inf_masks:
             block.masked_fill_(~here.active.unsqueeze(1), 0.0)
         factor = None if weights is None else weights[part]
-        _row_block(block, here, target[part], factor, rule, head, want_entropy, stats[part])
+        _row_block(
+            block, here, target[part], factor, rule, logit_options, want_entropy, stats[part]
+        )
         if out is not None and out.data_ptr() != u.data_ptr():
             out[part].copy_(block)
 
 
 def _row_block(
     x: Tensor,  # u, then z, then the exponentials, then the gradient
-    support: SafeSupport,
+    listed_ids: SafeListedIds,
     target: Tensor,
     weights: Tensor | None,
     rule: Rule,
-    head: Head,
+    logit_options: LogitOptions,
     want_entropy: bool,
     stats: Tensor,
 ) -> None:
     """The exponentials of the reduction are reused as the unscaled softmax of the gradient."""
-    slope = _apply_head(x, head, 0, want_slope=weights is not None)
-    listed = x.gather(1, support.ids).masked_fill(~support.listed, -math.inf)
-    x.scatter_(1, support.ids, -math.inf)
+    slope = _apply_logit_options(x, logit_options, 0, want_slope=weights is not None)
+    listed = x.gather(1, listed_ids.ids).masked_fill(~listed_ids.listed, -math.inf)
+    x.scatter_(1, listed_ids.ids, -math.inf)
     top, total, spread = _exponentials(x, want_entropy)
-    unlisted = torch.stack([top, total, spread, support.invalid.to(x.dtype)], 1)
+    unlisted = torch.stack([top, total, spread, listed_ids.invalid.to(x.dtype)], 1)
     student = student_buckets(RowState(unlisted, listed))
     loss, g, extras = rule.apply(student.logprobs, target)
     entropy = student.entropy if want_entropy else torch.zeros_like(loss)
     lse = (student.max_logit + student.lse)[:, 0]
     rows = torch.stack([loss, lse, student.logprobs[:, -1], entropy, *extras], 1)
-    stats.copy_(torch.where(support.active.unsqueeze(1), rows, 0.0))
+    stats.copy_(torch.where(listed_ids.active.unsqueeze(1), rows, 0.0))
     if weights is None:
         return
     grad = center(g, student.logprobs.exp()) * weights.unsqueeze(1)
-    grad = torch.where(support.active.unsqueeze(1), grad, 0.0)
+    grad = torch.where(listed_ids.active.unsqueeze(1), grad, 0.0)
     factor = torch.where(total == 0.0, 0.0, grad[:, -1] / total)
     x.mul_(factor.unsqueeze(1))
     listed_grad = grad[:, :-1]
     if slope is not None:
         x.mul_(slope)
-        listed_grad = listed_grad * slope.gather(1, support.ids)
-    at_anchor = listed_grad.gather(1, support.anchor)
-    x.scatter_(1, support.ids, torch.where(support.listed, listed_grad, at_anchor))
+        listed_grad = listed_grad * slope.gather(1, listed_ids.ids)
+    at_anchor = listed_grad.gather(1, listed_ids.anchor)
+    x.scatter_(1, listed_ids.ids, torch.where(listed_ids.listed, listed_grad, at_anchor))
 
 
 def _exponentials(z: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,11 +120,16 @@ def _exponentials(z: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor
 
 
 def reduce(
-    u: Tensor, first: int, support: SafeSupport, head: Head, want_entropy: bool, state: RowState
+    u: Tensor,
+    first: int,
+    listed_ids: SafeListedIds,
+    logit_options: LogitOptions,
+    want_entropy: bool,
+    state: RowState,
 ) -> None:
     for part in _blocks(u):
-        block, here, seen = u[part], support.rows(part), state.rows(part)
-        _apply_head(block, head, first, want_slope=False)
+        block, here, seen = u[part], listed_ids.rows(part), state.rows(part)
+        _apply_logit_options(block, logit_options, first, want_slope=False)
         if seen.listed.shape[1]:
             columns, inside, anchor = here.in_panel(first, block.shape[1])
             z = block.gather(1, columns)
@@ -146,16 +155,16 @@ def _merge(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[Tensor,
 def write(
     u: Tensor,
     first: int,
-    support: SafeSupport,
-    head: Head,
+    listed_ids: SafeListedIds,
+    logit_options: LogitOptions,
     grads: LogitGrads,
     listed: Tensor,
     out: Tensor,
 ) -> None:
     for part in _blocks(u):
-        z, here, inactive = u[part], support.rows(part), ~support.active[part].unsqueeze(1)
+        z, here, inactive = u[part], listed_ids.rows(part), ~listed_ids.active[part].unsqueeze(1)
         unlisted_max, factor, entropy_factor, listed_grad = grads.rows(part)
-        slope = _apply_head(z, head, first, want_slope=True)
+        slope = _apply_logit_options(z, logit_options, first, want_slope=True)
         z.sub_(unlisted_max.unsqueeze(1))
         grad = z.exp()
         if entropy_factor is None:

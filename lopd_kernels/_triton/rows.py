@@ -10,22 +10,22 @@ import triton
 from torch import Tensor
 
 from lopd_kernels._core.rules import DivergenceRule, PolicyGradientRule, Rule
-from lopd_kernels._core.types import Head, LogitGrads, RowState
+from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
 from lopd_kernels._triton.kernels import rows, rules
 
 WIDEST_LIST_BLOCK = 1024
 COLUMNS_PER_WARP = 256
 
 
-class RawSupport(NamedTuple):
-    """A `types.Support` with the ids as passed: the kernels skip ids that are out of range."""
+class RawListedIds(NamedTuple):
+    """A `types.ListedIds` with the ids as passed: the kernels skip ids that are out of range."""
 
     ids: Tensor  # [N, K] int
     active: Tensor  # [N] bool: has an id and a weight other than 0
     vocab: int
 
-    def rows(self, part: slice) -> RawSupport:
-        return RawSupport(self.ids[part], self.active[part], self.vocab)
+    def rows(self, part: slice) -> RawListedIds:
+        return RawListedIds(self.ids[part], self.active[part], self.vocab)
 
 
 class Launch(NamedTuple):
@@ -64,14 +64,14 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> RawSupport:
+def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> RawListedIds:
     active = (ids != -1).any(1)
     if row_weights is not None:
         active = active & (row_weights != 0)
-    return RawSupport(ids.contiguous(), active, vocab)
+    return RawListedIds(ids.contiguous(), active, vocab)
 
 
-def nonfinite_rows(hidden: Tensor, weight: Tensor, head: Head) -> None:
+def nonfinite_rows(hidden: Tensor, weight: Tensor, logit_options: LogitOptions) -> None:
     """The kernels see every logit before it is masked or capped."""
 
 
@@ -105,69 +105,75 @@ def rule_arguments(rule: Rule) -> dict[str, Any]:
     return {**{f"option_{i}": float(value) for i, value in enumerate(values)}, **constants}
 
 
-def _head_arguments(head: Head) -> dict[str, Any]:
+def _logit_arguments(logit_options: LogitOptions) -> dict[str, Any]:
     return {
-        "gain": head.gain,
-        "cap": head.cap,
-        "HAS_BIAS": head.bias is not None,
-        "SOFTCAP": head.softcap is not None,
+        "gain": logit_options.gain,
+        "cap": logit_options.cap,
+        "HAS_BIAS": logit_options.bias is not None,
+        "SOFTCAP": logit_options.softcap is not None,
     }
 
 
 def row_pass(
     u: Tensor,
-    support: RawSupport,
+    listed_ids: RawListedIds,
     target: Tensor,
     weights: Tensor | None,
     rule: Rule,
-    head: Head,
+    logit_options: LogitOptions,
     want_entropy: bool,
     stats: Tensor,
     out: Tensor | None,
     inf_masks: bool = False,
 ) -> None:
-    (count, vocab), k = u.shape, support.ids.shape[1]
+    (count, vocab), k = u.shape, listed_ids.ids.shape[1]
     if not count:
         return
     options = launch(vocab, list_block(k + 1), u.device)
     out = u if out is None else out
     with on_device(u.device):
         rows.row_kernel[(count,)](
-            u, out, support.ids, u.new_full((count, k), float("-inf")), target.contiguous(),
-            support.active, u if weights is None else weights, stats,
-            u if head.bias is None else head.bias,
+            u, out, listed_ids.ids, u.new_full((count, k), float("-inf")), target.contiguous(),
+            listed_ids.active, u if weights is None else weights, stats,
+            u if logit_options.bias is None else logit_options.bias,
             u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), vocab, k,
             target.shape[1], stats.stride(0),
-            **_head_arguments(head), **rule_arguments(rule),
+            **_logit_arguments(logit_options), **rule_arguments(rule),
             INF_MASKS=inf_masks, ENTROPY=want_entropy, GRAD=weights is not None, **options,
         )  # fmt: skip
 
 
 def reduce(
-    u: Tensor, first: int, support: RawSupport, head: Head, want_entropy: bool, state: RowState
+    u: Tensor,
+    first: int,
+    listed_ids: RawListedIds,
+    logit_options: LogitOptions,
+    want_entropy: bool,
+    state: RowState,
 ) -> None:
-    (count, width), k = u.shape, support.ids.shape[1]
+    (count, width), k = u.shape, listed_ids.ids.shape[1]
     if not count:
         return
     options = launch(width, list_block(k), u.device)
     with on_device(u.device):
         rows.reduce_kernel[(count,)](
-            u, support.ids, state.listed, support.active, state.unlisted,
-            u if head.bias is None else head.bias, u.stride(0), first, width, support.vocab, k,
-            **_head_arguments(head), INF_MASKS=False, ENTROPY=want_entropy, **options,
+            u, listed_ids.ids, state.listed, listed_ids.active, state.unlisted,
+            u if logit_options.bias is None else logit_options.bias,
+            u.stride(0), first, width, listed_ids.vocab, k,
+            **_logit_arguments(logit_options), INF_MASKS=False, ENTROPY=want_entropy, **options,
         )  # fmt: skip
 
 
 def write(
     u: Tensor,
     first: int,
-    support: RawSupport,
-    head: Head,
+    listed_ids: RawListedIds,
+    logit_options: LogitOptions,
     grads: LogitGrads,
     listed: Tensor,
     out: Tensor,
 ) -> None:
-    (count, width), k = u.shape, support.ids.shape[1]
+    (count, width), k = u.shape, listed_ids.ids.shape[1]
     if not count:
         return
     options = launch(width, list_block(k), u.device)
@@ -175,9 +181,9 @@ def write(
     last = torch.zeros_like(factor) if entropy_factor is None else entropy_factor
     with on_device(u.device):
         rows.write_kernel[(count,)](
-            u, out, support.ids, listed_grad.contiguous(), support.active,
+            u, out, listed_ids.ids, listed_grad.contiguous(), listed_ids.active,
             torch.stack([unlisted_max, factor, last], 1), listed,
-            u if head.bias is None else head.bias,
+            u if logit_options.bias is None else logit_options.bias,
             u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), first, width, k,
-            **_head_arguments(head), ENTROPY=entropy_factor is not None, **options,
+            **_logit_arguments(logit_options), ENTROPY=entropy_factor is not None, **options,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from lopd_kernels._core.rules import (
     PolicyGradientRule,
     encode,
 )
-from lopd_kernels._core.types import Head, LogitGrads, RowState
+from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
 from lopd_kernels._core.workspace import padded
 from lopd_kernels._triton import listed as triton_listed
 from lopd_kernels._triton import rows as triton_rows
@@ -80,8 +80,8 @@ def meta(*shape, dtype=torch.float32):
 
 
 def heads(vocab):
-    yield "plain", Head()
-    yield "capped+biased", Head(1.5, 30.0, 0.7, meta(vocab, dtype=torch.bfloat16))
+    yield "plain", LogitOptions()
+    yield "capped+biased", LogitOptions(1.5, 30.0, 0.7, meta(vocab, dtype=torch.bfloat16))
 
 
 def row_passes():
@@ -97,9 +97,9 @@ def row_passes():
     ):
         u = meta(2048, padded(vocab))[:, :vocab]
         out = u if dtype == u.dtype else meta(2048, 2 * padded(vocab), dtype=dtype)[:, :vocab]
-        support = triton_rows.locate(meta(2048, k, dtype=torch.int64), None, vocab)
+        listed_ids = triton_rows.locate(meta(2048, k, dtype=torch.int64), None, vocab)
         target = meta(2048, 2 if isinstance(rule, PolicyGradientRule) else k + 1)
-        arguments = (u, support, target, meta(2048), rule, dict(heads(vocab))[head], True,
+        arguments = (u, listed_ids, target, meta(2048), rule, dict(heads(vocab))[head], True,
                      meta(2048, 4 + len(rule.extras)), out)  # fmt: skip
         yield f"{encode(rule)[0]} {head} V={vocab} K={k} {dtype}", triton_rows.row_pass, arguments
 
@@ -107,19 +107,19 @@ def row_passes():
 def panels():
     for (name, head), vocab, k in ((h, 151936, k) for h in heads(151936) for k in (8, 64)):
         u = meta(8192, 2048)
-        support = triton_rows.locate(meta(8192, k, dtype=torch.int64), None, vocab)
+        listed_ids = triton_rows.locate(meta(8192, k, dtype=torch.int64), None, vocab)
         state = RowState(meta(8192, 4), meta(8192, k))
         yield (
             f"reduce {name} K={k}",
             triton_rows.reduce,
-            (u, 4096, support, head, True, state),
+            (u, 4096, listed_ids, head, True, state),
         )
         grads = LogitGrads(meta(8192), meta(8192), meta(8192), meta(8192, k))
         out = meta(8192, 4096, dtype=torch.bfloat16)[:, :2048]
         yield (
             f"write {name} K={k}",
             triton_rows.write,
-            (u, 4096, support, head, grads, state.listed, out),
+            (u, 4096, listed_ids, head, grads, state.listed, out),
         )
 
 

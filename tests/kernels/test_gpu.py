@@ -18,7 +18,7 @@ from lopd_kernels import (
 )
 from lopd_kernels._core.gemm import operand_dtype
 from lopd_kernels._core.rules import DivergenceRule
-from lopd_kernels._core.types import Head, RowState
+from lopd_kernels._core.types import LogitOptions, RowState
 from lopd_kernels._core.workspace import padded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -146,7 +146,7 @@ def test_a_hundred_runs_of_the_row_kernel_give_the_same_bits(settings, dtype, mo
     hidden, weight, ids, logprobs, tail = problem(600, 256, 151936, 64)
     source = torch.zeros(600, padded(151936))[:, :151936]
     source.copy_(hidden.float() @ weight.float().t())
-    support = triton_rows.locate(ids, None, 151936)
+    listed_ids = triton_rows.locate(ids, None, 151936)
     target = torch.cat([logprobs, tail.unsqueeze(1)], 1)
     rule, weights = DivergenceRule("reverse_kl", "bucket"), torch.ones(600)
     runs = []
@@ -154,12 +154,14 @@ def test_a_hundred_runs_of_the_row_kernel_give_the_same_bits(settings, dtype, mo
         u, stats = torch.empty_like(source), torch.zeros(600, 4)
         u.copy_(source)
         dz = u if dtype == u.dtype else u.view(dtype)[:, :151936]
-        triton_rows.row_pass(u, support, target, weights, rule, Head(), True, stats, dz)
+        triton_rows.row_pass(u, listed_ids, target, weights, rule, LogitOptions(), True, stats, dz)
         first = runs[0] if runs else (dz.clone(), stats)
         runs[:1] = [first]
         assert torch.equal(dz, first[0]) and torch.equal(stats, first[1])
     apart = torch.empty(600, 151936, dtype=dtype)
-    triton_rows.row_pass(source, support, target, weights, rule, Head(), True, stats, apart)
+    triton_rows.row_pass(
+        source, listed_ids, target, weights, rule, LogitOptions(), True, stats, apart
+    )
     assert torch.equal(apart, runs[0][0])
 
 
@@ -178,11 +180,11 @@ def test_a_hundred_runs_of_the_panel_kernels_give_the_same_bits():
     from lopd_kernels._triton import rows as triton_rows
 
     u, ids = torch.randn(900, 4096), torch.rand(900, 9000).topk(64, 1).indices
-    support, first = triton_rows.locate(ids, None, 9000), None
+    listed_ids, first = triton_rows.locate(ids, None, 9000), None
     for _ in range(100):
         state = RowState.start(u, 900, 64, torch.float32)
         for start in (0, 4096):
-            triton_rows.reduce(u.clone(), start, support, Head(), True, state)
+            triton_rows.reduce(u.clone(), start, listed_ids, LogitOptions(), True, state)
         if first is None:
             first = state
         assert all(torch.equal(a, b) for a, b in zip(state, first, strict=True))

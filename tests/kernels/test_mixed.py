@@ -49,9 +49,9 @@ def mixed(monkeypatch):
         ),
     )
 
-    def narrow_write(u, first, support, head, grads, listed, out):
+    def narrow_write(u, first, listed_ids, logit_options, grads, listed, out):
         wide = torch.empty_like(u)
-        write(u, first, support, head, grads, listed, wide)
+        write(u, first, listed_ids, logit_options, grads, listed, wide)
         out.copy_(wide)
 
     monkeypatch.setattr(torch_rows, "write", narrow_write)

@@ -30,7 +30,7 @@ from lopd_kernels._core.rules import (
     PolicyGradientRule,
     encode,
 )
-from lopd_kernels._core.types import Head, LogitGrads, RowState
+from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
 from lopd_kernels._torch import listed as torch_listed
 from lopd_kernels._torch import rows as torch_rows
 
@@ -81,7 +81,7 @@ def make_head(name, vocab, dtype=torch.float32):
     options = dict(HEADS[name])
     if options.pop("bias", False):
         options["bias"] = torch.randn(vocab, generator=generator()).to(dtype)
-    return Head(**options)
+    return LogitOptions(**options)
 
 
 def generator():
@@ -123,12 +123,12 @@ def oracle_pass(u, ids, target, weights, rule, head):
     """(stats, gradient) of the torch implementation in fp64."""
     u, rows = u.double(), len(u)
     bias = None if head.bias is None else head.bias.double()
-    head = Head(head.logit_scale, head.softcap, head.temperature, bias)
-    support = torch_rows.locate(ids, weights, u.shape[1])
+    head = LogitOptions(head.logit_scale, head.softcap, head.temperature, bias)
+    listed_ids = torch_rows.locate(ids, weights, u.shape[1])
     stats = torch.zeros(rows, 4 + len(rule.extras), dtype=torch.float64)
     u = u.clone()
     torch_rows.row_pass(
-        u, support, target.double(), weights.double(), rule, head, True, stats, u, inf_masks=True
+        u, listed_ids, target.double(), weights.double(), rule, head, True, stats, u, inf_masks=True
     )
     return stats, u
 
@@ -157,9 +157,9 @@ def test_the_row_kernel(case, triton_rows):
     head = make_head(case["head"], vocab)
     target = make_target(rule, ids, u)
     stats, exact = oracle_pass(u, ids, target, weights, rule, head)
-    support = triton_rows.locate(ids.to(case["ids"]), weights, vocab)
+    listed_ids = triton_rows.locate(ids.to(case["ids"]), weights, vocab)
     ours = torch.zeros(rows, 4 + len(rule.extras))
-    triton_rows.row_pass(u, support, target, weights, rule, head, True, ours, u)
+    triton_rows.row_pass(u, listed_ids, target, weights, rule, head, True, ours, u)
     inactive = (weights == 0.0) | (ids == -1).all(1)
     assert (u[inactive] == 0.0).all()
     assert relative_error(u, exact) < 1e-5
@@ -173,12 +173,12 @@ def test_rows_and_lists_in_many_blocks(block, list_block, triton_rows, monkeypat
     options = {"BLOCK": block, "KBLOCK": list_block, "num_warps": 4}
     monkeypatch.setattr(triton_rows, "launch", lambda *_: options)
     u, ids = padded_rows(4, 700), ragged_ids(4, 700, 130)
-    head, weights = Head(), torch.ones(4)
+    head, weights = LogitOptions(), torch.ones(4)
     target = make_target(REVERSE_KL, ids, u)
     stats, exact = oracle_pass(u, ids, target, weights, REVERSE_KL, head)
     ours = torch.zeros(4, 4)
-    support = triton_rows.locate(ids, None, 700)
-    triton_rows.row_pass(u, support, target, weights, REVERSE_KL, head, True, ours, u)
+    listed_ids = triton_rows.locate(ids, None, 700)
+    triton_rows.row_pass(u, listed_ids, target, weights, REVERSE_KL, head, True, ours, u)
     assert relative_error(u, exact) < 1e-5
     torch.testing.assert_close(ours.double(), stats, rtol=1e-5, atol=1e-5)
 
@@ -191,10 +191,10 @@ def test_16_bit_gradients_may_use_the_first_half_of_their_row(vocab, triton_rows
     target = make_target(rule, ids, u)
     _, exact = oracle_pass(u, ids, target, weights, rule, head)
     apart, stats = torch.empty(3, vocab, dtype=torch.float16), torch.zeros(3, 4)
-    support = triton_rows.locate(ids, None, vocab)
-    triton_rows.row_pass(u.clone(), support, target, weights, rule, head, True, stats, apart)
+    listed_ids = triton_rows.locate(ids, None, vocab)
+    triton_rows.row_pass(u.clone(), listed_ids, target, weights, rule, head, True, stats, apart)
     inside = u.view(torch.float16)[:, :vocab]
-    triton_rows.row_pass(u, support, target, weights, rule, head, True, stats, inside)
+    triton_rows.row_pass(u, listed_ids, target, weights, rule, head, True, stats, inside)
     assert torch.equal(inside, apart)
     assert relative_error(inside, exact) < 1e-3
 
@@ -206,25 +206,25 @@ def test_reduce_and_write_by_panels(name, columns, triton_rows):
     u, ids = padded_rows(rows, vocab), ragged_ids(rows, vocab, 12)
     ids[3] = -1
     head = make_head(name, vocab)
-    wide = Head(head.logit_scale, head.softcap, head.temperature,
+    wide = LogitOptions(head.logit_scale, head.softcap, head.temperature,
                 None if head.bias is None else head.bias.double())  # fmt: skip
     grads = LogitGrads(torch.randn(rows), torch.randn(rows), torch.randn(rows),
                           torch.randn(rows, 12))  # fmt: skip
     sides = []
     for functions, dtype, used in ((triton_rows, torch.float32, head),
                                    (torch_rows, torch.float64, wide)):  # fmt: skip
-        support = functions.locate(ids, None, vocab)
+        listed_ids = functions.locate(ids, None, vocab)
         state = RowState.start(u, rows, 12, dtype)
         out = torch.empty(rows, vocab, dtype=dtype)
         grads = LogitGrads(*(x.to(dtype) for x in grads))
         for first in range(0, vocab, columns):
             panel = u[:, first : first + columns].to(dtype, copy=True)
-            functions.reduce(panel, first, support, used, True, state)
+            functions.reduce(panel, first, listed_ids, used, True, state)
         for first in range(0, vocab, columns):
             panel = u[:, first : first + columns].to(dtype, copy=True)
-            functions.write(panel, first, support, used, grads, state.listed,
+            functions.write(panel, first, listed_ids, used, grads, state.listed,
                             out[:, first : first + columns])  # fmt: skip
-        sides.append((student_buckets(state), out, support.active))
+        sides.append((student_buckets(state), out, listed_ids.active))
     (ours, ours_out, active), (exact, exact_out, _) = sides
     for field, expected in zip(ours, exact, strict=True):
         field, expected = field[active].double(), expected[active]
@@ -246,15 +246,15 @@ def test_an_invalid_id_or_logit_makes_only_its_row_nan(columns, bad, triton_rows
         ids[2, 5] = {"below": -2, "beyond": vocab}[bad]
     else:
         u[2, 40] = float(bad)
-    head, support = Head(), triton_rows.locate(ids, None, vocab)
+    head, listed_ids = LogitOptions(), triton_rows.locate(ids, None, vocab)
     state = RowState.start(u, 4, 20, torch.float32)
     for first in range(0, vocab, columns):
         panel = u[:, first : first + columns].clone()
-        triton_rows.reduce(panel, first, support, head, True, state)
+        triton_rows.reduce(panel, first, listed_ids, head, True, state)
     affected = [False, False, True, False]
     assert student_buckets(state).logprobs.isnan().any(1).tolist() == affected
     stats, target = torch.zeros(4, 4), make_target(REVERSE_KL, ids.clamp(0, 210), u)
-    triton_rows.row_pass(u, support, target, torch.ones(4), REVERSE_KL, head, True, stats, u)
+    triton_rows.row_pass(u, listed_ids, target, torch.ones(4), REVERSE_KL, head, True, stats, u)
     assert stats[:, 0].isnan().tolist() == affected
     assert u[2].isnan().all() and u[[0, 1, 3]].isfinite().all()
 
@@ -377,9 +377,11 @@ def test_small_tails_are_precise(triton_rows):
     u = torch.zeros(1, 48)
     u[0, 0] = 30.0
     ids, target = torch.tensor([[0]]), torch.tensor([[math.log(0.5), math.log(0.5)]])
-    stats, support = torch.zeros(1, 4), triton_rows.locate(ids, None, 48)
-    exact, grad = oracle_pass(u, ids, target, torch.ones(1), REVERSE_KL, Head())
-    triton_rows.row_pass(u, support, target, torch.ones(1), REVERSE_KL, Head(), True, stats, u)
+    stats, listed_ids = torch.zeros(1, 4), triton_rows.locate(ids, None, 48)
+    exact, grad = oracle_pass(u, ids, target, torch.ones(1), REVERSE_KL, LogitOptions())
+    triton_rows.row_pass(
+        u, listed_ids, target, torch.ones(1), REVERSE_KL, LogitOptions(), True, stats, u
+    )
     assert abs(float(stats[0, 2]) - float(exact[0, 2])) < 1e-5
     assert relative_error(u, grad) < 1e-5
 
@@ -389,11 +391,11 @@ def test_an_offset_of_all_logits_costs_no_precision(triton_rows):
     plain = torch.randn(3, 96).mul(64).round().div(64)
     rule = DivergenceRule("jsd", "bucket", 0.3)
     target = make_target(rule, ids, plain)
-    support, weights = triton_rows.locate(ids, None, 96), torch.ones(3)
+    listed_ids, weights = triton_rows.locate(ids, None, 96), torch.ones(3)
     grads = []
     for offset in (0.0, 1e4, -1e4):
         u, stats = plain + offset, torch.zeros(3, 4)
-        triton_rows.row_pass(u, support, target, weights, rule, Head(), True, stats, u)
+        triton_rows.row_pass(u, listed_ids, target, weights, rule, LogitOptions(), True, stats, u)
         grads.append((u, stats[:, 0]))
     for u, loss in grads[1:]:
         torch.testing.assert_close(u, grads[0][0], rtol=1e-5, atol=1e-7)

@@ -8,9 +8,9 @@ from torch import Tensor
 from lopd_kernels._core.backend import row_functions
 from lopd_kernels._core.gemm import compute_dtype
 from lopd_kernels._core.listed import renormalized_loss
+from lopd_kernels._core.listed_ids import locate
 from lopd_kernels._core.rules import RowLoss
-from lopd_kernels._core.support import locate
-from lopd_kernels._core.types import STATS, Head
+from lopd_kernels._core.types import STATS, LogitOptions
 from lopd_kernels._core.workspace import logits_rows, padded
 
 
@@ -25,16 +25,16 @@ def logits_loss(
     n, vocab = logits.shape
     dtype, functions = compute_dtype(logits.dtype), row_functions(logits)
     loss = loss._replace(target=loss.target.to(dtype))
-    head = Head(temperature=temperature)
+    logit_options = LogitOptions(temperature=temperature)
     stats = logits.new_zeros((n, len(STATS)), dtype=dtype)
     grad = logits.new_empty((n, vocab) if want_grad else 0)
     weights = logits.new_ones(n, dtype=dtype)
     if loss.row_weights is not None:
         weights = loss.row_weights.to(dtype)
-    weights = weights * head.slope
+    weights = weights * logit_options.slope
     if loss.rule.ignores_unlisted:
-        return _listed_loss(logits, loss, weights, head, stats, grad)
-    support = functions.locate(loss.ids, loss.row_weights, vocab)
+        return _listed_loss(logits, loss, weights, logit_options, stats, grad)
+    listed_ids = functions.locate(loss.ids, loss.row_weights, vocab)
     rows = min(n, logits_rows(logits))
     buffer = logits.new_empty((rows, padded(vocab)), dtype=dtype)
     for start in range(0, n, max(1, rows)):
@@ -42,8 +42,8 @@ def logits_loss(
         u = buffer[: part.stop - start, :vocab]
         u.copy_(logits[part])
         functions.row_pass(
-            u, support.rows(part), loss.target[part], weights[part] if want_grad else None,
-            loss.rule, head, want_entropy, stats[part], grad[part] if want_grad else None,
+            u, listed_ids.rows(part), loss.target[part], weights[part] if want_grad else None,
+            loss.rule, logit_options, want_entropy, stats[part], grad[part] if want_grad else None,
             inf_masks=True,
         )  # fmt: skip
     return stats, grad
@@ -53,16 +53,16 @@ def _listed_loss(
     logits: Tensor,
     loss: RowLoss,
     weights: Tensor,  # [N] factor of the gradient
-    head: Head,
+    logit_options: LogitOptions,
     stats: Tensor,
     grad: Tensor,  # [N, V] output, or [0]
 ) -> tuple[Tensor, Tensor]:
     """`logits_loss` of a rule that ignores unlisted ids."""
-    support = locate(loss.ids, weights, logits.shape[1])
-    z = logits.gather(1, support.ids).to(loss.target.dtype) * head.gain
-    stats[:, 0], dz = renormalized_loss(z, support, loss.target, loss.rule)
+    listed_ids = locate(loss.ids, weights, logits.shape[1])
+    z = logits.gather(1, listed_ids.ids).to(loss.target.dtype) * logit_options.gain
+    stats[:, 0], dz = renormalized_loss(z, listed_ids, loss.target, loss.rule)
     if grad.numel():
-        dz = torch.where(support.active.unsqueeze(1), dz * weights.unsqueeze(1), 0.0)
-        dz = torch.where(support.listed, dz, dz.gather(1, support.anchor))
-        grad.zero_().scatter_(1, support.ids, dz.to(grad.dtype))
+        dz = torch.where(listed_ids.active.unsqueeze(1), dz * weights.unsqueeze(1), 0.0)
+        dz = torch.where(listed_ids.listed, dz, dz.gather(1, listed_ids.anchor))
+        grad.zero_().scatter_(1, listed_ids.ids, dz.to(grad.dtype))
     return stats, grad

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-class SafeSupport(NamedTuple):
-    """A `types.Support` for PyTorch's gather and scatter."""
+class SafeListedIds(NamedTuple):
+    """A `types.ListedIds` for PyTorch's gather and scatter."""
 
     ids: Tensor  # [N, K] int64 in [0, V); a pad repeats the row's largest id
     listed: Tensor  # [N, K] bool, False at pads
@@ -17,8 +17,8 @@ class SafeSupport(NamedTuple):
     active: Tensor  # [N] bool: has an id and a weight other than 0
     invalid: Tensor  # [N] bool: an id is out of range or repeated; the row's results are NaN
 
-    def rows(self, part: slice) -> SafeSupport:
-        return SafeSupport(*(field[part] for field in self))
+    def rows(self, part: slice) -> SafeListedIds:
+        return SafeListedIds(*(field[part] for field in self))
 
     def in_panel(self, first: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """(columns [N, K], inside [N, K], anchor [N, 1]) for columns first to first + width.
@@ -31,7 +31,7 @@ class SafeSupport(NamedTuple):
         return torch.where(inside, columns, columns.gather(1, anchor)), inside, anchor
 
 
-def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> SafeSupport:
+def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> SafeListedIds:
     ids = ids.long()
     listed = ids >= 0
     ordered = ids.sort(1).values
@@ -43,7 +43,7 @@ def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> SafeSupport:
     active = listed.any(1) | invalid
     if row_weights is not None:
         active = active & (row_weights != 0)
-    return SafeSupport(safe, listed, anchor, active, invalid)
+    return SafeListedIds(safe, listed, anchor, active, invalid)
 
 
 def _first_columns(ids: Tensor) -> Tensor:
