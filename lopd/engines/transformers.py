@@ -42,7 +42,7 @@ class TransformersEngine:
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         self.vocab_size, self.context = head_rows_of(model), context_of_config(model.config)
         self._limits = ModelLimits("the scoring model", self.vocab_size, self.context)
-        self.eos_ids = eos_token_ids(model, tokenizer)
+        self.eos_ids = eos_token_ids(model.generation_config, tokenizer)
         check_head(model)
 
     @classmethod

@@ -175,10 +175,10 @@ def _with_extra_ids(scores: TeacherScores) -> _Lists:
 
 def _is_in(ids: np.ndarray, lists: np.ndarray) -> np.ndarray:  # [R, K], [R, C] -> [R, K] bool
     """Whether each id is in the list of its row; False at pads."""
-    found = np.zeros(ids.shape, bool)
+    listed = np.zeros(ids.shape, bool)
     for column in lists.T:
-        found |= ids == column[:, None]
-    return found & (ids >= 0)
+        listed |= ids == column[:, None]
+    return listed & (ids >= 0)
 
 
 def _to_buckets(

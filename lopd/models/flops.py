@@ -56,17 +56,18 @@ def size_of(model: Any) -> Size | None:
     embeddings = {
         id(module.weight) for module in plain.modules() if isinstance(module, nn.Embedding)
     }
+    experts, per_token = experts_of(plain)
     matrices = trained = 0.0
     for name, parameter in plain.named_parameters():
         if parameter.dim() < 2 or parameter is head or id(parameter) in embeddings:
             continue
-        share: float | None = 1.0
+        size: float = parameter.numel()
         if ".experts." in name:
-            share = _active_experts(plain)
-        if share is None:
-            return None
-        matrices += share * parameter.numel()
-        trained += share * parameter.numel() * parameter.requires_grad
+            if not (experts and per_token):
+                return None
+            size *= per_token / experts
+        matrices += size
+        trained += size * parameter.requires_grad
     return Size(
         matrices,
         trained,
@@ -75,11 +76,6 @@ def size_of(model: Any) -> Size | None:
         attention_width_of(plain.config),
         layer_windows_of(plain.config),
     )
-
-
-def _active_experts(plain: Any) -> float | None:
-    experts, per_token = experts_of(plain)
-    return per_token / experts if per_token and experts else None
 
 
 def pairs(length: int, window: int | None) -> int:

@@ -264,7 +264,7 @@ def check_head(model: Any, input_ids: Tensor | None = None) -> None:
         spread = torch.linspace(0, weight.shape[0] - 1, 16, device=weight.device)
         input_ids = spread.long().view(2, 8)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    with _eval_mode(model):
+    with eval_mode(model):
         raw = run_with_loss(model, inputs, lambda h, w, b, _: nn.functional.linear(h, w, b))
         _compare_logits(model, raw, model(**inputs, use_cache=False).logits)
         amplified = raw * (100.0 / raw.abs().max().clamp(min=torch.finfo(raw.dtype).tiny))
@@ -308,7 +308,8 @@ def _swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode inside the context; afterwards the mode of before."""
     training = model.training
     model.eval()
     try:

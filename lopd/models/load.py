@@ -163,17 +163,8 @@ def _loading(folder: Path, problem: str) -> Iterator[None]:
         raise ModelError(f"{folder}: {problem} ({found})") from error
 
 
-def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: those of the generation config and the tokenizer.
-
-    Raises:
-        ModelError: neither of them has one.
-    """
-    return _eos_ids(model.generation_config, tokenizer)
-
-
 def eos_ids_of(path: str | Path, tokenizer: Any) -> list[int]:
-    """Like `eos_token_ids`, from a model folder without loading its weights."""
+    """`eos_token_ids` of a model folder, without loading its weights."""
     from transformers import AutoConfig, GenerationConfig
 
     folder = check_model_folder(path)
@@ -183,10 +174,15 @@ def eos_ids_of(path: str | Path, tokenizer: Any) -> list[int]:
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             configured = GenerationConfig.from_model_config(config)
-    return _eos_ids(configured, tokenizer)
+    return eos_token_ids(configured, tokenizer)
 
 
-def _eos_ids(generation_config: Any, tokenizer: Any) -> list[int]:
+def eos_token_ids(generation_config: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends an answer: those of the generation config and the tokenizer.
+
+    Raises:
+        ModelError: neither of them has one.
+    """
     configured = getattr(generation_config, "eos_token_id", None)
     ids = set(configured if isinstance(configured, list) else [configured])
     ids.add(tokenizer.eos_token_id)

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lopd.errors import ConfigError, ModelError
 from lopd.models.architecture import head_rows_of, sliding_window_of
-from lopd.models.head import plain_model, run_with_loss
+from lopd.models.head import eval_mode, plain_model, run_with_loss
 
 FLASH = ("flash_attention_3", "flash_attention_2")
 REGISTERED = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}  # name in transformers
@@ -224,17 +224,13 @@ def check_packing(model: Any, path: str, longest: int | None = None) -> None:
         "input_ids": pad_sequence(parts, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(p) for p in parts], batch_first=True),
     }
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         packed = _hidden(model, {**pack, **pack_kwargs(lengths, device)})[0].split(lengths)
         padded = [row[:length] for row, length in zip(_hidden(model, batch), lengths, strict=True)]
         separate = [
             _hidden(model, {"input_ids": p[None], "attention_mask": torch.ones_like(p[None])})[0]
             for p in parts
         ]
-    finally:
-        model.train(training)
     dtype = separate[0].dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)

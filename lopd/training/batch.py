@@ -249,27 +249,19 @@ def _has_rollout_logprobs(sequence: Rollout | Demonstration) -> bool:
 
 
 def _teacher_columns(items: Sequence[Any], offsets: list[np.ndarray]) -> dict[str, np.ndarray]:
+    pairs = [*zip(items, offsets, strict=True)]
     names = ["tail_logprobs", "teacher_logprobs"]
     if not any(np.isnan(item.teacher_entropy[0]) for item in items):
         names.append("teacher_entropy")
     arrays = {
-        name: np.concatenate(
-            [getattr(item, name)[offset] for item, offset in zip(items, offsets, strict=True)]
-        )
+        name: np.concatenate([getattr(item, name)[offset] for item, offset in pairs])
         for name in names
     }
-    lists = TopKLists.concatenate(
-        [item.lists.take(offset) for item, offset in zip(items, offsets, strict=True)]
-    )
-    ids, logprobs = lists.padded(max(item.lists.width for item in items))
-    measured = np.concatenate(
-        [
-            is_overlap_position(sequence_name(item), offset)
-            for item, offset in zip(items, offsets, strict=True)
-        ]
-    )
-    arrays["overlap_rows"] = np.flatnonzero(measured)
+    lists = TopKLists.concatenate([item.lists.take(offset) for item, offset in pairs])
+    measured = [is_overlap_position(sequence_name(item), offset) for item, offset in pairs]
+    arrays["overlap_rows"] = np.flatnonzero(np.concatenate(measured))
     arrays["unlisted"] = np.flatnonzero(lists.lengths == 0)
+    ids, logprobs = lists.padded(max(item.lists.width for item in items))
     return {**arrays, "topk_ids": ids, "topk_logprobs": logprobs}
 
 

@@ -4,8 +4,6 @@ Tensors there have shapes, dtypes and a graph, but no memory, so counting what a
 the backward takes seconds for a model of any size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -152,20 +150,19 @@ def activation_bytes(model: Any, inputs: dict[str, Any], checkpointing: bool) ->
     Raises:
         ModelError: the model cannot run on the meta device, or has no layers to checkpoint.
     """
-    with _largest_layer(model) as layer:
-        total = saved_bytes(model, inputs, layer)
+    total, largest_layer = saved_bytes(model, inputs)
     if not checkpointing:
         return total
-    if layer.bytes is None:
+    if largest_layer is None:
         raise ModelError(f"{type(model).__name__}: has no layers to checkpoint")
     model.gradient_checkpointing_enable()
     try:
-        return saved_bytes(model, inputs) + layer.bytes
+        return saved_bytes(model, inputs)[0] + largest_layer
     finally:
         model.gradient_checkpointing_disable()
 
 
-class Saved:
+class _Saved:
     """Storages that autograd saves, without parameters.
 
     It holds references to them, so that no address is used twice.
@@ -174,6 +171,8 @@ class Saved:
     def __init__(self, model: nn.Module) -> None:
         self.parameters = {p.untyped_storage()._cdata for p in model.parameters()}
         self.storages: dict[int, Any] = {}
+        self.largest_layer: int | None = None  # None until a layer has run
+        self._before_layer: set[int] = set()
 
     def add(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -181,60 +180,38 @@ class Saved:
             self.storages[storage._cdata] = storage
         return tensor
 
-    def bytes(self, exclude: frozenset[int] | set[int] = frozenset()) -> int:
+    def bytes(self, exclude: set[int]) -> int:
         return sum(s.nbytes() for key, s in self.storages.items() if key not in exclude)
 
-
-class _Layer:
-    """The largest layer of a forward, by the bytes that it saves besides its inputs."""
-
-    def __init__(self) -> None:
-        self.bytes: int | None = None  # None until a layer has run
-        self.saved: Saved | None = None
-        self._before: set[int] = set()
-
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.saved is None:
-            return
+    def enter_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        self._before = {x.untyped_storage()._cdata for x in inputs} | set(self.saved.storages)
+        self._before_layer = {x.untyped_storage()._cdata for x in inputs} | set(self.storages)
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.saved is not None:
-            self.bytes = max(self.bytes or 0, self.saved.bytes(exclude=self._before))
-
-
-@contextmanager
-def _largest_layer(model: nn.Module) -> Iterator[_Layer]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layer, hooks = _Layer(), []
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            hooks.append(module.register_forward_pre_hook(layer.enter, with_kwargs=True))
-            hooks.append(module.register_forward_hook(layer.leave))
-    try:
-        yield layer
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def leave_layer(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.largest_layer = max(self.largest_layer or 0, self.bytes(self._before_layer))
 
 
-def saved_bytes(model: Any, inputs: dict[str, Any], layer: _Layer | None = None) -> int:
+def saved_bytes(model: Any, inputs: dict[str, Any]) -> tuple[int, int | None]:
     """Bytes that one forward saves, including the rows for the loss.
+
+    Returns:
+        The bytes of the whole forward, and of the layer that saves most besides its inputs; None
+        if the model has no layers that can be checkpointed.
 
     Raises:
         ModelError: the model cannot run on the meta device, for example because shapes depend on
             values.
     """
-    saved = Saved(model)
-    if layer is not None:
-        layer.saved = saved
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     def loss_fn(hidden: Tensor, weight: Tensor, bias: Any, options: HeadOptions) -> Tensor:
         index = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device)
         return nn.functional.linear(hidden.flatten(0, 1)[index], weight[:1]).sum()
 
+    saved = _Saved(model)
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    hooks = [m.register_forward_pre_hook(saved.enter_layer, with_kwargs=True) for m in layers]
+    hooks += [m.register_forward_hook(saved.leave_layer) for m in layers]
     try:
         with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
             loss = run_with_loss(model, inputs, loss_fn)
@@ -243,6 +220,9 @@ def saved_bytes(model: Any, inputs: dict[str, Any], layer: _Layer | None = None)
             f"{type(model).__name__}: its forward reads values, which a dry run does not have ("
             f"{str(error).splitlines()[0]})"
         ) from error
-    total = saved.bytes()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    total = saved.bytes(exclude=set())
     del loss
-    return total
+    return total, saved.largest_layer

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lopd.models.head import eval_mode
 from lopd.training.batch import Collator, Subset, lengths_of, to_device
 from lopd.training.metrics import Gather, gather_single
 from lopd.training.objective import Objective
@@ -60,21 +61,19 @@ def holdout_kl(
     Raises:
         DataError: the mean is not finite; the message names the sequences.
     """
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     micro_batches = split(lengths_of(holdout.dataset), batch_size, max_tokens)
-    world_size = len(gather(None))
+    count, world_size = len(micro_batches), len(gather(None))
     total, weight = 0.0, 0.0
-    model.eval()
-    count = len(micro_batches)
-    for number in range(rank, rank + -(-count // world_size) * world_size, world_size):
-        items: Any = holdout.dataset.__getitems__([*micro_batches[number % count]])
-        batch = to_device(collate(items), device)
-        loss, _ = step(model, batch, holdout.objective, 1.0)
-        check_finite("held-out loss", loss, [batch], step_number)
-        if number < count:
-            total += loss.item()
-            weight += batch["row_weights"].sum().item()
-    model.train(training)
+    with eval_mode(model):
+        for number in range(rank, rank + -(-count // world_size) * world_size, world_size):
+            items: Any = holdout.dataset.__getitems__([*micro_batches[number % count]])
+            batch = to_device(collate(items), device)
+            loss, _ = step(model, batch, holdout.objective, 1.0)
+            check_finite("held-out loss", loss, [batch], step_number)
+            if number < count:
+                total += loss.item()
+                weight += batch["row_weights"].sum().item()
     totals, weights = zip(*gather((total, weight)), strict=True)
     return sum(totals) / sum(weights)
 

@@ -29,11 +29,10 @@ from lopd.training.dry_run import (
     optimizer_bytes,
     storage_bytes,
 )
-from lopd.training.options import MemoryOptions, TrainOptions
+from lopd.training.options import MemoryOptions
 from lopd_kernels.workspace import workspace_needed
 
 SMALLEST_WORKSPACE = 128 << 20
-SHARED = tuple(item.name for item in fields(MemoryOptions))  # settings of a run and of a plan
 
 
 @dataclass(kw_only=True)
@@ -66,27 +65,6 @@ class MemorySettings(MemoryOptions):
         if self.max_tokens_per_batch is not None:
             return 1, self.max_tokens_per_batch
         return self.batch_size, self.sequence_length
-
-
-def memory_settings_of_run(
-    config: TrainOptions, objective: str, *, k: int, longest: int
-) -> MemorySettings:
-    """Memory settings of a run.
-
-    Args:
-        config: settings of the run.
-        objective: name of its objective.
-        k: tokens in a teacher's list.
-        longest: tokens of the longest sequence.
-    """
-    shared = {name: getattr(config, name) for name in SHARED}
-    known = objective if objective != "cross_entropy" else "policy_gradient"  # also one id per row
-    return MemorySettings(
-        sequence_length=longest,
-        objective=known,  # type: ignore[arg-type]
-        k=max(k, 1),
-        **shared,
-    )
 
 
 @dataclass(frozen=True)
@@ -141,6 +119,13 @@ class MemoryPlanner:
             self._activations[key],
         )
 
+    def fits(self, config: MemorySettings, memory: int) -> bool:
+        """Whether a run fits in `memory` bytes, with a schedule of the loss in its workspace."""
+        try:
+            return self.estimate(config).total <= memory
+        except ConfigError:
+            return False
+
 
 def loss_bytes(model: Any, config: MemorySettings) -> int:
     """Bytes that the loss allocates on a GPU beyond its inputs and outputs.
@@ -182,32 +167,31 @@ def proposals(
         config: settings that do not fit.
         memory: available bytes.
     """
+    for candidate in _reductions(planner, config, memory):
+        yield candidate
+        if planner.fits(candidate, memory):
+            return
 
-    def fits(candidate: MemorySettings) -> bool:
-        return planner.estimate(candidate).total <= memory
 
+def _reductions(
+    planner: MemoryPlanner, config: MemorySettings, memory: int
+) -> Iterator[MemorySettings]:
+    """`proposals` without the end."""
     if not config.gradient_checkpointing:
         config = replace(config, gradient_checkpointing=True)
         yield config
-        if fits(config):
-            return
     if (smaller := smaller_workspace(planner, config, memory)) is not None:
         config = smaller
         yield config
-        if fits(config):
-            return
-    for optim in (None, "adafactor", "adamw_8bit"):
-        if optim is not None:
-            less = replace(config, optim=optim)
+    for optim in (config.optim, "adafactor", "adamw_8bit"):
+        less = replace(config, optim=optim)
+        if optim != config.optim:
             if planner.estimate(less).optimizer >= planner.estimate(config).optimizer:
                 continue
             config = less
             yield config
-            if fits(config):
-                return
         if (fitting := largest_batch(planner, config, memory)) is not None:
             yield fitting
-            return
 
 
 def smaller_workspace(
@@ -236,25 +220,20 @@ def largest_batch(
     planner: MemoryPlanner, config: MemorySettings, memory: int
 ) -> MemorySettings | None:
     """The settings with the largest smaller micro-batch that fits; None if there is none."""
-    packed = config.max_tokens_per_batch
-    low, high = (1, config.batch_size) if packed is None else (config.sequence_length, packed)
+    name, low, high = "batch_size", 1, config.batch_size
+    if (packed := config.max_tokens_per_batch) is not None:
+        name, low, high = "max_tokens_per_batch", config.sequence_length, packed
 
     def candidate(size: int) -> MemorySettings:
-        if packed is None:
-            return replace(config, batch_size=size)
-        return replace(config, max_tokens_per_batch=size)
+        change: dict[str, Any] = {name: size}
+        return replace(config, **change)
 
-    def fits(size: int) -> bool:
-        try:
-            return planner.estimate(candidate(size)).total <= memory
-        except ConfigError:  # too many rows for the workspace
-            return False
-
-    if low == high or not fits(low):
+    if low == high or not planner.fits(candidate(low), memory):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        fits = planner.fits(candidate(middle), memory)
+        low, high = (middle, high) if fits else (low, middle)
     return candidate(low)
 
 
@@ -269,9 +248,19 @@ def planned_peak(config: Any, trainer: Any, model_path: str, k: int) -> int | No
     """
     if config.fsdp or config.mixed_precision != "none":
         return None
-    longest = max(lengths_of(trainer.train_dataset))
+    objective = trainer.objective.name
+    if objective == "cross_entropy":
+        objective = "policy_gradient"  # also one id per row
+    shared: dict[str, Any] = {
+        item.name: getattr(config, item.name) for item in fields(MemoryOptions)
+    }
     try:
-        settings = memory_settings_of_run(config, trainer.objective.name, k=k, longest=longest)
+        settings = MemorySettings(
+            sequence_length=max(lengths_of(trainer.train_dataset)),
+            objective=objective,
+            k=max(k, 1),
+            **shared,
+        )
         planner = MemoryPlanner(meta_model(model_path, config.dtype, config))
         return planner.estimate(settings).total
     except LopdError as error:

@@ -278,8 +278,8 @@ def parse_bytes(name: str, value: int | str) -> int:
     Raises:
         ConfigError: `value` is not a size, or is not positive.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
-    if found is None or found[2] not in _UNITS or not (size := float(found[1]) * _UNITS[found[2]]):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+    if match is None or match[2] not in _UNITS or not (size := float(match[1]) * _UNITS[match[2]]):
         raise ConfigError(f"{name}: found '{value}'; expected a size such as 24GiB, 80GB or bytes")
     return int(size)
 

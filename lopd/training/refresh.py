@@ -19,6 +19,7 @@ from lopd.data.prompts import Prompt, check_prompts
 from lopd.engines.base import Sampling, score_rollouts, sequence_seed, to_rollout
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ProvenanceError, ShardError
+from lopd.models.head import eval_mode
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
     CacheManifest,
@@ -155,9 +156,9 @@ class RefreshTrainer(LopdTrainer):
             dtype=str(refresh.cache.manifest.model.dtype),
             device=str(self.args.device),
         )
-        self.described = {"base": refresh.base, "dtype": dtype, "seed": self.args.seed}
-        theirs = self.teacher.tokenizer.get_vocab()
-        self.teacher_vocab = None if theirs == tokenizer.get_vocab() else theirs
+        self.description = {"base": refresh.base, "dtype": dtype, "seed": self.args.seed}
+        vocab = self.teacher.tokenizer.get_vocab()
+        self.teacher_vocab = None if vocab == tokenizer.get_vocab() else vocab
 
     def step_dataset(self, sampler: StepSampler) -> "WindowDataset":
         return WindowDataset(self, sampler)
@@ -165,19 +166,14 @@ class RefreshTrainer(LopdTrainer):
     def renew(self, sequences: Sequence[Any], window: int) -> list[tuple[Rollout, TeacherScores]]:
         """Sample and score new answers to the sequences' prompts.
 
-        Leaves the model's training mode as it is and records the time in the log history.
+        Records the time in the log history.
         """
-        assert self.model is not None
-        training = self.model.training
-        self.model.eval()
-        try:
+        with eval_mode(self.model):
             began = now(self.args.device)
             rollouts = self._generate(sequences, window)
             generated = now(self.args.device)
             scores = self._score(rollouts)
             scored = now(self.args.device)
-        finally:
-            self.model.train(training)
         self.metrics.exclude_time(scored - began)
         self.state.log_history.append(
             {
@@ -255,7 +251,7 @@ class WindowDataset(StepDataset):
         refresh = self.trainer.refresh
         last = min(first + refresh.every, self.trainer.state.max_steps)
         wanted = sorted({i for s in range(first, last) for i in self._sequences(s)})
-        self._drop(step)
+        self._remove_unneeded(step)
         folder = self.out / f"step-{first:08d}"
         with CacheWriter.create(folder, self._manifest(first, len(wanted))) as writer:
             if writer.missing():
@@ -273,7 +269,7 @@ class WindowDataset(StepDataset):
         self.places = {index: place for place, index in enumerate(wanted)}
         self.first = first
 
-    def _drop(self, step: int) -> None:
+    def _remove_unneeded(self, step: int) -> None:
         """Remove all windows except those that contain the current step or a checkpoint."""
         every = self.trainer.refresh.every
         matches = [re.fullmatch(r"checkpoint-(\d+)", f.name) for f in self.out.parent.glob("*")]
@@ -286,7 +282,7 @@ class WindowDataset(StepDataset):
     def _manifest(self, first: int, sequences: int) -> CacheManifest:
         """The manifest of the run's cache with another sampler and number of sequences."""
         refresh, source = self.trainer.refresh, self.trainer.refresh.cache.manifest
-        maker = {"weights": f"{refresh.base} after {first} steps", **self.trainer.described}
+        maker = {"weights": f"{refresh.base} after {first} steps", **self.trainer.description}
         return build_manifest(
             "cache",
             stage="refresh",

@@ -116,7 +116,11 @@ def _policy_gradient(
     row_weights = batch["row_weights"]
     correction: dict[str, Any] = {"clip_range": objective.clip_range}
     if by_sequence:
-        logprobs, entropy = _logprobs_and_entropy(rows, weight, batch["labels"], options)
+        with torch.no_grad():  # a separate pass over the head
+            scores: Any = linear_logprobs(
+                rows, weight, batch["labels"][:, None], return_entropy=True, **options
+            )
+        logprobs, entropy = scores[0][:, 0], scores[1]
         ratio = sequence_ratios(logprobs, batch, objective.importance_cap)
         row_weights = row_weights * ratio
     else:
@@ -152,16 +156,6 @@ def _policy_gradient(
     if clip is not None:
         reported["share_clipped"] = (advantages.abs() > clip).float()
     return loss, reported
-
-
-@torch.no_grad()
-def _logprobs_and_entropy(
-    rows: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of the labels and entropies, [N] each, by a separate pass without gradient."""
-    result: Any = linear_logprobs(rows, weight, labels[:, None], return_entropy=True, **options)
-    logprobs, entropy = result
-    return logprobs[:, 0], entropy
 
 
 def sequence_ratios(logprobs: Tensor, batch: Batch, cap: float | None) -> Tensor:

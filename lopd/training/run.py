@@ -127,8 +127,8 @@ def train(
 
     Returns:
         Entries of the manifest: `training` with the number of sequences and the share dropped;
-        with MonitoringOptions also `stale` and, if sequences were held out, `holdout`; with `refresh`
-        those of `refresh_summary`.
+        with MonitoringOptions also `stale` and, if sequences were held out, `holdout`; with
+        `refresh` those of `refresh_summary`.
 
     Raises:
         ConfigError: holding out sequences leaves nothing to train on or to evaluate.
@@ -136,8 +136,7 @@ def train(
             missing or torn.
     """
     from lopd.training.memory import planned_peak
-    from lopd.training.result import result_model
-    from lopd.training.setup import build_trainer, warn_of_rounding
+    from lopd.training.setup import build_trainer, result_model, warn_of_rounding
 
     first, out = is_first(), Path(config.out)
     lock = FolderLock(out) if first else None
