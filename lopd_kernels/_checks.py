@@ -1,4 +1,5 @@
-"""Checks of arguments. A message names the argument, what was found, what to pass instead.
+"""Checks of arguments. A message names the argument, what was found, and what to pass
+instead.
 
 Shapes, dtypes, devices and settings are always checked, from metadata only. Values are checked
 where `checks_values` says so, because on a GPU that waits for the device.
@@ -101,8 +102,10 @@ def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) 
     check_device(name, tensor, like)
 
 
-def check_constant(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """`check_rows` of a tensor that gets no gradient."""
+def check_constant(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """`check_rows` of a tensor that gets no gradient; None is accepted."""
+    if tensor is None:
+        return
     check_rows(name, tensor, shape, like)
     if tensor.requires_grad:
         raise ValueError(
@@ -158,11 +161,6 @@ def check_id_values(
                 f"{name} has id {int(ordered[row, column])} twice in row {row}, expected distinct "
                 "ids; add up the probabilities of equal ids"
             )
-
-
-def check_weights(row_weights: Tensor | None, rows: int, like: Tensor) -> None:
-    if row_weights is not None:
-        check_constant("row_weights", row_weights, (rows,), like)
 
 
 def check_weight_values(row_weights: Tensor | None, reduction: str) -> None:

@@ -47,9 +47,8 @@ def _checked_loss(
     _checks.check_ids("topk_ids", topk_ids, n, like)
     _checks.check_list_length("topk_ids", topk_ids, vocab)
     _checks.check_constant("topk_logprobs", topk_logprobs, tuple(topk_ids.shape), like)
-    if tail_logprobs is not None:
-        _checks.check_constant("tail_logprobs", tail_logprobs, (n,), like)
-    _checks.check_weights(row_weights, n, like)
+    _checks.check_constant("tail_logprobs", tail_logprobs, (n,), like)
+    _checks.check_constant("row_weights", row_weights, (n,), like)
     if _checks.checks_values(validate, like):
         ids = _checks.mask_unweighted(topk_ids, row_weights, -1)
         _checks.check_id_values("topk_ids", ids, vocab)
@@ -112,9 +111,10 @@ def linear_sparse_divergence(
         tail_logprobs: [N] float, nat, log of the teacher's mass outside the list. Without it the
             tail is log(1 - sum_k q_k), floored at log 2^-23 (see `SparseStats.tail_floored`).
         divergence: the formula above.
-        tail: "bucket" is the only form that is at rest where student = teacher. "truncate"
-            leaves the tail out of the sum. "renormalize" rescales both distributions to the list
-            and needs no LM-head GEMM. The last two do not use `tail_logprobs`.
+        tail: "bucket" is minimal exactly where the student has the teacher's buckets. "truncate"
+            leaves the tail out of the sum, and has a gradient there. "renormalize" rescales both
+            distributions to the list, so it ignores the mass outside, and needs no LM-head GEMM.
+            The last two do not use `tail_logprobs`.
         beta: of jsd, strictly between 0 and 1.
         row_weights: [N] float w_n. A row of weight 0 or without ids has loss and gradient 0,
             whatever it holds.

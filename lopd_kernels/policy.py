@@ -38,16 +38,15 @@ def _check_rows(
     n, like = head.rows, head.hidden
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
     _checks.check_ids(name, ids, n, like, dims=1)
-    _checks.check_weights(row_weights, n, like)
-    tensors = {key: tensor for key, tensor in constants.items() if tensor is not None}
-    for key, tensor in tensors.items():
+    for key, tensor in {"row_weights": row_weights, **constants}.items():
         _checks.check_constant(key, tensor, (n,), like)
     if _checks.checks_values(validate, like):
         weighted = _checks.mask_unweighted(ids, row_weights, 0)
         _checks.check_id_values(name, weighted, head.weight.shape[0], pads=False)
         _checks.check_weight_values(row_weights, reduction)
-        for key, tensor in tensors.items():
-            _checks.check_finite(key, tensor, row_weights)
+        for key, tensor in constants.items():
+            if tensor is not None:
+                _checks.check_finite(key, tensor, row_weights)
 
 
 def _score(

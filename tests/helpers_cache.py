@@ -36,8 +36,8 @@ def make_pair(
     order = np.argsort(-dense, axis=1, kind="stable")
     ranked = np.take_along_axis(dense, order, axis=1)
     tokens = rng.integers(0, vocab_size, prompt_length + length).astype(np.int32)
-    own = np.take_along_axis(dense, tokens[prompt_length:, None], axis=1)[:, 0]
-    sampled = (own + 0.01).clip(max=0).astype(np.float32)
+    teacher_logprobs = np.take_along_axis(dense, tokens[prompt_length:, None], axis=1)[:, 0]
+    sampled = (teacher_logprobs + 0.01).clip(max=0).astype(np.float32)
     with np.errstate(divide="ignore"):
         tail = np.log(np.exp(ranked[:, k:]).sum(axis=1))
     rollout = Rollout(
@@ -51,7 +51,7 @@ def make_pair(
         rollout_logprobs_raw=(sampled * 2).astype(np.float32) if raw_differs else sampled,
     )
     scores = TeacherScores(
-        teacher_logprobs=own.astype(np.float32),
+        teacher_logprobs=teacher_logprobs.astype(np.float32),
         teacher_entropy=(-(np.exp(dense) * dense).sum(axis=1)).astype(np.float32),
         topk_ids=order[:, :k].astype(np.int32),
         topk_logprobs=ranked[:, :k].astype(np.float32),

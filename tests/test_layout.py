@@ -110,15 +110,15 @@ def kernel_layer(dotted: str) -> str:
 
 @pytest.mark.parametrize("path", KERNEL_MODULES, ids=str)
 def test_the_kernels_stand_alone_and_point_one_way(path):
-    own = kernel_layer(".".join(path.with_suffix("").parts))
+    layer = kernel_layer(".".join(path.with_suffix("").parts))
     for name in imported(ROOT / "lopd_kernels" / path):
         first, *rest = name.split(".")
         assert first not in {"lopd", "transformers", "accelerate"}
         if first == "triton":
             assert path.parts[0] == "_triton"
-        other = kernel_layer(".".join(rest)) if first == "lopd_kernels" and rest else own
-        if other != own and other in KERNEL_LEVEL:
-            assert KERNEL_LEVEL[other] < KERNEL_LEVEL[own], f"{own} imports {name}"
+        other = kernel_layer(".".join(rest)) if first == "lopd_kernels" and rest else layer
+        if other != layer and other in KERNEL_LEVEL:
+            assert KERNEL_LEVEL[other] < KERNEL_LEVEL[layer], f"{layer} imports {name}"
 
 
 def test_every_module_of_the_kernels_has_its_layer():

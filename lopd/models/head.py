@@ -309,7 +309,7 @@ def _swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """Evaluation mode inside the context; afterwards the mode of before."""
+    """Put the model into evaluation mode, and restore its mode afterwards."""
     training = model.training
     model.eval()
     try:

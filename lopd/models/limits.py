@@ -32,7 +32,7 @@ of the teacher; use models that share a tokenizer
         *,
         max_new_tokens: int = 0,
     ) -> None:
-        """Refuse tokens that the model cannot read, or has no room to continue.
+        """Refuse tokens that the model cannot read or that leave no room for an answer.
 
         Raises:
             DataError: `name`, what is beyond a limit, and the remedy.

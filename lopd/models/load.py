@@ -49,7 +49,7 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device: found '{name}', but torch sees {torch.cuda.device_count()} CUDA devices; "
-            "start fewer workers, or name one that is there"
+            "start fewer workers, or choose another"
         )
     return device
 

@@ -1,6 +1,6 @@
 """The auxiliary loss of a mixture of experts, which balances the use of its experts.
 
-A transformers model adds it only to its own loss, so a loss on hidden states must add it.
+Transformers models add it to the loss that they compute. A loss on hidden states has to add it too.
 """
 
 import sys

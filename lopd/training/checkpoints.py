@@ -1,4 +1,4 @@
-"""Checkpoints of a run: writing errors, which checkpoints are complete, and torn ones."""
+"""Checkpoints of a run: finding the last complete one, torn ones, and errors in writing."""
 
 import contextlib
 import json

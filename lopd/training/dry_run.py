@@ -132,7 +132,7 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
         optimizer = kind(stand_ins, **options)
         optimizer.step()
     except RuntimeError as error:
-        raise ConfigError(f"optim: {optim} cannot run on the meta device; plan another") from error
+        raise ConfigError(f"optim: {optim} cannot run on the meta device; use another") from error
     return state_bytes(optimizer)
 
 

@@ -264,5 +264,5 @@ def planned_peak(config: Any, trainer: Any, model_path: str, k: int) -> int | No
         planner = MemoryPlanner(meta_model(model_path, config.dtype, config))
         return planner.estimate(settings).total
     except LopdError as error:
-        print(f"no plan of the peak memory ({error})", file=sys.stderr)
+        print(f"the peak memory cannot be estimated ({error})", file=sys.stderr)
         return None

@@ -117,8 +117,8 @@ class Objective(Settings):
     def held_out(self) -> "Objective":
         """The divergence that held-out sequences are evaluated by.
 
-        The policy-gradient loss is not a divergence, and on stored tokens its log-ratio has no
-        minimum, so the reverse KL that it estimates takes its place.
+        The policy gradient is evaluated by the reverse KL, of which it is a one-sample estimate:
+        its loss is not a divergence, and on stored tokens it has no minimum.
         """
         if self.name == "policy_gradient":
             return Objective(

@@ -253,7 +253,7 @@ class LopdTrainer(Trainer):
         return self.meter.count(inputs)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As in Trainer; a run that stopped early is left as is."""
+        """`Trainer.train`; a run that stopped early is only loaded again."""
         if resume_from_checkpoint is not None and self.holdout is not None:
             state = TrainerState.load_from_json(f"{resume_from_checkpoint}/trainer_state.json")
             if exhausted(state.log_history, self.holdout.patience):

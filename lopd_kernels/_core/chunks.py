@@ -19,7 +19,6 @@ gradient that is not needed costs no GEMM.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -81,21 +80,15 @@ def loss_by_chunks(
     return weigh(stats[:, 0], loss.row_weights).sum(), stats, scale, listed_ids
 
 
-class FusedLoss(NamedTuple):
-    """A loss with its gradients in the compute dtype, short of the factor `scale`."""
-
-    loss: Tensor  # [] sum_n w_n L_n
-    stats: Tensor  # [N, 4 + extras]
-    dhidden: Tensor  # [N, D], or [0] if not needed, as below
-    dweight: Tensor  # [V, D]
-    dbias: Tensor  # [V]
-    scale: Tensor  # []
-
-
 def fused_loss(
     linear: Linear, loss: RowLoss, needs: Needs, want_entropy: bool, workspace_bytes: int | None
-) -> FusedLoss:
-    """The loss and the gradients that `needs` names, in one sweep of row chunks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss and the gradients that `needs` names, in one sweep of row chunks.
+
+    Returns:
+        (sum_n w_n L_n [], stats [N, 4 + extras], dhidden, dweight, dbias, scale []). The gradients
+        are in the compute dtype, short of the factor `scale`; [0] if not needed.
+    """
     like, vocab = linear.hidden, linear.weight.shape[0]
     dlogits_dtype = gemm.operand_dtype(like)
     shapes = like.shape, linear.weight.shape, (vocab,)
@@ -119,20 +112,18 @@ def fused_loss(
     )  # fmt: skip
     if needs.hidden:
         dhidden.masked_fill_(~listed_ids.active.unsqueeze(1), 0.0)
-    return FusedLoss(total, stats, dhidden, dweight, dbias, scale)
-
-
-class StoredLoss(NamedTuple):
-    loss: Tensor  # [] sum_n w_n L_n
-    stats: Tensor  # [N, 4 + extras]
-    dlogits: Tensor  # [N, V and padding] in the operands' dtype, short of `scale`
-    scale: Tensor  # []
+    return total, stats, dhidden, dweight, dbias, scale
 
 
 def stored_loss(
     linear: Linear, loss: RowLoss, needs: Needs, want_entropy: bool, workspace_bytes: int | None
-) -> StoredLoss:
-    """The loss and its dlogits, for gradients over all rows at once in the backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss and its dlogits, for gradients over all rows at once in the backward.
+
+    Returns:
+        (sum_n w_n L_n [], stats [N, 4 + extras], dlogits [N, V and padding], scale []). The dlogits
+        are in the operands' dtype, short of the factor `scale`.
+    """
     n, vocab = linear.hidden.shape[0], linear.weight.shape[0]
     dlogits = linear.hidden.new_empty((n, padded(vocab)), dtype=gemm.operand_dtype(linear.hidden))
     dlogits[:, vocab:] = 0.0
@@ -141,7 +132,7 @@ def stored_loss(
         chunk_rows(linear.sizes(loss.ids.shape[1]), needs, True, workspace_bytes),
         lambda u, part: dlogits[part, :vocab], lambda *_: None,
     )  # fmt: skip
-    return StoredLoss(total, stats, dlogits, scale)
+    return total, stats, dlogits, scale
 
 
 def stored_grads(

@@ -17,7 +17,6 @@ from lopd_kernels._core.backend import listed_functions, uses_triton
 from lopd_kernels._core.buckets import center
 from lopd_kernels._core.linear import Linear
 from lopd_kernels._core.listed_ids import SafeListedIds, add_at, locate
-from lopd_kernels._core.panels import RowLosses
 from lopd_kernels._core.rules import RowLoss, Rule
 from lopd_kernels._core.types import STATS, LogitOptions, Needs, RowState
 from lopd_kernels._core.workspace import BOOKKEEPING
@@ -84,7 +83,7 @@ def renormalized_loss(
 
 def listed_losses(
     linear: Linear, loss: RowLoss, needs: Needs, workspace_bytes: int | None
-) -> RowLosses:
+) -> tuple[Tensor, RowState]:
     """`panels.row_losses` of a rule that ignores unlisted ids; the stats hold only the loss."""
     width = loss.ids.shape[1]
     gathered_rows(linear, needs, width, workspace_bytes)
@@ -95,7 +94,7 @@ def listed_losses(
     z, _ = apply_logit_options(u, listed_ids.ids, linear.logit_options)
     stats = hidden.new_zeros((hidden.shape[0], len(STATS)), dtype=linear.dtype)
     stats[:, 0], _ = renormalized_loss(z, listed_ids, loss.target.to(linear.dtype), loss.rule)
-    return RowLosses(stats, RowState(u.new_empty((0, 4)), u))
+    return stats, RowState(u.new_empty((0, 4)), u)
 
 
 def listed_grads(

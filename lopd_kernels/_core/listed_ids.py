@@ -46,24 +46,18 @@ def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> SafeListedIds
     return SafeListedIds(safe, listed, anchor, active, invalid)
 
 
-def _first_columns(ids: Tensor) -> Tensor:
-    """[N, K] the column where each id occurs first in its row."""
-    ordered, order = ids.sort(dim=1, stable=True)
-    is_new = torch.ones_like(ordered, dtype=torch.bool)
-    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    begin = torch.where(is_new, columns, 0).cummax(1).values
-    return torch.empty_like(order).scatter_(1, order, order.gather(1, begin))
-
-
 def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
     """(ids with repetitions replaced by -1, the column that holds each id), [N, K] each.
 
     A row of pads gets id 0, so that the row is active.
     """
     ids = ids.long()
-    first = _first_columns(ids)
-    columns = torch.arange(ids.shape[1], device=ids.device)
+    ordered, order = ids.sort(dim=1, stable=True)
+    is_new = torch.ones_like(ordered, dtype=torch.bool)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    begin = torch.where(is_new, columns, 0).cummax(1).values
+    first = torch.empty_like(order).scatter_(1, order, order.gather(1, begin))
     once = ids.masked_fill(first != columns, -1)
     once[:, 0] = torch.where((once == -1).all(1), 0, once[:, 0])
     return once, first

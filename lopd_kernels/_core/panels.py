@@ -13,8 +13,6 @@ gradient that is not needed costs no GEMM.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -84,15 +82,13 @@ def panel_grads(
     return dhidden.to(like.dtype), dweight, dbias
 
 
-class RowLosses(NamedTuple):
-    stats: Tensor  # [N, 4 + extras]
-    state: RowState
-
-
 def row_losses(
     linear: Linear, loss: RowLoss, needs: Needs, want_entropy: bool, workspace_bytes: int | None
-) -> RowLosses:
-    """The loss of each row. Raises ValueError if the backward's `needs` exceed the workspace."""
+) -> tuple[Tensor, RowState]:
+    """Stats [N, 4 + extras] and state of each row.
+
+    Raises ValueError if the backward's `needs` exceed the workspace.
+    """
     k, vocab = loss.ids.shape[1], linear.weight.shape[0]
     sizes = linear.sizes(k)
     panel_columns(sizes, needs, workspace_bytes)
@@ -104,7 +100,7 @@ def row_losses(
     lse = (student.max_logit + student.lse)[:, 0]
     entropy = student.entropy if want_entropy else torch.zeros_like(losses)
     rows = torch.stack([losses, lse, student.logprobs[:, -1], entropy, *extras], 1)
-    return RowLosses(torch.where(listed_ids.active.unsqueeze(1), rows, 0.0), state)
+    return torch.where(listed_ids.active.unsqueeze(1), rows, 0.0), state
 
 
 def row_grads(

@@ -1,5 +1,6 @@
 """The operators that read log-probs from an LM head."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lopd_kernels._core.types import RowState
 from lopd_kernels._ops.schema import (
     HeadArgs,
     check_differentiated_once,
+    grads_fake,
     input_grads,
     operator,
     restore_head,
@@ -35,11 +37,7 @@ def logprobs(
     return out, entropy, *state
 
 
-def _logprobs_grads_fake(head: HeadArgs, *_: Any) -> Any:
-    return head.empty_grads()
-
-
-@operator("logprobs_grads", _logprobs_grads_fake)
+@operator("logprobs_grads", grads_fake)
 def logprobs_grads(
     head: HeadArgs,
     ids: Tensor,
@@ -55,10 +53,6 @@ def logprobs_grads(
     )
 
 
-def _logprobs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save(ctx, inputs, output, values=2)
-
-
 def _logprobs_backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
 ) -> Any:
@@ -72,7 +66,7 @@ def _logprobs_backward(
     return input_grads(ctx, *grads)
 
 
-logprobs.register_autograd(_logprobs_backward, setup_context=_logprobs_setup)
+logprobs.register_autograd(_logprobs_backward, setup_context=partial(save, values=2))
 
 
 def _topk_fake(head: HeadArgs, k: int, extra_ids: Tensor, sampled_ids: Tensor) -> Any:

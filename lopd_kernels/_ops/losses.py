@@ -25,6 +25,7 @@ from lopd_kernels._ops.schema import (
     HeadArgs,
     LossArgs,
     check_differentiated_once,
+    grads_fake,
     input_grads,
     operator,
     restore,
@@ -51,9 +52,7 @@ def fused_loss(
     head: HeadArgs, args: LossArgs, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum_n w_n L_n, stats, dhidden, dweight, dbias, scale); the gradients lack `scale`."""
-    return tuple(  # type: ignore[return-value]
-        chunks.fused_loss(head.linear, args.loss, head.needs, want_entropy, head.workspace_bytes)
-    )
+    return chunks.fused_loss(head.linear, args.loss, head.needs, want_entropy, head.workspace_bytes)
 
 
 def _fused_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -103,16 +102,12 @@ def stored_loss(
     head: HeadArgs, args: LossArgs, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum_n w_n L_n, stats, dlogits [N, V and padding], scale); the dlogits lack `scale`."""
-    return tuple(  # type: ignore[return-value]
-        chunks.stored_loss(head.linear, args.loss, head.needs, want_entropy, head.workspace_bytes)
+    return chunks.stored_loss(
+        head.linear, args.loss, head.needs, want_entropy, head.workspace_bytes
     )
 
 
-def _grads_fake(head: HeadArgs, *_: Any) -> Any:
-    return head.empty_grads()
-
-
-@operator("stored_grads", _grads_fake)
+@operator("stored_grads", grads_fake)
 def stored_grads(
     head: HeadArgs, ids: Tensor, row_weights: Tensor | None, dlogits: Tensor, factor: Tensor
 ) -> Grads:
@@ -151,10 +146,10 @@ def row_losses(
     """(w_n L_n [N], stats, *RowState)."""
     linear, loss, needs = head.linear, args.loss, head.needs
     if loss.rule.ignores_unlisted:
-        result = listed.listed_losses(linear, loss, needs, head.workspace_bytes)
+        stats, state = listed.listed_losses(linear, loss, needs, head.workspace_bytes)
     else:
-        result = panels.row_losses(linear, loss, needs, want_entropy, head.workspace_bytes)
-    return weigh(result.stats[:, 0], loss.row_weights), result.stats, *result.state
+        stats, state = panels.row_losses(linear, loss, needs, want_entropy, head.workspace_bytes)
+    return weigh(stats[:, 0], loss.row_weights), stats, *state
 
 
 def _row_grads(
@@ -169,7 +164,7 @@ def _row_grads(
     return grads(head.linear, loss, state, head.needs, head.workspace_bytes, accumulator)
 
 
-@operator("row_grads", _grads_fake)
+@operator("row_grads", grads_fake)
 def row_grads(head: HeadArgs, args: LossArgs, unlisted: Tensor, listed_logits: Tensor) -> Grads:
     """(dhidden, dweight, dbias) of `row_losses`, complete; dbias in the compute dtype.
 
