@@ -43,23 +43,22 @@ def problem(dtype=torch.float32, bias=True, head=HEAD, rule=RULES[0], **sizes):
 
 def stored(inputs, needs=ALL, entropy=True):
     linear, loss = inputs
-    result = chunks.stored_loss(*inputs, needs, entropy, None)
+    _, stats, dlogits, scale = chunks.stored_loss(*inputs, needs, entropy, None)
     active = linear.functions.locate(loss.ids, loss.row_weights, len(linear.weight)).active
-    grads = chunks.stored_grads(linear, active, result.dlogits, result.scale, needs)
-    return result.stats, *(grad.double() for grad in grads)
+    grads = chunks.stored_grads(linear, active, dlogits, scale, needs)
+    return stats, *(grad.double() for grad in grads)
 
 
 def chunked(inputs, needs=ALL, entropy=True):
-    result = chunks.fused_loss(*inputs, needs, entropy, None)
-    grads = result.dhidden, result.dweight, result.dbias
-    return result.stats, *(grad.double() * result.scale for grad in grads)
+    _, stats, *grads, scale = chunks.fused_loss(*inputs, needs, entropy, None)
+    return stats, *(grad.double() * scale for grad in grads)
 
 
 def panelled(inputs, needs=ALL, entropy=True):
     linear, loss = inputs
-    result = panels.row_losses(*inputs, needs, entropy, None)
-    grads = panels.row_grads(linear, loss, result.state, needs, None)
-    return result.stats, *(grad.double() for grad in grads)
+    stats, state = panels.row_losses(*inputs, needs, entropy, None)
+    grads = panels.row_grads(linear, loss, state, needs, None)
+    return stats, *(grad.double() for grad in grads)
 
 
 def assert_same(actual, expected, bound=1e-5):
