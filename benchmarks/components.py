@@ -19,7 +19,7 @@ from lopd_kernels import linear_topk
 from lopd_kernels._core.backend import row_functions
 from lopd_kernels._core.gemm import in_place, operand_dtype
 from lopd_kernels._core.rules import DivergenceRule, teacher_buckets
-from lopd_kernels._core.types import STATS, Head
+from lopd_kernels._core.types import STATS, LogitOptions
 from lopd_kernels._core.workspace import padded
 
 SWEEP = ((1024, 4), (2048, 4), (2048, 16), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
@@ -51,15 +51,17 @@ def gemm_3(problem: Problem) -> Callable[[], Any]:
 def time_row_kernel(problem: Problem, logits: Tensor) -> tuple[Callable[[], None], Tensor]:
     """The row kernel on fp32 logits [R, V], in place, and the tensor of its statistics."""
     vocab, functions = problem.shape.vocab, row_functions(problem.hidden)
-    support = functions.locate(problem.ids, None, vocab)
+    listed_ids = functions.locate(problem.ids, None, vocab)
     target = teacher_buckets(problem.ids, problem.logprobs, problem.tail, vocab).logprobs
-    rule, head = DivergenceRule("reverse_kl", "bucket"), Head()
+    rule, logit_options = DivergenceRule("reverse_kl", "bucket"), LogitOptions()
     weights = torch.ones_like(problem.tail)
     stats = logits.new_zeros((len(logits), len(STATS)))
     dz = in_place(logits, operand_dtype(problem.hidden))
 
     def run() -> None:
-        functions.row_pass(logits, support, target, weights, rule, head, False, stats, dz)
+        functions.row_pass(
+            logits, listed_ids, target, weights, rule, logit_options, False, stats, dz
+        )
 
     return run, stats
 

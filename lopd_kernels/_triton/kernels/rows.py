@@ -28,7 +28,7 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _apply_head(
+def _apply_logit_options(
     u, bias_ptr, columns, known, gain, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def _take_listed(
         ids = tl.load(ids_row + k, mask=k < K, other=-1).to(tl.int64)
         here = (ids >= first) & (ids < first + width)
         u = tl.load(u_row + (ids - first), mask=here, other=0.0)
-        z, _ = _apply_head(u, bias_ptr, ids, here, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
+        z, _ = _apply_logit_options(u, bias_ptr, ids, here, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
         tl.store(listed_row + k, tl.where(z == SENTINEL, -INF, z), mask=here)
         bad = (ids < -1) | (ids >= vocab)
         invalid = tl.maximum(invalid, tl.max(bad.to(tl.int32), axis=0))
@@ -116,7 +116,9 @@ def _reduce(
         j = start + tl.arange(0, BLOCK)
         ahead = tl.load(u_row + j + BLOCK, mask=j + BLOCK < limit, other=0.0)
         known = j < width
-        z, _ = _apply_head(u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
+        z, _ = _apply_logit_options(
+            u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS
+        )
         d = z - m
         e = tl.where(z == SENTINEL, 0.0, tl.exp(-tl.abs(d)))
         grows = d > 0.0
@@ -150,7 +152,7 @@ def _write_unlisted(
         ahead = tl.load(u_row + j + BLOCK, mask=j + BLOCK < limit, other=0.0)
         tl.debug_barrier()
         known = j < width
-        z, slope = _apply_head(
+        z, slope = _apply_logit_options(
             u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS
         )
         d = tl.where(z == SENTINEL, 0.0, z - unlisted_max)
