@@ -28,13 +28,13 @@ from lopd.store import TeacherCache
 from lopd.training import run as runs
 from lopd.training.memory import MemorySettings
 from lopd.training.objective import SPARSE, Importance, Objective, Tail
-from lopd.training.options import Schedule, WatchOptions
+from lopd.training.options import Schedule, MonitoringOptions
 
 _override = partial(setting, group="Provenance overrides")
 
 
 @dataclass(kw_only=True)
-class DistillConfig(WatchOptions):
+class DistillConfig(MonitoringOptions):
     """Train a student on a teacher cache (`lopd distill`)."""
 
     student: str = setting(identity=False, help="Folder of the model that made the rollouts.")
@@ -94,9 +94,9 @@ class DistillConfig(WatchOptions):
         group="Memory",
         help="Sequences decoded together when rollouts are resampled.",
     )
-    learning_rate: float = setting_of(WatchOptions, "learning_rate", default=2e-6)
-    lr_scheduler_type: Schedule = setting_of(WatchOptions, "lr_scheduler_type", default="constant")
-    weight_decay: float = setting_of(WatchOptions, "weight_decay", default=0.1)
+    learning_rate: float = setting_of(MonitoringOptions, "learning_rate", default=2e-6)
+    lr_scheduler_type: Schedule = setting_of(MonitoringOptions, "lr_scheduler_type", default="constant")
+    weight_decay: float = setting_of(MonitoringOptions, "weight_decay", default=0.1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

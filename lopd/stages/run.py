@@ -66,7 +66,7 @@ def main(config: RunConfig) -> Path:
             inputs have changed.
         LopdError: what the stages raise.
     """
-    if not (worker := this_worker(None)).alone:
+    if not (worker := this_worker(None)).is_single:
         raise ConfigError(
             f"RANK/WORLD_SIZE: found {worker}; expected one process for a recipe; "
             "start 'lopd rollout' and 'lopd score' with torchrun instead"

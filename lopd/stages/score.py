@@ -270,7 +270,7 @@ def _print_plan(
 ) -> None:
     totals = rollouts.summary()
     needed, low, high = map(format_bytes, sizes)
-    share = f", each of {worker.count} workers" if not worker.alone else ""
+    share = f", each of {worker.count} workers" if not worker.is_single else ""
     rows = {
         "sequences": f"{totals['sequences']}, {work.sequences} to score",
         "tokens": f"{totals['tokens']}, {totals['response_tokens']} of them responses",

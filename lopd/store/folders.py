@@ -63,7 +63,7 @@ def examine_folder(
     record: str | None = None,
     differs: Callable[[], str] = str,
     has_results: Callable[[], bool] = lambda: True,
-    own_files: Collection[str] | None = (),
+    allowed_files: Collection[str] | None = (),
 ) -> OutputFolder:
     """What a stage finds in its output folder; writes nothing.
 
@@ -73,7 +73,7 @@ def examine_folder(
         differs: what differs between the recorded identity and that of the run at hand, in
             words; empty if nothing does.
         has_results: whether another recipe must not replace the recorded one.
-        own_files: names of other files that a run of the stage may have left; None admits any.
+        allowed_files: names of other files that a run of the stage may have left; None admits any.
     """
     folder = Path(path)
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -87,8 +87,8 @@ def examine_folder(
         if not (words := differs()):
             return OutputFolder(folder, "unfinished")
         return OutputFolder(folder, "other recipe" if has_results() else "new", words)
-    if own_files is not None and folder.exists():
-        known = {LOCK_NAME, START_LOCK_NAME, *own_files}
+    if allowed_files is not None and folder.exists():
+        known = {LOCK_NAME, START_LOCK_NAME, *allowed_files}
         names = sorted(item.name for item in folder.iterdir() if not _is_temporary(item))
         if foreign := [name for name in names if name not in known]:
             return OutputFolder(folder, "foreign", f"{foreign[0]} and no {record or final}")
@@ -125,7 +125,7 @@ def examine_shard_folder(
         record=MANIFEST_NAME,
         differs=differs,
         has_results=has_results,
-        own_files={VOCAB_NAME},
+        allowed_files={VOCAB_NAME},
     ).require_writable(ShardError)
 
 

@@ -61,7 +61,7 @@ class _ShardWriter:
         folder = examine_shard_folder(path, manifest).path
         with writing_to(folder):
             with start_lock(folder):
-                lock = FolderLock(folder, shared=not worker.alone)
+                lock = FolderLock(folder, shared=not worker.is_single)
                 try:
                     manifest = cls._start(folder, manifest, lock)
                     lock.share()
@@ -105,7 +105,7 @@ class _ShardWriter:
         A worker first gets the shards assigned to it, then any other that no worker has finished
         or claimed, until none is left.
         """
-        if self._worker.alone:
+        if self._worker.is_single:
             yield from self.missing()
             return
         progress = True
@@ -160,7 +160,7 @@ class _ShardWriter:
 
     def _is_claimed_elsewhere(self, shard: int) -> bool:
         """Whether another worker is writing it."""
-        if self._worker.alone:
+        if self._worker.is_single:
             return False
         lock = ShardLock.take(self.path, shard)
         if lock is not None:
@@ -202,7 +202,7 @@ class _ShardWriter:
     def _store(
         self, shard: int, arrays: Mapping[str, np.ndarray], counts: Mapping[str, Any]
     ) -> None:
-        if not self._worker.alone and shard != self._claimed:
+        if not self._worker.is_single and shard != self._claimed:
             raise ShardError(
                 f"{self.path}: shard {shard} is not claimed; a worker writes what claims() yields"
             )

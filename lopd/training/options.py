@@ -225,7 +225,7 @@ class TrainOptions(MemoryOptions):
 
 
 @dataclass(kw_only=True)
-class WatchOptions(TrainOptions):
+class MonitoringOptions(TrainOptions):
     """TrainOptions, and settings for staleness warnings and held-out sequences."""
 
     stale_ess: float = _watch(

@@ -25,7 +25,7 @@ from lopd.store.workers import Worker, this_worker
 from lopd.training.batch import Source
 from lopd.training.checkpoints import last_checkpoint, put_torn_aside, saving
 from lopd.training.objective import Objective
-from lopd.training.options import PATIENCE_S, WatchOptions
+from lopd.training.options import PATIENCE_S, MonitoringOptions
 
 RECIPE_NAME = "recipe.json"
 ADAPTER_NAME = "adapter"  # a LoRA run's adapters, next to the merged model
@@ -49,9 +49,9 @@ def begin(config: Any, *, base: ModelIdentity, **inputs: str | None) -> Path | N
         ShardError: another process trains there, or the folder cannot be written.
     """
     worker = this_worker(None)
-    if worker.alone and config.fsdp:
+    if worker.is_single and config.fsdp:
         raise ConfigError("fsdp: found one process; expected several to shard over; use torchrun")
-    if worker.alone:
+    if worker.is_single:
         return _claim(config, base, inputs, worker)
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -72,7 +72,7 @@ def _claim(
 ) -> Path | None:
     out = Path(config.out)
     start = {"weights": base.weights, "config": base.config, "tokenizer": base.tokenizer}
-    processes = {} if worker.alone else {"processes": worker.count}
+    processes = {} if worker.is_single else {"processes": worker.count}
     recipe = {**settings_identity(config), **inputs, **processes, "base": start}
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
     checkpoint = last_checkpoint(out)
@@ -127,7 +127,7 @@ def train(
 
     Returns:
         Entries of the manifest: `training` with the number of sequences and the share dropped;
-        with WatchOptions also `stale` and, if sequences were held out, `holdout`; with `refresh`
+        with MonitoringOptions also `stale` and, if sequences were held out, `holdout`; with `refresh`
         those of `refresh_summary`.
 
     Raises:
@@ -175,7 +175,7 @@ def _summary(config: Any, trainer: Any, dropped: float, refresh: Any) -> dict[st
 
     history, sequences = trainer.state.log_history, len(trainer.train_dataset)
     summary: dict[str, Any] = {"training": {"sequences": sequences, "dropped_share": dropped}}
-    if isinstance(config, WatchOptions):
+    if isinstance(config, MonitoringOptions):
         summary["stale"] = stale_summary(config.stale_ess, history)
     if trainer.holdout is not None:
         last = trainer.state.global_step

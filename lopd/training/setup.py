@@ -13,7 +13,7 @@ from lopd.store.workers import this_worker
 from lopd.training.batch import Collator, SequenceDataset, Source, Subset, split_holdout
 from lopd.training.holdout import Holdout
 from lopd.training.objective import Objective
-from lopd.training.options import WatchOptions
+from lopd.training.options import MonitoringOptions
 from lopd.training.staleness import StalenessMonitor
 from lopd.training.trainer import LopdTrainer
 
@@ -50,7 +50,7 @@ def build_trainer(
         drop_truncated=config.drop_truncated,
     )
     training_set: SequenceDataset | Subset = dataset
-    holdout, monitored = None, isinstance(config, WatchOptions)
+    holdout, monitored = None, isinstance(config, MonitoringOptions)
     if monitored and config.holdout:
         training_set, held_out = split_holdout(dataset, config.holdout)
         holdout = Holdout(

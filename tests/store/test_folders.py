@@ -16,7 +16,7 @@ def examine(folder, differs="", has_results=True):
         record="record.json",
         differs=lambda: differs,
         has_results=lambda: has_results,
-        own_files={"mine.txt"},
+        allowed_files={"mine.txt"},
     )
 
 
@@ -55,7 +55,7 @@ def test_foreign_files_are_named(tmp_path, name):
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(ShardError, match=f"holds {name} and no record.json; choose a new or empty"):
         examine(tmp_path).require_writable(ShardError)
-    assert examine_folder(tmp_path, own_files=None).state == "new"
+    assert examine_folder(tmp_path, allowed_files=None).state == "new"
 
 
 def test_a_file_in_the_way_is_named(tmp_path):

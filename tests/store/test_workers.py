@@ -39,7 +39,7 @@ def write_claims(writer, seen=None):
 def test_a_worker_is_named_by_flag_or_by_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert this_worker(None) == Worker() and Worker().alone
+    assert this_worker(None) == Worker() and Worker().is_single
     assert this_worker("2/3") == Worker(2, 3)
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")

@@ -25,7 +25,7 @@ from lopd.training.checkpoints import checkpoints
 from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl
 from lopd.training.logging import LOG_NAME
 from lopd.training.objective import Objective
-from lopd.training.options import WatchOptions
+from lopd.training.options import MonitoringOptions
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
 
@@ -90,12 +90,12 @@ def test_a_split_with_an_empty_side_is_refused(amount):
 )
 def test_options_refuse(changes, message):
     with pytest.raises(ConfigError, match=message):
-        WatchOptions(**changes)
+        MonitoringOptions(**changes)
 
 
 def test_options_take_the_ends_of_their_ranges():
-    assert WatchOptions(holdout=1, patience=1, keep_best=True, stale_ess=0).holdout == 1
-    assert WatchOptions(holdout=0.999).holdout == 0.999
+    assert MonitoringOptions(holdout=1, patience=1, keep_best=True, stale_ess=0).holdout == 1
+    assert MonitoringOptions(holdout=0.999).holdout == 0.999
 
 
 def make_trainer(out, objective=None, holdout=None, model=None, **changes):

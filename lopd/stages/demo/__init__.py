@@ -119,7 +119,7 @@ def main(config: DemoConfig) -> Path:
         final=results_file.name,
         record=progress_file.name,
         differs=lambda: difference({"seed": progress["seed"]}, {"seed": config.seed}),
-        own_files=None,
+        allowed_files=None,
     ).require_writable()
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("matplotlib: not installed; the demo draws with it; pip install it")
