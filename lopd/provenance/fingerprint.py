@@ -1,4 +1,4 @@
-"""Content fingerprints of a Hugging Face model folder, read from its files alone."""
+"""Content fingerprints of a Hugging Face model folder, read from its files only."""
 
 import contextlib
 import hashlib
@@ -12,8 +12,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lopd.errors import DataError, MissingFileError, ModelError, ShardError
-from lopd.provenance.io import canonical_json, json_digest, sha256_file, write_atomic
+from lopd.errors import DataError, MissingFileError, ModelError
+from lopd.provenance.io import (
+    canonical_json,
+    json_digest,
+    sha256_file,
+    storing,
+    without_keys,
+    write_atomic,
+)
 from lopd.provenance.manifest import ModelIdentity
 
 WEIGHTS_NAME = "model.safetensors"
@@ -82,7 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def config_digest(path: str | Path) -> str:
     """sha256 of config.json without the keys that say how it was loaded or by whom saved."""
-    return json_digest(_without_volatile(read_config(path)))
+    return json_digest(without_keys(read_config(path), VOLATILE_CONFIG))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -142,19 +149,16 @@ def chat_template_digest(path: str | Path) -> str | None:
     return json_digest(template)
 
 
-def describe_model(
-    path: str | Path, *, dtype: str, engine: str, rehash: bool = False
-) -> ModelIdentity:
+def describe_model(path: str | Path, *, dtype: str, engine: str) -> ModelIdentity:
     """The identity of a model folder, for manifests.
 
     Args:
         dtype, engine: how the model is run, which decides the numerics.
-        rehash: read the weights even where their fingerprint is remembered.
     """
     return ModelIdentity.from_json(
         {
             "path": str(_model_folder(path).resolve()),
-            "weights": fingerprint_weights(path, rehash=rehash),
+            "weights": fingerprint_weights(path),
             "config": config_digest(path),
             "tokenizer": tokenizer_digest(path),
             "chat_template": chat_template_digest(path),
@@ -170,11 +174,8 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise MissingFileError(f"{file} is not a file; name an existing one")
-    return {
-        "path": str(file.resolve()),
-        "bytes": file.stat().st_size,
-        "sha256": sha256_file(file),
-    }
+    size = file.stat().st_size
+    return {"path": str(file.resolve()), "bytes": size, "sha256": sha256_file(file)}
 
 
 def save_vocab(model_path: str | Path, folder: str | Path) -> Path:
@@ -185,12 +186,8 @@ def save_vocab(model_path: str | Path, folder: str | Path) -> Path:
     """
     file = Path(folder) / VOCAB_NAME
     vocab = canonical_json(read_vocab(model_path)) + b"\n"
-    try:
+    with storing(file):
         write_atomic(file, vocab)
-    except OSError as error:
-        raise ShardError(
-            f"{file}: not written ({error.strerror or error}); fix this and rerun the same command"
-        ) from error
     return file
 
 
@@ -219,14 +216,6 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _without_volatile(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_volatile(v) for k, v in value.items() if k not in VOLATILE_CONFIG}
-    if isinstance(value, list):
-        return [_without_volatile(item) for item in value]
-    return value
-
-
 def _weight_map(folder: Path) -> dict[str, str]:
     weight_map = _read_json_object(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -252,9 +241,8 @@ def _tensor_digests(file: Path) -> dict[str, str]:
         with safe_open(file, framework="numpy"):
             pass
     except SafetensorError as error:
-        raise ModelError(f"{file} is truncated or altered ({error}); copy or save it again") from (
-            error
-        )
+        message = f"{file} is truncated or altered ({error}); copy or save it again"
+        raise ModelError(message) from error
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lopd.config.fields import identity_of
-from lopd.provenance.io import json_digest
+from lopd.provenance.io import json_digest, without_keys
 from lopd.provenance.manifest import Manifest
 from lopd.provenance.typed_json import plain
 
@@ -39,7 +39,8 @@ def digests_of(inputs: Mapping[str, Any]) -> dict[str, str | None]:
 
 def recipe_of(manifest: Manifest) -> dict[str, Any]:
     """The part of a manifest that decides what the artefact holds: no paths, times, `config`."""
-    return _without_paths({k: v for k, v in manifest.raw.items() if k not in NOT_RECIPE})
+    recipe = {key: value for key, value in manifest.raw.items() if key not in NOT_RECIPE}
+    return without_keys(recipe, {"path"})
 
 
 def manifest_digest(manifest: Manifest) -> str:
@@ -77,11 +78,3 @@ def _brief(value: Any) -> str:
     if isinstance(value, str) and len(value) > 32:
         return repr(f"{value[:12]}...")
     return repr(value)
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items() if key != "path"}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    return value

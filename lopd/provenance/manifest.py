@@ -2,15 +2,15 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from lopd.errors import ConfigError, DataError, LopdError, MissingFileError, ShardError
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.errors import ConfigError, DataError, LopdError, MissingFileError
+from lopd.provenance.io import pretty_json, storing, write_atomic
 from lopd.provenance.scoring import Scoring, parse_scoring
 from lopd.provenance.typed_json import Unfit, parse, plain, value_at
 
@@ -150,63 +150,48 @@ def build_manifest(
     *,
     stage: str,
     config: Any,
-    model: ModelIdentity | Mapping[str, Any] | None = None,
-    base: ModelIdentity | None = None,
-    sampling: SamplingSettings | Mapping[str, Any] | None = None,
-    inputs: Mapping[str, Any] | None = None,
-    lineage: Lineage | Mapping[str, Any] | None = None,
-    overrides: Sequence[Override] = (),
-    plan: Mapping[str, Any] | None = None,
-    **extra: Any,
+    **parts: Any,
 ) -> Manifest:
     """The manifest of an artefact that is about to be written.
 
-    `config` (a dataclass or a mapping) is kept for people to read and is not part of the recipe.
-    Whatever decides the content of the artefact belongs into `model`, `sampling`, `inputs`,
-    `plan` or `extra`: resuming compares only those (`lopd.provenance.identity`).
+    Args:
+        config: the stage's settings, for people to read; not part of the recipe.
+        parts: what decides the content of the artefact: `model`, `base`, `sampling`, `inputs`,
+            `lineage`, `overrides`, `plan` and further keys. A stage that is resumed compares these
+            (`lopd.provenance.identity`). Dataclasses are written as JSON.
 
     Raises:
-        ConfigError: an unknown kind, an extra key that is taken, or a part that the kind needs
-            is missing.
+        ConfigError: an unknown kind, a key that is taken, or a part that the kind needs is missing.
     """
     if kind not in KINDS:
         raise ConfigError(f"manifest kind '{kind}' is unknown; use one of {', '.join(KINDS)}")
-    parts = {
+    always = {
         "schema": SCHEMA,
         "kind": kind,
         "stage": stage,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": _environment(),
         "config": config,
-        "model": model,
-        "base": base,
-        "sampling": sampling,
-        "inputs": inputs or {},
-        "lineage": lineage,
-        "overrides": overrides,
-        "plan": plan,
     }
-    clash = sorted(parts.keys() & extra.keys())
+    clash = sorted(always.keys() & parts.keys())
     if clash:
         raise ConfigError(f"manifest key '{clash[0]}' is taken; give the extra key another name")
-    # Through JSON once, so that what is compared now is what will be read back.
-    return parse_manifest(json.loads(pretty_json(plain({**parts, **extra}))))
+    values = {**dict.fromkeys(KEYS), "overrides": (), **parts, **always}
+    values["inputs"] = values["inputs"] or {}
+    # Converted to JSON and back, so that what is compared now is what will be read.
+    return parse_manifest(json.loads(pretty_json(plain(values))))
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
-    """Write `manifest.json` into `folder`, which is made if need be.
+    """Write `manifest.json` into `folder`, which is created if necessary.
 
     Raises:
         ShardError: the disk is full, the folder is read-only, and the like.
     """
     file = Path(folder) / MANIFEST_NAME
-    try:
+    with storing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, pretty_json(manifest.raw))
-    except OSError as error:
-        raise ShardError(
-            f"{file}: not written ({error.strerror or error}); fix this and rerun the same command"
-        ) from error
     return file
 
 

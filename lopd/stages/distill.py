@@ -28,7 +28,7 @@ from lopd.store import TeacherCache
 from lopd.training import run as runs
 from lopd.training.memory import MemorySettings
 from lopd.training.objective import SPARSE, Importance, Objective, Tail
-from lopd.training.options import Schedule, MonitoringOptions
+from lopd.training.options import MonitoringOptions, Schedule
 
 _override = partial(setting, group="Provenance overrides")
 
@@ -95,7 +95,9 @@ class DistillConfig(MonitoringOptions):
         help="Sequences decoded together when rollouts are resampled.",
     )
     learning_rate: float = setting_of(MonitoringOptions, "learning_rate", default=2e-6)
-    lr_scheduler_type: Schedule = setting_of(MonitoringOptions, "lr_scheduler_type", default="constant")
+    lr_scheduler_type: Schedule = setting_of(
+        MonitoringOptions, "lr_scheduler_type", default="constant"
+    )
     weight_decay: float = setting_of(MonitoringOptions, "weight_decay", default=0.1)
 
     def __post_init__(self) -> None:

@@ -114,7 +114,8 @@ def main(config: EvalConfig) -> Path:
         DataError: a prompt has no answer, or is too long for the model.
         ShardError: the cache is incomplete or altered.
     """
-    out = examine_folder(config.out, final=MANIFEST_NAME, allowed_files=RESULTS).require_writable().path
+    out = Path(config.out)
+    examine_folder(out, final=MANIFEST_NAME, allowed_files=RESULTS).require_writable()
     engine = _load(config, config.model)
     prompts = _prompts(config, engine)
     if config.cache is not None:

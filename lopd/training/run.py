@@ -127,8 +127,8 @@ def train(
 
     Returns:
         Entries of the manifest: `training` with the number of sequences and the share dropped;
-        with MonitoringOptions also `stale` and, if sequences were held out, `holdout`; with `refresh`
-        those of `refresh_summary`.
+        with MonitoringOptions also `stale` and, if sequences were held out, `holdout`; with
+        `refresh` those of `refresh_summary`.
 
     Raises:
         ConfigError: holding out sequences leaves nothing to train on or to evaluate.

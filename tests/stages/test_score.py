@@ -207,7 +207,7 @@ def test_a_plan_is_printed_and_nothing_is_written(teacher_folder, rollouts, tmp_
     assert rows["sequences"].strip() == "20, 20 to score"
     assert rows["tokens"].strip().startswith(f"{totals['tokens']}, {totals['response_tokens']} of")
     assert rows["shards"].strip() == "4, 4 to write"
-    assert {name.strip() for name in rows} >= {"bytes", "free disk", "probe", "time"}
+    assert {name.strip() for name in rows} >= {"bytes", "free disk", "sample", "time"}
 
 
 def test_a_plan_counts_what_is_left(teacher_folder, rollouts, cache, tmp_path, capsys):
@@ -233,7 +233,7 @@ def test_what_cannot_fit_is_refused_at_once(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_probe_shows_not_to_fit_is_refused_before_a_shard_is_written(
+def test_a_sample_that_shows_too_little_room_stops_the_run_before_a_shard_is_written(
     teacher_folder, rollouts, cache, tmp_path, capsys, monkeypatch
 ):
     """Room for the shortest lists, not for these."""
