@@ -219,7 +219,9 @@ def _load_scorer(config: ScoreConfig, worker: Worker) -> Callable[..., list[Teac
         "tokens_per_batch": config.tokens_per_batch,
     }
     teacher = load_engine(config.engine, config.teacher, **common)
-    student = config.student and load_engine("transformers", config.student, **common)
+    student = None
+    if config.student is not None:
+        student = load_engine("transformers", config.student, **common)
     return partial(
         score_rollouts,
         teacher,
