@@ -29,7 +29,7 @@ VOCAB_NAME = "teacher_vocab.json"
 VOLATILE_CONFIG = frozenset(
     {"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"}
 )
-# A file changed this recently could change again without its time stamp moving.
+# A file modified this recently can change again without a new time stamp.
 _RACY_NS = 2_000_000_000
 
 
@@ -47,8 +47,7 @@ def fingerprint_weights(path: str | Path, *, rehash: bool = False) -> str:
     folder = _model_folder(path)
     files = weight_files(folder)
     key, state = str(folder.resolve()), _file_states(files)
-    memo = _read_memo()
-    known = memo.get(key)
+    known = _read_memo().get(key)
     if not rehash and isinstance(known, dict) and known.get("files") == state:
         return str(known["weights"])
     tensors: dict[str, str] = {}
@@ -61,7 +60,10 @@ def fingerprint_weights(path: str | Path, *, rehash: bool = False) -> str:
     weights = json_digest(sorted(tensors.items()))
     newest = max(int(entry[2]) for entry in state)
     if time.time_ns() - newest > _RACY_NS and _file_states(files) == state:
-        _write_memo({**_read_memo(), key: {"files": state, "weights": weights}})
+        memo = {**_read_memo(), key: {"files": state, "weights": weights}}
+        with contextlib.suppress(OSError):
+            _memo_path().parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(_memo_path(), canonical_json(memo))
     return weights
 
 
@@ -88,7 +90,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def config_digest(path: str | Path) -> str:
-    """sha256 of config.json without the keys that say how it was loaded or by whom saved."""
+    """sha256 of config.json without the keys that depend on how it was loaded or saved."""
     return json_digest(without_keys(read_config(path), VOLATILE_CONFIG))
 
 
@@ -179,7 +181,7 @@ def describe_file(path: str | Path) -> dict[str, Any]:
 
 
 def save_vocab(model_path: str | Path, folder: str | Path) -> Path:
-    """Store a model's token -> id map beside its answers or scores, to compare ids by later.
+    """Store a model's token -> id map beside its answers or scores, for later comparisons.
 
     Raises:
         ShardError: the disk is full, and the like.
@@ -280,15 +282,9 @@ def _memo_path() -> Path:
 
 
 def _read_memo() -> dict[str, Any]:
-    """The remembered fingerprints; empty if they cannot be read, which only costs hashing."""
+    """The remembered fingerprints; empty if they cannot be read."""
     try:
         value = json.loads(_memo_path().read_bytes())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _write_memo(memo: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):
-        _memo_path().parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(_memo_path(), canonical_json(memo))

@@ -15,15 +15,14 @@ from lopd.models.load import check_model_folder
 from lopd.provenance import (
     OVERRIDES,
     CacheManifest,
-    build_manifest,
     check_distill,
     describe_model,
     digests_of,
     lineage_of,
     vocab_size_of,
-    write_manifest,
 )
 from lopd.provenance.manifest import Override
+from lopd.stages.sft import finish_checkpoint
 from lopd.store import TeacherCache
 from lopd.training import run as runs
 from lopd.training.memory import MemorySettings
@@ -170,13 +169,9 @@ def main(config: DistillConfig) -> Path:
         k=cache.manifest.k,
         refresh=refresh,
     )
-    if not runs.is_first():
-        return Path(config.out)
-    manifest = build_manifest(
-        "checkpoint",
-        stage="distill",
-        config=asdict(config),
-        model=describe_model(config.out, dtype=config.dtype, engine="transformers"),
+    return finish_checkpoint(
+        config,
+        "distill",
         base=base,
         inputs=inputs,
         lineage={**_lineage(config.student), "initial_student": base.weights},
@@ -184,8 +179,6 @@ def main(config: DistillConfig) -> Path:
         objective={k: v for k, v in asdict(objective).items() if k != "workspace_bytes"},
         **trained,
     )
-    write_manifest(config.out, manifest)
-    return Path(config.out)
 
 
 def describe_inputs(config: DistillConfig) -> dict[str, Any]:
