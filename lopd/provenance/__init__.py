@@ -1,4 +1,4 @@
-"""What made an artefact, and whether two artefacts belong together.
+"""Provenance: what made an artefact, and whether artefacts belong together.
 
 Every artefact folder (`sft_data`, `checkpoint`, `rollouts`, `cache`, `evaluation`) has a
 `manifest.json` with the content fingerprints of the models and inputs that made it, read as a

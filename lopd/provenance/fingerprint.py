@@ -37,12 +37,12 @@ def fingerprint_weights(path: str | Path, *, rehash: bool = False) -> str:
     """sha256, in hex, of a checkpoint's weights, independent of how files shard them.
 
     Per tensor sha256 over (name, dtype, shape) and bytes; then sha256 over the sorted list of
-    (name, digest). The result is remembered under the user's cache folder by path, size,
-    modification time and inode of every weight file; `rehash` reads the bytes regardless.
+    (name, digest). The result is stored in the user's cache folder and reused while path, size,
+    modification time and inode of every weight file are unchanged, unless `rehash`.
 
     Raises:
         MissingFileError: no such folder, or no safetensors weights in it.
-        ModelError: a weight file is truncated or does not hold what the index says.
+        ModelError: a weight file is truncated or does not match the index.
     """
     folder = _model_folder(path)
     files = weight_files(folder)
@@ -137,7 +137,7 @@ def tokenizer_digest(path: str | Path) -> str:
 
 
 def chat_template_digest(path: str | Path) -> str | None:
-    """sha256 of the chat template, None where the tokenizer has none."""
+    """sha256 of the chat template; None if the tokenizer has none."""
     folder = _model_folder(path)
     file = folder / "chat_template.jinja"
     if file.exists():
@@ -272,7 +272,7 @@ def _file_states(files: list[Path]) -> list[list[Any]]:
 
 
 def forget_fingerprints() -> None:
-    """Drop all remembered fingerprints, so that weights are hashed again."""
+    """Delete all stored fingerprints, so that weights are hashed again."""
     _memo_path().unlink(missing_ok=True)
 
 
@@ -282,7 +282,7 @@ def _memo_path() -> Path:
 
 
 def _read_memo() -> dict[str, Any]:
-    """The remembered fingerprints; empty if they cannot be read."""
+    """The stored fingerprints; empty if they cannot be read."""
     try:
         value = json.loads(_memo_path().read_bytes())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Manifests: what made an artefact, as typed objects, and their file beside the artefact."""
+"""Manifests: typed descriptions of artefacts, and the file that holds one in each folder."""
 
 import json
 import platform
@@ -19,7 +19,7 @@ SCHEMA = 1
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
 KEYS = ("config", "model", "base", "sampling", "inputs", "lineage", "overrides", "plan")
 _SEQUENCES = ("model.path", "model.tokenizer", "model.vocab_size", "plan.shards")
-# What a kind needs beyond the fields that its class needs; "a.b" is key b of the object under a.
+# Required keys besides the fields of the kind's class; "a.b" is key b of the object under a.
 REQUIRED = {
     "sft_data": _SEQUENCES,
     "rollouts": _SEQUENCES,
@@ -50,7 +50,7 @@ class ModelIdentity:
         return parse(cls, value, "model.", _unfit("manifest", "model", ConfigError))
 
     def as_teacher(self) -> dict[str, Any]:
-        """The part of the JSON that a lineage records of a teacher."""
+        """The JSON by which a lineage identifies a teacher."""
         return {"weights": self.weights, "tokenizer": self.tokenizer, "path": self.path}
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How answers were sampled; None where the manifest does not say."""
+    """How answers were sampled; None for unknown values."""
 
     max_new_tokens: int | None = None
     num_samples: int | None = None
@@ -103,8 +103,8 @@ class ScoredRollouts:
 class Manifest:
     """The manifest of an artefact of any kind.
 
-    `raw` is the JSON object on disk, unknown keys included; digests are computed from it. What
-    a stage reports for people only (`training`, `holdout`, `seconds`, ...) is found only there.
+    `raw` is the JSON object on disk, unknown keys included; digests are computed from it. Reports
+    for people (`training`, `holdout`, `seconds`, ...) are only there.
     """
 
     kind: str
@@ -116,14 +116,14 @@ class Manifest:
     sampling: SamplingSettings | None = None
     lineage: Lineage | None = None
     overrides: tuple[Override, ...] = ()
-    declared: bool = False  # who scored and who rolled out are taken on trust
+    declared: bool = False  # the models that scored and rolled out are not verified
     shards: tuple[int, ...] = field(default=(), metadata={"at": "plan.shards"})  # sequences of each
     scoring: Scoring
     raw: Mapping[str, Any] = field(repr=False)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the model's head; only folders of sequences are sure to say."""
+        """Rows of the model's head; always known for folders of sequences."""
         assert self.model.vocab_size is not None
         return self.model.vocab_size
 
@@ -207,8 +207,7 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
 
     Raises:
         MissingFileError: no such folder or no manifest in it.
-        DataError: not a manifest, one without what its kind needs, or one of a newer version
-            of lopd.
+        DataError: not a manifest, an incomplete one, or one of a newer version of lopd.
         ConfigError: an artefact of another kind.
     """
     file = Path(folder) / MANIFEST_NAME

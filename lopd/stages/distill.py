@@ -29,6 +29,8 @@ from lopd.training.memory import MemorySettings
 from lopd.training.objective import SPARSE, Importance, Objective, Tail
 from lopd.training.options import MonitoringOptions, Schedule
 
+_data = partial(setting, group="Model and data", identity=False)
+_objective = partial(setting, group="Objective")
 _override = partial(setting, group="Provenance overrides")
 
 
@@ -54,15 +56,10 @@ class DistillConfig(MonitoringOptions):
         default=None,
         help="Divides the student's logits; must be the cache's, which is the default.",
     )
-    support: Literal["list+sampled", "list"] = setting(
-        "list+sampled", group="Objective", help="Whether the lists include the sampled token."
+    support: Literal["list+sampled", "list"] = _objective(
+        "list+sampled", help="Whether the lists include the sampled token."
     )
-    verify: bool = setting(
-        True,
-        group="Model and data",
-        identity=False,
-        help="Check the hashes of the cache before training.",
-    )
+    verify: bool = _data(True, help="Check the hashes of the cache before training.")
     allow_teacher_mismatch: bool = _override(
         False, help="Train although another teacher made the SFT answers."
     )
@@ -75,17 +72,13 @@ class DistillConfig(MonitoringOptions):
     allow_incomplete_cache: bool = _override(
         False, help="Train on the finished shards of the cache."
     )
-    refresh_every: int = setting(
+    refresh_every: int = _objective(
         0,
         within="[0, inf)",
-        group="Objective",
         help="Resample and rescore rollouts every N steps (needs --teacher); 0 uses the cache.",
     )
-    teacher: str | None = setting(
-        None,
-        group="Model and data",
-        identity=False,
-        help="Folder of the teacher that scored the cache, for refresh_every.",
+    teacher: str | None = _data(
+        None, help="Folder of the teacher that scored the cache, for refresh_every."
     )
     refresh_batch_size: int = setting(
         64,
@@ -109,8 +102,8 @@ class DistillConfig(MonitoringOptions):
             )
         if self.refresh_every and self.drop_truncated:
             raise ConfigError(
-                "drop_truncated: goes by the ends of the cached answers, which --refresh_every "
-                "replaces; leave one of them out"
+                "drop_truncated: depends on the ends of the cached answers, which --refresh_every "
+                "replaces; leave one of the two out"
             )
 
     def objective_at(self, cache_temperature: float) -> Objective:
@@ -274,7 +267,7 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
 
 
 def _lineage(student: str) -> dict[str, Any]:
-    """The student's lineage; unknown if it is contradictory, which only an override admits."""
+    """The student's lineage; unknown if its manifest describes other weights."""
     try:
         return dict(lineage_of(student).raw)
     except ProvenanceError:

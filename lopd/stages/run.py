@@ -166,8 +166,7 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 def is_finished(config: Any) -> bool:
     """Whether a stage's output is complete and was made with these settings from these inputs.
 
-    Only of stages whose manifest is their last file; False for stores of sequences, whose stages
-    find their missing shards themselves.
+    False for stores of sequences, whose stages find their missing shards themselves.
 
     Raises:
         ConfigError: the output is complete, and its settings or inputs have changed.

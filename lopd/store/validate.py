@@ -1,4 +1,4 @@
-"""Checks of sequences and scores, before they are written and when they are verified."""
+"""Checks of sequences and scores when they are written and verified."""
 
 import numpy as np
 

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,24 +73,16 @@ SAMPLING: dict[str, Any] = {
 }
 TOP_K = 8
 EVAL_PROMPTS = 1024
+_data = partial(setting, group="Model and data")
 
 
 @dataclass(kw_only=True)
 class DemoConfig(Settings):
     """Run the whole pipeline at toy scale (`lopd demo`)."""
 
-    out: str = setting(
-        "lopd-demo", group="Model and data", identity=False, help="Folder of all artefacts."
-    )
-    seed: int = setting(
-        0,
-        within="[0, 4294967296)",
-        group="Model and data",
-        help="Seed of models, data and sampling.",
-    )
-    online: bool = setting(
-        False, group="Model and data", identity=False, help="Add the run with a live teacher."
-    )
+    out: str = _data("lopd-demo", identity=False, help="Folder of all artefacts.")
+    seed: int = _data(0, within="[0, 4294967296)", help="Seed of models, data and sampling.")
+    online: bool = _data(False, identity=False, help="Add the run with a live teacher.")
 
 
 @dataclass(frozen=True)
