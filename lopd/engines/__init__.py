@@ -1,24 +1,15 @@
 """Inference engines behind one protocol; `load_engine` loads one by name."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lopd.engines.base import Engine
 from lopd.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Numerics:
-    """Sources of an engine's tail and entropy; values as in `lopd.provenance.scoring`."""
-
-    tail: str
-    entropy: str
-
-
+# Sources of an engine's tail and entropy; values as in `lopd.provenance.scoring`.
 ENGINES = {
-    "transformers": Numerics(tail="computed", entropy="computed"),
-    "vllm": Numerics(tail="derived", entropy="absent"),
+    "transformers": {"tail": "computed", "entropy": "computed"},
+    "vllm": {"tail": "derived", "entropy": "absent"},
 }
 
 

@@ -109,16 +109,10 @@ class DistillConfig(MonitoringOptions):
     def objective_at(self, cache_temperature: float) -> Objective:
         """The objective; its temperature is the cache's unless one is set."""
         temperature = cache_temperature if self.temperature is None else self.temperature
+        names = ("tail", "beta", "advantage_clip", "importance", "importance_cap", "clip_range")
+        settings = {name: getattr(self, name) for name in names}
         return Objective(
-            self.objective,
-            self.tail,
-            self.beta,
-            self.advantage_clip,
-            temperature,
-            self.importance,
-            self.importance_cap,
-            self.clip_range,
-            self.workspace,
+            self.objective, temperature=temperature, workspace_bytes=self.workspace, **settings
         )
 
     def allowed(self) -> frozenset[str]:

@@ -100,12 +100,9 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         if name in TRAINING_STAGES:
             shared.pop("dtype", None)
         known = {item.name for item in fields(config_class)}
-        implied = {
-            key: value
-            for key, value in (implied_settings(name, recipe) | shared).items()
-            if key in known
-        }
-        chosen = implied | (recipe["stages"][name] or {})
+        implied = implied_settings(name, recipe) | shared
+        chosen = {key: value for key, value in implied.items() if key in known}
+        chosen |= recipe["stages"][name] or {}
         where = f"{source}: stages: {name}"
         configs[name] = build_config(config_class, chosen, [], where, f"lopd {name}")
     return configs

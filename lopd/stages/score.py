@@ -141,7 +141,7 @@ def main(config: ScoreConfig) -> Path | None:
 
 
 def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
-    source, numerics = rollouts.manifest, ENGINES[config.engine]
+    source = rollouts.manifest
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
     assert model.vocab_size is not None
     ModelLimits("the teacher", model.vocab_size).check_k(config.k)
@@ -164,8 +164,7 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
         codec=config.codec,
         temperature=config.temperature,
         scoring={
-            "tail": numerics.tail,
-            "entropy": numerics.entropy,
+            **ENGINES[config.engine],
             "rollout_logprobs": "computed",
             "support": _describe_support(config, source.model),
         },
