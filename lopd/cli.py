@@ -71,18 +71,15 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _leave_process_group() -> None:
-    """Destroy the process group that training under torchrun has opened.
+    """Destroy the process group that accelerate opened for training under torchrun.
 
     Its threads would otherwise still run while the interpreter exits, which can abort a process
-    whose work is done.
+    whose work is done. Groups of others, such as vLLM's, are theirs to close.
     """
-    if "torch.distributed" not in sys.modules:
-        return
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
+    state = sys.modules.get("accelerate.state")
+    if state is not None and state.is_initialized():
         gc.collect()  # a wrapped model holds the group
-        distributed.destroy_process_group()
+        state.PartialState().destroy_process_group()
 
 
 def split_config(words: Sequence[str], command: str) -> tuple[str | None, list[str]]:
