@@ -184,7 +184,7 @@ def save_vocab(model_path: str | Path, folder: str | Path) -> Path:
     """Store a model's token -> id map beside its answers or scores, for later comparisons.
 
     Raises:
-        ShardError: the disk is full, and the like.
+        ShardError: the file cannot be written, e.g. on a full disk.
     """
     file = Path(folder) / VOCAB_NAME
     vocab = canonical_json(read_vocab(model_path)) + b"\n"

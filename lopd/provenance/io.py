@@ -57,7 +57,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     The temporary file is removed if that fails.
 
     Raises:
-        OSError: the disk is full, the folder is read-only, and the like; `path` is unchanged.
+        OSError: the file cannot be written, e.g. on a full disk; `path` is unchanged.
     """
     temp = path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
     try:

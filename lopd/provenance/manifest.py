@@ -186,7 +186,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
     """Write `manifest.json` into `folder`, which is created if necessary.
 
     Raises:
-        ShardError: the disk is full, the folder is read-only, and the like.
+        ShardError: the file cannot be written, e.g. on a full disk.
     """
     file = Path(folder) / MANIFEST_NAME
     with storing(file):

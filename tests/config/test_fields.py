@@ -1,4 +1,4 @@
-"""Settings: every one is declared in full, ranges and choices are checked, identity is stable."""
+"""Settings: complete declarations, checks of ranges and choices, stable identity."""
 
 import importlib
 import json

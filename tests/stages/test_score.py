@@ -81,7 +81,9 @@ def test_torchrun_scores_to_the_same_bytes(teacher_folder, rollouts, cache, tmp_
     assert shard_bytes(tmp_path / "out") == shard_bytes(cache)
 
 
-def test_one_worker_of_two_does_all_when_it_is_alone(teacher_folder, rollouts, cache, tmp_path):
+def test_one_worker_of_two_writes_all_shards_if_the_other_is_absent(
+    teacher_folder, rollouts, cache, tmp_path
+):
     argv = score_argv(teacher_folder, rollouts, tmp_path / "out", "--worker", "1/2")
     assert main(argv) == 0
     assert shard_bytes(tmp_path / "out") == shard_bytes(cache)
@@ -129,9 +131,7 @@ def test_settings_are_refused_before_a_folder_is_made(
     assert message in one_line(capsys) and not (tmp_path / "out").exists()
 
 
-def test_the_students_own_top_ids_join_the_lists(
-    teacher_folder, student_folder, rollouts, tmp_path
-):
+def test_the_students_top_ids_join_the_lists(teacher_folder, student_folder, rollouts, tmp_path):
     flags = ["--student", str(student_folder), "--extra_ids", "3", "--top_p", "0.5"]
     assert main(score_argv(teacher_folder, rollouts, tmp_path / "out", *flags)) == 0
     items = TeacherCache.open(tmp_path / "out", support="list")

@@ -1,4 +1,4 @@
-"""What a stage finds in its output folder: every state, and the message of each refusal."""
+"""Output folders: every state, and the message of each refusal."""
 
 import os
 
@@ -42,7 +42,7 @@ def test_another_recipe_is_replaced_only_if_it_has_no_results(tmp_path):
         examine(tmp_path, "k was 8, is 4").require_writable(ShardError)
 
 
-def test_a_finished_run_is_left_alone_whatever_differs(tmp_path):
+def test_a_finished_run_is_never_overwritten(tmp_path):
     for name in ("record.json", "final.json", "notes.txt"):
         (tmp_path / name).write_text("")
     with pytest.raises(ConfigError, match="holds a finished run; choose another --out"):

@@ -1,4 +1,4 @@
-"""What a cache will weigh, against what one weighs."""
+"""The predicted size of a cache against its actual size."""
 
 import pytest
 from helpers_cache import files_of, make_manifest, make_pair, write_cache, write_rollouts
@@ -45,7 +45,7 @@ def test_lists_that_are_never_cut_have_one_size(rollouts):
     assert low == high
 
 
-def test_a_list_as_long_as_the_vocabulary_can_be_made_up(rollouts):
+def test_bounds_exist_for_lists_as_long_as_the_vocabulary(rollouts):
     size_bounds(make_manifest(plan=PLAN, k=40, top_p=0.9), sample(rollouts))
 
 
