@@ -117,9 +117,8 @@ class Bench:
     def _train(self) -> tuple[str, str, str, str]:
         """The demo's teacher, and its student fine-tuned on that teacher's answers."""
         demo = Demo(self.folder / "demo", self.seed)
-        demo.train_teacher()
-        demo.answers("sft-data", "sft")
-        demo.train_student()
+        for stage in demo.stages(online=False)[:3]:
+            stage.run()
         prompts = str(demo.prompts["opd"]), str(demo.prompts["eval"])
         return demo.path("sft"), demo.path("teacher"), *prompts
 

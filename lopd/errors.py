@@ -1,9 +1,9 @@
 """Errors that callers can cause.
 
-Each is also the standard-library type that a caller would expect to catch. A message
-names the thing, what was found, what was expected and what to do, on one line: the
-command line prints it as it is and exits with its code, 2 but for `NoiseError` and
-`MemoryPlanError`. The project's own invariants are asserted, not raised.
+Each is also the standard-library type that a caller would expect to catch. A message is one line:
+the name, what was found, what was expected and the remedy. The command line prints it and exits
+with its code, 1 for `NoiseError` and `MemoryPlanError` and 2 for all others. Internal invariants
+are asserted.
 """
 
 
@@ -26,7 +26,7 @@ class DataError(LopdError, ValueError):
 
 
 class ModelError(LopdError, ValueError):
-    """A model whose head, context or vocabulary does not fit what is asked of it."""
+    """A model whose head, context or vocabulary does not fit the task."""
 
 
 class ShardError(LopdError, OSError):
@@ -34,16 +34,16 @@ class ShardError(LopdError, OSError):
 
 
 class ProvenanceError(LopdError, ValueError):
-    """Artefacts that do not belong together; each can be overridden by an explicit flag."""
+    """Artefacts that do not belong together."""
 
 
 class NoiseError(LopdError, ValueError):
-    """A check that ran to its end and found more noise than was allowed; exit code 1."""
+    """A completed check found more noise than allowed; exit code 1."""
 
     exit_code = 1
 
 
 class MemoryPlanError(LopdError, ValueError):
-    """A plan that needs more memory than there is; exit code 1."""
+    """A training run needs more memory than the GPU has; exit code 1."""
 
     exit_code = 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cache
 from numbers import Real
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 from lopd.errors import ConfigError
 
@@ -31,7 +31,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`, and `also` outside of them. NaN is never among them."""
+    """The numbers from `low` to `high`, and the number `also`. NaN is never included."""
 
     low: float
     high: float
@@ -74,18 +74,17 @@ def setting(
     remedy: str = "",
     identity: bool = True,
 ) -> Any:
-    """A dataclass field that declares everything there is to know about one setting.
+    """A dataclass field that declares one setting: its help, group, range and identity.
 
     Args:
         default: leave it out for a required setting.
         help: text of `--help`.
         group: one of GROUPS, under which `--help` shows the setting.
-        within: numbers that are allowed, an interval such as `[0, 1)`.
-        choices: strings that are allowed; a `Literal` annotation declares them by itself.
-        remedy: what the error message adds for a value that is not allowed.
-        identity: whether the setting belongs to the identity of a run: whether it changes the
-            result by more than rounding. Inputs and outputs do not, since inputs are identified
-            by their digests.
+        within: allowed numbers, an interval such as `[0, 1)`.
+        choices: allowed strings; not needed with a `Literal` annotation.
+        remedy: end of the error message for a value that is not allowed.
+        identity: whether the setting belongs to the identity of a run, that is, whether it changes
+            the result by more than rounding. Paths do not: inputs are identified by digests.
     """
     assert group in GROUPS, group
     assert within is None or parse_range(within)
@@ -113,22 +112,15 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        check_settings(self)
-
-
-def check_settings(config: Any) -> None:
-    """Raise ConfigError for the first value outside its declared range or choices."""
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if value is None and item.default is None:
-            continue
-        remedy = item.metadata.get("remedy", "")
-        if (choices := choices_of(item)) and value not in choices:
-            expected = f"one of {', '.join(choices)}"
-            raise ConfigError(f"{item.name}: found '{value}'; expected {expected}{remedy}")
-        if within := item.metadata.get("within"):
-            allowed = parse_range(within)
-            if value not in allowed:
+        for item in fields(cast(Any, self)):
+            value, remedy = getattr(self, item.name), item.metadata.get("remedy", "")
+            if value is None and item.default is None:
+                continue
+            if (choices := choices_of(item)) and value not in choices:
+                expected = f"one of {', '.join(choices)}"
+                raise ConfigError(f"{item.name}: found '{value}'; expected {expected}{remedy}")
+            within = item.metadata.get("within")
+            if within and value not in (allowed := parse_range(within)):
                 raise ConfigError(f"{item.name}: found {value}; expected {allowed.words}{remedy}")
 
 
@@ -144,8 +136,7 @@ def identity_of(config: Any, stored: Mapping[str, Any] | None = None) -> dict[st
     Args:
         config: the run's config; its fields declare which settings these are.
         stored: settings of an earlier run of the same stage, such as the `config` of a manifest,
-            to return instead of the config's. Keys that are not fields, as of another version,
-            are kept.
+            to return instead of the config's, unknown keys included.
     """
     excluded = {item.name for item in fields(config) if not item.metadata.get("identity", True)}
     settings = asdict(config) if stored is None else stored

@@ -127,7 +127,7 @@ def _topk(where: str, record: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         if len(lists) != len(prompt) or not 0 < length < len(prompt):
             raise DataError(
                 f"{where}: {len(lists)} prompt_logprobs for {len(prompt)} tokens with a "
-                f"prompt_length of {length}; expected one a token, and a response"
+                f"prompt_length of {length}; expected one for each token, and a response"
             )
         prompt, response, lists = prompt[:length], prompt[length:], lists[length:]
     return {
@@ -167,6 +167,10 @@ def _assemble(
                 f"{where}: {len(value)} entries of {_NAMES[name]} for {count} response tokens"
             )
     entries = [_entries(f"{where}: response token {t}", e) for t, e in enumerate(fields["lists"])]
+    ids, logprobs = zip(*entries, strict=True)
+    lists = TopKLists(
+        np.concatenate(ids), np.concatenate(logprobs), np.array([len(part) for part in ids])
+    )
     mask = np.ones(count, np.int32)
     if fields["mask"] is not None:
         mask = _numbers(where, _NAMES["mask"], np.array(fields["mask"]) + 0, np.int32)
@@ -192,12 +196,8 @@ def _assemble(
     return Dumped(
         where=where,
         rollout=rollout,
-        teacher_logprobs=_teacher_logprobs(where, response, fields["teacher"], entries),
-        lists=TopKLists(
-            np.concatenate([ids for ids, _ in entries]),
-            np.concatenate([logprobs for _, logprobs in entries]),
-            np.array([len(ids) for ids, _ in entries]),
-        ),
+        teacher_logprobs=_teacher_logprobs(where, response, fields["teacher"], lists),
+        lists=lists,
     )
 
 
@@ -210,20 +210,17 @@ _NAMES = {
 
 
 def _teacher_logprobs(
-    where: str, response: np.ndarray, dumped: Any, entries: list[tuple[np.ndarray, np.ndarray]]
+    where: str, response: np.ndarray, dumped: Any, lists: TopKLists
 ) -> np.ndarray:  # [R] fp64
     if dumped is not None:
         return _numbers(where, _NAMES["teacher"], dumped, np.float64)
-    found = np.empty(len(response))
-    for t, (token, (ids, logprobs)) in enumerate(zip(response.tolist(), entries, strict=True)):
-        at = np.flatnonzero(ids == token)
-        if not len(at):
-            raise DataError(
-                f"{where}: response token {t} (id {token}) is not in its list; dump its "
-                "log-prob too (vLLM always does), or add 'teacher_logprobs'"
-            )
-        found[t] = logprobs[at[0]]
-    return found
+    absent = np.flatnonzero(~lists.contains(response))
+    if len(absent):
+        raise DataError(
+            f"{where}: response token {absent[0]} (id {response[absent[0]]}) is not in its list; "
+            "dump its log-prob too (vLLM always does), or add 'teacher_logprobs'"
+        )
+    return lists.row_sums(np.where(lists.ids == response[lists.rows], lists.logprobs, 0.0))
 
 
 def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # ids, log-probs, [n]
@@ -233,7 +230,7 @@ def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # ids, l
         if isinstance(entry, list) and entry and isinstance(entry[0], dict):
             pairs = [(item["token_id"], item["logprob"]) for item in entry]
         entries = [
-            (_whole(token), float(value["logprob"] if isinstance(value, dict) else value))
+            (_token_id(token), float(value["logprob"] if isinstance(value, dict) else value))
             for token, value in pairs
         ]
     except (KeyError, TypeError, ValueError):
@@ -255,7 +252,7 @@ def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # ids, l
     return ids, logprobs
 
 
-def _whole(token: Any) -> int:
+def _token_id(token: Any) -> int:
     if not isinstance(token, int | str):
         raise TypeError(f"{token!r} is not an id")
     return int(token)

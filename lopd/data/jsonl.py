@@ -16,7 +16,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises:
         MissingFileError: the file does not exist.
-        DataError: the file is not of the type that its name says.
+        DataError: the file is not of the type that its name implies.
         ConfigError: pyarrow is needed and not installed.
     """
     path = Path(path)

@@ -1,46 +1,16 @@
-"""Inference engines behind one protocol, `Engine`: generate answers, score sequences.
+"""Inference engines behind one protocol; `load_engine` loads one by name."""
 
-`load_engine` loads an engine by name; vLLM is imported only when it is chosen. `score_rollouts`
-scores stored rollouts with a teacher and, for extra ids, the student.
-"""
-
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.engines.base import Engine, Generation, Sampling, score_rollouts
+from lopd.engines.base import Engine
 from lopd.errors import ConfigError
 
-__all__ = [
-    "ENGINES",
-    "Engine",
-    "Generation",
-    "Numerics",
-    "Sampling",
-    "check_engine",
-    "load_engine",
-    "score_rollouts",
-]
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """Sources of an engine's tail and entropy; values as in `lopd.provenance.scoring`."""
-
-    tail: str
-    entropy: str
-
-
+# Sources of an engine's tail and entropy; values as in `lopd.provenance.scoring`.
 ENGINES = {
-    "transformers": Numerics(tail="computed", entropy="computed"),
-    "vllm": Numerics(tail="derived", entropy="absent"),
+    "transformers": {"tail": "computed", "entropy": "computed"},
+    "vllm": {"tail": "derived", "entropy": "absent"},
 }
-
-
-def check_engine(name: str) -> None:
-    """Refuse the name of an unknown engine."""
-    if name not in ENGINES:
-        raise ConfigError(f"engine: found '{name}'; expected one of {', '.join(ENGINES)}")
 
 
 def load_engine(
@@ -66,15 +36,13 @@ def load_engine(
         ConfigError: an unknown engine, or one that is not installed.
         ModelError: the model cannot be loaded.
     """
-    check_engine(name)
+    if name not in ENGINES:
+        raise ConfigError(f"engine: found '{name}'; expected one of {', '.join(ENGINES)}")
+    shared: Any = {"dtype": dtype, "device": device, "local_rank": local_rank, "options": options}
     if name == "vllm":
         from lopd.engines.vllm import VllmEngine
 
-        return VllmEngine.load(
-            path, dtype=dtype, device=device, local_rank=local_rank, options=options
-        )
+        return VllmEngine.load(path, **shared)
     from lopd.engines.transformers import TransformersEngine
 
-    return TransformersEngine.load(
-        path, dtype=dtype, device=device, local_rank=local_rank, options=options, **limits
-    )
+    return TransformersEngine.load(path, **(shared | limits))

@@ -155,7 +155,7 @@ def score_rollouts(
     """The teacher's scores of rollouts.
 
     Args:
-        student: the model whose top `extra_ids` ids are scored at every token, whatever the
+        student: the model whose top `extra_ids` ids are scored at every token besides the
             teacher's top k. Ids beyond the teacher's vocabulary (padding rows of the student's
             head) are left out.
 

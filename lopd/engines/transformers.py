@@ -23,9 +23,9 @@ from lopd_kernels import TopK, linear_topk
 class TransformersEngine:
     """A `transformers` causal LM that generates and scores.
 
-    `batch_size` bounds the sequences decoded together, `tokens_per_batch` the padded tokens
-    scored together. The LM head is checked once against the logits of the model, so that a head
-    with an unknown scale or cap is refused before it is used.
+    `batch_size` limits the sequences decoded together, `tokens_per_batch` the padded tokens scored
+    together. The LM head is checked once against the model's logits, which refuses a head with an
+    unknown scale or cap.
     """
 
     name = "transformers"
@@ -127,21 +127,18 @@ class TransformersEngine:
                 logits_to_keep=1,
             ).logits[:, -1]
             token, sampled, raw = draw(logits.float(), sampling, uniforms[alive, step])
-            tokens[alive, step], logprobs[0, alive, step], logprobs[1, alive, step] = (
-                token,
-                sampled,
-                raw,
-            )
-            keep = torch.isin(token, eos, invert=True)
-            left = int(keep.sum()) if step + 1 < steps else 0
-            if progress is not None and left < len(keep):
-                progress(len(keep) - left)
+            tokens[alive, step] = token
+            logprobs[:, alive, step] = torch.stack([sampled, raw])
+            unfinished = torch.isin(token, eos, invert=True)
+            left = int(unfinished.sum()) if step + 1 < steps else 0
+            if progress is not None and left < len(unfinished):
+                progress(len(unfinished) - left)
             if not left:
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             inputs, position = token[:, None], position[:, -1:] + 1
-            if left < len(keep):
-                rows = keep.nonzero().squeeze(1)
+            if left < len(unfinished):
+                rows = unfinished.nonzero().squeeze(1)
                 past.batch_select_indices(rows)
                 alive, mask = alive[rows], mask[rows]
                 inputs, position = inputs[rows], position[rows]
@@ -217,11 +214,7 @@ class TransformersEngine:
             _floats(top.tail_logprobs),
         ]
         if extra is not None:
-            columns += [
-                extra.numpy(),
-                _floats(top.extra_logprobs),
-                _floats(top.extra_tail_logprobs),
-            ]
+            columns += [extra.numpy(), *map(_floats, (top.extra_logprobs, top.extra_tail_logprobs))]
         ends = np.cumsum([len(p) for p in positions])[:-1]
         parts = zip(*(np.split(column, ends) for column in columns), strict=True)
         scores = [TeacherScores(*part) for part in parts]
@@ -238,7 +231,7 @@ class TransformersEngine:
 
 
 def _pad_columns(parts: list[np.ndarray]) -> np.ndarray:  # [sum R_i, max E_i] int64
-    """Arrays [R_i, E_i] below each other, -1 where one has fewer columns than another, or none."""
+    """Arrays [R_i, E_i] stacked along the rows; missing columns are -1."""
     width = max(1, *(part.shape[1] for part in parts))
     padded = np.full((sum(map(len, parts)), width), -1, np.int64)
     for part, rows in zip(parts, np.split(padded, np.cumsum([*map(len, parts)])[:-1]), strict=True):
@@ -280,11 +273,8 @@ def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, 
         )
     target = (uniforms * cdf[:, -1]).unsqueeze(1)
     token = torch.searchsorted(cdf, target, right=True).squeeze(1)
-    return (
-        token,
-        sampled.gather(1, token[:, None]).squeeze(1),
-        raw.gather(1, token[:, None]).squeeze(1),
-    )
+    picked, raw = (values.gather(1, token[:, None]).squeeze(1) for values in (sampled, raw))
+    return token, picked, raw
 
 
 def _pad(

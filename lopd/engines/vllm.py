@@ -6,6 +6,7 @@ temperature, so a scoring temperature other than 1 is refused.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,16 +77,12 @@ class VllmEngine:
         elif context is not None:
             options["max_model_len"] = context + 1
         if local_rank is not None:
-            _choose_gpus(local_rank, _gpus_needed(options))
+            sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+            _choose_gpus(local_rank, math.prod(options.get(size, 1) for size in sizes))
         with _environment(VLLM_ALLOW_LONG_MAX_MODEL_LEN="1"):
             llm = _start(folder, dtype, device, vocab_size, options)
-        return cls(
-            llm,
-            tokenizer,
-            vocab_size=vocab_size,
-            context=context,
-            eos_ids=eos_ids_of(folder, tokenizer),
-        )
+        eos_ids = eos_ids_of(folder, tokenizer)
+        return cls(llm, tokenizer, vocab_size=vocab_size, context=context, eos_ids=eos_ids)
 
     def generate(
         self,
@@ -257,10 +254,6 @@ def _start(folder: Path, dtype: str, device: str, vocab_size: int, options: dict
             "with --engine transformers"
         )
     return llm
-
-
-def _gpus_needed(options: dict[str, Any]) -> int:
-    return options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
 
 
 def _choose_gpus(local_rank: int, count: int) -> None:

@@ -1,4 +1,4 @@
-"""What made an artefact, and whether two artefacts belong together.
+"""Provenance: what made an artefact, and whether artefacts belong together.
 
 Every artefact folder (`sft_data`, `checkpoint`, `rollouts`, `cache`, `evaluation`) has a
 `manifest.json` with the content fingerprints of the models and inputs that made it, read as a
@@ -14,12 +14,11 @@ from lopd.provenance.fingerprint import (
     fingerprint_weights,
     forget_fingerprints,
     load_vocab,
-    read_vocab,
     save_vocab,
     tokenizer_digest,
     vocab_size_of,
 )
-from lopd.provenance.gate import OVERRIDES, check_distill, check_same_tokens, differing_token
+from lopd.provenance.gate import OVERRIDES, check_distill, differing_token
 from lopd.provenance.identity import (
     difference,
     digests_of,
@@ -31,7 +30,6 @@ from lopd.provenance.lineage import declare, lineage_of
 from lopd.provenance.manifest import (
     MANIFEST_NAME,
     CacheManifest,
-    Lineage,
     Manifest,
     ModelIdentity,
     build_manifest,
@@ -44,13 +42,11 @@ __all__ = [
     "OVERRIDES",
     "VOCAB_NAME",
     "CacheManifest",
-    "Lineage",
     "Manifest",
     "ModelIdentity",
     "build_manifest",
     "chat_template_digest",
     "check_distill",
-    "check_same_tokens",
     "config_digest",
     "declare",
     "describe_file",
@@ -64,7 +60,6 @@ __all__ = [
     "load_vocab",
     "manifest_digest",
     "read_manifest",
-    "read_vocab",
     "recipe_of",
     "save_vocab",
     "settings_identity",

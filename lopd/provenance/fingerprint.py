@@ -1,4 +1,4 @@
-"""Content fingerprints of a Hugging Face model folder, read from its files alone."""
+"""Content fingerprints of a Hugging Face model folder, read from its files only."""
 
 import contextlib
 import hashlib
@@ -12,8 +12,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lopd.errors import DataError, MissingFileError, ModelError, ShardError
-from lopd.provenance.io import canonical_json, json_digest, sha256_file, write_atomic
+from lopd.errors import DataError, MissingFileError, ModelError
+from lopd.provenance.io import (
+    canonical_json,
+    json_digest,
+    sha256_file,
+    storing,
+    without_keys,
+    write_atomic,
+)
 from lopd.provenance.manifest import ModelIdentity
 
 WEIGHTS_NAME = "model.safetensors"
@@ -22,7 +29,7 @@ VOCAB_NAME = "teacher_vocab.json"
 VOLATILE_CONFIG = frozenset(
     {"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"}
 )
-# A file changed this recently could change again without its time stamp moving.
+# A file modified this recently can change again without a new time stamp.
 _RACY_NS = 2_000_000_000
 
 
@@ -30,18 +37,17 @@ def fingerprint_weights(path: str | Path, *, rehash: bool = False) -> str:
     """sha256, in hex, of a checkpoint's weights, independent of how files shard them.
 
     Per tensor sha256 over (name, dtype, shape) and bytes; then sha256 over the sorted list of
-    (name, digest). The result is remembered under the user's cache folder by path, size,
-    modification time and inode of every weight file; `rehash` reads the bytes regardless.
+    (name, digest). The result is stored in the user's cache folder and reused while path, size,
+    modification time and inode of every weight file are unchanged, unless `rehash`.
 
     Raises:
         MissingFileError: no such folder, or no safetensors weights in it.
-        ModelError: a weight file is truncated or does not hold what the index says.
+        ModelError: a weight file is truncated or does not match the index.
     """
     folder = _model_folder(path)
     files = weight_files(folder)
     key, state = str(folder.resolve()), _file_states(files)
-    memo = _read_memo()
-    known = memo.get(key)
+    known = _read_memo().get(key)
     if not rehash and isinstance(known, dict) and known.get("files") == state:
         return str(known["weights"])
     tensors: dict[str, str] = {}
@@ -54,7 +60,10 @@ def fingerprint_weights(path: str | Path, *, rehash: bool = False) -> str:
     weights = json_digest(sorted(tensors.items()))
     newest = max(int(entry[2]) for entry in state)
     if time.time_ns() - newest > _RACY_NS and _file_states(files) == state:
-        _write_memo({**_read_memo(), key: {"files": state, "weights": weights}})
+        memo = {**_read_memo(), key: {"files": state, "weights": weights}}
+        with contextlib.suppress(OSError):
+            _memo_path().parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(_memo_path(), canonical_json(memo))
     return weights
 
 
@@ -81,8 +90,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def config_digest(path: str | Path) -> str:
-    """sha256 of config.json without the keys that say how it was loaded or by whom saved."""
-    return json_digest(_without_volatile(read_config(path)))
+    """sha256 of config.json without the keys that depend on how it was loaded or saved."""
+    return json_digest(without_keys(read_config(path), VOLATILE_CONFIG))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -128,7 +137,7 @@ def tokenizer_digest(path: str | Path) -> str:
 
 
 def chat_template_digest(path: str | Path) -> str | None:
-    """sha256 of the chat template, None where the tokenizer has none."""
+    """sha256 of the chat template; None if the tokenizer has none."""
     folder = _model_folder(path)
     file = folder / "chat_template.jinja"
     if file.exists():
@@ -142,19 +151,16 @@ def chat_template_digest(path: str | Path) -> str | None:
     return json_digest(template)
 
 
-def describe_model(
-    path: str | Path, *, dtype: str, engine: str, rehash: bool = False
-) -> ModelIdentity:
+def describe_model(path: str | Path, *, dtype: str, engine: str) -> ModelIdentity:
     """The identity of a model folder, for manifests.
 
     Args:
         dtype, engine: how the model is run, which decides the numerics.
-        rehash: read the weights even where their fingerprint is remembered.
     """
     return ModelIdentity.from_json(
         {
             "path": str(_model_folder(path).resolve()),
-            "weights": fingerprint_weights(path, rehash=rehash),
+            "weights": fingerprint_weights(path),
             "config": config_digest(path),
             "tokenizer": tokenizer_digest(path),
             "chat_template": chat_template_digest(path),
@@ -170,27 +176,20 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise MissingFileError(f"{file} is not a file; name an existing one")
-    return {
-        "path": str(file.resolve()),
-        "bytes": file.stat().st_size,
-        "sha256": sha256_file(file),
-    }
+    size = file.stat().st_size
+    return {"path": str(file.resolve()), "bytes": size, "sha256": sha256_file(file)}
 
 
 def save_vocab(model_path: str | Path, folder: str | Path) -> Path:
-    """Store a model's token -> id map beside its answers or scores, to compare ids by later.
+    """Store a model's token -> id map beside its answers or scores, for later comparisons.
 
     Raises:
-        ShardError: the disk is full, and the like.
+        ShardError: the file cannot be written, e.g. on a full disk.
     """
     file = Path(folder) / VOCAB_NAME
     vocab = canonical_json(read_vocab(model_path)) + b"\n"
-    try:
+    with storing(file):
         write_atomic(file, vocab)
-    except OSError as error:
-        raise ShardError(
-            f"{file}: not written ({error.strerror or error}); fix this and rerun the same command"
-        ) from error
     return file
 
 
@@ -219,14 +218,6 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _without_volatile(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_volatile(v) for k, v in value.items() if k not in VOLATILE_CONFIG}
-    if isinstance(value, list):
-        return [_without_volatile(item) for item in value]
-    return value
-
-
 def _weight_map(folder: Path) -> dict[str, str]:
     weight_map = _read_json_object(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -252,9 +243,8 @@ def _tensor_digests(file: Path) -> dict[str, str]:
         with safe_open(file, framework="numpy"):
             pass
     except SafetensorError as error:
-        raise ModelError(f"{file} is truncated or altered ({error}); copy or save it again") from (
-            error
-        )
+        message = f"{file} is truncated or altered ({error}); copy or save it again"
+        raise ModelError(message) from error
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
@@ -282,7 +272,7 @@ def _file_states(files: list[Path]) -> list[list[Any]]:
 
 
 def forget_fingerprints() -> None:
-    """Drop all remembered fingerprints, so that weights are hashed again."""
+    """Delete all stored fingerprints, so that weights are hashed again."""
     _memo_path().unlink(missing_ok=True)
 
 
@@ -292,15 +282,9 @@ def _memo_path() -> Path:
 
 
 def _read_memo() -> dict[str, Any]:
-    """The remembered fingerprints; empty if they cannot be read, which only costs hashing."""
+    """The stored fingerprints; empty if they cannot be read."""
     try:
         value = json.loads(_memo_path().read_bytes())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _write_memo(memo: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):
-        _memo_path().parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(_memo_path(), canonical_json(memo))

@@ -1,8 +1,7 @@
-"""The gate before distillation: do teacher, cache, rollouts and student belong together?"""
+"""The gate before distillation: whether teacher, cache, rollouts and student belong together."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,9 +14,9 @@ from lopd.provenance.fingerprint import (
     vocab_size_of,
 )
 from lopd.provenance.lineage import lineage_of
-from lopd.provenance.manifest import CacheManifest, Override, short
+from lopd.provenance.manifest import CacheManifest, ModelIdentity, Override, short
 
-OVERRIDES = ("teacher-mismatch", "student-mismatch", "tokenizer-mismatch", "incomplete-cache")
+OVERRIDES = ("incomplete-cache", "teacher-mismatch", "student-mismatch", "tokenizer-mismatch")
 
 
 def check_distill(
@@ -31,10 +30,10 @@ def check_distill(
 ) -> list[Override]:
     """Refuse artefacts that do not belong together.
 
-    Four comparisons, in this order: the cache is complete; the teacher that scored it is the
-    one whose answers the student was fine-tuned on; the rollouts were made by the student; no
-    id that the data uses means different tokens to teacher and student, or lies beyond the
-    student's head though the tokenizer has it. Reads files only.
+    Four checks, in this order: the cache is complete; the teacher that scored it is the one whose
+    answers the student was fine-tuned on; the student made the rollouts; every id in the data
+    means the same token to teacher and student, and the student's head has a row for it. No model
+    is loaded.
 
     Args:
         used_ids: the distinct ids of the cache, or a function that returns them; called only
@@ -46,68 +45,60 @@ def check_distill(
         The overrides that were needed.
 
     Raises:
-        ProvenanceError: found, expected, remedy, and the flag that overrides.
+        ProvenanceError: a check fails that `allow` does not name.
         ConfigError: an unknown name in `allow`.
-        DataError: the student's manifest is no manifest.
+        DataError: the student's manifest is invalid.
     """
     unknown = sorted(set(allow) - set(OVERRIDES))
     if unknown:
         raise ConfigError(f"override '{unknown[0]}' is unknown; use one of {', '.join(OVERRIDES)}")
-    mismatches = [
+    mismatches = (
         _check_complete(missing_shards),
-        _check_teacher(student, cache_manifest),
-        _check_rollouts(student, cache_manifest),
-        _check_tokenizer(student, cache_manifest, used_ids, cache_path),
-    ]
+        _check_teacher(student, cache_manifest.model),
+        _check_rollouts(student, cache_manifest.rollouts.model),
+        _check_tokenizer(student, cache_manifest.model.tokenizer, used_ids, cache_path),
+    )
     overrides = []
-    for mismatch in filter(None, mismatches):
-        if mismatch.name not in allow:
+    for name, mismatch in zip(OVERRIDES, mismatches, strict=True):
+        if mismatch is None:
+            continue
+        found, expected, remedy = mismatch
+        if name not in allow:
             raise ProvenanceError(
-                f"{mismatch.name}: found {mismatch.found}, expected {mismatch.expected}; "
-                f"{mismatch.remedy}, or pass --allow-{mismatch.name}"
+                f"{name}: found {found}, expected {expected}; {remedy}, or pass --allow-{name}"
             )
-        overrides.append(
-            Override(name=mismatch.name, found=mismatch.found, expected=mismatch.expected)
-        )
+        overrides.append(Override(name=name, found=found, expected=expected))
     return overrides
 
 
-class _Mismatch(NamedTuple):
-    name: str  # of the override
-    found: str
-    expected: str
-    remedy: str
+_Mismatch = tuple[str, str, str]  # found, expected, remedy
 
 
 def _check_complete(missing_shards: Sequence[int]) -> _Mismatch | None:
     if not missing_shards:
         return None
-    return _Mismatch(
-        "incomplete-cache",
+    return (
         f"{len(missing_shards)} unfinished shards (the first is shard-{min(missing_shards):05d})",
         "every shard of the plan",
         "run the same 'lopd score' again to finish them",
     )
 
 
-def _check_teacher(student: str | Path, cache_manifest: CacheManifest) -> _Mismatch | None:
-    scorer = cache_manifest.model
+def _check_teacher(student: str | Path, scorer: ModelIdentity) -> _Mismatch | None:
     found = f"a cache scored by {scorer}"
     try:
         teacher = lineage_of(student).sft_teacher
     except ProvenanceError as error:
-        return _Mismatch("teacher-mismatch", found, "a student of known origin", str(error))
+        return found, "a student of known origin", str(error)
     if teacher is None:
-        return _Mismatch(
-            "teacher-mismatch",
+        return (
             f"{found} and a student ({student}) whose SFT teacher is not recorded",
             "a student fine-tuned on that teacher's answers",
             "name its teacher with 'lopd declare'",
         )
     if teacher.weights == scorer.weights:
         return None
-    return _Mismatch(
-        "teacher-mismatch",
+    return (
         found,
         f"{teacher}, whose answers the student was fine-tuned on",
         "another teacher costs accuracy at a finite budget: score with that teacher "
@@ -115,12 +106,11 @@ def _check_teacher(student: str | Path, cache_manifest: CacheManifest) -> _Misma
     )
 
 
-def _check_rollouts(student: str | Path, cache_manifest: CacheManifest) -> _Mismatch | None:
-    policy, expected = cache_manifest.rollouts.model, fingerprint_weights(student)
+def _check_rollouts(student: str | Path, policy: ModelIdentity) -> _Mismatch | None:
+    expected = fingerprint_weights(student)
     if policy.weights == expected:
         return None
-    return _Mismatch(
-        "student-mismatch",
+    return (
         f"rollouts made by {policy}",
         f"rollouts of the student {student} (weights {short(expected)})",
         "sample rollouts from that student ('lopd rollout') and score them ('lopd score')",
@@ -129,29 +119,31 @@ def _check_rollouts(student: str | Path, cache_manifest: CacheManifest) -> _Mism
 
 def _check_tokenizer(
     student: str | Path,
-    cache_manifest: CacheManifest,
+    teacher_tokenizer: str | None,  # its digest
     used_ids: Callable[[], np.ndarray] | np.ndarray | None,
     cache_path: str | Path | None,
 ) -> _Mismatch | None:
-    student_vocab = read_vocab(student)
-    same = tokenizer_digest(student) == cache_manifest.model.tokenizer
-    rows = vocab_size_of(student)
+    remedy = "use a student and a teacher with the same tokenizer"
+    student_vocab, rows = read_vocab(student), vocab_size_of(student)
+    same = tokenizer_digest(student) == teacher_tokenizer
     if same and rows > max(student_vocab.values(), default=-1):
         return None
-    remedy = "use a student and a teacher with the same tokenizer"
     try:
         teacher_vocab = student_vocab if same or cache_path is None else load_vocab(cache_path)
     except MissingFileError as error:
-        return _Mismatch("tokenizer-mismatch", str(error), "the teacher's vocabulary", remedy)
+        return str(error), "the teacher's vocabulary", remedy
     if (not same and cache_path is None) or used_ids is None:
-        return _Mismatch(
-            "tokenizer-mismatch",
-            "tokenizers or heads that differ and no record of the ids that the data uses",
-            "equal tokenizers, or both records to compare by",
-            remedy,
-        )
+        found = "tokenizers or heads that differ and no record of the ids that the data uses"
+        return found, "equal tokenizers, or both records to compare by", remedy
     ids = np.asarray(used_ids() if callable(used_ids) else used_ids)
-    return _compare_tokens(ids, student_vocab, teacher_vocab, rows, remedy)
+    if beyond := differing_token({}, {**student_vocab, **teacher_vocab}, ids[ids >= rows]):
+        found = f"id {beyond[0]} ({beyond[2]!r}) in the data"
+        return found, f"ids that the student's {rows} vocabulary rows can produce", remedy
+    if differing := differing_token(student_vocab, teacher_vocab, ids):
+        index, ours, theirs = differing
+        found = f"id {index} is {theirs!r} to the teacher and {ours!r} to the student"
+        return found, "one meaning for every id that the data uses", remedy
+    return None
 
 
 def differing_token(
@@ -168,35 +160,6 @@ def differing_token(
         if our_tokens.get(index) != their_tokens.get(index):
             return index, our_tokens.get(index), their_tokens.get(index)
     return None
-
-
-def _compare_tokens(
-    ids: np.ndarray,
-    student_vocab: Mapping[str, int],
-    teacher_vocab: Mapping[str, int],
-    rows: int,
-    remedy: str,
-) -> _Mismatch | None:
-    """The first used id that the student's head lacks, or that means different things."""
-    beyond = differing_token({}, {**student_vocab, **teacher_vocab}, ids[ids >= rows])
-    if beyond is not None:
-        index, _, token = beyond
-        return _Mismatch(
-            "tokenizer-mismatch",
-            f"id {index} ({token!r}) in the data",
-            f"ids that the student's {rows} vocabulary rows can produce",
-            remedy,
-        )
-    differing = differing_token(student_vocab, teacher_vocab, ids)
-    if differing is None:
-        return None
-    index, student_token, teacher_token = differing
-    return _Mismatch(
-        "tokenizer-mismatch",
-        f"id {index} is {teacher_token!r} to the teacher and {student_token!r} to the student",
-        "one meaning for every id that the data uses",
-        remedy,
-    )
 
 
 def check_same_tokens(

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lopd.config.fields import identity_of
-from lopd.provenance.io import json_digest
+from lopd.provenance.io import json_digest, without_keys
 from lopd.provenance.manifest import Manifest
 from lopd.provenance.typed_json import plain
 
@@ -14,11 +14,10 @@ NOT_RECIPE = frozenset({"config", "created", "environment", "seconds"})
 
 
 def settings_identity(config: Any, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The settings of a training or evaluation run that decide its result, but for rounding.
+    """The settings of a training or evaluation run that decide its result, up to rounding.
 
     Args:
-        config: the stage's config, whose fields declare which settings these are.
-        stored: values to take instead of `config`'s: those in the manifest of a finished run.
+        config, stored: as in `identity_of`; `stored` is the `config` of a finished run's manifest.
     """
     values = asdict(config) if stored is None else stored
     identity = identity_of(config, stored)
@@ -38,8 +37,9 @@ def digests_of(inputs: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def recipe_of(manifest: Manifest) -> dict[str, Any]:
-    """The part of a manifest that decides what the artefact holds: no paths, times, `config`."""
-    return _without_paths({k: v for k, v in manifest.raw.items() if k not in NOT_RECIPE})
+    """The part of a manifest that decides what the artefact holds: no paths, times or `config`."""
+    recipe = {key: value for key, value in manifest.raw.items() if key not in NOT_RECIPE}
+    return without_keys(recipe, {"path"})
 
 
 def manifest_digest(manifest: Manifest) -> str:
@@ -50,7 +50,7 @@ def manifest_digest(manifest: Manifest) -> str:
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any], most: int = 3) -> str:
     """What differs between two identities, in words; empty if nothing does.
 
-    A key that is missing counts as one without a value, so that settings may be added.
+    A missing key is equal to None, so that a new version can add settings.
 
     Args:
         most: number of differences that are named; the others are only counted.
@@ -77,11 +77,3 @@ def _brief(value: Any) -> str:
     if isinstance(value, str) and len(value) > 32:
         return repr(f"{value[:12]}...")
     return repr(value)
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items() if key != "path"}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    return value

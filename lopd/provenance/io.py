@@ -1,11 +1,15 @@
-"""Files that are either wholly there or not there: canonical JSON and atomic writes."""
+"""Canonical JSON, digests and atomic writes."""
 
 import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from lopd.errors import ShardError
 
 TEMP_SUFFIX = ".tmp"
 
@@ -28,6 +32,15 @@ def pretty_json(value: Any) -> bytes:
     return (text + "\n").encode("utf-8")
 
 
+def without_keys(value: Any, keys: Collection[str]) -> Any:
+    """A JSON value without these keys, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_keys(item, keys) for key, item in value.items() if key not in keys}
+    if isinstance(value, list | tuple):
+        return [without_keys(item, keys) for item in value]
+    return value
+
+
 def sha256_file(path: Path) -> str:
     """sha256, in hex, of a file's bytes."""
     digest = hashlib.sha256()
@@ -41,10 +54,10 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader or a crash sees all of it or none of it.
 
     Temporary file in the same folder, fsync, rename over `path`, fsync of the folder.
-    The temporary file is removed when anything fails.
+    The temporary file is removed if that fails.
 
     Raises:
-        OSError: the disk is full, the folder is read-only, and the like; `path` is as it was.
+        OSError: the file cannot be written, e.g. on a full disk; `path` is unchanged.
     """
     temp = path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
     try:
@@ -64,6 +77,18 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def storing(path: Path, note: str = "") -> Iterator[None]:
+    """Raise ShardError, with `note` before the remedy, if the file system refuses the write."""
+    try:
+        yield
+    except OSError as error:
+        raise ShardError(
+            f"{path}: not written ({error.strerror or error}); {note}fix this and rerun the same "
+            "command"
+        ) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and removals in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -74,6 +99,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers of `folder` left; call it only where no other writer can be."""
+    """Remove temporary files of killed writers. Only safe when no other writer is running."""
     for temp in folder.glob(f".*{TEMP_SUFFIX}"):
         temp.unlink(missing_ok=True)

@@ -56,8 +56,8 @@ def declare(model: str | Path, *, teacher: str | Path) -> Manifest:
         known = read_manifest(model, kind="checkpoint").lineage
         if known is not None and known.sft_teacher is not None and not known.declared:
             raise ProvenanceError(
-                f"{model} already has a {MANIFEST_NAME} that a stage wrote; it says more than "
-                "a declaration could, so remove it first if it is wrong"
+                f"{model} already has a {MANIFEST_NAME} that a stage wrote, which records "
+                "more than a declaration; remove it first if it is wrong"
             )
     config = read_config(model)
     dtype = config.get("dtype") or config.get("torch_dtype") or "unspecified"

@@ -1,16 +1,16 @@
-"""Manifests: what made an artefact, as typed objects, and their file beside the artefact."""
+"""Manifests: typed descriptions of artefacts, and the file that holds one in each folder."""
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from lopd.errors import ConfigError, DataError, LopdError, MissingFileError, ShardError
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.errors import ConfigError, DataError, LopdError, MissingFileError
+from lopd.provenance.io import pretty_json, storing, write_atomic
 from lopd.provenance.scoring import Scoring, parse_scoring
 from lopd.provenance.typed_json import Unfit, parse, plain, value_at
 
@@ -19,7 +19,7 @@ SCHEMA = 1
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
 KEYS = ("config", "model", "base", "sampling", "inputs", "lineage", "overrides", "plan")
 _SEQUENCES = ("model.path", "model.tokenizer", "model.vocab_size", "plan.shards")
-# What a kind needs beyond the fields that its class needs; "a.b" is key b of the object under a.
+# Required keys besides the fields of the kind's class; "a.b" is key b of the object under a.
 REQUIRED = {
     "sft_data": _SEQUENCES,
     "rollouts": _SEQUENCES,
@@ -50,7 +50,7 @@ class ModelIdentity:
         return parse(cls, value, "model.", _unfit("manifest", "model", ConfigError))
 
     def as_teacher(self) -> dict[str, Any]:
-        """The part of the JSON that a lineage records of a teacher."""
+        """The JSON by which a lineage identifies a teacher."""
         return {"weights": self.weights, "tokenizer": self.tokenizer, "path": self.path}
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How answers were sampled; None where the manifest does not say."""
+    """How answers were sampled; None for unknown values."""
 
     max_new_tokens: int | None = None
     num_samples: int | None = None
@@ -103,8 +103,8 @@ class ScoredRollouts:
 class Manifest:
     """The manifest of an artefact of any kind.
 
-    `raw` is the JSON object on disk, unknown keys included; digests are computed from it. What
-    a stage reports for people only (`training`, `holdout`, `seconds`, ...) is found only there.
+    `raw` is the JSON object on disk, unknown keys included; digests are computed from it. Reports
+    for people (`training`, `holdout`, `seconds`, ...) are only there.
     """
 
     kind: str
@@ -116,14 +116,14 @@ class Manifest:
     sampling: SamplingSettings | None = None
     lineage: Lineage | None = None
     overrides: tuple[Override, ...] = ()
-    declared: bool = False  # who scored and who rolled out are taken on trust
+    declared: bool = False  # the models that scored and rolled out are not verified
     shards: tuple[int, ...] = field(default=(), metadata={"at": "plan.shards"})  # sequences of each
     scoring: Scoring
     raw: Mapping[str, Any] = field(repr=False)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the model's head; only folders of sequences are sure to say."""
+        """Rows of the model's head; always known for folders of sequences."""
         assert self.model.vocab_size is not None
         return self.model.vocab_size
 
@@ -150,63 +150,48 @@ def build_manifest(
     *,
     stage: str,
     config: Any,
-    model: ModelIdentity | Mapping[str, Any] | None = None,
-    base: ModelIdentity | None = None,
-    sampling: SamplingSettings | Mapping[str, Any] | None = None,
-    inputs: Mapping[str, Any] | None = None,
-    lineage: Lineage | Mapping[str, Any] | None = None,
-    overrides: Sequence[Override] = (),
-    plan: Mapping[str, Any] | None = None,
-    **extra: Any,
+    **parts: Any,
 ) -> Manifest:
     """The manifest of an artefact that is about to be written.
 
-    `config` (a dataclass or a mapping) is kept for people to read and is not part of the recipe.
-    Whatever decides the content of the artefact belongs into `model`, `sampling`, `inputs`,
-    `plan` or `extra`: resuming compares only those (`lopd.provenance.identity`).
+    Args:
+        config: the stage's settings, for people to read; not part of the recipe.
+        parts: what decides the content of the artefact: `model`, `base`, `sampling`, `inputs`,
+            `lineage`, `overrides`, `plan` and further keys. A stage that is resumed compares these
+            (`lopd.provenance.identity`). Dataclasses are written as JSON.
 
     Raises:
-        ConfigError: an unknown kind, an extra key that is taken, or a part that the kind needs
-            is missing.
+        ConfigError: an unknown kind, a key that is taken, or a part that the kind needs is missing.
     """
     if kind not in KINDS:
         raise ConfigError(f"manifest kind '{kind}' is unknown; use one of {', '.join(KINDS)}")
-    parts = {
+    always = {
         "schema": SCHEMA,
         "kind": kind,
         "stage": stage,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": _environment(),
         "config": config,
-        "model": model,
-        "base": base,
-        "sampling": sampling,
-        "inputs": inputs or {},
-        "lineage": lineage,
-        "overrides": overrides,
-        "plan": plan,
     }
-    clash = sorted(parts.keys() & extra.keys())
+    clash = sorted(always.keys() & parts.keys())
     if clash:
         raise ConfigError(f"manifest key '{clash[0]}' is taken; give the extra key another name")
-    # Through JSON once, so that what is compared now is what will be read back.
-    return parse_manifest(json.loads(pretty_json(plain({**parts, **extra}))))
+    values = {**dict.fromkeys(KEYS), "overrides": (), **parts, **always}
+    values["inputs"] = values["inputs"] or {}
+    # Converted to JSON and back, so that what is compared now is what will be read.
+    return parse_manifest(json.loads(pretty_json(plain(values))))
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
-    """Write `manifest.json` into `folder`, which is made if need be.
+    """Write `manifest.json` into `folder`, which is created if necessary.
 
     Raises:
-        ShardError: the disk is full, the folder is read-only, and the like.
+        ShardError: the file cannot be written, e.g. on a full disk.
     """
     file = Path(folder) / MANIFEST_NAME
-    try:
+    with storing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, pretty_json(manifest.raw))
-    except OSError as error:
-        raise ShardError(
-            f"{file}: not written ({error.strerror or error}); fix this and rerun the same command"
-        ) from error
     return file
 
 
@@ -222,8 +207,7 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
 
     Raises:
         MissingFileError: no such folder or no manifest in it.
-        DataError: not a manifest, one without what its kind needs, or one of a newer version
-            of lopd.
+        DataError: not a manifest, an incomplete one, or one of a newer version of lopd.
         ConfigError: an artefact of another kind.
     """
     file = Path(folder) / MANIFEST_NAME

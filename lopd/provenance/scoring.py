@@ -29,7 +29,7 @@ class ListSupport:
     """Which ids a cache's lists hold."""
 
     ids: str  # in words
-    extra_ids: int = 0  # of the student's top ids that every list gained
+    extra_ids: int = 0  # number of the student's top ids added to every list
     raw: Mapping[str, Any] = field(repr=False)
 
 
@@ -37,9 +37,9 @@ class ListSupport:
 class Scoring:
     """Where a cache's columns come from.
 
-    `computed` by a model from all of its logits; `derived` from the list only: the tail as 1 less
-    the listed mass, the entropy of list and tail, a lower bound; `absent`, NaN in the shards;
-    `renormalized`, a tail that was lost before the scores were imported.
+    `computed`: by a model from all of its logits. `derived`: from the list only, the tail as 1 less
+    the listed mass, the entropy as that of list and tail, a lower bound. `absent`: NaN in the
+    shards. `renormalized`: the tail was lost before the scores were imported.
     """
 
     tail: str = "computed"
@@ -56,7 +56,7 @@ class Scoring:
 def parse_scoring(
     manifest: Mapping[str, Any], source: str, error: type[LopdError], unfit: Unfit
 ) -> Scoring:
-    """The `scoring` of a manifest's JSON object; what it does not mention is computed.
+    """The `scoring` of a manifest's JSON object; columns without an entry are `computed`.
 
     Args:
         source: what messages call the manifest.

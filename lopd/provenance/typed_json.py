@@ -12,14 +12,13 @@ Unfit = Callable[[str], Exception]  # the error for a field, by its dotted name
 def parse(cls: type[T], value: Any, at: str, unfit: Unfit, **known: Any) -> T:
     """An instance of a dataclass from a JSON object, by the types of the dataclass's fields.
 
-    A field without a default has to be there. A field `raw` gets the object itself, keys that
-    the dataclass does not know included. A field with the metadata `at` is found under that
-    dotted name.
+    A field without a default is required. A field `raw` receives the object itself, unknown keys
+    included. The metadata `at` of a field is the dotted name of its value.
 
     Args:
-        at: the object's name in messages, with a dot behind it; empty for the outermost.
+        at: the object's name in messages, followed by a dot; empty for the outermost.
         unfit: makes the error for a field that is missing or has another type.
-        known: fields that are parsed already.
+        known: fields that are already parsed.
     """
     items = [item for item in dataclasses.fields(cls) if item.name not in known]  # type: ignore[arg-type]
     if not isinstance(value, dict):
@@ -56,14 +55,14 @@ def _convert(hint: Any, value: Any, at: str, unfit: Unfit) -> Any:
 
 
 def value_at(value: Any, name: str) -> Any:
-    """The value under a dotted name, None where there is none."""
+    """The value under a dotted name; None if there is none."""
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
 def plain(value: Any) -> Any:
-    """The JSON of a value in which dataclasses occur: of a parsed one, what it was parsed from."""
+    """A value with its dataclasses as JSON objects; parsed ones as the objects on disk."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return value.raw if hasattr(value, "raw") else plain(dataclasses.asdict(value))
     if isinstance(value, Mapping):

@@ -15,21 +15,22 @@ from lopd.models.load import check_model_folder
 from lopd.provenance import (
     OVERRIDES,
     CacheManifest,
-    build_manifest,
     check_distill,
     describe_model,
     digests_of,
     lineage_of,
     vocab_size_of,
-    write_manifest,
 )
 from lopd.provenance.manifest import Override
+from lopd.stages.sft import finish_checkpoint
 from lopd.store import TeacherCache
 from lopd.training import run as runs
 from lopd.training.memory import MemorySettings
 from lopd.training.objective import SPARSE, Importance, Objective, Tail
 from lopd.training.options import MonitoringOptions, Schedule
 
+_data = partial(setting, group="Model and data", identity=False)
+_objective = partial(setting, group="Objective")
 _override = partial(setting, group="Provenance overrides")
 
 
@@ -55,15 +56,10 @@ class DistillConfig(MonitoringOptions):
         default=None,
         help="Divides the student's logits; must be the cache's, which is the default.",
     )
-    support: Literal["list+sampled", "list"] = setting(
-        "list+sampled", group="Objective", help="Whether the lists include the sampled token."
+    support: Literal["list+sampled", "list"] = _objective(
+        "list+sampled", help="Whether the lists include the sampled token."
     )
-    verify: bool = setting(
-        True,
-        group="Model and data",
-        identity=False,
-        help="Check the hashes of the cache before training.",
-    )
+    verify: bool = _data(True, help="Check the hashes of the cache before training.")
     allow_teacher_mismatch: bool = _override(
         False, help="Train although another teacher made the SFT answers."
     )
@@ -76,17 +72,13 @@ class DistillConfig(MonitoringOptions):
     allow_incomplete_cache: bool = _override(
         False, help="Train on the finished shards of the cache."
     )
-    refresh_every: int = setting(
+    refresh_every: int = _objective(
         0,
         within="[0, inf)",
-        group="Objective",
         help="Resample and rescore rollouts every N steps (needs --teacher); 0 uses the cache.",
     )
-    teacher: str | None = setting(
-        None,
-        group="Model and data",
-        identity=False,
-        help="Folder of the teacher that scored the cache, for refresh_every.",
+    teacher: str | None = _data(
+        None, help="Folder of the teacher that scored the cache, for refresh_every."
     )
     refresh_batch_size: int = setting(
         64,
@@ -110,23 +102,17 @@ class DistillConfig(MonitoringOptions):
             )
         if self.refresh_every and self.drop_truncated:
             raise ConfigError(
-                "drop_truncated: goes by the ends of the cached answers, which --refresh_every "
-                "replaces; leave one of them out"
+                "drop_truncated: depends on the ends of the cached answers, which --refresh_every "
+                "replaces; leave one of the two out"
             )
 
     def objective_at(self, cache_temperature: float) -> Objective:
         """The objective; its temperature is the cache's unless one is set."""
         temperature = cache_temperature if self.temperature is None else self.temperature
+        names = ("tail", "beta", "advantage_clip", "importance", "importance_cap", "clip_range")
+        settings = {name: getattr(self, name) for name in names}
         return Objective(
-            self.objective,
-            self.tail,
-            self.beta,
-            self.advantage_clip,
-            temperature,
-            self.importance,
-            self.importance_cap,
-            self.clip_range,
-            self.workspace,
+            self.objective, temperature=temperature, workspace_bytes=self.workspace, **settings
         )
 
     def allowed(self) -> frozenset[str]:
@@ -170,13 +156,9 @@ def main(config: DistillConfig) -> Path:
         k=cache.manifest.k,
         refresh=refresh,
     )
-    if not runs.is_first():
-        return Path(config.out)
-    manifest = build_manifest(
-        "checkpoint",
-        stage="distill",
-        config=asdict(config),
-        model=describe_model(config.out, dtype=config.dtype, engine="transformers"),
+    return finish_checkpoint(
+        config,
+        "distill",
         base=base,
         inputs=inputs,
         lineage={**_lineage(config.student), "initial_student": base.weights},
@@ -184,8 +166,6 @@ def main(config: DistillConfig) -> Path:
         objective={k: v for k, v in asdict(objective).items() if k != "workspace_bytes"},
         **trained,
     )
-    write_manifest(config.out, manifest)
-    return Path(config.out)
 
 
 def describe_inputs(config: DistillConfig) -> dict[str, Any]:
@@ -281,7 +261,7 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
 
 
 def _lineage(student: str) -> dict[str, Any]:
-    """The student's lineage; unknown if it is contradictory, which only an override admits."""
+    """The student's lineage; unknown if its manifest describes other weights."""
     try:
         return dict(lineage_of(student).raw)
     except ProvenanceError:

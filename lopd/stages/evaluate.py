@@ -9,6 +9,7 @@ and a lower bound otherwise.
 import json
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,10 @@ RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
 ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
 
 
+_data = partial(setting, group="Model and data", identity=False)
+_evaluation = partial(setting, group="Evaluation")
+
+
 @dataclass(kw_only=True)
 class EvalConfig(GenerationOptions, ScoringOptions):
     """Measure accuracy on prompts with answers, and the KL to a teacher (`lopd eval`)."""
@@ -51,18 +56,9 @@ class EvalConfig(GenerationOptions, ScoringOptions):
         help="JSONL or parquet file with 'prompt' or 'messages', and 'answer', in each record.",
     )
     out: str = setting(identity=False, help="Folder for results.json and the answers.")
-    teacher: str | None = setting(
-        None, group="Model and data", identity=False, help="Folder of the teacher, for the KL."
-    )
-    cache: str | None = setting(
-        None,
-        group="Model and data",
-        identity=False,
-        help="Teacher cache of held-out rollouts, for the KL on them.",
-    )
-    kl_k: int = setting(
-        64, within="[1, inf)", group="Evaluation", help="Teacher tokens per position of the KL."
-    )
+    teacher: str | None = _data(None, help="Folder of the teacher, for the KL.")
+    cache: str | None = _data(None, help="Teacher cache of held-out rollouts, for the KL on them.")
+    kl_k: int = _evaluation(64, within="[1, inf)", help="Teacher tokens per position of the KL.")
     num_samples: int = setting(
         4, within="[1, inf)", group="Sampling", help="Number of sampled answers to each prompt."
     )
@@ -73,14 +69,12 @@ class EvalConfig(GenerationOptions, ScoringOptions):
         remedy=" (greedy answers are evaluated as well)",
         help="Temperature of the sampled answers; greedy answers are evaluated as well.",
     )
-    judge: Literal["exact", "math"] = setting(
+    judge: Literal["exact", "math"] = _evaluation(
         "exact",
-        group="Evaluation",
         help="exact compares what answer_regex finds; math uses math-verify (lopd[eval]).",
     )
-    answer_regex: str = setting(
+    answer_regex: str = _evaluation(
         ANSWER_REGEX,
-        group="Evaluation",
         help="Regular expression with one group, whose last match is the model's answer.",
     )
 
@@ -114,7 +108,8 @@ def main(config: EvalConfig) -> Path:
         DataError: a prompt has no answer, or is too long for the model.
         ShardError: the cache is incomplete or altered.
     """
-    out = examine_folder(config.out, final=MANIFEST_NAME, own_files=RESULTS).require_writable().path
+    out = Path(config.out)
+    examine_folder(out, final=MANIFEST_NAME, allowed_files=RESULTS).require_writable()
     engine = _load(config, config.model)
     prompts = _prompts(config, engine)
     if config.cache is not None:

@@ -1,10 +1,9 @@
 """Make a teacher cache from the scores of another tool (`lopd import`).
 
-`lopd.data.external_scores` describes the formats. Teacher and student are declared, not verified:
-a model folder is fingerprinted, a digest is recorded as it is, and any other name cannot be
-verified, so that `lopd distill` requires its override. The manifest's `scoring` records what the
-file lacks (`lopd.provenance.scoring`): tail and entropy are derived from the lists, rollout
-log-probs may be absent.
+`lopd.data.external_scores` describes the formats. Teacher and student are declared, not verified: a
+model folder is fingerprinted, a digest is recorded unchanged, and for any other name `lopd distill`
+requires an override. The manifest's `scoring` records that tail and entropy are derived from the
+lists, and whether rollout log-probs are absent.
 """
 
 import re
@@ -90,7 +89,7 @@ def main(config: ImportConfig) -> Path:
         ConfigError: neither model is a folder, so that the vocabulary is unknown.
         MissingFileError: the file does not exist.
     """
-    student, teacher = _describe_both(config.student, config.teacher)
+    student, teacher = _describe_models(config.student, config.teacher)
     assert teacher.vocab_size is not None
     tokenizer, eos_ids = None, []
     if Path(config.student).is_dir():
@@ -145,28 +144,27 @@ def main(config: ImportConfig) -> Path:
     return Path(config.out)
 
 
-def _describe_both(student: str, teacher: str) -> tuple[ModelIdentity, ModelIdentity]:
-    rows = [vocab_size_of(name) for name in (student, teacher) if Path(name).is_dir()]
-    if not rows:
+def _describe_models(*names: str) -> list[ModelIdentity]:
+    """Models by their folders, or as far as a digest or another name identifies them."""
+    sizes = [vocab_size_of(name) for name in names if Path(name).is_dir()]
+    if not sizes:
         raise ConfigError(
-            f"neither student '{student}' nor teacher '{teacher}' is a folder; name the folder of "
-            "one of them, to read the vocabulary from"
+            f"neither student '{names[0]}' nor teacher '{names[1]}' is a folder; name the folder "
+            "of one of them, to read the vocabulary from"
         )
-    return _describe(student, max(rows)), _describe(teacher, max(rows))
-
-
-def _describe(name: str, vocab_size: int) -> ModelIdentity:
-    """A model by its folder, or as far as a digest or another name identifies it."""
-    unknown = f"unidentified: {name}"
-    known: Mapping[str, Any] = {
-        "path": name,
-        "weights": name if _DIGEST.fullmatch(name) else unknown,
-        "tokenizer": unknown,
-        "vocab_size": vocab_size,
-    }
-    if Path(name).is_dir():
-        known = describe_model(name, dtype="unspecified", engine="unspecified").raw
-    return ModelIdentity.from_json({**known, "declared": True})
+    models = []
+    for name in names:
+        unknown = f"unidentified: {name}"
+        known: Mapping[str, Any] = {
+            "path": name,
+            "weights": name if _DIGEST.fullmatch(name) else unknown,
+            "tokenizer": unknown,
+            "vocab_size": max(sizes),
+        }
+        if Path(name).is_dir():
+            known = describe_model(name, dtype="unspecified", engine="unspecified").raw
+        models.append(ModelIdentity.from_json({**known, "declared": True}))
+    return models
 
 
 def take_survey(config: ImportConfig, vocab_size: int, records: Iterable[Dumped]) -> Survey:

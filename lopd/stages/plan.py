@@ -33,7 +33,7 @@ class PlanConfig(MemorySettings):
         parse_bytes("gpu_memory", self.gpu_memory)
 
 
-FLAGS = (  # of the settings that `proposals` changes
+FLAGS = (  # the settings that `proposals` changes
     "gradient_checkpointing",
     "workspace_bytes",
     "batch_size",
@@ -79,7 +79,7 @@ def main(config: PlanConfig) -> None:
     for candidate in proposals(planner, config, memory):
         total, flags = planner.estimate(candidate).total, changed_flags(config, candidate)
         rows.append((gib(total), "fits" if total <= memory else "no", flags))
-        if total <= memory:  # only the last one may
+        if total <= memory:  # only the last candidate can
             advice = f"train with {flags}"
     print_rows(rows, right={0})
     raise MemoryPlanError(

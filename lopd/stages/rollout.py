@@ -86,11 +86,8 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         stage=stage,
         config=asdict(config),
         model=describe_model(model, dtype=config.dtype, engine=config.engine),
-        sampling={
-            **asdict(config.sampling()),
-            "seed": config.seed,
-            "num_samples": config.num_samples,
-        },
+        sampling=asdict(config.sampling())
+        | {"seed": config.seed, "num_samples": config.num_samples},
         inputs={"prompts": describe_file(config.prompts)},
         lineage=lineage_of(model),
         plan={"shards": [len(shard) for shard in shards]},

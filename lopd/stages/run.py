@@ -66,7 +66,7 @@ def main(config: RunConfig) -> Path:
             inputs have changed.
         LopdError: what the stages raise.
     """
-    if not (worker := this_worker(None)).alone:
+    if not (worker := this_worker(None)).is_single:
         raise ConfigError(
             f"RANK/WORLD_SIZE: found {worker}; expected one process for a recipe; "
             "start 'lopd rollout' and 'lopd score' with torchrun instead"
@@ -100,12 +100,9 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         if name in TRAINING_STAGES:
             shared.pop("dtype", None)
         known = {item.name for item in fields(config_class)}
-        implied = {
-            key: value
-            for key, value in (implied_settings(name, recipe) | shared).items()
-            if key in known
-        }
-        chosen = implied | (recipe["stages"][name] or {})
+        implied = implied_settings(name, recipe) | shared
+        chosen = {key: value for key, value in implied.items() if key in known}
+        chosen |= recipe["stages"][name] or {}
         where = f"{source}: stages: {name}"
         configs[name] = build_config(config_class, chosen, [], where, f"lopd {name}")
     return configs
@@ -166,8 +163,7 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 def is_finished(config: Any) -> bool:
     """Whether a stage's output is complete and was made with these settings from these inputs.
 
-    Only of stages whose manifest is their last file; False for stores of sequences, whose stages
-    find their missing shards themselves.
+    False for stores of sequences, whose stages find their missing shards themselves.
 
     Raises:
         ConfigError: the output is complete, and its settings or inputs have changed.

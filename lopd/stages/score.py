@@ -9,7 +9,7 @@ on the process that writes it.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lopd.config.fields import setting, setting_of
 from lopd.engines import ENGINES, load_engine
-from lopd.engines.base import Engine, Progress, score_rollouts
+from lopd.engines.base import score_rollouts
 from lopd.engines.options import EngineOptions, ScoringOptions
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.models.limits import ModelLimits
@@ -34,18 +34,18 @@ from lopd.provenance import (
 )
 from lopd.stages.rollout import SamplingOptions
 from lopd.stages.table import print_fields
-from lopd.store import CacheWriter, Codec, Rollout, RolloutStore, TeacherCache, TeacherScores
+from lopd.store import CacheWriter, Codec, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import examine_shard_folder
 from lopd.store.size import (
-    Probe,
+    TimedSample,
     Work,
     check_fits,
     format_bytes,
     format_seconds,
     free_bytes,
-    measure,
     sample,
     size_bounds,
+    time_sample,
     work_left,
 )
 from lopd.store.types import name_of
@@ -80,9 +80,7 @@ class ScoreConfig(EngineOptions, ScoringOptions):
     student: str | None = _cache(
         None, identity=False, help="Folder of the student that rolled out, for extra_ids."
     )
-    extra_ids: int = _cache(
-        0, within="[0, inf)", help="Add the student's own top N ids to every list."
-    )
+    extra_ids: int = _cache(0, within="[0, inf)", help="Add the student's top N ids to every list.")
     worker: str | None = setting_of(SamplingOptions, "worker")
     plan: bool = setting(
         False,
@@ -126,24 +124,24 @@ def main(config: ScoreConfig) -> Path | None:
     work = work_left(rollouts, left)
     check_fits(config.out, bounds[0].of(work), "with the shortest lists")
     if config.plan:
-        probe = measure(manifest, sample(rollouts), _Scorer(config, worker))
-        sizes = [probe.size.of(work), *(size.of(work) for size in bounds)]
-        _print_plan(rollouts, work, probe, sizes, free_bytes(config.out), worker)
-        check_fits(config.out, sizes[0], f"by {probe.sequences} scored sequences")
+        timed = time_sample(manifest, sample(rollouts), _load_scorer(config, worker))
+        sizes = [timed.size.of(work), *(size.of(work) for size in bounds)]
+        _print_forecast(rollouts, work, timed, sizes, free_bytes(config.out), worker)
+        check_fits(config.out, sizes[0], f"by {timed.sequences} scored sequences")
         return None
     with CacheWriter.create(config.out, manifest, worker=worker) as writer:
         missing = writer.missing()
         if missing:
             save_vocab(config.teacher, config.out)
             may_not_fit = bounds[1].of(work) > free_bytes(config.out)
-            _fill(writer, missing, rollouts, config, worker, probe=may_not_fit)
+            _fill(writer, missing, rollouts, config, worker, check_size=may_not_fit)
         if not writer.finish():
             print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)
 
 
 def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
-    source, numerics = rollouts.manifest, ENGINES[config.engine]
+    source = rollouts.manifest
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
     assert model.vocab_size is not None
     ModelLimits("the teacher", model.vocab_size).check_k(config.k)
@@ -166,8 +164,7 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
         codec=config.codec,
         temperature=config.temperature,
         scoring={
-            "tail": numerics.tail,
-            "entropy": numerics.entropy,
+            **ENGINES[config.engine],
             "rollout_logprobs": "computed",
             "support": _describe_support(config, source.model),
         },
@@ -203,39 +200,35 @@ def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
 def _check_sequences(rollouts: RolloutStore, shards: Sequence[int], teacher: str) -> None:
     """Check all sequences before the first is scored."""
     limits = ModelLimits("the teacher", vocab_size_of(teacher), context_of(teacher))
-    for rollout in (rollout for shard in shards for rollout in rollouts.shard(shard)):
-        limits.check(name_of(rollout), rollout.tokens)
+    for shard in shards:
+        for rollout in rollouts.shard(shard):
+            limits.check(name_of(rollout), rollout.tokens)
 
 
-class _Scorer:
-    """The teacher and, for extra ids, the student."""
+def _load_scorer(config: ScoreConfig, worker: Worker) -> Callable[..., list[TeacherScores]]:
+    """Load the teacher and, for extra ids, the student; return the function that scores with them.
 
-    def __init__(self, config: ScoreConfig, worker: Worker) -> None:
-        self.config = config
-        common: dict[str, Any] = {
-            "dtype": config.dtype,
-            "device": config.device,
-            "local_rank": worker.local_rank,
-            "options": config.options(),
-            "tokens_per_batch": config.tokens_per_batch,
-        }
-        self.teacher = load_engine(config.engine, config.teacher, **common)
-        self.student: Engine | None = None
-        if config.student is not None:
-            self.student = load_engine("transformers", config.student, **common)
-
-    def __call__(
-        self, rollouts: Sequence[Rollout], progress: Progress | None = None
-    ) -> list[TeacherScores]:
-        return score_rollouts(
-            self.teacher,
-            rollouts,
-            self.config.k,
-            temperature=self.config.temperature,
-            student=self.student,
-            extra_ids=self.config.extra_ids,
-            progress=progress,
-        )
+    The function takes rollouts and, optionally, `progress`.
+    """
+    common: dict[str, Any] = {
+        "dtype": config.dtype,
+        "device": config.device,
+        "local_rank": worker.local_rank,
+        "options": config.options(),
+        "tokens_per_batch": config.tokens_per_batch,
+    }
+    teacher = load_engine(config.engine, config.teacher, **common)
+    student = None
+    if config.student is not None:
+        student = load_engine("transformers", config.student, **common)
+    return partial(
+        score_rollouts,
+        teacher,
+        k=config.k,
+        temperature=config.temperature,
+        student=student,
+        extra_ids=config.extra_ids,
+    )
 
 
 def _fill(
@@ -245,13 +238,13 @@ def _fill(
     config: ScoreConfig,
     worker: Worker,
     *,
-    probe: bool,  # measure a few sequences first, to check that the rest fits on the disk
+    check_size: bool,  # score a sample first, to check that the rest fits on the disk
 ) -> None:
-    scorer, sizes = _Scorer(config, worker), rollouts.manifest.shards
+    scorer, sizes = _load_scorer(config, worker), rollouts.manifest.shards
     work = work_left(rollouts, missing)
-    if probe:
-        scored = measure(writer.manifest, sample(rollouts), scorer)
-        check_fits(config.out, scored.size.of(work), f"by {scored.sequences} scored sequences")
+    if check_size:
+        timed = time_sample(writer.manifest, sample(rollouts), scorer)
+        check_fits(config.out, timed.size.of(work), f"by {timed.sequences} scored sequences")
     done = sum(sizes) - work.sequences
     with tqdm(total=sum(sizes), initial=done, unit="seq", desc="scoring") as bar:
         for index in writer.claims():
@@ -260,25 +253,25 @@ def _fill(
             writer.write(index, list(zip(sequences, scores, strict=True)))
 
 
-def _print_plan(
+def _print_forecast(
     rollouts: RolloutStore,
     work: Work,
-    probe: Probe,
+    timed: TimedSample,
     sizes: list[int],  # measured, lower bound, upper bound
     free: int,
     worker: Worker,
 ) -> None:
     totals = rollouts.summary()
     needed, low, high = map(format_bytes, sizes)
-    share = f", each of {worker.count} workers" if not worker.alone else ""
+    share = f", each of {worker.count} workers" if not worker.is_single else ""
     rows = {
         "sequences": f"{totals['sequences']}, {work.sequences} to score",
         "tokens": f"{totals['tokens']}, {totals['response_tokens']} of them responses",
         "shards": f"{totals['shards']}, {work.shards} to write",
-        "bytes": f"{needed} by the probe; {low} with the shortest lists, {high} with the longest",
+        "bytes": f"{needed} by the sample; {low} with the shortest lists, {high} with the longest",
         "free disk": format_bytes(free),
-        "probe": f"{probe.sequences} sequences, {probe.tokens} tokens, "
-        f"{probe.tokens / probe.seconds:.0f} tokens/s",
-        "time": f"{format_seconds(probe.seconds_for(work) / worker.count)}{share}",
+        "sample": f"{timed.sequences} sequences, {timed.tokens} tokens, "
+        f"{timed.tokens / timed.seconds:.0f} tokens/s",
+        "time": f"{format_seconds(timed.seconds_for(work) / worker.count)}{share}",
     }
     print_fields(rows)

@@ -56,19 +56,18 @@ def main(config: SftConfig) -> Path:
     checkpoint = runs.begin(config, data=data, base=base)
     objective = Objective("cross_entropy", workspace_bytes=config.workspace)
     trained = runs.train(config, source, objective, model_path=config.model, checkpoint=checkpoint)
-    if not runs.is_first():
-        return Path(config.out)
-    manifest = build_manifest(
-        "checkpoint",
-        stage="sft",
-        config=asdict(config),
-        model=describe_model(config.out, dtype=config.dtype, engine="transformers"),
-        base=base,
-        inputs=inputs,
-        lineage={"sft_teacher": teacher, "declared": False, "initial_student": None},
-        **trained,
-    )
-    write_manifest(config.out, manifest)
+    lineage = {"sft_teacher": teacher, "declared": False, "initial_student": None}
+    return finish_checkpoint(config, "sft", base=base, inputs=inputs, lineage=lineage, **trained)
+
+
+def finish_checkpoint(config: Any, stage: str, **parts: Any) -> Path:
+    """Write the manifest of a trained model, once for all processes; returns the model's folder."""
+    if runs.is_first():
+        model = describe_model(config.out, dtype=config.dtype, engine="transformers")
+        manifest = build_manifest(
+            "checkpoint", stage=stage, config=asdict(config), model=model, **parts
+        )
+        write_manifest(config.out, manifest)
     return Path(config.out)
 
 

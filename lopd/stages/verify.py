@@ -108,7 +108,7 @@ def _describe_noise(floor: NoiseFloor) -> dict[str, str]:
 
 
 def check_artefact(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Check a folder from its files, without a model.
+    """Check a folder by its files, without loading a model.
 
     Returns:
         What was checked, as fields to print.
@@ -172,7 +172,7 @@ def _check_store(folder: Path, manifest: Manifest) -> dict[str, str]:
         store = RolloutStore.open(folder, kind=manifest.kind)
     store.verify()
     rows, has_logprobs = manifest.vocab_size, manifest.scoring.rollout_logprobs != "absent"
-    names = set()  # of sequences
+    names = set()
     for item in store:
         rollout = item.rollout if isinstance(item, TeacherSequence) else item
         check_rollout(rollout, rows, has_logprobs=has_logprobs)
@@ -200,7 +200,7 @@ def _check_vocabulary(folder: Path, manifest: Manifest) -> str:
 
 
 def _describe_source(model: ModelIdentity) -> str:
-    """Where a model of the manifest was, and whether it is still there; not a check."""
+    """The path of a model in the manifest, and whether its weights are unchanged."""
     path, weights = model.path, model.weights
     if not path or not Path(path).is_dir():
         state = "no longer there"

@@ -1,9 +1,9 @@
 """On-disk sequences: a teacher's answers, a student's rollouts, and the teacher's scores.
 
-All three share one format. A folder holds `manifest.json` (recipe and shard plan, written once),
-`shard-00000.safetensors` (flat arrays, ragged by offsets) and `shard-00000.json` (its receipt:
-counts, bytes, sha256, recipe digest). A shard is finished when its receipt exists and matches;
-a resumed stage writes the shards that are missing.
+All three share one format. A folder holds `manifest.json` (the recipe and the number of sequences
+of each shard, written once), `shard-00000.safetensors` (flat arrays, ragged by offsets) and
+`shard-00000.json` (its receipt: counts, bytes, sha256, recipe digest). A shard is finished when
+its receipt exists and matches; a resumed stage writes the missing shards.
 
 Writers:  `RolloutWriter`, `CacheWriter`; several processes write one folder as `Worker`s.
 Readers:  `RolloutStore` returns `Rollout`, `TeacherCache` returns `TeacherSequence`.
@@ -14,15 +14,13 @@ Scores:   an engine returns `TeacherScores`; `scored_sequence` turns them into a
 from lopd.store.codec import CODECS, Codec
 from lopd.store.ragged import TopKLists
 from lopd.store.reader import RolloutStore, TeacherCache
-from lopd.store.sequences import SUPPORTS, scored_sequence
-from lopd.store.types import FINISH_REASONS, Rollout, TeacherScores, TeacherSequence, name_of
-from lopd.store.workers import Worker, this_worker
+from lopd.store.sequences import scored_sequence
+from lopd.store.types import FINISH_REASONS, Rollout, TeacherScores, TeacherSequence
 from lopd.store.writer import CacheWriter, RolloutWriter
 
 __all__ = [
     "CODECS",
     "FINISH_REASONS",
-    "SUPPORTS",
     "CacheWriter",
     "Codec",
     "Rollout",
@@ -32,8 +30,5 @@ __all__ = [
     "TeacherScores",
     "TeacherSequence",
     "TopKLists",
-    "Worker",
-    "name_of",
     "scored_sequence",
-    "this_worker",
 ]

@@ -1,4 +1,4 @@
-"""Output folders: what a stage finds in the folder that it is to write, and what it refuses."""
+"""Output folders: whether a stage may write into a folder or continue the run in it."""
 
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -33,10 +33,10 @@ REASONS = {
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """An output folder as a stage finds it.
+    """An output folder and its state.
 
-    It is `new` where another recipe may use it: it is empty, or the recorded recipe has no
-    results yet. `unfinished` means that a run with the same identity can be continued.
+    A `new` folder is empty, or its recorded recipe has no results yet. In an `unfinished` one, a
+    run with the same identity can be continued.
     """
 
     path: Path
@@ -47,8 +47,8 @@ class OutputFolder:
         """Refuse a folder that is neither new nor unfinished.
 
         Args:
-            error: the exception for a path that is no folder of this stage at all; ConfigError
-                is raised for a finished run or another recipe.
+            error: the exception for a path that is no folder of this stage; a finished run or
+                another recipe is a ConfigError.
         """
         if self.state in ("new", "unfinished"):
             return self
@@ -63,17 +63,16 @@ def examine_folder(
     record: str | None = None,
     differs: Callable[[], str] = str,
     has_results: Callable[[], bool] = lambda: True,
-    own_files: Collection[str] | None = (),
+    allowed_files: Collection[str] | None = (),
 ) -> OutputFolder:
-    """What a stage finds in its output folder; writes nothing.
+    """The state of a stage's output folder; writes nothing.
 
     Args:
         final: name of the file that a run writes last.
         record: name of the file in which a run records its identity when it starts.
-        differs: what differs between the recorded identity and that of the run at hand, in
-            words; empty if nothing does.
+        differs: describes how the recorded identity differs from this run's; empty if it does not.
         has_results: whether another recipe must not replace the recorded one.
-        own_files: names of other files that a run of the stage may have left; None admits any.
+        allowed_files: names of other files that a run of the stage may have left; None admits any.
     """
     folder = Path(path)
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -87,8 +86,8 @@ def examine_folder(
         if not (words := differs()):
             return OutputFolder(folder, "unfinished")
         return OutputFolder(folder, "other recipe" if has_results() else "new", words)
-    if own_files is not None and folder.exists():
-        known = {LOCK_NAME, START_LOCK_NAME, *own_files}
+    if allowed_files is not None and folder.exists():
+        known = {LOCK_NAME, START_LOCK_NAME, *allowed_files}
         names = sorted(item.name for item in folder.iterdir() if not _is_temporary(item))
         if foreign := [name for name in names if name not in known]:
             return OutputFolder(folder, "foreign", f"{foreign[0]} and no {record or final}")
@@ -98,7 +97,7 @@ def examine_folder(
 def examine_shard_folder(
     path: str | Path, manifest: Manifest, *, in_use: bool = False
 ) -> OutputFolder:
-    """What the writer of a folder of shards finds in it; refuses one that it must not write to.
+    """The state of a folder of shards; refuses one that its writer must not change.
 
     Args:
         in_use: whether other workers are writing there, so that the recipe must not change.
@@ -125,13 +124,13 @@ def examine_shard_folder(
         record=MANIFEST_NAME,
         differs=differs,
         has_results=has_results,
-        own_files={VOCAB_NAME},
+        allowed_files={VOCAB_NAME},
     ).require_writable(ShardError)
 
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Make the folder; ShardError names it where the file system refuses that or what follows."""
+    """Create the folder; file system errors, here and in the block, become ShardErrors."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

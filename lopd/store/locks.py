@@ -17,9 +17,9 @@ START_LOCK_NAME = ".start.lock"
 class FolderLock:
     """The right to write into a folder, until it is released or the process ends.
 
-    It excludes all other writers or, with `shared`, those that do not share. A sharing writer that
-    finds the folder free holds it exclusively until it calls `share`. Sharing writers
-    take the lock and call `share` under a `start_lock`.
+    It excludes all other writers or, with `shared`, those that do not share. The first sharing
+    writer holds the folder exclusively until it calls `share`. Sharing writers take the lock and
+    call `share` under a `start_lock`.
 
     Raises:
         ShardError: another writer holds the lock, or the file system has no locks.

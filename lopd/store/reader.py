@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -19,12 +19,13 @@ from lopd.store.types import FINISH_REASONS, Rollout, TeacherColumns, TeacherSeq
 from lopd.store.view import ShardView
 
 LENGTH_QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
-# Response tokens that are decoded together where all are read; they fit into a CPU's cache.
+# Response tokens that are decoded together when all are read; they fit into a CPU's cache.
 _TOKENS_TOGETHER = 1 << 13
+Record = TypeVar("Record")
 
 
-class _ShardReader:
-    """Base of the readers: receipts are read first, shards when they are needed."""
+class _ShardReader(Generic[Record]):
+    """Base of the readers: receipts are read at once, shards when they are needed."""
 
     _codec: Any = None
 
@@ -52,8 +53,15 @@ class _ShardReader:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def __getitem__(self, index: int) -> Record:
+        return self.read([index])[0]
+
+    def __iter__(self) -> Iterator[Record]:
+        for view, positions in self._chunks():
+            yield from self._read(view, positions)
+
     def __getstate__(self) -> dict[str, Any]:
-        # Mapped files are not sent to worker processes; each opens its own.
+        # Worker processes open the shards themselves, since mapped files cannot be sent to them.
         return {**self.__dict__, "_views": {}}
 
     def verify(self) -> None:
@@ -108,8 +116,8 @@ class _ShardReader:
             self._views[shard] = ShardView(path, arrays, receipt, self._codec, self._vocab_size)
         return self._views[shard]
 
-    def _read_each(self, indices: Sequence[int]) -> list[Any]:
-        """The sequences in this order; those of one shard are decoded together."""
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """`[self[i] for i in indices]`; sequences of the same shard are decoded together."""
         wanted = np.asarray(indices, np.int64)
         total = len(self)
         outside = (wanted < -total) | (wanted >= total)
@@ -145,7 +153,7 @@ class _ShardReader:
         return [rollout.tokens for rollout in view.rollouts(positions)]
 
 
-class RolloutStore(_ShardReader):
+class RolloutStore(_ShardReader[Rollout]):
     """Sequences of a `rollouts` or `sft_data` folder; `store[i]` is a `Rollout`."""
 
     @classmethod
@@ -158,16 +166,6 @@ class RolloutStore(_ShardReader):
         """
         return cls(Path(path), read_manifest(path, kind=kind), allow_incomplete=False)
 
-    def __getitem__(self, index: int) -> Rollout:
-        return self._read_each([index])[0]
-
-    def __iter__(self) -> Iterator[Rollout]:
-        return self.rollouts()
-
-    def read(self, indices: Sequence[int]) -> list[Rollout]:
-        """`[store[i] for i in indices]`, read together."""
-        return self._read_each(indices)
-
     def shard(self, index: int) -> list[Rollout]:
         """All sequences of one shard, in order."""
         if index not in self._receipts:
@@ -176,20 +174,15 @@ class RolloutStore(_ShardReader):
         return view.rollouts(np.arange(view.sequences))
 
 
-class TeacherCache(_ShardReader):
+class TeacherCache(_ShardReader[TeacherSequence]):
     """Scored rollouts of a `cache` folder; `cache[i]` is a `TeacherSequence`."""
 
     manifest: CacheManifest
 
     def __init__(
-        self,
-        path: Path,
-        manifest: CacheManifest,
-        *,
-        support: Support,
-        vocab_size: int | None,
-        allow_incomplete: bool,
+        self, path: Path, support: Support, vocab_size: int | None, allow_incomplete: bool
     ) -> None:
+        manifest = read_manifest(path, kind="cache")
         self._codec = manifest.codec
         if self._codec not in CODECS:
             raise ConfigError(f"{path}: codec {self._codec!r}, expected one of {', '.join(CODECS)}")
@@ -213,12 +206,12 @@ class TeacherCache(_ShardReader):
         """Open a cache.
 
         Args:
-            support: `list` leaves every list as stored. `list+sampled` appends the sampled
-                token where its list lacks it, with the teacher's exact log-prob, and subtracts
-                it from the tail. The remainder is floored at log(2^-20) below the tail, because
-                a smaller one is rounding; `summary()["floored_tails"]` counts those rows.
-            vocab_size: rows of the student's head. Listed ids beyond are dropped and their mass
-                goes to the tail; `summary()["dropped_entries"]` counts them.
+            support: `list` returns the lists as stored. `list+sampled` appends the sampled token,
+                with the teacher's exact log-prob, to the lists that lack it, and subtracts it
+                from the tail. The remainder is floored at log(2^-20) below the tail, because a
+                smaller one is rounding; `summary()["floored_tails"]` counts those rows.
+            vocab_size: rows of the student's head. Listed ids beyond it are dropped, and their
+                mass is added to the tail; `summary()["dropped_entries"]` counts them.
             allow_incomplete: skip unfinished shards. `missing_shards` lists them, and
                 indices count the sequences of finished shards.
 
@@ -226,29 +219,12 @@ class TeacherCache(_ShardReader):
             MissingFileError: no such folder. ConfigError: a folder of another kind.
             ShardError: a shard or receipt is missing, truncated or foreign; names it.
         """
-        return cls(
-            Path(path),
-            read_manifest(path, kind="cache"),
-            support=support,
-            vocab_size=vocab_size,
-            allow_incomplete=allow_incomplete,
-        )
-
-    def __getitem__(self, index: int) -> TeacherSequence:
-        return self._read_each([index])[0]
-
-    def __iter__(self) -> Iterator[TeacherSequence]:
-        for view, positions in self._chunks():
-            yield from self._read(view, positions)
-
-    def read(self, indices: Sequence[int]) -> list[TeacherSequence]:
-        """`[cache[i] for i in indices]`; those of one shard are decoded together."""
-        return self._read_each(indices)
+        return cls(Path(path), support, vocab_size, allow_incomplete)
 
     def chunks(self) -> Iterator[TeacherColumns]:
         """All scores as written, end to end, some thousand response tokens at a time.
 
-        The cheapest way to read every list; read-only views of the file for codec `exact`.
+        The fastest way to read every list. Codec `exact` returns read-only views of the file.
         """
         for view, positions in self._chunks():
             yield view.columns(positions)
@@ -259,7 +235,7 @@ class TeacherCache(_ShardReader):
         return all(receipt["list_entries"] == 0 for receipt in self._receipts.values())
 
     def summary(self) -> dict[str, Any]:
-        """Totals from the receipts; scans the lists only where `vocab_size` can drop some."""
+        """Totals from the receipts; reads the lists only if `vocab_size` can drop entries."""
         receipts = list(self._receipts.values())
         totals = super().summary()
         tokens = totals["response_tokens"]
@@ -280,8 +256,8 @@ class TeacherCache(_ShardReader):
     def details(self) -> dict[str, Any]:
         """Sizes by array and list lengths; opens every shard.
 
-        `bytes_per_token_by_array` is per response token, largest first, with file headers as
-        `header`; `list_length_quantiles` are those of the lists as written.
+        `bytes_per_token_by_array` is per response token, largest first; `header` are the file
+        headers. `list_length_quantiles` are those of the lists as written.
         """
         sizes: Counter[str] = Counter()
         counts = np.zeros(1, np.int64)

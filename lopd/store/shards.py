@@ -11,7 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lopd.errors import ShardError
-from lopd.provenance.io import canonical_json, pretty_json, sha256_file, sync_folder, write_atomic
+from lopd.provenance.io import (
+    canonical_json,
+    pretty_json,
+    sha256_file,
+    storing,
+    sync_folder,
+    write_atomic,
+)
 
 RECEIPT_SCHEMA = 1
 COUNTS = ("bytes", "sha256", "tokens", "response_tokens", "finish_reasons")
@@ -57,20 +64,15 @@ def write_shard(
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    file = receipt
-    try:
+    note = "finished shards are intact: "
+    with storing(receipt, note):
         if receipt.exists():
             receipt.unlink()
             sync_folder(folder)
-        file = path
+    with storing(path, note):
         write_atomic(path, data)
-        file = receipt
+    with storing(receipt, note):
         write_atomic(receipt, pretty_json(content))
-    except OSError as error:
-        raise ShardError(
-            f"{file}: not written ({error.strerror or error}); finished shards are intact: "
-            "fix this and rerun the same command"
-        ) from error
 
 
 def read_receipt(folder: Path, shard: int, *, kind: str, recipe: str, sequences: int) -> dict:

@@ -1,7 +1,7 @@
-"""Estimates of a cache's size and of the time that scoring takes.
+"""The size of a cache and the scoring time, predicted from bounds and from a timed sample.
 
-Bytes are measured by encoding with the codec of the cache: synthetic scores with the shortest and
-the longest lists that the settings allow, and the scores of a few sequences.
+Bytes are measured by encoding with the codec of the cache: for the bounds, synthetic scores with
+the shortest and the longest lists that the settings allow; for the sample, real scores.
 """
 
 import math
@@ -19,7 +19,7 @@ from lopd.provenance import CacheManifest
 from lopd.store import Rollout, RolloutStore, TeacherScores
 from lopd.store.writer import encode_records
 
-PROBE_SEQUENCES = 8
+SAMPLE_SEQUENCES = 8
 RECEIPT_BYTES = 1024  # and the mark in the shard's header
 
 
@@ -45,8 +45,8 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A few sequences, scored."""
+class TimedSample:
+    """What the scoring of a few sequences took, in time and in bytes."""
 
     sequences: int
     tokens: int
@@ -62,12 +62,11 @@ def work_left(rollouts: RolloutStore, missing: Sequence[int]) -> Work:
     totals, sizes = rollouts.summary(), rollouts.manifest.shards
     sequences = sum(sizes[shard] for shard in missing)
     share = sequences / totals["sequences"]
-    return Work(
-        len(missing), sequences, share * totals["tokens"], share * totals["response_tokens"]
-    )
+    tokens, responses = share * totals["tokens"], share * totals["response_tokens"]
+    return Work(len(missing), sequences, tokens, responses)
 
 
-def sample(rollouts: RolloutStore, count: int = PROBE_SEQUENCES) -> list[Rollout]:
+def sample(rollouts: RolloutStore, count: int = SAMPLE_SEQUENCES) -> list[Rollout]:
     """Evenly spaced sequences of the store."""
     positions = np.linspace(0, len(rollouts) - 1, min(count, len(rollouts)))
     return [rollouts[int(i)] for i in positions]
@@ -75,13 +74,10 @@ def sample(rollouts: RolloutStore, count: int = PROBE_SEQUENCES) -> list[Rollout
 
 def size_bounds(manifest: CacheManifest, sequences: Sequence[Rollout]) -> tuple[Size, Size]:
     """Sizes with the shortest and with the longest lists that k and top_p allow."""
-    k, top_p, rows = manifest.k, manifest.top_p, manifest.vocab_size
-    has_entropy = manifest.scoring.entropy != "absent"
+    k, top_p = manifest.k, manifest.top_p
     first = [(1 + top_p) / 2 if top_p < 1 else 1 / (k + 1), 0.9 * min(top_p, 1.0) / k]
     shortest, longest = (
-        measure_size(
-            manifest, [(s, _synthetic_scores(s, k, rows, mass, has_entropy)) for s in sequences]
-        )
+        measure_size(manifest, [(s, _synthetic_scores(s, manifest, mass)) for s in sequences])
         for mass in first
     )
     return shortest, longest
@@ -95,26 +91,22 @@ def measure_size(manifest: CacheManifest, records: Sequence[tuple[Rollout, Teach
     return Size(data / tokens, len(save(arrays)) - data + RECEIPT_BYTES)
 
 
-def measure(
+def time_sample(
     manifest: CacheManifest,
     sequences: Sequence[Rollout],
     score: Callable[[Sequence[Rollout]], Sequence[TeacherScores]],
-) -> Probe:
+) -> TimedSample:
     """Score the sequences and time it; the first is scored once before, as a warm-up."""
     score(sequences[:1])
     start = time.perf_counter()
     scores = score(sequences)
     seconds = time.perf_counter() - start
     size = measure_size(manifest, list(zip(sequences, scores, strict=True)))
-    return Probe(len(sequences), sum(len(s.tokens) for s in sequences), seconds, size)
+    return TimedSample(len(sequences), sum(len(s.tokens) for s in sequences), seconds, size)
 
 
 def check_fits(out: str | Path, needed: int, basis: str) -> None:
-    """Refuse scores that do not fit on the disk of `out`.
-
-    Raises:
-        ConfigError: the bytes needed and free, and the remedy.
-    """
+    """Raise ConfigError if that many bytes do not fit on the disk of `out`."""
     free = free_bytes(out)
     if needed > free:
         raise ConfigError(
@@ -144,15 +136,13 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _synthetic_scores(
-    rollout: Rollout,
-    k: int,
-    rows: int,
-    first: float,  # probability of the first id, and the largest of any other id
-    has_entropy: bool,
-) -> TeacherScores:
-    """Scores of the right shape, ids spread over the vocabulary."""
-    length = len(rollout.rollout_logprobs)
+def _synthetic_scores(rollout: Rollout, manifest: CacheManifest, first: float) -> TeacherScores:
+    """Scores of the right shape, with ids spread over the vocabulary.
+
+    Args:
+        first: probability of the first id, and the largest of any other id.
+    """
+    k, rows, length = manifest.k, manifest.vocab_size, len(rollout.rollout_logprobs)
     start = np.random.default_rng(0).integers(rows, size=(length, 1))
     ids = ((start + np.arange(k) * (rows // k)) % rows).astype(np.int32)
     rest = min(first, (1 - first) / (k + 1))
@@ -162,5 +152,6 @@ def _synthetic_scores(
     tail = np.full(length, math.log1p(-probabilities.sum()), np.float32)
     matches = ids == rollout.tokens[rollout.prompt_length :, None]
     sampled = np.where(matches.any(1), np.where(matches, logprobs, 0).sum(1), tail)
+    has_entropy = manifest.scoring.entropy != "absent"
     entropy = np.full(length, 0.0 if has_entropy else np.nan, np.float32)
     return TeacherScores(sampled.astype(np.float32), entropy, ids, logprobs, tail)

@@ -15,9 +15,8 @@ class Rollout:
     """One sequence: a teacher's answer for fine-tuning, or a student's rollout.
 
     `rollout_logprobs` are under the distribution that was sampled from (temperature and
-    top_p applied), `rollout_logprobs_raw` at temperature 1 and top_p 1; pass the same array
-    twice where they agree. Both are all NaN where the manifest of the cache declares them
-    absent (`lopd.provenance.scoring`).
+    top_p applied), `rollout_logprobs_raw` at temperature 1 and top_p 1; they may be the same array.
+    Both are NaN if the cache's manifest declares them absent (`lopd.provenance.scoring`).
     """
 
     prompt_id: str  # stable under reordering of the prompts
@@ -35,9 +34,8 @@ class TeacherScores:
     """What an engine returns for one rollout. Entry t describes the distribution that
     produced response token t; log-probs in nat, not renormalised over any list.
 
-    `extra_ids` are further ids to store whatever `top_p` says, e.g. the student's own top
-    ids; those already in the list are stored once. `extra_tail_logprobs` goes with them where
-    the engine can reduce it; otherwise their mass is taken out of the tail.
+    `extra_ids` are stored regardless of `top_p`, e.g. the student's top ids; those that are also in
+    the list are stored once. Without `extra_tail_logprobs`, their mass is subtracted from the tail.
     """
 
     teacher_logprobs: np.ndarray  # [R] fp32, of the response token itself
@@ -52,7 +50,7 @@ class TeacherScores:
 
 @dataclass(frozen=True)
 class TeacherColumns:
-    """What the teacher adds to R response tokens, of one sequence or of several end to end."""
+    """The teacher's scores of R response tokens, of one sequence or of several end to end."""
 
     teacher_logprobs: np.ndarray  # [R] fp32, of the response token itself
     teacher_entropy: np.ndarray  # [R] fp32, nat; all NaN where the engine did not compute it

@@ -1,4 +1,4 @@
-"""Checks of sequences and scores, before they are written and when they are verified."""
+"""Checks of sequences and scores when they are written and verified."""
 
 import numpy as np
 
@@ -47,12 +47,12 @@ def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = Tru
             "can carry loss"
         )
     for field in ("rollout_logprobs", "rollout_logprobs_raw"):
-        if not has_logprobs:
-            _check_shape(name, field, getattr(rollout, field), (length,))
-            known = ~np.isnan(getattr(rollout, field))
-            _refuse(name, rollout, known, field, getattr(rollout, field), "NaN, as declared")
-            continue
-        _check_logprobs(name, field, getattr(rollout, field), (length,), rollout)
+        values = getattr(rollout, field)
+        if has_logprobs:
+            _check_logprobs(rollout, field, values, (length,))
+        else:
+            _check_shape(rollout, field, values, (length,))
+            _refuse(rollout, ~np.isnan(values), field, values, "NaN, as declared")
 
 
 def check_scores(
@@ -65,116 +65,106 @@ def check_scores(
     Raises:
         DataError: names the sequence, the response token and the fault.
     """
-    name = name_of(rollout)
     length = len(rollout.tokens) - rollout.prompt_length
-    _check_logprobs(name, "teacher_logprobs", scores.teacher_logprobs, (length,), rollout)
-    _check_logprobs(name, "topk_logprobs", scores.topk_logprobs, (length, k), rollout)
-    _check_logprobs(name, "tail_logprobs", scores.tail_logprobs, (length,), rollout, tail=True)
+    _check_logprobs(rollout, "teacher_logprobs", scores.teacher_logprobs, (length,))
+    _check_logprobs(rollout, "topk_logprobs", scores.topk_logprobs, (length, k))
+    _check_logprobs(rollout, "tail_logprobs", scores.tail_logprobs, (length,), tail=True)
     field, entropy = "teacher_entropy", scores.teacher_entropy
-    _check_shape(name, field, entropy, (length,))
+    _check_shape(rollout, field, entropy, (length,))
     if has_entropy:
-        bad = np.asarray(~np.isfinite(entropy) | (entropy < -MASS_TOLERANCE))
-        _refuse(name, rollout, bad, field, entropy, "a finite number of nat, at least 0")
+        bad = ~(np.isfinite(entropy) & (entropy >= -MASS_TOLERANCE))
+        _refuse(rollout, bad, field, entropy, "a finite number of nat, at least 0")
     else:
-        _refuse(name, rollout, ~np.isnan(entropy), field, entropy, "NaN")
-    _check_list(name, "topk_ids", scores.topk_ids, (length, k), vocab_size, rollout)
+        _refuse(rollout, ~np.isnan(entropy), field, entropy, "NaN")
+    _check_ids(rollout, "topk_ids", scores.topk_ids, (length, k), vocab_size)
     if (scores.extra_ids is None) != (scores.extra_logprobs is None):
-        raise DataError(f"{name}: extra_ids and extra_logprobs must be given together, or neither")
+        raise DataError(
+            f"{name_of(rollout)}: has only one of extra_ids and extra_logprobs; expected both or "
+            "neither"
+        )
     if scores.extra_ids is not None and scores.extra_logprobs is not None:
-        shape = (length, *scores.extra_ids.shape[1:])
+        shape = (length, *scores.extra_ids.shape[-1:])
         used = scores.extra_ids != -1
-        _check_list(name, "extra_ids", scores.extra_ids, shape, vocab_size, rollout, used)
-        _check_shape(name, "extra_logprobs", scores.extra_logprobs, shape)
+        _check_ids(rollout, "extra_ids", scores.extra_ids, shape, vocab_size, used)
+        _check_shape(rollout, "extra_logprobs", scores.extra_logprobs, shape)
         filled = np.where(used, scores.extra_logprobs, 0.0)
-        _check_logprobs(name, "extra_logprobs", filled, shape, rollout)
+        _check_logprobs(rollout, "extra_logprobs", filled, shape)
         if (rest := scores.extra_tail_logprobs) is not None:
-            _check_logprobs(name, "extra_tail_logprobs", rest, (length,), rollout, tail=True)
-    _check_distribution(name, rollout, scores)
+            _check_logprobs(rollout, "extra_tail_logprobs", rest, (length,), tail=True)
+    _check_distribution(rollout, scores)
 
 
-def _check_distribution(name: str, rollout: Rollout, scores: TeacherScores) -> None:
-    """List and tail sum to 1, the list descends, and both agree with the sampled token."""
+def _check_distribution(rollout: Rollout, scores: TeacherScores) -> None:
+    """Check that list and tail sum to 1, that the list descends and agrees with the token."""
     listed = scores.topk_logprobs.astype(np.float64)
     rising = np.asarray((np.diff(listed, axis=1) > 0).any(axis=1))
-    _refuse(name, rollout, rising, "topk_logprobs", None, "descending log-probs")
+    _refuse(rollout, rising, "topk_logprobs", None, "descending log-probs")
     mass = np.exp(listed).sum(axis=1) + np.exp(scores.tail_logprobs.astype(np.float64))
-    _refuse(
-        name,
-        rollout,
-        np.abs(mass - 1) > MASS_TOLERANCE,
-        "mass of list and tail",
-        mass,
-        f"1 within {MASS_TOLERANCE}",
-    )
+    wrong, expected = np.abs(mass - 1) > MASS_TOLERANCE, f"1 within {MASS_TOLERANCE}"
+    _refuse(rollout, np.asarray(wrong), "mass of list and tail", mass, expected)
     matches = scores.topk_ids == rollout.tokens[rollout.prompt_length :, None]
     in_list = matches.any(axis=1)
     field, logprobs = "teacher_logprobs", scores.teacher_logprobs.astype(np.float64)
     entry = np.where(matches, listed, 0.0).sum(axis=1)
     differs = in_list & (np.abs(entry - logprobs) > AGREEMENT_NATS)
-    _refuse(name, rollout, differs, field, logprobs, "the token's entry in topk_logprobs")
+    _refuse(rollout, differs, field, logprobs, "the token's entry in topk_logprobs")
     above = ~in_list & (logprobs > scores.tail_logprobs + AGREEMENT_NATS)
-    _refuse(name, rollout, above, field, logprobs, "at most the tail, which holds the token")
+    _refuse(rollout, above, field, logprobs, "at most the tail, which holds the token")
 
 
 def _check_logprobs(
-    name: str,
-    field: str,
-    values: np.ndarray,
-    shape: tuple[int, ...],
-    rollout: Rollout,
-    *,
-    tail: bool = False,
+    rollout: Rollout, field: str, values: np.ndarray, shape: tuple[int, ...], *, tail: bool = False
 ) -> None:
-    _check_shape(name, field, values, shape)
+    _check_shape(rollout, field, values, shape)
     bad = np.isnan(values) | (values > MASS_TOLERANCE)
     if not tail:
         bad |= np.isneginf(values)
     expected = "a log-prob, at most 0" if tail else "a finite log-prob, at most 0"
-    _refuse(name, rollout, bad, field, values, expected)
+    _refuse(rollout, bad, field, values, expected)
 
 
-def _check_shape(name: str, field: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
-    if values.shape != shape or values.dtype.kind != "f":
+def _check_shape(
+    rollout: Rollout, field: str, values: np.ndarray, shape: tuple[int, ...], kinds: str = "f"
+) -> None:
+    if values.shape != shape or values.dtype.kind not in kinds:
+        what = "floats of shape" if kinds == "f" else "integers"
         raise DataError(
-            f"{name}: {field} is {_form(values)}, expected floats of shape {list(shape)}"
+            f"{name_of(rollout)}: {field} is {_form(values)}, expected {what} {list(shape)}"
         )
 
 
-def _check_list(
-    name: str,
+def _check_ids(
+    rollout: Rollout,
     field: str,
     ids: np.ndarray,
     shape: tuple[int, ...],
     vocab_size: int,
-    rollout: Rollout,
-    used: np.ndarray | None = None,
+    used: np.ndarray | bool = True,
 ) -> None:
-    if ids.shape != shape or ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise DataError(f"{name}: {field} is {_form(ids)}, expected integers {list(shape)}")
-    used = np.ones(ids.shape, bool) if used is None else used
+    _check_shape(rollout, field, ids, shape, "iu")
     bad = used & ((ids < 0) | (ids >= vocab_size))
-    _refuse(name, rollout, bad, field, ids, f"ids in [0, {vocab_size})")
+    _refuse(rollout, bad, field, ids, f"ids in [0, {vocab_size})")
     ordered = np.sort(ids, axis=1)
     twice = (np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] != -1)
-    _refuse(name, rollout, twice, field, ordered[:, 1:], "distinct ids in a row")
+    _refuse(rollout, twice, field, ordered[:, 1:], "distinct ids in a row")
 
 
 def _refuse(
-    name: str,
     rollout: Rollout,
     bad: np.ndarray,  # [R] or [R, K] bool
     field: str,
     values: np.ndarray | None,  # as bad
     expected: str,
 ) -> None:
-    """Raise for the first True in `bad`, naming response token and value."""
+    """Raise DataError for the first True in `bad`; names the response token and the value."""
     if not bad.any():
         return
     where = tuple(int(index[0]) for index in np.nonzero(bad))
     token = int(rollout.tokens[rollout.prompt_length + where[0]])
     found = "" if values is None else f" is {values[where]}"
     raise DataError(
-        f"{name}: {field} of response token {where[0]} (id {token}){found}, expected {expected}"
+        f"{name_of(rollout)}: {field} of response token {where[0]} (id {token}){found}, expected "
+        f"{expected}"
     )
 
 

@@ -48,6 +48,7 @@ class ShardView:
                 "loss_mask": packed_bytes(tokens, 1) if compact else tokens,
                 "sample": n,
                 "finish_reason": n,
+                **({RAW: response} if RAW in arrays else {}),
             }
         )
         if tokens != receipt["tokens"] or response != receipt["response_tokens"]:
@@ -173,8 +174,6 @@ class ShardView:
             is_valid = values.dtype == dtype if dtype else values.dtype.kind == "u"
             if not is_valid or values.ndim != 1:
                 raise altered(self.path, f"array '{name}' is {values.dtype} {list(values.shape)}")
-        if RAW in self.arrays:
-            self._check_lengths({RAW: len(self.arrays["rollout_logprobs"])})
 
     def _check_scores(self, response: int) -> None:
         arrays = self.arrays

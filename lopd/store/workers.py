@@ -21,7 +21,7 @@ class Worker:
     local_rank: int | None = None
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         return self.count == 1
 
     def owns(self, shard: int) -> bool:

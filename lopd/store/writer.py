@@ -1,8 +1,9 @@
 """Writers of shard folders: resumable, one process or several per folder."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,12 +27,14 @@ from lopd.store.types import Rollout, TeacherScores, name_of
 from lopd.store.validate import check_rollout, check_scores
 from lopd.store.workers import Worker
 
+Writer = TypeVar("Writer", bound="_ShardWriter")
+
 
 class _ShardWriter:
     """Base of the writers. Holds the folder's lock until `finish` or `close`.
 
-    A single writer locks the whole folder. One of several workers shares the folder, locks the
-    shard that it is writing, and writes the shards that `claims` yields.
+    A single writer locks the whole folder. One of several workers shares the folder, writes the
+    shards that `claims` yields, and locks the one that it is writing.
     """
 
     kinds: tuple[str, ...] = ()
@@ -39,40 +42,50 @@ class _ShardWriter:
     def __init__(self, path: Path, manifest: Manifest, lock: FolderLock, worker: Worker) -> None:
         self.path = path
         self.manifest = manifest
-        self._plan = manifest.shards
+        self._sizes = manifest.shards
         self._recipe = manifest_digest(manifest)
         self._vocab_size = manifest.vocab_size
         self._has_logprobs = manifest.scoring.rollout_logprobs != "absent"
         self._lock = lock
         self._worker = worker
         self._claimed: int | None = None
-        # Shards whose receipt matches but whose hash does not. Every worker hashes its own.
+        # Shards whose receipt matches but whose hash does not, of those assigned to the worker.
         self._altered = {
             shard
-            for shard in range(len(self._plan))
+            for shard in range(len(self._sizes))
             if worker.owns(shard)
             and self._is_good(shard, hash_too=False)
             and not self._is_good(shard, hash_too=True)
         }
 
     @classmethod
-    def _open(cls, path: str | Path, manifest: Manifest, worker: Worker) -> Any:
+    def create(
+        cls: type[Writer], path: str | Path, manifest: Manifest, *, worker: Worker | None = None
+    ) -> Writer:
+        """Start the folder, or resume it if it holds the same recipe.
+
+        A recipe without a written shard is replaced. When resuming, the manifest on disk stays
+        and finished shards are hashed, so that a torn one counts as missing. One `worker` of
+        several shares the folder with the others and hashes the shards assigned to it.
+
+        Raises:
+            ConfigError: the folder holds another recipe; the message names what differs.
+            DataError: the folder's manifest.json was not written by lopd.
+            ShardError: another process is writing there, or the folder holds something else,
+                is a file, or cannot be written.
+        """
+        worker = worker or Worker()
         cls._check(manifest)
         folder = examine_shard_folder(path, manifest).path
-        with writing_to(folder):
+        with writing_to(folder), ExitStack() as on_error:
             with start_lock(folder):
-                lock = FolderLock(folder, shared=not worker.alone)
-                try:
-                    manifest = cls._start(folder, manifest, lock)
-                    lock.share()
-                except BaseException:
-                    lock.release()
-                    raise
-            try:
-                return cls(folder, manifest, lock, worker)
-            except BaseException:
-                lock.release()
-                raise
+                lock = FolderLock(folder, shared=not worker.is_single)
+                on_error.callback(lock.release)
+                manifest = cls._start(folder, manifest, lock)
+                lock.share()
+            writer = cls(folder, manifest, lock, worker)
+            on_error.pop_all()
+        return writer
 
     @classmethod
     def _check(cls, manifest: Manifest) -> None:
@@ -97,15 +110,15 @@ class _ShardWriter:
 
     def missing(self) -> list[int]:
         """Shards, in order, whose receipt is absent or does not match the data."""
-        return [shard for shard in range(len(self._plan)) if self._is_missing(shard)]
+        return [shard for shard in range(len(self._sizes)) if self._is_missing(shard)]
 
     def claims(self) -> Iterator[int]:
-        """The shards to write, in turn; write each before asking for the next.
+        """Yield the shards to write; write each before advancing to the next.
 
         A worker first gets the shards assigned to it, then any other that no worker has finished
         or claimed, until none is left.
         """
-        if self._worker.alone:
+        if self._worker.is_single:
             yield from self.missing()
             return
         progress = True
@@ -128,7 +141,7 @@ class _ShardWriter:
         """Check that every shard of the plan is written, and release the folder.
 
         Returns:
-            Whether all are; False while other workers write those that are missing.
+            Whether all are written; False while other workers write the missing ones.
 
         Raises:
             ShardError: a shard is missing that no worker is writing; names the first. The writer
@@ -139,7 +152,7 @@ class _ShardWriter:
         idle = sorted(set(missing) - set(busy))
         if idle:
             raise ShardError(
-                f"{self.path}: {len(idle)} of {len(self._plan)} shards are missing, the first "
+                f"{self.path}: {len(idle)} of {len(self._sizes)} shards are missing, the first "
                 f"is {idle[0]}; write them before finishing"
             )
         self.close()
@@ -160,7 +173,7 @@ class _ShardWriter:
 
     def _is_claimed_elsewhere(self, shard: int) -> bool:
         """Whether another worker is writing it."""
-        if self._worker.alone:
+        if self._worker.is_single:
             return False
         lock = ShardLock.take(self.path, shard)
         if lock is not None:
@@ -174,7 +187,7 @@ class _ShardWriter:
                 shard,
                 kind=self.manifest.kind,
                 recipe=self._recipe,
-                sequences=self._plan[shard],
+                sequences=self._sizes[shard],
             )
             if hash_too:
                 check_hash(self.path, receipt)
@@ -183,12 +196,12 @@ class _ShardWriter:
         return True
 
     def _check_rollouts(self, shard: int, rollouts: Sequence[Rollout]) -> None:
-        if not 0 <= shard < len(self._plan):
-            raise DataError(f"shard {shard} is not in the plan of {len(self._plan)} shards")
-        if len(rollouts) != self._plan[shard]:
+        if not 0 <= shard < len(self._sizes):
+            raise DataError(f"shard {shard} is not in the plan of {len(self._sizes)} shards")
+        if len(rollouts) != self._sizes[shard]:
             raise DataError(
-                f"shard {shard}: found {len(rollouts)} sequences; expected {self._plan[shard]}, as "
-                "planned; write exactly those"
+                f"shard {shard}: found {len(rollouts)} sequences; expected {self._sizes[shard]}, "
+                "as planned; write exactly those"
             )
         seen = set()
         for rollout in rollouts:
@@ -202,7 +215,7 @@ class _ShardWriter:
     def _store(
         self, shard: int, arrays: Mapping[str, np.ndarray], counts: Mapping[str, Any]
     ) -> None:
-        if not self._worker.alone and shard != self._claimed:
+        if not self._worker.is_single and shard != self._claimed:
             raise ShardError(
                 f"{self.path}: shard {shard} is not claimed; a worker writes what claims() yields"
             )
@@ -218,24 +231,6 @@ class RolloutWriter(_ShardWriter):
 
     kinds = ("rollouts", "sft_data")
 
-    @classmethod
-    def create(
-        cls, path: str | Path, manifest: Manifest, *, worker: Worker | None = None
-    ) -> "RolloutWriter":
-        """Start the folder, or resume it if it holds the same recipe.
-
-        A recipe without a written shard is replaced. When resuming, the manifest on disk stays
-        and finished shards are hashed, so that a torn one counts as missing. One `worker` of
-        several shares the folder with the others and hashes the shards assigned to it.
-
-        Raises:
-            ConfigError: the folder holds another recipe; the message names what differs.
-            DataError: the folder's manifest.json was not written by lopd.
-            ShardError: another process is writing there, or the folder holds something else,
-                is a file, or cannot be written.
-        """
-        return cls._open(path, manifest, worker or Worker())
-
     def write(self, shard: int, records: Sequence[Rollout]) -> None:
         """Write one shard: the planned number of sequences, in order.
 
@@ -249,21 +244,14 @@ class RolloutWriter(_ShardWriter):
 
 
 class CacheWriter(_ShardWriter):
-    """Writes a `cache` folder: rollouts with the teacher's scores."""
+    """Writes a `cache` folder: rollouts with the teacher's scores.
+
+    Columns that the manifest's `scoring` declares absent must be NaN. The manifest's `model` is the
+    teacher: its `vocab_size` bounds the ids and sets their bits in `packed` and `compact`.
+    """
 
     kinds = ("cache",)
     manifest: CacheManifest
-
-    @classmethod
-    def create(
-        cls, path: str | Path, manifest: CacheManifest, *, worker: Worker | None = None
-    ) -> "CacheWriter":
-        """As `RolloutWriter.create`; `k`, `top_p` and `codec` must be in range too.
-
-        Columns that the manifest's `scoring` declares absent must be NaN. `model` is the
-        teacher: its `vocab_size` bounds the ids and sets their bits in `packed` and `compact`.
-        """
-        return cls._open(path, manifest, worker or Worker())
 
     @classmethod
     def _check(cls, manifest: Manifest) -> None:

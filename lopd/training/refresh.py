@@ -85,7 +85,7 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
         DataError: a prompt leaves no room for the longest answer in a model's context.
     """
     cache, scorer = refresh.cache, refresh.cache.manifest.model
-    if not (worker := this_worker(None)).alone:
+    if not (worker := this_worker(None)).is_single:
         raise ConfigError(
             f"refresh_every: found {worker.count} processes; expected one: start without torchrun, "
             "or omit --refresh_every"

@@ -49,9 +49,9 @@ def begin(config: Any, *, base: ModelIdentity, **inputs: str | None) -> Path | N
         ShardError: another process trains there, or the folder cannot be written.
     """
     worker = this_worker(None)
-    if worker.alone and config.fsdp:
+    if worker.is_single and config.fsdp:
         raise ConfigError("fsdp: found one process; expected several to shard over; use torchrun")
-    if worker.alone:
+    if worker.is_single:
         return _claim(config, base, inputs, worker)
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -72,7 +72,7 @@ def _claim(
 ) -> Path | None:
     out = Path(config.out)
     start = {"weights": base.weights, "config": base.config, "tokenizer": base.tokenizer}
-    processes = {} if worker.alone else {"processes": worker.count}
+    processes = {} if worker.is_single else {"processes": worker.count}
     recipe = {**settings_identity(config), **inputs, **processes, "base": start}
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
     checkpoint = last_checkpoint(out)

@@ -1,4 +1,4 @@
-"""Settings: every one is declared in full, ranges and choices are checked, identity is stable."""
+"""Settings: complete declarations, checks of ranges and choices, stable identity."""
 
 import importlib
 import json
@@ -12,7 +12,6 @@ from lopd.cli import COMMANDS
 from lopd.config.fields import (
     GROUPS,
     Settings,
-    check_settings,
     identity_of,
     parse_range,
     setting,
@@ -64,11 +63,11 @@ def test_every_number_has_a_range_that_is_checked(config, item):
     for bound, away in ((allowed.low, -math.inf), (allowed.high, math.inf)):
         outside.append(math.nextafter(bound, away))
         setattr(good, item.name, bound)
-        check_settings(good)
+        Settings.__post_init__(good)
     for value in outside:
         setattr(good, item.name, value)
         with pytest.raises(ConfigError) as error:
-            check_settings(good)
+            Settings.__post_init__(good)
         assert str(error.value).startswith(f"{item.name}: found {value}; expected {allowed.words}")
 
 

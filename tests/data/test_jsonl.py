@@ -1,4 +1,4 @@
-"""Records of JSONL and parquet: the same prompts, and every damage by name."""
+"""Records of JSONL and parquet: the same prompts, and errors that name each fault."""
 
 import sys
 

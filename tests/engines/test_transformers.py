@@ -73,7 +73,7 @@ def test_seeds_and_prompts_change_the_answer(engine):
     )
 
 
-def test_the_end_of_sequence_token_is_kept_and_ends_the_answer(engine):
+def test_the_end_of_sequence_token_is_stored_and_ends_the_answer(engine):
     answers = engine.generate([[5, 6]] * 400, Sampling(40), list(range(400)))
     stopped = [answer for answer in answers if answer.finish_reason == "stop"]
     cut = [answer for answer in answers if answer.finish_reason == "length"]

@@ -82,7 +82,7 @@ def test_logprobs_are_those_of_the_distribution_and_of_the_model(vllm, hf, sampl
         assert max(np.abs(a.logprobs - a.logprobs_raw).max() for a in answers) > 0.1
 
 
-def test_an_answer_depends_on_its_seed_alone(vllm):
+def test_an_answer_depends_only_on_its_seed(vllm):
     together = vllm.generate(PROMPTS, Sampling(12), SEEDS)
     backwards = vllm.generate(PROMPTS[::-1], Sampling(12), SEEDS[::-1])[::-1]
     assert [a.tokens.tolist() for a in together] == [a.tokens.tolist() for a in backwards]
@@ -90,7 +90,7 @@ def test_an_answer_depends_on_its_seed_alone(vllm):
     assert len({tuple(a.tokens) for a in other}) > 4
 
 
-def test_the_end_of_sequence_token_is_kept_and_ends_the_answer(vllm):
+def test_the_end_of_sequence_token_is_stored_and_ends_the_answer(vllm):
     answers = vllm.generate([[5, 6]] * 200, Sampling(40), list(range(200)))
     stopped = [a for a in answers if a.finish_reason == "stop"]
     cut = [a for a in answers if a.finish_reason == "length"]

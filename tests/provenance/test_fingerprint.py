@@ -102,7 +102,7 @@ def test_safetensors_metadata_and_alignment_do_not_matter(tmp_path):
     assert fingerprint_weights(folder) == before
 
 
-def test_the_memo_spares_the_reading_until_told_otherwise(tmp_path, memo, monkeypatch):
+def test_a_stored_fingerprint_is_used_unless_rehash_is_set(tmp_path, memo, monkeypatch):
     folder = make_model(tmp_path / "m", shards=2)
     age(folder)
     calls = []
@@ -248,7 +248,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         tokenizer_digest(folder)
 
 
-def test_chat_templates_are_found_in_either_place(tmp_path):
+def test_chat_templates_are_read_from_either_file(tmp_path):
     folder = make_model(tmp_path / "m")
     assert chat_template_digest(folder) is None
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ x }}"}')

@@ -126,7 +126,7 @@ def test_another_students_rollouts_are_refused(world):
 
 
 @pytest.mark.parametrize("teacher", [{}, {"tokenizer": "t"}, {"weights": 3}, "someone", []])
-def test_a_lineage_that_names_no_weights_is_refused_whatever_is_allowed(world, teacher):
+def test_a_lineage_without_weights_is_refused_despite_overrides(world, teacher):
     cache = world.manifest()
     manifest = json.loads((world.student / "manifest.json").read_text())
     manifest["lineage"]["sft_teacher"] = teacher

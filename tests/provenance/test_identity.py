@@ -1,4 +1,4 @@
-"""Which settings and inputs identify a run, and the words for what differs."""
+"""Which settings and inputs identify a run, and how differences are described."""
 
 import pytest
 from helpers_cache import damaged

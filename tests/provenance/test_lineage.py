@@ -48,7 +48,7 @@ def test_declare_does_not_replace_what_a_stage_wrote(tmp_path):
         declare(make_model(tmp_path / "new"), teacher="nowhere")
 
 
-def test_a_manifest_of_other_weights_is_no_lineage(tmp_path):
+def test_a_manifest_of_other_weights_gives_no_lineage(tmp_path):
     student = make_model(tmp_path / "s", seed=1)
     declare(student, teacher="ab" * 32)
     write_weights(student, weights_of_model(seed=5))

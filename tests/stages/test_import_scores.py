@@ -1,4 +1,4 @@
-"""Dumps of other tools become caches; what they lack is said, what they have lost is refused."""
+"""`lopd import`: caches from dumps of other tools, declared gaps, and refused dumps."""
 
 import json
 import shutil
@@ -174,7 +174,7 @@ def test_an_imported_cache_trains_and_says_what_it_does_not_know(
     assert "tail derived, entropy derived, rollout_logprobs absent" in printed
 
 
-def test_given_rollout_logprobs_and_own_logprobs_are_kept(
+def test_rollout_logprobs_and_teacher_logprobs_are_imported(
     student, teacher_folder, dumped, tmp_path
 ):
     records = []
@@ -250,7 +250,7 @@ def renormalised(dumped):
     return records
 
 
-def test_renormalised_lists_are_refused_and_admitted_for_renormalised_losses_alone(
+def test_renormalised_lists_are_refused_and_admitted_only_for_renormalised_losses(
     student, teacher_folder, dumped, tmp_path, capsys
 ):
     source = write(tmp_path / "dump.jsonl", renormalised(dumped))
@@ -269,9 +269,7 @@ def test_renormalised_lists_are_refused_and_admitted_for_renormalised_losses_alo
     assert "nothing to compare with" in capsys.readouterr().err
 
 
-def test_rounded_renormalised_lists_are_seen_for_what_they_are(
-    student, teacher_folder, dumped, tmp_path, capsys
-):
+def test_rounded_renormalised_lists_are_detected(student, teacher_folder, dumped, tmp_path, capsys):
     records = renormalised(dumped)
     for record in records:
         record["logprobs"] = [
@@ -293,7 +291,7 @@ def test_raw_lists_of_nearly_all_mass_keep_their_tails(student, teacher_folder, 
     np.testing.assert_allclose(np.exp(tail), 6e-4, rtol=1e-4)
 
 
-def test_a_token_beside_a_list_of_all_mass_has_its_own_tail(student, teacher_folder, tmp_path):
+def test_a_token_outside_a_list_of_all_mass_has_a_tail(student, teacher_folder, tmp_path):
     rows = [{"9": 0.0}, {"9": float(np.log(0.75)), "11": float(np.log(0.2))}]
     record = {"prompt_token_ids": [5], "response_token_ids": [7, 8], "logprobs": rows}
     record["teacher_logprobs"] = [float(np.log(1e-5)), float(np.log(0.01))]
@@ -338,9 +336,7 @@ def test_one_list_with_a_tail_is_enough_to_keep_the_others(
     assert read_manifest(tmp_path / "cache").scoring.tail == "derived"
 
 
-def test_names_that_identify_nothing_need_overrides(
-    student, teacher_folder, dumped, tmp_path, capsys
-):
+def test_names_without_a_digest_need_overrides(student, teacher_folder, dumped, tmp_path, capsys):
     source = write(tmp_path / "dump.jsonl", [topk_record(*item) for item in dumped])
     cache = tmp_path / "cache"
     assert run(source, "topk", student, "org/teacher-8B", cache) == 0
@@ -412,7 +408,7 @@ def test_a_bad_record_is_named(tmp_path, change, message):
         list(read_dump(source, "topk", None))
 
 
-def test_what_a_dump_does_not_say_needs_the_students_tokenizer(tmp_path):
+def test_fields_that_a_dump_lacks_need_the_students_tokenizer(tmp_path):
     record = {key: value for key, value in GOOD.items() if key != "finish_reason"}
     with pytest.raises(ConfigError, match="dump.jsonl:1: no finish_reason"):
         list(read_dump(write(tmp_path / "dump.jsonl", [record]), "topk", None))

@@ -81,7 +81,9 @@ def test_torchrun_scores_to_the_same_bytes(teacher_folder, rollouts, cache, tmp_
     assert shard_bytes(tmp_path / "out") == shard_bytes(cache)
 
 
-def test_one_worker_of_two_does_all_when_it_is_alone(teacher_folder, rollouts, cache, tmp_path):
+def test_one_worker_of_two_writes_all_shards_if_the_other_is_absent(
+    teacher_folder, rollouts, cache, tmp_path
+):
     argv = score_argv(teacher_folder, rollouts, tmp_path / "out", "--worker", "1/2")
     assert main(argv) == 0
     assert shard_bytes(tmp_path / "out") == shard_bytes(cache)
@@ -129,9 +131,7 @@ def test_settings_are_refused_before_a_folder_is_made(
     assert message in one_line(capsys) and not (tmp_path / "out").exists()
 
 
-def test_the_students_own_top_ids_join_the_lists(
-    teacher_folder, student_folder, rollouts, tmp_path
-):
+def test_the_students_top_ids_join_the_lists(teacher_folder, student_folder, rollouts, tmp_path):
     flags = ["--student", str(student_folder), "--extra_ids", "3", "--top_p", "0.5"]
     assert main(score_argv(teacher_folder, rollouts, tmp_path / "out", *flags)) == 0
     items = TeacherCache.open(tmp_path / "out", support="list")
@@ -207,7 +207,7 @@ def test_a_plan_is_printed_and_nothing_is_written(teacher_folder, rollouts, tmp_
     assert rows["sequences"].strip() == "20, 20 to score"
     assert rows["tokens"].strip().startswith(f"{totals['tokens']}, {totals['response_tokens']} of")
     assert rows["shards"].strip() == "4, 4 to write"
-    assert {name.strip() for name in rows} >= {"bytes", "free disk", "probe", "time"}
+    assert {name.strip() for name in rows} >= {"bytes", "free disk", "sample", "time"}
 
 
 def test_a_plan_counts_what_is_left(teacher_folder, rollouts, cache, tmp_path, capsys):
@@ -233,7 +233,7 @@ def test_what_cannot_fit_is_refused_at_once(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_probe_shows_not_to_fit_is_refused_before_a_shard_is_written(
+def test_a_sample_that_shows_too_little_room_stops_the_run_before_a_shard_is_written(
     teacher_folder, rollouts, cache, tmp_path, capsys, monkeypatch
 ):
     """Room for the shortest lists, not for these."""

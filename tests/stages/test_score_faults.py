@@ -1,4 +1,4 @@
-"""Scoring that is killed, or given an engine or sequences that cannot be right."""
+"""Scoring that is killed, or that gets invalid sequences or a faulty engine."""
 
 import dataclasses
 import json

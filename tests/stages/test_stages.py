@@ -346,7 +346,7 @@ def test_prompts_that_cannot_be_used(tuned, tmp_path, capsys, content, flags, me
     assert message in one_line(capsys)
 
 
-def test_altered_inputs_are_found_before_they_are_used(
+def test_altered_inputs_are_detected_before_they_are_used(
     tuned, teacher_folder, student_folder, rollouts, tmp_path, capsys
 ):
     """The last bytes of a shard are token ids or log-probs: whatever it is, it is hashed."""

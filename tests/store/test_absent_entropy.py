@@ -1,4 +1,4 @@
-"""An entropy that the engine could not tell: declared, stored as NaN, in no mean and no batch."""
+"""Absent entropy: declared, stored as NaN, and left out of means and batches."""
 
 import dataclasses
 
@@ -65,5 +65,5 @@ def test_training_reports_none(cache, objective):
     assert torch.isfinite(loss) and "teacher_entropy" not in stats
 
 
-def test_such_a_cache_can_be_weighed(cache):
+def test_the_size_of_such_a_cache_can_be_predicted(cache):
     size_bounds(ABSENT, [cache[0].rollout])

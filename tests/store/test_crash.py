@@ -1,4 +1,4 @@
-"""Locks, full disks, killed writers: what is finished stays, resuming gives the same bytes."""
+"""Locks, full disks, killed writers: finished shards stay, and resuming gives the same bytes."""
 
 import contextlib
 import os
@@ -192,7 +192,7 @@ print(writer.missing())
 """
 
 
-def test_the_systems_own_refusal_is_reported(tmp_path):
+def test_errors_of_the_file_system_are_reported(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FILE_LIMIT, tmp_path, Path(__file__).parents[1]],
         capture_output=True,

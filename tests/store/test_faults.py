@@ -1,4 +1,4 @@
-"""What is torn, altered, foreign, locked, full or killed is named, and what is finished stays."""
+"""Damaged, foreign and locked folders: errors name the fault, and finished shards stay."""
 
 import contextlib
 import hashlib
@@ -138,7 +138,7 @@ def test_reading_names_the_bad_shard(cache, spoil, message):
         reader[1]
 
 
-def test_every_flipped_bit_is_found_by_verify_and_by_resuming(cache, finished):
+def test_every_flipped_bit_is_detected_by_verify_and_by_resuming(cache, finished):
     size = (cache / SHARDS[1]).stat().st_size
     for position in range(0, size, size // 40):
         shutil.copy(finished / SHARDS[1], cache / SHARDS[1])
@@ -150,7 +150,7 @@ def test_every_flipped_bit_is_found_by_verify_and_by_resuming(cache, finished):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_flips_anywhere_are_found_and_those_of_header_and_offsets_by_opening(tmp_path, codec):
+def test_flipped_bits_are_detected_and_those_of_header_and_offsets_when_opening(tmp_path, codec):
     write_cache(tmp_path, make_manifest(plan=PLAN, codec=codec, top_p=0.9))
     rng = np.random.default_rng(0)
     for shard, path in enumerate(tmp_path / name for name in SHARDS):
@@ -323,7 +323,7 @@ def test_incomplete_caches_open_only_when_asked(cache):
     assert lenient.summary()["missing_shards"] == 1
 
 
-def test_a_recipe_without_shards_gives_way_to_another_of_its_kind(tmp_path):
+def test_a_recipe_without_shards_is_replaced_by_another_of_its_kind(tmp_path):
     first, second = make_manifest(plan=PLAN, k=5), make_manifest(plan=PLAN)
     with CacheWriter.create(tmp_path, first):
         (tmp_path / "teacher_vocab.json").write_text("{}")

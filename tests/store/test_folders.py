@@ -1,4 +1,4 @@
-"""What a stage finds in its output folder: every state, and the message of each refusal."""
+"""Output folders: every state, and the message of each refusal."""
 
 import os
 
@@ -16,7 +16,7 @@ def examine(folder, differs="", has_results=True):
         record="record.json",
         differs=lambda: differs,
         has_results=lambda: has_results,
-        own_files={"mine.txt"},
+        allowed_files={"mine.txt"},
     )
 
 
@@ -42,7 +42,7 @@ def test_another_recipe_is_replaced_only_if_it_has_no_results(tmp_path):
         examine(tmp_path, "k was 8, is 4").require_writable(ShardError)
 
 
-def test_a_finished_run_is_left_alone_whatever_differs(tmp_path):
+def test_a_finished_run_is_never_overwritten(tmp_path):
     for name in ("record.json", "final.json", "notes.txt"):
         (tmp_path / name).write_text("")
     with pytest.raises(ConfigError, match="holds a finished run; choose another --out"):
@@ -55,7 +55,7 @@ def test_foreign_files_are_named(tmp_path, name):
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(ShardError, match=f"holds {name} and no record.json; choose a new or empty"):
         examine(tmp_path).require_writable(ShardError)
-    assert examine_folder(tmp_path, own_files=None).state == "new"
+    assert examine_folder(tmp_path, allowed_files=None).state == "new"
 
 
 def test_a_file_in_the_way_is_named(tmp_path):

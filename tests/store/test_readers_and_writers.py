@@ -1,4 +1,4 @@
-"""Readers and writers: what goes in comes out, in any order, and bad input stays out."""
+"""Readers and writers: records are read as written, in any order, and bad input is refused."""
 
 import dataclasses
 import gc
@@ -186,7 +186,7 @@ def test_the_sampled_token_joins_the_list_and_leaves_the_tail(tmp_path, codec):
     assert joined > 5
 
 
-def test_k_zero_gives_the_sampled_token_alone(tmp_path):
+def test_k_zero_gives_only_the_sampled_token(tmp_path):
     write_cache(tmp_path, make_manifest(k=0, plan=[1]))
     found = TeacherCache.open(tmp_path)[0]
     assert np.array_equal(found.topk_ids[:, 0], found.rollout.tokens[3:])
@@ -269,7 +269,7 @@ def test_shards_open_when_needed_and_survive_pickling(tmp_path):
         cache[2]
 
 
-def test_arrays_are_the_callers_own_and_views_are_read_only(tmp_path):
+def test_arrays_belong_to_the_caller_and_views_are_read_only(tmp_path):
     write_cache(tmp_path, make_manifest())
     cache = TeacherCache.open(tmp_path)
     first = cache[1]

@@ -1,4 +1,4 @@
-"""What a cache will weigh, against what one weighs."""
+"""The predicted size of a cache against its actual size."""
 
 import pytest
 from helpers_cache import files_of, make_manifest, make_pair, write_cache, write_rollouts
@@ -11,10 +11,10 @@ from lopd.store.size import (
     format_bytes,
     format_seconds,
     free_bytes,
-    measure,
     measure_size,
     sample,
     size_bounds,
+    time_sample,
     work_left,
 )
 
@@ -29,7 +29,7 @@ def rollouts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("codec", ["exact", "packed"])
-def test_what_a_probe_says_is_what_the_cache_weighs(rollouts, tmp_path, codec):
+def test_the_predicted_size_is_that_of_the_cache(rollouts, tmp_path, codec):
     manifest = make_manifest(plan=PLAN, codec=codec, top_p=0.8)
     write_cache(tmp_path, manifest, length=40)
     size = measure_size(manifest, [make_pair(i, length=40)[:2] for i in range(8)])
@@ -45,7 +45,7 @@ def test_lists_that_are_never_cut_have_one_size(rollouts):
     assert low == high
 
 
-def test_a_list_as_long_as_the_vocabulary_can_be_made_up(rollouts):
+def test_bounds_exist_for_lists_as_long_as_the_vocabulary(rollouts):
     size_bounds(make_manifest(plan=PLAN, k=40, top_p=0.9), sample(rollouts))
 
 
@@ -61,18 +61,18 @@ def test_a_sample_spans_the_store(rollouts):
     assert len(sample(rollouts, 100)) == 25
 
 
-def test_a_probe_times_its_sequences_after_warming_up(rollouts):
+def test_a_sample_is_timed_after_a_warm_up(rollouts):
     calls = []
 
     def score(sequences):
         calls.append(len(sequences))
         return [make_pair(int(s.prompt_id.split("-")[1]), length=40)[1] for s in sequences]
 
-    probe = measure(make_manifest(plan=PLAN), sample(rollouts, 4), score)
+    timed = time_sample(make_manifest(plan=PLAN), sample(rollouts, 4), score)
     assert calls == [1, 4]
-    assert (probe.sequences, probe.tokens) == (4, 4 * 43)
+    assert (timed.sequences, timed.tokens) == (4, 4 * 43)
     work = work_left(rollouts, [0, 1, 2])
-    assert probe.seconds_for(work) == pytest.approx(probe.seconds * 25 / 4)
+    assert timed.seconds_for(work) == pytest.approx(timed.seconds * 25 / 4)
 
 
 def test_a_disk_without_room_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""What writers refuse: each bad value named by sequence and token, and nothing written."""
+"""Values that writers refuse: errors name sequence and token, and nothing is written."""
 
 import dataclasses
 import errno
@@ -196,7 +196,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["remove_temporaries", "write_manifest"])
-def test_a_folder_that_cannot_be_written_is_refused_and_given_back(tmp_path, monkeypatch, where):
+def test_a_folder_that_cannot_be_written_is_refused_and_unlocked(tmp_path, monkeypatch, where):
     def denied(*args):
         raise PermissionError(errno.EACCES, "Permission denied")
 

@@ -1,4 +1,4 @@
-"""Several processes on one folder: who writes what, and that it changes nothing."""
+"""Several processes on one folder: which shards each writes, and that the bytes are the same."""
 
 import os
 import random
@@ -39,7 +39,7 @@ def write_claims(writer, seen=None):
 def test_a_worker_is_named_by_flag_or_by_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert this_worker(None) == Worker() and Worker().alone
+    assert this_worker(None) == Worker() and Worker().is_single
     assert this_worker("2/3") == Worker(2, 3)
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -91,7 +91,7 @@ def test_workers_share_a_folder_and_a_shard_is_one_workers(tmp_path, whole):
     assert not list(tmp_path.glob(".shard-*"))
 
 
-def test_a_shard_that_was_given_up_meanwhile_is_taken_in_another_round(tmp_path, whole):
+def test_a_shard_that_another_worker_released_is_claimed_in_the_next_round(tmp_path, whole):
     seen = []
     with CacheWriter.create(tmp_path, MANIFEST, worker=Worker(0, 2)) as writer:
         lock = ShardLock.take(tmp_path, 0)
@@ -114,7 +114,7 @@ def test_finishing_names_a_shard_that_nobody_is_at(tmp_path):
     assert ShardLock.take(tmp_path, 0) is not None
 
 
-def test_a_writer_alone_and_workers_keep_each_other_out(tmp_path):
+def test_a_single_writer_and_workers_exclude_each_other(tmp_path):
     alone = CacheWriter.create(tmp_path, MANIFEST)
     with pytest.raises(ShardError, match="another process is writing there"):
         CacheWriter.create(tmp_path, MANIFEST, worker=Worker(0, 2))
@@ -135,7 +135,7 @@ def test_a_worker_with_another_recipe_is_refused_while_others_work(tmp_path):
     worker.close()
 
 
-def test_only_a_worker_that_is_alone_clears_away_what_killed_ones_left(tmp_path):
+def test_only_a_single_active_worker_removes_files_of_killed_ones(tmp_path):
     first = CacheWriter.create(tmp_path, MANIFEST, worker=Worker(0, 2))
     left = tmp_path / ".shard-00003.safetensors.1.tmp"
     left.touch()

@@ -13,8 +13,8 @@ All artefacts stay under `--out`, and the stage commands can be run on them.
 import importlib.util
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +73,16 @@ SAMPLING: dict[str, Any] = {
 }
 TOP_K = 8
 EVAL_PROMPTS = 1024
+_data = partial(setting, group="Model and data")
 
 
 @dataclass(kw_only=True)
 class DemoConfig(Settings):
     """Run the whole pipeline at toy scale (`lopd demo`)."""
 
-    out: str = setting(
-        "lopd-demo", group="Model and data", identity=False, help="Folder of all artefacts."
-    )
-    seed: int = setting(
-        0,
-        within="[0, 4294967296)",
-        group="Model and data",
-        help="Seed of models, data and sampling.",
-    )
-    online: bool = setting(
-        False, group="Model and data", identity=False, help="Add the run with a live teacher."
-    )
+    out: str = _data("lopd-demo", identity=False, help="Folder of all artefacts.")
+    seed: int = _data(0, within="[0, 4294967296)", help="Seed of models, data and sampling.")
+    online: bool = _data(False, identity=False, help="Add the run with a live teacher.")
 
 
 @dataclass(frozen=True)
@@ -98,9 +90,17 @@ class DemoStage:
     """One stage of the demo, and one row of its table."""
 
     name: str
-    folder: str
-    run: Callable[[], None]
-    makes_model: bool = False  # which is evaluated
+    module: Any  # of lopd.stages
+    config: Any
+
+    @property
+    def folder(self) -> str:
+        return Path(self.config.out).name
+
+    def run(self) -> None:
+        """Run or continue the stage, unless it is finished."""
+        if not is_finished(self.config):
+            self.module.main(self.config)
 
 
 def main(config: DemoConfig) -> Path:
@@ -119,7 +119,7 @@ def main(config: DemoConfig) -> Path:
         final=results_file.name,
         record=progress_file.name,
         differs=lambda: difference({"seed": progress["seed"]}, {"seed": config.seed}),
-        own_files=None,
+        allowed_files=None,
     ).require_writable()
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("matplotlib: not installed; the demo draws with it; pip install it")
@@ -169,26 +169,75 @@ class Demo:
 
     def stages(self, online: bool) -> list[DemoStage]:
         """All stages, in order."""
+        demonstrations = str(self.prompts["demonstrations"])
         sampled: dict[str, Any] = {"objective": "policy_gradient"}
+        teacher = {"model": self.path("teacher-init"), "data": demonstrations, "max_steps": 600}
+        student = {"model": self.path("student-init"), "data": self.path("sft-data")}
+        more = {"model": self.path("sft"), "data": self.path("more-data")}
         stages = [
-            DemoStage("teacher", "teacher", self.train_teacher, True),
-            DemoStage("teacher's answers", "sft-data", lambda: self.answers("sft-data", "sft")),
-            DemoStage(FINE_TUNED, "sft", self.train_student, True),
-            DemoStage("student's rollouts", "rollouts", self.roll_out),
-            DemoStage("teacher's scores", "cache", self.score),
+            self._training("teacher", "teacher", **teacher, **SFT_SETTINGS),
+            self._answers("teacher's answers", "sft-data", "sft"),
+            self._training(FINE_TUNED, "sft", **student, max_steps=430, **SFT_SETTINGS),
+            self._rollouts("student's rollouts", "rollouts"),
+            self._scores("teacher's scores", "cache"),
             self._distillation(DISTILLED, "distill"),
             self._distillation(SAMPLED, "distill-sampled", **sampled),
             self._distillation(CLIPPED, "distill-clipped", **sampled, advantage_clip=1.0),
-            DemoStage("control: answers", "more-data", lambda: self.answers("more-data", "opd")),
-            DemoStage(MORE_SFT, "more-sft", self.train_more, True),
+            self._answers("control: answers", "more-data", "opd"),
+            self._training(MORE_SFT, "more-sft", **more, **OPD_SETTINGS),
         ]
         if online:
             live = {"refresh_every": 1, "teacher": self.path("teacher")}
             stages.append(self._distillation(ONLINE, "online", **live))
         return stages
 
-    def _distillation(self, name: str, folder: str, **changes: Any) -> DemoStage:
-        return DemoStage(name, folder, lambda: self.distill(folder, **changes), True)
+    def _training(self, name: str, out: str, **settings: Any) -> DemoStage:
+        config = sft.SftConfig(out=self.path(out), seed=self.seed, **settings, **COMMON)
+        return DemoStage(name, sft, config)
+
+    def _answers(self, name: str, out: str, prompts: str) -> DemoStage:
+        config = sft_data.SftDataConfig(
+            teacher=self.path("teacher"),
+            prompts=str(self.prompts[prompts]),
+            out=self.path(out),
+            seed=self.seed,
+            **SAMPLING,
+        )
+        return DemoStage(name, sft_data, config)
+
+    def _rollouts(self, name: str, out: str) -> DemoStage:
+        config = rollout.RolloutConfig(
+            student=self.path("sft"),
+            prompts=str(self.prompts["opd"]),
+            out=self.path(out),
+            seed=self.seed,
+            **SAMPLING,
+        )
+        return DemoStage(name, rollout, config)
+
+    def _scores(self, name: str, out: str) -> DemoStage:
+        config = score.ScoreConfig(
+            teacher=self.path("teacher"),
+            rollouts=self.path("rollouts"),
+            out=self.path(out),
+            k=TOP_K,
+            top_p=1.0,
+            dtype="float32",
+            device="cpu",
+        )
+        return DemoStage(name, score, config)
+
+    def _distillation(self, name: str, out: str, **changes: Any) -> DemoStage:
+        config = distill.DistillConfig(
+            student=self.path("sft"),
+            cache=self.path("cache"),
+            out=self.path(out),
+            seed=self.seed,
+            **changes,
+            **OPD_SETTINGS,
+            **COMMON,
+        )
+        return DemoStage(name, distill, config)
 
     def run_stage(self, stage: DemoStage) -> dict[str, Any]:
         """Run a stage and evaluate its model.
@@ -200,79 +249,7 @@ class Demo:
         stage.run()
         seconds = None if continued else time.perf_counter() - began
         row: dict[str, Any] = {"stage": stage.name, "seconds": seconds}
-        if stage.makes_model:
-            row |= self.evaluate(stage.folder)
-        return row
-
-    def run_unless_finished(self, module: Any, config: Any) -> None:
-        if not is_finished(config):
-            module.main(config)
-
-    def train_teacher(self) -> None:
-        demonstrations = str(self.prompts["demonstrations"])
-        self.fine_tune("teacher-init", demonstrations, "teacher", max_steps=600, **SFT_SETTINGS)
-
-    def train_student(self) -> None:
-        answers = self.path("sft-data")
-        self.fine_tune("student-init", answers, "sft", max_steps=430, **SFT_SETTINGS)
-
-    def train_more(self) -> None:
-        self.fine_tune("sft", self.path("more-data"), "more-sft", **OPD_SETTINGS)
-
-    def fine_tune(self, model: str, data: str, out: str, **settings: Any) -> None:
-        config = sft.SftConfig(
-            model=self.path(model),
-            data=data,
-            out=self.path(out),
-            seed=self.seed,
-            **settings,
-            **COMMON,
-        )
-        self.run_unless_finished(sft, config)
-
-    def answers(self, out: str, prompts: str) -> None:
-        config = sft_data.SftDataConfig(
-            teacher=self.path("teacher"),
-            prompts=str(self.prompts[prompts]),
-            out=self.path(out),
-            seed=self.seed,
-            **SAMPLING,
-        )
-        sft_data.main(config)
-
-    def roll_out(self) -> None:
-        config = rollout.RolloutConfig(
-            student=self.path("sft"),
-            prompts=str(self.prompts["opd"]),
-            out=self.path("rollouts"),
-            seed=self.seed,
-            **SAMPLING,
-        )
-        rollout.main(config)
-
-    def score(self) -> None:
-        config = score.ScoreConfig(
-            teacher=self.path("teacher"),
-            rollouts=self.path("rollouts"),
-            out=self.path("cache"),
-            k=TOP_K,
-            top_p=1.0,
-            dtype="float32",
-            device="cpu",
-        )
-        score.main(config)
-
-    def distill(self, out: str, **changes: Any) -> None:
-        config = distill.DistillConfig(
-            student=self.path("sft"),
-            cache=self.path("cache"),
-            out=self.path(out),
-            seed=self.seed,
-            **changes,
-            **OPD_SETTINGS,
-            **COMMON,
-        )
-        self.run_unless_finished(distill, config)
+        return row | self.evaluate(stage.folder) if stage.module in (sft, distill) else row
 
     def evaluate(self, name: str) -> dict[str, float]:
         config = evaluate.EvalConfig(
@@ -284,7 +261,7 @@ class Demo:
             seed=self.seed,
             **SAMPLING,
         )
-        self.run_unless_finished(evaluate, config)
+        DemoStage(name, evaluate, config).run()
         results = json.loads((Path(config.out) / "results.json").read_text(encoding="utf-8"))
         return {
             "greedy": results["greedy"]["mean"],
