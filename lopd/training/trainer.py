@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
 from lopd.errors import ConfigError
@@ -253,12 +253,7 @@ class LopdTrainer(Trainer):
         return self.meter.count(inputs)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """`Trainer.train`; a run that stopped early is only loaded again."""
-        if resume_from_checkpoint is not None and self.holdout is not None:
-            state = TrainerState.load_from_json(f"{resume_from_checkpoint}/trainer_state.json")
-            if exhausted(state.log_history, self.holdout.patience):
-                self.state = state
-                return self._load_from_checkpoint(resume_from_checkpoint)
+        """`Trainer.train`; from the checkpoint of a run's last step it trains no further."""
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)
         try:
@@ -266,6 +261,14 @@ class LopdTrainer(Trainer):
         finally:
             if self.reporter is not None:
                 self.reporter.close()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks at max_steps after a step only, so a run resumed at its end would take one.
+        state, patience = self.state, 0 if self.holdout is None else self.holdout.patience
+        if state.global_step >= state.max_steps or exhausted(state.log_history, patience):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out KL of the current model.

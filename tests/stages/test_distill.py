@@ -24,6 +24,7 @@ from lopd.provenance import MANIFEST_NAME, declare, manifest_digest, read_manife
 from lopd.stages import distill
 from lopd.store import TeacherCache
 from lopd.store.locks import FolderLock
+from lopd.training import checkpoints as checkpoint_files
 from lopd.training import run as runs
 from lopd.training.checkpoints import is_whole, last_checkpoint
 from lopd.training.logging import LOG_NAME
@@ -153,6 +154,43 @@ def test_killed_run_resumes_to_the_same_weights(pipeline, tmp_path, monkeypatch)
     assert steps == [4, 5]
     assert largest_difference(trained_weights(whole), trained_weights(cut)) == 0.0
     assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
+
+
+# Three steps are an epoch: the run ends within one, at the end of one, and within a later one.
+@pytest.mark.parametrize("max_steps", [2, 3, 4, 7])
+@pytest.mark.parametrize("best", [{}, {"holdout": 2, "eval_steps": 1, "keep_best": True}], ids=str)
+def test_run_killed_while_its_result_is_written_takes_no_further_step(
+    pipeline, tmp_path, monkeypatch, max_steps, best
+):
+    settings = {"max_steps": max_steps, "save_every": 2, "save_total_limit": 9, **best}
+    whole = distill.main(config(pipeline, tmp_path / "whole", **settings))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lopd.training.setup.result_model", interrupted)
+        distill.main(config(pipeline, tmp_path / "cut", **settings))
+    assert last_checkpoint(tmp_path / "cut").name == f"checkpoint-{max_steps}"
+    with monkeypatch.context() as patch:
+        patch.setattr(LopdTrainer, "training_step", one_step_too_many)
+        cut = distill.main(config(pipeline, tmp_path / "cut", **settings))
+    assert largest_difference(trained_weights(whole), trained_weights(cut)) == 0.0
+    assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
+    assert checkpoint_names(whole) == checkpoint_names(cut)
+    clock = {"tokens_per_second", "epoch"}
+    for entry, other in zip(logged(whole), logged(cut), strict=True):
+        assert {k: v for k, v in entry.items() if k not in clock} == {
+            k: v for k, v in other.items() if k not in clock
+        }
+
+
+def checkpoint_names(folder):
+    return [item.name for item in checkpoint_files.checkpoints(folder)]
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def one_step_too_many(*args, **kwargs):
+    raise AssertionError("the run was trained further")
 
 
 def test_run_resumes_with_other_micro_batches(pipeline, tmp_path, monkeypatch):
