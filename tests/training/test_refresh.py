@@ -291,7 +291,7 @@ def test_a_context_too_short_for_the_longest_answer_is_refused(tmp_path, no_mode
         ({"refresh_every": 2}, "refresh_every: found 2 with teacher None"),
         ({"teacher": "t"}, "refresh_every: found 0 with teacher 't'"),
         ({"refresh_every": -1, "teacher": "t"}, "refresh_every: found -1"),
-        ({"refresh_every": 1, "teacher": "t", "drop_truncated": True}, "drop_truncated: depends on"),
+        ({"refresh_every": 1, "teacher": "t", "drop_truncated": True}, "drop_truncated: depends"),
         ({"refresh_batch_size": 0}, "refresh_batch_size: found 0"),
     ],
 )
