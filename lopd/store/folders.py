@@ -17,7 +17,7 @@ from lopd.provenance import (
     read_manifest,
     recipe_of,
 )
-from lopd.provenance.io import TEMP_SUFFIX
+from lopd.provenance.io import TEMP_SUFFIX, make_folder
 from lopd.store.locks import LOCK_NAME, START_LOCK_NAME
 
 State = Literal["new", "unfinished", "finished", "other recipe", "foreign", "file", "read-only"]
@@ -132,7 +132,7 @@ def examine_shard_folder(
 def writing_to(folder: Path) -> Iterator[None]:
     """Create the folder; file system errors, here and in the block, become ShardErrors."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         yield
     except LopdError:
         raise

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lopd.errors import ShardError
+from lopd.provenance.io import remove_temporaries
 
 LOCK_NAME = ".lock"
 START_LOCK_NAME = ".start.lock"
@@ -17,7 +18,8 @@ START_LOCK_NAME = ".start.lock"
 class FolderLock:
     """The right to write into a folder, until it is released or the process ends.
 
-    It excludes all other writers or, with `shared`, those that do not share. The first sharing
+    Whoever holds it alone at first removes what killed writers left: temporary files and the locks
+    of shards. It excludes all other writers or, with `shared`, those that do not share. The first sharing
     writer holds the folder exclusively until it calls `share`. Sharing writers take the lock and
     call `share` under a `start_lock`.
 
@@ -38,6 +40,10 @@ class FolderLock:
             )
         self._descriptor, self._shared = descriptor, shared
         self._release = weakref.finalize(self, os.close, descriptor)
+        if self.is_exclusive:
+            remove_temporaries(folder)
+            for lock in folder.glob(".shard-*.lock"):
+                lock.unlink(missing_ok=True)
 
     def share(self) -> None:
         """Let other sharing writers in; does nothing without `shared`."""
@@ -86,12 +92,6 @@ class ShardLock:
             with contextlib.suppress(OSError):
                 self._path.unlink()
             self._close()
-
-
-def remove_shard_locks(folder: Path) -> None:
-    """Delete locks left by killed workers. Only safe when no other writer is running."""
-    for lock in folder.glob(".shard-*.lock"):
-        lock.unlink(missing_ok=True)
 
 
 def _lock(path: Path, operation: int) -> int | None:
