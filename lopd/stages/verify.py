@@ -7,7 +7,6 @@ engine, dtype or batch size, and the noise floor is compared with the student's 
 `lopd.evaluation.noise_floor`). This finds numerical differences that fingerprints cannot.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from lopd.provenance import (
     read_manifest,
     tokenizer_digest,
 )
-from lopd.provenance.io import json_digest
+from lopd.provenance.io import json_digest, parse_json
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, TeacherSequence
 from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequence
@@ -151,9 +150,9 @@ def _check_checkpoint(folder: Path, manifest: Manifest) -> dict[str, str]:
 def _check_evaluation(folder: Path) -> dict[str, str]:
     file = folder / "results.json"
     try:
-        results = json.loads(file.read_bytes())
+        results = parse_json(file.read_bytes(), finite=False)
         lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-        answers = [json.loads(line) for line in lines]
+        answers = [parse_json(line, finite=False) for line in lines]
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: torn or altered ({error}); run 'lopd eval' again") from error
     expected = results["prompts"] * (1 + results["samples"])

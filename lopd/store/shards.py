@@ -1,7 +1,6 @@
 """Shard files and their receipts, in folders of kind sft_data, rollouts and cache."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.numpy import save
 from lopd.errors import ShardError
 from lopd.provenance.io import (
     canonical_json,
+    parse_json,
     pretty_json,
     sha256_file,
     storing,
@@ -87,7 +87,7 @@ def read_receipt(folder: Path, shard: int, *, kind: str, recipe: str, sequences:
         raise ShardError(f"{file}: the {what} is missing; run the stage again to write it")
     data = file.read_bytes()
     try:
-        receipt = json.loads(data)
+        receipt = parse_json(data)
     except ValueError as error:
         raise ShardError(f"{file}: not JSON ({error}); run the stage again to redo it") from error
     if not data.endswith(b"\n"):
@@ -142,7 +142,7 @@ def open_shard(folder: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray
     path = shard_path(folder, receipt["shard"])
     try:
         file = safe_open(path, framework="numpy")
-        mark = json.loads((file.metadata() or {}).get("lopd", "null"))
+        mark = parse_json((file.metadata() or {}).get("lopd", "null"))
         arrays = {name: _read_only(file, name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ShardError(

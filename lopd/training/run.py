@@ -18,7 +18,7 @@ from lopd.errors import ConfigError, DataError
 from lopd.models.load import resolve_device
 from lopd.models.lora import merged
 from lopd.provenance import MANIFEST_NAME, ModelIdentity, difference, settings_identity
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.io import parse_json, pretty_json, write_atomic
 from lopd.store.folders import examine_folder, writing_to
 from lopd.store.locks import FolderLock
 from lopd.store.workers import Worker, this_worker
@@ -94,7 +94,7 @@ def _claim(
 
 def _read_recipe(file: Path) -> dict[str, Any]:
     try:
-        recipe = json.loads(file.read_bytes())
+        recipe = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
             f"{file}: torn or altered ({error}); restore it, or remove the folder to begin again"
