@@ -1,18 +1,25 @@
 """Records of JSONL and parquet files, each with its file and line."""
 
-import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from lopd.data.bad_records import BadRecords
 from lopd.errors import ConfigError, DataError, MissingFileError
+from lopd.provenance.io import parse_json
 
 PARQUET_SUFFIX = ".parquet"
 _ROWS_TOGETHER = 4  # a row of scores can hold 10^5 log-probs, each a Python object
 
 
-def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(
+    path: str | Path, bad: BadRecords | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `(place, record)`: rows of a `.parquet` file, else the lines of a JSONL file.
+
+    Args:
+        bad: what happens to lines that are not records; by default they are errors.
 
     Raises:
         MissingFileError: the file does not exist.
@@ -22,10 +29,12 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(path)
     if path.suffix == PARQUET_SUFFIX:
         return _read_parquet(path)
-    return read_jsonl(path)
+    return read_jsonl(path, bad)
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(
+    path: str | Path, bad: BadRecords | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `("file:line", record)` for every non-blank line of a JSONL file.
 
     Raises:
@@ -38,16 +47,23 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise DataError(
-                    f"{where}: not JSON in UTF-8 ({error}); expected one object per line"
-                ) from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: found a {type(record).__name__}; expected an object")
-            yield where, record
+            where, record = f"{path}:{number}", None
+            with nullcontext() if bad is None else bad.guard():
+                record = _parse_line(where, line)
+            if record is not None:
+                yield where, record
+
+
+def _parse_line(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        record = parse_json(line.strip(), finite=False)
+    except ValueError as error:
+        raise DataError(
+            f"{where}: not JSON in UTF-8 ({error}); expected one object per line"
+        ) from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: found a {type(record).__name__}; expected an object")
+    return record
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

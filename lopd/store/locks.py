@@ -18,10 +18,10 @@ START_LOCK_NAME = ".start.lock"
 class FolderLock:
     """The right to write into a folder, until it is released or the process ends.
 
-    Whoever holds it alone at first removes what killed writers left: temporary files and the locks
-    of shards. It excludes all other writers or, with `shared`, those that do not share. The first sharing
+    It excludes all other writers or, with `shared`, those that do not share. The first sharing
     writer holds the folder exclusively until it calls `share`. Sharing writers take the lock and
-    call `share` under a `start_lock`.
+    call `share` under a `start_lock`. A writer that is alone when it takes the lock removes what
+    killed ones left: temporary files and the locks of shards.
 
     Raises:
         ShardError: another writer holds the lock, or the file system has no locks.
@@ -41,9 +41,13 @@ class FolderLock:
         self._descriptor, self._shared = descriptor, shared
         self._release = weakref.finalize(self, os.close, descriptor)
         if self.is_exclusive:
-            remove_temporaries(folder)
-            for lock in folder.glob(".shard-*.lock"):
-                lock.unlink(missing_ok=True)
+            try:
+                remove_temporaries(folder)
+                for left in folder.glob(".shard-*.lock"):
+                    left.unlink(missing_ok=True)
+            except BaseException:
+                self.release()
+                raise
 
     def share(self) -> None:
         """Let other sharing writers in; does nothing without `shared`."""

@@ -1,6 +1,5 @@
 """Safetensors files as read-only arrays on the mapped file, so that processes share one copy."""
 
-import json
 import mmap
 import os
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lopd.errors import ShardError
+from lopd.provenance.io import parse_json
 
 DTYPES = {
     "BOOL": np.bool_,
@@ -46,7 +46,7 @@ class MappedFile:
                 pass  # sizes, offsets and their order are right
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
+                header = parse_json(file.read(size))
             self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
             self._specs = {
                 name: (DTYPES[spec["dtype"]], spec["shape"], 8 + size + spec["data_offsets"][0])
@@ -55,7 +55,7 @@ class MappedFile:
             self.arrays()
         except KeyError as error:
             raise self._unreadable(f"an array of type {error}") from error
-        except (SafetensorError, ValueError, RecursionError) as error:
+        except (SafetensorError, ValueError) as error:
             raise self._unreadable(str(error)) from error
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """Receipts of shards: what a finished shard holds, and digests that bind both."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.errors import ShardError
-from lopd.provenance.io import json_digest
+from lopd.provenance.io import json_digest, parse_json
 from lopd.provenance.typed_json import parse
 from lopd.store.types import FINISH_REASONS
 
@@ -78,8 +77,8 @@ def parse_receipt(data: bytes, file: Path, **expected: Any) -> Receipt | CacheRe
         ShardError: names the file and the fault.
     """
     try:
-        raw = json.loads(data, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(data)
+    except ValueError as error:
         raise ShardError(f"{file}: not JSON ({error}); run the stage again to redo it") from error
     if not data.endswith(b"\n"):
         raise ShardError(f"{file}: its last byte is missing: torn; run the stage again to redo it")
@@ -117,7 +116,3 @@ def altered(path: Path, what: str) -> ShardError:
 
 def _unfit(file: Path, name: str) -> ShardError:
     return altered(file, f"'{name}' is missing or has another type")
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")

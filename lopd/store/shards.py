@@ -1,7 +1,6 @@
 """Shard files and their receipts, in folders of kind sft_data, rollouts and cache."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.numpy import save
 from lopd.errors import ShardError
 from lopd.provenance.io import (
     canonical_json,
+    parse_json,
     pretty_json,
     sha256_file,
     storing,
@@ -116,8 +116,8 @@ def open_shard(folder: Path, receipt: Receipt) -> MappedFile:
     path = shard_path(folder, receipt.shard)
     file = MappedFile(path)
     try:
-        mark = json.loads(file.metadata.get("lopd", "null"))
-    except (ValueError, RecursionError) as error:
+        mark = parse_json(file.metadata.get("lopd", "null"))
+    except ValueError as error:
         raise altered(path, f"its mark is not JSON ({error})") from error
     if mark == receipt.mark:
         return file

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TEMPLATE, train_bpe
 
+from lopd.data.bad_records import BadRecords
 from lopd.data.jsonl import read_records
 from lopd.data.prompts import load_prompts
 from lopd.errors import ConfigError, DataError, MissingFileError
@@ -56,3 +57,27 @@ def test_without_pyarrow_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"needs pyarrow; pip install 'lopd\[parquet\]'"):
         list(read_records(path))
+
+
+LINES = {
+    "deep": "[" * 100_000,
+    "deep object": '{"prompt": ' * 1000 + "1" + "}" * 1000,
+    "half a pair": r'{"prompt": "\ud800"}',
+    "half a pair in an id": r'{"prompt": "a", "id": "\udfff"}',
+    "a key twice": '{"prompt": "a", "prompt": "b"}',
+    "a number": "7",
+    "torn": '{"prompt": "a',
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_a_line_that_is_no_record_is_named_or_skipped(tmp_path, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line + '\n{"prompt": "b"}\n')
+    with pytest.raises(DataError, match="p.jsonl:2: "):
+        list(read_records(path))
+    with pytest.raises(DataError, match="p.jsonl:2: .*; or pass --skip_bad_records"):
+        list(read_records(path, BadRecords(skip=False)))
+    bad = BadRecords(skip=True)
+    assert [record["prompt"] for _, record in read_records(path, bad)] == ["a", "b"]
+    assert bad.count == 1 and "p.jsonl:2: " in bad.messages[0]

@@ -317,7 +317,7 @@ def test_a_recipe_without_shards_is_replaced_by_another_of_its_kind(tmp_path):
     first, second = make_manifest(plan=PLAN, k=5), make_manifest(plan=PLAN)
     with CacheWriter.create(tmp_path, first):
         (tmp_path / "teacher_vocab.json").write_text("{}")
-    with pytest.raises(ConfigError, match="another recipe"):
+    with pytest.raises(ShardError, match="holds 'cache' of 'lopd test'; choose a new or empty"):
         RolloutWriter.create(tmp_path, make_manifest("rollouts", plan=PLAN))
     write_cache(tmp_path, second)
     assert not (tmp_path / "teacher_vocab.json").exists()
