@@ -1,24 +1,13 @@
 """Print what an artefact folder holds and, on demand, check its hashes (`lopd inspect`)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import Settings, setting
+from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.provenance import Manifest, fingerprint_weights, read_manifest
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
-
-
-@dataclass(kw_only=True)
-class InspectConfig(Settings):
-    """Print what an artefact folder holds (`lopd inspect`)."""
-
-    path: str = setting(help="Folder of answers, rollouts, a cache or a checkpoint.")
-    verify: bool = setting(
-        False, group="Model and data", help="Check the hashes of every shard, or of the weights."
-    )
 
 
 def main(config: InspectConfig) -> None:
