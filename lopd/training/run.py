@@ -71,7 +71,8 @@ def _claim(
     config: Any, base: ModelIdentity, inputs: Mapping[str, str | None], worker: Worker
 ) -> Path | None:
     out = Path(config.out)
-    start = {"weights": base.weights, "config": base.config, "tokenizer": base.tokenizer}
+    names = ("weights", "config", "tokenizer", "behaviour", "eos_ids")
+    start = {name: getattr(base, name) for name in names}
     processes = {} if worker.is_single else {"processes": worker.count}
     recipe = {**settings_identity(config), **inputs, **processes, "base": start}
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
