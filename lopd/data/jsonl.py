@@ -1,25 +1,24 @@
 """Records of JSONL and parquet files, each with its file and line."""
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lopd.data.bad_records import BadRecords
 from lopd.errors import ConfigError, DataError, MissingFileError
 from lopd.provenance.io import parse_json
 
 PARQUET_SUFFIX = ".parquet"
+Skip = Callable[[DataError], None]  # takes the error of a record that is left out
 _ROWS_TOGETHER = 4  # a row of scores can hold 10^5 log-probs, each a Python object
 
 
 def read_records(
-    path: str | Path, bad: BadRecords | None = None
+    path: str | Path, *, skip: Skip | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `(place, record)`: rows of a `.parquet` file, else the lines of a JSONL file.
 
     Args:
-        bad: what happens to lines that are not records; by default they are errors.
+        skip: takes the error of each line that cannot be read; raised if None.
 
     Raises:
         MissingFileError: the file does not exist.
@@ -29,11 +28,11 @@ def read_records(
     path = Path(path)
     if path.suffix == PARQUET_SUFFIX:
         return _read_parquet(path)
-    return read_jsonl(path, bad)
+    return read_jsonl(path, skip=skip)
 
 
 def read_jsonl(
-    path: str | Path, bad: BadRecords | None = None
+    path: str | Path, *, skip: Skip | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `("file:line", record)` for every non-blank line of a JSONL file.
 
@@ -47,11 +46,15 @@ def read_jsonl(
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            where, record = f"{path}:{number}", None
-            with nullcontext() if bad is None else bad.guard():
+            where = f"{path}:{number}"
+            try:
                 record = _parse_line(where, line)
-            if record is not None:
-                yield where, record
+            except DataError as error:
+                if skip is None:
+                    raise
+                skip(error)
+                continue
+            yield where, record
 
 
 def _parse_line(where: str, line: bytes) -> dict[str, Any]:

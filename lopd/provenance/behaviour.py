@@ -114,7 +114,7 @@ def _brief(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """A JSON value with its infinite and NaN numbers, which digests refuse, as words."""
+    """A JSON value with its infinite and NaN numbers, which manifests refuse, as words."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lopd.errors import DataError, MissingFileError, ModelError
-from lopd.provenance.behaviour import VOLATILE_CONFIG, behaviour_of, chat_template_digest, finite
+from lopd.provenance.behaviour import VOLATILE_CONFIG, behaviour_of, chat_template_digest
 from lopd.provenance.folder import (
     eos_ids_of,
     hub_source,
@@ -105,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def config_digest(path: str | Path) -> str:
     """sha256 of config.json without the keys that depend on how it was loaded or saved."""
-    return json_digest(finite(without_keys(read_config(path), VOLATILE_CONFIG)))
+    return json_digest(without_keys(read_config(path), VOLATILE_CONFIG))
 
 
 def tokenizer_digest(path: str | Path) -> str:

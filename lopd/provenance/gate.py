@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lopd.config.distill import OVERRIDES
 from lopd.errors import ConfigError, MissingFileError, ProvenanceError
 from lopd.provenance.behaviour import behaviour_of
 from lopd.provenance.fingerprint import (
@@ -17,14 +18,6 @@ from lopd.provenance.folder import read_vocab, vocab_size_of
 from lopd.provenance.identity import difference
 from lopd.provenance.lineage import lineage_of
 from lopd.provenance.manifest import CacheManifest, ModelIdentity, Override, short
-
-OVERRIDES = (
-    "incomplete-cache",
-    "teacher-mismatch",
-    "student-mismatch",
-    "tokenizer-mismatch",
-    "eos-mismatch",
-)
 
 
 def check_distill(
@@ -108,7 +101,9 @@ def _check_teacher(student: str | Path, scorer: ModelIdentity) -> _Mismatch | No
         )
     if teacher.weights == scorer.weights:
         edited = _edited(teacher.behaviour, scorer.behaviour, ("config", "code"))
-        return edited and (
+        if edited is None:
+            return None
+        return (
             f"{found} with an edited config: {edited}",
             f"{teacher} as the student's answers were sampled from it",
             "restore that setting and score again ('lopd score'), or sample and fine-tune again",
@@ -125,7 +120,9 @@ def _check_rollouts(student: str | Path, policy: ModelIdentity) -> _Mismatch | N
     expected = fingerprint_weights(student)
     if policy.weights == expected:
         edited = _edited(policy.behaviour, behaviour_of(student))
-        return edited and (
+        if edited is None:
+            return None
+        return (
             f"{student} edited since it made the rollouts: {edited}",
             "the files that the rollouts were sampled with",
             "restore that setting, or roll out ('lopd rollout') and score again",
@@ -204,6 +201,33 @@ def eos_mismatch(teacher: ModelIdentity, student: ModelIdentity, what: str) -> _
         "one set of end-of-sequence ids, or the probability of ending is trained away",
         f"set eos_token_id to {union} in generation_config.json of both models before sampling",
     )
+
+
+def check_eos(
+    teacher: ModelIdentity, student: ModelIdentity, what: str, allow: bool
+) -> list[Override]:
+    """Refuse a teacher and a student whose answers end with different ids.
+
+    Args:
+        what: as in `eos_mismatch`.
+        allow: whether `--allow_eos_mismatch` is set.
+
+    Returns:
+        The override, if it was needed.
+
+    Raises:
+        ProvenanceError: they differ and `allow` is not set.
+    """
+    mismatch = eos_mismatch(teacher, student, what)
+    if mismatch is None:
+        return []
+    found, expected, remedy = mismatch
+    if not allow:
+        raise ProvenanceError(
+            f"eos-mismatch: found that {found}; expected {expected}; {remedy}, or pass "
+            "--allow_eos_mismatch"
+        )
+    return [Override(name="eos-mismatch", found=found, expected=expected)]
 
 
 def _words(ids: Sequence[int]) -> str:

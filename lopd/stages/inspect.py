@@ -1,24 +1,19 @@
 """Print what an artefact folder holds and, on demand, check its hashes (`lopd inspect`)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import Settings, setting
+from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError, ShardError
-from lopd.provenance import Manifest, fingerprint_weights, read_manifest
+from lopd.provenance import (
+    CacheManifest,
+    Manifest,
+    ModelIdentity,
+    fingerprint_weights,
+    read_manifest,
+)
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
-
-
-@dataclass(kw_only=True)
-class InspectConfig(Settings):
-    """Print what an artefact folder holds (`lopd inspect`)."""
-
-    path: str = setting(help="Folder of answers, rollouts, a cache or a checkpoint.")
-    verify: bool = setting(
-        False, group="Model and data", help="Check the hashes of every shard, or of the weights."
-    )
 
 
 def main(config: InspectConfig) -> None:
@@ -36,7 +31,10 @@ def main(config: InspectConfig) -> None:
     models["fine-tuned on"] = None if manifest.lineage is None else manifest.lineage.sft_teacher
     for role, model in models.items():
         if model is not None:
-            rows[role] = f"{model.path} ({model.weights[:12]})"
+            rows[role] = f"{model.hub or model.path} ({model.weights[:12]})"
+            rows[f"{role} ends answers with"] = _describe_eos(model)
+    if isinstance(manifest, CacheManifest):
+        rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
     if manifest.sampling is not None:
         settings = manifest.sampling.raw.items()
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in settings)
@@ -56,6 +54,11 @@ def main(config: InspectConfig) -> None:
     elif config.verify:
         rows["verified"] = _verify_weights(config.path, manifest)
     print_fields(rows)
+
+
+def _describe_eos(model: ModelIdentity) -> str:
+    """The ids that end an answer of a model."""
+    return "unknown" if model.eos_ids is None else "id " + " or ".join(map(str, model.eos_ids))
 
 
 def _verify_shards(store: RolloutStore | TeacherCache) -> str:

@@ -8,19 +8,20 @@ stored beside them where the two differ. Several processes may sample into one f
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from lopd.config.fields import setting
+from lopd.config.inference import SamplingOptions
+from lopd.config.rollout import RolloutConfig
 from lopd.data.prompts import Prompt, check_prompts, load_prompts
 from lopd.engines import load_engine
-from lopd.engines.base import sequence_seed, to_rollout
-from lopd.engines.options import EngineOptions, GenerationOptions
+from lopd.engines.base import Engine, sequence_seed, to_rollout
 from lopd.errors import ModelError
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
 from lopd.provenance import (
+    ModelIdentity,
     build_manifest,
     describe_file,
     describe_model,
@@ -30,32 +31,6 @@ from lopd.provenance import (
 )
 from lopd.store import RolloutWriter
 from lopd.store.workers import Worker, this_worker
-
-
-@dataclass(kw_only=True)
-class SamplingOptions(EngineOptions, GenerationOptions):
-    """Settings that `lopd sft-data` and `lopd rollout` share."""
-
-    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
-    num_samples: int = setting(
-        1, within="[1, inf)", group="Sampling", help="Number of answers to each prompt."
-    )
-    shard_size: int = setting(
-        1024, within="[1, inf)", group="Model and data", help="Sequences per shard file."
-    )
-    worker: str | None = setting(
-        None,
-        group="Devices and processes",
-        identity=False,
-        help="i/n: be worker i (from 0) of n workers on this folder.",
-    )
-
-
-@dataclass(kw_only=True)
-class RolloutConfig(SamplingOptions):
-    """Sample the student's answers to prompts (`lopd rollout`)."""
-
-    student: str = setting(identity=False, help="Folder of the fine-tuned student.")
 
 
 def main(config: RolloutConfig) -> Path:
@@ -119,6 +94,7 @@ def _fill(
         options=config.options(),
         batch_size=config.batch_size,
     )
+    _check_eos(engine, writer.manifest.model)
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
     with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():
@@ -136,3 +112,16 @@ def _fill(
                 )
             pairs = zip(jobs, generations, strict=True)
             writer.write(index, [to_rollout(*job, generation) for job, generation in pairs])
+
+
+def _check_eos(engine: Engine, recorded: ModelIdentity) -> None:
+    """Check that answers end with the ids that the manifest says they end with."""
+    if recorded.behaviour is None:  # a folder that an older version began
+        return
+    ids, named = sorted(engine.eos_ids), list(recorded.eos_ids or ())
+    if ids != named:
+        raise ModelError(
+            f"{recorded.path}: its files name the end-of-sequence ids {named}, but answers would "
+            f"end with {ids}, in part a default of transformers; write the ids that you want into "
+            "eos_token_id of generation_config.json"
+        )

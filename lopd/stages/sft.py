@@ -4,11 +4,12 @@ The manifest of the checkpoint records the teacher's fingerprint, so that `lopd 
 check that the same teacher scored the rollouts.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import setting
+from lopd.config.objective import Objective
+from lopd.config.sft import SftConfig
 from lopd.data.demonstrations import load_sft_jsonl
 from lopd.errors import MissingFileError, ProvenanceError
 from lopd.models.load import check_model_folder, load_tokenizer
@@ -22,29 +23,17 @@ from lopd.provenance import (
     tokenizer_digest,
     write_manifest,
 )
+from lopd.provenance.gate import check_eos
 from lopd.store import RolloutStore
 from lopd.training import run as runs
 from lopd.training.batch import Source
-from lopd.training.objective import Objective
-from lopd.training.options import TrainOptions
-
-
-@dataclass(kw_only=True)
-class SftConfig(TrainOptions):
-    """Fine-tune a model on answers (`lopd sft`)."""
-
-    model: str = setting(identity=False, help="Folder of the model to start from.")
-    data: str = setting(
-        identity=False, help="Folder that `lopd sft-data` wrote, or JSONL of prompt and completion."
-    )
-    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
 
 
 def main(config: SftConfig) -> Path:
     """Train, save the model and, last, its manifest. Returns the model's folder.
 
     Raises:
-        ProvenanceError: the answers were sampled with another tokenizer.
+        ProvenanceError: the answers were sampled with another tokenizer, or end with other ids.
         ConfigError: `out` holds a finished run or another recipe.
         MissingFileError, DataError, ModelError: the model or the data cannot be used.
     """
@@ -52,12 +41,17 @@ def main(config: SftConfig) -> Path:
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
     source, teacher = open_data(config.data, config.model)
     inputs = describe_inputs(config)
-    (data,) = digests_of(inputs).values()
+    overrides = []
+    if teacher is not None:
+        what = f"answers of {config.model}"
+        overrides = check_eos(inputs["sft_data"]["model"], base, what, config.allow_eos_mismatch)
+    data = next(iter(digests_of(inputs).values()))
     checkpoint = runs.begin(config, data=data, base=base)
     objective = Objective("cross_entropy", workspace_bytes=config.workspace)
     trained = runs.train(config, source, objective, model_path=config.model, checkpoint=checkpoint)
     lineage = {"sft_teacher": teacher, "declared": False, "initial_student": None}
-    return finish_checkpoint(config, "sft", base=base, inputs=inputs, lineage=lineage, **trained)
+    parts = {"base": base, "inputs": inputs, "lineage": lineage, "overrides": overrides}
+    return finish_checkpoint(config, "sft", **parts, **trained)
 
 
 def finish_checkpoint(config: Any, stage: str, **parts: Any) -> Path:

@@ -14,8 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lopd.config.device import resolve_device
+from lopd.config.objective import Objective
+from lopd.config.training import PATIENCE_S, MonitoringOptions
 from lopd.errors import ConfigError, DataError
-from lopd.models.load import resolve_device
 from lopd.models.lora import merged
 from lopd.provenance import MANIFEST_NAME, ModelIdentity, difference, settings_identity
 from lopd.provenance.io import parse_json, pretty_json, write_atomic
@@ -24,8 +26,6 @@ from lopd.store.locks import FolderLock
 from lopd.store.workers import Worker, this_worker
 from lopd.training.batch import Source
 from lopd.training.checkpoints import last_checkpoint, put_torn_aside, saving
-from lopd.training.objective import Objective
-from lopd.training.options import PATIENCE_S, MonitoringOptions
 
 RECIPE_NAME = "recipe.json"
 ADAPTER_NAME = "adapter"  # a LoRA run's adapters, next to the merged model
