@@ -1,18 +1,24 @@
 """Records of JSONL and parquet files, each with its file and line."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lopd.errors import ConfigError, DataError, MissingFileError
+from lopd.provenance.io import parse_json
 
 PARQUET_SUFFIX = ".parquet"
+Skip = Callable[[DataError], None]  # takes the error of a record that is left out
 _ROWS_TOGETHER = 4  # a row of scores can hold 10^5 log-probs, each a Python object
 
 
-def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(
+    path: str | Path, *, skip: Skip | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `(place, record)`: rows of a `.parquet` file, else the lines of a JSONL file.
+
+    Args:
+        skip: takes the error of each line that cannot be read; raised if None.
 
     Raises:
         MissingFileError: the file does not exist.
@@ -22,10 +28,12 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(path)
     if path.suffix == PARQUET_SUFFIX:
         return _read_parquet(path)
-    return read_jsonl(path)
+    return read_jsonl(path, skip=skip)
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(
+    path: str | Path, *, skip: Skip | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `("file:line", record)` for every non-blank line of a JSONL file.
 
     Raises:
@@ -40,14 +48,25 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise DataError(
-                    f"{where}: not JSON in UTF-8 ({error}); expected one object per line"
-                ) from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: found a {type(record).__name__}; expected an object")
+                record = _parse_line(where, line)
+            except DataError as error:
+                if skip is None:
+                    raise
+                skip(error)
+                continue
             yield where, record
+
+
+def _parse_line(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        record = parse_json(line.strip(), finite=False)
+    except ValueError as error:
+        raise DataError(
+            f"{where}: not JSON in UTF-8 ({error}); expected one object per line"
+        ) from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: found a {type(record).__name__}; expected an object")
+    return record
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -4,11 +4,12 @@ The manifest of the checkpoint records the teacher's fingerprint, so that `lopd 
 check that the same teacher scored the rollouts.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import setting
+from lopd.config.objective import Objective
+from lopd.config.sft import SftConfig
 from lopd.data.demonstrations import load_sft_jsonl
 from lopd.errors import MissingFileError, ProvenanceError
 from lopd.models.load import check_model_folder, load_tokenizer
@@ -25,19 +26,6 @@ from lopd.provenance import (
 from lopd.store import RolloutStore
 from lopd.training import run as runs
 from lopd.training.batch import Source
-from lopd.training.objective import Objective
-from lopd.training.options import TrainOptions
-
-
-@dataclass(kw_only=True)
-class SftConfig(TrainOptions):
-    """Fine-tune a model on answers (`lopd sft`)."""
-
-    model: str = setting(identity=False, help="Folder of the model to start from.")
-    data: str = setting(
-        identity=False, help="Folder that `lopd sft-data` wrote, or JSONL of prompt and completion."
-    )
-    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
 
 
 def main(config: SftConfig) -> Path:

@@ -1,12 +1,11 @@
 """Checkpoints of a run: sealing, finding the last whole one, rotation, and errors in writing.
 
-A checkpoint is written to a temporary folder, sealed with a receipt (`lopd.provenance.receipts`)
-and renamed to `checkpoint-N`. Its receipt also names the run, so that a run removes only what it
+A checkpoint is written to a temporary folder, sealed with a receipt and renamed to `checkpoint-N`. Its
+receipt (`lopd.provenance.folder_receipt`) also names the run, so that a run removes only what it
 wrote itself.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -21,8 +20,14 @@ from safetensors import SafetensorError, safe_open
 from lopd.errors import LopdError, ShardError
 from lopd.models.load import ADAPTER_CONFIG
 from lopd.provenance.fingerprint import read_config, weight_files
-from lopd.provenance.io import TEMP_SUFFIX, sync_folder
-from lopd.provenance.receipts import RECEIPT_NAME, check_receipt, files_below, read_receipt, seal
+from lopd.provenance.folder_receipt import (
+    RECEIPT_NAME,
+    check_receipt,
+    files_below,
+    read_receipt,
+    seal,
+)
+from lopd.provenance.io import TEMP_SUFFIX, parse_json, sync_folder
 
 METRICS_NAME = "window.pt"  # metrics since the last log
 STAGING = f".saving{TEMP_SUFFIX}"  # folder in which a checkpoint is written
@@ -131,7 +136,7 @@ def unusable(checkpoint: Path, *, keep_best: bool = False) -> str:
             receipt = check_receipt(checkpoint)
             if receipt.get("step") != step_of(checkpoint):
                 return f"its receipt is that of step {receipt.get('step')}"
-            state = json.loads((checkpoint / TRAINER_STATE).read_bytes())
+            state = parse_json((checkpoint / TRAINER_STATE).read_bytes(), finite=False)
         else:
             state = _unsealed_state(checkpoint)
     except (OSError, ValueError, zipfile.BadZipFile, SafetensorError, LopdError) as error:
@@ -149,7 +154,7 @@ def _unsealed_state(checkpoint: Path) -> dict[str, Any]:
 
     Reads only JSON, the headers of the weights and the directories at the end of torch's files.
     """
-    state = json.loads((checkpoint / TRAINER_STATE).read_bytes())
+    state = parse_json((checkpoint / TRAINER_STATE).read_bytes(), finite=False)
     if not isinstance(state, dict) or state.get("global_step") != step_of(checkpoint):
         raise ValueError(f"its state is not that of step {step_of(checkpoint)}")
     states = [*checkpoint.glob(RANDOM_STATES)]
@@ -161,7 +166,7 @@ def _unsealed_state(checkpoint: Path) -> dict[str, Any]:
             pass
     adapted = (checkpoint / ADAPTER_CONFIG).exists()
     if adapted:
-        json.loads((checkpoint / ADAPTER_CONFIG).read_bytes())
+        parse_json((checkpoint / ADAPTER_CONFIG).read_bytes())
     else:
         read_config(checkpoint)
     for file in [checkpoint / ADAPTER_WEIGHTS] if adapted else weight_files(checkpoint):

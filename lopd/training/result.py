@@ -9,8 +9,8 @@ from typing import Any
 from lopd.errors import ModelError, ShardError
 from lopd.models.load import load_model
 from lopd.models.lora import add_lora, merged
+from lopd.provenance.folder_receipt import RECEIPT_NAME, files_below, seal
 from lopd.provenance.io import TEMP_SUFFIX
-from lopd.provenance.receipts import RECEIPT_NAME, files_below, seal
 from lopd.training.checkpoints import checkpoints, saving, unusable
 from lopd.training.dry_run import storage_bytes
 

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import pytest
 
 from lopd.cli import COMMANDS
+from lopd.config.distill import DistillConfig
+from lopd.config.evaluate import EvalConfig
 from lopd.config.fields import (
     GROUPS,
     Settings,
@@ -17,11 +19,9 @@ from lopd.config.fields import (
     setting,
     setting_of,
 )
+from lopd.config.sft import SftConfig
 from lopd.errors import ConfigError
 from lopd.provenance.identity import settings_identity
-from lopd.stages.distill import DistillConfig
-from lopd.stages.evaluate import EvalConfig
-from lopd.stages.sft import SftConfig
 
 CONFIGS = [
     getattr(importlib.import_module(f"lopd.stages.{module}"), name)

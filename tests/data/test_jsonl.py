@@ -56,3 +56,25 @@ def test_without_pyarrow_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"needs pyarrow; pip install 'lopd\[parquet\]'"):
         list(read_records(path))
+
+
+LINES = {
+    "deep": "[" * 100_000,
+    "deep object": '{"prompt": ' * 1000 + "1" + "}" * 1000,
+    "half a pair": r'{"prompt": "\ud800"}',
+    "half a pair in an id": r'{"prompt": "a", "id": "\udfff"}',
+    "a key twice": '{"prompt": "a", "prompt": "b"}',
+    "a number": "7",
+    "torn": '{"prompt": "a',
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_a_line_that_is_no_record_is_named_or_skipped(tmp_path, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line + '\n{"prompt": "b"}\n')
+    with pytest.raises(DataError, match="p.jsonl:2: "):
+        list(read_records(path))
+    errors = []
+    found = [record["prompt"] for _, record in read_records(path, skip=errors.append)]
+    assert found == ["a", "b"] and len(errors) == 1 and "p.jsonl:2: " in str(errors[0])

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
+from lopd.config.evaluate import EvalConfig
 from lopd.data.prompts import Prompt
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.grading import exact_grader, last_boxed, math_grader
-from lopd.stages.evaluate import EvalConfig
 
 
 @pytest.mark.parametrize(

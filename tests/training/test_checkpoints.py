@@ -9,7 +9,7 @@ import torch
 from helpers_training import make_trainer, tiny_model, weights
 
 from lopd.errors import DataError, ShardError
-from lopd.provenance.receipts import RECEIPT_NAME, check_receipt, seal
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt, seal
 from lopd.training.checkpoints import (
     STAGING,
     checkpoints,

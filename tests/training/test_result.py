@@ -17,7 +17,7 @@ from helpers_training import largest_difference, weights
 from lopd.cli import main
 from lopd.errors import ModelError, ShardError
 from lopd.models.load import load_model
-from lopd.provenance.receipts import RECEIPT_NAME, check_receipt
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.stages import distill, sft
 from lopd.training import result
 from lopd.training.checkpoints import checkpoints, last_checkpoint

@@ -1,13 +1,12 @@
 """Receipts of folders: size and sha256 of every file, written last, when all else is durable."""
 
-import json
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lopd.errors import ShardError
-from lopd.provenance.io import pretty_json, sha256_file, sync_folder, write_atomic
+from lopd.provenance.io import parse_json, pretty_json, sha256_file, sync_folder, write_atomic
 
 RECEIPT_NAME = "receipt.json"
 
@@ -53,11 +52,11 @@ def read_receipt(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECEIPT_NAME
     try:
-        receipt = json.loads(path.read_bytes())
+        receipt = parse_json(path.read_bytes())
         files = {
             str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in receipt["files"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path}: missing, torn or altered; restore it") from error
     return {**receipt, "files": files}
 
