@@ -18,6 +18,7 @@ from typing import Any
 
 from lopd.config.fields import Settings, parse_range, setting, setting_of
 from lopd.config.parse import check_keys
+from lopd.config.prompts import PromptOptions
 from lopd.engines import ENGINES
 from lopd.engines.base import Sampling
 from lopd.errors import ConfigError
@@ -66,11 +67,13 @@ class InferenceOptions(Settings):
 
 
 @dataclass(kw_only=True)
-class GenerationOptions(InferenceOptions):
+class GenerationOptions(InferenceOptions, PromptOptions):
     """Settings of the stages that sample answers."""
 
     prompts: str = setting(
-        identity=False, help="JSONL or parquet file with 'prompt' or 'messages' in each record."
+        identity=False,
+        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages' in "
+        "each record; docs/pipeline.md lists other shapes.",
     )
     limit: int | None = setting(
         None,
