@@ -25,16 +25,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from lopd.config.import_scores import Format
 from lopd.data.records import read_records
 from lopd.errors import ConfigError, DataError, LopdError
 from lopd.store import FINISH_REASONS, Rollout, TopKLists
 from lopd.store.validate import MASS_TOLERANCE
 
-Format = Literal["lightning-opd", "topk"]
 _LIGHTNING = ("is_lightning_opd", "response_tokens", "loss_mask", "teacher_log_probs")
 _TOPK = (
     {"response_token_ids", "logprobs"},

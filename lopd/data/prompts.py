@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.data.messages import Message, check_messages
 from lopd.config.prompts import chosen_options
+from lopd.data.messages import Message, check_messages
 from lopd.data.records import describe_data, read_records
 from lopd.data.rendering import PromptEncoder
 from lopd.data.shapes import after_marker, shaped

@@ -1,7 +1,6 @@
 """Records of data files (JSON lines, JSON arrays, parquet, gzip, folders), each with its place."""
 
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from typing import Any
 
 from lopd.errors import ConfigError, DataError, MissingFileError
 from lopd.provenance import describe_file
-from lopd.provenance.io import json_digest
+from lopd.provenance.io import json_digest, parse_json
 
 PARQUET_SUFFIX = ".parquet"
 JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
@@ -21,7 +20,6 @@ _ROWS_TOGETHER = 4  # a row of scores can hold 10^5 log-probs, each a Python obj
 _METADATA = re.compile(r"(dataset_infos?|dataset_dict|state|config)\.json")  # beside data files
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![a-z])")
 _UNREADABLE = (EOFError, OSError, zlib.error)  # what gzip raises for a damaged file
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Skip = Callable[[DataError], None]  # takes the error of a record that is left out
 
@@ -149,7 +147,7 @@ def _read_lines(
                 if not line.strip():
                     continue
                 try:
-                    record = _record(_parse(line, where, path), where, line)
+                    record = _record(_parse(line, where, path), where)
                 except DataError as error:
                     if skip is None:
                         raise
@@ -174,14 +172,12 @@ def _read_array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     values = _parse(data.removeprefix(b"\xef\xbb\xbf"), str(path), path)
     for number, value in enumerate(values, 1):
         where = f"{path}: record {number}"
-        yield where, _record(value, where, data)
+        yield where, _record(value, where)
 
 
 def _parse(text: bytes, where: str, path: Path) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
-    except RecursionError:
-        raise DataError(f"{where}: nested too deeply to read; expected a flat object") from None
+        return parse_json(text.strip(), finite=False)
     except ValueError as error:
         raise DataError(
             f"{where}: not JSON in UTF-8 ({error}); expected one object per line{_hint(text, path)}"
@@ -205,31 +201,10 @@ def _hint(text: bytes, path: Path) -> str:
     return ""
 
 
-def _record(value: Any, where: str, text: bytes) -> dict[str, Any]:
-    """Check one JSON value; `text` is what it was parsed from."""
+def _record(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: found a {type(value).__name__}; expected an object")
-    if b"\\ud" in text.lower() and (found := _lone_surrogate(value)):
-        raise DataError(
-            f"{where}: '{found}' holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
-            "character; write the text again in UTF-8"
-        )
     return value
-
-
-def _lone_surrogate(value: Any) -> str | None:
-    """The first key whose text, at any depth, is not valid Unicode; also a key itself."""
-    for key, item in value.items():
-        pending = [key, item]
-        while pending:
-            part = pending.pop()
-            if isinstance(part, str) and _SURROGATE.search(part):
-                return ascii(key)[1:-1]
-            if isinstance(part, dict):
-                pending += [*part, *part.values()]
-            elif isinstance(part, list):
-                pending += part
-    return None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from datetime import date, datetime, time
 from typing import Any
 
-from lopd.data.messages import Message
 from lopd.config.prompts import PromptOptions
+from lopd.data.messages import Message
 from lopd.errors import ConfigError, DataError
 
 MAX_PROMPT = 1 << 24  # characters; beyond every context, and tokenising takes 100 bytes of each
@@ -243,8 +243,9 @@ class PromptEncoder:
                 continue
             text = message["content"]
             if found := [token for token in self._written if token in text]:
+                first = min(found, key=text.find)
                 raise DataError(
-                    f"{where}: the text holds {min(found, key=text.find)!r}, which the chat template writes: a "
+                    f"{where}: the text holds {first!r}, which the chat template writes: a "
                     "template seems to be applied already; pass --special_tokens as_text to take "
                     "the text as it is, or keep to apply the template to it"
                 )

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lopd.data.messages import sharegpt_messages
 from lopd.config.prompts import TARGETS
+from lopd.data.messages import sharegpt_messages
 from lopd.errors import DataError
 
 BOXED = r"\boxed{"

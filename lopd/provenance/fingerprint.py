@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import mmap
 import os
 import struct
@@ -16,12 +15,14 @@ from lopd.errors import DataError, MissingFileError, ModelError
 from lopd.provenance.io import (
     canonical_json,
     json_digest,
+    parse_json,
     sha256_file,
     storing,
     without_keys,
     write_atomic,
 )
 from lopd.provenance.manifest import ModelIdentity
+from lopd.provenance.typed_json import value_at
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -105,9 +106,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def vocab_size_of(path: str | Path) -> int:
     """Rows of the LM head by config.json, padding rows included."""
     config = read_config(path)
-    for part in (config, config.get("text_config") or {}):
-        if isinstance(part.get("vocab_size"), int):
-            return int(part["vocab_size"])
+    for name in ("vocab_size", "text_config.vocab_size"):
+        rows = value_at(config, name)
+        if type(rows) is int and 0 < rows < 2**31:
+            return rows
     raise ModelError(f"{path}/config.json has no vocab_size; name a causal language model")
 
 
@@ -198,7 +200,10 @@ def load_vocab(folder: str | Path) -> dict[str, int]:
     file = Path(folder) / VOCAB_NAME
     if not file.exists():
         raise MissingFileError(f"{file} does not exist; run 'lopd score' again to write it")
-    return {str(token): int(index) for token, index in _read_json_object(file).items()}
+    vocab = _read_json_object(file)
+    if bad := [token for token, index in vocab.items() if type(index) is not int]:
+        raise DataError(f"{file}: token {bad[0]!r} has no integer id; run 'lopd score' again")
+    return vocab
 
 
 def _model_folder(path: str | Path) -> Path:
@@ -210,8 +215,9 @@ def _model_folder(path: str | Path) -> Path:
 
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes())
-    except ValueError as error:
+        # transformers writes Infinity into the config.json of some architectures
+        value = parse_json(file.read_bytes(), finite=False)
+    except (OSError, ValueError) as error:
         raise DataError(f"{file} is not JSON ({error}); restore it") from error
     if not isinstance(value, dict):
         raise DataError(f"{file} holds a {type(value).__name__}, expected an object; restore it")
@@ -247,7 +253,10 @@ def _tensor_digests(file: Path) -> dict[str, str]:
         raise ModelError(message) from error
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
+        try:
+            header = parse_json(stream.read(length))
+        except ValueError as error:
+            raise ModelError(f"{file} has an invalid header ({error}); save it again") from error
         header.pop("__metadata__", None)
         with (
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
@@ -284,7 +293,7 @@ def _memo_path() -> Path:
 def _read_memo() -> dict[str, Any]:
     """The stored fingerprints; empty if they cannot be read."""
     try:
-        value = json.loads(_memo_path().read_bytes())
+        value = parse_json(_memo_path().read_bytes())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lopd.config.distill import OVERRIDES
 from lopd.errors import ConfigError, MissingFileError, ProvenanceError
 from lopd.provenance.fingerprint import (
     fingerprint_weights,
@@ -15,8 +16,6 @@ from lopd.provenance.fingerprint import (
 )
 from lopd.provenance.lineage import lineage_of
 from lopd.provenance.manifest import CacheManifest, ModelIdentity, Override, short
-
-OVERRIDES = ("incomplete-cache", "teacher-mismatch", "student-mismatch", "tokenizer-mismatch")
 
 
 def check_distill(

@@ -7,24 +7,20 @@ and a lower bound otherwise.
 """
 
 import json
-import re
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lopd.config.fields import setting, setting_of
+from lopd.config.evaluate import EvalConfig
+from lopd.config.inference import Sampling
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
 from lopd.data.records import describe_data
 from lopd.data.rendering import PromptEncoder
-from lopd.engines.base import Sampling
-from lopd.engines.options import GenerationOptions, ScoringOptions
 from lopd.engines.transformers import TransformersEngine
-from lopd.errors import ConfigError, DataError
+from lopd.errors import DataError
 from lopd.evaluation.accuracy import generate_answers, measure_accuracy
 from lopd.evaluation.grading import exact_grader, math_grader
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
-from lopd.models.load import resolve_device
 from lopd.provenance import (
     MANIFEST_NAME,
     build_manifest,
@@ -33,67 +29,12 @@ from lopd.provenance import (
     read_manifest,
     write_manifest,
 )
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.io import make_folder, pretty_json, write_atomic
 from lopd.stages.table import print_fields
 from lopd.store import TeacherCache
 from lopd.store.folders import examine_folder
 
 RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
-ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
-
-
-_data = partial(setting, group="Model and data", identity=False)
-_evaluation = partial(setting, group="Evaluation")
-
-
-@dataclass(kw_only=True)
-class EvalConfig(GenerationOptions, ScoringOptions):
-    """Measure accuracy on prompts with answers, and the KL to a teacher (`lopd eval`)."""
-
-    model: str = setting(identity=False, help="Folder of the model to evaluate.")
-    prompts: str = setting_of(
-        GenerationOptions,
-        "prompts",
-        help="JSONL or parquet file with 'prompt' or 'messages', and 'answer', in each record.",
-    )
-    out: str = setting(identity=False, help="Folder for results.json and the answers.")
-    teacher: str | None = _data(None, help="Folder of the teacher, for the KL.")
-    cache: str | None = _data(None, help="Teacher cache of held-out rollouts, for the KL on them.")
-    kl_k: int = _evaluation(64, within="[1, inf)", help="Teacher tokens per position of the KL.")
-    num_samples: int = setting(
-        4, within="[1, inf)", group="Sampling", help="Number of sampled answers to each prompt."
-    )
-    temperature: float = setting_of(
-        GenerationOptions,
-        "temperature",
-        within="(0, inf)",
-        remedy=" (greedy answers are evaluated as well)",
-        help="Temperature of the sampled answers; greedy answers are evaluated as well.",
-    )
-    judge: Literal["exact", "math"] = _evaluation(
-        "exact",
-        help="exact compares what answer_regex finds; math uses math-verify (lopd[eval]).",
-    )
-    answer_regex: str = _evaluation(
-        ANSWER_REGEX,
-        help="Regular expression with one group, whose last match is the model's answer.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        resolve_device(self.device)
-        try:
-            groups = re.compile(self.answer_regex).groups
-        except re.error as error:
-            raise ConfigError(f"answer_regex: {error}; expected a regular expression") from None
-        if groups != 1:
-            raise ConfigError(f"answer_regex: found {groups} groups; expected exactly one")
-        if self.judge == "math":
-            if self.answer_regex != ANSWER_REGEX:
-                raise ConfigError(
-                    "answer_regex: --judge math does not use it; leave one of them out"
-                )
-            math_grader()
 
 
 def main(config: EvalConfig) -> Path:
@@ -110,7 +51,9 @@ def main(config: EvalConfig) -> Path:
         ShardError: the cache is incomplete or altered.
     """
     out = Path(config.out)
-    examine_folder(out, final=MANIFEST_NAME, allowed_files=RESULTS).require_writable()
+    examine_folder(
+        out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
+    ).require_writable()
     engine = _load(config, config.model)
     encoder = PromptEncoder(engine.tokenizer, config)
     prompts = _prompts(config, engine, encoder)
@@ -145,7 +88,7 @@ def main(config: EvalConfig) -> Path:
         model=describe_model(config.model, dtype=config.dtype, engine=TransformersEngine.name),
         inputs=inputs,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     lines = "".join(json.dumps(answer) + "\n" for answer in answers)
     write_atomic(out / "answers.jsonl", lines.encode())
     write_atomic(out / "results.json", pretty_json(results))

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lopd.config.fields import Settings, setting, setting_of
-from lopd.data.external_scores import Dumped, Format, read_dump
+from lopd.config.import_scores import ImportConfig
+from lopd.data.external_scores import Dumped, read_dump
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import eos_ids_of, load_tokenizer
 from lopd.provenance import (
@@ -28,46 +28,13 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
-from lopd.stages.rollout import SamplingOptions
-from lopd.stages.score import ScoreConfig
-from lopd.store import CacheWriter, Codec, Rollout, TeacherScores
+from lopd.store import CacheWriter, Rollout, TeacherScores
 from lopd.store.lists import derived_tail
 from lopd.store.validate import MASS_TOLERANCE
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Lists are renormalised if each has mass 1 within rounding and their mean mass is 1 within this.
 RENORMALIZED = 1e-4
-
-
-@dataclass(kw_only=True)
-class ImportConfig(Settings):
-    """Make a teacher cache from scores that another tool wrote (`lopd import`)."""
-
-    source: str = setting(identity=False, help="Parquet (.parquet) or JSONL file.")
-    format: Format = setting(
-        help="lightning-opd: parquet in the format of the paper's code; topk: lists of top-k "
-        "log-probs. See lopd/data/external_scores.py."
-    )
-    teacher: str = setting(
-        identity=False, help="Teacher that scored: a folder, a digest of weights, or a name."
-    )
-    student: str = setting(
-        identity=False,
-        help="Student that rolled out: a folder, which also provides the tokenizer, a digest of "
-        "weights, or a name.",
-    )
-    out: str = setting_of(ScoreConfig, "out")
-    codec: Codec = setting_of(ScoreConfig, "codec")
-    temperature: float = setting_of(
-        ScoreConfig, "temperature", help="Temperature at which the log-probs were computed."
-    )
-    shard_size: int = setting_of(SamplingOptions, "shard_size")
-    allow_renormalized: bool = setting(
-        False,
-        group="Provenance overrides",
-        identity=False,
-        help="Accept renormalised lists, which only --tail renormalize can train on.",
-    )
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,13 @@
 """Print what an artefact folder holds and, on demand, check its hashes (`lopd inspect`)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import Settings, setting
-from lopd.errors import ConfigError, ProvenanceError, ShardError
+from lopd.config.inspect import InspectConfig
+from lopd.errors import ConfigError, ProvenanceError
 from lopd.provenance import Manifest, fingerprint_weights, read_manifest
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
-
-
-@dataclass(kw_only=True)
-class InspectConfig(Settings):
-    """Print what an artefact folder holds (`lopd inspect`)."""
-
-    path: str = setting(help="Folder of answers, rollouts, a cache or a checkpoint.")
-    verify: bool = setting(
-        False, group="Model and data", help="Check the hashes of every shard, or of the weights."
-    )
 
 
 def main(config: InspectConfig) -> None:
@@ -49,7 +38,7 @@ def main(config: InspectConfig) -> None:
         if config.verify:
             rows["verified"] = _verify_shards(cache)
     elif kind in ("rollouts", "sft_data"):
-        store = RolloutStore.open(config.path, kind=kind)
+        store = RolloutStore.open(config.path, kind=kind, allow_incomplete=True)
         rows.update(store.summary())
         if config.verify:
             rows["verified"] = _verify_shards(store)
@@ -59,12 +48,7 @@ def main(config: InspectConfig) -> None:
 
 
 def _verify_shards(store: RolloutStore | TeacherCache) -> str:
-    if store.missing_shards:
-        raise ShardError(
-            f"{store.path}: {len(store.missing_shards)} of {store.num_shards} shards are "
-            f"unfinished or damaged, the first is shard-{store.missing_shards[0]:05d}; run "
-            f"'lopd {store.manifest.stage}' again to write them"
-        )
+    store.check_complete()
     store.verify()
     return "every shard matches its receipt"
 

@@ -9,18 +9,18 @@ stored beside them where the two differ. Several processes may sample into one f
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
 from tqdm import tqdm
 
-from lopd.config.fields import setting
+from lopd.config.inference import SamplingOptions
+from lopd.config.rollout import RolloutConfig
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
 from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.engines import load_engine
 from lopd.engines.base import sequence_seed, to_rollout
-from lopd.engines.options import EngineOptions, GenerationOptions
 from lopd.errors import ModelError
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
 from lopd.provenance import (
@@ -34,32 +34,6 @@ from lopd.provenance import (
 )
 from lopd.store import RolloutWriter
 from lopd.store.workers import Worker, this_worker
-
-
-@dataclass(kw_only=True)
-class SamplingOptions(EngineOptions, GenerationOptions):
-    """Settings that `lopd sft-data` and `lopd rollout` share."""
-
-    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
-    num_samples: int = setting(
-        1, within="[1, inf)", group="Sampling", help="Number of answers to each prompt."
-    )
-    shard_size: int = setting(
-        1024, within="[1, inf)", group="Model and data", help="Sequences per shard file."
-    )
-    worker: str | None = setting(
-        None,
-        group="Devices and processes",
-        identity=False,
-        help="i/n: be worker i (from 0) of n workers on this folder.",
-    )
-
-
-@dataclass(kw_only=True)
-class RolloutConfig(SamplingOptions):
-    """Sample the student's answers to prompts (`lopd rollout`)."""
-
-    student: str = setting(identity=False, help="Folder of the fine-tuned student.")
 
 
 def main(config: RolloutConfig) -> Path:

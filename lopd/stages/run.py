@@ -19,12 +19,12 @@ that rolls out. Finished stages are skipped; if the settings or inputs of a fini
 changed, the run stops with an error, and nothing is reused or overwritten.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import Settings, setting
 from lopd.config.parse import build_config, check_keys, load_yaml
+from lopd.config.run import RunConfig
 from lopd.errors import ConfigError
 from lopd.provenance import (
     MANIFEST_NAME,
@@ -49,13 +49,6 @@ STAGES: dict[str, tuple[Any, type]] = {
 SHARED = ["dtype", "device", "seed"]
 # Stages without the shared dtype: weights and optimizer need more bits than inference.
 TRAINING_STAGES = ("sft", "distill")
-
-
-@dataclass(kw_only=True)
-class RunConfig(Settings):
-    """Run the stages of a recipe that are not finished, in order (`lopd run recipe.yaml`)."""
-
-    recipe: str = setting(help="YAML file; see lopd/stages/run.py for its keys.")
 
 
 def main(config: RunConfig) -> Path:

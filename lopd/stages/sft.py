@@ -4,14 +4,14 @@ The manifest of the checkpoint records the teacher's fingerprint, so that `lopd 
 check that the same teacher scored the rollouts.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import setting
+from lopd.config.objective import Objective
+from lopd.config.sft import SftConfig
 from lopd.data.demonstrations import load_demonstrations
-from lopd.config.prompts import PromptOptions
 from lopd.data.records import describe_data
 from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.errors import ConfigError, MissingFileError, ProvenanceError
@@ -29,21 +29,6 @@ from lopd.provenance import (
 from lopd.store import RolloutStore
 from lopd.training import run as runs
 from lopd.training.batch import Source
-from lopd.training.objective import Objective
-from lopd.training.options import TrainOptions
-
-
-@dataclass(kw_only=True)
-class SftConfig(TrainOptions, PromptOptions):
-    """Fine-tune a model on answers (`lopd sft`)."""
-
-    model: str = setting(identity=False, help="Folder of the model to start from.")
-    data: str = setting(
-        identity=False,
-        help="Folder that `lopd sft-data` wrote, or JSONL, JSON or parquet, or a folder of them, "
-        "with prompt and completion, or messages; docs/pipeline.md lists other shapes.",
-    )
-    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
 
 
 def main(config: SftConfig) -> Path:

@@ -1,7 +1,6 @@
 """Checkpoints of a run: finding the last complete one, torn ones, and errors in writing."""
 
 import contextlib
-import json
 import re
 import shutil
 import sys
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from lopd.errors import LopdError, ShardError
 from lopd.models.load import ADAPTER_CONFIG
 from lopd.provenance.fingerprint import weight_files
+from lopd.provenance.io import parse_json
 
 METRICS_NAME = "window.pt"  # metrics since the last log
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -62,7 +62,7 @@ def is_whole(checkpoint: Path) -> bool:
     Reads only the headers of the weights and the directories at the end of torch's zip files.
     """
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+        state = parse_json((checkpoint / "trainer_state.json").read_bytes(), finite=False)
         if not isinstance(state, dict) or state.get("global_step") != _step_of(checkpoint):
             return False
         states = [*checkpoint.glob(RANDOM_STATES)]

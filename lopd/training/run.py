@@ -14,18 +14,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lopd.config.device import resolve_device
+from lopd.config.objective import Objective
+from lopd.config.training import PATIENCE_S, MonitoringOptions
 from lopd.errors import ConfigError, DataError
-from lopd.models.load import resolve_device
 from lopd.models.lora import merged
 from lopd.provenance import MANIFEST_NAME, ModelIdentity, difference, settings_identity
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.io import parse_json, pretty_json, write_atomic
 from lopd.store.folders import examine_folder, writing_to
 from lopd.store.locks import FolderLock
 from lopd.store.workers import Worker, this_worker
 from lopd.training.batch import Source
 from lopd.training.checkpoints import last_checkpoint, put_torn_aside, saving
-from lopd.training.objective import Objective
-from lopd.training.options import PATIENCE_S, MonitoringOptions
 
 RECIPE_NAME = "recipe.json"
 ADAPTER_NAME = "adapter"  # a LoRA run's adapters, next to the merged model
@@ -82,6 +82,7 @@ def _claim(
         record=RECIPE_NAME,
         differs=lambda: difference(read_recipe(out / RECIPE_NAME), recipe),
         has_results=lambda: checkpoint is not None,
+        kind="checkpoint",
     ).require_writable()
     with writing_to(out):
         lock = FolderLock(out)
@@ -95,7 +96,7 @@ def _claim(
 def read_recipe(file: Path) -> dict[str, Any]:
     """The settings that a run recorded when it began; DataError if the file is damaged."""
     try:
-        recipe = json.loads(file.read_bytes())
+        recipe = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
             f"{file}: torn or altered ({error}); restore it, or remove the folder to begin again"

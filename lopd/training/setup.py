@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from lopd.config.objective import Objective
 from lopd.config.prompts import PromptOptions
+from lopd.config.training import MonitoringOptions
 from lopd.errors import ShardError
 from lopd.models.architecture import embedding_rows_of
 from lopd.models.load import context_of, load_model, load_tokenizer, resolve_dtype
@@ -16,8 +18,6 @@ from lopd.store.workers import this_worker
 from lopd.training.batch import Collator, SequenceDataset, Source, Subset, split_holdout
 from lopd.training.checkpoints import is_whole
 from lopd.training.holdout import Holdout
-from lopd.training.objective import Objective
-from lopd.training.options import MonitoringOptions
 from lopd.training.staleness import StalenessMonitor
 from lopd.training.trainer import LopdTrainer
 

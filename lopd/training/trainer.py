@@ -22,6 +22,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
+from lopd.config.objective import Objective
+from lopd.config.training import TrainOptions
 from lopd.errors import ConfigError
 from lopd.models.flops import FlopsMeter
 from lopd.models.head import check_head, check_trainable
@@ -31,8 +33,6 @@ from lopd.training.checkpoints import METRICS_NAME, saving
 from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl
 from lopd.training.logging import LogAtEnds, Reporter
 from lopd.training.metrics import MetricsAccumulator
-from lopd.training.objective import Objective
-from lopd.training.options import TrainOptions
 from lopd.training.sampler import StepDataset, StepLoader, StepSampler
 from lopd.training.step import check_finite, step
 

@@ -102,10 +102,7 @@ def test_a_folder_is_its_files_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("p.jsonl", b'{"prompt": "\\ud800"}\n', r":1: 'prompt' holds half of a surrogate pair"),
-        ("p.jsonl", b'{"\\udc00": 1}\n', "half of a surrogate pair"),
-        ("p.json", b'[{"a": [{"b": "\\uDFFF"}]}]', "record 1: 'a' holds half of a surrogate pair"),
-        ("p.jsonl", b'{"a": ' + b"[" * 100_000, ":1: nested too deeply"),
+        ("p.json", b'[{"a": [{"b": "\\uDFFF"}]}]', "half of a surrogate pair"),
         ("p.jsonl", b'{"a": ' + b"9" * 5000 + b"}", ":1: not JSON"),
         ("p.jsonl", b"{\n", "in a file whose name ends in .json"),
         ("p.jsonl", b"PAR1....", "it is parquet"),
@@ -138,3 +135,25 @@ def test_nulls_in_parquet_are_left_out_where_the_first_element_is_one(tmp_path):
     records = [{"prompt": "a", "tops": [None, {"x": 1, "y": None}]}]
     ((_, found),) = read_records(write_parquet(tmp_path / "p.parquet", records))
     assert found["tops"] == [None, {"x": 1}]
+
+
+LINES = {
+    "deep": "[" * 100_000,
+    "deep object": '{"prompt": ' * 1000 + "1" + "}" * 1000,
+    "half a pair": r'{"prompt": "\ud800"}',
+    "half a pair in an id": r'{"prompt": "a", "id": "\udfff"}',
+    "a key twice": '{"prompt": "a", "prompt": "b"}',
+    "a number": "7",
+    "torn": '{"prompt": "a',
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_a_line_that_is_no_record_is_named_or_skipped(tmp_path, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line + '\n{"prompt": "b"}\n')
+    with pytest.raises(DataError, match="p.jsonl:2: "):
+        list(read_records(path))
+    errors = []
+    found = [record["prompt"] for _, record in read_records(path, skip=errors.append)]
+    assert found == ["a", "b"] and len(errors) == 1 and "p.jsonl:2: " in str(errors[0])

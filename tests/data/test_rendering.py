@@ -6,8 +6,8 @@ import pytest
 from conftest import TEMPLATE, train_bpe
 from tokenizers.processors import TemplateProcessing
 
-from lopd.data.demonstrations import load_demonstrations
 from lopd.config.prompts import PromptOptions
+from lopd.data.demonstrations import load_demonstrations
 from lopd.data.prompts import describe_prompts, load_prompts
 from lopd.data.rendering import PromptEncoder
 from lopd.errors import ConfigError, DataError

@@ -3,8 +3,8 @@
 import pytest
 from conftest import TEMPLATE, train_bpe
 
-from lopd.data.demonstrations import load_demonstrations
 from lopd.config.prompts import PromptOptions
+from lopd.data.demonstrations import load_demonstrations
 from lopd.data.prompts import answer_text, load_prompts
 from lopd.data.rendering import PromptEncoder
 from lopd.errors import ConfigError, DataError
