@@ -1,8 +1,8 @@
 """Checkpoints of a run: sealing, finding the last whole one, rotation, and errors in writing.
 
-A checkpoint is written to a temporary folder, sealed with a receipt and renamed to `checkpoint-N`. Its
-receipt (`lopd.provenance.folder_receipt`) also names the run, so that a run removes only what it
-wrote itself.
+A checkpoint is written to a temporary folder, sealed with a receipt and renamed to `checkpoint-N`.
+Its receipt (`lopd.provenance.folder_receipt`) also names the run, so that a run removes only what
+it wrote itself.
 """
 
 import contextlib

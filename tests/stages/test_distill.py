@@ -246,7 +246,7 @@ def test_finished_runs_and_other_folders_are_not_overwritten(pipeline, tmp_path,
     done = tmp_path / "done"
     done.mkdir()
     (done / MANIFEST_NAME).write_text("{}")
-    with pytest.raises(ConfigError, match="holds a finished run"):
+    with pytest.raises(DataError, match=r"manifest\.json is not a lopd manifest"):
         distill.main(config(pipeline, done))
     other = tmp_path / "other"
     other.mkdir()
