@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.config.inspect import InspectConfig
-from lopd.errors import ConfigError, ProvenanceError, ShardError
+from lopd.errors import ConfigError, ProvenanceError
 from lopd.provenance import (
     CacheManifest,
     Manifest,
@@ -12,6 +12,7 @@ from lopd.provenance import (
     fingerprint_weights,
     read_manifest,
 )
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
@@ -22,7 +23,7 @@ def main(config: InspectConfig) -> None:
     Raises:
         ConfigError: `verify`, and the folder has no hashes.
         ProvenanceError: the weights are not those that the manifest describes.
-        ShardError: a shard is unfinished or altered.
+        ShardError: a shard or file is unfinished or altered.
     """
     manifest = read_manifest(Path(config.path))
     kind = manifest.kind
@@ -47,7 +48,7 @@ def main(config: InspectConfig) -> None:
         if config.verify:
             rows["verified"] = _verify_shards(cache)
     elif kind in ("rollouts", "sft_data"):
-        store = RolloutStore.open(config.path, kind=kind)
+        store = RolloutStore.open(config.path, kind=kind, allow_incomplete=True)
         rows.update(store.summary())
         if config.verify:
             rows["verified"] = _verify_shards(store)
@@ -62,12 +63,7 @@ def _describe_eos(model: ModelIdentity) -> str:
 
 
 def _verify_shards(store: RolloutStore | TeacherCache) -> str:
-    if store.missing_shards:
-        raise ShardError(
-            f"{store.path}: {len(store.missing_shards)} of {store.num_shards} shards are "
-            f"unfinished or damaged, the first is shard-{store.missing_shards[0]:05d}; run "
-            f"'lopd {store.manifest.stage}' again to write them"
-        )
+    store.check_complete()
     store.verify()
     return "every shard matches its receipt"
 
@@ -82,6 +78,9 @@ def _verify_weights(folder: str, manifest: Manifest) -> str:
             f"{folder}: its weights are not those that its manifest describes; restore them, or "
             "make the checkpoint again"
         )
+    if (Path(folder) / RECEIPT_NAME).exists():
+        files = check_receipt(Path(folder))["files"]
+        return f"the weights match the manifest, and all {len(files)} files their receipt"
     return "the weights match the manifest"
 
 
