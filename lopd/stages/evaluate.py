@@ -28,7 +28,7 @@ from lopd.provenance import (
     read_manifest,
     write_manifest,
 )
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.io import make_folder, pretty_json, write_atomic
 from lopd.stages.table import print_fields
 from lopd.store import TeacherCache
 from lopd.store.folders import examine_folder
@@ -50,7 +50,9 @@ def main(config: EvalConfig) -> Path:
         ShardError: the cache is incomplete or altered.
     """
     out = Path(config.out)
-    examine_folder(out, final=MANIFEST_NAME, allowed_files=RESULTS).require_writable()
+    examine_folder(
+        out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
+    ).require_writable()
     engine = _load(config, config.model)
     prompts = _prompts(config, engine)
     if config.cache is not None:
@@ -81,7 +83,7 @@ def main(config: EvalConfig) -> Path:
         model=describe_model(config.model, dtype=config.dtype, engine=TransformersEngine.name),
         inputs=inputs,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     lines = "".join(json.dumps(answer) + "\n" for answer in answers)
     write_atomic(out / "answers.jsonl", lines.encode())
     write_atomic(out / "results.json", pretty_json(results))

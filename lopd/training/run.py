@@ -82,6 +82,7 @@ def _claim(
         record=RECIPE_NAME,
         differs=lambda: difference(_read_recipe(out / RECIPE_NAME), recipe),
         has_results=lambda: checkpoint is not None,
+        kind="checkpoint",
     ).require_writable()
     with writing_to(out):
         lock = FolderLock(out)
