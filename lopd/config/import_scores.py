@@ -33,6 +33,12 @@ class ImportConfig(Settings):
         ScoreConfig, "temperature", help="Temperature at which the log-probs were computed."
     )
     shard_size: int = setting_of(SamplingOptions, "shard_size")
+    skip_bad_records: bool = setting(
+        False,
+        group="Model and data",
+        identity=False,
+        help="Leave out records that cannot be used; they are counted and named.",
+    )
     allow_renormalized: bool = setting(
         False,
         group="Provenance overrides",

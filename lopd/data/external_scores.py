@@ -30,10 +30,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from lopd.config.import_scores import Format
 from lopd.data.jsonl import read_records
 from lopd.data.score_shapes import FINISH_WORDS, PADDING_ID, Shaped, pairs_of, shaped
 from lopd.data.skipped import Skipped
@@ -42,7 +43,6 @@ from lopd.models.limits import ModelLimits
 from lopd.store import FINISH_REASONS, Rollout, TopKLists
 from lopd.store.validate import AGREEMENT_NATS, MASS_TOLERANCE
 
-Format = Literal["lightning-opd", "topk"]
 _LIGHTNING = ("is_lightning_opd", "response_tokens", "loss_mask", "teacher_log_probs")
 # Values that tools write where there is no log-prob. No softmax gives a log-prob of -1000: logits
 # would have to be a thousand apart.

@@ -96,6 +96,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [_without_nulls(item) for item in value]
+    if isinstance(value, list):
+        first = next((item for item in value if item is not None), None)
+        if isinstance(first, dict | list):  # not lists of numbers, which can be long
+            return [_without_nulls(item) for item in value]
     return value

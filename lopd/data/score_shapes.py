@@ -28,7 +28,7 @@ RESPONSE_KEYS = (
 )
 FINISH_WORDS = {"tool_calls": "stop", "function_call": "stop", "eos_token": "stop"}
 PADDING_ID = -1
-_ID = re.compile(r"(?:token_id:)?([0-9]{1,10})", re.ASCII)
+_ID = re.compile(r"(?:token_id:)?(-1|[0-9]{1,10})")
 _ASK_FOR_IDS = (
     "ask the server for ids: vLLM's return_tokens_as_token_ids=true and return_token_ids=true"
 )
