@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from lopd.config.import_scores import Format
-from lopd.data.jsonl import read_records
+from lopd.data.records import read_records
 from lopd.data.score_shapes import FINISH_WORDS, PADDING_ID, Shaped, pairs_of, shaped
 from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError, LopdError

@@ -20,13 +20,13 @@ import numpy as np
 
 from lopd.config.import_scores import ImportConfig
 from lopd.data.external_scores import ROUNDING, Dumped, read_dump
+from lopd.data.records import describe_data
 from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import eos_ids_of, load_tokenizer
 from lopd.provenance import (
     ModelIdentity,
     build_manifest,
-    describe_file,
     describe_model,
     lineage_of,
     save_vocab,
@@ -85,11 +85,11 @@ def main(config: ImportConfig) -> Path:
             skipped=skipped,
         )
 
-    skipped = Skipped(config.source, config.skip_bad_records)
+    skipped = Skipped(config.source, bool(config.skip_bad_records))
     survey = take_survey(config, teacher.vocab_size, read(skipped), skipped)
     skipped.report()
     _print_notes(config.source, survey)
-    source = describe_file(config.source)
+    source = describe_data(config.source)
     full, rest = divmod(survey.sequences, config.shard_size)
     manifest = build_manifest(
         "cache",
@@ -126,7 +126,7 @@ def main(config: ImportConfig) -> Path:
         missing = writer.missing()
         if missing and Path(config.teacher).is_dir():
             save_vocab(config.teacher, config.out)
-        records = read(Skipped(config.source, config.skip_bad_records))
+        records = read(Skipped(config.source, bool(config.skip_bad_records)))
         width = survey.longest - survey.shortest
         for shard, size in enumerate(manifest.shards):
             dumped = list(islice(records, size))
