@@ -34,7 +34,7 @@ class ImportConfig(Settings):
         ScoreConfig, "temperature", help="Temperature at which the log-probs were computed."
     )
     shard_size: int = setting_of(SamplingOptions, "shard_size")
-    skip_bad_records: bool | None = setting_of(PromptOptions, "skip_bad_records")
+    skip_bad_records: bool = setting_of(PromptOptions, "skip_bad_records")
     allow_renormalized: bool = setting(
         False,
         group="Provenance overrides",

@@ -85,7 +85,7 @@ def main(config: ImportConfig) -> Path:
             skipped=skipped,
         )
 
-    skipped = Skipped(config.source, bool(config.skip_bad_records))
+    skipped = Skipped(config.source, config.skip_bad_records)
     survey = take_survey(config, teacher.vocab_size, read(skipped), skipped)
     skipped.report()
     _print_notes(config.source, survey)
@@ -126,7 +126,7 @@ def main(config: ImportConfig) -> Path:
         missing = writer.missing()
         if missing and Path(config.teacher).is_dir():
             save_vocab(config.teacher, config.out)
-        records = read(Skipped(config.source, bool(config.skip_bad_records)))
+        records = read(Skipped(config.source, config.skip_bad_records))
         width = survey.longest - survey.shortest
         for shard, size in enumerate(manifest.shards):
             dumped = list(islice(records, size))
