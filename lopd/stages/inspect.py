@@ -6,6 +6,7 @@ from typing import Any
 from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.provenance import Manifest, fingerprint_weights, read_manifest
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
@@ -16,7 +17,7 @@ def main(config: InspectConfig) -> None:
     Raises:
         ConfigError: `verify`, and the folder has no hashes.
         ProvenanceError: the weights are not those that the manifest describes.
-        ShardError: a shard is unfinished or altered.
+        ShardError: a shard or file is unfinished or altered.
     """
     manifest = read_manifest(Path(config.path))
     kind = manifest.kind
@@ -63,6 +64,9 @@ def _verify_weights(folder: str, manifest: Manifest) -> str:
             f"{folder}: its weights are not those that its manifest describes; restore them, or "
             "make the checkpoint again"
         )
+    if (Path(folder) / RECEIPT_NAME).exists():
+        files = check_receipt(Path(folder))["files"]
+        return f"the weights match the manifest, and all {len(files)} files their receipt"
     return "the weights match the manifest"
 
 
