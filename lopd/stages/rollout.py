@@ -57,7 +57,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         context=context_of(model),
         vocab_size=vocab_size_of(model),
         max_new_tokens=config.max_new_tokens,
-        skip=bool(config.skip_bad_records),
+        skip=config.skip_bad_records,
     )
     jobs = [(prompt, sample) for prompt in prompts for sample in range(config.num_samples)]
     shards = [jobs[i : i + config.shard_size] for i in range(0, len(jobs), config.shard_size)]

@@ -51,7 +51,8 @@ def main(config: SftConfig) -> Path:
     (data,) = digests_of(inputs).values()
     if written is not None:
         inputs["demonstrations"]["reading"] = {"date": written}
-    checkpoint = runs.begin(config, data=data, prompt_date_written=written, base=base)
+    skips = {"skip_bad_records": "yes"} if config.skip_bad_records else {}
+    checkpoint = runs.begin(config, data=data, prompt_date_written=written, **skips, base=base)
     objective = Objective("cross_entropy", workspace_bytes=config.workspace)
     trained = runs.train(config, source, objective, model_path=config.model, checkpoint=checkpoint)
     lineage = {"sft_teacher": teacher, "declared": False, "initial_student": None}
