@@ -7,13 +7,16 @@ and a lower bound otherwise.
 """
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lopd.config.evaluate import EvalConfig
 from lopd.config.inference import Sampling
-from lopd.data.prompts import Prompt, check_prompts, load_prompts
+from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
+from lopd.data.records import describe_data
+from lopd.data.rendering import PromptEncoder
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import DataError
 from lopd.evaluation.accuracy import generate_answers, measure_accuracy
@@ -22,7 +25,6 @@ from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
 from lopd.provenance import (
     MANIFEST_NAME,
     build_manifest,
-    describe_file,
     describe_model,
     digests_of,
     read_manifest,
@@ -54,11 +56,15 @@ def main(config: EvalConfig) -> Path:
         out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
     ).require_writable()
     engine = _load(config, config.model)
-    prompts = _prompts(config, engine)
+    encoder = PromptEncoder(engine.tokenizer, config)
+    prompts = _prompts(config, engine, encoder)
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
-    inputs = describe_inputs(config)
-    grader = math_grader(prompts) if config.judge == "math" else exact_grader(config.answer_regex)
+    inputs = describe_inputs(config) | {"prompts": describe_prompts(config.prompts, encoder)}
+    if config.judge == "math":
+        grader = math_grader(prompts)
+    else:
+        grader = exact_grader(config.answer_regex, prompts)
     results, answers, sampled = measure_accuracy(
         engine,
         prompts,
@@ -89,12 +95,28 @@ def main(config: EvalConfig) -> Path:
     write_atomic(out / "results.json", pretty_json(results))
     write_manifest(out, manifest)
     print_fields(_summary(results))
+    _show_without_answer(answers, config.judge)
     return out
+
+
+def _show_without_answer(records: list[dict[str, Any]], judge: str) -> None:
+    """Print how many complete answers the judge found nothing in, and the ends of some."""
+    complete = [record for record in records if record["finish_reason"] == "stop"]
+    without = [record for record in complete if record["answer"] is None]
+    if not without:
+        return
+    remedy = "; --answer_regex or --judge math may find more" if judge == "exact" else ""
+    shown = "".join(f"\n  {record['id']}: ...{record['text'][-60:]!r}" for record in without[:3])
+    print(
+        f"eval: judge {judge} found nothing to grade in {len(without)} of {len(complete)} complete "
+        f"answers, which count as wrong{remedy}. Some end in{shown}",
+        file=sys.stderr,
+    )
 
 
 def describe_inputs(config: EvalConfig) -> dict[str, Any]:
     """Describe the prompts, the cache and the teacher for the manifest."""
-    inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
+    inputs: dict[str, Any] = {"prompts": describe_data(config.prompts)}
     if config.cache is not None:
         cache = TeacherCache.open(config.cache)
         inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest.model}
@@ -114,23 +136,26 @@ def _load(config: EvalConfig, path: str) -> TransformersEngine:
     )
 
 
-def _prompts(config: EvalConfig, engine: TransformersEngine) -> list[Prompt]:
+def _prompts(
+    config: EvalConfig, engine: TransformersEngine, encoder: PromptEncoder
+) -> list[Prompt]:
     """Load the prompts; check that each has an answer and fits into the model's context."""
-    prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
+    prompts = load_prompts(config.prompts, encoder, limit=config.limit, answers=True)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
     if unanswered:
         raise DataError(
             f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
-            f"(first: '{unanswered[0]}'); expected one in each line"
+            f"(first: '{unanswered[0]}'); expected one in each line, or a column with it: "
+            "--columns prompt=COLUMN,answer=COLUMN"
         )
-    check_prompts(
+    return check_prompts(
         prompts,
         config.prompts,
         context=engine.context,
         vocab_size=engine.vocab_size,
         max_new_tokens=config.max_new_tokens,
+        skip=config.skip_bad_records,
     )
-    return prompts
 
 
 def _trained_on(model: str, digest: str) -> bool:
@@ -147,6 +172,7 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         if isinstance(value, dict) and "low" in value:
             fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
     fields["truncated"] = f"{results['truncated']:.3f}"
+    fields["no answer found"] = f"{results['no_answer']:.3f}"
     fields["mean tokens"] = f"{results['mean_tokens']:.1f}"
     for row in results["by_length"]:
         fields[f"{row['shortest']} to {row['longest']} tokens"] = (
