@@ -36,7 +36,8 @@ class _ShardReader(Generic[Record]):
         self.num_shards = len(manifest.shards)
         self._vocab_size = manifest.vocab_size
         self._receipts: dict[int, Any] = {}  # a Receipt, or a CacheReceipt in a cache
-        self._faults: dict[int, ShardError] = {}
+        self.faults: list[str] = []  # what is wrong with each of `missing_shards`
+        self.missing_shards: list[int] = []
         recipe = manifest_digest(manifest)
         for shard, sequences in enumerate(manifest.shards):
             try:
@@ -46,8 +47,8 @@ class _ShardReader(Generic[Record]):
             except ShardError as error:
                 if not allow_incomplete:
                     raise
-                self._faults[shard] = error.with_traceback(None)
-        self.missing_shards = list(self._faults)
+                self.missing_shards.append(shard)
+                self.faults.append(str(error))
         self._present = list(self._receipts)
         self._ends = list(accumulate(r.sequences for r in self._receipts.values()))
         self._views: dict[int, ShardView] = {}
@@ -84,11 +85,10 @@ class _ShardReader(Generic[Record]):
         Raises:
             ShardError: how many are missing, and what is wrong with the first.
         """
-        if self._faults:
-            first = next(iter(self._faults.values()))
+        if self.faults:
             raise ShardError(
-                f"{self.path}: {len(self._faults)} of {self.num_shards} shards are missing or "
-                f"damaged; the first: {first}"
+                f"{self.path}: {len(self.faults)} of {self.num_shards} shards are unfinished or "
+                f"damaged; the first is {self.faults[0]}"
             )
 
     def digest(self) -> str:

@@ -5,6 +5,7 @@ everything once; `run` forks, and the child calls `lopd.cli.main`, so a run cost
 """
 
 import contextlib
+import fcntl
 import importlib
 import io
 import os
@@ -102,9 +103,9 @@ def _watch(folder: Path, step: Callable[[int], None]) -> None:
             step(next(count))
 
     def hook(event: str, args: tuple) -> None:
-        if event in EVENTS:
-            see(args[0])
-        elif event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
+        if event in EVENTS or (
+            event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
             see(args[0])
 
     def sync(descriptor) -> None:
@@ -140,15 +141,16 @@ class Started:
 
 def start(argv: Sequence[object], fault: Fault | None = None) -> Started:
     """Start one lopd command in a fork."""
-    log = os.memfd_create("log")
+    log, write_end = os.pipe()  # not a file: a fault may limit those
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 1 << 20)
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         code = 120
         try:
-            os.dup2(log, 1)
-            os.dup2(log, 2)
+            os.dup2(write_end, 1)
+            os.dup2(write_end, 2)
             sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), write_through=True)
             sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), write_through=True)
             for name in (signal.SIGINT, signal.SIGTERM):
@@ -168,6 +170,7 @@ def start(argv: Sequence[object], fault: Fault | None = None) -> Started:
             with contextlib.suppress(BaseException):
                 sys.stdout.flush()
             os._exit(code)
+    os.close(write_end)
     return Started(pid, log, time.monotonic())
 
 
@@ -186,7 +189,6 @@ def wait(started: Started, fault: Fault | None = None) -> Outcome:
         os.close(pidfd)
     code = os.waitstatus_to_exitcode(os.waitpid(started.pid, 0)[1])
     seconds = time.monotonic() - started.began
-    os.lseek(started.log, 0, os.SEEK_SET)
     with open(started.log, "rb") as file:
         text = file.read().decode("utf-8", "replace")
     return Outcome(code if ended else 124, text, seconds)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from conftest import TEXT, save_qwen3
+from torture import harness
 
 from lopd.provenance.identity import NOT_RECIPE
 from lopd.provenance.io import without_keys
 from lopd.store import TeacherCache
-from torture import harness
 
 COMMON = ("--dtype", "float32", "--device", "cpu")
 TRAIN = ("--max_steps", 6, "--batch_size", 2, "--learning_rate", "1e-3", "--save_every", 2)
@@ -129,7 +129,9 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_dir() or name.parts[0].startswith(("checkpoint-", ".lock", ".start.lock")):
+        if path.is_dir() or name.parts[0].startswith(
+            ("checkpoint-", "torn-", ".lock", ".start.lock")
+        ):
             continue
         data = path.read_bytes()
         if name.name in ("manifest.json", "recipe.json", "results.json"):
