@@ -3,7 +3,7 @@
     out: runs/mine            # each stage writes to a folder of its name here
     teacher: models/teacher   # answers the prompts and scores the rollouts
     student: models/base      # is fine-tuned
-    device: cuda              # shared settings of the stages: device, seed, and dtype,
+    device: cuda              # shared settings: device, seed, trust_remote_code, and dtype,
     dtype: bfloat16           # which applies to sampling, scoring and evaluation only
     stages:
       sft-data: {prompts: sft.jsonl}
@@ -26,6 +26,7 @@ from typing import Any
 from lopd.config.parse import build_config, check_keys, load_yaml
 from lopd.config.run import RunConfig
 from lopd.errors import ConfigError
+from lopd.models.hub import local_folder
 from lopd.provenance import (
     MANIFEST_NAME,
     describe_model,
@@ -34,6 +35,7 @@ from lopd.provenance import (
     read_manifest,
     settings_identity,
 )
+from lopd.provenance.remote_code import trusting_code
 from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
 from lopd.store.folders import OutputFolder
 from lopd.store.workers import this_worker
@@ -46,7 +48,7 @@ STAGES: dict[str, tuple[Any, type]] = {
     "distill": (distill, distill.DistillConfig),
     "eval": (evaluate, evaluate.EvalConfig),
 }
-SHARED = ["dtype", "device", "seed"]
+SHARED = ["dtype", "device", "seed", "trust_remote_code"]
 # Stages without the shared dtype: weights and optimizer need more bits than inference.
 TRAINING_STAGES = ("sft", "distill")
 
@@ -67,7 +69,9 @@ def main(config: RunConfig) -> Path:
     recipe = load_yaml(config.recipe)
     for name, stage_config in stage_configs(recipe, config.recipe).items():
         module, _ = STAGES[name]
-        if is_finished(stage_config):
+        with trusting_code(stage_config.trust_remote_code):
+            finished = is_finished(stage_config)
+        if finished:
             print(f"{name}: done, {stage_config.out}")
         else:
             print(f"{name}: running, {stage_config.out}")
@@ -85,6 +89,7 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         ConfigError: an unknown, missing or invalid key.
     """
     _check_recipe(recipe, source)
+    recipe = recipe | {name: local_folder(recipe[name]) for name in ("teacher", "student")}
     configs = {}
     for name, (_, config_class) in STAGES.items():
         if name not in recipe["stages"]:
