@@ -83,6 +83,18 @@ def test_packages_import_in_one_direction(path):
             assert package in USES_KERNELS, f"{package} imports {name}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "lopd/config").glob("*.py")), ids=lambda p: p.name)
+def test_settings_import_only_the_standard_library_at_their_top(path):
+    """So that `--help` and errors in arguments wait for neither torch nor transformers."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    assert {name.split(".")[0] for name in found} <= {*sys.stdlib_module_names, "lopd"}
+
+
 def test_every_package_has_its_place():
     assert {top(path) for path in MODULES} - {"__init__"} == set(LEVEL)
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lopd.config.training import optimizer_class
 from lopd.errors import ConfigError, ModelError
 from lopd.models.head import HeadOptions, run_with_loss
 from lopd.models.load import check_model_folder, resolve_dtype
 from lopd.models.lora import LoraOptions, add_lora
-from lopd.training.options import optimizer_class
 
 ATTENTION = "lopd_dry"
 BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
