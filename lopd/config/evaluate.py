@@ -24,7 +24,8 @@ class EvalConfig(GenerationOptions, ScoringOptions):
     prompts: str = setting_of(
         GenerationOptions,
         "prompts",
-        help="JSONL or parquet file with 'prompt' or 'messages', and 'answer', in each record.",
+        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages', and "
+        "'answer', in each record; docs/pipeline.md lists other shapes.",
     )
     out: str = setting(identity=False, help="Folder for results.json and the answers.")
     teacher: str | None = _data(None, help="Folder of the teacher, for the KL.")

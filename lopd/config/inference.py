@@ -19,6 +19,7 @@ from typing import Any
 from lopd.config.device import check_device
 from lopd.config.fields import Settings, parse_range, setting, setting_of
 from lopd.config.parse import check_keys
+from lopd.config.prompts import PromptOptions
 from lopd.config.strict_yaml import parse_yaml
 from lopd.config.values import typed
 from lopd.errors import ConfigError
@@ -90,11 +91,13 @@ class InferenceOptions(Settings):
 
 
 @dataclass(kw_only=True)
-class GenerationOptions(InferenceOptions):
+class GenerationOptions(InferenceOptions, PromptOptions):
     """Settings of the stages that sample answers."""
 
     prompts: str = setting(
-        identity=False, help="JSONL or parquet file with 'prompt' or 'messages' in each record."
+        identity=False,
+        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages' in "
+        "each record; docs/pipeline.md lists other shapes.",
     )
     limit: int | None = setting(
         None,

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from lopd.config.import_scores import Format
-from lopd.data.jsonl import read_records
+from lopd.data.records import read_records
 from lopd.errors import ConfigError, DataError, LopdError
 from lopd.store import FINISH_REASONS, Rollout, TopKLists
 from lopd.store.validate import MASS_TOLERANCE
@@ -67,7 +67,7 @@ def read_dump(
 
     Raises:
         DataError: a record is not of the format; names the record and the fault.
-        MissingFileError, ConfigError: as `jsonl.read_records`; `tokenizer` or `eos_ids` is needed.
+        MissingFileError, ConfigError: as `read_records`; `tokenizer` or `eos_ids` is needed.
     """
     seen: Counter[str] = Counter()
     for where, record in read_records(path):

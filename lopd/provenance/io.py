@@ -169,6 +169,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, durably: a power cut leaves none that is half there.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    created = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(created):
+        sync_folder(path.absolute().parent)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove temporary files of killed writers. Only safe when no other writer is running."""
     for temp in folder.glob(f".*{TEMP_SUFFIX}"):

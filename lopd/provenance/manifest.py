@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from lopd.errors import ConfigError, DataError, LopdError, MissingFileError
-from lopd.provenance.io import parse_json, pretty_json, storing, write_atomic
+from lopd.provenance.io import make_folder, parse_json, pretty_json, storing, write_atomic
 from lopd.provenance.scoring import Scoring, parse_scoring
 from lopd.provenance.typed_json import Unfit, parse, plain, value_at
 
@@ -190,7 +190,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
     """
     file = Path(folder) / MANIFEST_NAME
     with storing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         write_atomic(file, pretty_json(manifest.raw))
     return file
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from lopd.config.evaluate import EvalConfig
 from lopd.config.inference import Sampling
-from lopd.data.prompts import Prompt, check_prompts, load_prompts
+from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
+from lopd.data.records import describe_data
+from lopd.data.rendering import PromptEncoder
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import DataError
 from lopd.evaluation.accuracy import generate_answers, measure_accuracy
@@ -22,13 +24,12 @@ from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
 from lopd.provenance import (
     MANIFEST_NAME,
     build_manifest,
-    describe_file,
     describe_model,
     digests_of,
     read_manifest,
     write_manifest,
 )
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.io import make_folder, pretty_json, write_atomic
 from lopd.stages.table import print_fields
 from lopd.store import TeacherCache
 from lopd.store.folders import examine_folder
@@ -50,13 +51,19 @@ def main(config: EvalConfig) -> Path:
         ShardError: the cache is incomplete or altered.
     """
     out = Path(config.out)
-    examine_folder(out, final=MANIFEST_NAME, allowed_files=RESULTS).require_writable()
+    examine_folder(
+        out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
+    ).require_writable()
     engine = _load(config, config.model)
-    prompts = _prompts(config, engine)
+    encoder = PromptEncoder(engine.tokenizer, config)
+    prompts = _prompts(config, engine, encoder)
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
-    inputs = describe_inputs(config)
-    grader = math_grader(prompts) if config.judge == "math" else exact_grader(config.answer_regex)
+    inputs = describe_inputs(config) | {"prompts": describe_prompts(config.prompts, encoder)}
+    if config.judge == "math":
+        grader = math_grader(prompts)
+    else:
+        grader = exact_grader(config.answer_regex, prompts)
     results, answers, sampled = measure_accuracy(
         engine,
         prompts,
@@ -81,7 +88,7 @@ def main(config: EvalConfig) -> Path:
         model=describe_model(config.model, dtype=config.dtype, engine=TransformersEngine.name),
         inputs=inputs,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     lines = "".join(json.dumps(answer) + "\n" for answer in answers)
     write_atomic(out / "answers.jsonl", lines.encode())
     write_atomic(out / "results.json", pretty_json(results))
@@ -92,7 +99,7 @@ def main(config: EvalConfig) -> Path:
 
 def describe_inputs(config: EvalConfig) -> dict[str, Any]:
     """Describe the prompts, the cache and the teacher for the manifest."""
-    inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
+    inputs: dict[str, Any] = {"prompts": describe_data(config.prompts)}
     if config.cache is not None:
         cache = TeacherCache.open(config.cache)
         inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest.model}
@@ -112,23 +119,26 @@ def _load(config: EvalConfig, path: str) -> TransformersEngine:
     )
 
 
-def _prompts(config: EvalConfig, engine: TransformersEngine) -> list[Prompt]:
+def _prompts(
+    config: EvalConfig, engine: TransformersEngine, encoder: PromptEncoder
+) -> list[Prompt]:
     """Load the prompts; check that each has an answer and fits into the model's context."""
-    prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
+    prompts = load_prompts(config.prompts, encoder, limit=config.limit, answers=True)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
     if unanswered:
         raise DataError(
             f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
-            f"(first: '{unanswered[0]}'); expected one in each line"
+            f"(first: '{unanswered[0]}'); expected one in each line, or a column with it: "
+            "--columns prompt=COLUMN,answer=COLUMN"
         )
-    check_prompts(
+    return check_prompts(
         prompts,
         config.prompts,
         context=engine.context,
         vocab_size=engine.vocab_size,
         max_new_tokens=config.max_new_tokens,
+        skip=bool(config.skip_bad_records),
     )
-    return prompts
 
 
 def _trained_on(model: str, digest: str) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.config.inspect import InspectConfig
-from lopd.errors import ConfigError, ProvenanceError, ShardError
+from lopd.errors import ConfigError, ProvenanceError
 from lopd.provenance import Manifest, fingerprint_weights, read_manifest
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
@@ -38,7 +38,7 @@ def main(config: InspectConfig) -> None:
         if config.verify:
             rows["verified"] = _verify_shards(cache)
     elif kind in ("rollouts", "sft_data"):
-        store = RolloutStore.open(config.path, kind=kind)
+        store = RolloutStore.open(config.path, kind=kind, allow_incomplete=True)
         rows.update(store.summary())
         if config.verify:
             rows["verified"] = _verify_shards(store)
@@ -48,12 +48,7 @@ def main(config: InspectConfig) -> None:
 
 
 def _verify_shards(store: RolloutStore | TeacherCache) -> str:
-    if store.missing_shards:
-        raise ShardError(
-            f"{store.path}: {len(store.missing_shards)} of {store.num_shards} shards are "
-            f"unfinished or damaged, the first is shard-{store.missing_shards[0]:05d}; run "
-            f"'lopd {store.manifest.stage}' again to write them"
-        )
+    store.check_complete()
     store.verify()
     return "every shard matches its receipt"
 

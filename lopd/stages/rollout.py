@@ -8,23 +8,27 @@ stored beside them where the two differ. Several processes may sample into one f
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lopd.config.inference import SamplingOptions
 from lopd.config.rollout import RolloutConfig
-from lopd.data.prompts import Prompt, check_prompts, load_prompts
+from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
+from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.engines import load_engine
 from lopd.engines.base import sequence_seed, to_rollout
 from lopd.errors import ModelError
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
 from lopd.provenance import (
+    MANIFEST_NAME,
     build_manifest,
-    describe_file,
     describe_model,
     lineage_of,
+    read_manifest,
     save_vocab,
     vocab_size_of,
 )
@@ -45,13 +49,14 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     worker = this_worker(config.worker)
     check_model_folder(model)
     tokenizer = load_tokenizer(model)
-    prompts = load_prompts(config.prompts, tokenizer, limit=config.limit)
-    check_prompts(
-        prompts,
+    encoder = PromptEncoder(tokenizer, config, recorded_date(config.out))
+    prompts = check_prompts(
+        load_prompts(config.prompts, encoder, limit=config.limit),
         config.prompts,
         context=context_of(model),
         vocab_size=vocab_size_of(model),
         max_new_tokens=config.max_new_tokens,
+        skip=bool(config.skip_bad_records),
     )
     jobs = [(prompt, sample) for prompt in prompts for sample in range(config.num_samples)]
     shards = [jobs[i : i + config.shard_size] for i in range(0, len(jobs), config.shard_size)]
@@ -62,7 +67,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         model=describe_model(model, dtype=config.dtype, engine=config.engine),
         sampling=asdict(config.sampling())
         | {"seed": config.seed, "num_samples": config.num_samples},
-        inputs={"prompts": describe_file(config.prompts)},
+        inputs={"prompts": describe_prompts(config.prompts, encoder)},
         lineage=lineage_of(model),
         plan={"shards": [len(shard) for shard in shards]},
     )
@@ -74,6 +79,16 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         if not writer.finish():
             print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)
+
+
+def recorded_date(out: str) -> date | None:
+    """The date that the prompts of an earlier run into this folder were written with, if any."""
+    if not (Path(out) / MANIFEST_NAME).is_file():
+        return None
+    prompts = read_manifest(out).inputs.get("prompts")
+    reading = prompts.get("reading") if isinstance(prompts, Mapping) else None
+    text = reading.get("date") if isinstance(reading, Mapping) else None
+    return parse_date(text, f"{out}: {MANIFEST_NAME}") if text is not None else None
 
 
 def _fill(

@@ -5,17 +5,20 @@ check that the same teacher scored the rollouts.
 """
 
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from lopd.config.objective import Objective
 from lopd.config.sft import SftConfig
-from lopd.data.demonstrations import load_sft_jsonl
-from lopd.errors import MissingFileError, ProvenanceError
+from lopd.data.demonstrations import load_demonstrations
+from lopd.data.records import describe_data
+from lopd.data.rendering import PromptEncoder, parse_date
+from lopd.errors import ConfigError, MissingFileError, ProvenanceError
 from lopd.models.load import check_model_folder, load_tokenizer
 from lopd.provenance import (
+    MANIFEST_NAME,
     build_manifest,
-    describe_file,
     describe_model,
     differing_token,
     digests_of,
@@ -38,10 +41,12 @@ def main(config: SftConfig) -> Path:
     """
     check_model_folder(config.model)
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
-    source, teacher = open_data(config.data, config.model)
+    source, teacher, written = open_data(config)
     inputs = describe_inputs(config)
     (data,) = digests_of(inputs).values()
-    checkpoint = runs.begin(config, data=data, base=base)
+    if written is not None:
+        inputs["demonstrations"]["reading"] = {"date": written}
+    checkpoint = runs.begin(config, data=data, prompt_date_written=written, base=base)
     objective = Objective("cross_entropy", workspace_bytes=config.workspace)
     trained = runs.train(config, source, objective, model_path=config.model, checkpoint=checkpoint)
     lineage = {"sft_teacher": teacher, "declared": False, "initial_student": None}
@@ -61,30 +66,53 @@ def finish_checkpoint(config: Any, stage: str, **parts: Any) -> Path:
 
 def describe_inputs(config: SftConfig) -> dict[str, Any]:
     """Describe the training data for the manifest."""
-    if Path(config.data).is_file():
-        return {"demonstrations": describe_file(config.data)}
+    if not _is_store(config.data):
+        return {"demonstrations": describe_data(config.data)}
     store = RolloutStore.open(config.data, kind="sft_data")
     return {"sft_data": {"digest": store.digest(), "model": store.manifest.model}}
 
 
-def open_data(data: str, model: str) -> tuple[Source, dict[str, Any] | None]:
+def open_data(config: SftConfig) -> tuple[Source, dict[str, Any] | None, str | None]:
     """Open the answers.
 
     Returns:
-        The sequences, and the description of the teacher that sampled them, None if unknown.
+        The sequences; the description of the teacher that sampled them, None if unknown; the date
+        that the chat template wrote into prompts, if it wrote one.
 
     Raises:
+        ConfigError: a setting about prompts, for answers that are tokens already.
         ProvenanceError: the answers were sampled with another tokenizer.
         MissingFileError, DataError, ShardError: the data cannot be used.
     """
-    tokenizer = load_tokenizer(model)
-    if Path(data).is_file():
-        return load_sft_jsonl(data, tokenizer), None
-    store = RolloutStore.open(data, kind="sft_data")
+    tokenizer = load_tokenizer(config.model)
+    if not _is_store(config.data):
+        encoder = PromptEncoder(tokenizer, config, _recorded_date(config.out))
+        return load_demonstrations(config.data, encoder), None, encoder.date
+    for name in ("columns", "chat_template_kwargs", "special_tokens", "prompt_date"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name}: {config.data} holds tokens, which lopd sft-data made of its prompts; "
+                f"pass --{name} to that command"
+            )
+    store = RolloutStore.open(config.data, kind="sft_data")
     if runs.is_first():  # the other processes wait for it when the run begins
         store.verify()
-    check_tokenizer(store, tokenizer, model)
-    return store, store.manifest.model.as_teacher()
+    check_tokenizer(store, tokenizer, config.model)
+    return store, store.manifest.model.as_teacher(), None
+
+
+def _is_store(data: str) -> bool:
+    """Whether the answers are a folder that a stage wrote, and not data files."""
+    folder = Path(data)
+    return folder.is_dir() and (folder / MANIFEST_NAME).exists()
+
+
+def _recorded_date(out: str) -> date | None:
+    """The date that an interrupted run into this folder wrote into prompts, if any."""
+    if not (file := Path(out) / runs.RECIPE_NAME).is_file():
+        return None
+    text = runs.read_recipe(file).get("prompt_date_written")
+    return parse_date(text, str(file)) if text is not None else None
 
 
 def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
@@ -109,4 +137,7 @@ def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
         raise ProvenanceError(
             f"{store.path}: id {index} is {teacher_token!r} to the teacher and {student_token!r} "
             f"to {model}; {remedy}"
+            if teacher_token is not None
+            else f"{store.path}: the teacher sampled id {index}, an unused row of its head, which "
+            f"{model} reads as {student_token!r}; sample the answers again"
         )

@@ -80,8 +80,9 @@ def _claim(
         out,
         final=MANIFEST_NAME,
         record=RECIPE_NAME,
-        differs=lambda: difference(_read_recipe(out / RECIPE_NAME), recipe),
+        differs=lambda: difference(read_recipe(out / RECIPE_NAME), recipe),
         has_results=lambda: checkpoint is not None,
+        kind="checkpoint",
     ).require_writable()
     with writing_to(out):
         lock = FolderLock(out)
@@ -92,7 +93,8 @@ def _claim(
     return checkpoint
 
 
-def _read_recipe(file: Path) -> dict[str, Any]:
+def read_recipe(file: Path) -> dict[str, Any]:
+    """The settings that a run recorded when it began; DataError if the file is damaged."""
     try:
         recipe = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:

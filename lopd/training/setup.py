@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lopd.config.objective import Objective
+from lopd.config.prompts import PromptOptions
 from lopd.config.training import MonitoringOptions
 from lopd.errors import ShardError
 from lopd.models.architecture import embedding_rows_of
@@ -51,6 +52,7 @@ def build_trainer(
         context=context_of(model_path),
         vocab_size=vocab_size,
         drop_truncated=config.drop_truncated,
+        skip_bad=bool(config.skip_bad_records) if isinstance(config, PromptOptions) else None,
     )
     training_set: SequenceDataset | Subset = dataset
     holdout, monitored = None, isinstance(config, MonitoringOptions)

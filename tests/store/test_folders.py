@@ -6,7 +6,9 @@ import pytest
 from helpers_cache import make_manifest, write_cache
 
 from lopd.errors import ConfigError, ShardError
+from lopd.provenance import io
 from lopd.store.folders import examine_folder, examine_shard_folder, writing_to
+from lopd.store.locks import FolderLock
 
 
 def examine(folder, differs="", has_results=True):
@@ -90,3 +92,37 @@ def test_a_recipe_that_differs_only_in_keys_without_a_value_is_another(tmp_path)
     write_cache(tmp_path, make_manifest())
     with pytest.raises(ConfigError, match="holds another recipe .in keys without a value"):
         examine_shard_folder(tmp_path, make_manifest(note=None))
+
+
+def test_a_folder_of_another_kind_is_not_called_a_finished_run(tmp_path):
+    write_cache(tmp_path, make_manifest())
+    for folder in (
+        examine_folder(tmp_path, final="manifest.json", kind="checkpoint"),
+        examine_folder(tmp_path, record="manifest.json", kind="rollouts"),
+    ):
+        message = "holds 'cache' of 'lopd test'; choose a new or empty folder"
+        with pytest.raises(ConfigError, match=message):
+            folder.require_writable()
+    assert examine_folder(tmp_path, final="manifest.json", kind="cache").state == "finished"
+
+
+def test_the_next_holder_of_the_lock_removes_what_killed_writers_left(tmp_path):
+    left = [tmp_path / name for name in (".manifest.json.7.tmp", ".shard-00001.lock")]
+    for path in left:
+        path.write_text("")
+    (tmp_path / "mine.tmp").write_text("")
+    first = FolderLock(tmp_path, shared=True)
+    assert not any(path.exists() for path in left) and (tmp_path / "mine.tmp").exists()
+    first.share()
+    left[0].write_text("")  # of a writer that is running
+    FolderLock(tmp_path, shared=True).release()
+    assert left[0].exists()
+
+
+def test_folders_are_made_durably_from_the_top(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(io, "sync_folder", lambda folder: synced.append(folder))
+    io.make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"]
+    io.make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2
