@@ -32,7 +32,7 @@ def built(monkeypatch):
         (["rollout", "--xyz"], "unknown flag '--xyz'; see lopd rollout --help"),
         (["rollout", "stray"], "extra argument (stray); a switch has no value"),
         (["distill", "--keep_best=true"], "not take a value; a switch has no value, only --NAME"),
-        (["rollout", "--student", "s"], "lopd rollout: error: missing --prompts (JSONL or"),
+        (["rollout", "--student", "s"], "lopd rollout: error: missing --prompts (JSONL"),
         (["run", "absent.yaml"], "absent.yaml: no such file"),
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
         (

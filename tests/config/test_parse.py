@@ -53,7 +53,7 @@ def test_invalid_settings_are_refused(settings, flags, message):
 
 
 def test_a_missing_flag_is_named():
-    with pytest.raises(ConfigError, match=r"lopd rollout: missing --prompts \(JSONL or parquet"):
+    with pytest.raises(ConfigError, match=r"lopd rollout: missing --prompts \(JSONL"):
         build({}, {"student": "s", "out": "o"})
 
 
