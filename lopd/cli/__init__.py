@@ -5,8 +5,12 @@ import gc
 import importlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import click
@@ -17,7 +21,7 @@ from lopd.cli.commands import COMMANDS
 from lopd.cli.flags import CONTEXT, SettingsCommand, map_of_the_pipeline
 from lopd.config.parse import build_config, check_keys
 from lopd.config.strict_yaml import load_yaml
-from lopd.errors import LopdError
+from lopd.errors import Interrupted, LopdError
 
 SHELLS = ("bash", "zsh", "fish")
 # Packages that the extras of lopd install.
@@ -46,7 +50,7 @@ class Commands(click.Group):
         if name not in COMMANDS:
             return super().get_command(ctx, name)
         return SettingsCommand(
-            name, COMMANDS[name], callback=run, short_help=COMMANDS[name].summary
+            name, COMMANDS[name], callback=prepare, short_help=COMMANDS[name].summary
         )
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -78,8 +82,10 @@ def completion(shell: str) -> None:
 
 
 @click.pass_context
-def run(ctx: click.Context, *, config: str | None, rehash: bool, quiet: bool, **flags: Any) -> None:
-    """Build the config of a command and run its stage."""
+def prepare(
+    ctx: click.Context, *, config: str | None, rehash: bool, quiet: bool, **flags: Any
+) -> Callable[[], None]:
+    """Build the config of a command; returns what runs its stage."""
     command = ctx.command
     assert isinstance(command, SettingsCommand)
     prog = f"lopd {command.name}"
@@ -88,15 +94,19 @@ def run(ctx: click.Context, *, config: str | None, rehash: bool, quiet: bool, **
         flags[positional] = flags[positional] if given is None else given
     settings = {} if config is None else load_yaml(config)
     built = build_config(command.config_class, settings, flags, config or prog, prog)
-    module = _stage(command.about.module, quiet)
-    if rehash:
-        from lopd.provenance import forget_fingerprints
 
-        forget_fingerprints()
-    done = module.main(built)
-    _leave_process_group()
-    if done is not None:
-        logging.getLogger("lopd").info("%s: wrote %s", prog, done)
+    def run() -> None:
+        module = _stage(command.about.module, quiet)
+        if rehash:
+            from lopd.provenance import forget_fingerprints
+
+            forget_fingerprints()
+        done = module.main(built)
+        _leave_process_group()
+        if done is not None:
+            logging.getLogger("lopd").info("%s: wrote %s", prog, done)
+
+    return run
 
 
 def _stage(name: str, quiet: bool) -> Any:
@@ -121,6 +131,23 @@ class Messages(logging.Handler):
             print(self.format(record), file=sys.stderr)
 
 
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM, which schedulers send, ends a command as SIGINT does: in order, with a message."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can handle signals
+        return
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
 def _leave_process_group() -> None:
     """Destroy the process group that accelerate opened for training under torchrun.
 
@@ -140,7 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = ["--help"]
     prog = f"lopd {argv[0]}" if argv[0].replace("_", "-") in COMMANDS else "lopd"
     try:
-        code = group.main(argv, prog_name="lopd", standalone_mode=False)
+        with _sigterm_raises():
+            job = group.main(argv, prog_name="lopd", standalone_mode=False)
+            if callable(job):
+                job()
         sys.stdout.flush()
     except click.UsageError as error:
         return _fail(prog, usage_error(error, prog))
@@ -151,10 +181,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (LopdError, OSError) as error:
         return _fail(prog, str(error), getattr(error, "exit_code", 2))
-    except (KeyboardInterrupt, click.Abort):
-        print(f"{prog}: interrupted; rerun the same command to continue", file=sys.stderr)
-        return 130
-    return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, click.Abort) as error:
+        if isinstance(error, Interrupted) and error.orderly:
+            _leave_process_group()
+        kept = str(error) or (
+            "what was finished (shards, checkpoints, stages) is kept; rerun the same command to "
+            "continue"
+        )
+        print(f"{prog}: interrupted; {kept}", file=sys.stderr)
+        return getattr(error, "exit_code", 128 + signal.SIGINT)
+    return 0
 
 
 def _fail(prog: str, message: str, code: int = 2) -> int:

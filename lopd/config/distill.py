@@ -4,12 +4,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from lopd.config.eos import EosOptions
 from lopd.config.fields import setting, setting_of
 from lopd.config.objective import Importance, Objective, Tail
 from lopd.config.training import MemorySettings, MonitoringOptions, Schedule
 from lopd.errors import ConfigError
 
-OVERRIDES = ("incomplete-cache", "teacher-mismatch", "student-mismatch", "tokenizer-mismatch")
+OVERRIDES = (
+    "incomplete-cache",
+    "teacher-mismatch",
+    "student-mismatch",
+    "tokenizer-mismatch",
+    "eos-mismatch",
+)
 _data = partial(setting, group="Model and data", identity=False)
 _objective = partial(setting, group="Objective")
 _override = partial(setting, group="Provenance overrides")
@@ -46,14 +53,15 @@ class DistillConfig(MonitoringOptions):
         off="Train without checking the hashes of the cache first.",
     )
     allow_teacher_mismatch: bool = _override(
-        False, help="Train although another teacher made the SFT answers."
+        False, help="Train although another or an edited teacher made the SFT answers."
     )
     allow_student_mismatch: bool = _override(
-        False, help="Train although another model made the rollouts."
+        False, help="Train although another or an edited model made the rollouts."
     )
     allow_tokenizer_mismatch: bool = _override(
         False, help="Train although ids mean different tokens to teacher and student."
     )
+    allow_eos_mismatch: bool = setting_of(EosOptions, "allow_eos_mismatch")
     allow_incomplete_cache: bool = _override(
         False, help="Train on the finished shards of the cache."
     )

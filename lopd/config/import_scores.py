@@ -5,6 +5,7 @@ from typing import Literal
 
 from lopd.config.fields import Settings, setting, setting_of
 from lopd.config.inference import SamplingOptions
+from lopd.config.prompts import PromptOptions
 from lopd.config.score import Codec, ScoreConfig
 
 Format = Literal["lightning-opd", "topk"]
@@ -14,7 +15,7 @@ Format = Literal["lightning-opd", "topk"]
 class ImportConfig(Settings):
     """Make a teacher cache from scores that another tool wrote (`lopd import`)."""
 
-    source: str = setting(identity=False, help="Parquet (.parquet) or JSONL file.")
+    source: str = setting(identity=False, help="Parquet or JSONL file, or a folder of them.")
     format: Format = setting(
         help="lightning-opd: parquet in the format of the paper's code; topk: lists of top-k "
         "log-probs. See lopd/data/external_scores.py."
@@ -33,6 +34,7 @@ class ImportConfig(Settings):
         ScoreConfig, "temperature", help="Temperature at which the log-probs were computed."
     )
     shard_size: int = setting_of(SamplingOptions, "shard_size")
+    skip_bad_records: bool = setting_of(PromptOptions, "skip_bad_records")
     allow_renormalized: bool = setting(
         False,
         group="Provenance overrides",

@@ -28,7 +28,7 @@ _data = partial(setting, group="Model and data")
 
 @dataclass(kw_only=True)
 class PromptOptions(Settings):
-    """How the records of a file become prompts. None, the default, decides nothing."""
+    """How the records of a file become prompts. The defaults decide nothing."""
 
     columns: str | None = _data(
         None,
@@ -52,8 +52,10 @@ class PromptOptions(Settings):
         help="YYYY-MM-DD: the date that a chat template can write; by default the day on which "
         "the output folder was begun.",
     )
-    skip_bad_records: bool | None = _data(
-        None, help="Leave out records that cannot be used; they are counted and named."
+    skip_bad_records: bool = _data(
+        False,
+        identity=False,  # a run without it fails where it would change the result
+        help="Leave out records that cannot be used; they are counted and named.",
     )
 
     def __post_init__(self) -> None:

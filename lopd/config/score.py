@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from lopd.config.eos import EosOptions
 from lopd.config.fields import setting, setting_of
 from lopd.config.inference import EngineOptions, SamplingOptions, ScoringOptions
 from lopd.errors import ConfigError
@@ -39,6 +40,7 @@ class ScoreConfig(EngineOptions, ScoringOptions):
         None, identity=False, help="Folder of the student that rolled out, for extra_ids."
     )
     extra_ids: int = _cache(0, within="[0, inf)", help="Add the student's top N ids to every list.")
+    allow_eos_mismatch: bool = setting_of(EosOptions, "allow_eos_mismatch")
     worker: str | None = setting_of(SamplingOptions, "worker")
     plan: bool = setting(
         False,

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from lopd.config.fields import setting
+from lopd.config.eos import EosOptions
+from lopd.config.fields import setting, setting_of
 from lopd.config.prompts import PromptOptions
 from lopd.config.training import TrainOptions
 
@@ -18,3 +19,4 @@ class SftConfig(TrainOptions, PromptOptions):
         "with prompt and completion, or messages; docs/pipeline.md lists other shapes.",
     )
     out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
+    allow_eos_mismatch: bool = setting_of(EosOptions, "allow_eos_mismatch")

@@ -165,7 +165,7 @@ def load_prompts(
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
     repeats: Counter[str] = Counter()
-    skipped = Skipped(str(path), bool(encoder.options.skip_bad_records))
+    skipped = Skipped(str(path), encoder.options.skip_bad_records)
     for where, fields in read_shaped(path, encoder, skipped, *(["answer"] if answers else [])):
         try:
             tokens, own = encode_record(encoder, fields, where)

@@ -235,6 +235,6 @@ def _without_nulls(value: Any) -> Any:
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         first = next((item for item in value if item is not None), None)
-        if isinstance(first, dict):  # not lists of numbers, which can be long
+        if isinstance(first, dict | list):  # not lists of numbers, which can be long
             return [_without_nulls(item) for item in value]
     return value

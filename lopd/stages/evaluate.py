@@ -7,6 +7,7 @@ and a lower bound otherwise.
 """
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,23 @@ def main(config: EvalConfig) -> Path:
     write_atomic(out / "results.json", pretty_json(results))
     write_manifest(out, manifest)
     print_fields(_summary(results))
+    _show_without_answer(answers, config.judge)
     return out
+
+
+def _show_without_answer(records: list[dict[str, Any]], judge: str) -> None:
+    """Print how many complete answers the judge found nothing in, and the ends of some."""
+    complete = [record for record in records if record["finish_reason"] == "stop"]
+    without = [record for record in complete if record["answer"] is None]
+    if not without:
+        return
+    remedy = "; --answer_regex or --judge math may find more" if judge == "exact" else ""
+    shown = "".join(f"\n  {record['id']}: ...{record['text'][-60:]!r}" for record in without[:3])
+    print(
+        f"eval: judge {judge} found nothing to grade in {len(without)} of {len(complete)} complete "
+        f"answers, which count as wrong{remedy}. Some end in{shown}",
+        file=sys.stderr,
+    )
 
 
 def describe_inputs(config: EvalConfig) -> dict[str, Any]:
@@ -137,7 +154,7 @@ def _prompts(
         context=engine.context,
         vocab_size=engine.vocab_size,
         max_new_tokens=config.max_new_tokens,
-        skip=bool(config.skip_bad_records),
+        skip=config.skip_bad_records,
     )
 
 
@@ -155,6 +172,7 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         if isinstance(value, dict) and "low" in value:
             fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
     fields["truncated"] = f"{results['truncated']:.3f}"
+    fields["no answer found"] = f"{results['no_answer']:.3f}"
     fields["mean tokens"] = f"{results['mean_tokens']:.1f}"
     for row in results["by_length"]:
         fields[f"{row['shortest']} to {row['longest']} tokens"] = (

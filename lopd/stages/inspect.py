@@ -5,7 +5,14 @@ from typing import Any
 
 from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError
-from lopd.provenance import Manifest, fingerprint_weights, read_manifest
+from lopd.provenance import (
+    CacheManifest,
+    Manifest,
+    ModelIdentity,
+    fingerprint_weights,
+    read_manifest,
+)
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
@@ -16,7 +23,7 @@ def main(config: InspectConfig) -> None:
     Raises:
         ConfigError: `verify`, and the folder has no hashes.
         ProvenanceError: the weights are not those that the manifest describes.
-        ShardError: a shard is unfinished or altered.
+        ShardError: a shard or file is unfinished or altered.
     """
     manifest = read_manifest(Path(config.path))
     kind = manifest.kind
@@ -25,7 +32,10 @@ def main(config: InspectConfig) -> None:
     models["fine-tuned on"] = None if manifest.lineage is None else manifest.lineage.sft_teacher
     for role, model in models.items():
         if model is not None:
-            rows[role] = f"{model.path} ({model.weights[:12]})"
+            rows[role] = f"{model.hub or model.path} ({model.weights[:12]})"
+            rows[f"{role} ends answers with"] = _describe_eos(model)
+    if isinstance(manifest, CacheManifest):
+        rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
     if manifest.sampling is not None:
         settings = manifest.sampling.raw.items()
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in settings)
@@ -47,6 +57,11 @@ def main(config: InspectConfig) -> None:
     print_fields(rows)
 
 
+def _describe_eos(model: ModelIdentity) -> str:
+    """The ids that end an answer of a model."""
+    return "unknown" if model.eos_ids is None else "id " + " or ".join(map(str, model.eos_ids))
+
+
 def _verify_shards(store: RolloutStore | TeacherCache) -> str:
     store.check_complete()
     store.verify()
@@ -63,6 +78,9 @@ def _verify_weights(folder: str, manifest: Manifest) -> str:
             f"{folder}: its weights are not those that its manifest describes; restore them, or "
             "make the checkpoint again"
         )
+    if (Path(folder) / RECEIPT_NAME).exists():
+        files = check_receipt(Path(folder))["files"]
+        return f"the weights match the manifest, and all {len(files)} files their receipt"
     return "the weights match the manifest"
 
 

@@ -36,9 +36,9 @@ from lopd.config.values import typed
 from lopd.errors import ConfigError
 from lopd.provenance import (
     MANIFEST_NAME,
+    describe_model,
     difference,
     digests_of,
-    fingerprint_weights,
     read_manifest,
     settings_identity,
 )
@@ -195,7 +195,7 @@ def is_finished(config: Any) -> bool:
     changed = difference({key: recorded.get(key) for key in expected}, expected)
     if not changed:
         start = manifest.base or manifest.model
-        recorded = {"model": start.weights, **digests_of(manifest.inputs)}
+        recorded = digests_of({"model": start, **manifest.inputs})
         expected = input_digests(config)
         changed = difference({key: recorded.get(key) for key in expected}, expected)
     if changed:
@@ -207,4 +207,5 @@ def input_digests(config: Any) -> dict[str, str | None]:
     """Digests of what a training or evaluation stage would read now, its model included."""
     (module,) = (module for module, config_class in STAGES.values() if type(config) is config_class)
     model = config.student if module is distill else config.model
-    return {"model": fingerprint_weights(model), **digests_of(module.describe_inputs(config))}
+    found = describe_model(model, dtype=config.dtype, engine="transformers")
+    return digests_of({"model": found, **module.describe_inputs(config)})

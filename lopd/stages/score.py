@@ -31,6 +31,7 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.provenance.gate import check_eos
 from lopd.stages.table import print_fields
 from lopd.store import CacheWriter, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import examine_shard_folder
@@ -58,7 +59,8 @@ def main(config: ScoreConfig) -> Path | None:
             writing into the folder.
         ConfigError: a setting is out of range, the folder holds another recipe, or the disk has
             no room.
-        ProvenanceError: `student` did not make the rollouts.
+        ProvenanceError: `student` did not make the rollouts, or the teacher ends its answers with
+            other ids than the student.
         DataError: a sequence exceeds the teacher's context or vocabulary.
     """
     worker = this_worker(config.worker)
@@ -93,6 +95,7 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
     assert model.vocab_size is not None
     ModelLimits("the teacher", model.vocab_size).check_k(config.k)
+    overrides = check_eos(model, source.model, "the rollouts", config.allow_eos_mismatch)
     return build_manifest(
         "cache",
         stage="score",
@@ -106,6 +109,7 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
                 "sampling": source.sampling,
             }
         },
+        overrides=overrides,
         plan={"shards": source.shards},
         k=config.k,
         top_p=config.top_p,

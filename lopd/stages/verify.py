@@ -23,6 +23,7 @@ from lopd.provenance import (
     read_manifest,
     tokenizer_digest,
 )
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.provenance.io import json_digest, parse_json
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, TeacherSequence
@@ -114,7 +115,10 @@ def _check_checkpoint(folder: Path, manifest: Manifest) -> dict[str, str]:
                 f"{folder}: found {what} {digest[:12]}, the manifest describes {expected[:12]}; "
                 "restore the files, or make the checkpoint again"
             )
-    return {"model": "weights, config and tokenizer match the manifest"}
+    rows = {"model": "weights, config and tokenizer match the manifest"}
+    if (folder / RECEIPT_NAME).exists():  # not in checkpoints from elsewhere and older ones
+        rows["files"] = f"{len(check_receipt(folder)['files'])}, all match the receipt"
+    return rows
 
 
 def _check_evaluation(folder: Path) -> dict[str, str]:

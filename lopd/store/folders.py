@@ -13,7 +13,6 @@ from lopd.provenance import (
     VOCAB_NAME,
     Manifest,
     difference,
-    manifest_digest,
     read_manifest,
     recipe_of,
 )
@@ -119,10 +118,7 @@ def examine_shard_folder(
     folder = Path(path)
 
     def differs() -> str:
-        recorded = read_manifest(folder)
-        if manifest_digest(recorded) == manifest_digest(manifest):
-            return ""
-        return difference(recipe_of(recorded), recipe_of(manifest)) or "in keys without a value"
+        return difference(recipe_of(read_manifest(folder)), recipe_of(manifest))
 
     def has_results() -> bool:
         return in_use or any(folder.glob("shard-*"))

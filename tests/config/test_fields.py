@@ -165,9 +165,7 @@ TRAINING = {
     "warmup_steps": 0,
 }
 # None counts as absent, so that older folders, which lack these, can be continued.
-READING = dict.fromkeys(
-    ("columns", "chat_template_kwargs", "special_tokens", "prompt_date", "skip_bad_records")
-)
+READING = dict.fromkeys(("columns", "chat_template_kwargs", "special_tokens", "prompt_date"))
 SFT_RECIPE = (
     TRAINING
     | READING
