@@ -90,6 +90,7 @@ def test_rehash_clears_stored_fingerprints(teacher_folder, tmp_path, monkeypatch
     from lopd.provenance import fingerprint_weights
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("lopd.provenance.fingerprint._RACY_NS", 0)  # remember new files too
     os.utime(teacher_folder / "model.safetensors", (1e9, 1e9))
     fingerprint_weights(teacher_folder)
     (memo,) = (file for file in tmp_path.rglob("*") if file.is_file())
