@@ -1,6 +1,7 @@
 """Readers of shard folders: random access by sequence; shards are opened when needed."""
 
 import math
+import resource
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -21,7 +22,7 @@ from lopd.store.view import ShardView
 LENGTH_QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 # Response tokens that are decoded together when all are read; they fit into a CPU's cache.
 _TOKENS_TOGETHER = 1 << 13
-MAX_MAPPED = 256  # shards, each with a file descriptor; the usual limit of a process is 1024
+_MOST_MAPPED = 4096
 Record = TypeVar("Record")
 
 
@@ -53,6 +54,7 @@ class _ShardReader(Generic[Record]):
         self._ends = list(accumulate(r.sequences for r in self._receipts.values()))
         self._views: dict[int, ShardView] = {}
         self._mapped: dict[int, ShardView] = {}  # the last one used is last
+        self._most_mapped = most_mapped()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -123,7 +125,7 @@ class _ShardReader(Generic[Record]):
         }
 
     def _view(self, shard: int) -> ShardView:
-        """The view of a shard; at most `MAX_MAPPED` are mapped, those that were used last."""
+        """The view of a shard; those that were used last stay mapped."""
         view = self._views.get(shard)
         if view is None:
             receipt = self._receipts[shard]
@@ -131,7 +133,7 @@ class _ShardReader(Generic[Record]):
             view = self._views[shard] = ShardView(file, receipt, self._codec, self._vocab_size)
         self._mapped.pop(shard, None)
         self._mapped[shard] = view
-        if len(self._mapped) > MAX_MAPPED:
+        if len(self._mapped) > self._most_mapped:
             self._unmap(next(iter(self._mapped)))
         return view
 
@@ -336,6 +338,14 @@ class TeacherCache(_ShardReader[TeacherSequence]):
 
     def _ids(self, view: ShardView, positions: np.ndarray) -> list[np.ndarray]:
         return [*super()._ids(view, positions), view.columns(positions).lists.ids]
+
+
+def most_mapped() -> int:
+    """Shards that a reader keeps mapped: a quarter of the files that the process may open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        _MOST_MAPPED if limit == resource.RLIM_INFINITY else min(_MOST_MAPPED, max(1, limit // 4))
+    )
 
 
 def _ratio(total: float, count: int) -> float | None:

@@ -49,7 +49,7 @@ class Flips:
         self.table.add(f"bit flipped in {_kind(file)}", name, problem, detail)
 
     def flip_checkpoint(self, number: int) -> None:
-        """A bit of a checkpoint of a killed run: the run goes on as if uninterrupted, or refuses."""
+        """A bit of a killed run's checkpoint: the run goes on as if uninterrupted, or refuses."""
         name = ("sft", "distill", "distill LoRA", "distill keep_best")[number % 4]
         stage = self.pipeline.stages[name]
         clear(self.out)

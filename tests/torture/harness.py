@@ -1,7 +1,7 @@
 """Stages run in forks of one warm process, with a fault on the way; and what a run left behind.
 
 Starting Python and importing torch takes far longer than a stage of tiny models. `warm_up` imports
-everything once; `run` forks, and the child calls `lopd.cli.main`, so a run costs what its work costs.
+everything once; `run` forks, and the child calls `lopd.cli.main`, so a run costs only its work.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from lopd.cli import COMMANDS
+    from lopd.cli.commands import COMMANDS
 
-    for module in sorted({entry[0] for entry in COMMANDS.values()} - {"demo"}):
+    for module in sorted({command.module for command in COMMANDS.values()} - {"demo"}):
         importlib.import_module(f"lopd.stages.{module}")
     for module in ("lopd.training.setup", "lopd.training.trainer", "lopd.engines.transformers"):
         importlib.import_module(module)
@@ -51,7 +51,7 @@ class Outcome:
     @property
     def error(self) -> str:
         """The one line that names an error; empty if there is none."""
-        lines = [line for line in self.text.splitlines() if re.match(r"lopd \S+: error: ", line)]
+        lines = [line for line in self.text.splitlines() if re.match(r"lopd( \S+)?: error: ", line)]
         return lines[-1] if lines else ""
 
     @property
@@ -160,6 +160,7 @@ def start(argv: Sequence[object], fault: Fault | None = None) -> Started:
             from lopd.cli import main
 
             code = main([str(word) for word in argv])
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command has ended
             if fault is not None and fault.finish is not None:
                 fault.finish()
         except BaseException:

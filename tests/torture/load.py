@@ -1,7 +1,7 @@
 """Large caches: peak memory, open files and correctness at 10^7 tokens, and at 5,000 shards.
 
 `measure` writes a cache and reads it in a process of its own, which imports neither torch nor
-transformers: its peak memory is that of reading.
+transformers.
 """
 
 import dataclasses
@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers_cache import make_manifest, make_pair
-
-from lopd.store import CacheWriter, Rollout, TeacherScores
 from torture.pipeline import clear
 from torture.table import Table
 
+from lopd.store import CacheWriter, Rollout, TeacherScores
+
 LIMIT_MIB = 300
-MAX_FILES = 300  # of a reader: 256 mapped shards and what Python has open
+OPEN_FILES = 1024  # the usual limit of a process; a reader keeps a quarter of it mapped
+MAX_FILES = OPEN_FILES // 4 + 10
 VOCAB, K = 512, 10
 
 READ = """
-import json, os, sys
+import json, os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[3]), int(sys.argv[3])))
 import numpy as np
 from lopd.store import TeacherCache
 
@@ -52,7 +54,7 @@ for number, index in enumerate(order.tolist()):
 status = open("/proc/self/status").read()
 print(json.dumps({
     "tokens": summary["response_tokens"], "bytes": summary["bytes"], "read": tokens,
-    "opened_mib": start, "verified_mib": after_verify, "peak_mib": peak_mib(),
+    "opened_mib": start, "verified_mib": after_verify,
     "private_mib": int(status.split("RssAnon:")[1].split()[0]) / 1024, "files": peak_files,
 }))
 """
@@ -87,7 +89,7 @@ def measure(folder: Path, size: Size, reads: int = 2000) -> dict[str, float]:
             first = shard * size.sequences
             writer.write(shard, _records(rollout, scores, range(first, first + size.sequences)))
         writer.finish()
-    command = [sys.executable, "-c", READ, os.fspath(folder), str(reads)]
+    command = [sys.executable, "-c", READ, os.fspath(folder), str(reads), str(OPEN_FILES)]
     done = subprocess.run(command, capture_output=True, text=True)
     clear(folder)
     assert done.returncode == 0, done.stderr
@@ -101,13 +103,17 @@ def _records(
 
 
 def measure_all(root: Path, table: Table, sizes: Sequence[Size]) -> list[tuple[Size, dict]]:
-    """Measure caches of these sizes; a peak above the limit is a loss."""
+    """Measure caches of these sizes.
+
+    Opening and verifying must stay below the limit, and so must the private memory in the end.
+    Pages that random reads have mapped belong to the page cache, and the system may drop them.
+    """
     found = []
     for size in sizes:
         row = measure(root / "load", size)
         problem = ""
-        if row["peak_mib"] > LIMIT_MIB:
-            problem = f"peak of {row['peak_mib']:.0f} MiB"
+        if max(row["verified_mib"], row["private_mib"]) > LIMIT_MIB:
+            problem = f"{row['verified_mib']:.0f} MiB, {row['private_mib']:.0f} MiB private"
         elif row["files"] > MAX_FILES:
             problem = f"{row['files']} open files"
         elif row["read"] != min(2000, size.shards * size.sequences) * size.length:
@@ -119,13 +125,11 @@ def measure_all(root: Path, table: Table, sizes: Sequence[Size]) -> list[tuple[S
 
 def markdown(rows: Sequence[tuple[Size, dict]]) -> str:
     """The measurements as a table."""
-    head = ["cache", "size", "peak memory", "of it private", "open files"]
+    head = ["cache", "size", "opened and verified", "private after reading", "open files"]
     lines = [f"| {' | '.join(head)} |", "| --- | ---: | ---: | ---: | ---: |"]
     for size, row in rows:
         lines.append(
-            f"| {size} | {row['bytes'] / 2**20:,.0f} MiB | {row['peak_mib']:,.0f} MiB "
+            f"| {size} | {row['bytes'] / 2**20:,.0f} MiB | {row['verified_mib']:,.0f} MiB "
             f"| {row['private_mib']:,.0f} MiB | {row['files']} |"
         )
     return "\n".join(lines)
-
-

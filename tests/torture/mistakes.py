@@ -1,4 +1,4 @@
-"""Mistakes of operators: each must be caught, in one line, with a remedy and the right exit code."""
+"""Mistakes of operators: each is caught, in one line, with a remedy and the right exit code."""
 
 import json
 import re
@@ -88,7 +88,7 @@ _OUT = ("--out", "@attacked")
 
 MISTAKES = [
     Mistake("unknown command", _words("rolout"), "did you mean 'rollout'"),
-    Mistake("unknown flag", _stage("score", "--tpo_p", 1), "did you mean 'top_p'"),
+    Mistake("unknown flag", _stage("score", "--tpo_p", 1), "did you mean '--top-p'"),
     Mistake("required flag left out", _words("rollout", *_OUT), "student"),
     Mistake("number out of range", _stage("score", "--top_p", 2), "top_p: .*0, 1"),
     Mistake("NaN for a number", _stage("score", "--top_p", "nan"), "top_p"),
@@ -301,3 +301,13 @@ def make_all(pipeline: Pipeline, table: Table) -> list[tuple[str, str, int, str]
 def _stamp(folder: Path) -> dict[str, int]:
     names = (p for p in folder.rglob("*") if p.is_file() and not p.name.endswith("lock"))
     return {str(path): path.stat().st_mtime_ns for path in names}
+
+
+def markdown(rows: list[tuple[str, str, int, str]]) -> str:
+    """What was done, what the error says, and the exit code."""
+    lines = ["| mistake | error | exit code |", "| --- | --- | ---: |"]
+    for name, error, code, _ in rows:
+        words = re.sub(r"(/[^ :;,]*)+/", "", error.split("error: ", 1)[-1]).replace("|", "\\|")
+        words = re.sub(r"\b[0-9a-f]{12,64}\b", "...", words)
+        lines.append(f"| {name} | {words} | {code} |")
+    return "\n".join(lines)

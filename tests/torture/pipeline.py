@@ -81,7 +81,7 @@ class Pipeline:
             Stage("distill", distill, root / "distill"),
             Stage(
                 "distill keep_best",
-                (*distill, "--holdout", 0.3, "--eval_steps", 2, "--keep_best", "true"),
+                (*distill, "--holdout", 0.3, "--eval_steps", 2, "--keep_best"),
                 root / "distill-best",
             ),
             Stage("distill LoRA", (*distill, "--lora_rank", 2), root / "distill-lora"),

@@ -34,7 +34,9 @@ class Table:
         """One line for each fault, over all stages."""
         totals: dict[str, list[int]] = {}
         for fault, _, *numbers in self.rows():
-            totals[fault] = [a + b for a, b in zip(totals.get(fault, (0, 0, 0)), numbers)]
+            totals[fault] = [
+                a + b for a, b in zip(totals.get(fault, (0, 0, 0)), numbers, strict=True)
+            ]
         lines = ["| fault | tried | survived | lost |", "| --- | ---: | ---: | ---: |"]
         lines += [f"| {name} | {a:,} | {b:,} | {c:,} |" for name, (a, b, c) in totals.items()]
         lines += [f"| {name} | skipped: {why} | | |" for name, why in self.skipped]
