@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> None:
     done = module.main(config)
     _leave_process_group()
     if done is not None:
-        print(f"lopd {command}: wrote {done}", file=sys.stderr)
+        print(f"lopd {command}: output in {done}", file=sys.stderr)
 
 
 @contextmanager
