@@ -47,7 +47,11 @@ class DistillConfig(MonitoringOptions):
     support: Literal["list+sampled", "list"] = _objective(
         "list+sampled", help="Whether the lists include the sampled token."
     )
-    verify: bool = _data(True, help="Check the hashes of the cache before training.")
+    verify: bool = _data(
+        True,
+        help="Check the hashes of the cache before training.",
+        off="Train without checking the hashes of the cache first.",
+    )
     allow_teacher_mismatch: bool = _override(
         False, help="Train although another or an edited teacher made the SFT answers."
     )

@@ -23,19 +23,27 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lopd.config.parse import build_config, check_keys, load_yaml
+from lopd.config.distill import DistillConfig
+from lopd.config.evaluate import EvalConfig
+from lopd.config.parse import build_config, check_keys, underscored
+from lopd.config.rollout import RolloutConfig
 from lopd.config.run import RunConfig
+from lopd.config.score import ScoreConfig
+from lopd.config.sft import SftConfig
+from lopd.config.sft_data import SftDataConfig
+from lopd.config.strict_yaml import load_yaml
+from lopd.config.values import typed
 from lopd.errors import ConfigError
 from lopd.stages import distill, evaluate, finished, rollout, score, sft, sft_data
 from lopd.store.workers import this_worker
 
 STAGES: dict[str, tuple[Any, type]] = {
-    "sft-data": (sft_data, sft_data.SftDataConfig),
-    "sft": (sft, sft.SftConfig),
-    "rollout": (rollout, rollout.RolloutConfig),
-    "score": (score, score.ScoreConfig),
-    "distill": (distill, distill.DistillConfig),
-    "eval": (evaluate, evaluate.EvalConfig),
+    "sft-data": (sft_data, SftDataConfig),
+    "sft": (sft, SftConfig),
+    "rollout": (rollout, RolloutConfig),
+    "score": (score, ScoreConfig),
+    "distill": (distill, DistillConfig),
+    "eval": (evaluate, EvalConfig),
 }
 SHARED = ["dtype", "device", "seed"]
 # Stages without the shared dtype: weights and optimizer need more bits than inference.
@@ -75,8 +83,9 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown, missing or invalid key.
     """
+    recipe = _respelled(recipe, source)
     _check_recipe(recipe, source)
-    configs = {}
+    configs: dict[str, Any] = {}
     for name, (_, config_class) in STAGES.items():
         if name not in recipe["stages"]:
             continue
@@ -88,8 +97,22 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         chosen = {key: value for key, value in implied.items() if key in known}
         chosen |= recipe["stages"][name] or {}
         where = f"{source}: stages: {name}"
-        configs[name] = build_config(config_class, chosen, [], where, f"lopd {name}")
+        configs[name] = build_config(config_class, chosen, {}, where, f"lopd {name}")
     return configs
+
+
+def _respelled(recipe: dict[str, Any], source: str) -> dict[str, Any]:
+    """The recipe with underscores in the names of settings and dashes in those of stages."""
+    recipe = underscored(recipe, source)
+    if isinstance(stages := recipe.get("stages"), dict):
+        stages = underscored(stages, f"{source}: stages")
+        recipe["stages"] = {
+            name.replace("_", "-"): underscored(settings, f"{source}: stages: {name}")
+            if isinstance(settings, dict)
+            else settings
+            for name, settings in stages.items()
+        }
+    return recipe
 
 
 def _check_recipe(recipe: dict[str, Any], source: str) -> None:
@@ -112,7 +135,7 @@ def _check_recipe(recipe: dict[str, Any], source: str) -> None:
             raise ConfigError(f"{where}: expected a mapping of settings")
         if settings and not isinstance(settings.get("out", ""), str):
             raise ConfigError(f"{where}: 'out' is {settings['out']!r}; expected a folder")
-        if settings and settings.get("plan"):
+        if settings and typed((bool,), settings.get("plan")):
             raise ConfigError(
                 f"{where}: 'plan' writes nothing for later stages to read; run "
                 "'lopd score --plan' instead"
@@ -126,7 +149,7 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
         return str((recipe["stages"].get(stage) or {}).get("out", Path(recipe["out"]) / stage))
 
     student = out("sft") if "sft" in recipe["stages"] else recipe["student"]
-    extra_ids = (recipe["stages"].get("score") or {}).get("extra_ids")
+    extra_ids = typed((int,), (recipe["stages"].get("score") or {}).get("extra_ids"))
     return {"out": out(name)} | {
         "sft-data": {"teacher": recipe["teacher"]},
         "sft": {"model": recipe["student"], "data": out("sft-data")},

@@ -72,9 +72,9 @@ def test_options_are_a_yaml_mapping_for_the_engine():
     ("engine", "text", "message"),
     [
         ("vllm", "max_num_seq: 3", "did you mean 'max_num_seqs'"),
-        ("vllm", "tensor_parallel_size: 0", "found 0; expected a positive integer"),
-        ("vllm", "tensor_parallel_size: true", "found True; expected a positive integer"),
-        ("vllm", "enforce_eager: 1", "found 1; expected true or false"),
+        ("vllm", "tensor_parallel_size: 0", "found '0'; expected a positive integer"),
+        ("vllm", "tensor_parallel_size: true", "found 'true'; expected a positive integer"),
+        ("vllm", "enforce_eager: 1", "found '1'; expected true or false"),
         ("vllm", "gpu_memory_utilization: 0", r"expected a number in \(0, 1\]"),
         ("vllm", "gpu_memory_utilization: 90", r"expected a number in \(0, 1\]"),
         ("vllm", "max_model_len: .nan", "expected a positive integer"),
@@ -82,8 +82,8 @@ def test_options_are_a_yaml_mapping_for_the_engine():
         ("vllm", "enable_lora: true", "merge it into its base model first"),
         ("vllm", "max_logprobs: 5", "it follows from k"),
         ("transformers", "enforce_eager: true", "unknown setting 'enforce_eager'"),
-        ("vllm", "fast", "expected a YAML mapping"),
-        ("vllm", "{a", "expected a YAML mapping"),
+        ("vllm", "fast", "found 'fast'; expected a mapping"),
+        ("vllm", "{a", "engine_options: not YAML"),
     ],
 )
 def test_options_that_cannot_be_meant(engine, text, message):
