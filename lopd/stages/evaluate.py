@@ -32,6 +32,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.io import parse_json, pretty_json, write_atomic
 from lopd.stages.finished import is_finished, say_finished
+from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import TeacherCache
 from lopd.store.folders import examine_folder, locked
@@ -39,6 +40,7 @@ from lopd.store.folders import examine_folder, locked
 RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
 
 
+@loads_models
 def main(config: EvalConfig) -> Path:
     """Evaluate, and write the answers, the results and, last, the manifest.
 

@@ -34,10 +34,12 @@ from lopd.provenance import (
     vocab_size_of,
 )
 from lopd.stages.finished import say_finished
+from lopd.stages.model_access import loads_models
 from lopd.store import RolloutWriter
 from lopd.store.workers import Worker, this_worker
 
 
+@loads_models
 def main(config: RolloutConfig) -> Path:
     return sample_to_store(config, model=config.student, kind="rollouts", stage="rollout")
 

@@ -3,7 +3,7 @@
     out: runs/mine            # each stage writes to a folder of its name here
     teacher: models/teacher   # answers the prompts and scores the rollouts
     student: models/base      # is fine-tuned
-    device: cuda              # shared settings of the stages: device, seed, and dtype,
+    device: cuda              # shared settings: device, seed, trust_remote_code, and dtype,
     dtype: bfloat16           # which applies to sampling, scoring and evaluation only
     stages:
       sft-data: {prompts: sft.jsonl}
@@ -34,6 +34,8 @@ from lopd.config.sft_data import SftDataConfig
 from lopd.config.strict_yaml import load_yaml
 from lopd.config.values import typed
 from lopd.errors import ConfigError
+from lopd.models.hub import local_folder
+from lopd.provenance.remote_code import trusting_code
 from lopd.stages import distill, evaluate, finished, rollout, score, sft, sft_data
 from lopd.store.workers import this_worker
 
@@ -45,7 +47,7 @@ STAGES: dict[str, tuple[Any, type]] = {
     "distill": (distill, DistillConfig),
     "eval": (evaluate, EvalConfig),
 }
-SHARED = ["dtype", "device", "seed"]
+SHARED = ["dtype", "device", "seed", "trust_remote_code"]
 # Stages without the shared dtype: weights and optimizer need more bits than inference.
 TRAINING_STAGES = ("sft", "distill")
 
@@ -66,7 +68,9 @@ def main(config: RunConfig) -> Path:
     recipe = load_yaml(config.recipe)
     for name, stage_config in stage_configs(recipe, config.recipe).items():
         module, _ = STAGES[name]
-        if is_finished(stage_config):
+        with trusting_code(stage_config.trust_remote_code):
+            done = is_finished(stage_config)
+        if done:
             print(f"{name}: done, {stage_config.out}")
         else:
             print(f"{name}: running, {stage_config.out}")
@@ -85,6 +89,7 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
     """
     recipe = _respelled(recipe, source)
     _check_recipe(recipe, source)
+    recipe = recipe | {name: local_folder(recipe[name]) for name in ("teacher", "student")}
     configs: dict[str, Any] = {}
     for name, (_, config_class) in STAGES.items():
         if name not in recipe["stages"]:
