@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lopd.config.training import ATTENTION
 from lopd.errors import ConfigError, ModelError
 from lopd.models.architecture import head_rows_of, sliding_window_of
 from lopd.models.head import eval_mode, plain_model, run_with_loss
 
 FLASH = ("flash_attention_3", "flash_attention_2")
 REGISTERED = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}  # name in transformers
-PATHS = ("auto", *FLASH, *REGISTERED)
 
 
 def pack_attention(
@@ -41,7 +41,7 @@ def pack_attention(
     Padded batches and generation still work. Call `check_packing` afterwards.
 
     Args:
-        path: one of `PATHS`; "auto" selects the first in their order that is installed and
+        path: one of `ATTENTION`; "auto" selects the first in their order that is installed and
             supports device and dtype.
         device: where the model will run; None for where it is.
         dtype: of the activations, as under autocast; None for that of the weights.
@@ -56,7 +56,7 @@ def pack_attention(
     device = device or weight.device
     dtype = dtype or weight.dtype
     if path == "auto":
-        path = next(p for p in PATHS[1:] if not _unavailable(p, device, dtype))
+        path = next(p for p in ATTENTION[1:] if not _unavailable(p, device, dtype))
     if why := _unavailable(path, device, dtype):
         raise ConfigError(f"attention: found '{path}'; {why}")
     if path in REGISTERED:
@@ -86,8 +86,8 @@ def _unavailable(path: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why an implementation cannot be used; empty if it can."""
     from transformers.utils import import_utils
 
-    if path not in PATHS:
-        return f"expected one of {', '.join(PATHS)}"
+    if path not in ATTENTION:
+        return f"expected one of {', '.join(ATTENTION)}"
     if path == "sdpa":
         return ""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
@@ -142,7 +142,8 @@ def sdpa_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     lengths, window = kwargs.pop("sequence_lengths", None), kwargs.get("sliding_window")
-    if attention_mask is not None:
+    # One token after cached ones, as in generation, attends to all of them: no mask either.
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     parts = lengths or (query.shape[2],)
     outputs = [

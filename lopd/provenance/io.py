@@ -6,13 +6,14 @@ import json
 import math
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lopd.errors import ShardError
+from lopd.errors import DataError, ShardError
 
 TEMP_SUFFIX = ".tmp"
 MAX_DEPTH = 64  # of nested JSON; a recursive function of Python can go about ten times as deep
@@ -121,6 +122,33 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that exists.
+
+    Raises:
+        DataError: the file is damaged: not JSON, not an object, or unreadable.
+    """
+    try:
+        # transformers writes Infinity into the config.json of some architectures
+        value = parse_json(file.read_bytes(), finite=False)
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}); restore it") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); restore it") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file} holds a {type(value).__name__}, expected an object; restore it")
+    return value
+
+
+def read_optional_json(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file.
+
+    Raises:
+        DataError: the file is damaged, which is not the same as absent.
+    """
+    return read_json_object(file) if os.path.lexists(file) else None
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader or a crash sees all of it or none of it.
 
@@ -169,7 +197,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, durably: a power cut leaves none that is half there.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    created = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(created):
+        sync_folder(path.absolute().parent)
+
+
 def remove_temporaries(folder: Path) -> None:
-    """Remove temporary files of killed writers. Only safe when no other writer is running."""
+    """Remove temporary files and folders of killed writers.
+
+    Only safe when no other writer is running.
+    """
     for temp in folder.glob(f".*{TEMP_SUFFIX}"):
-        temp.unlink(missing_ok=True)
+        if temp.is_dir() and not temp.is_symlink():
+            shutil.rmtree(temp)
+        else:
+            temp.unlink(missing_ok=True)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers_training import largest_difference, make_rollouts, make_scored, tiny_model, tiny_window
 
+from lopd.config.objective import Objective
 from lopd.errors import ConfigError, ModelError
 from lopd.models import packing as attention
 from lopd.models.packing import check_packing, pack_attention, varlen_attention
 from lopd.training.batch import Collator
-from lopd.training.objective import Objective
 from lopd.training.step import model_inputs, step
 
 FAMILIES = ["qwen3", "qwen3-tied", "gemma2", "gemma3", "cohere", "granite", "phi", "opt"]
@@ -85,6 +85,22 @@ def test_generation_still_works():
     before = model.generate(prompt, attention_mask=mask, **options)
     pack_attention(model)
     assert torch.equal(model.generate(prompt, attention_mask=mask, **options), before)
+
+
+def test_one_token_after_cached_ones_needs_no_mask():
+    """Generation of rows without padding: transformers leaves the mask out."""
+    model = tiny_model()
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+
+    def last_logits():
+        past = model(ids[:, :4], use_cache=True).past_key_values
+        mask = torch.ones_like(ids)
+        return model(ids[:, 4:], attention_mask=mask, past_key_values=past).logits
+
+    with torch.no_grad():
+        expected = last_logits()
+        pack_attention(model)
+        torch.testing.assert_close(last_logits(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,13 +14,12 @@ import importlib.util
 import json
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lopd.config.fields import Settings, setting
+from lopd.config.demo import DemoConfig
 from lopd.errors import ConfigError
 from lopd.provenance import difference
 from lopd.provenance.io import pretty_json, write_atomic
@@ -73,16 +72,6 @@ SAMPLING: dict[str, Any] = {
 }
 TOP_K = 8
 EVAL_PROMPTS = 1024
-_data = partial(setting, group="Model and data")
-
-
-@dataclass(kw_only=True)
-class DemoConfig(Settings):
-    """Run the whole pipeline at toy scale (`lopd demo`)."""
-
-    out: str = _data("lopd-demo", identity=False, help="Folder of all artefacts.")
-    seed: int = _data(0, within="[0, 4294967296)", help="Seed of models, data and sampling.")
-    online: bool = _data(False, identity=False, help="Add the run with a live teacher.")
 
 
 @dataclass(frozen=True)
@@ -106,8 +95,10 @@ class DemoStage:
 def main(config: DemoConfig) -> Path:
     """Run or continue the demo; write `results.json` and `curves.png`, and print the table.
 
+    Finished stages are not run again; `online` may be added later.
+
     Raises:
-        ConfigError: `out` holds a finished demo or one of another seed, or matplotlib is missing.
+        ConfigError: `out` holds a demo of another seed, or matplotlib is missing.
     """
     out = Path(config.out)
     results_file, progress_file = out / "results.json", out / "progress.json"
@@ -116,7 +107,6 @@ def main(config: DemoConfig) -> Path:
         progress = json.loads(progress_file.read_text(encoding="utf-8"))
     examine_folder(
         out,
-        final=results_file.name,
         record=progress_file.name,
         differs=lambda: difference({"seed": progress["seed"]}, {"seed": config.seed}),
         allowed_files=None,

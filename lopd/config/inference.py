@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lopd.config.device import check_device
 from lopd.config.fields import Settings, parse_range, setting, setting_of
+from lopd.config.model_code import CodeOptions
 from lopd.config.parse import check_keys
-from lopd.engines import ENGINES
-from lopd.engines.base import Sampling
+from lopd.config.prompts import PromptOptions
+from lopd.config.strict_yaml import parse_yaml
+from lopd.config.values import typed
 from lopd.errors import ConfigError
-from lopd.models.load import DTYPES, resolve_device
 
+DTYPES = ("float32", "bfloat16", "float16")
 # name: (types, range if it is a number, words for an error message)
-_Option = tuple[type | tuple[type, ...], str | None, str]
-_COUNT: _Option = (int, "[1, inf)", "a positive integer")
-_SWITCH: _Option = (bool, None, "true or false")
+_Option = tuple[tuple[type, ...], str | None, str]
+_COUNT: _Option = ((int,), "[1, inf)", "a positive integer")
+_SWITCH: _Option = ((bool,), None, "true or false")
 _OPTIONS: dict[str, dict[str, _Option]] = {
     "transformers": {"device_map": ((str, dict), None, "a name such as auto, or a mapping")},
     "vllm": {
@@ -40,7 +43,7 @@ _OPTIONS: dict[str, dict[str, _Option]] = {
         "enable_prefix_caching": _SWITCH,
         "enable_chunked_prefill": _SWITCH,
         "cpu_offload_gb": ((int, float), "[0, inf)", "0 or a positive number"),
-        "distributed_executor_backend": (str, None, "a name"),
+        "distributed_executor_backend": ((str,), None, "a name"),
     },
 }
 _REFUSED = {
@@ -53,24 +56,49 @@ _REFUSED = {
 }
 
 _engine = partial(setting, group="Engine")
+_sampling = partial(setting, group="Sampling")
+
+
+@dataclass(frozen=True)
+class Sampling(Settings):
+    """How answers are drawn. `temperature=0` is greedy decoding."""
+
+    max_new_tokens: int = _sampling(
+        within="[1, inf)", help="Maximum length of an answer, in tokens."
+    )
+    temperature: float = _sampling(
+        1.0, within="[0, inf)", help="Sampling temperature; 0 is greedy."
+    )
+    top_p: float = _sampling(
+        1.0,
+        within="(0, 1]",
+        help="Sample from the smallest set of tokens with this probability mass.",
+    )
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the model is sampled as it is, so that sampled and raw log-probs are equal."""
+        return self.temperature == 1.0 and self.top_p == 1.0
 
 
 @dataclass(kw_only=True)
-class InferenceOptions(Settings):
+class InferenceOptions(CodeOptions):
     """Dtype and device of a model that samples or scores."""
 
-    dtype: str = _engine("bfloat16", choices=tuple(DTYPES), help="Dtype of the model's weights.")
+    dtype: str = _engine("bfloat16", choices=DTYPES, help="Dtype of the model's weights.")
     device: str = setting(
         "auto", group="Devices and processes", identity=False, help="auto, cpu, cuda or cuda:N."
     )
 
 
 @dataclass(kw_only=True)
-class GenerationOptions(InferenceOptions):
+class GenerationOptions(InferenceOptions, PromptOptions):
     """Settings of the stages that sample answers."""
 
     prompts: str = setting(
-        identity=False, help="JSONL or parquet file with 'prompt' or 'messages' in each record."
+        identity=False,
+        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages' in "
+        "each record; docs/pipeline.md lists other shapes.",
     )
     limit: int | None = setting(
         None,
@@ -109,9 +137,10 @@ class ScoringOptions(InferenceOptions):
 class EngineOptions(InferenceOptions):
     """Settings of the inference engine of a stage that can use any of them."""
 
-    engine: str = _engine("transformers", choices=tuple(ENGINES), help="Inference engine.")
-    engine_options: str | None = _engine(
+    engine: str = _engine("transformers", choices=tuple(_OPTIONS), help="Inference engine.")
+    engine_options: dict[str, Any] | str | None = setting(
         None,
+        group="Engine",
         identity=False,
         help="Further options of the engine, a YAML mapping such as '{gpu_memory_utilization: "
         "0.8}'.",
@@ -120,7 +149,7 @@ class EngineOptions(InferenceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.engine == "transformers":
-            resolve_device(self.device)
+            check_device(self.device)
         elif self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(
                 f"device: found '{self.device}'; vllm expects auto, cpu or cuda; choose its GPUs "
@@ -138,27 +167,46 @@ class EngineOptions(InferenceOptions):
         return parse_options(self.engine, self.engine_options)
 
 
-def parse_options(engine: str, text: str | None) -> dict[str, Any]:
-    """A mapping from YAML; raises ConfigError for an option that the engine does not have."""
-    if text is None:
-        return {}
-    import yaml
+@dataclass(kw_only=True)
+class SamplingOptions(EngineOptions, GenerationOptions):
+    """Settings that `lopd sft-data` and `lopd rollout` share."""
 
-    try:
-        options = yaml.safe_load(text)
-    except yaml.YAMLError:
-        options = None
-    if not isinstance(options, dict):
-        raise ConfigError(
-            f"engine_options: found '{text}'; expected a YAML mapping, '{{name: value, ...}}'"
-        )
+    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
+    num_samples: int = setting(
+        1, within="[1, inf)", group="Sampling", help="Number of answers to each prompt."
+    )
+    shard_size: int = setting(
+        1024, within="[1, inf)", group="Model and data", help="Sequences per shard file."
+    )
+    worker: str | None = setting(
+        None,
+        group="Devices and processes",
+        identity=False,
+        help="i/n: be worker i (from 0) of n workers on this folder.",
+    )
+
+
+def parse_options(engine: str, options: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping, or its YAML; raises ConfigError for an option that the engine does not have."""
+    if options is None:
+        return {}
+    if isinstance(options, str):
+        options = parse_yaml(options, "engine_options")
     for name in options:
         if name in _REFUSED:
             raise ConfigError(f"engine_options: {name}: {_REFUSED[name]}")
     check_keys(options, list(_OPTIONS[engine]), f"engine_options of {engine}")
-    for name, value in options.items():
-        types, within, words = _OPTIONS[engine][name]
-        is_type = isinstance(value, types) and isinstance(value, bool) == (types is bool)
-        if not is_type or (within and value not in parse_range(within)):
-            raise ConfigError(f"engine_options: {name}: found {value!r}; expected {words}")
-    return options
+    found = {}
+    for name, given in options.items():
+        kinds, within, words = _OPTIONS[engine][name]
+        value = _typed_map(given) if isinstance(given, dict) else given
+        value = typed(kinds, value)
+        if value is None or (within and value not in parse_range(within)):
+            raise ConfigError(f"engine_options: {name}: found {given!r}; expected {words}")
+        found[name] = value
+    return found
+
+
+def _typed_map(places: dict[str, Any]) -> dict[str, Any]:
+    """A device_map in which the numbers of GPUs are numbers."""
+    return {part: typed((int, str), place) for part, place in places.items()}
