@@ -12,7 +12,7 @@ from torture.pipeline import COMMON, Pipeline, clear
 from torture.table import Table
 
 REMEDY = re.compile(
-    r"; |did you mean|expected|requires|\buse |\bchoose |rerun|run .* again|pip install|see "
+    r"; |did you mean|expected|requires|\buse |\bchoose |rerun|run .* again|pip install|see |missing --"
 )
 
 
@@ -89,7 +89,7 @@ _OUT = ("--out", "@attacked")
 MISTAKES = [
     Mistake("unknown command", _words("rolout"), "did you mean 'rollout'"),
     Mistake("unknown flag", _stage("score", "--tpo_p", 1), "did you mean '--top-p'"),
-    Mistake("required flag left out", _words("rollout", *_OUT), "student"),
+    Mistake("required flag left out", _words("rollout", *_OUT), "missing --prompts"),
     Mistake("number out of range", _stage("score", "--top_p", 2), "top_p: .*0, 1"),
     Mistake("NaN for a number", _stage("score", "--top_p", "nan"), "top_p"),
     Mistake("text for a number", _stage("score", "--k", "many"), "k: .*many"),
