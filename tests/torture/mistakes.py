@@ -12,7 +12,7 @@ from torture.pipeline import COMMON, Pipeline, clear
 from torture.table import Table
 
 REMEDY = re.compile(
-    r"; |did you mean|expected|requires|\buse |\bchoose |rerun|run .* again|pip install|see |missing --"
+    r"; |did you mean|expected|requires|\buse |\bchoose |rerun|run .* again|pip install|missing --"
 )
 
 
