@@ -60,8 +60,11 @@ class PromptOptions(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.column_map()
-        self.template_kwargs()
+        # One spelling of each, so that runs with the same settings are the same run.
+        if columns := self.column_map():
+            self.columns = ",".join(f"{name}={columns[name]}" for name in sorted(columns))
+        if kwargs := self.template_kwargs():
+            self.chat_template_kwargs = json.dumps(kwargs, sort_keys=True)
         if self.prompt_date is not None:
             try:
                 date.fromisoformat(self.prompt_date)

@@ -36,6 +36,8 @@ def check_messages(value: Any, where: str, field: str) -> list[Message]:
 
 
 def _message(item: Any, where: str) -> Message:
+    if isinstance(item, dict) and item.get("content") is None and item.get("tool_calls"):
+        item = {**item, "content": ""}  # OpenAI's form of a message that only calls tools
     if (
         not isinstance(item, dict)
         or not isinstance(item.get("role"), str)
@@ -94,8 +96,9 @@ def sharegpt_messages(value: Any, where: str, field: str) -> list[Message]:
     messages = []
     for turn in value:
         speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker not in SHAREGPT_ROLES or not isinstance(turn.get("value"), str):
-            found = f"the speaker {speaker!r}" if isinstance(turn, dict) else repr(turn)[:60]
+        known = isinstance(speaker, str) and speaker in SHAREGPT_ROLES
+        if not known or not isinstance(turn.get("value"), str):
+            found = f"the speaker {speaker!r:.60}" if isinstance(turn, dict) else repr(turn)[:60]
             raise DataError(
                 f"{where}: '{field}' (ShareGPT) holds {found}; expected turns with 'value' as "
                 f"text and 'from' one of {', '.join(SHAREGPT_ROLES)}"
