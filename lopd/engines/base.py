@@ -38,6 +38,7 @@ class Engine(Protocol):
     name: str
     tokenizer: Any
     vocab_size: int
+    eos_ids: list[int]  # that end an answer
     context: int | None  # longest sequence that it scores; None for no limit
 
     def generate(
