@@ -92,8 +92,9 @@ def test_variables_of_the_whole_file_are_checked_before_it_is_read():
         PromptEncoder(train_bpe(THINKING), settings)
     with pytest.raises(ConfigError, match="has no chat template"):
         PromptEncoder(train_bpe(), settings)
-    with pytest.raises(ConfigError, match="with dates in quotes"):
-        PromptOptions(chat_template_kwargs="{date_string: 2024-07-26}")
+    for text in ("[1]", "7", "{a: [", '{"a": NaN}x'):
+        with pytest.raises(ConfigError, match="chat_template_kwargs"):
+            PromptOptions(chat_template_kwargs=text)
 
 
 def test_a_token_that_the_tokenizer_appends_is_refused_or_left_out(write_jsonl, capsys):
@@ -191,7 +192,14 @@ def test_a_random_template_is_refused(write_jsonl):
 def test_settings_have_one_spelling():
     first = PromptOptions(chat_template_kwargs='{"b": false, "a": 1}', columns="prompt=q, id = n")
     second = PromptOptions(chat_template_kwargs="{a: 1, 'b': False}", columns="id=n,prompt=q")
-    assert first == second
+    recipe = {
+        "chat_template_kwargs": {"a": "1", "b": "false"},
+        "columns": {"id": "n", "prompt": "q"},
+    }
+    assert first == second == PromptOptions(**recipe)
+    assert PromptOptions(chat_template_kwargs="{a: {b: [no, 2024-01-02, null, -0.5]}}") == (
+        PromptOptions(chat_template_kwargs='{"a": {"b": ["no", "2024-01-02", null, -0.5]}}')
+    )
 
 
 def test_a_message_that_only_calls_tools_has_no_text(write_jsonl):
