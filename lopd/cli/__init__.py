@@ -104,7 +104,7 @@ def prepare(
         done = module.main(built)
         _leave_process_group()
         if done is not None:
-            logging.getLogger("lopd").info("%s: wrote %s", prog, done)
+            logging.getLogger("lopd").info("%s: output in %s", prog, done)
 
     return run
 

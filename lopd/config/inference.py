@@ -18,6 +18,7 @@ from typing import Any
 
 from lopd.config.device import check_device
 from lopd.config.fields import Settings, parse_range, setting, setting_of
+from lopd.config.model_code import CodeOptions
 from lopd.config.parse import check_keys
 from lopd.config.prompts import PromptOptions
 from lopd.config.strict_yaml import parse_yaml
@@ -81,7 +82,7 @@ class Sampling(Settings):
 
 
 @dataclass(kw_only=True)
-class InferenceOptions(Settings):
+class InferenceOptions(CodeOptions):
     """Dtype and device of a model that samples or scores."""
 
     dtype: str = _engine("bfloat16", choices=DTYPES, help="Dtype of the model's weights.")

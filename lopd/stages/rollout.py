@@ -33,10 +33,13 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.finished import say_finished
+from lopd.stages.model_access import loads_models
 from lopd.store import RolloutWriter
 from lopd.store.workers import Worker, this_worker
 
 
+@loads_models
 def main(config: RolloutConfig) -> Path:
     """Sample the missing shards of the rollouts; returns their folder.
 
@@ -82,6 +85,8 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         if missing:
             save_vocab(model, config.out)
             _fill(writer, missing, shards, config, model, worker)
+        else:
+            say_finished(config.out)
         if not writer.finish():
             print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)

@@ -7,9 +7,11 @@ and `lopd distill` compares it with the teacher that scored the rollouts.
 from pathlib import Path
 
 from lopd.config.sft_data import SftDataConfig
+from lopd.stages.model_access import loads_models
 from lopd.stages.rollout import sample_to_store
 
 
+@loads_models
 def main(config: SftDataConfig) -> Path:
     """Sample the missing shards of the teacher's answers; returns their folder.
 

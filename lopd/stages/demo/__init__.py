@@ -101,8 +101,10 @@ class DemoStage:
 def main(config: DemoConfig) -> Path:
     """Run or continue the demo; write `results.json` and `curves.png`, and print the table.
 
+    Finished stages are not run again; `online` may be added later.
+
     Raises:
-        ConfigError: `out` holds a finished demo or one of another seed, or matplotlib is missing.
+        ConfigError: `out` holds a demo of another seed, or matplotlib is missing.
     """
     out = Path(config.out)
     results_file, progress_file = out / "results.json", out / "progress.json"
@@ -111,7 +113,6 @@ def main(config: DemoConfig) -> Path:
         progress = json.loads(progress_file.read_text(encoding="utf-8"))
     examine_folder(
         out,
-        final=results_file.name,
         record=progress_file.name,
         differs=lambda: difference({"seed": progress["seed"]}, {"seed": config.seed}),
         allowed_files=None,
