@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lopd import __version__
 from lopd.config.doctor import DoctorConfig
 
 # package: (what does not work without it, how to install it); None: nothing works.
 PACKAGES: dict[str, tuple[str | None, str]] = {
+    "lopd": (None, "pip install lopd"),
     "torch": (None, "pip install torch"),
     "safetensors": (None, "pip install safetensors"),
     "transformers": ("no command of the pipeline", 'pip install "lopd[train]"'),
@@ -68,7 +68,6 @@ def main(config: DoctorConfig) -> None:
 
 def machine(folder: str = ".") -> Iterator[Finding]:
     """The operating system, memory, limits and disk."""
-    yield Finding("lopd", __version__)
     yield Finding("python", f"{platform.python_version()} on {platform.system()} "
                             f"{platform.machine()}")  # fmt: skip
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
