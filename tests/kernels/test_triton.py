@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, assert_close, gradients, make_case, relative_error
+from kernel_cases import FORMS, INTERPRETED, assert_close, gradients, make_case, relative_error
 from pairwise import label, pairwise
 
 from lopd_kernels import (
@@ -24,10 +24,10 @@ from lopd_kernels._core.buckets import student_buckets
 from lopd_kernels._core.rules import (
     DIVERGENCES,
     IMPORTANCE,
-    TAILS,
     CrossEntropyRule,
     DivergenceRule,
     PolicyGradientRule,
+    UnbiasedRule,
     encode,
 )
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
@@ -40,14 +40,19 @@ needs_interpreter = pytest.mark.skipif(
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 DIVERGENCE_RULES = [
-    DivergenceRule(name, tail, 0.3) for name in DIVERGENCES for tail in ("bucket", "truncate")
+    DivergenceRule(name, tail, 0.3)
+    for name in DIVERGENCES
+    for tail in ("bucket", "truncate", "generalized")
 ]
 POLICY_RULES = [
     PolicyGradientRule(from_teacher, importance, 1.0, 1.2, 0.2)
     for from_teacher in (False, True)
     for importance in (*IMPORTANCE, "clipped")
 ]
-RULES = {encode(rule)[0]: rule for rule in (*DIVERGENCE_RULES, *POLICY_RULES, CrossEntropyRule())}
+RULES = {
+    encode(rule)[0]: rule
+    for rule in (*DIVERGENCE_RULES, UnbiasedRule(1.2), *POLICY_RULES, CrossEntropyRule())
+}
 REVERSE_KL = DivergenceRule("reverse_kl", "bucket")
 HEADS = {
     "plain": dict(),
@@ -111,6 +116,10 @@ def make_target(rule, ids, u):
         student = u.log_softmax(1).gather(1, ids[:, :1].clamp(min=0))
         return student + 0.5 * torch.randn(n, 2)
     teacher = (u + 0.25 * torch.randn_like(u)).log_softmax(1)
+    if isinstance(rule, UnbiasedRule):  # the last id of each list is the sampled one
+        lists = make_target(REVERSE_KL, ids[:, :-1], u) if ids.shape[1] > 1 else torch.zeros(n, 1)
+        sampled = [x.log_softmax(1).gather(1, ids[:, -1:].clamp(min=0)) for x in (teacher, u)]
+        return torch.cat([lists[:, :-1], sampled[0], lists[:, -1:], sampled[1] - 0.1], 1)
     on_list = teacher.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
     listed = torch.zeros(n, u.shape[1] + 1, dtype=torch.bool).scatter(
         1, ids % (u.shape[1] + 1), True
@@ -146,7 +155,7 @@ PAIRS = pairwise(
 @pytest.mark.parametrize("case", PAIRS, ids=label)
 def test_the_row_kernel(case, triton_rows):
     vocab, rule = case["vocab"], RULES[case["rule"]]
-    k = case["k"] if isinstance(rule, DivergenceRule) else 1
+    k = case["k"] if isinstance(rule, DivergenceRule | UnbiasedRule) else 1
     rows = 5
     u, ids = padded_rows(rows, vocab), ragged_ids(rows, vocab, min(k, vocab))
     weights = torch.ones(rows)
@@ -302,10 +311,9 @@ def test_products_with_listed_rows(case, device):
 PUBLIC = {
     **{
         f"{divergence}:{tail}": lambda h, w, case, d=divergence, t=tail, **options: (
-            linear_sparse_divergence(h, w, *case.teacher, divergence=d, tail=t, **options)
+            linear_sparse_divergence(h, w, *case.teacher, **case.form(d, t), **options)
         )
-        for divergence in DIVERGENCES
-        for tail in TAILS
+        for divergence, tail in FORMS
     },
     "policy_gradient": lambda h, w, case, **options: linear_policy_gradient(
         h, w, case.ids[:, 0], case.logprobs[:, 0], advantage_clip=1.0, **options
