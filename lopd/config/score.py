@@ -17,7 +17,7 @@ _cache = partial(setting, group="Cache")
 class ScoreConfig(EngineOptions, ScoringOptions):
     """Score rollouts with the teacher (`lopd score`)."""
 
-    teacher: str = setting(identity=False, help="Folder of the teacher model.")
+    teacher: str = setting(identity=False, help="Folder or hub id of the teacher model.")
     rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
     out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
     k: int = _cache(64, within="[1, inf)", help="Maximum number of teacher tokens per position.")
@@ -37,7 +37,7 @@ class ScoreConfig(EngineOptions, ScoringOptions):
         help="Divides the teacher's logits; distillation uses the same temperature.",
     )
     student: str | None = _cache(
-        None, identity=False, help="Folder of the student that rolled out, for extra_ids."
+        None, identity=False, help="Folder or hub id of the student that rolled out, for extra_ids."
     )
     extra_ids: int = _cache(0, within="[0, inf)", help="Add the student's top N ids to every list.")
     allow_eos_mismatch: bool = setting_of(EosOptions, "allow_eos_mismatch")

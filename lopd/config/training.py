@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lopd.config.device import check_device, resolve_device
 from lopd.config.fields import Settings, setting
+from lopd.config.model_code import CodeOptions
 from lopd.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -67,7 +68,7 @@ class LoraOptions(Settings):
 
 
 @dataclass(kw_only=True)
-class MemoryOptions(LoraOptions):
+class MemoryOptions(LoraOptions, CodeOptions):
     """Settings that decide how much memory training takes; `lopd plan` has them too."""
 
     dtype: str = _memory(

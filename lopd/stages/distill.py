@@ -21,11 +21,13 @@ from lopd.provenance import (
     vocab_size_of,
 )
 from lopd.provenance.manifest import Override
+from lopd.stages.model_access import loads_models
 from lopd.stages.sft import finish_checkpoint
 from lopd.store import TeacherCache
 from lopd.training import run as runs
 
 
+@loads_models
 def main(config: DistillConfig) -> Path:
     """Check, train, save the model and, last, its manifest. Returns the model's folder.
 

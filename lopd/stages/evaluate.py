@@ -31,6 +31,7 @@ from lopd.provenance import (
     write_manifest,
 )
 from lopd.provenance.io import make_folder, pretty_json, write_atomic
+from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import TeacherCache
 from lopd.store.folders import examine_folder
@@ -38,6 +39,7 @@ from lopd.store.folders import examine_folder
 RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
 
 
+@loads_models
 def main(config: EvalConfig) -> Path:
     """Evaluate, and write the answers, the results and, last, the manifest.
 

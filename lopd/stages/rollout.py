@@ -33,10 +33,12 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.model_access import loads_models
 from lopd.store import RolloutWriter
 from lopd.store.workers import Worker, this_worker
 
 
+@loads_models
 def main(config: RolloutConfig) -> Path:
     return sample_to_store(config, model=config.student, kind="rollouts", stage="rollout")
 

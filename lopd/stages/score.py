@@ -32,6 +32,7 @@ from lopd.provenance import (
     vocab_size_of,
 )
 from lopd.provenance.gate import check_eos
+from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import CacheWriter, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import examine_shard_folder
@@ -51,6 +52,7 @@ from lopd.store.types import name_of
 from lopd.store.workers import Worker, this_worker
 
 
+@loads_models
 def main(config: ScoreConfig) -> Path | None:
     """Score the missing shards of the cache; returns its folder, None after `plan`.
 

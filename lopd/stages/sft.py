@@ -27,11 +27,13 @@ from lopd.provenance import (
     write_manifest,
 )
 from lopd.provenance.gate import check_eos
+from lopd.stages.model_access import loads_models
 from lopd.store import RolloutStore
 from lopd.training import run as runs
 from lopd.training.batch import Source
 
 
+@loads_models
 def main(config: SftConfig) -> Path:
     """Train, save the model and, last, its manifest. Returns the model's folder.
 

@@ -7,8 +7,10 @@ and `lopd distill` compares it with the teacher that scored the rollouts.
 from pathlib import Path
 
 from lopd.config.sft_data import SftDataConfig
+from lopd.stages.model_access import loads_models
 from lopd.stages.rollout import sample_to_store
 
 
+@loads_models
 def main(config: SftDataConfig) -> Path:
     return sample_to_store(config, model=config.teacher, kind="sft_data", stage="sft-data")
