@@ -109,7 +109,7 @@ def test_the_gate_leaves_room_for_the_rounding_of_the_result():
     assert relative_error(rounded, exact) > 3.2e-3
     assert_close((torch.zeros(()), rounded), (torch.zeros(()), exact), torch.bfloat16)
     with pytest.raises(AssertionError):
-        wrong = (exact * (1.0 + 2.0**-7)).to(torch.bfloat16)
+        wrong = (exact * (1.0 + 2.0**-6)).to(torch.bfloat16)
         assert_close((torch.zeros(()), wrong), (torch.zeros(()), exact), torch.bfloat16)
 
 
