@@ -2,6 +2,7 @@
 # make test       set up .venv, then run the tests; Triton kernels are interpreted and compiled
 #                 ahead of time
 # make test-all   also run the slow tests, and the loss tests once more on the interpreted kernels
+# make test-ptx   execute the compiled kernels of three architectures on the CPU: all their tests
 # make test-gpu   run the compiled kernels on a GPU, with the active Python
 # make test-vllm  run the tests of the vLLM engine in .venv-vllm with a CPU build of vLLM (2.5 GB)
 # make lint       run ruff and mypy
@@ -16,7 +17,7 @@ KERNELS := tests/kernels
 LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
 VLLM := .venv-vllm/bin/python
 
-.PHONY: demo test test-all test-gpu test-vllm lint demo-seeds bench-cpu bench-cache bench-live
+.PHONY: demo test test-all test-ptx test-gpu test-vllm lint demo-seeds bench-cpu bench-cache bench-live
 
 $(READY): pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -39,6 +40,13 @@ test: $(READY) $(OLDER)
 test-all: $(READY) $(OLDER)
 	$(BIN)/python -m pytest -m "not gpu and not vllm"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py $(LOSSES)
+
+test-ptx: $(READY)
+	$(BIN)/python -m pytest tests/ptx
+	for capability in 80 90 100; do \
+		LOPD_PTX=$$capability LOPD_PTX_SCHEDULE=random \
+			$(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py || exit 1; \
+	done
 
 test-gpu:
 	python -m pytest -m gpu

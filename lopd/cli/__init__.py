@@ -83,7 +83,7 @@ def completion(shell: str) -> None:
 
 @click.pass_context
 def prepare(
-    ctx: click.Context, *, config: str | None, rehash: bool, quiet: bool, **flags: Any
+    ctx: click.Context, /, *, config: str | None, rehash: bool, quiet: bool, **flags: Any
 ) -> Callable[[], None]:
     """Build the config of a command; returns what runs its stage."""
     command = ctx.command
@@ -104,7 +104,7 @@ def prepare(
         done = module.main(built)
         _leave_process_group()
         if done is not None:
-            logging.getLogger("lopd").info("%s: wrote %s", prog, done)
+            logging.getLogger("lopd").info("%s: output in %s", prog, done)
 
     return run
 

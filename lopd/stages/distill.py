@@ -21,6 +21,7 @@ from lopd.provenance import (
     vocab_size_of,
 )
 from lopd.provenance.manifest import Override
+from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.sft import finish_checkpoint
 from lopd.store import TeacherCache
@@ -31,14 +32,18 @@ from lopd.training import run as runs
 def main(config: DistillConfig) -> Path:
     """Check, train, save the model and, last, its manifest. Returns the model's folder.
 
+    A finished run is left as it is.
+
     Raises:
         ProvenanceError: the artefacts do not belong together.
         ShardError: a shard is altered.
-        ConfigError: `out` holds a finished run or another recipe, the temperature is not the
+        ConfigError: `out` holds another recipe, the temperature is not the
             cache's, or the cache lacks what the objective needs.
         MissingFileError, DataError, ModelError: the student or the cache cannot be used.
     """
     check_model_folder(config.student)
+    if is_finished(config, config.student, describe_inputs):
+        return say_finished(config.out)
     cache, overrides = open_cache(config)
     check_lists(config, cache)
     temperature = cache.manifest.temperature

@@ -35,17 +35,8 @@ from lopd.config.strict_yaml import load_yaml
 from lopd.config.values import typed
 from lopd.errors import ConfigError
 from lopd.models.hub import local_folder
-from lopd.provenance import (
-    MANIFEST_NAME,
-    describe_model,
-    difference,
-    digests_of,
-    read_manifest,
-    settings_identity,
-)
 from lopd.provenance.remote_code import trusting_code
-from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
-from lopd.store.folders import OutputFolder
+from lopd.stages import distill, evaluate, finished, rollout, score, sft, sft_data
 from lopd.store.workers import this_worker
 
 STAGES: dict[str, tuple[Any, type]] = {
@@ -78,8 +69,8 @@ def main(config: RunConfig) -> Path:
     for name, stage_config in stage_configs(recipe, config.recipe).items():
         module, _ = STAGES[name]
         with trusting_code(stage_config.trust_remote_code):
-            finished = is_finished(stage_config)
-        if finished:
+            done = is_finished(stage_config)
+        if done:
             print(f"{name}: done, {stage_config.out}")
         else:
             print(f"{name}: running, {stage_config.out}")
@@ -182,35 +173,15 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_finished(config: Any) -> bool:
-    """Whether a stage's output is complete and was made with these settings from these inputs.
+    """Whether a training or evaluation stage is finished; False for stores of sequences.
 
-    False for stores of sequences, whose stages find their missing shards themselves.
+    The stages of stores find their missing shards themselves.
 
     Raises:
         ConfigError: the output is complete, and its settings or inputs have changed.
     """
-    out = Path(config.out)
-    if not (out / MANIFEST_NAME).is_file():
-        return False
-    manifest = read_manifest(out)
-    if manifest.kind not in ("checkpoint", "evaluation"):
-        return False
-    expected = settings_identity(config)
-    recorded = settings_identity(config, manifest.config)
-    changed = difference({key: recorded.get(key) for key in expected}, expected)
-    if not changed:
-        start = manifest.base or manifest.model
-        recorded = digests_of({"model": start, **manifest.inputs})
-        expected = input_digests(config)
-        changed = difference({key: recorded.get(key) for key in expected}, expected)
-    if changed:
-        OutputFolder(out, "other recipe", changed).require_writable()
-    return True
-
-
-def input_digests(config: Any) -> dict[str, str | None]:
-    """Digests of what a training or evaluation stage would read now, its model included."""
     (module,) = (module for module, config_class in STAGES.values() if type(config) is config_class)
+    if module not in (sft, distill, evaluate):
+        return False
     model = config.student if module is distill else config.model
-    found = describe_model(model, dtype=config.dtype, engine="transformers")
-    return digests_of({"model": found, **module.describe_inputs(config)})
+    return finished.is_finished(config, model, module.describe_inputs)

@@ -32,6 +32,7 @@ from lopd.provenance import (
     vocab_size_of,
 )
 from lopd.provenance.gate import check_eos
+from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import CacheWriter, RolloutStore, TeacherCache, TeacherScores
@@ -87,6 +88,8 @@ def main(config: ScoreConfig) -> Path | None:
             save_vocab(config.teacher, config.out)
             may_not_fit = bounds[1].of(work) > free_bytes(config.out)
             _fill(writer, missing, rollouts, config, worker, check_size=may_not_fit)
+        else:
+            say_finished(config.out)
         if not writer.finish():
             print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)

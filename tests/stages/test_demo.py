@@ -107,6 +107,9 @@ def test_stage_commands_run_on_its_artefacts(demo, tmp_path):
 
 
 @pytest.mark.demo
-def test_finished_demo_is_not_overwritten(demo, capsys):
-    assert main(["demo", "--out", str(demo)]) == 2
-    assert "holds a finished run" in capsys.readouterr().err
+def test_finished_demo_prints_its_table_again(demo, rows, capsys):
+    assert main(["demo", "--out", str(demo)]) == 0
+    printed = capsys.readouterr().out
+    assert format_table(list(rows.values())) in printed and "[1/" not in printed
+    assert main(["demo", "--out", str(demo), "--seed", "1"]) == 2
+    assert "holds another recipe (seed was 0, is 1)" in capsys.readouterr().err

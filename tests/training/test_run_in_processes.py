@@ -200,7 +200,7 @@ def test_a_run_of_two_processes_is_not_continued_by_one(pipeline, tmp_path, monk
     found = config(pipeline, tmp_path / "out")
     base = ModelIdentity.from_json({"weights": "w", "config": "c", "tokenizer": "t"})
     (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
-    monkeypatch.setattr("lopd.training.checkpoints.is_whole", lambda folder: True)
+    monkeypatch.setattr("lopd.training.checkpoints.unusable", lambda folder, keep_best: "")
     (tmp_path / "out" / runs.RECIPE_NAME).write_text("{}")
     worker = runs.Worker(0, 2, 0)
     with pytest.raises(ConfigError):
