@@ -83,7 +83,7 @@ def completion(shell: str) -> None:
 
 @click.pass_context
 def prepare(
-    ctx: click.Context, *, config: str | None, rehash: bool, quiet: bool, **flags: Any
+    ctx: click.Context, /, *, config: str | None, rehash: bool, quiet: bool, **flags: Any
 ) -> Callable[[], None]:
     """Build the config of a command; returns what runs its stage."""
     command = ctx.command

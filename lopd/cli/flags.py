@@ -25,12 +25,12 @@ COLUMN = 26  # of the flags; a longer one has a line of its own
 KEEP = "\N{NO-BREAK SPACE}"
 
 
-class Value(click.ParamType):
+class Value(click.types.StringParamType):
     """Any text. `lopd.config.values` converts it, so that flags and YAML have one set of rules."""
 
     name = "text"
 
-    def __init__(self, item: Field) -> None:
+    def __init__(self, item: Field[Any]) -> None:
         self.choices = choices_of(item)
         words = {int: "INT", float: "FLOAT"}
         known = "{" + ",".join(self.choices) + "}"
@@ -89,7 +89,7 @@ class SettingsCommand(click.Command):
         groups["General"] = [*general, ("--help", "Show this message and exit.")]
         return groups
 
-    def row(self, item: Field) -> tuple[str, str]:
+    def row(self, item: Field[Any]) -> tuple[str, str]:
         """A flag as help shows it, and its help: other settings as flags, then the default."""
         name, text, default = flag(item.name), item.metadata["help"], item.default
         if bool in kinds_of(item):
@@ -115,7 +115,7 @@ class SettingsCommand(click.Command):
                     formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
-def option(item: Field) -> click.Option:
+def option(item: Field[Any]) -> click.Option:
     """The flag of a setting. Without it the option's value is None."""
     if bool in kinds_of(item):
         names = f"{flag(item.name)}/{flag('no_' + item.name)}"

@@ -128,7 +128,7 @@ class Settings:
                 raise ConfigError(f"{item.name}: found {value}; expected {allowed.words}{remedy}")
 
 
-def choices_of(item: Field) -> tuple[str, ...]:
+def choices_of(item: Field[Any]) -> tuple[str, ...]:
     """The strings that a field allows; empty if it declares none."""
     literal = get_origin(item.type) is Literal
     return get_args(item.type) if literal else item.metadata.get("choices", ())

@@ -386,9 +386,10 @@ def optimizer_class(optim: str) -> tuple[Any, dict[str, Any]]:
         raise ConfigError(f"optim: found '{optim}'; expected one of {', '.join(known)}")
     args = TrainingArguments(output_dir="unused", optim=optim, use_cpu=True)
     try:
-        return Trainer.get_optimizer_cls_and_kwargs(args)
+        kind, arguments = Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"optim: '{optim}' cannot be used here ({error})") from error
+    return kind, arguments
 
 
 def _check_report_to(name: str) -> None:

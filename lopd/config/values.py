@@ -17,7 +17,7 @@ _WORDS = {
 }
 
 
-def kinds_of(item: Field) -> tuple[type, ...]:
+def kinds_of(item: Field[Any]) -> tuple[type, ...]:
     """The types that a field takes, None excluded.
 
     >>> from dataclasses import dataclass, fields
@@ -34,7 +34,7 @@ def kinds_of(item: Field) -> tuple[type, ...]:
     return tuple(get_origin(kind) or kind for kind in kinds if kind is not NoneType)
 
 
-def convert(item: Field, value: Any) -> Any:
+def convert(item: Field[Any], value: Any) -> Any:
     """A setting's value in the type of its field.
 
     Args:

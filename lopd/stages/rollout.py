@@ -41,6 +41,11 @@ from lopd.store.workers import Worker, this_worker
 
 @loads_models
 def main(config: RolloutConfig) -> Path:
+    """Sample the missing shards of the rollouts; returns their folder.
+
+    Raises:
+        LopdError: the model, the prompts or the folder cannot be used.
+    """
     return sample_to_store(config, model=config.student, kind="rollouts", stage="rollout")
 
 

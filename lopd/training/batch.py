@@ -94,9 +94,9 @@ class SequenceDataset(torch.utils.data.Dataset):
             ),
         )
         skipped = Skipped("training data", bool(skip_bad), offered=skip_bad is not None)
-        truncated = 0
+        self.truncated = 0  # sequences that were cut off, dropped or not
         for index, sequence in enumerate(sequences):
-            truncated += sequence.finish_reason == "length"
+            self.truncated += sequence.finish_reason == "length"
             if drop_truncated and sequence.finish_reason == "length":
                 continue
             name = sequence_name(sequence)
@@ -119,12 +119,6 @@ class SequenceDataset(torch.utils.data.Dataset):
             print(
                 f"drop_truncated: left out {len(source) - len(self.indices)} of {len(source)} "
                 f"sequences ({100 * self.dropped_share:.1f} %)",
-                file=sys.stderr,
-            )
-        elif truncated:
-            print(
-                f"training data: {truncated} of {len(source)} answers were cut off at their length "
-                "limit; --drop_truncated leaves them out",
                 file=sys.stderr,
             )
         if not self.indices:

@@ -28,6 +28,8 @@ import torch
 torch.set_num_threads(1)
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+
+pytestmark = pytest.mark.thorough
 init = AcceleratorState.__init__
 def __init__(self, *args, fsdp_plugin=None, **kwargs):
     init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)

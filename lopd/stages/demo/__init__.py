@@ -20,6 +20,12 @@ from typing import Any
 import torch
 
 from lopd.config.demo import DemoConfig
+from lopd.config.distill import DistillConfig
+from lopd.config.evaluate import EvalConfig
+from lopd.config.rollout import RolloutConfig
+from lopd.config.score import ScoreConfig
+from lopd.config.sft import SftConfig
+from lopd.config.sft_data import SftDataConfig
 from lopd.errors import ConfigError
 from lopd.provenance import difference
 from lopd.provenance.io import pretty_json, write_atomic
@@ -182,11 +188,11 @@ class Demo:
         return stages
 
     def _training(self, name: str, out: str, **settings: Any) -> DemoStage:
-        config = sft.SftConfig(out=self.path(out), seed=self.seed, **settings, **COMMON)
+        config = SftConfig(out=self.path(out), seed=self.seed, **settings, **COMMON)
         return DemoStage(name, sft, config)
 
     def _answers(self, name: str, out: str, prompts: str) -> DemoStage:
-        config = sft_data.SftDataConfig(
+        config = SftDataConfig(
             teacher=self.path("teacher"),
             prompts=str(self.prompts[prompts]),
             out=self.path(out),
@@ -196,7 +202,7 @@ class Demo:
         return DemoStage(name, sft_data, config)
 
     def _rollouts(self, name: str, out: str) -> DemoStage:
-        config = rollout.RolloutConfig(
+        config = RolloutConfig(
             student=self.path("sft"),
             prompts=str(self.prompts["opd"]),
             out=self.path(out),
@@ -206,7 +212,7 @@ class Demo:
         return DemoStage(name, rollout, config)
 
     def _scores(self, name: str, out: str) -> DemoStage:
-        config = score.ScoreConfig(
+        config = ScoreConfig(
             teacher=self.path("teacher"),
             rollouts=self.path("rollouts"),
             out=self.path(out),
@@ -218,7 +224,7 @@ class Demo:
         return DemoStage(name, score, config)
 
     def _distillation(self, name: str, out: str, **changes: Any) -> DemoStage:
-        config = distill.DistillConfig(
+        config = DistillConfig(
             student=self.path("sft"),
             cache=self.path("cache"),
             out=self.path(out),
@@ -242,7 +248,7 @@ class Demo:
         return row | self.evaluate(stage.folder) if stage.module in (sft, distill) else row
 
     def evaluate(self, name: str) -> dict[str, float]:
-        config = evaluate.EvalConfig(
+        config = EvalConfig(
             model=self.path(name),
             teacher=self.path("teacher"),
             prompts=str(self.prompts["eval"]),
