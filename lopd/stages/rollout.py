@@ -19,6 +19,7 @@ from lopd.config.inference import SamplingOptions
 from lopd.config.rollout import RolloutConfig
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
 from lopd.data.rendering import PromptEncoder, parse_date
+from lopd.data.turns import end_of_turn, turn_warnings
 from lopd.engines import load_engine
 from lopd.engines.base import Engine, sequence_seed, to_rollout
 from lopd.errors import ModelError
@@ -79,6 +80,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         inputs={"prompts": describe_prompts(config.prompts, encoder)},
         lineage=lineage_of(model),
         plan={"shards": [len(shard) for shard in shards]},
+        end_of_turn=end_of_turn(tokenizer),
     )
     with RolloutWriter.create(config.out, manifest, worker=worker) as writer:
         missing = writer.missing()
@@ -135,6 +137,8 @@ def _fill(
         batch_size=config.batch_size,
     )
     _check_eos(engine, writer.manifest.model)
+    for warning in turn_warnings(engine.tokenizer, engine.eos_ids):
+        print(f"{model}: {warning}", file=sys.stderr)
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
     with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():
