@@ -37,6 +37,8 @@ def main(config: InspectConfig) -> None:
             rows[f"{role} ends answers with"] = _describe_eos(model)
     if isinstance(manifest, CacheManifest):
         rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
+    if manifest.raw.get("end_of_turn") is not None:
+        rows["chat template ends a turn with"] = f"id {manifest.raw['end_of_turn']}"
     if manifest.sampling is not None:
         settings = manifest.sampling.raw.items()
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in settings)
