@@ -1,5 +1,7 @@
 """`lopd inspect` against the arrays and files of a cache."""
 
+import json
+
 import numpy as np
 import pytest
 from helpers_cache import make_manifest, write_cache, write_rollouts
@@ -30,6 +32,16 @@ def test_totals_of_a_cache(tmp_path, capsys, codec):
     assert {"mean_covered_mass", "mean_entropy"} <= rows.keys()
     assert rows["temperature"] == "1"
     assert rows["scoring"] == "tail computed, entropy computed, rollout_logprobs computed"
+
+
+def test_json_has_the_rows_of_the_table(tmp_path, capsys):
+    write_cache(tmp_path, make_manifest())
+    assert main(["inspect", "--path", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert main(["inspect", "--path", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [line.split("  ")[0] for line in table] == list(rows)
+    assert rows["kind"] == "cache" and isinstance(rows["mean_entropy"], float)
 
 
 @pytest.mark.parametrize("kind", ["rollouts", "sft_data", "cache"])
