@@ -101,7 +101,7 @@ def _run_of(checkpoint: Path) -> str | None:
         receipt = read_receipt(checkpoint)
     except ShardError:
         return None
-    return str(receipt["run"]) if receipt.get("step") == step_of(checkpoint) else None
+    return receipt.get("run") if receipt.get("step") == step_of(checkpoint) else None
 
 
 def checkpoints(out: Path) -> list[Path]:
