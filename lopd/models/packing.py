@@ -13,7 +13,7 @@ not pass them on, so `check_packing` compares a pack with its separate sequences
 
 import importlib.util
 import inspect
-import sys
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +25,8 @@ from lopd.config.training import ATTENTION
 from lopd.errors import ConfigError, ModelError
 from lopd.models.architecture import head_rows_of, sliding_window_of
 from lopd.models.head import eval_mode, plain_model, run_with_loss
+
+LOG = logging.getLogger(__name__)
 
 FLASH = ("flash_attention_3", "flash_attention_2")
 REGISTERED = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}  # name in transformers
@@ -62,7 +64,7 @@ def pack_attention(
     if path in REGISTERED:
         _register()
     model.set_attn_implementation(REGISTERED.get(path, path))
-    print(f"packing: attention by {path}", file=sys.stderr)
+    LOG.info(f"packing: attention by {path}")
     return path
 
 

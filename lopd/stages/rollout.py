@@ -7,13 +7,11 @@ stored beside them where the two differ. Several processes may sample into one f
 (`--worker i/n`, or torchrun).
 """
 
-import sys
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-
-from tqdm import tqdm
 
 from lopd.config.inference import SamplingOptions
 from lopd.config.rollout import RolloutConfig
@@ -21,6 +19,7 @@ from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prom
 from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.engines import load_engine
 from lopd.engines.base import Engine, sequence_seed, to_rollout
+from lopd.engines.progress import Progress
 from lopd.errors import ModelError
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
 from lopd.provenance import (
@@ -37,6 +36,8 @@ from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
 from lopd.store import RolloutWriter
 from lopd.store.workers import Worker, this_worker
+
+LOG = logging.getLogger(__name__)
 
 
 @loads_models
@@ -88,7 +89,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         else:
             say_finished(config.out)
         if not writer.finish():
-            print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
+            LOG.info(f"{config.out}: {worker} is done, others are still writing")
     return Path(config.out)
 
 
@@ -121,7 +122,7 @@ def _fill(
     )
     _check_eos(engine, writer.manifest.model)
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
-    with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
+    with Progress(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():
             jobs = shards[index]
             generations = engine.generate(

@@ -19,6 +19,8 @@ that rolls out. Finished stages are skipped; if the settings or inputs of a fini
 changed, the run stops with an error, and nothing is reused or overwritten.
 """
 
+import logging
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,14 @@ from lopd.config.sft import SftConfig
 from lopd.config.sft_data import SftDataConfig
 from lopd.config.strict_yaml import load_yaml
 from lopd.config.values import typed
+from lopd.engines.progress import duration
 from lopd.errors import ConfigError
 from lopd.models.hub import local_folder
 from lopd.provenance.remote_code import trusting_code
 from lopd.stages import distill, evaluate, finished, rollout, score, sft, sft_data
 from lopd.store.workers import this_worker
 
+LOG = logging.getLogger(__name__)
 STAGES: dict[str, tuple[Any, type]] = {
     "sft-data": (sft_data, SftDataConfig),
     "sft": (sft, SftConfig),
@@ -66,14 +70,16 @@ def main(config: RunConfig) -> Path:
             "start 'lopd rollout' and 'lopd score' with torchrun instead"
         )
     recipe = load_yaml(config.recipe)
-    for name, stage_config in stage_configs(recipe, config.recipe).items():
+    began = time.monotonic()
+    configs = stage_configs(recipe, config.recipe)
+    for number, (name, stage_config) in enumerate(configs.items(), start=1):
         module, _ = STAGES[name]
         with trusting_code(stage_config.trust_remote_code):
             done = is_finished(stage_config)
-        if done:
-            print(f"{name}: done, {stage_config.out}")
-        else:
-            print(f"{name}: running, {stage_config.out}")
+        state = "done already" if done else "running"
+        spent = duration(time.monotonic() - began)
+        LOG.info(f"[{number}/{len(configs)}] {name}: {state}, {stage_config.out}; {spent} so far")
+        if not done:
             module.main(stage_config)
     return Path(recipe["out"])
 

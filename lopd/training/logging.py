@@ -1,7 +1,7 @@
 """Training output: progress bar, log lines on stderr, and train_log.jsonl."""
 
 import json
-import sys
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from transformers import TrainerCallback
 
 from lopd.provenance.io import write_atomic
 from lopd.training.checkpoints import saving
+
+LOG = logging.getLogger(__name__)
 
 LOG_NAME = "train_log.jsonl"
 # A record of the log history with one of these is written to the log file.
@@ -51,7 +53,7 @@ class Reporter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
-            tqdm.write(line(state.global_step, state.max_steps, logs), file=sys.stderr)
+            LOG.info(line(state.global_step, state.max_steps, logs))
         self._write(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

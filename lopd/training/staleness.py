@@ -4,14 +4,15 @@ The warnings and the lowest ESS are entries of the log history in the Trainer's 
 contain it, so a resumed run continues with them.
 """
 
-import sys
+import logging
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from lopd.training.holdout import History
 from lopd.training.metrics import MetricsAccumulator
+
+LOG = logging.getLogger(__name__)
 
 
 class StalenessMonitor(TrainerCallback):
@@ -47,7 +48,7 @@ class StalenessMonitor(TrainerCallback):
                 f"{100 * ess:.3g} % of their number, below --stale_ess {self.limit:g}; roll out "
                 "and score again with this student, or lower the learning rate"
             )
-        tqdm.write(f"step {step}: {text}", file=sys.stderr)
+        LOG.warning(f"step {step}: {text}")
 
 
 def _update_lowest(history: Any, ess: float, step: int) -> None:
