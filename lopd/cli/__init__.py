@@ -214,7 +214,7 @@ def usage_error(error: click.UsageError, prog: str) -> str:
         return f"unknown flag '{error.option_name}'; {hint}"
     text = error.format_message().rstrip(".")
     if "not take a value" in text or "extra argument" in text:
-        text += "; a switch has no value, only --NAME or --no-NAME; other flags have one value"
+        text += "; write --NAME or --no-NAME for a switch; other flags have one value"
     return f"{text}; see {prog} --help"
 
 
