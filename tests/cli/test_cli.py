@@ -33,7 +33,7 @@ def built(monkeypatch):
         (["rollout", "stray"], "extra argument (stray); write --NAME or"),
         (
             ["distill", "--keep_best=yes"],
-            "not take a value; write --NAME or --no-NAME for a switch",
+            "not take a value; write --NAME or --no-NAME for",
         ),
         (["rollout", "--student", "s"], "lopd rollout: error: missing --prompts (JSONL"),
         (["run", "absent.yaml"], "absent.yaml: no such file"),
