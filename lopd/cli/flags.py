@@ -120,7 +120,7 @@ class SettingsCommand(click.Command):
 
 
 def _without_values(words: list[str], switches: dict[str, str]) -> Iterator[str]:
-    """`--switch true` and `--switch=false`, as older scripts write, as `--switch`, `--no-switch`."""
+    """`--switch true` and `--switch=false`, as older scripts have them, without their values."""
     rest = list(words)
     while rest:
         word, equals, value = rest.pop(0).partition("=")

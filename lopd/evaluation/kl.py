@@ -38,7 +38,8 @@ def on_policy_kl(
         k: length of the teacher's lists; lowered to the size of the teacher's vocabulary.
 
     Returns:
-        `nats_per_token`, `tokens`, and the `k` that was used.
+        What `reverse_kl` returns, the `k` that was used, and whether the value is `exact`: all ids
+        are in the lists.
 
     Raises:
         ProvenanceError: an id that occurs stands for different tokens in the two tokenizers.
@@ -62,7 +63,7 @@ def on_policy_kl(
     )
     size = student.batch_size
     batches = (records[i : i + size] for i in range(0, len(records), size))
-    return {**reverse_kl(student, batches), "k": k}
+    return {**reverse_kl(student, batches), "k": k, "exact": k == teacher.vocab_size}
 
 
 def open_cache(path: str | Path, model: str | Path, student: TransformersEngine) -> TeacherCache:
@@ -96,7 +97,7 @@ def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, floa
     The buckets are those of training: the stored list with the sampled token, and all other ids.
 
     Returns:
-        `nats_per_token`, `tokens`, `sequences` and `temperature`.
+        What `reverse_kl` returns, `sequences` and `temperature`.
 
     Raises:
         DataError: a sequence is longer than the model's context.
@@ -106,24 +107,31 @@ def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, floa
     size = max(1, student.tokens_per_batch // longest)
     batches = (data.__getitems__(range(len(data))[i : i + size]) for i in range(0, len(data), size))
     temperature = cache.manifest.temperature
-    result = reverse_kl(student, batches, temperature)
+    objective = Objective(
+        "reverse_kl", temperature=temperature, eos_class=cache.manifest.scoring.eos_class
+    )
+    result = reverse_kl(student, batches, objective)
     return {**result, "sequences": len(data), "temperature": temperature}
 
 
 @torch.no_grad()
 def reverse_kl(
-    student: TransformersEngine, batches: Iterable[Sequence[Any]], temperature: float = 1.0
+    student: TransformersEngine,
+    batches: Iterable[Sequence[Any]],
+    objective: Objective = Objective("reverse_kl"),  # noqa: B008 (it is frozen)
 ) -> dict[str, float]:
     """Mean reverse KL over the loss tokens of batches of scored sequences.
 
     Returns:
-        `nats_per_token` and `tokens`.
+        `nats_per_token`, `tokens`, and `outside_lists`, the mean share of the model's probability
+        outside the lists. These ids count as one, so the value is at most the KL over all ids.
     """
-    collate, objective = Collator(), Objective("reverse_kl", temperature=temperature)
-    total, tokens = 0.0, 0
+    collate = Collator()
+    total, outside, tokens = 0.0, 0.0, 0
     for items in batches:
         batch = to_device(collate(items), student.device)
-        loss, _ = step(student.model, batch, objective, num_items=1.0)
+        loss, stats = step(student.model, batch, objective, num_items=1.0)
         total += float(loss)
+        outside += float(stats["student_tail"])
         tokens += len(batch["labels"])
-    return {"nats_per_token": total / tokens, "tokens": tokens}
+    return {"nats_per_token": total / tokens, "tokens": tokens, "outside_lists": outside / tokens}

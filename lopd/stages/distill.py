@@ -4,7 +4,7 @@ First the manifests are checked: teacher, cache, rollouts and student must belon
 model is loaded before that. The manifest of the checkpoint records the checks that flags override.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ def main(config: DistillConfig) -> Path:
     check_lists(config, cache)
     temperature = cache.manifest.temperature
     objective = config.objective_at(temperature)
+    if merged := cache.manifest.scoring.eos_class:
+        objective = replace(objective, eos_class=merged)
     check_importance(config, objective, cache.manifest)
     if objective.temperature != temperature:
         raise ConfigError(

@@ -36,6 +36,8 @@ def main(config: InspectConfig) -> None:
             rows[f"{role} ends answers with"] = _describe_eos(model)
     if isinstance(manifest, CacheManifest):
         rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
+    if manifest.raw.get("end_of_turn") is not None:
+        rows["chat template ends a turn with"] = f"id {manifest.raw['end_of_turn']}"
     if manifest.sampling is not None:
         settings = manifest.sampling.raw.items()
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in settings)
@@ -103,6 +105,8 @@ def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
     rows["scoring"] = ", ".join(f"{name} {word}" for name, word in words.items())
     if manifest.scoring.support is not None:
         rows["lists"] = manifest.scoring.support.ids
+    if manifest.scoring.eos_class:
+        rows["one token"] = "ids " + ", ".join(map(str, manifest.scoring.eos_class))
     for name, size in details["bytes_per_token_by_array"].items():
         rows[f"bytes/token {name}"] = size
     return rows

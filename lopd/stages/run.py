@@ -15,12 +15,13 @@
 
 The output, model and data of a stage follow from the other stages and can be set by hand.
 Without `sft`, `student` must be fine-tuned already. With `extra_ids`, `score` uses the student
-that rolls out. Finished stages are skipped; if the settings or inputs of a finished stage have
-changed, the run stops with an error, and nothing is reused or overwritten.
+that rolls out. With `distill`, `eval` also measures the student before, in `eval-student`, unless
+it names its `model`; the run ends with the results. Finished stages are skipped; if the settings
+or inputs of a finished stage have changed, the run stops with an error, and nothing is reused or
+overwritten.
 """
 
 import logging
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,13 @@ from lopd.config.sft import SftConfig
 from lopd.config.sft_data import SftDataConfig
 from lopd.config.strict_yaml import load_yaml
 from lopd.config.values import typed
-from lopd.engines.progress import duration
 from lopd.errors import ConfigError
 from lopd.models.hub import local_folder
+from lopd.provenance import MANIFEST_NAME, read_manifest
 from lopd.provenance.remote_code import trusting_code
 from lopd.stages import distill, evaluate, finished, rollout, score, sft, sft_data
+from lopd.stages.table import print_fields
+from lopd.store import RolloutStore, TeacherCache
 from lopd.store.workers import this_worker
 
 LOG = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ STAGES: dict[str, tuple[Any, type]] = {
 SHARED = ["dtype", "device", "seed", "trust_remote_code"]
 # Stages without the shared dtype: weights and optimizer need more bits than inference.
 TRAINING_STAGES = ("sft", "distill")
+BEFORE = "-student"  # added to the name of the evaluation of the student that is distilled
 
 
 def main(config: RunConfig) -> Path:
@@ -70,18 +74,39 @@ def main(config: RunConfig) -> Path:
             "start 'lopd rollout' and 'lopd score' with torchrun instead"
         )
     recipe = load_yaml(config.recipe)
-    began = time.monotonic()
     configs = stage_configs(recipe, config.recipe)
-    for number, (name, stage_config) in enumerate(configs.items(), start=1):
-        module, _ = STAGES[name]
+    for name, stage_config in configs.items():
         with trusting_code(stage_config.trust_remote_code):
             done = is_finished(stage_config)
-        state = "done already" if done else "running"
-        spent = duration(time.monotonic() - began)
-        LOG.info(f"[{number}/{len(configs)}] {name}: {state}, {stage_config.out}; {spent} so far")
+        shown = done or _is_complete(Path(stage_config.out))
+        print(f"{name}: {'done' if shown else 'running'}, {stage_config.out}")
         if not done:
-            module.main(stage_config)
+            _module(stage_config).main(stage_config)
+    results = {
+        f"{name}, {config.model}": evaluate.headline(Path(config.out))
+        for name, config in configs.items()
+        if isinstance(config, EvalConfig)
+    }
+    if results:
+        print("\nresults")
+        print_fields(results)
     return Path(recipe["out"])
+
+
+def _module(config: Any) -> Any:
+    """The module of lopd.stages that a config belongs to."""
+    (module,) = (module for module, config_class in STAGES.values() if type(config) is config_class)
+    return module
+
+
+def _is_complete(out: Path) -> bool:
+    """Whether a folder of shards misses none; its stage still compares the recipe."""
+    kind = read_manifest(out).kind if (out / MANIFEST_NAME).is_file() else None
+    if kind == "cache":
+        return not TeacherCache.open(out, allow_incomplete=True).missing_shards
+    if kind in ("sft_data", "rollouts"):
+        return not RolloutStore.open(out, kind, allow_incomplete=True).missing_shards
+    return False
 
 
 def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
@@ -108,6 +133,15 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         chosen = {key: value for key, value in implied.items() if key in known}
         chosen |= recipe["stages"][name] or {}
         where = f"{source}: stages: {name}"
+        if (
+            name == "eval"
+            and "distill" in configs
+            and "model" not in (recipe["stages"][name] or {})
+        ):
+            before = {"model": configs["distill"].student, "out": f"{chosen['out']}{BEFORE}"}
+            configs[f"{name}{BEFORE}"] = build_config(
+                config_class, chosen | before, {}, where, f"lopd {name}"
+            )
         configs[name] = build_config(config_class, chosen, {}, where, f"lopd {name}")
     return configs
 
@@ -186,7 +220,7 @@ def is_finished(config: Any) -> bool:
     Raises:
         ConfigError: the output is complete, and its settings or inputs have changed.
     """
-    (module,) = (module for module, config_class in STAGES.values() if type(config) is config_class)
+    module = _module(config)
     if module not in (sft, distill, evaluate):
         return False
     model = config.student if module is distill else config.model

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lopd.config.eos import parse_eos_class
 from lopd.config.score import ScoreConfig
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
@@ -101,7 +102,13 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
     assert model.vocab_size is not None
     ModelLimits("the teacher", model.vocab_size).check_k(config.k)
-    overrides = check_eos(model, source.model, "the rollouts", config.allow_eos_mismatch)
+    merged = parse_eos_class(config.eos_class)
+    for limits in (
+        ModelLimits("the teacher", model.vocab_size),
+        ModelLimits("the student", source.vocab_size),
+    ):
+        limits.check_ids("eos_class", merged)
+    overrides = check_eos(model, source.model, "the rollouts", config.allow_eos_mismatch, merged)
     return build_manifest(
         "cache",
         stage="score",
@@ -124,7 +131,8 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
         scoring={
             **ENGINES[config.engine],
             "rollout_logprobs": "computed",
-            "support": _describe_support(config, source.model),
+            "support": _describe_support(config, source.model)
+            | ({"eos_class": merged} if merged else {}),
         },
     )
 
@@ -186,6 +194,7 @@ def _load_scorer(config: ScoreConfig, worker: Worker) -> Callable[..., list[Teac
         temperature=config.temperature,
         student=student,
         extra_ids=config.extra_ids,
+        eos_class=parse_eos_class(config.eos_class),
     )
 
 

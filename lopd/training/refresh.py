@@ -25,6 +25,7 @@ from lopd.provenance import (
     CacheManifest,
     build_manifest,
     describe_model,
+    difference,
     vocab_size_of,
 )
 from lopd.provenance.gate import check_same_tokens
@@ -100,6 +101,12 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
     check_model_folder(refresh.teacher)
     dtype = str(scorer.dtype)
     teacher = describe_model(refresh.teacher, dtype=dtype, engine=TransformersEngine.name)
+    was, now = ((model.behaviour or {}).get("config") for model in (scorer, teacher))
+    if was is not None and now is not None and (changed := difference(was, now)):
+        raise ProvenanceError(
+            f"teacher: {refresh.teacher}: {changed} in its config since {cache.path} was scored; "
+            "restore it, or score again"
+        )
     for what in ("weights", "config", "tokenizer"):
         found, expected = getattr(teacher, what), getattr(scorer, what)
         if found != expected:
@@ -207,6 +214,7 @@ class RefreshTrainer(LopdTrainer):
             temperature=manifest.temperature,
             student=self.student,
             extra_ids=self.refresh.extra_ids,
+            eos_class=manifest.scoring.eos_class,
         )
         if self.teacher_vocab is not None:
             tokens = [rollout.tokens for rollout in rollouts]

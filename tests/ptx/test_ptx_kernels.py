@@ -23,6 +23,7 @@ from lopd_kernels._torch import listed as torch_listed
 from lopd_kernels._torch import rows as torch_rows
 
 pytestmark = [
+    pytest.mark.thorough,
     pytest.mark.skipif(INTERPRETED, reason="compiles the kernels"),
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
 ]

@@ -17,7 +17,10 @@ from row_cases import REVERSE_KL, make_target, padded_rows, ragged_ids
 
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles the kernels")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(INTERPRETED, reason="compiles the kernels"),
+]
 CAPABILITIES = [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100))]
 HEAD = LogitOptions()
 
