@@ -163,6 +163,12 @@ def options(**changes):
     return TrainOptions(**{**defaults, **changes})
 
 
+def flags_of(settings):
+    """Settings as flags of a command; switches that are off are left out."""
+    given = {name: value for name, value in settings.items() if value is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
 def make_trainer(model, out, dataset=None, objective=None, aggregation="token_mean", **changes):
     from lopd.training.trainer import LopdTrainer
 

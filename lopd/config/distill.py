@@ -7,7 +7,7 @@ from typing import Literal
 from lopd.config.eos import EosOptions
 from lopd.config.fields import setting, setting_of
 from lopd.config.objective import Importance, Objective, Tail
-from lopd.config.training import MemorySettings, MonitoringOptions, Schedule
+from lopd.config.training import MemorySettings, MonitoringOptions, Schedule, refuse_unused
 from lopd.errors import ConfigError
 
 OVERRIDES = (
@@ -95,6 +95,8 @@ class DistillConfig(MonitoringOptions):
                 f"refresh_every: found {self.refresh_every} with teacher {self.teacher!r}; "
                 "expected a positive number and the teacher that scored the cache, or neither"
             )
+        if not self.refresh_every:
+            refuse_unused(self, ("refresh_batch_size",), "refresh_every is 0; set it")
         if self.refresh_every and self.drop_truncated:
             raise ConfigError(
                 "drop_truncated: depends on the ends of the cached answers, which --refresh_every "

@@ -36,7 +36,7 @@ from lopd.provenance import (
 )
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
-from lopd.store import RolloutWriter
+from lopd.store import RolloutStore, RolloutWriter
 from lopd.store.workers import Worker, this_worker
 
 
@@ -91,7 +91,22 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
             say_finished(config.out)
         if not writer.finish():
             print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
+            return Path(config.out)
+    print(_describe_answers(config, kind), file=sys.stderr)
     return Path(config.out)
+
+
+def _describe_answers(config: SamplingOptions, kind: str) -> str:
+    """The answers of a finished folder in one line, truncated ones included."""
+    totals = RolloutStore.open(config.out, kind=kind).summary()
+    answers, cut = totals["sequences"], totals["finish_reasons"]["length"]
+    text = f"{config.out}: {answers} answers, {totals['response_tokens']} tokens"
+    if not cut:
+        return f"{text}, none cut off"
+    return (
+        f"{text}; {cut} answers ({cut / answers:.0%}) were cut off at max_new_tokens "
+        f"{config.max_new_tokens}: a larger one lets them end"
+    )
 
 
 def recorded_date(out: str) -> date | None:
