@@ -79,6 +79,7 @@ def make_manifest(
         "weights": "a" * 64,
         "tokenizer": "b" * 64,
         "vocab_size": vocab_size,
+        **extra.pop("model", {}),
     }
     rollouts = {"digest": "c" * 64, "model": {"weights": "d" * 64}}
     return build_manifest(

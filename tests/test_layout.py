@@ -34,7 +34,7 @@ KERNEL_LAYERS = [
         "_triton.kernels",
         "reference",
     },
-    {"_core.workspace", "_core.backend", "_core.buckets", "_checks"},
+    {"_core.workspace", "_core.backend", "_core.buckets", "_checks", "_values"},
     {"_core.linear", "_torch", "_triton"},
     {"_core.scaling"},
     {"_core.chunks", "_core.panels"},
@@ -43,6 +43,7 @@ KERNEL_LAYERS = [
     {"_ops"},
     {"_calls", "workspace"},
     {"divergence", "policy", "logprobs"},
+    {"modules"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, name in enumerate(PACKAGES)}

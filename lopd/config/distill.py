@@ -4,12 +4,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from lopd.config.eos import EosOptions
 from lopd.config.fields import setting, setting_of
 from lopd.config.objective import Importance, Objective, Tail
 from lopd.config.training import MemorySettings, MonitoringOptions, Schedule
 from lopd.errors import ConfigError
 
-OVERRIDES = ("incomplete-cache", "teacher-mismatch", "student-mismatch", "tokenizer-mismatch")
+OVERRIDES = (
+    "incomplete-cache",
+    "teacher-mismatch",
+    "student-mismatch",
+    "tokenizer-mismatch",
+    "eos-mismatch",
+)
 _data = partial(setting, group="Model and data", identity=False)
 _objective = partial(setting, group="Objective")
 _override = partial(setting, group="Provenance overrides")
@@ -19,7 +26,9 @@ _override = partial(setting, group="Provenance overrides")
 class DistillConfig(MonitoringOptions):
     """Train a student on a teacher cache (`lopd distill`)."""
 
-    student: str = setting(identity=False, help="Folder of the model that made the rollouts.")
+    student: str = setting(
+        identity=False, help="Folder or hub id of the model that made the rollouts."
+    )
     cache: str = setting(identity=False, help="Folder that `lopd score` wrote.")
     out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
     objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting_of(
@@ -40,16 +49,21 @@ class DistillConfig(MonitoringOptions):
     support: Literal["list+sampled", "list"] = _objective(
         "list+sampled", help="Whether the lists include the sampled token."
     )
-    verify: bool = _data(True, help="Check the hashes of the cache before training.")
+    verify: bool = _data(
+        True,
+        help="Check the hashes of the cache before training.",
+        off="Train without checking the hashes of the cache first.",
+    )
     allow_teacher_mismatch: bool = _override(
-        False, help="Train although another teacher made the SFT answers."
+        False, help="Train although another or an edited teacher made the SFT answers."
     )
     allow_student_mismatch: bool = _override(
-        False, help="Train although another model made the rollouts."
+        False, help="Train although another or an edited model made the rollouts."
     )
     allow_tokenizer_mismatch: bool = _override(
         False, help="Train although ids mean different tokens to teacher and student."
     )
+    allow_eos_mismatch: bool = setting_of(EosOptions, "allow_eos_mismatch")
     allow_incomplete_cache: bool = _override(
         False, help="Train on the finished shards of the cache."
     )
@@ -59,7 +73,7 @@ class DistillConfig(MonitoringOptions):
         help="Resample and rescore rollouts every N steps (needs --teacher); 0 uses the cache.",
     )
     teacher: str | None = _data(
-        None, help="Folder of the teacher that scored the cache, for refresh_every."
+        None, help="Folder or hub id of the teacher that scored the cache, for refresh_every."
     )
     refresh_batch_size: int = setting(
         64,

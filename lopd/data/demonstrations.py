@@ -48,7 +48,7 @@ def load_demonstrations(path: str | Path, encoder: PromptEncoder) -> list[Demons
             f"{path}: answers end with an end-of-sequence token, and the tokenizer has none; "
             "set tokenizer.eos_token and save the folder again"
         )
-    skipped = Skipped(str(path), bool(encoder.options.skip_bad_records))
+    skipped = Skipped(str(path), encoder.options.skip_bad_records)
     rows, texts = [], []
     for where, fields in read_shaped(path, encoder, skipped, "completion"):
         try:

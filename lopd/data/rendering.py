@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import sys
 from collections.abc import Mapping
 from datetime import date, datetime, time
 from typing import Any
@@ -11,7 +12,7 @@ from lopd.config.prompts import PromptOptions
 from lopd.data.messages import Message
 from lopd.errors import ConfigError, DataError
 
-MAX_PROMPT = 1 << 24  # characters; beyond every context, and tokenising takes 100 bytes of each
+MAX_PROMPT = 1 << 23  # characters, some 2 million tokens; tokenising takes 200 bytes for each
 RENDERED_TWICE = 32  # prompts, to find a template or tokenizer that is not deterministic
 _PROBE = "lopd"
 _CALLER = frozenset(  # what apply_chat_template takes or sets itself
@@ -66,7 +67,7 @@ class PromptEncoder:
             time(),
         )
         self._as_text = options.special_tokens == "as_text"
-        self._encoded = 0
+        self._encoded, self._said_bare = 0, False
         bare, added = (
             tokenizer(_PROBE, add_special_tokens=add)["input_ids"] for add in (False, True)
         )
@@ -160,7 +161,8 @@ class PromptEncoder:
             raise DataError(f"{where}: found {length} characters; expected at most {MAX_PROMPT}")
         tokens = self._tokens(prompt, kwargs, where)
         self._encoded += 1
-        if self._encoded <= RENDERED_TWICE and tokens != self._tokens(prompt, kwargs, where):
+        again = self._encoded <= RENDERED_TWICE and length < 1 << 16
+        if again and tokens != self._tokens(prompt, kwargs, where):
             raise DataError(
                 f"{where}: encoded twice, the prompt gave different tokens; expected a chat "
                 "template and a tokenizer without random parts (filter random, dropout)"
@@ -190,7 +192,17 @@ class PromptEncoder:
                 "use a model folder whose tokenizer has a template"
             )
         tokens = self.tokenizer(prompt, add_special_tokens=not self._as_text)["input_ids"]
-        return tokens if self._as_text else self._once(tokens, self._prefix, self._suffix, where)
+        if not self._as_text:
+            return self._once(tokens, self._prefix, self._suffix, where)
+        if tokens[: len(self._prefix)] != self._prefix and not self._said_bare:
+            self._said_bare = True
+            first = self.tokenizer.convert_ids_to_tokens(self._prefix)[0]
+            print(
+                f"{where}: as_text: the text does not begin with {first!r}, which the tokenizer "
+                "puts before other texts",
+                file=sys.stderr,
+            )
+        return tokens
 
     def _no_template(self) -> str:
         if self._as_text:

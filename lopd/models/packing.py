@@ -142,7 +142,8 @@ def sdpa_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     lengths, window = kwargs.pop("sequence_lengths", None), kwargs.get("sliding_window")
-    if attention_mask is not None:
+    # One token after cached ones, as in generation, attends to all of them: no mask either.
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     parts = lengths or (query.shape[2],)
     outputs = [

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lopd.errors import ShardError
+from lopd.errors import DataError, ShardError
 
 TEMP_SUFFIX = ".tmp"
 MAX_DEPTH = 64  # of nested JSON; a recursive function of Python can go about ten times as deep
@@ -120,6 +120,33 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that exists.
+
+    Raises:
+        DataError: the file is damaged: not JSON, not an object, or unreadable.
+    """
+    try:
+        # transformers writes Infinity into the config.json of some architectures
+        value = parse_json(file.read_bytes(), finite=False)
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}); restore it") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); restore it") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file} holds a {type(value).__name__}, expected an object; restore it")
+    return value
+
+
+def read_optional_json(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file.
+
+    Raises:
+        DataError: the file is damaged, which is not the same as absent.
+    """
+    return read_json_object(file) if os.path.lexists(file) else None
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -39,6 +39,9 @@ class ModelIdentity:
     config: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    behaviour: Mapping[str, Any] | None = None  # `behaviour_of`; None: unknown, an older artefact
+    eos_ids: tuple[int, ...] | None = None  # that end an answer; None: unknown
+    hub: str | None = None  # org/name@revision
     vocab_size: int | None = None
     dtype: str | None = None
     engine: str | None = None
@@ -51,7 +54,8 @@ class ModelIdentity:
 
     def as_teacher(self) -> dict[str, Any]:
         """The JSON by which a lineage identifies a teacher."""
-        return {"weights": self.weights, "tokenizer": self.tokenizer, "path": self.path}
+        names = ("weights", "tokenizer", "path", "behaviour", "eos_ids")
+        return {name: plain(getattr(self, name)) for name in names}
 
     def __str__(self) -> str:
         return f"{self.path or 'a model'} (weights {short(self.weights)})"

@@ -30,6 +30,7 @@ class ListSupport:
 
     ids: str  # in words
     extra_ids: int = 0  # number of the student's top ids added to every list
+    eos_class: tuple[int, ...] = ()  # ids in every list, which count as one token
     raw: Mapping[str, Any] = field(repr=False)
 
 
@@ -48,6 +49,11 @@ class Scoring:
     support: ListSupport | None = None
     raw: Mapping[str, Any] = field(repr=False)
 
+    @property
+    def eos_class(self) -> tuple[int, ...]:
+        """The ids that end an answer and count as one token; empty if all count on their own."""
+        return () if self.support is None else self.support.eos_class
+
     def words(self) -> dict[str, str]:
         """The columns and where they come from."""
         return {name: getattr(self, name) for name in SCORING}
@@ -63,7 +69,8 @@ def parse_scoring(
         error: the exception for an unknown word.
         unfit: makes the exception for a field of another type.
     """
-    recorded = manifest.get("scoring") or {}
+    recorded = manifest.get("scoring")
+    recorded = {} if recorded is None else recorded
     if not isinstance(recorded, dict):
         raise unfit("scoring")
     values = {**{name: manifest[name] for name in SCORING if name in manifest}, **recorded}

@@ -19,11 +19,12 @@ from lopd.data.rendering import PromptEncoder
 from lopd.data.skipped import Skipped
 from lopd.errors import DataError
 from lopd.models.limits import ModelLimits
-from lopd.models.load import check_model_folder, context_of, eos_ids_of, load_tokenizer
+from lopd.models.load import check_model_folder, context_of, load_tokenizer
 from lopd.provenance import (
     ModelIdentity,
     build_manifest,
     describe_model,
+    eos_ids_of,
     lineage_of,
     save_vocab,
     vocab_size_of,
@@ -40,7 +41,7 @@ def import_rollouts(config: ImportConfig) -> Path:
     """
     check_model_folder(config.student)
     tokenizer = load_tokenizer(config.student)
-    encoder, eos_ids = PromptEncoder(tokenizer), eos_ids_of(config.student, tokenizer)
+    encoder, eos_ids = PromptEncoder(tokenizer), eos_ids_of(config.student) or []
     limits = ModelLimits(
         "the student",
         vocab_size_of(config.student),

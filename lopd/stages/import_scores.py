@@ -23,16 +23,18 @@ from lopd.data.external_scores import ROUNDING, Dumped, read_dump
 from lopd.data.records import describe_data
 from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
-from lopd.models.load import eos_ids_of, load_tokenizer
+from lopd.models.load import load_tokenizer
 from lopd.provenance import (
     ModelIdentity,
     build_manifest,
     describe_model,
+    eos_ids_of,
     lineage_of,
     save_vocab,
     vocab_size_of,
 )
 from lopd.stages.import_rollouts import import_rollouts
+from lopd.stages.model_access import loads_models
 from lopd.store import CacheWriter, Rollout, TeacherScores
 from lopd.store.lists import derived_tail
 from lopd.store.validate import MASS_TOLERANCE
@@ -61,6 +63,7 @@ class Survey:
     left_out: int  # records
 
 
+@loads_models
 def main(config: ImportConfig) -> Path:
     """Import the file's rollouts or scores. Returns the folder of the rollouts or of the cache."""
     return import_rollouts(config) if config.format == "rollouts" else import_cache(config)
@@ -80,7 +83,7 @@ def import_cache(config: ImportConfig) -> Path:
     tokenizer, eos_ids = None, []
     if Path(config.student).is_dir():
         tokenizer = load_tokenizer(config.student)
-        eos_ids = eos_ids_of(config.student, tokenizer)
+        eos_ids = eos_ids_of(config.student) or []
 
     def read(skipped: Skipped) -> Iterator[Dumped]:
         return read_dump(

@@ -5,7 +5,13 @@ from typing import Any
 
 from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError
-from lopd.provenance import Manifest, fingerprint_weights, read_manifest
+from lopd.provenance import (
+    CacheManifest,
+    Manifest,
+    ModelIdentity,
+    fingerprint_weights,
+    read_manifest,
+)
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
@@ -26,7 +32,10 @@ def main(config: InspectConfig) -> None:
     models["fine-tuned on"] = None if manifest.lineage is None else manifest.lineage.sft_teacher
     for role, model in models.items():
         if model is not None:
-            rows[role] = f"{model.path} ({model.weights[:12]})"
+            rows[role] = f"{model.hub or model.path} ({model.weights[:12]})"
+            rows[f"{role} ends answers with"] = _describe_eos(model)
+    if isinstance(manifest, CacheManifest):
+        rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
     if manifest.sampling is not None:
         settings = manifest.sampling.raw.items()
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in settings)
@@ -46,6 +55,11 @@ def main(config: InspectConfig) -> None:
     elif config.verify:
         rows["verified"] = _verify_weights(config.path, manifest)
     print_fields(rows)
+
+
+def _describe_eos(model: ModelIdentity) -> str:
+    """The ids that end an answer of a model."""
+    return "unknown" if model.eos_ids is None else "id " + " or ".join(map(str, model.eos_ids))
 
 
 def _verify_shards(store: RolloutStore | TeacherCache) -> str:
@@ -89,6 +103,8 @@ def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
     rows["scoring"] = ", ".join(f"{name} {word}" for name, word in words.items())
     if manifest.scoring.support is not None:
         rows["lists"] = manifest.scoring.support.ids
+    if manifest.scoring.eos_class:
+        rows["one token"] = "ids " + ", ".join(map(str, manifest.scoring.eos_class))
     for name, size in details["bytes_per_token_by_array"].items():
         rows[f"bytes/token {name}"] = size
     return rows

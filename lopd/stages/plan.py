@@ -3,6 +3,7 @@
 from lopd.config.plan import PlanConfig
 from lopd.config.training import MemorySettings, parse_bytes
 from lopd.errors import MemoryPlanError
+from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_rows
 from lopd.training.dry_run import meta_model
 from lopd.training.memory import MemoryPlanner, proposals
@@ -35,6 +36,7 @@ def gib(count: int) -> str:
     return f"{count / GIB:.2f} GiB"
 
 
+@loads_models
 def main(config: PlanConfig) -> None:
     """Print the memory of each part and, if the run does not fit, settings that need less.
 

@@ -20,11 +20,12 @@ from lopd.config.rollout import RolloutConfig
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
 from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.engines import load_engine
-from lopd.engines.base import sequence_seed, to_rollout
+from lopd.engines.base import Engine, sequence_seed, to_rollout
 from lopd.errors import ModelError
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
 from lopd.provenance import (
     MANIFEST_NAME,
+    ModelIdentity,
     build_manifest,
     describe_model,
     lineage_of,
@@ -32,11 +33,19 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.finished import say_finished
+from lopd.stages.model_access import loads_models
 from lopd.store import RolloutWriter
 from lopd.store.workers import Worker, this_worker
 
 
+@loads_models
 def main(config: RolloutConfig) -> Path:
+    """Sample the missing shards of the rollouts; returns their folder.
+
+    Raises:
+        LopdError: the model, the prompts or the folder cannot be used.
+    """
     return sample_to_store(config, model=config.student, kind="rollouts", stage="rollout")
 
 
@@ -56,7 +65,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         context=context_of(model),
         vocab_size=vocab_size_of(model),
         max_new_tokens=config.max_new_tokens,
-        skip=bool(config.skip_bad_records),
+        skip=config.skip_bad_records,
     )
     jobs = [(prompt, sample) for prompt in prompts for sample in range(config.num_samples)]
     shards = [jobs[i : i + config.shard_size] for i in range(0, len(jobs), config.shard_size)]
@@ -76,6 +85,8 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         if missing:
             save_vocab(model, config.out)
             _fill(writer, missing, shards, config, model, worker)
+        else:
+            say_finished(config.out)
         if not writer.finish():
             print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)
@@ -108,6 +119,7 @@ def _fill(
         options=config.options(),
         batch_size=config.batch_size,
     )
+    _check_eos(engine, writer.manifest.model)
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
     with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():
@@ -125,3 +137,16 @@ def _fill(
                 )
             pairs = zip(jobs, generations, strict=True)
             writer.write(index, [to_rollout(*job, generation) for job, generation in pairs])
+
+
+def _check_eos(engine: Engine, recorded: ModelIdentity) -> None:
+    """Check that answers end with the ids that the manifest says they end with."""
+    if recorded.behaviour is None:  # a folder that an older version began
+        return
+    ids, named = sorted(engine.eos_ids), list(recorded.eos_ids or ())
+    if ids != named:
+        raise ModelError(
+            f"{recorded.path}: its files name the end-of-sequence ids {named}, but answers would "
+            f"end with {ids}, in part a default of transformers; write the ids that you want into "
+            "eos_token_id of generation_config.json"
+        )

@@ -26,31 +26,43 @@ from lopd.provenance import (
     tokenizer_digest,
     write_manifest,
 )
+from lopd.provenance.gate import check_eos
+from lopd.stages.finished import is_finished, say_finished
+from lopd.stages.model_access import loads_models
 from lopd.store import RolloutStore
 from lopd.training import run as runs
 from lopd.training.batch import Source
 
 
+@loads_models
 def main(config: SftConfig) -> Path:
     """Train, save the model and, last, its manifest. Returns the model's folder.
 
     Raises:
-        ProvenanceError: the answers were sampled with another tokenizer.
+        ProvenanceError: the answers were sampled with another tokenizer, or end with other ids.
         ConfigError: `out` holds a finished run or another recipe.
         MissingFileError, DataError, ModelError: the model or the data cannot be used.
     """
     check_model_folder(config.model)
+    if is_finished(config, config.model, describe_inputs):
+        return say_finished(config.out)
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
     source, teacher, written = open_data(config)
     inputs = describe_inputs(config)
+    overrides = []
+    if teacher is not None:
+        what = f"answers of {config.model}"
+        overrides = check_eos(inputs["sft_data"]["model"], base, what, config.allow_eos_mismatch)
     (data,) = digests_of(inputs).values()
     if written is not None:
         inputs["demonstrations"]["reading"] = {"date": written}
-    checkpoint = runs.begin(config, data=data, prompt_date_written=written, base=base)
+    skips = {"skip_bad_records": "yes"} if config.skip_bad_records else {}
+    checkpoint = runs.begin(config, data=data, prompt_date_written=written, **skips, base=base)
     objective = Objective("cross_entropy", workspace_bytes=config.workspace)
     trained = runs.train(config, source, objective, model_path=config.model, checkpoint=checkpoint)
     lineage = {"sft_teacher": teacher, "declared": False, "initial_student": None}
-    return finish_checkpoint(config, "sft", base=base, inputs=inputs, lineage=lineage, **trained)
+    parts = {"base": base, "inputs": inputs, "lineage": lineage, "overrides": overrides}
+    return finish_checkpoint(config, "sft", **parts, **trained)
 
 
 def finish_checkpoint(config: Any, stage: str, **parts: Any) -> Path:

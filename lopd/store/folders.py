@@ -13,12 +13,11 @@ from lopd.provenance import (
     VOCAB_NAME,
     Manifest,
     difference,
-    manifest_digest,
     read_manifest,
     recipe_of,
 )
 from lopd.provenance.io import TEMP_SUFFIX, make_folder
-from lopd.store.locks import LOCK_NAME, START_LOCK_NAME
+from lopd.store.locks import LOCK_NAME, START_LOCK_NAME, FolderLock
 
 State = Literal["new", "unfinished", "finished", "other recipe", "foreign", "file", "read-only"]
 REASONS = {
@@ -119,10 +118,7 @@ def examine_shard_folder(
     folder = Path(path)
 
     def differs() -> str:
-        recorded = read_manifest(folder)
-        if manifest_digest(recorded) == manifest_digest(manifest):
-            return ""
-        return difference(recipe_of(recorded), recipe_of(manifest)) or "in keys without a value"
+        return difference(recipe_of(read_manifest(folder)), recipe_of(manifest))
 
     def has_results() -> bool:
         return in_use or any(folder.glob("shard-*"))
@@ -149,6 +145,21 @@ def writing_to(folder: Path) -> Iterator[None]:
         raise ShardError(
             f"{folder}: cannot be made or written ({error.strerror or error}); choose another --out"
         ) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create the folder and hold its lock, for a writer that excludes all others.
+
+    Raises:
+        ShardError: another process writes there, or the folder cannot be written.
+    """
+    with writing_to(folder):
+        lock = FolderLock(folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_temporary(item: Path) -> bool:

@@ -120,7 +120,8 @@ class SequenceDataset(torch.utils.data.Dataset):
                 file=sys.stderr,
             )
         if not self.indices:
-            left = " is left once truncated ones are dropped" if self.dropped_share else ""
+            dropped = self.dropped_share > 0 and drop_truncated
+            left = " is left once truncated ones are dropped" if dropped else " can be used"
             raise DataError(
                 f"training data: no sequence of {len(source)}{left}; expected at least one"
             )

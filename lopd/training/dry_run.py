@@ -14,6 +14,7 @@ from lopd.errors import ConfigError, ModelError
 from lopd.models.head import HeadOptions, run_with_loss
 from lopd.models.load import check_model_folder, resolve_dtype
 from lopd.models.lora import LoraOptions, add_lora
+from lopd.provenance.remote_code import loading_code
 
 ATTENTION = "lopd_dry"
 BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
@@ -42,17 +43,15 @@ def meta_model(path: str, dtype: str, lora: LoraOptions | None = None) -> Any:
 
     AttentionInterface.register(ATTENTION, fused_attention)
     folder = check_model_folder(path)
-    try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=resolve_dtype(dtype), attn_implementation=ATTENTION
-            )
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{folder}: not a causal language model with scaled-dot-product attention ({reason})"
-        ) from error
+    problem = "not a causal language model with scaled-dot-product attention"
+    with loading_code(folder, problem) as options, torch.device("meta"):
+        settings = AutoConfig.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_config(
+            settings,
+            dtype=resolve_dtype(dtype),
+            attn_implementation=ATTENTION,
+            trust_remote_code=options["trust_remote_code"],
+        )
     if lora is not None and lora.lora_rank:
         with torch.device("meta"):
             model = add_lora(model, lora)

@@ -22,11 +22,10 @@ from lopd.provenance import MANIFEST_NAME, ModelIdentity, difference, settings_i
 from lopd.provenance.io import (
     parse_json,
     pretty_json,
-    remove_temporaries,
     sha256_file,
     write_atomic,
 )
-from lopd.store.folders import examine_folder, writing_to
+from lopd.store.folders import examine_folder, locked
 from lopd.store.locks import FolderLock
 from lopd.store.workers import Worker, this_worker
 from lopd.training.batch import Source
@@ -75,7 +74,8 @@ def _claim(
     config: Any, base: ModelIdentity, inputs: Mapping[str, str | None], worker: Worker
 ) -> Path | None:
     out = Path(config.out)
-    start = {"weights": base.weights, "config": base.config, "tokenizer": base.tokenizer}
+    names = ("weights", "config", "tokenizer", "behaviour", "eos_ids")
+    start = {name: getattr(base, name) for name in names}
     processes = {} if worker.is_single else {"processes": worker.count}
     recipe = {**settings_identity(config), **inputs, **processes, "base": start}
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
@@ -88,13 +88,9 @@ def _claim(
         has_results=lambda: checkpoint is not None,
         kind="checkpoint",
     ).require_writable()
-    with writing_to(out):
-        lock = FolderLock(out)
-        try:
-            if found.state == "new":  # otherwise it stays: checkpoints name its digest
-                write_atomic(out / RECIPE_NAME, pretty_json(recipe))
-        finally:
-            lock.release()
+    with locked(out), saving(out):
+        if found.state == "new":  # otherwise it stays: checkpoints name its digest
+            write_atomic(out / RECIPE_NAME, pretty_json(recipe))
     return checkpoint
 
 
@@ -150,8 +146,6 @@ def train(
     lock = FolderLock(out) if first else None
     try:
         if first:
-            with saving(out):
-                remove_temporaries(out)
             warn_of_rounding(config)
         trainer, tokenizer, dropped = build_trainer(
             config, source, objective, model_path, refresh, _run_id(out)

@@ -55,7 +55,7 @@ def build_trainer(
         context=context_of(model_path),
         vocab_size=vocab_size,
         drop_truncated=config.drop_truncated,
-        skip_bad=bool(config.skip_bad_records) if isinstance(config, PromptOptions) else None,
+        skip_bad=config.skip_bad_records if isinstance(config, PromptOptions) else None,
     )
     training_set: SequenceDataset | Subset = dataset
     holdout, monitored = None, isinstance(config, MonitoringOptions)

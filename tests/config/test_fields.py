@@ -1,6 +1,5 @@
 """Settings: complete declarations, checks of ranges and choices, stable identity."""
 
-import importlib
 import json
 import math
 from dataclasses import MISSING, dataclass, fields
@@ -8,7 +7,7 @@ from typing import Literal, get_args
 
 import pytest
 
-from lopd.cli import COMMANDS
+from lopd.cli.commands import COMMANDS
 from lopd.config.distill import DistillConfig
 from lopd.config.evaluate import EvalConfig
 from lopd.config.fields import (
@@ -23,10 +22,7 @@ from lopd.config.sft import SftConfig
 from lopd.errors import ConfigError
 from lopd.provenance.identity import settings_identity
 
-CONFIGS = [
-    getattr(importlib.import_module(f"lopd.stages.{module}"), name)
-    for module, name, _ in COMMANDS.values()
-]
+CONFIGS = [command.config_class() for command in COMMANDS.values()]
 SETTINGS = [
     pytest.param(config, item, id=f"{config.__name__}.{item.name}")
     for config in CONFIGS
@@ -169,9 +165,7 @@ TRAINING = {
     "warmup_steps": 0,
 }
 # None counts as absent, so that older folders, which lack these, can be continued.
-READING = dict.fromkeys(
-    ("columns", "chat_template_kwargs", "special_tokens", "prompt_date", "skip_bad_records")
-)
+READING = dict.fromkeys(("columns", "chat_template_kwargs", "special_tokens", "prompt_date"))
 SFT_RECIPE = (
     TRAINING
     | READING

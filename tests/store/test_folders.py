@@ -87,11 +87,20 @@ def test_a_recipe_in_use_by_other_workers_is_not_replaced(tmp_path):
         examine_shard_folder(tmp_path, other, in_use=True)
 
 
-def test_a_recipe_that_differs_only_in_keys_without_a_value_is_another(tmp_path):
-    """Receipts hold the digest of the recipe, in which such keys count."""
-    write_cache(tmp_path, make_manifest())
-    with pytest.raises(ConfigError, match="holds another recipe .in keys without a value"):
-        examine_shard_folder(tmp_path, make_manifest(note=None))
+def test_keys_without_a_value_and_what_older_artefacts_do_not_record_make_no_other_recipe(tmp_path):
+    """The manifest on disk stays, with its digest."""
+    manifest = make_manifest()
+    write_cache(tmp_path, manifest)
+    model = {"behaviour": {"config": {"rope_theta": 1}}, "eos_ids": [1]}
+    assert examine_shard_folder(tmp_path, make_manifest(note=None)).state == "unfinished"
+    assert examine_shard_folder(tmp_path, make_manifest(model=model)).state == "unfinished"
+
+
+def test_a_recorded_behaviour_is_compared(tmp_path):
+    write_cache(tmp_path, make_manifest(model={"behaviour": {"config": {"rope_theta": 1}}}))
+    changed = {"behaviour": {"config": {"rope_theta": 2}}}
+    with pytest.raises(ConfigError, match=r"model\.behaviour\.config\.rope_theta was 1, is 2"):
+        examine_shard_folder(tmp_path, make_manifest(model=changed))
 
 
 def test_a_folder_of_another_kind_is_not_called_a_finished_run(tmp_path):

@@ -35,8 +35,8 @@ from lopd.data.external_scores import read_dump
 from lopd.data.prompts import load_prompts
 from lopd.data.rendering import PromptEncoder
 from lopd.errors import LopdError
-from lopd.models.load import context_of, eos_ids_of, load_tokenizer
-from lopd.provenance import MANIFEST_NAME, describe_model, fingerprint_weights, lineage_of
+from lopd.models.load import context_of, load_tokenizer
+from lopd.provenance import MANIFEST_NAME, describe_model, eos_ids_of, fingerprint_weights, lineage_of
 from lopd.provenance.fingerprint import VOCAB_NAME, chat_template_digest, load_vocab, read_config
 from lopd.provenance.io import pretty_json
 from lopd.stages import inspect, run, verify
@@ -144,7 +144,7 @@ def targets(root: Path) -> list[Target]:
     seal_receipt, seal_shard = partial(_seal_receipt, receipt), partial(_seal_shard, shard, receipt)
 
     def eos() -> Any:
-        return eos_ids_of(teacher, tokenizer)
+        return eos_ids_of(teacher)
 
     def rehash() -> Any:
         return fingerprint_weights(teacher, rehash=True)
@@ -220,9 +220,14 @@ def _seal_shard(shard: Path, file: Path) -> None:
     file.write_bytes(pretty_json(sealed(content)))
 
 
-def fuzz(root: Path, count: int, seed: int) -> Findings:
-    """Mutate files `count` times, each once or twice over, and read them."""
-    everything, findings = targets(root), Findings()
+def fuzz(root: Path, count: int, seed: int, only: str = "") -> Findings:
+    """Mutate files `count` times, each once or a few times over, and read them.
+
+    Args:
+        only: part of the names of the targets to try; all by default.
+    """
+    findings = Findings()
+    everything = [target for target in targets(root) if only in target.name]
     total = sum(target.weight for target in everything)
     for target in everything:
         folder = {
@@ -272,13 +277,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="part of the names of the files to mutate")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     root = Path(tempfile.mkdtemp(prefix="lopd-fuzz-"))
     os.environ["XDG_CACHE_HOME"] = str(root / "memo")
     start = time.monotonic()
     try:
-        findings = fuzz(root, args.count, args.seed)
+        findings = fuzz(root, args.count, args.seed, args.only)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(findings.table())
