@@ -28,19 +28,30 @@ from typing import Any
 from helpers_artefacts import write_pipeline
 from torture import mutations
 
-from lopd.config.parse import build_config, load_yaml
+from lopd.config.parse import build_config
 from lopd.config.score import ScoreConfig
+from lopd.config.strict_yaml import load_yaml
 from lopd.data.demonstrations import load_demonstrations
+from lopd.data.external_rollouts import read_rollouts
 from lopd.data.external_scores import read_dump
 from lopd.data.prompts import load_prompts
 from lopd.data.rendering import PromptEncoder
+from lopd.data.skipped import Skipped
 from lopd.errors import LopdError
+from lopd.models.limits import ModelLimits
 from lopd.models.load import context_of, load_tokenizer
-from lopd.provenance import MANIFEST_NAME, describe_model, eos_ids_of, fingerprint_weights, lineage_of
+from lopd.provenance import (
+    MANIFEST_NAME,
+    describe_model,
+    eos_ids_of,
+    fingerprint_weights,
+    lineage_of,
+)
 from lopd.provenance.fingerprint import VOCAB_NAME, chat_template_digest, load_vocab, read_config
 from lopd.provenance.io import pretty_json
 from lopd.stages import inspect, run, verify
 from lopd.store.receipts import sealed
+from lopd.training.checkpoints import unusable
 from lopd.training.run import read_recipe
 
 Mutation = Callable[[random.Random, bytes], bytes]
@@ -91,6 +102,19 @@ SCORES = [
     {"prompt_token_ids": [3], "outputs": [{"token_ids": [7], "finish_reason": "stop",
      "logprobs": [{"7": {"logprob": -0.1}}]}]},
 ]  # fmt: skip
+ROLLOUTS = [
+    {"prompt_token_ids": [3, 4], "response_token_ids": [7, 8, 9], "loss_mask": [1, 0, 1],
+     "rollout_logprobs": [-0.5, None, -1.5], "finish_reason": "stop", "id": "a", "sample": 1},
+    {"input_ids": [3, 4, 7, 8], "labels": [-100, -100, 7, 8], "attention_mask": [1, 1, 1, 1]},
+    {"prompts": [0, 3], "responses": [7, 0], "attention_mask": [0, 1, 1, 0]},
+    {"prompt_token_ids": [3], "outputs": [{"token_ids": [7], "logprobs": [{"7": -0.1}]}]},
+    {"prompt_token_ids": [3], "choices": [{"token_ids": [7], "logprobs": {"content": [
+        {"token": "token_id:7", "logprob": -0.1}]}}]},
+    {"prompt_token_ids": [3], "meta_info": {"output_token_logprobs": [[-0.1, 7, "a"]]}},
+    {"messages": [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4"}]},
+    {"prompt": [{"role": "user", "content": "3"}], "completion": [
+        {"role": "assistant", "content": None}, {"role": "tool", "content": "4"}]},
+]  # fmt: skip
 PROMPTS = [
     {"prompt": "3 + 4 =", "id": "a", "answer": "7"},
     {"messages": [{"role": "user", "content": "3"}], "id": 2},
@@ -111,7 +135,10 @@ stages:
   score:
     k: 8
 """
-TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}="
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
 LINES = (mutations.of_lines, mutations.of_bytes)
 JSON = (mutations.of_json, mutations.of_json, mutations.of_bytes)
 YAML = (mutations.of_yaml, mutations.of_bytes)
@@ -131,15 +158,18 @@ def targets(root: Path) -> list[Target]:
         "prompts.jsonl": _jsonl(PROMPTS),
         "sft.jsonl": _jsonl(ANSWERED),
         "scores.jsonl": _jsonl(SCORES),
+        "rollouts.jsonl": _jsonl(ROLLOUTS),
         "score.yaml": SETTINGS,
         "recipe.yaml": RECIPE,
         "recipe.json": pretty_json({"learning_rate": 1e-3, "base": {"a": None}}),
     }
-    prompts, answered, scores, settings, recipe, run_recipe = (root / name for name in inputs)
+    prompts, answered, scores, others, settings, recipe, run_recipe = (
+        root / name for name in inputs
+    )
     for name, data in inputs.items():
         (root / name).write_bytes(data)
     shard, receipt = cache / "shard-00000.safetensors", cache / "shard-00000.json"
-    read_cache, read_rollouts = partial(_read_folder, cache), partial(_read_folder, rollouts)
+    read_cache, read_store = partial(_read_folder, cache), partial(_read_folder, rollouts)
     read_model, read_tokenizer = partial(_read_model, teacher), partial(_read_tokenizer, teacher)
     seal_receipt, seal_shard = partial(_seal_receipt, receipt), partial(_seal_shard, shard, receipt)
 
@@ -149,7 +179,20 @@ def targets(root: Path) -> list[Target]:
     def rehash() -> Any:
         return fingerprint_weights(teacher, rehash=True)
 
+    def read_others() -> Any:
+        limits, skipped = ModelLimits("the student", 28), Skipped(str(others), allowed=False)
+        eos = eos_ids_of(teacher)
+        return list(
+            read_rollouts(others, encoder, eos, limits=limits, skipped=skipped, retokenize=True)
+        )
+
+    (root / "checkpoint-5").mkdir()
+    state = root / "checkpoint-5" / "trainer_state.json"
+    state.write_bytes(pretty_json({"global_step": 5, "best_global_step": 3, "log_history": []}))
+
     return [
+        Target("trainer_state.json", state, lambda: unusable(state.parent, keep_best=True), JSON),
+        Target("rollout dump", others, read_others, LINES, 16),
         Target("prompts", prompts, lambda: load_prompts(prompts, encoder), LINES, 12),
         Target(
             "demonstrations", answered, lambda: load_demonstrations(answered, encoder), LINES, 8
@@ -159,7 +202,7 @@ def targets(root: Path) -> list[Target]:
         Target("recipe (YAML)", recipe, partial(_read_recipe, recipe), YAML),
         Target("run recipe", run_recipe, lambda: read_recipe(run_recipe), JSON),
         Target("cache manifest", cache / MANIFEST_NAME, read_cache, JSON, 8),
-        Target("rollout manifest", rollouts / MANIFEST_NAME, read_rollouts, JSON, 8),
+        Target("rollout manifest", rollouts / MANIFEST_NAME, read_store, JSON, 8),
         Target("student manifest", student / MANIFEST_NAME, lambda: lineage_of(student), JSON, 6),
         Target("receipt", receipt, read_cache, JSON),
         Target("sealed receipt", receipt, read_cache, JSON, 8, seal_receipt),
@@ -184,7 +227,7 @@ def _read_folder(folder: Path) -> None:
 
 
 def _read_settings(file: Path) -> None:
-    build_config(ScoreConfig, load_yaml(file), [], str(file), "lopd score")
+    build_config(ScoreConfig, load_yaml(file), {}, str(file), "lopd score")
 
 
 def _read_recipe(file: Path) -> None:
@@ -245,13 +288,14 @@ def fuzz(root: Path, count: int, seed: int, only: str = "") -> Findings:
             if target.seal is not None:
                 target.seal()
             findings.tried[target.name] += 1
-            _attempt(target, f"{seed} {target.name} {number}", findings)
+            attempt(target, f"{seed} {target.name} {number}", findings)
             for item in {target.file, *([] if target.seal is None else folder)}:
                 item.write_bytes(folder[item])
     return findings
 
 
-def _attempt(target: Target, name: str, findings: Findings) -> None:
+def attempt(target: Target, name: str, findings: Findings) -> None:
+    """Read a file; an exception that is no error of lopd is recorded under `name`."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
