@@ -15,26 +15,13 @@ from lopd.errors import ConfigError, DataError
 MAX_PROMPT = 1 << 23  # characters, some 2 million tokens; tokenising takes 200 bytes for each
 RENDERED_TWICE = 32  # prompts, to find a template or tokenizer that is not deterministic
 _PROBE = "lopd"
-_CALLER = frozenset(  # what apply_chat_template takes or sets itself
-    [
-        "conversation",
-        "messages",
-        "tools",
-        "documents",
-        "chat_template",
-        "add_generation_prompt",
-        "padding",
-        "truncation",
-        "continue_final_message",
-        "tokenize",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "tokenizer_kwargs",
-        "return_assistant_tokens_mask",
-        "strftime_now",
-        "raise_exception",
-    ]
+_CALLER = frozenset(  # names that apply_chat_template takes or sets itself
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding"),
+        *("add_generation_prompt", "continue_final_message", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        *("strftime_now", "raise_exception"),
+    )
 )
 # Fields of a record that other tools give to the template, besides `chat_template_kwargs`.
 _PROMPT_FIELDS = ("tools", "documents", "enable_thinking")
@@ -105,6 +92,8 @@ class PromptEncoder:
             if value is not None and value != []:
                 is_text = key != "enable_thinking" and isinstance(value, str)
                 named[key] = _from_json(value, where, key) if is_text else value
+        if isinstance(named.get("enable_thinking"), str):
+            raise DataError(f"{where}: 'enable_thinking' is text; expected true or false")
         for key, only in _FIXED.items():
             if fields.get(key, only) != only or own.get(key, only) != only:
                 raise DataError(
@@ -138,14 +127,17 @@ class PromptEncoder:
         self, kwargs: Mapping[str, Any], where: str, error: type[ConfigError | DataError]
     ) -> None:
         readable = self.variables - _CALLER | self.variables & {"tools", "documents"}
+        remedy = "remove it"
+        if error is DataError:
+            remedy += ", or name the columns to read with --columns"
         for key in kwargs:
             if key in readable:
                 continue
             if not self.has_template:
-                raise error(f"{where}: found '{key}', but {self._no_template()}; remove it")
+                raise error(f"{where}: found '{key}', but {self._no_template()}; {remedy}")
             near = difflib.get_close_matches(key, readable, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it reads {sorted(readable)}"
-            raise error(f"{where}: the chat template does not read '{key}'; {hint}")
+            raise error(f"{where}: the chat template does not read '{key}'; {hint}; {remedy}")
 
     def encode(
         self, prompt: str | list[Message], kwargs: Mapping[str, Any], where: str
@@ -300,8 +292,15 @@ class PromptEncoder:
 
 
 def _variables(template: str | Mapping[str, str]) -> frozenset[str]:
-    """The variables that a chat template reads; empty if it cannot be parsed."""
-    from jinja2 import TemplateError, meta
+    """The variables that a chat template takes; empty if it cannot be parsed.
+
+    A name that the template sets itself is taken only if the template asks whether it is defined,
+    as in `{% if not date_string is defined %}{% set date_string = ... %}`, or has a default for it.
+
+    >>> sorted(_variables("{% set a = b %}{{ a }}{% set c = c | default(1) %}"))
+    ['b', 'c']
+    """
+    from jinja2 import TemplateError, meta, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     found: set[str] = set()
@@ -310,9 +309,17 @@ def _variables(template: str | Mapping[str, str]) -> frozenset[str]:
         # A tag of transformers, which marks the text of answers.
         text = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", text)
         try:
-            found |= meta.find_undeclared_variables(environment.parse(text))
+            tree = environment.parse(text)
+            read = meta.find_undeclared_variables(tree)
         except TemplateError:
             continue  # rendering names the fault
+        names = list(tree.find_all(nodes.Name))
+        own, arguments = ({n.name for n in names if n.ctx == c} for c in ("store", "param"))
+        for node in tree.find_all((nodes.Test, nodes.Filter)):
+            asks = node.name in ("defined", "undefined", "default", "d")
+            if asks and isinstance(node.node, nodes.Name) and node.node.name not in arguments:
+                own.discard(node.node.name)
+        found |= read - own
     return frozenset(found - set(environment.globals))
 
 

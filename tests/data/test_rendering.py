@@ -74,6 +74,7 @@ def test_the_template_gets_its_variables(write_jsonl, record, settings, end):
         ({"chat_template_kwargs": {"messages": []}}, "does not read 'messages'"),
         ({"chat_template_kwargs": {"tokenize": False}}, "does not read 'tokenize'"),
         ({"chat_template_kwargs": ["a"]}, "expected an object"),
+        ({"enable_thinking": "false"}, "'enable_thinking' is text"),
         ({"tools": "a"}, "'tools' is 'a'; expected an object, not text"),
         ({"tools": {"a": 1}}, "expected a list of objects"),
         ({"add_generation_prompt": False}, "ends where the answer begins"),
