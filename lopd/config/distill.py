@@ -47,7 +47,8 @@ class DistillConfig(MonitoringOptions):
         help="Divides the student's logits; must be the cache's, which is the default.",
     )
     support: Literal["list+sampled", "list"] = _objective(
-        "list+sampled", help="Whether the lists include the sampled token."
+        "list+sampled",
+        help="Whether the lists include the sampled token. The unbiased tail reads them without.",
     )
     verify: bool = _data(
         True,
@@ -111,6 +112,11 @@ class DistillConfig(MonitoringOptions):
         return Objective(
             self.objective, temperature=temperature, workspace_bytes=self.workspace, **settings
         )
+
+    @property
+    def lists(self) -> Literal["list+sampled", "list"]:
+        """The support that is read; the unbiased tail wants lists that ignore the sample."""
+        return "list" if self.tail == "unbiased" else self.support
 
     def allowed(self) -> frozenset[str]:
         """The checks of `lopd.provenance` that flags override."""
