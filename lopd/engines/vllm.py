@@ -71,7 +71,7 @@ class VllmEngine:
             )
         folder, options = check_model_folder(path), dict(options or {})
         tokenizer, vocab_size = load_tokenizer(folder), vocab_size_of(folder)
-        context = context_of(folder)
+        context = context_of(folder, "vllm")
         if "max_model_len" in options:
             context = options["max_model_len"] - 1
         elif context is not None:

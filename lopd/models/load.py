@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lopd.errors import ConfigError, MissingFileError, ModelError
-from lopd.models.architecture import context_of_config
+from lopd.models.architecture import attention_softcap_of, context_of_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_CONFIG = "adapter_config.json"
@@ -74,8 +74,10 @@ def check_model_folder(path: str | Path) -> Path:
     return folder
 
 
-def context_of(path: str | Path) -> int | None:
-    """Number of positions that the model supports; None if its config does not say.
+def context_of(path: str | Path, engine: str = "transformers") -> int | None:
+    """Longest sequence that the model supports; None if its config does not say.
+
+    See `lopd.models.architecture.context_of_config`.
 
     Raises:
         MissingFileError, ModelError: the folder has no config.json that can be read.
@@ -84,7 +86,8 @@ def context_of(path: str | Path) -> int | None:
 
     folder = check_model_folder(path)
     with _loading(folder, "its config cannot be read; restore config.json"):
-        return context_of_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return context_of_config(config, engine)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -132,14 +135,15 @@ def load_model(
     where = None if device_map is not None else resolve_device(device, local_rank)
     with _loading(
         folder,
-        "not loadable as a causal language model with scaled-dot-product attention; expected "
-        "config.json and *.safetensors of such an architecture",
+        "not loadable as a causal language model; expected config.json and *.safetensors of such "
+        "an architecture",
     ):
+        implementation = attention_for(folder)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch_dtype,
             local_files_only=True,
-            attn_implementation="sdpa",
+            attn_implementation=implementation,
             use_safetensors=True,
             device_map=device_map,
             output_loading_info=True,
@@ -151,6 +155,20 @@ def load_model(
                 f"{min(map(str, report[what]))}); expected exactly the model's own; save it again"
             )
     return model.eval() if where is None else model.to(where).eval()
+
+
+def attention_for(folder: Path) -> str:
+    """Attention with the model's own outputs: "sdpa", or "eager" if sdpa would leave something out.
+
+    These are soft caps, and what families that do not support sdpa have, such as sinks.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    known = AutoModelForCausalLM._model_mapping
+    family = known.get(type(config), None)
+    exact = getattr(family, "_supports_sdpa", True) and attention_softcap_of(config) is None
+    return "sdpa" if exact else "eager"
 
 
 @contextmanager

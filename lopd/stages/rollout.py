@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lopd.config.fields import setting
 from lopd.data.prompts import Prompt, check_prompts, load_prompts
 from lopd.engines import load_engine
-from lopd.engines.base import sequence_seed, to_rollout
+from lopd.engines.base import Engine, sequence_seed, to_rollout
 from lopd.engines.options import EngineOptions, GenerationOptions
 from lopd.errors import ModelError
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
@@ -75,7 +75,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     check_prompts(
         prompts,
         config.prompts,
-        context=context_of(model),
+        context=context_of(model, config.engine),
         vocab_size=vocab_size_of(model),
         max_new_tokens=config.max_new_tokens,
     )
@@ -102,6 +102,15 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     return Path(config.out)
 
 
+def _check_student(engine: Engine, path: str) -> None:
+    """Refuse a student that training would refuse, before its answers are sampled and scored."""
+    from lopd.models.head import check_trainable
+    from lopd.training.dry_run import meta_model
+
+    loaded = getattr(engine, "model", None)  # only transformers shows it
+    check_trainable(meta_model(path, "float32") if loaded is None else loaded)
+
+
 def _fill(
     writer: RolloutWriter,
     missing: list[int],
@@ -119,6 +128,8 @@ def _fill(
         options=config.options(),
         batch_size=config.batch_size,
     )
+    if isinstance(config, RolloutConfig):
+        _check_student(engine, model)
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
     with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():

@@ -119,7 +119,7 @@ def main(config: ScoreConfig) -> Path | None:
     rollouts.verify()
     manifest = _manifest(config, rollouts)
     left = _missing(config, manifest)
-    _check_sequences(rollouts, left, config.teacher)
+    _check_sequences(rollouts, left, config.teacher, config.engine)
     bounds = size_bounds(manifest, sample(rollouts))
     work = work_left(rollouts, left)
     check_fits(config.out, bounds[0].of(work), "with the shortest lists")
@@ -197,9 +197,11 @@ def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
     return TeacherCache.open(config.out, allow_incomplete=True).missing_shards
 
 
-def _check_sequences(rollouts: RolloutStore, shards: Sequence[int], teacher: str) -> None:
+def _check_sequences(
+    rollouts: RolloutStore, shards: Sequence[int], teacher: str, engine: str
+) -> None:
     """Check all sequences before the first is scored."""
-    limits = ModelLimits("the teacher", vocab_size_of(teacher), context_of(teacher))
+    limits = ModelLimits("the teacher", vocab_size_of(teacher), context_of(teacher, engine))
     for shard in shards:
         for rollout in rollouts.shard(shard):
             limits.check(name_of(rollout), rollout.tokens)

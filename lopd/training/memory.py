@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from torch import nn
-
 from lopd.config.fields import setting
 from lopd.errors import ConfigError, LopdError
 from lopd.models.head import lm_head
@@ -89,10 +87,15 @@ class MemoryPlanner:
         model: from `lopd.training.dry_run.meta_model`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self._optimizers: dict[str, int] = {}
         self._activations: dict[tuple[Any, ...], int] = {}
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the model supports gradient checkpointing."""
+        return bool(self.model.supports_gradient_checkpointing)
 
     def estimate(self, config: MemorySettings) -> MemoryEstimate:
         """Estimated peak memory of a run with these settings.
@@ -177,7 +180,7 @@ def _reductions(
     planner: MemoryPlanner, config: MemorySettings, memory: int
 ) -> Iterator[MemorySettings]:
     """`proposals` without the end."""
-    if not config.gradient_checkpointing:
+    if not config.gradient_checkpointing and planner.can_checkpoint:
         config = replace(config, gradient_checkpointing=True)
         yield config
     if (smaller := smaller_workspace(planner, config, memory)) is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_training import SIZE, make_rollouts, make_scored, options, tiny_model
 
+from benchmarks.tiny_families import tiny_config
 from lopd.cli import main as lopd
 from lopd.errors import ConfigError, MemoryPlanError, ModelError
 from lopd.models.lora import LoraOptions, add_lora
@@ -75,7 +76,7 @@ def test_saved_bytes_include_every_linear_layer(folder):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_dry_run_saves_as_much_as_a_real_forward(tmp_path, family, batch, checkpointing):
     real = tiny_model(family).train()
-    real.set_attn_implementation("sdpa")
+    real.set_attn_implementation("eager" if family == "gemma2" else "sdpa")
     real.config.save_pretrained(tmp_path)
     expected = activation_bytes(real, real_inputs(batch), checkpointing)
     dry = meta_model(str(tmp_path), "float32")
@@ -190,6 +191,8 @@ def test_the_loss_memory_includes_the_gradient_of_the_hidden_states(tmp_path, fr
 class Invented(MemoryPlanner):
     """Estimates by a rule instead of dry runs."""
 
+    can_checkpoint = True
+
     def __init__(self):
         super().__init__(torch.nn.Identity())
 
@@ -283,8 +286,8 @@ def test_settings_are_refused(folder, changes, message):
 def test_an_unknown_optimizer_and_a_model_that_needs_values_are_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="optim: found 'adam'"):
         main(config(folder, optim="adam"))
-    tiny_model("opt").config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="OPTForCausalLM: its forward"):
+    tiny_config("jetmoe").save_pretrained(tmp_path)  # splits tokens by counts of its router
+    with pytest.raises(ModelError, match="JetMoeForCausalLM: its memory cannot be planned"):
         main(config(str(tmp_path)))
 
 
