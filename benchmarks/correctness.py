@@ -73,8 +73,8 @@ def cases(problem: Problem) -> Iterator[Case]:
                 f"{divergence}, {kind}",
                 divergence=divergence,
                 tail=kind,
-                beta=0.3,
                 row_weights=weights,
+                **({"beta": 0.3} if divergence == "jsd" else {}),
             )
     yield sparse("head options", **head)
     yield sparse("none", reduction="none", row_weights=weights)

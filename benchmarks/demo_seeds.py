@@ -20,7 +20,8 @@ import torch
 import transformers
 
 from benchmarks.recorder import identity
-from lopd.stages.demo import DemoConfig, main
+from lopd.config.demo import DemoConfig
+from lopd.stages.demo import main
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 
 NAME = "demo_seeds.jsonl"

@@ -39,6 +39,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_families import VOCAB, families, tiny_model
+from lopd.config.objective import Objective
+from lopd.config.training import LoraOptions, MemorySettings
 from lopd.data.demonstrations import Demonstration
 from lopd.engines.base import Sampling
 from lopd.engines.transformers import TransformersEngine
@@ -46,12 +48,11 @@ from lopd.errors import LopdError
 from lopd.models.admission import check_model
 from lopd.models.architecture import ROUTER_COEFFICIENTS
 from lopd.models.load import load_model
-from lopd.models.lora import LoraOptions, add_lora, merged
+from lopd.models.lora import add_lora, merged
 from lopd.models.packing import check_packing, pack_attention
 from lopd.training.batch import Collator
 from lopd.training.dry_run import meta_model
-from lopd.training.memory import MemoryPlanner, MemorySettings
-from lopd.training.objective import Objective
+from lopd.training.memory import MemoryPlanner
 from lopd.training.step import step
 
 LENGTHS = ((4, 23), (2, 7), (9, 14), (3, 30))  # (prompt, whole sequence); windows are 8 long

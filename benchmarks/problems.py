@@ -82,8 +82,9 @@ class Problem:
         for part, chunk in self.parts(4):
             logits = wide_mm(chunk.hidden, chunk.weight.t()).requires_grad_()
             loss = sparse_divergence(
-                logits, chunk.ids, chunk.logprobs, tail_logprobs=chunk.tail, validate=False
-            )
+                logits, chunk.ids, chunk.logprobs, tail_logprobs=chunk.tail, reduction="sum",
+                validate=False,
+            )  # fmt: skip
             (out[part],) = torch.autograd.grad(loss, logits)
         return out
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from benchmarks import cache
 from benchmarks.clock import Outcome, Prepared
 from benchmarks.harness import classify, free_memory, one_line
+from lopd.config.training import DEFAULT_OPTIM, optimizer_class
 from lopd.models.packing import pack_attention
 from lopd.store import TeacherSequence, TopKLists
 from lopd.training.batch import Batch, Collator, to_device
-from lopd.training.options import DEFAULT_OPTIM, optimizer_class
 
 Loss = Callable[[Any, Batch, float], Tensor]  # (model, batch, normaliser) -> the micro-batch's loss
 MIB = 1 << 20

@@ -93,7 +93,7 @@ BESIDES: dict[str, dict[str, Any]] = {
         "expert_layer_period": 2,
         "expert_layer_offset": 1,
     },
-    "kimi_linear": _LINEAR,
+    "kimi_linear": {**_LINEAR, "linear_head_dim": 16, "linear_num_heads": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba": {"time_step_rank": 4},

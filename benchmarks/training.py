@@ -45,13 +45,14 @@ from benchmarks.qwen3 import (
     make_sequences,
 )
 from benchmarks.recorder import Recorder
+from lopd.config.objective import Objective
+from lopd.config.training import MemorySettings
 from lopd.models.flops import mfu, peak_flops, size_of, step_flops
 from lopd.models.head import run_with_loss
 from lopd.models.packing import check_packing, pack_attention
 from lopd.training.batch import Batch, Collator, to_device
 from lopd.training.dry_run import meta_model
-from lopd.training.memory import MemoryPlanner, MemorySettings
-from lopd.training.objective import Objective
+from lopd.training.memory import MemoryPlanner
 from lopd.training.step import model_inputs, step
 
 TRIES = 8  # largest number of steps in a search

@@ -86,12 +86,10 @@ def sparse(
 ) -> Tensor:
     if row_weights is not None:
         options["row_weights"] = torch.full_like(problem.tail, row_weights)
-    value = linear_sparse_divergence(
+    return linear_sparse_divergence(
         hidden, weight, problem.ids, problem.logprobs, tail_logprobs=problem.tail,
         **{"reduction": "mean", "validate": False, **options},
     )  # fmt: skip
-    assert isinstance(value, Tensor)
-    return value
 
 
 def ours(
@@ -121,11 +119,9 @@ def ours(
 
 
 def ours_policy_gradient(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
-    value = linear_policy_gradient(
+    return linear_policy_gradient(
         hidden, weight, problem.labels, problem.label_logprobs, reduction="mean", validate=False
     )
-    assert isinstance(value, Tensor)
-    return value
 
 
 def ours_cross_entropy(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from lopd import errors
 
 if TYPE_CHECKING:
+    from lopd.config.objective import Objective
     from lopd.models.head import run_with_loss
     from lopd.store import RolloutStore, TeacherCache
     from lopd.training.loop import train_loop
-    from lopd.training.objective import Objective
     from lopd.training.step import step
     from lopd.training.trainer import LopdTrainer
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 _MODULES = {
     "LopdTrainer": "lopd.training.trainer",
-    "Objective": "lopd.training.objective",
+    "Objective": "lopd.config.objective",
     "RolloutStore": "lopd.store",
     "TeacherCache": "lopd.store",
     "run_with_loss": "lopd.models.head",

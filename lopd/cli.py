@@ -2,12 +2,16 @@
 
 import gc
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from lopd import __version__
 from lopd.config.parse import build_config, check_keys, load_yaml
-from lopd.errors import ConfigError, LopdError
+from lopd.errors import ConfigError, Interrupted, LopdError
 
 # name: (module of lopd.stages, config class, summary)
 COMMANDS = {
@@ -70,6 +74,23 @@ def run(argv: Sequence[str]) -> None:
         print(f"lopd {command}: wrote {done}", file=sys.stderr)
 
 
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM, which schedulers send, ends a command as SIGINT does: in order, with a message."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can handle signals
+        return
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
 def _leave_process_group() -> None:
     """Destroy the process group that accelerate opened for training under torchrun.
 
@@ -107,13 +128,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        run(argv)
+        with _sigterm_raises():
+            run(argv)
     except (LopdError, OSError, ModuleNotFoundError) as error:
         print(f"lopd {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
-    except KeyboardInterrupt:
-        print(f"lopd {argv[0]}: interrupted; rerun the same command to continue", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        if isinstance(error, Interrupted) and error.orderly:
+            _leave_process_group()
+        kept = str(error) or (
+            "what was finished (shards, checkpoints, stages) is kept; rerun the same command to "
+            "continue"
+        )
+        print(f"lopd {argv[0]}: interrupted; {kept}", file=sys.stderr)
+        return getattr(error, "exit_code", 128 + signal.SIGINT)
     return 0
 
 

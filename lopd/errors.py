@@ -47,3 +47,18 @@ class MemoryPlanError(LopdError, ValueError):
     """A training run needs more memory than the GPU has; exit code 1."""
 
     exit_code = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM stopped a stage; the exit code is 128 plus the number of the signal.
+
+    Args:
+        signum: the signal.
+        kept: what was kept, and how to go on; empty if nobody knows better than the command line.
+        orderly: whether all processes of the run stop at the same point.
+    """
+
+    def __init__(self, signum: int, kept: str = "", *, orderly: bool = False) -> None:
+        super().__init__(kept)
+        self.signum, self.orderly = signum, orderly
+        self.exit_code = 128 + signum

@@ -26,19 +26,22 @@ def checked_head(
     temperature: float,
     workspace_bytes: int | None,
 ) -> HeadArgs:
-    """The head, with the gradients that its inputs require.
+    """The head on rows [N, D], with the gradients that its inputs require.
 
     Raises:
         ValueError: an invalid argument; the message names it.
     """
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        _checks.check_tensor(name, tensor)
+    if bias is not None:
+        _checks.check_tensor("bias", bias)
     hidden, weight, bias = _checks.cast_for_autocast(hidden, weight, bias)
     _checks.check_linear(hidden, weight, bias)
-    for name, value in (
-        ("logit_scale", logit_scale),
-        ("softcap", softcap),
-        ("temperature", temperature),
-    ):
-        _checks.check_positive(name, value)
+    if hidden.dim() > 2:
+        hidden = hidden.flatten(0, -2)
+    _checks.check_positive("logit_scale", logit_scale)
+    _checks.check_optional_positive("softcap", softcap)
+    _checks.check_positive("temperature", temperature)
     _checks.check_workspace(workspace_bytes)
 
     def needs_grad(x: Tensor | None) -> bool:
@@ -57,7 +60,7 @@ def reduced_loss(
     want_entropy: bool,
     weight_grad_buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, stats [N, 4 + extras]), by the operator that fits the call."""
+    """(loss [] or [N], stats [N, 4 + extras]), by the operator that fits the call."""
     if reduction == "mean":
         loss = loss._replace(row_weights=mean_weights(loss.row_weights, head.hidden))
     args, needs, bound = LossArgs.of(loss), head.needs, head.workspace_bytes
@@ -71,6 +74,11 @@ def reduced_loss(
     else:
         losses, stats, *_ = ops.fused_loss(*head, *args, want_entropy)
     return losses if reduction == "none" else losses.sum(), stats
+
+
+def in_shape(leading: torch.Size, rows: Tensor) -> Tensor:
+    """rows [N, ...] with the leading dimensions of the caller's hidden states."""
+    return rows if len(leading) == 1 else rows.reshape(*leading, *rows.shape[1:])
 
 
 def mean_weights(row_weights: Tensor | None, like: Tensor) -> Tensor:

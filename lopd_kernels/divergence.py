@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from lopd_kernels import _checks
-from lopd_kernels._calls import Reduction, checked_head, mean_weights, reduced_loss
+from lopd_kernels import _checks, _values
+from lopd_kernels._calls import Reduction, checked_head, in_shape, mean_weights, reduced_loss
 from lopd_kernels._core.gemm import compute_dtype
 from lopd_kernels._core.rules import DivergenceRule, RowLoss, teacher_buckets
 from lopd_kernels._ops.logits import logits_losses
 from lopd_kernels._ops.schema import LossArgs
 
+Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
+Tail = Literal["bucket", "renormalize", "truncate"]
+
 
 class SparseStats(NamedTuple):
-    """Per-row statistics, [N] each; 0 in rows of weight 0 or without ids.
+    """Per-row statistics, [N] or [B, T] each; 0 in rows of weight 0 or without ids.
 
     A renormalised loss does not look outside the list: it has no lse, tail or entropy.
     """
@@ -29,8 +32,13 @@ class SparseStats(NamedTuple):
     tail_floored: Tensor  # bool: a derived tail was raised to log 2^-23
 
 
+def _rule(divergence: str, tail: str, beta: float | None) -> DivergenceRule:
+    _checks.check_divergence(divergence, tail, beta)
+    return DivergenceRule(divergence, tail, 0.5 if beta is None else beta)
+
+
 def _checked_loss(
-    like: Tensor,  # hidden or logits
+    like: Tensor,  # hidden or logits, of any leading dimensions
     vocab: int,
     topk_ids: Tensor,
     topk_logprobs: Tensor,
@@ -40,57 +48,112 @@ def _checked_loss(
     reduction: str,
     validate: bool | None,
 ) -> tuple[RowLoss, Tensor]:
-    """The loss, and which rows [N] have a floored tail."""
-    _checks.check_divergence(rule.divergence, rule.tail, rule.beta)
+    """The loss of the flat rows, and which of them [N] have a floored tail."""
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-    n = like.shape[0]
-    _checks.check_ids("topk_ids", topk_ids, n, like)
-    _checks.check_list_length("topk_ids", topk_ids, vocab)
-    _checks.check_constant("topk_logprobs", topk_logprobs, tuple(topk_ids.shape), like)
-    _checks.check_constant("tail_logprobs", tail_logprobs, (n,), like)
-    _checks.check_constant("row_weights", row_weights, (n,), like)
-    if _checks.checks_values(validate, like):
-        ids = _checks.mask_unweighted(topk_ids, row_weights, -1)
-        _checks.check_id_values("topk_ids", ids, vocab)
-        used = tail_logprobs if rule.tail == "bucket" else None
-        _checks.check_teacher_values(ids, topk_logprobs, used, vocab)
-        _checks.check_weight_values(row_weights, reduction)
+    leading, columns = like.shape[:-1], ("K",)
+    ids = _checks.id_rows("topk_ids", topk_ids, leading, like, columns)
+    _checks.check_list_length("topk_ids", ids, vocab)
+    logprobs = _checks.constant_rows("topk_logprobs", topk_logprobs, leading, like, columns)
+    assert logprobs is not None
+    _checks.check_list_shape("topk_logprobs", logprobs, ids)
+    tail = _checks.constant_rows("tail_logprobs", tail_logprobs, leading, like)
+    weights = _checks.weight_rows(row_weights, leading, like)
+    if _values.checks_values(validate, like):
+        checks = _values.ValueChecks(weights)
+        checks.ids("topk_ids", ids, vocab)
+        uses_tail = rule.tail == "bucket"
+        checks.teacher(
+            ids, logprobs, tail if uses_tail else None, vocab,
+            derives_tail=tail is None and rule.tail != "renormalize",
+        )  # fmt: skip
+        checks.weights(reduction)
+        checks.finish()
     dtype = compute_dtype(like.dtype)
-    tail = None if tail_logprobs is None else tail_logprobs.to(dtype)
-    teacher = teacher_buckets(topk_ids, topk_logprobs.to(dtype), tail, vocab)
-    return RowLoss(topk_ids, teacher.logprobs, row_weights, rule), teacher.floored
+    tail = None if tail is None else tail.to(dtype)
+    teacher = teacher_buckets(ids, logprobs.to(dtype), tail, vocab)
+    return RowLoss(ids, teacher.logprobs, weights, rule), teacher.floored
 
 
-def _sparse_stats(stats: Tensor, loss: RowLoss, floored: Tensor) -> SparseStats:
-    losses, lse, tail, entropy = stats.unbind(1)
+def _sparse_stats(
+    leading: torch.Size, stats: Tensor, loss: RowLoss, floored: Tensor
+) -> SparseStats:
+    losses, lse, tail, entropy = (in_shape(leading, x) for x in stats.unbind(1))
     active = (loss.ids != -1).any(1)
     if loss.row_weights is not None:
         active = active & (loss.row_weights != 0)
-    teacher_tail, floored = torch.where(active, loss.target[:, -1], 0.0), floored & active
+    teacher_tail = in_shape(leading, torch.where(active, loss.target[:, -1], 0.0))
+    floored = in_shape(leading, floored & active)
     if loss.rule.ignores_unlisted:
         return SparseStats(losses, None, None, teacher_tail, None, floored)
     return SparseStats(losses, lse, tail, teacher_tail, entropy, floored)
 
 
+@overload
 def linear_sparse_divergence(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    topk_ids: Tensor,  # [N, K]
-    topk_logprobs: Tensor,  # [N, K]
+    hidden: Tensor,
+    weight: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
     *,
-    tail_logprobs: Tensor | None = None,  # [N]
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl",
-    tail: Literal["bucket", "renormalize", "truncate"] = "bucket",
-    beta: float = 0.5,
-    row_weights: Tensor | None = None,  # [N]
-    reduction: Reduction = "sum",
-    bias: Tensor | None = None,  # [V]
+    tail_logprobs: Tensor | None = ...,
+    divergence: Divergence = ...,
+    tail: Tail = ...,
+    beta: float | None = ...,
+    row_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    workspace_bytes: int | None = ...,
+    weight_grad_buffer: Tensor | None = ...,
+    validate: bool | None = ...,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_sparse_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    *,
+    tail_logprobs: Tensor | None = ...,
+    divergence: Divergence = ...,
+    tail: Tail = ...,
+    beta: float | None = ...,
+    row_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    workspace_bytes: int | None = ...,
+    weight_grad_buffer: Tensor | None = ...,
+    validate: bool | None = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, SparseStats]: ...
+
+
+def linear_sparse_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    *,
+    tail_logprobs: Tensor | None = None,
+    divergence: Divergence = "reverse_kl",
+    tail: Tail = "bucket",
+    beta: float | None = None,
+    row_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    tolerance: float = 0.0,
     workspace_bytes: int | None = None,
-    weight_grad_buffer: Tensor | None = None,  # [V, D]
+    weight_grad_buffer: Tensor | None = None,
     validate: bool | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, SparseStats]:
@@ -104,10 +167,13 @@ def linear_sparse_divergence(
         jsd         L_n = beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
 
     Args:
-        hidden: [N, D] float, the student's last hidden states at the loss-bearing positions.
+        hidden: [N, D] float, the student's last hidden states at the loss-bearing positions. Or
+            [B, T, D]; then every [N] below is [B, T]. Rows of weight 0 cost as much as others.
         weight: [V, D], the LM head's weight, in the dtype of `hidden`.
         topk_ids: [N, K] int32 or int64, distinct in each row, -1 where a row has fewer than K.
-        topk_logprobs: [N, K] float, nat, the teacher's log-probs of the full softmax.
+        topk_logprobs: [N, K] float, nat, the teacher's log-probs of the full softmax. Lists that
+            were renormalised (mass 1 in every row, without the rest) are refused where the loss
+            would need the mass outside.
         tail_logprobs: [N] float, nat, log of the teacher's mass outside the list. Without it the
             tail is log(1 - sum_k q_k), floored at log 2^-23 (see `SparseStats.tail_floored`).
         divergence: the formula above.
@@ -115,15 +181,14 @@ def linear_sparse_divergence(
             leaves the tail out of the sum, and has a gradient there. "renormalize" rescales both
             distributions to the list, so it ignores the mass outside, and needs no LM-head GEMM.
             The last two do not use `tail_logprobs`.
-        beta: of jsd, strictly between 0 and 1.
-        row_weights: [N] float w_n. A row of weight 0 or without ids has loss and gradient 0,
-            whatever it holds.
-        reduction: "sum" is sum_n w_n L_n, "mean" divides it by sum_n w_n (0 where that is 0),
-            "none" is w_n L_n [N].
+        beta: of jsd only, strictly between 0 and 1; None is 0.5.
+        row_weights: [N] float w_n, or a bool mask. A row of weight 0 or without ids has loss and
+            gradient 0, whatever it holds.
+        reduction: "mean" is sum_n w_n L_n / sum_n w_n (0 where that is 0), "sum" leaves the
+            divisor out, "none" is w_n L_n [N].
         bias: [V], added before the scale.
         logit_scale, softcap, temperature: of the student's logits, as above. There is no factor
             temperature^2.
-        tolerance: reserved; 0.0 only.
         workspace_bytes: bound on what the call allocates beyond inputs and outputs.
         weight_grad_buffer: [V, D] float32. The backward adds dW to it and `weight` gets no
             gradient. The logits are then computed a second time in the backward, as for "none"
@@ -151,31 +216,67 @@ def linear_sparse_divergence(
     >>> loss = linear_sparse_divergence(hidden, weight, topk_ids, topk_logprobs)
     >>> loss.backward()
     >>> round(loss.item(), 4), tuple(hidden.grad.shape)
-    (0.0806, (2, 2))
+    (0.0403, (2, 2))
     """
     head = checked_head(hidden, weight, bias, logit_scale, softcap, temperature, workspace_bytes)
-    _checks.check_tolerance(tolerance)
     _checks.check_weight_grad_buffer(weight_grad_buffer, head.weight)
-    rule = DivergenceRule(divergence, tail, beta)
     loss, floored = _checked_loss(
-        head.hidden, weight.shape[0], topk_ids, topk_logprobs, tail_logprobs, rule, row_weights,
-        reduction, validate,
+        hidden, weight.shape[0], topk_ids, topk_logprobs, tail_logprobs,
+        _rule(divergence, tail, beta), row_weights, reduction, validate,
     )  # fmt: skip
     value, stats = reduced_loss(head, loss, reduction, return_stats, weight_grad_buffer)
-    return (value, _sparse_stats(stats, loss, floored)) if return_stats else value
+    leading = hidden.shape[:-1]
+    value = in_shape(leading, value) if reduction == "none" else value
+    return (value, _sparse_stats(leading, stats, loss, floored)) if return_stats else value
+
+
+@overload
+def sparse_divergence(
+    logits: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    *,
+    tail_logprobs: Tensor | None = ...,
+    divergence: Divergence = ...,
+    tail: Tail = ...,
+    beta: float | None = ...,
+    row_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    temperature: float = ...,
+    validate: bool | None = ...,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sparse_divergence(
+    logits: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    *,
+    tail_logprobs: Tensor | None = ...,
+    divergence: Divergence = ...,
+    tail: Tail = ...,
+    beta: float | None = ...,
+    row_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    temperature: float = ...,
+    validate: bool | None = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, SparseStats]: ...
 
 
 def sparse_divergence(
-    logits: Tensor,  # [N, V]
-    topk_ids: Tensor,  # [N, K]
-    topk_logprobs: Tensor,  # [N, K]
+    logits: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
     *,
-    tail_logprobs: Tensor | None = None,  # [N]
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl",
-    tail: Literal["bucket", "renormalize", "truncate"] = "bucket",
-    beta: float = 0.5,
-    row_weights: Tensor | None = None,  # [N]
-    reduction: Reduction = "sum",
+    tail_logprobs: Tensor | None = None,
+    divergence: Divergence = "reverse_kl",
+    tail: Tail = "bucket",
+    beta: float | None = None,
+    row_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
     temperature: float = 1.0,
     validate: bool | None = None,
     return_stats: bool = False,
@@ -186,8 +287,8 @@ def sparse_divergence(
     [N, V]; the backward allocates the gradient.
 
     Args:
-        logits: [N, V] float, the student's, after scale and softcap. -inf marks an id without
-            mass.
+        logits: [N, V] or [B, T, V] float, the student's, after scale and softcap. -inf marks an
+            id without mass.
 
     The other arguments are those of `linear_sparse_divergence`.
 
@@ -207,18 +308,22 @@ def sparse_divergence(
     >>> sparse_divergence(logits, torch.tensor([[0, 1]]), teacher[:, :2]).item() < 1e-6
     True
     """
-    _checks.check_no_dtensor("logits", logits)
-    if logits.dim() != 2 or logits.dtype not in _checks.FLOATS:
-        raise ValueError(
-            f"logits are {logits.dtype} {list(logits.shape)}, expected floating point [N, V]"
+    _checks.check_tensor("logits", logits)
+    if logits.dim() < 2 or logits.dtype not in _checks.FLOATS:
+        raise _checks.DtypeError(
+            f"logits are {logits.dtype} {list(logits.shape)}, expected floating point [N, V] or "
+            "[B, T, V]"
         )
     _checks.check_positive("temperature", temperature)
     loss, floored = _checked_loss(
-        logits, logits.shape[1], topk_ids, topk_logprobs, tail_logprobs,
-        DivergenceRule(divergence, tail, beta), row_weights, reduction, validate,
+        logits, logits.shape[-1], topk_ids, topk_logprobs, tail_logprobs,
+        _rule(divergence, tail, beta), row_weights, reduction, validate,
     )  # fmt: skip
+    leading, rows = logits.shape[:-1], logits
+    if logits.dim() > 2:
+        rows = logits.flatten(0, -2)
     if reduction == "mean":
-        loss = loss._replace(row_weights=mean_weights(row_weights, logits))
-    losses, stats = logits_losses(logits, temperature, *LossArgs.of(loss), return_stats)
-    value = losses if reduction == "none" else losses.sum()
-    return (value, _sparse_stats(stats, loss, floored)) if return_stats else value
+        loss = loss._replace(row_weights=mean_weights(loss.row_weights, rows))
+    losses, stats = logits_losses(rows, temperature, *LossArgs.of(loss), return_stats)
+    value = in_shape(leading, losses) if reduction == "none" else losses.sum()
+    return (value, _sparse_stats(leading, stats, loss, floored)) if return_stats else value

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from lopd_kernels import _checks
-from lopd_kernels._calls import checked_head
+from lopd_kernels import _checks, _values
+from lopd_kernels._calls import checked_head, in_shape
 from lopd_kernels._ops import logprobs as ops
 
 
@@ -24,18 +24,50 @@ class TopK(NamedTuple):
     sampled_logprobs: Tensor | None  # [N] at sampled_ids
 
 
+@overload
 def linear_logprobs(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    ids: Tensor,  # [N, K]
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
     *,
-    return_entropy: bool = False,
-    bias: Tensor | None = None,  # [V]
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    workspace_bytes: int | None = ...,
+    validate: bool | None = ...,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    workspace_bytes: int | None = ...,
+    validate: bool | None = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     workspace_bytes: int | None = None,
     validate: bool | None = None,
+    return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of given ids, and the entropy of each row; differentiable once.
 
@@ -44,7 +76,7 @@ def linear_logprobs(
     The backward computes the logits a second time.
 
     Args:
-        hidden: [N, D] float, last hidden states.
+        hidden: [N, D] float, last hidden states. Or [B, T, D]; then every [N] is [B, T].
         weight: [V, D], the LM head's weight, in the dtype of `hidden`.
         ids: [N, K] int32 or int64. An id may be repeated in a row, and gradients then add up. -1
             pads; pads give -inf and carry no gradient.
@@ -72,22 +104,26 @@ def linear_logprobs(
     ([[-1.3863, -inf]], 1.3863)
     """
     head = checked_head(hidden, weight, bias, logit_scale, softcap, temperature, workspace_bytes)
-    _checks.check_ids("ids", ids, head.rows, head.hidden)
-    if _checks.checks_values(validate, head.hidden):
-        _checks.check_id_values("ids", ids, weight.shape[0], distinct=False)
+    leading = hidden.shape[:-1]
+    ids = _checks.id_rows("ids", ids, leading, hidden, ("K",))
+    if _values.checks_values(validate, hidden):
+        checks = _values.ValueChecks()
+        checks.ids("ids", ids, weight.shape[0], distinct=False)
+        checks.finish()
     logprobs, entropy, *_ = ops.logprobs(*head, ids, return_entropy)
+    logprobs, entropy = in_shape(leading, logprobs), in_shape(leading, entropy)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
 @torch.no_grad()
 def linear_topk(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
+    hidden: Tensor,
+    weight: Tensor,
     k: int,
     *,
-    extra_ids: Tensor | None = None,  # [N, E]
-    sampled_ids: Tensor | None = None,  # [N]
-    bias: Tensor | None = None,  # [V]
+    extra_ids: Tensor | None = None,
+    sampled_ids: Tensor | None = None,
+    bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -103,7 +139,7 @@ def linear_topk(
     precision at any size.
 
     Args:
-        hidden: [N, D] float, last hidden states.
+        hidden: [N, D] float, last hidden states. Or [B, T, D]; then every [N] is [B, T].
         weight: [V, D], the LM head's weight, in the dtype of `hidden`.
         k: length of the list, 1 to V.
         extra_ids: [N, E] int32 or int64, -1 pads: ids whose log-probs are returned, and that
@@ -131,30 +167,28 @@ def linear_topk(
     """
     head = checked_head(hidden, weight, bias, logit_scale, softcap, temperature, workspace_bytes)
     vocab = weight.shape[0]
-    if not 1 <= k <= vocab:
-        raise ValueError(f"k is {k}, expected 1 to the vocabulary size {vocab}")
-    checks_values = _checks.checks_values(validate, head.hidden)
+    _checks.check_count("k", k, 1, vocab, f"1 to the vocabulary size {vocab}")
+    leading = hidden.shape[:-1]
+    extra = sampled = head.hidden.new_empty((head.rows, 0), dtype=torch.int64)
     if extra_ids is not None:
-        _checks.check_ids("extra_ids", extra_ids, head.rows, head.hidden)
-        if checks_values:
-            _checks.check_id_values("extra_ids", extra_ids, vocab, distinct=False)
+        extra = _checks.id_rows("extra_ids", extra_ids, leading, hidden, ("E",))
     if sampled_ids is not None:
-        _checks.check_ids("sampled_ids", sampled_ids, head.rows, head.hidden, dims=1)
-        if checks_values:
-            _checks.check_id_values("sampled_ids", sampled_ids, vocab, pads=False)
-    none = head.hidden.new_empty((head.rows, 0), dtype=torch.int64)
-    ids, logprobs, tail, entropy, extra, extra_tail, sampled = ops.topk(
-        *head,
-        k,
-        none if extra_ids is None else extra_ids,
-        none if sampled_ids is None else sampled_ids.unsqueeze(1),
+        sampled = _checks.id_rows("sampled_ids", sampled_ids, leading, hidden).unsqueeze(1)
+    if _values.checks_values(validate, hidden):
+        checks = _values.ValueChecks()
+        checks.ids("extra_ids", extra, vocab, distinct=False)
+        checks.ids("sampled_ids", sampled, vocab, pads=False, distinct=False)
+        checks.finish()
+    results = ops.topk(*head, k, extra, sampled)
+    ids, logprobs, tail, entropy, at_extra, extra_tail, at_sampled = (
+        in_shape(leading, x) for x in results
     )
     return TopK(
         ids,
         logprobs,
         tail,
         entropy,
-        None if extra_ids is None else extra,
+        None if extra_ids is None else at_extra,
         None if extra_ids is None else extra_tail,
-        None if sampled_ids is None else sampled[:, 0],
+        None if sampled_ids is None else at_sampled[..., 0],
     )

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from lopd_kernels import _checks
-from lopd_kernels._calls import Reduction, checked_head, reduced_loss
-from lopd_kernels._core.gemm import compute_dtype
+from lopd_kernels import _checks, _values
+from lopd_kernels._calls import Reduction, checked_head, in_shape, reduced_loss
 from lopd_kernels._core.rules import CrossEntropyRule, PolicyGradientRule, RowLoss
-from lopd_kernels._ops.schema import HeadArgs
+
+Importance = Literal["none", "token", "token_truncated"]
 
 
 class PolicyStats(NamedTuple):
-    """Per-row statistics, [N] each; 0 in rows of weight 0."""
+    """Per-row statistics, [N] or [B, T] each; 0 in rows of weight 0."""
 
     loss: Tensor  # L_n, not weighted
     logprobs: Tensor  # the student's log-prob of the sampled id
@@ -26,66 +26,139 @@ class PolicyStats(NamedTuple):
     student_entropy: Tensor  # nat
 
 
-def _check_rows(
+class _Rows(NamedTuple):
+    """The flat arguments [N] of a loss on one id per row."""
+
+    ids: Tensor  # [N, 1]; -1 in ignored rows, -2 where the id is negative and therefore invalid
+    weights: Tensor | None  # 0 in ignored rows
+    constants: dict[str, Tensor | None]
+
+
+def _checked_rows(
     name: str,
-    head: HeadArgs,
-    ids: Tensor,  # [N]
+    ids: Tensor,
+    ignore_index: int,
+    like: Tensor,  # hidden, of any leading dimensions
+    vocab: int,
     row_weights: Tensor | None,
     reduction: str,
     validate: bool | None,
-    **constants: Tensor | None,  # [N]
-) -> None:
-    n, like = head.rows, head.hidden
+    **constants: Tensor | None,
+) -> _Rows:
+    """Flat rows; constants whose name ends in `logprobs` are checked to be such."""
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.check_ids(name, ids, n, like, dims=1)
-    for key, tensor in {"row_weights": row_weights, **constants}.items():
-        _checks.check_constant(key, tensor, (n,), like)
-    if _checks.checks_values(validate, like):
-        weighted = _checks.mask_unweighted(ids, row_weights, 0)
-        _checks.check_id_values(name, weighted, head.weight.shape[0], pads=False)
-        _checks.check_weight_values(row_weights, reduction)
-        for key, tensor in constants.items():
+    _checks.check_integer("ignore_index", ignore_index)
+    leading = like.shape[:-1]
+    ids = _checks.id_rows(name, ids, leading, like)
+    weights = _checks.weight_rows(row_weights, leading, like)
+    flat = {
+        key: _checks.constant_rows(key, tensor, leading, like) for key, tensor in constants.items()
+    }
+    ignored = ids == ignore_index
+    if weights is None:
+        weights = torch.ones_like(ids, dtype=torch.float32)
+    weights = weights.masked_fill(ignored, 0.0)
+    known = ids.masked_fill(ignored, 0)
+    if _values.checks_values(validate, like):
+        checks = _values.ValueChecks(weights)
+        checks.ids(name, known, vocab, pads=False)
+        checks.weights(reduction)
+        for key, tensor in flat.items():
             if tensor is not None:
-                _checks.check_finite(key, tensor, row_weights)
+                (checks.logprobs if key.endswith("logprobs") else checks.finite)(key, tensor)
+        checks.finish()
+    marked = torch.where(known < 0, -2, known).masked_fill(ignored, -1)
+    return _Rows(marked.unsqueeze(1), weights, flat)
 
 
-def _score(
+def _check_score(
     teacher_logprobs: Tensor | None, advantages: Tensor | None, advantage_clip: float | None
-) -> Tensor:
-    """The advantages, or the teacher's log-probs that they are derived from."""
-    _checks.check_positive("advantage_clip", advantage_clip)
-    if advantages is not None:
-        if advantage_clip is not None:
-            raise ValueError(
-                f"advantage_clip is {advantage_clip}, but it applies to derived advantages only; "
-                "clip yours before the call"
-            )
-        return advantages
-    if teacher_logprobs is None:
+) -> None:
+    _checks.check_optional_positive("advantage_clip", advantage_clip)
+    if advantages is not None and advantage_clip is not None:
+        raise ValueError(
+            f"advantage_clip is {advantage_clip}, but it applies to derived advantages only; "
+            "clip yours before the call"
+        )
+    if advantages is None and teacher_logprobs is None:
         raise ValueError("teacher_logprobs and advantages are both None; pass one of them")
-    return teacher_logprobs
+
+
+@overload
+def linear_policy_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    sampled_ids: Tensor,
+    teacher_logprobs: Tensor | None = ...,
+    *,
+    advantages: Tensor | None = ...,
+    advantage_clip: float | None = ...,
+    rollout_logprobs: Tensor | None = ...,
+    importance: Importance = ...,
+    importance_cap: float | None = ...,
+    clip_range: float | None = ...,
+    ignore_index: int = ...,
+    row_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    workspace_bytes: int | None = ...,
+    weight_grad_buffer: Tensor | None = ...,
+    validate: bool | None = ...,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_policy_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    sampled_ids: Tensor,
+    teacher_logprobs: Tensor | None = ...,
+    *,
+    advantages: Tensor | None = ...,
+    advantage_clip: float | None = ...,
+    rollout_logprobs: Tensor | None = ...,
+    importance: Importance = ...,
+    importance_cap: float | None = ...,
+    clip_range: float | None = ...,
+    ignore_index: int = ...,
+    row_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    workspace_bytes: int | None = ...,
+    weight_grad_buffer: Tensor | None = ...,
+    validate: bool | None = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, PolicyStats]: ...
 
 
 def linear_policy_gradient(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    sampled_ids: Tensor,  # [N]
-    teacher_logprobs: Tensor | None,  # [N]
+    hidden: Tensor,
+    weight: Tensor,
+    sampled_ids: Tensor,
+    teacher_logprobs: Tensor | None = None,
     *,
-    advantages: Tensor | None = None,  # [N]
+    advantages: Tensor | None = None,
     advantage_clip: float | None = None,
-    rollout_logprobs: Tensor | None = None,  # [N]
-    importance: Literal["none", "token", "token_truncated"] = "none",
+    rollout_logprobs: Tensor | None = None,
+    importance: Importance = "none",
     importance_cap: float | None = None,
     clip_range: float | None = None,
-    row_weights: Tensor | None = None,  # [N]
-    reduction: Reduction = "sum",
-    bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    row_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     workspace_bytes: int | None = None,
-    weight_grad_buffer: Tensor | None = None,  # [V, D]
+    weight_grad_buffer: Tensor | None = None,
     validate: bool | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, PolicyStats]:
@@ -102,7 +175,8 @@ def linear_policy_gradient(
     this is least squares on log-ratios, dominated by tokens with a large negative advantage.
 
     Args:
-        hidden: [N, D] float, the student's last hidden states.
+        hidden: [N, D] float, the student's last hidden states. Or [B, T, D]; then every [N] below
+            is [B, T].
         weight: [V, D], the LM head's weight, in the dtype of `hidden`.
         sampled_ids: [N] int32 or int64, y_n; -1 is an error, not padding.
         teacher_logprobs: [N] float, nat, log q_n(y_n). May be None if `advantages` are passed.
@@ -113,6 +187,7 @@ def linear_policy_gradient(
         importance: rho_n is 1 ("none"), p_n / p_rollout ("token"), or that capped at
             `importance_cap` ("token_truncated").
         clip_range: use PPO's loss, with rho_n = p_n / p_rollout and `importance="none"`.
+        ignore_index: a sampled id; its rows have weight 0.
 
     The other arguments are those of `linear_sparse_divergence`.
 
@@ -137,44 +212,51 @@ def linear_policy_gradient(
     """
     head = checked_head(hidden, weight, bias, logit_scale, softcap, temperature, workspace_bytes)
     _checks.check_weight_grad_buffer(weight_grad_buffer, head.weight)
-    _checks.check_importance(importance, importance_cap, clip_range, rollout_logprobs)
-    score = _score(teacher_logprobs, advantages, advantage_clip)
-    _check_rows(
-        "sampled_ids", head, sampled_ids, row_weights, reduction, validate,
-        teacher_logprobs=teacher_logprobs, advantages=advantages, rollout_logprobs=rollout_logprobs,
+    _checks.check_importance(importance, importance_cap, clip_range)
+    _checks.check_rollout(rollout_logprobs, clip_range is not None or importance != "none")
+    _check_score(teacher_logprobs, advantages, advantage_clip)
+    rows = _checked_rows(
+        "sampled_ids", sampled_ids, ignore_index, hidden, weight.shape[0], row_weights, reduction,
+        validate, teacher_logprobs=teacher_logprobs, advantages=advantages,
+        rollout_logprobs=rollout_logprobs,
     )  # fmt: skip
-    score = score.to(compute_dtype(hidden.dtype))
-    rollout = torch.zeros_like(score) if rollout_logprobs is None else rollout_logprobs.to(score)
+    given = rows.constants["advantages"]
+    score = rows.constants["teacher_logprobs"] if given is None else given
+    assert score is not None
+    score = score.to(head.dtype)
+    rollout = rows.constants["rollout_logprobs"]
+    rollout = torch.zeros_like(score) if rollout is None else rollout.to(score)
     rule = PolicyGradientRule(
-        from_teacher=advantages is None,
+        from_teacher=given is None,
         importance="clipped" if clip_range is not None else importance,
         advantage_clip=advantage_clip or math.inf,
         importance_cap=importance_cap or math.inf,
         clip_range=clip_range or 0.0,
     )
-    ids = torch.where(sampled_ids < 0, -2, sampled_ids)  # -1 would be a pad, -2 is invalid
-    loss = RowLoss(ids.unsqueeze(1), torch.stack([score, rollout], 1), row_weights, rule)
+    loss = RowLoss(rows.ids, torch.stack([score, rollout], 1), rows.weights, rule)
     value, stats = reduced_loss(head, loss, reduction, return_stats, weight_grad_buffer)
+    leading = hidden.shape[:-1]
+    value = in_shape(leading, value) if reduction == "none" else value
     if not return_stats:
         return value
-    losses, lse, _, entropy, logprobs, used, ratio = stats.unbind(1)
+    losses, lse, _, entropy, logprobs, used, ratio = (in_shape(leading, x) for x in stats.unbind(1))
     return value, PolicyStats(losses, logprobs, used, ratio, lse, entropy)
 
 
 def linear_cross_entropy(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    labels: Tensor,  # [N]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
     *,
     ignore_index: int = -100,
-    row_weights: Tensor | None = None,  # [N]
+    row_weights: Tensor | None = None,
     reduction: Reduction = "mean",
-    bias: Tensor | None = None,  # [V]
+    bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     workspace_bytes: int | None = None,
-    weight_grad_buffer: Tensor | None = None,  # [V, D]
+    weight_grad_buffer: Tensor | None = None,
     validate: bool | None = None,
 ) -> Tensor:
     """Cross-entropy from hidden states, without the [N, V] logits.
@@ -182,11 +264,11 @@ def linear_cross_entropy(
         L_n = -log p_n(y_n)
 
     Args:
-        hidden: [N, D] float, last hidden states.
+        hidden: [N, D] float, last hidden states. Or [B, T, D]; then every [N] below is [B, T].
         weight: [V, D], the LM head's weight, in the dtype of `hidden`.
         labels: [N] int32 or int64, y_n.
         ignore_index: a label; its rows have weight 0.
-        row_weights: [N] float w_n.
+        row_weights: [N] float w_n, or a bool mask.
         reduction: as in `linear_sparse_divergence`; "mean" divides by the sum of the weights of
             the rows that are not ignored.
 
@@ -212,13 +294,10 @@ def linear_cross_entropy(
     """
     head = checked_head(hidden, weight, bias, logit_scale, softcap, temperature, workspace_bytes)
     _checks.check_weight_grad_buffer(weight_grad_buffer, head.weight)
-    ignored = labels == ignore_index
-    known = labels.masked_fill(ignored, 0)
-    _check_rows("labels", head, known, row_weights, reduction, validate)
-    if row_weights is None:
-        row_weights = torch.ones_like(labels, dtype=torch.float32)
-    weights = row_weights.masked_fill(ignored, 0.0)
-    ids = torch.where(known < 0, -2, known).masked_fill(ignored, -1)  # -2 is invalid, -1 a pad
-    target = hidden.new_zeros((head.rows, 1))
-    loss = RowLoss(ids.unsqueeze(1), target, weights, CrossEntropyRule())
-    return reduced_loss(head, loss, reduction, False, weight_grad_buffer)[0]
+    rows = _checked_rows(
+        "labels", labels, ignore_index, hidden, weight.shape[0], row_weights, reduction, validate
+    )
+    target = head.hidden.new_zeros((head.rows, 1))
+    loss = RowLoss(rows.ids, target, rows.weights, CrossEntropyRule())
+    value = reduced_loss(head, loss, reduction, False, weight_grad_buffer)[0]
+    return in_shape(hidden.shape[:-1], value) if reduction == "none" else value

@@ -110,7 +110,7 @@ def sparse_divergence(
     tail: str = "bucket",
     beta: float = 0.5,
     row_weights: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str = "mean",
     temperature: float = 1.0,
 ) -> Tensor:
     """`lopd_kernels.sparse_divergence`, row by row, with both distributions written out.
@@ -163,7 +163,7 @@ def linear_sparse_divergence(
     tail: str = "bucket",
     beta: float = 0.5,
     row_weights: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str = "mean",
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -202,7 +202,7 @@ def linear_policy_gradient(
     importance_cap: float | None = None,
     clip_range: float | None = None,
     row_weights: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str = "mean",
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,

@@ -1,5 +1,6 @@
 """Rollouts, scores and folders for the tests of lopd.store."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from lopd.provenance import Manifest, build_manifest
+from lopd.provenance.io import pretty_json
 from lopd.provenance.manifest import parse_manifest
 from lopd.store import CacheWriter, Rollout, RolloutWriter, TeacherScores
+from lopd.store.receipts import sealed
 
 SHARDS = [f"shard-{i:05d}.safetensors" for i in range(3)]
 RECEIPTS = [f"shard-{i:05d}.json" for i in range(3)]
@@ -76,6 +79,7 @@ def make_manifest(
         "weights": "a" * 64,
         "tokenizer": "b" * 64,
         "vocab_size": vocab_size,
+        **extra.pop("model", {}),
     }
     rollouts = {"digest": "c" * 64, "model": {"weights": "d" * 64}}
     return build_manifest(
@@ -116,6 +120,14 @@ def write_rollouts(folder: Path, manifest: Manifest, **pair: Any) -> None:
         for shard in writer.missing():
             writer.write(shard, shards[shard])
         writer.finish()
+
+
+def edit_receipt(path: Path, *, without: str = "digest", **changes: Any) -> None:
+    """Change a receipt and seal it again, as no accident would."""
+    content = json.loads(path.read_text()) | changes
+    del content["digest"]
+    content.pop(without, None)
+    path.write_bytes(pretty_json(sealed(content)))
 
 
 def flip(path: Path, position: int) -> None:

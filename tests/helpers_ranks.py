@@ -11,10 +11,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lopd.config.objective import Objective
+from lopd.config.training import LoraOptions
 from lopd.models.head import check_head, check_trainable, plain_model
-from lopd.models.lora import LoraOptions, add_lora
+from lopd.models.lora import add_lora
 from lopd.training.batch import Collator
-from lopd.training.objective import Objective
 from lopd.training.step import step
 
 WORLD = 2

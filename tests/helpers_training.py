@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
+from lopd.config.objective import Objective
+from lopd.config.training import TrainOptions
 from lopd.store import Rollout, TeacherSequence, TopKLists
 from lopd.training.batch import Collator, SequenceDataset
-from lopd.training.objective import Objective
-from lopd.training.options import TrainOptions
 
 VOCAB = 40
 SIZE = {

@@ -62,13 +62,6 @@ def test_commands_in_the_documents_parse(line, monkeypatch):
     assert isinstance(seen[0], getattr(module, class_name))
 
 
-@pytest.mark.parametrize(
-    "target", ["demo", "test", "test-all", "test-vllm", "lint", "demo-seeds", "bench-live"]
-)
-def test_make_targets_exist(target):
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-
-
 @pytest.mark.parametrize("page", [name for name in PAGES if name != "CHANGELOG.md"])
 def test_files_in_the_documents_exist(page):
     folders = "lopd|lopd_kernels|docs|benchmarks|tests"

@@ -57,11 +57,12 @@ def test_the_plain_loop_reduces_its_loss(capsys):
 def test_the_plain_loop_has_the_gradients_of_dense_logits():
     example = load("plain_loop")
     student, teacher = example.tiny_model(0, width=32), example.tiny_model(1, width=64)
-    batch = example.roll_out(student, 48)
+    batch = example.roll_out(student, 256)
     lengths = batch["loss_mask"].sum(1)
     assert lengths.min() < lengths.max()  # some stopped early
     rows = zip(batch["input_ids"].tolist(), lengths.tolist(), strict=True)
     for ids, length in rows:
+        assert example.EOS in ids[: example.PROMPT]  # as in ChatML prompts
         answer = ids[example.PROMPT :]
         stop = answer.index(example.EOS) + 1 if example.EOS in answer else example.ANSWER
         assert length == stop
@@ -73,6 +74,15 @@ def test_the_plain_loop_has_the_gradients_of_dense_logits():
     )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_gradients(student, expected)
+
+
+def test_the_plain_loop_refuses_a_row_without_a_loss_token():
+    example = load("plain_loop")
+    student = example.tiny_model(0, width=32)
+    batch = example.roll_out(student, 2)
+    batch["loss_mask"][1] = False
+    with pytest.raises(ValueError, match="no token to train on"):
+        example.score(student, batch)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +161,20 @@ def test_mixed_precision_reaches_the_backbone(trl_example, tmp_path):
     projection.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     loss = trainer.compute_loss(trainer.model, batch_of(trainer))
     assert seen == [torch.bfloat16] and torch.isfinite(loss)
+
+
+def test_long_rows_stay_whole(trl_example, tmp_path):
+    rows = [{"input_ids": [5] * n, "labels": [-100] * 900 + [5] * (n - 900)} for n in (1200, 4096)]
+    trainer = trl_example.tiny_run(tmp_path, rows=rows, save_strategy="no")
+    assert [len(row["input_ids"]) for row in trainer.train_dataset] == [1200, 4096]
+    assert [sum(x != -100 for x in row["labels"]) for row in trainer.train_dataset] == [300, 3196]
+
+
+def test_a_batch_without_a_label_is_refused(trainer):
+    batch = batch_of(trainer)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    with pytest.raises(ValueError, match="no token has a label"):
+        trainer.compute_loss(trainer.model, batch)
 
 
 def test_logits_are_refused(trainer):

@@ -34,7 +34,7 @@ KERNEL_LAYERS = [
         "_triton.kernels",
         "reference",
     },
-    {"_core.workspace", "_core.backend", "_core.buckets", "_checks"},
+    {"_core.workspace", "_core.backend", "_core.buckets", "_checks", "_values"},
     {"_core.linear", "_torch", "_triton"},
     {"_core.scaling"},
     {"_core.chunks", "_core.panels"},
@@ -43,6 +43,7 @@ KERNEL_LAYERS = [
     {"_ops"},
     {"_calls", "workspace"},
     {"divergence", "policy", "logprobs"},
+    {"modules"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, name in enumerate(PACKAGES)}
@@ -80,6 +81,18 @@ def test_packages_import_in_one_direction(path):
             assert LEVEL[parts[1]] <= LEVEL[package], f"{package} imports {name}"
         if parts[0] == "lopd_kernels":
             assert package in USES_KERNELS, f"{package} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lopd/config").glob("*.py")), ids=lambda p: p.name)
+def test_settings_import_only_the_standard_library_at_their_top(path):
+    """So that `--help` and errors in arguments wait for neither torch nor transformers."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    assert {name.split(".")[0] for name in found} <= {*sys.stdlib_module_names, "lopd"}
 
 
 def test_every_package_has_its_place():

@@ -18,14 +18,19 @@ def tiny_model(seed, width):  # replace with `from_pretrained` for your own mode
 
 def roll_out(student, count):
     prompts = torch.randint(1, VOCAB, (count, PROMPT))
+    prompts[:, PROMPT - 2] = EOS  # many chat templates end each turn with it
     sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": ANSWER, "pad_token_id": EOS}
     ids = student.generate(prompts, attention_mask=torch.ones_like(prompts), **sampling)
-    mask = (ids == EOS).cumsum(1) - (ids == EOS).long() == 0  # up to and including the first EOS
-    loss_mask = mask & (torch.arange(ids.shape[1]) >= PROMPT)
-    return {"input_ids": ids, "attention_mask": mask.long(), "loss_mask": loss_mask}
+    ends = (ids[:, PROMPT:] == EOS).long()  # searched in the answer alone
+    answer = ends.cumsum(1) - ends == 0  # up to and including its first EOS
+    loss_mask = torch.cat([torch.zeros_like(prompts, dtype=torch.bool), answer], 1)
+    attention_mask = torch.cat([torch.ones_like(prompts), answer.long()], 1)
+    return {"input_ids": ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
 
 
 def answer_states(model, batch):  # [N, D], the states that predict answer tokens
+    if not batch["loss_mask"].any(1).all():
+        raise ValueError("a row has no token to train on; expected an answer in each")
     hidden = model.base_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
     return hidden[:, :-1][batch["loss_mask"][:, 1:]]
 

@@ -32,6 +32,8 @@ class DistillationTrainer(SFTTrainer):
         if return_outputs:
             raise ValueError("no logits are made; set prediction_loss_only=True")
         predicted = inputs["labels"][:, 1:] != -100  # [B, T - 1]: position t predicts token t + 1
+        if not predicted.any():
+            raise ValueError("no token has a label; expected some in each batch")
         sequences = {key: inputs[key] for key in ("input_ids", "attention_mask")}
 
         def score(hidden, weight, bias, head):
@@ -51,14 +53,14 @@ class DistillationTrainer(SFTTrainer):
         if router is not None:  # router loss of a mixture of experts, a mean over this batch
             total = total + router * predicted.sum()
         if num_items_in_batch is None:  # evaluation
-            return total / predicted.sum().clamp(min=1)
+            return total / predicted.sum()
         # num_items_in_batch counts the tokens of all micro-batches and processes. Gradients are
         # averaged over processes, and the Trainer does not divide any further.
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return scale * total / num_items_in_batch
 
 
-def tiny_run(folder, **settings):
+def tiny_run(folder, rows=None, **settings):
     """A trainer on a tiny student's own answers; for your models, pass folders to `load_model`."""
     paths = [
         toy.write_model(folder / "student", toy.STUDENT_SIZE, seed=0),
@@ -66,6 +68,19 @@ def tiny_run(folder, **settings):
     ]
     student, teacher = (load_model(path, dtype="float32", device="cpu") for path in paths)
     tokenizer = load_tokenizer(paths[0])
+    # TRL's default, max_length=1024, would cut longer answers and drop longer prompts silently.
+    common = {"report_to": "none", "use_cpu": True, "bf16": False, "max_length": None}
+    return DistillationTrainer(
+        student,
+        SFTConfig(str(folder / "out"), **(common | {"disable_tqdm": True} | settings)),
+        train_dataset=Dataset.from_list(rows or sample_rows(student, tokenizer)),
+        processing_class=tokenizer,
+        teacher=teacher,
+    )
+
+
+def sample_rows(student, tokenizer):
+    """Token ids of prompts and sampled answers; only the answers have labels."""
     torch.manual_seed(0)
     sampling, rows = {"do_sample": True, "top_k": 0, "max_new_tokens": 12}, []
     for prompt in toy.sample_prompts(32, seed=0, exclude=set()):
@@ -74,14 +89,7 @@ def tiny_run(folder, **settings):
         answer = student.generate(ids, attention_mask=mask, **sampling)[0].tolist()
         labels = [-100] * ids.shape[1] + answer[ids.shape[1] :]
         rows.append({"input_ids": answer, "labels": labels})
-    common = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
-    return DistillationTrainer(
-        student,
-        SFTConfig(str(folder / "out"), **(common | settings)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        teacher=teacher,
-    )
+    return rows
 
 
 def main():

@@ -1,14 +1,21 @@
-"""Demonstrations: prompts with the answers to fine-tune on, from JSONL."""
+"""Demonstrations: prompts with the answers to fine-tune on, from data files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lopd.data.jsonl import read_jsonl
-from lopd.data.prompts import encode_prompt
+from lopd.data.messages import check_messages
+from lopd.data.prompts import encode_record, read_shaped
+from lopd.data.rendering import PromptEncoder
+from lopd.data.shapes import columns_for
+from lopd.data.skipped import Skipped
 from lopd.errors import DataError, ModelError
+
+# Keys of an assistant message that a chat template writes and `content` does not hold.
+_BESIDE_CONTENT = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 
 
 @dataclass(frozen=True)
@@ -23,32 +30,49 @@ class Demonstration:
     loss_mask: np.ndarray  # [T] bool
 
 
-def load_sft_jsonl(path: str | Path, tokenizer: Any) -> list[Demonstration]:
-    """Demonstrations from JSONL, tokenised: prompt, answer, end-of-sequence token.
+def load_demonstrations(path: str | Path, encoder: PromptEncoder) -> list[Demonstration]:
+    """Demonstrations from a file or folder, tokenised: prompt, answer, end-of-sequence token.
 
-    A line is `{"prompt": ..., "completion": "text"}` or `{"messages": [..., {"role":
-    "assistant", "content": "text"}]}`. The prompt is encoded as for rollouts, so that the
-    answer starts where generation does.
+    A record is `{"prompt": ..., "completion": "text"}`, `{"messages": [..., {"role": "assistant",
+    "content": "text"}]}` or another of the shapes in `lopd.data.shapes`. The prompt is encoded as
+    for rollouts, so that the answer starts where generation does.
 
     Raises:
-        DataError: a record has no prompt or no answer (names file and line), or the file is empty.
+        DataError: a record has no prompt or no answer (names its place) and `skip_bad_records` is
+            not set, or no record is left.
         ModelError: the tokenizer has no end-of-sequence token.
     """
+    tokenizer = encoder.tokenizer
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{path}: answers end with an end-of-sequence token, and the tokenizer has none; "
             "set tokenizer.eos_token and save the folder again"
         )
-    records = list(read_jsonl(path))
-    prompts = [encode_prompt(tokenizer, record, where) for where, record in records]
-    texts = [_answer(record, where) for where, record in records]
+    skipped = Skipped(str(path), encoder.options.skip_bad_records)
+    rows, texts = [], []
+    for where, fields in read_shaped(path, encoder, skipped, "completion"):
+        try:
+            text = _answer_text(fields, where)
+            prompt, _ = encode_record(encoder, fields, where)
+        except DataError as error:
+            skipped.handle(error)
+            continue
+        rows.append((where, str(fields.get("id", where)), prompt))
+        texts.append(text)
+        skipped.kept += 1
     answers = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     demonstrations = []
-    for (where, record), prompt, answer in zip(records, prompts, answers, strict=True):
-        tokens = np.array([*prompt, *answer, tokenizer.eos_token_id], dtype=np.int32)
+    for (where, name, prompt), answer in zip(rows, answers, strict=True):
+        try:
+            ends = _with_end(answer, encoder, where)
+        except DataError as error:
+            skipped.kept -= 1
+            skipped.handle(error)
+            continue
+        tokens = np.array([*prompt, *ends], dtype=np.int32)
         demonstrations.append(
             Demonstration(
-                prompt_id=str(record.get("id", where)),
+                prompt_id=name,
                 sample=0,
                 tokens=tokens,
                 prompt_length=len(prompt),
@@ -56,21 +80,54 @@ def load_sft_jsonl(path: str | Path, tokenizer: Any) -> list[Demonstration]:
                 loss_mask=np.arange(len(tokens)) >= len(prompt),
             )
         )
+    skipped.report()
     if not demonstrations:
         raise DataError(f"{path}: holds no demonstrations; expected one JSON object per line")
     return demonstrations
 
 
-def _answer(record: dict[str, Any], where: str) -> str:
-    if "completion" in record:
-        answer = record["completion"]
-    else:
-        value = record.get("messages", record.get("prompt"))
-        last = value[-1] if isinstance(value, list) else {}
-        answer = last.get("content") if last.get("role") == "assistant" else None
+def _answer_text(fields: Mapping[str, Any], where: str) -> str:
+    answer = fields.get("completion")
+    if answer is None:
+        value = fields.get("messages", fields.get("prompt"))
+        answer = value[-1:] if isinstance(value, list) else None
+    if isinstance(answer, list):  # TRL's conversational completion, or the last message
+        answer = _assistant_text(answer, where)
     if not isinstance(answer, str) or not answer:
+        flag = columns_for(fields, "prompt", "completion")
+        other = f"; or pass {flag}" if flag and "prompt=prompt" not in flag else ""
         raise DataError(
             f"{where}: found no answer text; expected 'completion', or messages that end with an "
-            "assistant message"
+            f"assistant message{other}"
         )
     return answer
+
+
+def _assistant_text(messages: list[Any], where: str) -> str | None:
+    if len(messages) != 1 or not isinstance(messages[0], dict):
+        raise DataError(
+            f"{where}: 'completion' holds {len(messages)} messages; expected one, the assistant's"
+        )
+    if messages[0].get("role") != "assistant":
+        return None
+    (message,) = check_messages(messages, where, "the answer")
+    if beside := [key for key in _BESIDE_CONTENT if message.get(key)]:
+        raise DataError(
+            f"{where}: the assistant's message has '{beside[0]}', which training on its content "
+            "leaves out; write the whole answer, as the model samples it, as 'content'"
+        )
+    return str(message["content"])
+
+
+def _with_end(answer: list[int], encoder: PromptEncoder, where: str) -> list[int]:
+    """The ids of an answer and one end-of-sequence token, which must not be inside it."""
+    end, choice = encoder.tokenizer.eos_token_id, encoder.options.special_tokens
+    if choice == "once" and answer and answer[-1] == end:
+        answer = answer[:-1]
+    if end in answer and choice != "keep":
+        raise DataError(
+            f"{where}: the answer holds {encoder.tokenizer.eos_token!r}, the end-of-sequence token "
+            "that lopd appends; remove it, or pass --special_tokens once to have one at its end, "
+            "or keep to train on it"
+        )
+    return [*answer, end]

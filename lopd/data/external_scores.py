@@ -1,10 +1,11 @@
-"""Teacher scores in the formats of other tools, one sequence per record.
+"""Teacher scores in the formats of other tools.
 
 `lightning-opd` is the parquet of the paper's code: `prompt`, text with the chat template applied,
 and a struct `metadata` of `is_lightning_opd`, `response_tokens`, `loss_mask`, `response` and
 `teacher_log_probs` (of the response tokens). There is no list and no tail.
 
-`topk` holds log-probs in JSONL or parquet, as written by users of vLLM:
+`topk` holds log-probs in JSONL or parquet, as users of vLLM, SGLang and OpenAI-style servers write
+them (`lopd.data.score_shapes`):
 
     prompt_token_ids      list of ids
     response_token_ids    list of ids, or `token_ids`
@@ -18,6 +19,10 @@ and a struct `metadata` of `is_lightning_opd`, `response_tokens`, `loss_mask`, `
 
 Optional: `teacher_logprobs` (of the response tokens, for lists that lack them), `rollout_logprobs`,
 `loss_mask` (of the response), `finish_reason`, `id` and `sample`.
+
+What cannot be the log-prob of a sampled token is refused (`check_sampled`). Entries of a list that
+stand for nothing (id -1, or a log-prob that no softmax gives) are padding and left out. A token
+whose loss is masked needs no log-prob: it is stored with an empty list.
 """
 
 import hashlib
@@ -25,24 +30,28 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from lopd.data.jsonl import read_records
+from lopd.config.import_scores import Format
+from lopd.data.records import read_records
+from lopd.data.score_shapes import FINISH_WORDS, PADDING_ID, Shaped, pairs_of, shaped
+from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError, LopdError
+from lopd.models.limits import ModelLimits
 from lopd.store import FINISH_REASONS, Rollout, TopKLists
-from lopd.store.validate import MASS_TOLERANCE
+from lopd.store.validate import AGREEMENT_NATS, MASS_TOLERANCE
 
-Format = Literal["lightning-opd", "topk"]
 _LIGHTNING = ("is_lightning_opd", "response_tokens", "loss_mask", "teacher_log_probs")
-_TOPK = (
-    {"response_token_ids", "logprobs"},
-    {"token_ids", "logprobs"},
-    {"response_token_ids", "topk_ids", "topk_logprobs"},
-    {"token_ids", "topk_ids", "topk_logprobs"},
-    {"prompt_length", "prompt_logprobs"},
-)
+# Values that tools write where there is no log-prob. No softmax gives a log-prob of -1000: logits
+# would have to be a thousand apart.
+STAND_INS = (-100.0, -999.0)
+LOWEST = -1000.0
+# Two decimals of a log-prob are an error of 0.5 % of its probability, so lists of rounded
+# log-probs can have a mass up to 1 + ROUNDING; they are scaled to mass 1.
+ROUNDING = 0.01
+_SAME = 4  # tokens of one answer that do not have exactly the same log-prob by chance
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,19 @@ class Dumped:
     rollout: Rollout
     teacher_logprobs: np.ndarray  # [R] fp64, of the response tokens
     lists: TopKLists  # int64 ids, fp64 log-probs
+    mass: np.ndarray  # [R] fp64, of the lists before rounded ones were scaled
+    unscored: int = 0  # masked tokens without a log-prob
+    padding: int = 0  # entries left out of the lists
 
 
 def read_dump(
-    path: str | Path, form: Format, tokenizer: Any | None, eos_ids: Sequence[int] = ()
+    path: str | Path,
+    form: Format,
+    tokenizer: Any | None,
+    eos_ids: Sequence[int] = (),
+    *,
+    vocab_size: int | None = None,
+    skipped: Skipped | None = None,
 ) -> Iterator[Dumped]:
     """The sequences of a file, in order.
 
@@ -64,31 +82,69 @@ def read_dump(
         tokenizer: of the student; encodes the prompts of `lightning-opd`.
         eos_ids: of the student; a response that ends with one has finish reason "stop" where the
             record has no `finish_reason`.
+        vocab_size: rows of the teacher's head, which bound the ids; None for no bound.
+        skipped: takes the records that cannot be used; by default they are errors.
 
     Raises:
         DataError: a record is not of the format; names the record and the fault.
-        MissingFileError, ConfigError: as `jsonl.read_records`; `tokenizer` or `eos_ids` is needed.
+        MissingFileError, ConfigError: as `read_records`; `tokenizer` or `eos_ids` is needed.
     """
+    skipped = skipped or Skipped(str(path), allowed=False, offered=False)
     seen: Counter[str] = Counter()
-    for where, record in read_records(path):
-        parse = _lightning if form == "lightning-opd" else _topk
+    names: dict[tuple[str, int], str] = {}
+    limits = ModelLimits("the teacher", vocab_size, id_remedy="remove the record")
+    for where, record in read_records(path, skip=skipped.handle):
         try:
-            dumped = _assemble(where, parse(where, record, tokenizer), eos_ids, seen)
-        except LopdError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{where}: a field has another type than in format '{form}' ({error})"
-            ) from error
-        yield dumped
+            items = _read(where, form, record, tokenizer, eos_ids, seen)
+            for item in items:
+                _check_ids(item, limits)
+                name = (item.rollout.prompt_id, item.rollout.sample)
+                if name in names:
+                    raise DataError(
+                        f"{where}: sample {name[1]} of '{name[0]}' is at {names[name]} already; "
+                        "number the samples of a prompt"
+                    )
+        except DataError as error:
+            skipped.handle(error)
+            continue
+        for item in items:
+            names[item.rollout.prompt_id, item.rollout.sample] = where
+        seen.update(item.rollout.prompt_id for item in items)
+        skipped.kept += 1
+        yield from items
 
 
-def _lightning(where: str, record: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+def _read(
+    where: str,
+    form: Format,
+    record: dict[str, Any],
+    tokenizer: Any,
+    eos_ids: Sequence[int],
+    seen: Counter[str],
+) -> list[Dumped]:
+    shape: str = form
+    try:
+        if form == "lightning-opd":
+            items = [_lightning(where, record, tokenizer)]
+        else:
+            items = shaped(where, record)
+        shape, seen = items[0].shape, seen.copy()
+        return [_assemble(where, item, eos_ids, seen) for item in items]
+    except LopdError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise DataError(
+            f"{where}: recognised as {shape}, where a field has another type "
+            f"({' '.join(str(error).split())})"
+        ) from error
+
+
+def _lightning(where: str, record: dict[str, Any], tokenizer: Any) -> Shaped:
     metadata = record.get("metadata")
     if not isinstance(metadata, dict) or not isinstance(record.get("prompt"), str):
         raise DataError(
             f"{where}: found columns {sorted(record)}; expected 'prompt' as text and a struct "
-            "'metadata', as the paper's code writes them"
+            "'metadata', as the paper's code writes them; --format topk reads other shapes"
         )
     absent = [name for name in _LIGHTNING if name not in metadata]
     if absent or metadata["is_lightning_opd"] is not True:
@@ -100,170 +156,262 @@ def _lightning(where: str, record: dict[str, Any], tokenizer: Any) -> dict[str, 
     if tokenizer is None:
         raise ConfigError(f"{where}: prompts are text; name the folder of the student")
     response = metadata["response_tokens"]
-    return {
-        "prompt": tokenizer.encode(record["prompt"], add_special_tokens=False),
-        "response": response,
-        "mask": metadata["loss_mask"],
-        "teacher": metadata["teacher_log_probs"],
-        "lists": [{}] * len(response),
-    }
+    return Shaped(
+        shape="lightning-opd",
+        prompt=tokenizer.encode(record["prompt"], add_special_tokens=False),
+        response=response,
+        lists=[{}] * len(response),
+        mask=metadata["loss_mask"],
+        teacher=metadata["teacher_log_probs"],
+    )
 
 
-def _topk(where: str, record: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    forms = [keys for keys in _TOPK if keys <= record.keys()]
-    if "prompt_token_ids" not in record or len(forms) != 1:
-        raise DataError(
-            f"{where}: found {sorted(record)}; expected 'prompt_token_ids' and either "
-            "'response_token_ids' with 'logprobs' or with 'topk_ids' and 'topk_logprobs', or "
-            "'prompt_length' and 'prompt_logprobs'"
-        )
-    prompt = record["prompt_token_ids"]
-    response = record.get("response_token_ids", record.get("token_ids"))
-    lists = record.get("logprobs")
-    if "topk_ids" in forms[0]:
-        lists = _paired(where, record["topk_ids"], record["topk_logprobs"])
-    elif "prompt_length" in forms[0]:
-        length, lists = record["prompt_length"], record["prompt_logprobs"]
-        if len(lists) != len(prompt) or not 0 < length < len(prompt):
-            raise DataError(
-                f"{where}: {len(lists)} prompt_logprobs for {len(prompt)} tokens with a "
-                f"prompt_length of {length}; expected one for each token, and a response"
-            )
-        prompt, response, lists = prompt[:length], prompt[length:], lists[length:]
-    return {
-        "prompt": prompt,
-        "response": response,
-        "mask": record.get("loss_mask"),
-        "teacher": record.get("teacher_logprobs"),
-        "lists": lists,
-        "rollout": record.get("rollout_logprobs"),
-        "finish": record.get("finish_reason"),
-        **{key: record[key] for key in ("id", "sample") if key in record},
-    }
-
-
-def _paired(where: str, ids: list[Any], logprobs: list[Any]) -> list[list[Any]]:
-    """Lists of (id, log-prob) from lists of ids and lists of log-probs."""
-    if [*map(len, ids)] != [*map(len, logprobs)]:
-        raise DataError(f"{where}: topk_ids and topk_logprobs differ in length")
-    return [[*zip(*row, strict=True)] for row in zip(ids, logprobs, strict=True)]
-
-
-def _assemble(
-    where: str, fields: dict[str, Any], eos_ids: Sequence[int], seen: Counter[str]
-) -> Dumped:
-    prompt = _numbers(where, "prompt token ids", fields["prompt"], np.int32)
-    response = _numbers(where, "response token ids", fields["response"], np.int32)
+def _assemble(where: str, item: Shaped, eos_ids: Sequence[int], seen: Counter[str]) -> Dumped:
+    prompt = integers(where, "prompt token ids", item.prompt)
+    response = integers(where, "response token ids", item.response)
     if not len(prompt) or not len(response):
         raise DataError(
             f"{where}: {len(prompt)} prompt and {len(response)} response tokens; expected at "
             "least one of each; drop the record"
         )
     count = len(response)
-    for name in ("mask", "teacher", "lists", "rollout"):
-        value = fields.get(name)
+    given = {
+        "log-probs": item.lists,
+        "loss_mask": item.mask,
+        "the teacher's log-probs": item.teacher,
+        "rollout_logprobs": item.rollout,
+    }
+    for name, value in given.items():
         if value is not None and len(value) != count:
-            raise DataError(
-                f"{where}: {len(value)} entries of {_NAMES[name]} for {count} response tokens"
-            )
-    entries = [_entries(f"{where}: response token {t}", e) for t, e in enumerate(fields["lists"])]
-    ids, logprobs = zip(*entries, strict=True)
-    lists = TopKLists(
-        np.concatenate(ids), np.concatenate(logprobs), np.array([len(part) for part in ids])
-    )
-    mask = np.ones(count, np.int32)
-    if fields["mask"] is not None:
-        mask = _numbers(where, _NAMES["mask"], np.array(fields["mask"]) + 0, np.int32)
-    if not np.isin(mask, (0, 1)).all():
-        raise DataError(f"{where}: loss_mask holds {mask.min()} to {mask.max()}; expected 0 and 1")
+            raise DataError(f"{where}: {len(value)} entries of {name} for {count} response tokens")
+    mask = np.ones(count, bool) if item.mask is None else loss_mask(where, item.mask)
+    lists, padding = _lists(where, item.lists, mask)
+    logprobs = _teacher_logprobs(where, response, item.teacher, lists, mask)
+    unscored = ~mask & is_stand_in(logprobs)
+    if unscored.any():
+        lists = _without_rows(lists, unscored)
+        logprobs = np.where(unscored, 0.0, logprobs)
+    lists, mass = _scaled(where, lists)
+    check_sampled(where, response, logprobs, lists, mask)
     rollout_logprobs = np.full(count, np.nan, np.float32)
-    if fields.get("rollout") is not None:
-        rollout_logprobs = _numbers(where, _NAMES["rollout"], fields["rollout"], np.float32)
-    digest = hashlib.sha256(prompt.astype("<i4").tobytes()).hexdigest()[:16]
-    prompt_id = str(fields.get("id", digest))
-    sample = int(fields.get("sample", seen[prompt_id]))
+    if item.rollout is not None:
+        rollout_logprobs = floats(where, "rollout_logprobs", item.rollout).astype(np.float32)
+        bad = is_stand_in(rollout_logprobs)
+        _refuse(where, response, bad & mask, rollout_logprobs, "rollout_logprobs")
+        rollout_logprobs[bad] = 0.0
+    prompt_id, sample = sequence_name(where, item.id, item.sample, prompt, seen)
     rollout = Rollout(
         prompt_id=prompt_id,
         sample=sample,
         tokens=np.concatenate([prompt, response]),
         prompt_length=len(prompt),
-        finish_reason=_finish(where, fields.get("finish"), int(response[-1]), eos_ids),
-        loss_mask=np.concatenate([np.zeros(len(prompt), bool), mask == 1]),
+        finish_reason=finish_reason(where, item.finish, int(response[-1]), eos_ids),
+        loss_mask=np.concatenate([np.zeros(len(prompt), bool), mask]),
         rollout_logprobs=rollout_logprobs,
         rollout_logprobs_raw=rollout_logprobs,
     )
-    seen[prompt_id] += 1
-    return Dumped(
-        where=where,
-        rollout=rollout,
-        teacher_logprobs=_teacher_logprobs(where, response, fields["teacher"], lists),
-        lists=lists,
-    )
+    return Dumped(where, rollout, logprobs, lists, mass, int(unscored.sum()), padding)
 
 
-_NAMES = {
-    "mask": "loss_mask",
-    "teacher": "the teacher's log-probs",
-    "lists": "log-probs",
-    "rollout": "rollout_logprobs",
-}
+def sequence_name(
+    where: str, name: Any, sample: Any, prompt: np.ndarray, seen: Counter[str]
+) -> tuple[str, int]:
+    """The prompt's id and the number of the sample, counted in `seen` where they are not given."""
+    if name is None:
+        name = hashlib.sha256(prompt.astype("<i4").tobytes()).hexdigest()[:16]
+    if type(name) not in (str, int):
+        raise DataError(f"{where}: id is {_short(name)}; expected a string or a number")
+    name = str(name)
+    if sample is None:
+        sample = seen[name]
+    if type(sample) is not int or not 0 <= sample < 2**31:
+        raise DataError(f"{where}: sample is {_short(sample)}; expected a number from 0")
+    seen[name] += 1
+    return name, sample
 
 
-def _teacher_logprobs(
-    where: str, response: np.ndarray, dumped: Any, lists: TopKLists
-) -> np.ndarray:  # [R] fp64
-    if dumped is not None:
-        return _numbers(where, _NAMES["teacher"], dumped, np.float64)
-    absent = np.flatnonzero(~lists.contains(response))
-    if len(absent):
-        raise DataError(
-            f"{where}: response token {absent[0]} (id {response[absent[0]]}) is not in its list; "
-            "dump its log-prob too (vLLM always does), or add 'teacher_logprobs'"
-        )
-    return lists.row_sums(np.where(lists.ids == response[lists.rows], lists.logprobs, 0.0))
+def _lists(where: str, entries: Any, mask: np.ndarray) -> tuple[TopKLists, int]:
+    """The lists, each sorted by descending log-prob, and the number of entries left out of them."""
+    parts, padding = [], 0
+    for t, entry in enumerate(entries):
+        if entry is None and not mask[t]:
+            entry = {}
+        ids, values = _entries(f"{where}: response token {t}", entry)
+        used = (ids != PADDING_ID) & ~_is_padding(values)
+        padding += int((~used).sum())
+        ids, values = ids[used], values[used]
+        order = np.lexsort((ids, -values))
+        parts.append((ids[order], values[order]))
+    lengths = np.array([len(ids) for ids, _ in parts])
+    ids, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return TopKLists(ids, values, lengths), padding
 
 
-def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # ids, log-probs, [n]
-    """One list, in any of its forms, sorted by descending log-prob."""
-    pairs: Any = entry.items() if isinstance(entry, dict) else entry
+def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # [n] int64, [n] fp64
     try:
-        if isinstance(entry, list) and entry and isinstance(entry[0], dict):
-            pairs = [(item["token_id"], item["logprob"]) for item in entry]
-        entries = [
-            (_token_id(token), float(value["logprob"] if isinstance(value, dict) else value))
-            for token, value in pairs
-        ]
-    except (KeyError, TypeError, ValueError):
+        pairs = pairs_of(entry)
+        values = np.array([_logprob(value) for _, value in pairs], np.float64)
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise DataError(
             f"{where}: {_short(entry)} is not a list of log-probs; expected {{id: logprob}}, "
             "[[id, logprob], ...] or [{'token_id': id, 'logprob': x}, ...]"
         ) from None
-    entries.sort(key=lambda pair: (-pair[1], pair[0]))
-    ids = np.array([token for token, _ in entries], np.int64)
-    if len(np.unique(ids)) != len(ids):
-        raise DataError(f"{where}: an id is listed twice; expected distinct ids")
-    logprobs = np.array([value for _, value in entries])
-    mass = np.exp(logprobs).sum()
-    if not (np.isfinite(logprobs).all() and mass <= 1 + MASS_TOLERANCE):
+    ids = np.array([token for token, _ in pairs], np.int64)
+    real = ids != PADDING_ID
+    if (values[real] > MASS_TOLERANCE).any():
+        worst = values[real].max()
+        what = "probabilities; take their natural logs" if worst <= 1 else "not log-probs"
+        raise DataError(f"{where}: a log-prob of {worst:g}, above 0; these look like {what}")
+    if len(np.unique(ids[real])) != real.sum():
+        zeros = " (is id 0 padding? pad with id -1)" if (values[real] == 0).sum() > 1 else ""
+        raise DataError(f"{where}: an id is listed twice{zeros}; expected distinct ids")
+    return ids, values
+
+
+def _logprob(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
+
+
+def is_stand_in(values: np.ndarray) -> np.ndarray:  # bool, as values
+    """Values that cannot be the log-prob of a sampled token, whatever the model.
+
+    >>> is_stand_in(np.array([-0.5, 0.0, 1.0, -100.0, -9999.0, np.nan, -np.inf])).tolist()
+    [False, False, True, True, True, True, True]
+    """
+    values = np.asarray(values, np.float64)
+    with np.errstate(invalid="ignore"):
+        return ~(values <= MASS_TOLERANCE) | _is_padding(values)
+
+
+def _is_padding(values: np.ndarray) -> np.ndarray:
+    return (values <= LOWEST) | np.isin(values, STAND_INS) | np.isnan(values)
+
+
+def _teacher_logprobs(
+    where: str, response: np.ndarray, dumped: Any, lists: TopKLists, mask: np.ndarray
+) -> np.ndarray:  # [R] fp64, NaN where a masked token has none
+    if dumped is not None:
+        values = floats(where, "the teacher's log-probs", dumped)
+        _refuse(where, response, mask & is_stand_in(values), values, "the teacher's log-prob")
+        return values
+    listed = lists.contains(response)
+    absent = np.flatnonzero(~listed & mask)
+    if len(absent):
         raise DataError(
-            f"{where}: a list of mass {mass:.6g}; expected finite natural logs of probabilities "
-            "that sum to at most 1"
+            f"{where}: response token {absent[0]} (id {response[absent[0]]}) is not in its list, "
+            "or has no log-prob there; dump its log-prob too (vLLM always does), or add "
+            "'teacher_logprobs'"
         )
-    return ids, logprobs
+    entry = lists.row_sums(np.where(lists.ids == response[lists.rows], lists.logprobs, 0.0))
+    return np.where(listed, entry, np.nan)
 
 
-def _token_id(token: Any) -> int:
-    if not isinstance(token, int | str):
-        raise TypeError(f"{token!r} is not an id")
-    return int(token)
+def _refuse(
+    where: str, response: np.ndarray, bad: np.ndarray, values: np.ndarray, name: str
+) -> None:
+    if bad.any():
+        t = int(np.flatnonzero(bad)[0])
+        raise DataError(
+            f"{where}: {name} of response token {t} (id {response[t]}) is {values[t]:g}, which no "
+            "sampled token has; dump its log-prob, or set its loss_mask to 0"
+        )
 
 
-def _finish(where: str, reason: Any, last: int, eos_ids: Sequence[int]) -> str:
+def _scaled(where: str, lists: TopKLists) -> tuple[TopKLists, np.ndarray]:
+    """Lists whose mass exceeds 1 by rounding scaled to mass 1, and the masses before."""
+    mass = lists.row_sums(np.exp(lists.logprobs))
+    over = mass > 1 + MASS_TOLERANCE
+    if not over.any():
+        return lists, mass
+    worst = int(mass.argmax())
+    if mass[worst] > 1 + ROUNDING or not _is_rounded(lists.logprobs):
+        raise DataError(
+            f"{where}: response token {worst}: a list of mass {mass[worst]:.6g}; expected natural "
+            f"logs of probabilities that sum to at most 1 (1 + {ROUNDING} if they are rounded)"
+        )
+    shift = np.where(over, np.log(mass), 0.0)[lists.rows]
+    return TopKLists(lists.ids, lists.logprobs - shift, lists.lengths), mass
+
+
+def _is_rounded(values: np.ndarray) -> bool:
+    """Whether all are numbers of at most 4 decimals, of fp16 or of bf16."""
+    single = values.astype(np.float32)
+    bf16 = (single.view(np.uint32) & 0xFFFF) == 0
+    with np.errstate(over="ignore"):
+        fp16 = values.astype(np.float16) == values
+    return bool(
+        (values == np.round(values, 4)).all() or fp16.all() or (bf16 & (single == values)).all()
+    )
+
+
+def check_sampled(
+    where: str, response: np.ndarray, logprobs: np.ndarray, lists: TopKLists, mask: np.ndarray
+) -> None:
+    """Refuse log-probs of sampled tokens that contradict their lists, or that are all the same.
+
+    A token in its list has the log-prob that it has there. One outside has at most the smallest
+    log-prob of the list, and at most the mass that the list leaves.
+
+    Raises:
+        DataError: names the response token and the contradiction.
+    """
+    listed = lists.contains(response)
+    entry = lists.row_sums(np.where(lists.ids == response[lists.rows], lists.logprobs, 0.0))
+    smallest = np.zeros(len(response))
+    np.minimum.at(smallest, lists.rows, lists.logprobs)
+    left = 1 - lists.row_sums(np.exp(lists.logprobs))
+    checks = {
+        "its entry in the list": listed & (np.abs(entry - logprobs) > AGREEMENT_NATS),
+        "the smallest of its list, which lacks it": ~listed
+        & (logprobs > smallest + AGREEMENT_NATS),
+        "the mass that its list leaves": ~listed & (np.exp(logprobs) > left + MASS_TOLERANCE),
+    }
+    bounds = dict(zip(checks, (entry, smallest, np.log(np.maximum(left, 1e-45))), strict=True))
+    for what, bad in checks.items():
+        if (bad & mask).any():
+            t = int(np.flatnonzero(bad & mask)[0])
+            raise DataError(
+                f"{where}: response token {t} (id {response[t]}) has log-prob {logprobs[t]:.6g}; "
+                f"{what} is {bounds[what][t]:.6g}: they are not of one model, or the value stands "
+                "for none"
+            )
+    own = logprobs[mask]
+    if len(own) >= _SAME and not lists.lengths[mask].any() and (own == own[0]).all():
+        raise DataError(
+            f"{where}: all {len(own)} log-probs are {own[0]:g}, which stands for none; dump the "
+            "teacher's log-probs"
+        )
+
+
+def _without_rows(lists: TopKLists, rows: np.ndarray) -> TopKLists:
+    kept = ~rows[lists.rows]
+    return TopKLists(lists.ids[kept], lists.logprobs[kept], np.where(rows, 0, lists.lengths))
+
+
+def _check_ids(item: Dumped, limits: ModelLimits) -> None:
+    limits.check(item.where, item.rollout.tokens)
+    if len(item.lists.ids):
+        limits.check(f"{item.where}: lists", item.lists.ids)
+
+
+def loss_mask(where: str, values: Any) -> np.ndarray:  # [R] bool
+    """A mask of zeros and ones, also as true and false."""
+    array = np.array([int(v) if type(v) is bool else v for v in values])
+    if array.dtype.kind not in "iuf" or not np.isin(array, (0, 1)).all():
+        raise DataError(f"{where}: loss_mask is {_short(values)}; expected 0 and 1")
+    return array == 1
+
+
+def finish_reason(where: str, reason: Any, last: int, eos_ids: Sequence[int]) -> str:
+    """ "stop" or "length", from a record's word or from the last token."""
+    reason = FINISH_WORDS.get(reason, reason) if isinstance(reason, str) else reason
     if reason in FINISH_REASONS:
         return str(reason)
     if reason is not None:
         raise DataError(
-            f"{where}: finish_reason is {reason!r}; expected {' or '.join(FINISH_REASONS)}"
+            f"{where}: finish_reason is {_short(reason)}; expected {' or '.join(FINISH_REASONS)}"
         )
     if not eos_ids:
         raise ConfigError(
@@ -272,18 +420,30 @@ def _finish(where: str, reason: Any, last: int, eos_ids: Sequence[int]) -> str:
     return "stop" if last in eos_ids else "length"
 
 
-def _numbers(where: str, name: str, values: Any, dtype: type) -> np.ndarray:
+def integers(where: str, name: str, values: Any) -> np.ndarray:  # int32
+    """A list of token ids as an array."""
     try:
         array = np.array(values)
-        whole = array.dtype.kind in ("iu" if dtype is np.int32 else "iuf") or not array.size
-        if array.ndim != 1 or not whole:
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise ValueError
-        return array.astype(dtype)
-    except (TypeError, ValueError):
-        kind = "integers" if dtype is np.int32 else "numbers"
+        if array.size and not (array.min() >= 0 and array.max() < 2**31):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
         raise DataError(
-            f"{where}: {name} are {_short(values)}; expected a list of {kind}"
+            f"{where}: {name} are {_short(values)}; expected a list of integers from 0"
         ) from None
+    return array.astype(np.int32)
+
+
+def floats(where: str, name: str, values: Any) -> np.ndarray:  # fp64, NaN for null
+    """A list of numbers as an array."""
+    try:
+        array = np.array([np.nan if value is None else _logprob(value) for value in values])
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(
+            f"{where}: {name} are {_short(values)}; expected a list of numbers"
+        ) from None
+    return array.astype(np.float64)
 
 
 def _short(value: Any) -> str:

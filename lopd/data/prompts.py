@@ -1,22 +1,36 @@
-"""Prompts from JSONL or parquet, as token ids.
+"""Prompts from data files, as token ids.
 
-A line or row is `{"prompt": "text"}`, `{"prompt": [messages]}` or `{"messages": [messages]}`,
-with an optional `id` and, for evaluation, an `answer`. A tokenizer's chat template is applied (a
-plain string becomes one user message); without a template, a string is tokenised as it is and
-messages are refused. A trailing assistant message is the answer that `lopd sft` trains on; it is
-not part of the prompt.
+A record is `{"prompt": "text"}`, `{"prompt": [messages]}` or `{"messages": [messages]}`, with an
+optional `id` and, for evaluation, an `answer`; `lopd.data.shapes` lists further shapes. A
+tokenizer's chat template is applied (a plain string becomes one user message); without a template,
+a string is tokenised as it is and messages are refused. A trailing assistant message is the answer
+that `lopd sft` trains on; it is not part of the prompt.
+
+`chat_template_kwargs`, `tools`, `documents` and fields that the chat template reads are given to
+it. Other fields are ignored, unless the name is close to one that is read and absent.
 """
 
+import difflib
 import hashlib
 import json
+import math
+import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.data.jsonl import read_records
+from lopd.config.prompts import chosen_options
+from lopd.data.messages import Message, check_messages
+from lopd.data.records import describe_data, read_records
+from lopd.data.rendering import PromptEncoder
+from lopd.data.shapes import after_marker, shaped
+from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
+
+MAX_LINE = 1 << 26  # bytes of a record of prompts, its metadata included
 
 
 @dataclass(frozen=True)
@@ -28,113 +42,218 @@ class Prompt:
     answer: str | None
 
 
-def prompt_messages(record: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
+def read_shaped(
+    path: str | Path, encoder: PromptEncoder, skipped: Skipped, *reads: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `(place, fields)` of each record, under lopd's names; prints the shapes it recognised.
+
+    Args:
+        reads: the fields that the caller reads beside the prompt.
+    """
+    columns, shapes = encoder.options.column_map(), set()
+    found: set[str] = set()
+    skip = skipped.handle if skipped.allowed else None
+    for where, record in read_records(path, max_bytes=MAX_LINE, skip=skip):
+        try:
+            known = shaped(record, where, columns)
+            if not columns:
+                _check_names(known.fields, where, [*reads, *encoder.fields])
+        except DataError as error:
+            skipped.handle(error)
+            continue
+        found |= known.fields.keys()
+        if known.shape is not None and known.shape not in shapes:
+            shapes.add(known.shape)
+            print(f"{where}: read as {known.shape}", file=sys.stderr)
+        yield where, known.fields
+    if found and (unused := sorted(columns.keys() - found - {"system"})):
+        raise DataError(f"{path}: no record has '{columns[unused[0]]}', which --columns names")
+
+
+def _check_names(fields: Mapping[str, Any], where: str, reads: Iterable[str]) -> None:
+    """Refuse a name that is close to one that is read and absent, such as `enable_thinkng`."""
+    absent = [name for name in reads if name not in fields]
+    for key in fields:
+        if key in reads or key in ("prompt", "messages", "id"):
+            continue
+        if near := difflib.get_close_matches(key, absent, n=1, cutoff=0.85):
+            raise DataError(
+                f"{where}: found '{key}'; did you mean '{near[0]}'? Rename it or, if it is not "
+                "meant to be read, name the columns to read with --columns"
+            )
+
+
+def prompt_of(fields: Mapping[str, Any], where: str) -> str | list[Message]:
     """The prompt of a record: a string, or messages without a trailing assistant turn."""
-    keys = [key for key in ("prompt", "messages") if key in record]
-    if len(keys) != 1:
-        found = " and ".join(keys) or f"keys {sorted(record)}"
-        raise DataError(f"{where}: found {found}; expected exactly one of 'prompt', 'messages'")
-    value = record[keys[0]]
-    if isinstance(value, str) and keys[0] == "prompt":
-        if not value:
-            raise DataError(f"{where}: 'prompt' is empty; expected text or a list of messages")
+    name, value = _raw_prompt(fields, where)
+    if isinstance(value, str):
+        _check_text(value, where)
         return value
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict)
-        and isinstance(m.get("role"), str)
-        and isinstance(m.get("content"), str | list)
-        for m in value
-    ):
-        raise DataError(
-            f"{where}: '{keys[0]}' is not a list of messages, each with 'role' and 'content' "
-            "as text; expected the chat format"
-        )
-    messages = value[:-1] if value and value[-1]["role"] == "assistant" else value
+    messages = check_messages(value, where, name)
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
     if not messages:
-        raise DataError(f"{where}: '{keys[0]}' holds no message before the assistant's")
+        raise DataError(f"{where}: '{name}' holds no message before the assistant's")
+    if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
+        raise DataError(f"{where}: the last message of '{name}' is blank; expected text")
     return messages
 
 
-def encode_prompt(tokenizer: Any, record: dict[str, Any], where: str) -> list[int]:
-    """Token ids of a record's prompt, up to the start of the model's answer.
+def _raw_prompt(fields: Mapping[str, Any], where: str) -> tuple[str, Any]:
+    keys = [key for key in ("prompt", "messages") if key in fields]
+    if len(keys) != 1:
+        found = " and ".join(keys) or f"keys {sorted(fields)}"
+        choose = "; choose with --columns prompt=prompt or messages=messages" if keys else ""
+        raise DataError(
+            f"{where}: found {found}; expected exactly one of 'prompt', 'messages'{choose}"
+        )
+    value = fields[keys[0]]
+    if not isinstance(value, list) and not (isinstance(value, str) and keys[0] == "prompt"):
+        raise DataError(
+            f"{where}: '{keys[0]}' is a {type(value).__name__}, not a list of messages, each with "
+            "'role' and 'content' as text; expected the chat format"
+        )
+    return keys[0], value
+
+
+def _check_text(text: str, where: str) -> None:
+    if not text.strip():
+        blank = "blank" if text else "empty"
+        raise DataError(f"{where}: 'prompt' is {blank}; expected text or a list of messages")
+    if text.lstrip()[:1] == "[" and "role" in text and "content" in text:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return
+        if value and all(isinstance(item, dict) and "role" in item for item in value):
+            raise DataError(
+                f"{where}: 'prompt' is text that holds messages as JSON; expected the messages "
+                "themselves: decode it with json.loads"
+            )
+
+
+def encode_record(
+    encoder: PromptEncoder, fields: Mapping[str, Any], where: str
+) -> tuple[list[int], dict[str, Any]]:
+    """Token ids of a record's prompt, and the template's variables that the record sets itself.
 
     Raises:
         DataError: the record has no usable prompt; names `where`.
     """
-    prompt = prompt_messages(record, where)
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            tokens = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except Exception as error:
-            found = " ".join(str(error).split())
-            raise DataError(
-                f"{where}: the tokenizer's chat template refuses it ({found})"
-            ) from error
-    elif isinstance(prompt, str):
-        tokens = tokenizer(prompt)["input_ids"]
-    else:
-        raise DataError(
-            f"{where}: found messages, but the tokenizer has no chat template; write 'prompt' as "
-            "text, or use a model folder whose tokenizer has a template"
-        )
-    if not tokens:
-        raise DataError(f"{where}: the prompt has no tokens; expected at least one")
-    return [int(token) for token in tokens]
+    prompt = prompt_of(fields, where)
+    kwargs = encoder.template_kwargs(fields, where)
+    return encoder.encode(prompt, kwargs, where), encoder.own(kwargs)
 
 
-def load_prompts(path: str | Path, tokenizer: Any, *, limit: int | None = None) -> list[Prompt]:
-    """Read and tokenise a prompt file: parquet by its suffix, else JSONL.
+def load_prompts(
+    path: str | Path, encoder: PromptEncoder, *, limit: int | None = None, answers: bool = False
+) -> list[Prompt]:
+    """Read and tokenise the prompts of a file or folder.
 
     The id is the record's `id`, or a digest of the prompt; a repeated digest gets `#1`, `#2`, ...
     so that reordering the file permutes ids and prompts alike.
 
+    Args:
+        answers: whether to read `answer` too.
+
     Raises:
-        DataError: the file has no prompts, or two records have the same `id`.
+        DataError: there are no prompts, two records have the same `id`, or a record is unusable
+            and `skip_bad_records` is not set.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: found {limit}; expected at least 1")
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
     repeats: Counter[str] = Counter()
-    for where, record in read_records(path):
-        tokens = encode_prompt(tokenizer, record, where)
-        if "id" in record:
-            if not isinstance(record["id"], str | int):
-                raise DataError(f"{where}: id is {record['id']!r}; expected a string or a number")
-            name = str(record["id"])
-            if name in places:
-                raise DataError(f"{where}: id '{name}' was used at {places[name]}; ids are unique")
-            places[name] = where
-        else:
-            text = json.dumps(prompt_messages(record, where), sort_keys=True)
-            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    skipped = Skipped(str(path), encoder.options.skip_bad_records)
+    for where, fields in read_shaped(path, encoder, skipped, *(["answer"] if answers else [])):
+        try:
+            tokens, own = encode_record(encoder, fields, where)
+            name = _given_id(fields, where, places)
+            answer = answer_text(fields.get("answer"), where) if answers else None
+        except DataError as error:
+            skipped.handle(error)
+            continue
+        if name is None:
+            digest = _digest(fields, own, where)
             name = f"{digest}#{repeats[digest]}" if repeats[digest] else digest
             repeats[digest] += 1
-        answer = record.get("answer")
-        prompts.append(Prompt(name, tokens, None if answer is None else str(answer)))
+        else:
+            places[name] = where
+        prompts.append(Prompt(name, tokens, answer))
+        skipped.kept += 1
         if limit is not None and len(prompts) == limit:
             break
+    skipped.report()
     if not prompts:
         raise DataError(f"{path}: holds no prompts; expected one record per line or row")
     return prompts
 
 
+def _given_id(fields: Mapping[str, Any], where: str, places: Mapping[str, str]) -> str | None:
+    if "id" not in fields:
+        return None
+    if not isinstance(fields["id"], str | int):
+        raise DataError(f"{where}: id is {fields['id']!r:.60}; expected a string or a number")
+    name = str(fields["id"])
+    if name in places:
+        raise DataError(f"{where}: id '{name}' was used at {places[name]}; ids are unique")
+    return name
+
+
+def _digest(fields: Mapping[str, Any], own: Mapping[str, Any], where: str) -> str:
+    """16 hex digits of the prompt as the file holds it, and of the variables beside it."""
+    _, value = _raw_prompt(fields, where)
+    if isinstance(value, list) and value[-1]["role"] == "assistant":
+        value = value[:-1]
+    text = json.dumps([value, own] if own else value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def answer_text(value: Any, where: str) -> str | None:
+    r"""The expected answer as text; of a solution in GSM8K's form, what follows its `####`.
+
+    >>> answer_text("3 + 5 = 8\n#### 8", "p.jsonl:1"), answer_text(18.0, "p.jsonl:2")
+    ('8', '18')
+    """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list | dict) or (isinstance(value, float) and not math.isfinite(value)):
+        raise DataError(
+            f"{where}: the answer is {value!r:.60}; expected one text or number; name the column "
+            "that holds it with --columns answer=COLUMN"
+        )
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)  # a column of integers with gaps is read as floats
+    if value is None:
+        return None
+    text = str(value)
+    final = after_marker(text)
+    return text if final is None else final
+
+
+def describe_prompts(path: str | Path, encoder: PromptEncoder) -> dict[str, Any]:
+    """A file of prompts for a manifest, with what else decided how it was read."""
+    reading = chosen_options(encoder.options)
+    if encoder.date is not None:
+        reading["date"] = encoder.date
+    return describe_data(path) | ({"reading": reading} if reading else {})
+
+
 def check_prompts(
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     source: str | Path,
     *,
     context: int | None,
     vocab_size: int,
     max_new_tokens: int,
-) -> None:
-    """Refuse prompts that a model cannot read, or has no room to answer.
+    skip: bool = False,
+) -> list[Prompt]:
+    """Refuse, or leave out, prompts that a model cannot read or has no room to answer.
 
     Raises:
         DataError: names the first prompt that exceeds the context with `max_new_tokens`, or has a
-            token id beyond the vocabulary.
+            token id beyond the vocabulary; or none is left.
     """
     limits = ModelLimits(
         "the model",
@@ -143,6 +262,17 @@ def check_prompts(
         length_remedy="lower --max_new_tokens or remove long prompts",
         id_remedy="use the tokenizer that belongs to the model",
     )
+    skipped, usable = Skipped(str(source), skip), []
     for prompt in prompts:
         name = f"{source}: prompt '{prompt.id}'"
-        limits.check(name, prompt.tokens, max_new_tokens=max_new_tokens)
+        try:
+            limits.check(name, prompt.tokens, max_new_tokens=max_new_tokens)
+        except DataError as error:
+            skipped.handle(error)
+            continue
+        usable.append(prompt)
+        skipped.kept += 1
+    skipped.report()
+    if not usable:
+        raise DataError(f"{source}: no prompt is left; {skipped.errors[0]}")
+    return usable

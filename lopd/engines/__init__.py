@@ -28,7 +28,7 @@ def load_engine(
     Args:
         local_rank: number of this process among those that share the machine's GPUs; with
             `device="auto"` each uses another GPU. None for a single process.
-        options: see `lopd.engines.options`.
+        options: see `lopd.config.inference`.
         limits: `batch_size` and `tokens_per_batch` of the transformers engine; vLLM schedules its
             batches itself and ignores them.
 

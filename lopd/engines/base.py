@@ -9,41 +9,17 @@ where batch shapes differ).
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from lopd.config.fields import Settings, setting
+from lopd.config.inference import Sampling
 from lopd.data.prompts import Prompt
 from lopd.errors import DataError, ModelError
 from lopd.models.limits import ModelLimits
 from lopd.store import Rollout, TeacherScores
 
 Progress = Callable[[int], object]  # called with the number of sequences just finished
-_sampling = partial(setting, group="Sampling")
-
-
-@dataclass(frozen=True)
-class Sampling(Settings):
-    """How answers are drawn. `temperature=0` is greedy decoding."""
-
-    max_new_tokens: int = _sampling(
-        within="[1, inf)", help="Maximum length of an answer, in tokens."
-    )
-    temperature: float = _sampling(
-        1.0, within="[0, inf)", help="Sampling temperature; 0 is greedy."
-    )
-    top_p: float = _sampling(
-        1.0,
-        within="(0, 1]",
-        help="Sample from the smallest set of tokens with this probability mass.",
-    )
-
-    @property
-    def is_raw(self) -> bool:
-        """Whether the model is sampled as it is, so that sampled and raw log-probs are equal."""
-        return self.temperature == 1.0 and self.top_p == 1.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +38,7 @@ class Engine(Protocol):
     name: str
     tokenizer: Any
     vocab_size: int
+    eos_ids: list[int]  # that end an answer
     context: int | None  # longest sequence that it scores; None for no limit
 
     def generate(

@@ -84,6 +84,7 @@ def summarize(greedy: list[dict[str, Any]], sampled: list[dict[str, Any]]) -> di
         "greedy": mean_with_interval(np.array([item["correct"] for item in greedy], dtype=float)),
         f"avg@{n}": mean_with_interval(correct.mean(1)),
         "truncated": float(truncated.mean()),
+        "no_answer": float(np.mean([item["answer"] is None for item in sampled])),
         "mean_tokens": float(lengths.mean()),
         "by_length": accuracy_by_length(lengths, correct.ravel(), truncated),
     }

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lopd.config.objective import Objective
 from lopd.data.prompts import Prompt
 from lopd.engines.base import Generation, to_rollout
 from lopd.engines.transformers import TransformersEngine
@@ -19,7 +20,6 @@ from lopd.provenance import load_vocab, tokenizer_digest
 from lopd.provenance.gate import check_same_tokens
 from lopd.store import TeacherCache, scored_sequence
 from lopd.training.batch import Collator, SequenceDataset, to_device
-from lopd.training.objective import Objective
 from lopd.training.step import step
 
 

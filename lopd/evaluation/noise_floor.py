@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from lopd.config.inference import EngineOptions
 from lopd.engines import load_engine
 from lopd.engines.base import Engine
-from lopd.engines.options import EngineOptions
 from lopd.errors import ConfigError, ModelError, ProvenanceError
 from lopd.provenance import CacheManifest, fingerprint_weights
 from lopd.store import TeacherCache, TeacherScores, TeacherSequence

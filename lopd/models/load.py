@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lopd.config.device import resolve_device
 from lopd.errors import ConfigError, MissingFileError, ModelError
 from lopd.models.architecture import attention_softcap_of, context_of_config
 
@@ -24,34 +25,6 @@ def resolve_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype: found '{name}'; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The torch device of this name.
-
-    Args:
-        name: "auto" selects CUDA if available, otherwise the CPU; other names are torch's.
-        local_rank: the GPU that "auto" and "cuda" select.
-
-    Raises:
-        ConfigError: the name is not a device, or torch does not see it.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_rank is not None:
-        name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: found '{name}'; expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: found '{name}', but torch sees no CUDA device; use cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device: found '{name}', but torch sees {torch.cuda.device_count()} CUDA devices; "
-            "start fewer workers, or choose another"
-        )
-    return device
 
 
 def check_model_folder(path: str | Path) -> Path:

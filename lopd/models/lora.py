@@ -1,54 +1,15 @@
-"""LoRA with peft: its settings, adding adapters to a model, and merging them."""
+"""LoRA with peft: adding adapters to a model, and merging them."""
 
 from collections import Counter
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from lopd.config.fields import Settings, setting
+from lopd.config.training import ALL_LINEAR, LoraOptions
 from lopd.errors import ConfigError, ModelError
 from lopd.models.admission import attempt, hidden_of
 from lopd.models.head import lm_head, plain_model, probe_inputs
-
-ALL_LINEAR = "all-linear"
-_lora = partial(setting, group="LoRA")
-
-
-@dataclass(kw_only=True)
-class LoraOptions(Settings):
-    """Settings of a LoRA: `W + (lora_alpha / lora_rank) * B A`, with W frozen."""
-
-    lora_rank: int = _lora(
-        0, within="[0, inf)", help="Rank of the LoRA adapters; 0 trains the whole model."
-    )
-    lora_alpha: float = _lora(
-        32.0, within="(0, inf)", help="Adapter output is scaled by lora_alpha / lora_rank."
-    )
-    lora_dropout: float = _lora(
-        0.0,
-        within="[0, 1)",
-        help="Dropout on the adapters' inputs; must be 0 if the output head is a target.",
-    )
-    lora_targets: str = _lora(
-        ALL_LINEAR,
-        help="all-linear (every linear layer except the output head), or layer names separated by "
-        "commas, such as q_proj,v_proj.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not all(self.target_names):
-            raise ConfigError(
-                f"lora_targets: found '{self.lora_targets}'; expected {ALL_LINEAR} or layer names "
-                "separated by commas, such as q_proj,v_proj"
-            )
-
-    @property
-    def target_names(self) -> list[str]:
-        return [name.strip() for name in self.lora_targets.split(",")]
 
 
 def add_lora(model: Any, options: LoraOptions) -> Any:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lopd.config.training import ATTENTION
 from lopd.errors import ConfigError, ModelError
 from lopd.models.admission import attempt, ceiling, distance, hidden_of, one_row
 from lopd.models.architecture import (
@@ -34,7 +35,6 @@ from lopd.models.head import eval_mode, plain_model
 
 FLASH = ("flash_attention_3", "flash_attention_2")
 REGISTERED = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}  # name in transformers
-PATHS = ("auto", *FLASH, *REGISTERED)
 
 
 def pack_attention(
@@ -48,7 +48,7 @@ def pack_attention(
     Padded batches and generation still work. Call `check_packing` afterwards.
 
     Args:
-        path: one of `PATHS`; "auto" selects the first in their order that is installed and
+        path: one of `ATTENTION`; "auto" selects the first in their order that is installed and
             supports device and dtype.
         device: where the model will run; None for where it is.
         dtype: of the activations, as under autocast; None for that of the weights.
@@ -65,7 +65,7 @@ def pack_attention(
     dtype = dtype or weight.dtype
     if path == "auto":
         softcap = attention_softcap_of(model.config) is not None
-        usable = [p for p in PATHS[1:] if not (p == "varlen" and softcap)]
+        usable = [p for p in ATTENTION[1:] if not (p == "varlen" and softcap)]
         path = next(p for p in usable if not _unavailable(p, device, dtype))
     if why := _unavailable(path, device, dtype):
         raise ConfigError(f"attention: found '{path}'; {why}")
@@ -104,8 +104,8 @@ def _unavailable(path: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why an implementation cannot be used; empty if it can."""
     from transformers.utils import import_utils
 
-    if path not in PATHS:
-        return f"expected one of {', '.join(PATHS)}"
+    if path not in ATTENTION:
+        return f"expected one of {', '.join(ATTENTION)}"
     if path == "sdpa":
         return ""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):

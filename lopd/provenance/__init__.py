@@ -5,9 +5,9 @@ Every artefact folder (`sft_data`, `checkpoint`, `rollouts`, `cache`, `evaluatio
 `Manifest`. `check_distill` compares them before a model is built. Nothing here builds a model.
 """
 
+from lopd.provenance.behaviour import behaviour_of, chat_template_digest
 from lopd.provenance.fingerprint import (
     VOCAB_NAME,
-    chat_template_digest,
     config_digest,
     describe_file,
     describe_model,
@@ -16,8 +16,8 @@ from lopd.provenance.fingerprint import (
     load_vocab,
     save_vocab,
     tokenizer_digest,
-    vocab_size_of,
 )
+from lopd.provenance.folder import eos_ids_of, vocab_size_of
 from lopd.provenance.gate import OVERRIDES, check_distill, differing_token
 from lopd.provenance.identity import (
     difference,
@@ -44,6 +44,7 @@ __all__ = [
     "CacheManifest",
     "Manifest",
     "ModelIdentity",
+    "behaviour_of",
     "build_manifest",
     "chat_template_digest",
     "check_distill",
@@ -54,6 +55,7 @@ __all__ = [
     "difference",
     "differing_token",
     "digests_of",
+    "eos_ids_of",
     "fingerprint_weights",
     "forget_fingerprints",
     "lineage_of",

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import mmap
 import os
 import struct
@@ -13,9 +12,21 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lopd.errors import DataError, MissingFileError, ModelError
+from lopd.provenance.behaviour import VOLATILE_CONFIG, behaviour_of, chat_template_digest
+from lopd.provenance.folder import (
+    eos_ids_of,
+    hub_source,
+    model_folder,
+    read_config,
+    read_vocab,
+    vocab_size_of,
+)
 from lopd.provenance.io import (
     canonical_json,
     json_digest,
+    parse_json,
+    read_json_object,
+    read_optional_json,
     sha256_file,
     storing,
     without_keys,
@@ -26,9 +37,6 @@ from lopd.provenance.manifest import ModelIdentity
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 VOCAB_NAME = "teacher_vocab.json"
-VOLATILE_CONFIG = frozenset(
-    {"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"}
-)
 # A file modified this recently can change again without a new time stamp.
 _RACY_NS = 2_000_000_000
 
@@ -38,13 +46,13 @@ def fingerprint_weights(path: str | Path, *, rehash: bool = False) -> str:
 
     Per tensor sha256 over (name, dtype, shape) and bytes; then sha256 over the sorted list of
     (name, digest). The result is stored in the user's cache folder and reused while path, size,
-    modification time and inode of every weight file are unchanged, unless `rehash`.
+    times and inode of every weight file are unchanged, unless `rehash`.
 
     Raises:
         MissingFileError: no such folder, or no safetensors weights in it.
         ModelError: a weight file is truncated or does not match the index.
     """
-    folder = _model_folder(path)
+    folder = model_folder(path)
     files = weight_files(folder)
     key, state = str(folder.resolve()), _file_states(files)
     known = _read_memo().get(key)
@@ -56,9 +64,10 @@ def fingerprint_weights(path: str | Path, *, rehash: bool = False) -> str:
             if name in tensors:
                 raise ModelError(f"{folder}: tensor '{name}' is in two weight files; keep one")
             tensors[name] = digest
-    _check_index(folder, tensors)
+    if files != [folder / WEIGHTS_NAME]:
+        _check_index(folder, tensors)
     weights = json_digest(sorted(tensors.items()))
-    newest = max(int(entry[2]) for entry in state)
+    newest = max(max(entry[2:4]) for entry in state)
     if time.time_ns() - newest > _RACY_NS and _file_states(files) == state:
         memo = {**_read_memo(), key: {"files": state, "weights": weights}}
         with contextlib.suppress(OSError):
@@ -69,10 +78,15 @@ def fingerprint_weights(path: str | Path, *, rehash: bool = False) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a model folder's weights, sorted by name."""
-    if (folder / INDEX_NAME).exists():
-        names = sorted(set(_weight_map(folder).values()))
-    elif (folder / WEIGHTS_NAME).exists():
+    if "transformers_weights" in (read_optional_json(folder / "config.json") or {}):
+        raise ModelError(
+            f"{folder}: config.json names other weights (transformers_weights); remove that key, "
+            f"or save the model again as {WEIGHTS_NAME}"
+        )
+    if (folder / WEIGHTS_NAME).exists():  # which transformers prefers to an index
         names = [WEIGHTS_NAME]
+    elif (folder / INDEX_NAME).exists():
+        names = sorted({str(name) for name in _weight_map(folder).values()})
     elif any(folder.glob("*.bin")):
         raise MissingFileError(
             f"{folder}: weights only as .bin (pickle); load the model once and save it with "
@@ -94,61 +108,9 @@ def config_digest(path: str | Path) -> str:
     return json_digest(without_keys(read_config(path), VOLATILE_CONFIG))
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a model folder."""
-    file = _model_folder(path) / "config.json"
-    if not file.exists():
-        raise MissingFileError(f"{file} does not exist; name the folder of a Hugging Face model")
-    return _read_json_object(file)
-
-
-def vocab_size_of(path: str | Path) -> int:
-    """Rows of the LM head by config.json, padding rows included."""
-    config = read_config(path)
-    for part in (config, config.get("text_config") or {}):
-        if isinstance(part.get("vocab_size"), int):
-            return int(part["vocab_size"])
-    raise ModelError(f"{path}/config.json has no vocab_size; name a causal language model")
-
-
-def read_vocab(path: str | Path) -> dict[str, int]:
-    """token -> id of a model folder's tokenizer, added tokens included."""
-    folder = _model_folder(path)
-    file = folder / "tokenizer.json"
-    if file.exists():
-        from tokenizers import Tokenizer
-
-        try:
-            return dict(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{file} is not a tokenizer: {error}; save it again") from error
-    if not (folder / "tokenizer_config.json").exists():
-        raise MissingFileError(
-            f"{folder}: no tokenizer.json; save the model's tokenizer into the same folder"
-        )
-    from transformers import AutoTokenizer
-
-    return dict(AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab())
-
-
 def tokenizer_digest(path: str | Path) -> str:
     """sha256 of the token -> id map; merges and normalisers are not part of it."""
     return json_digest(read_vocab(path))
-
-
-def chat_template_digest(path: str | Path) -> str | None:
-    """sha256 of the chat template; None if the tokenizer has none."""
-    folder = _model_folder(path)
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    settings = folder / "tokenizer_config.json"
-    template = _read_json_object(settings).get("chat_template") if settings.exists() else None
-    if template is None:
-        return None
-    if isinstance(template, str):
-        return hashlib.sha256(template.encode("utf-8")).hexdigest()
-    return json_digest(template)
 
 
 def describe_model(path: str | Path, *, dtype: str, engine: str) -> ModelIdentity:
@@ -159,11 +121,14 @@ def describe_model(path: str | Path, *, dtype: str, engine: str) -> ModelIdentit
     """
     return ModelIdentity.from_json(
         {
-            "path": str(_model_folder(path).resolve()),
+            "path": str(model_folder(path).resolve()),
             "weights": fingerprint_weights(path),
             "config": config_digest(path),
             "tokenizer": tokenizer_digest(path),
             "chat_template": chat_template_digest(path),
+            "behaviour": behaviour_of(path),
+            "eos_ids": eos_ids_of(path),
+            "hub": hub_source(path),
             "vocab_size": vocab_size_of(path),
             "dtype": dtype,
             "engine": engine,
@@ -198,36 +163,20 @@ def load_vocab(folder: str | Path) -> dict[str, int]:
     file = Path(folder) / VOCAB_NAME
     if not file.exists():
         raise MissingFileError(f"{file} does not exist; run 'lopd score' again to write it")
-    return {str(token): int(index) for token, index in _read_json_object(file).items()}
-
-
-def _model_folder(path: str | Path) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise MissingFileError(f"{folder} is not a folder; name a local Hugging Face model folder")
-    return folder
-
-
-def _read_json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error}); restore it") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{file} holds a {type(value).__name__}, expected an object; restore it")
-    return value
+    vocab = read_json_object(file)
+    if bad := [token for token, index in vocab.items() if type(index) is not int]:
+        raise DataError(f"{file}: token {bad[0]!r} has no integer id; run 'lopd score' again")
+    return vocab
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    weight_map = _read_json_object(folder / INDEX_NAME).get("weight_map")
+    weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{folder / INDEX_NAME} has no weight_map; save the model again")
     return weight_map
 
 
 def _check_index(folder: Path, tensors: dict[str, str]) -> None:
-    if not (folder / INDEX_NAME).exists():
-        return
     expected = set(_weight_map(folder))
     if expected != set(tensors):
         odd = sorted(expected ^ set(tensors))[0]
@@ -247,7 +196,10 @@ def _tensor_digests(file: Path) -> dict[str, str]:
         raise ModelError(message) from error
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
+        try:
+            header = parse_json(stream.read(length))
+        except ValueError as error:
+            raise ModelError(f"{file} has an invalid header ({error}); save it again") from error
         header.pop("__metadata__", None)
         with (
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
@@ -266,9 +218,15 @@ def _tensor_digest(name: str, spec: dict[str, Any], data: memoryview) -> str:
 
 
 def _file_states(files: list[Path]) -> list[list[Any]]:
-    """[name, size, modification time in ns, inode] of every file."""
+    """[name, size, modification and change time in ns, device, inode] of every file.
+
+    A program can set the modification time back, but not the change time.
+    """
     states = ((file, file.stat()) for file in files)
-    return [[file.name, s.st_size, s.st_mtime_ns, s.st_ino] for file, s in states]
+    return [
+        [file.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino]
+        for file, s in states
+    ]
 
 
 def forget_fingerprints() -> None:
@@ -284,7 +242,7 @@ def _memo_path() -> Path:
 def _read_memo() -> dict[str, Any]:
     """The stored fingerprints; empty if they cannot be read."""
     try:
-        value = json.loads(_memo_path().read_bytes())
+        value = parse_json(_memo_path().read_bytes())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

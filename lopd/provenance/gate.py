@@ -2,21 +2,22 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lopd.config.distill import OVERRIDES
 from lopd.errors import ConfigError, MissingFileError, ProvenanceError
+from lopd.provenance.behaviour import behaviour_of
 from lopd.provenance.fingerprint import (
     fingerprint_weights,
     load_vocab,
-    read_vocab,
     tokenizer_digest,
-    vocab_size_of,
 )
+from lopd.provenance.folder import read_vocab, vocab_size_of
+from lopd.provenance.identity import difference
 from lopd.provenance.lineage import lineage_of
 from lopd.provenance.manifest import CacheManifest, ModelIdentity, Override, short
-
-OVERRIDES = ("incomplete-cache", "teacher-mismatch", "student-mismatch", "tokenizer-mismatch")
 
 
 def check_distill(
@@ -30,10 +31,11 @@ def check_distill(
 ) -> list[Override]:
     """Refuse artefacts that do not belong together.
 
-    Four checks, in this order: the cache is complete; the teacher that scored it is the one whose
+    Five checks, in this order: the cache is complete; the teacher that scored it is the one whose
     answers the student was fine-tuned on; the student made the rollouts; every id in the data
-    means the same token to teacher and student, and the student's head has a row for it. No model
-    is loaded.
+    means the same token to teacher and student, and the student's head has a row for it; the same
+    ids end an answer. Teacher and student are compared by their weights and by what else decides
+    what they compute (`behaviour_of`), as far as the manifests record it. No model is loaded.
 
     Args:
         used_ids: the distinct ids of the cache, or a function that returns them; called only
@@ -57,6 +59,7 @@ def check_distill(
         _check_teacher(student, cache_manifest.model),
         _check_rollouts(student, cache_manifest.rollouts.model),
         _check_tokenizer(student, cache_manifest.model.tokenizer, used_ids, cache_path),
+        eos_mismatch(cache_manifest.model, cache_manifest.rollouts.model, "the student's rollouts"),
     )
     overrides = []
     for name, mismatch in zip(OVERRIDES, mismatches, strict=True):
@@ -97,7 +100,14 @@ def _check_teacher(student: str | Path, scorer: ModelIdentity) -> _Mismatch | No
             "name its teacher with 'lopd declare'",
         )
     if teacher.weights == scorer.weights:
-        return None
+        edited = _edited(teacher.behaviour, scorer.behaviour, ("config", "code"))
+        if edited is None:
+            return None
+        return (
+            f"{found} with an edited config: {edited}",
+            f"{teacher} as the student's answers were sampled from it",
+            "restore that setting and score again ('lopd score'), or sample and fine-tune again",
+        )
     return (
         found,
         f"{teacher}, whose answers the student was fine-tuned on",
@@ -109,12 +119,40 @@ def _check_teacher(student: str | Path, scorer: ModelIdentity) -> _Mismatch | No
 def _check_rollouts(student: str | Path, policy: ModelIdentity) -> _Mismatch | None:
     expected = fingerprint_weights(student)
     if policy.weights == expected:
-        return None
+        edited = _edited(policy.behaviour, behaviour_of(student))
+        if edited is None:
+            return None
+        return (
+            f"{student} edited since it made the rollouts: {edited}",
+            "the files that the rollouts were sampled with",
+            "restore that setting, or roll out ('lopd rollout') and score again",
+        )
     return (
         f"rollouts made by {policy}",
         f"rollouts of the student {student} (weights {short(expected)})",
         "sample rollouts from that student ('lopd rollout') and score them ('lopd score')",
     )
+
+
+def _edited(
+    recorded: Mapping[str, Any] | None,
+    found: Mapping[str, Any] | None,
+    parts: Collection[str] | None = None,
+) -> str | None:
+    """What differs between two behaviours of equal weights; None if nothing does.
+
+    None too where an older artefact does not record one.
+
+    Args:
+        parts: the parts to compare; all by default.
+    """
+    if recorded is None or found is None:
+        return None
+    was, now = (
+        {name: value for name, value in item.items() if parts is None or name in parts}
+        for item in (recorded, found)
+    )
+    return difference(was, now) or None
 
 
 def _check_tokenizer(
@@ -144,6 +182,56 @@ def _check_tokenizer(
         found = f"id {index} is {theirs!r} to the teacher and {ours!r} to the student"
         return found, "one meaning for every id that the data uses", remedy
     return None
+
+
+def eos_mismatch(teacher: ModelIdentity, student: ModelIdentity, what: str) -> _Mismatch | None:
+    """How the ids that end an answer differ between two models; None if they do not.
+
+    None too where an older artefact does not record them.
+
+    Args:
+        what: what ends with the student's ids.
+    """
+    ours, theirs = student.eos_ids, teacher.eos_ids
+    if ours is None or theirs is None or set(ours) == set(theirs):
+        return None
+    union = sorted({*ours, *theirs})
+    return (
+        f"{what} end with id {_words(ours)}, the teacher's answers with {_words(theirs)}",
+        "one set of end-of-sequence ids, or the probability of ending is trained away",
+        f"set eos_token_id to {union} in generation_config.json of both models before sampling",
+    )
+
+
+def check_eos(
+    teacher: ModelIdentity, student: ModelIdentity, what: str, allow: bool
+) -> list[Override]:
+    """Refuse a teacher and a student whose answers end with different ids.
+
+    Args:
+        what: as in `eos_mismatch`.
+        allow: whether `--allow_eos_mismatch` is set.
+
+    Returns:
+        The override, if it was needed.
+
+    Raises:
+        ProvenanceError: they differ and `allow` is not set.
+    """
+    mismatch = eos_mismatch(teacher, student, what)
+    if mismatch is None:
+        return []
+    found, expected, remedy = mismatch
+    if not allow:
+        raise ProvenanceError(
+            f"eos-mismatch: found that {found}; expected {expected}; {remedy}, or pass "
+            "--allow_eos_mismatch"
+        )
+    return [Override(name="eos-mismatch", found=found, expected=expected)]
+
+
+def _words(ids: Sequence[int]) -> str:
+    return " or ".join(map(str, ids))
 
 
 def differing_token(

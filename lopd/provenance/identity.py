@@ -11,6 +11,8 @@ from lopd.provenance.typed_json import plain
 
 # How and when a stage was called; everything else in a manifest is the recipe.
 NOT_RECIPE = frozenset({"config", "created", "environment", "seconds"})
+# Parts of a model's identity that older artefacts do not record. Unknown equals anything.
+MAYBE_UNKNOWN = frozenset({"behaviour", "eos_ids", "hub"})
 
 
 def settings_identity(config: Any, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -28,11 +30,16 @@ def settings_identity(config: Any, stored: Mapping[str, Any] | None = None) -> d
 
 
 def digests_of(inputs: Mapping[str, Any]) -> dict[str, str | None]:
-    """The content digest of everything in the `inputs` of a manifest, by name."""
-    digests = {}
+    """The content digest of everything in the `inputs` of a manifest, by name.
+
+    That of a model is of its weights; `<name>.behaviour` is of what else it computes with.
+    """
+    digests: dict[str, str | None] = {}
     for name, described in plain(inputs).items():
         keys = ("digest", "sha256", "weights")  # of a folder of shards, a file, a model
         digests[name] = next((described[key] for key in keys if key in described), None)
+        if described.get("behaviour") is not None:
+            digests[f"{name}.behaviour"] = json_digest(described["behaviour"])
     return digests
 
 
@@ -50,7 +57,8 @@ def manifest_digest(manifest: Manifest) -> str:
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any], most: int = 3) -> str:
     """What differs between two identities, in words; empty if nothing does.
 
-    A missing key is equal to None, so that a new version can add settings.
+    A missing key is equal to None, so that a new version can add settings, and what only one side
+    knows of `MAYBE_UNKNOWN` is not compared.
 
     Args:
         most: number of differences that are named; the others are only counted.
@@ -58,11 +66,21 @@ def difference(found: Mapping[str, Any], expected: Mapping[str, Any], most: int 
     >>> difference({"k": 8, "model": {"dtype": "float32"}}, {"k": 4, "model": {"dtype": "float32"}})
     'k was 8, is 4'
     """
-    was, now = _flat(found), _flat(expected)
+    was, now = _flat(_known(found, expected)), _flat(_known(expected, found))
     keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     words = [f"{key} was {_brief(was.get(key))}, is {_brief(now.get(key))}" for key in keys[:most]]
     more = [f"and {len(keys) - most} more"] if len(keys) > most else []
     return "; ".join([*words, *more])
+
+
+def _known(value: Mapping[str, Any], other: Any) -> dict[str, Any]:
+    """A value without the parts of `MAYBE_UNKNOWN` that `other` does not have."""
+    beside = other if isinstance(other, Mapping) else {}
+    return {
+        key: _known(item, beside.get(key)) if isinstance(item, Mapping) else item
+        for key, item in value.items()
+        if beside.get(key) is not None or key.rpartition(".")[2] not in MAYBE_UNKNOWN
+    }
 
 
 def _flat(value: Mapping[str, Any], at: str = "") -> dict[str, Any]:

@@ -1,24 +1,96 @@
-"""Canonical JSON, digests and atomic writes."""
+"""JSON, read strictly and written canonically; digests and atomic writes."""
 
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
+import shutil
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from lopd.errors import ShardError
+from lopd.errors import DataError, ShardError
 
 TEMP_SUFFIX = ".tmp"
+MAX_DEPTH = 64  # of nested JSON; a recursive function of Python can go about ten times as deep
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
+    """The value of a JSON document, read more strictly than by `json.loads`.
+
+    Args:
+        finite: refuse NaN, Infinity, and numbers that overflow to it.
+
+    Raises:
+        ValueError: not JSON in UTF-8, nested more than `MAX_DEPTH` deep, a key that occurs twice in
+            an object, or half of a surrogate pair in a string, which UTF-8 cannot store.
+
+    >>> parse_json(b'{"k": 8}')
+    {'k': 8}
+    >>> parse_json('{"k": 8, "k": 9}')
+    Traceback (most recent call last):
+    ValueError: key 'k' occurs twice
+    """
+    hooks: dict[str, Any] = {"object_pairs_hook": _unique}
+    if finite:
+        hooks |= {"parse_constant": _refuse_number, "parse_float": _finite}
+    try:
+        raw = data.encode("utf-8") if isinstance(data, str) else data
+        value = json.loads(raw.decode("utf-8"), **hooks)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+        _check_depth(value)
+    if _SURROGATE.search(raw):
+        _check_text(value)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {twice!a} occurs twice")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"{text[:40]} is not a finite number")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        items = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [item for part in items for item in part if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def _check_text(value: Any) -> None:
+    """Refuse text that UTF-8 cannot store; the nesting is bounded."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"a string holds {half}, half of a surrogate pair") from None
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8, no NaN."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode("utf-8")
+    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode("utf-8")
 
 
 def json_digest(value: Any) -> str:
@@ -48,6 +120,33 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that exists.
+
+    Raises:
+        DataError: the file is damaged: not JSON, not an object, or unreadable.
+    """
+    try:
+        # transformers writes Infinity into the config.json of some architectures
+        value = parse_json(file.read_bytes(), finite=False)
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}); restore it") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); restore it") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file} holds a {type(value).__name__}, expected an object; restore it")
+    return value
+
+
+def read_optional_json(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file.
+
+    Raises:
+        DataError: the file is damaged, which is not the same as absent.
+    """
+    return read_json_object(file) if os.path.lexists(file) else None
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -98,7 +197,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, durably: a power cut leaves none that is half there.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    created = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(created):
+        sync_folder(path.absolute().parent)
+
+
 def remove_temporaries(folder: Path) -> None:
-    """Remove temporary files of killed writers. Only safe when no other writer is running."""
+    """Remove temporary files and folders of killed writers.
+
+    Only safe when no other writer is running.
+    """
     for temp in folder.glob(f".*{TEMP_SUFFIX}"):
-        temp.unlink(missing_ok=True)
+        if temp.is_dir() and not temp.is_symlink():
+            shutil.rmtree(temp)
+        else:
+            temp.unlink(missing_ok=True)

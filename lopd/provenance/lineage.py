@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lopd.errors import ProvenanceError
-from lopd.provenance.fingerprint import describe_model, fingerprint_weights, read_config
+from lopd.provenance.fingerprint import describe_model, fingerprint_weights
+from lopd.provenance.folder import read_config
 from lopd.provenance.manifest import (
     MANIFEST_NAME,
     Lineage,

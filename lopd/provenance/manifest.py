@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from lopd.errors import ConfigError, DataError, LopdError, MissingFileError
-from lopd.provenance.io import pretty_json, storing, write_atomic
+from lopd.provenance.io import make_folder, parse_json, pretty_json, storing, write_atomic
 from lopd.provenance.scoring import Scoring, parse_scoring
 from lopd.provenance.typed_json import Unfit, parse, plain, value_at
 
@@ -39,6 +39,9 @@ class ModelIdentity:
     config: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    behaviour: Mapping[str, Any] | None = None  # `behaviour_of`; None: unknown, an older artefact
+    eos_ids: tuple[int, ...] | None = None  # that end an answer; None: unknown
+    hub: str | None = None  # org/name@revision
     vocab_size: int | None = None
     dtype: str | None = None
     engine: str | None = None
@@ -51,7 +54,8 @@ class ModelIdentity:
 
     def as_teacher(self) -> dict[str, Any]:
         """The JSON by which a lineage identifies a teacher."""
-        return {"weights": self.weights, "tokenizer": self.tokenizer, "path": self.path}
+        names = ("weights", "tokenizer", "path", "behaviour", "eos_ids")
+        return {name: plain(getattr(self, name)) for name in names}
 
     def __str__(self) -> str:
         return f"{self.path or 'a model'} (weights {short(self.weights)})"
@@ -190,7 +194,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
     """
     file = Path(folder) / MANIFEST_NAME
     with storing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         write_atomic(file, pretty_json(manifest.raw))
     return file
 
@@ -215,7 +219,7 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
         what = "does not exist" if not Path(folder).is_dir() else f"has no {MANIFEST_NAME}"
         raise MissingFileError(f"{folder} {what}; name a folder that a lopd stage has written")
     try:
-        raw = json.loads(file.read_bytes())
+        raw = parse_json(file.read_bytes())
     except ValueError as error:
         raise DataError(f"{file} is not JSON ({error}); restore it or redo the stage") from error
     except OSError as error:

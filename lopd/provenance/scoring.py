@@ -63,7 +63,8 @@ def parse_scoring(
         error: the exception for an unknown word.
         unfit: makes the exception for a field of another type.
     """
-    recorded = manifest.get("scoring") or {}
+    recorded = manifest.get("scoring")
+    recorded = {} if recorded is None else recorded
     if not isinstance(recorded, dict):
         raise unfit("scoring")
     values = {**{name: manifest[name] for name in SCORING if name in manifest}, **recorded}

@@ -4,16 +4,15 @@ First the manifests are checked: teacher, cache, rollouts and student must belon
 model is loaded before that. The manifest of the checkpoint records the checks that flags override.
 """
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lopd.config.fields import setting, setting_of
+from lopd.config.distill import DistillConfig
+from lopd.config.objective import SPARSE, Objective
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.models.load import check_model_folder
 from lopd.provenance import (
-    OVERRIDES,
     CacheManifest,
     check_distill,
     describe_model,
@@ -25,101 +24,6 @@ from lopd.provenance.manifest import Override
 from lopd.stages.sft import finish_checkpoint
 from lopd.store import TeacherCache
 from lopd.training import run as runs
-from lopd.training.memory import MemorySettings
-from lopd.training.objective import SPARSE, Importance, Objective, Tail
-from lopd.training.options import MonitoringOptions, Schedule
-
-_data = partial(setting, group="Model and data", identity=False)
-_objective = partial(setting, group="Objective")
-_override = partial(setting, group="Provenance overrides")
-
-
-@dataclass(kw_only=True)
-class DistillConfig(MonitoringOptions):
-    """Train a student on a teacher cache (`lopd distill`)."""
-
-    student: str = setting(identity=False, help="Folder of the model that made the rollouts.")
-    cache: str = setting(identity=False, help="Folder that `lopd score` wrote.")
-    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
-    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting_of(
-        MemorySettings, "objective"
-    )
-    tail: Tail = setting_of(Objective, "tail")
-    beta: float | None = setting_of(Objective, "beta")
-    advantage_clip: float | None = setting_of(Objective, "advantage_clip")
-    importance: Importance = setting_of(Objective, "importance")
-    importance_cap: float | None = setting_of(Objective, "importance_cap")
-    clip_range: float | None = setting_of(Objective, "clip_range")
-    temperature: float | None = setting_of(
-        Objective,
-        "temperature",
-        default=None,
-        help="Divides the student's logits; must be the cache's, which is the default.",
-    )
-    support: Literal["list+sampled", "list"] = _objective(
-        "list+sampled", help="Whether the lists include the sampled token."
-    )
-    verify: bool = _data(True, help="Check the hashes of the cache before training.")
-    allow_teacher_mismatch: bool = _override(
-        False, help="Train although another teacher made the SFT answers."
-    )
-    allow_student_mismatch: bool = _override(
-        False, help="Train although another model made the rollouts."
-    )
-    allow_tokenizer_mismatch: bool = _override(
-        False, help="Train although ids mean different tokens to teacher and student."
-    )
-    allow_incomplete_cache: bool = _override(
-        False, help="Train on the finished shards of the cache."
-    )
-    refresh_every: int = _objective(
-        0,
-        within="[0, inf)",
-        help="Resample and rescore rollouts every N steps (needs --teacher); 0 uses the cache.",
-    )
-    teacher: str | None = _data(
-        None, help="Folder of the teacher that scored the cache, for refresh_every."
-    )
-    refresh_batch_size: int = setting(
-        64,
-        within="[1, inf)",
-        group="Memory",
-        help="Sequences decoded together when rollouts are resampled.",
-    )
-    learning_rate: float = setting_of(MonitoringOptions, "learning_rate", default=2e-6)
-    lr_scheduler_type: Schedule = setting_of(
-        MonitoringOptions, "lr_scheduler_type", default="constant"
-    )
-    weight_decay: float = setting_of(MonitoringOptions, "weight_decay", default=0.1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.objective_at(1.0)
-        if (self.refresh_every > 0) != (self.teacher is not None):
-            raise ConfigError(
-                f"refresh_every: found {self.refresh_every} with teacher {self.teacher!r}; "
-                "expected a positive number and the teacher that scored the cache, or neither"
-            )
-        if self.refresh_every and self.drop_truncated:
-            raise ConfigError(
-                "drop_truncated: depends on the ends of the cached answers, which --refresh_every "
-                "replaces; leave one of the two out"
-            )
-
-    def objective_at(self, cache_temperature: float) -> Objective:
-        """The objective; its temperature is the cache's unless one is set."""
-        temperature = cache_temperature if self.temperature is None else self.temperature
-        names = ("tail", "beta", "advantage_clip", "importance", "importance_cap", "clip_range")
-        settings = {name: getattr(self, name) for name in names}
-        return Objective(
-            self.objective, temperature=temperature, workspace_bytes=self.workspace, **settings
-        )
-
-    def allowed(self) -> frozenset[str]:
-        """The checks of `lopd.provenance` that flags override."""
-        return frozenset(
-            name for name in OVERRIDES if getattr(self, f"allow_{name.replace('-', '_')}")
-        )
 
 
 def main(config: DistillConfig) -> Path:

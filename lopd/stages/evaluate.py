@@ -7,92 +7,35 @@ and a lower bound otherwise.
 """
 
 import json
-import re
-from dataclasses import asdict, dataclass
-from functools import partial
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lopd.config.fields import setting, setting_of
-from lopd.data.prompts import Prompt, check_prompts, load_prompts
-from lopd.engines.base import Sampling
-from lopd.engines.options import GenerationOptions, ScoringOptions
+from lopd.config.evaluate import EvalConfig
+from lopd.config.inference import Sampling
+from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
+from lopd.data.records import describe_data
+from lopd.data.rendering import PromptEncoder
 from lopd.engines.transformers import TransformersEngine
-from lopd.errors import ConfigError, DataError
+from lopd.errors import DataError
 from lopd.evaluation.accuracy import generate_answers, measure_accuracy
 from lopd.evaluation.grading import exact_grader, math_grader
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
-from lopd.models.load import resolve_device
 from lopd.provenance import (
     MANIFEST_NAME,
     build_manifest,
-    describe_file,
     describe_model,
     digests_of,
     read_manifest,
     write_manifest,
 )
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.io import make_folder, pretty_json, write_atomic
 from lopd.stages.table import print_fields
 from lopd.store import TeacherCache
 from lopd.store.folders import examine_folder
 
 RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
-ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
-
-
-_data = partial(setting, group="Model and data", identity=False)
-_evaluation = partial(setting, group="Evaluation")
-
-
-@dataclass(kw_only=True)
-class EvalConfig(GenerationOptions, ScoringOptions):
-    """Measure accuracy on prompts with answers, and the KL to a teacher (`lopd eval`)."""
-
-    model: str = setting(identity=False, help="Folder of the model to evaluate.")
-    prompts: str = setting_of(
-        GenerationOptions,
-        "prompts",
-        help="JSONL or parquet file with 'prompt' or 'messages', and 'answer', in each record.",
-    )
-    out: str = setting(identity=False, help="Folder for results.json and the answers.")
-    teacher: str | None = _data(None, help="Folder of the teacher, for the KL.")
-    cache: str | None = _data(None, help="Teacher cache of held-out rollouts, for the KL on them.")
-    kl_k: int = _evaluation(64, within="[1, inf)", help="Teacher tokens per position of the KL.")
-    num_samples: int = setting(
-        4, within="[1, inf)", group="Sampling", help="Number of sampled answers to each prompt."
-    )
-    temperature: float = setting_of(
-        GenerationOptions,
-        "temperature",
-        within="(0, inf)",
-        remedy=" (greedy answers are evaluated as well)",
-        help="Temperature of the sampled answers; greedy answers are evaluated as well.",
-    )
-    judge: Literal["exact", "math"] = _evaluation(
-        "exact",
-        help="exact compares what answer_regex finds; math uses math-verify (lopd[eval]).",
-    )
-    answer_regex: str = _evaluation(
-        ANSWER_REGEX,
-        help="Regular expression with one group, whose last match is the model's answer.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        resolve_device(self.device)
-        try:
-            groups = re.compile(self.answer_regex).groups
-        except re.error as error:
-            raise ConfigError(f"answer_regex: {error}; expected a regular expression") from None
-        if groups != 1:
-            raise ConfigError(f"answer_regex: found {groups} groups; expected exactly one")
-        if self.judge == "math":
-            if self.answer_regex != ANSWER_REGEX:
-                raise ConfigError(
-                    "answer_regex: --judge math does not use it; leave one of them out"
-                )
-            math_grader()
 
 
 def main(config: EvalConfig) -> Path:
@@ -109,13 +52,19 @@ def main(config: EvalConfig) -> Path:
         ShardError: the cache is incomplete or altered.
     """
     out = Path(config.out)
-    examine_folder(out, final=MANIFEST_NAME, allowed_files=RESULTS).require_writable()
+    examine_folder(
+        out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
+    ).require_writable()
     engine = _load(config, config.model)
-    prompts = _prompts(config, engine)
+    encoder = PromptEncoder(engine.tokenizer, config)
+    prompts = _prompts(config, engine, encoder)
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
-    inputs = describe_inputs(config)
-    grader = math_grader(prompts) if config.judge == "math" else exact_grader(config.answer_regex)
+    inputs = describe_inputs(config) | {"prompts": describe_prompts(config.prompts, encoder)}
+    if config.judge == "math":
+        grader = math_grader(prompts)
+    else:
+        grader = exact_grader(config.answer_regex, prompts)
     results, answers, sampled = measure_accuracy(
         engine,
         prompts,
@@ -140,18 +89,34 @@ def main(config: EvalConfig) -> Path:
         model=describe_model(config.model, dtype=config.dtype, engine=TransformersEngine.name),
         inputs=inputs,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     lines = "".join(json.dumps(answer) + "\n" for answer in answers)
     write_atomic(out / "answers.jsonl", lines.encode())
     write_atomic(out / "results.json", pretty_json(results))
     write_manifest(out, manifest)
     print_fields(_summary(results))
+    _show_without_answer(answers, config.judge)
     return out
+
+
+def _show_without_answer(records: list[dict[str, Any]], judge: str) -> None:
+    """Print how many complete answers the judge found nothing in, and the ends of some."""
+    complete = [record for record in records if record["finish_reason"] == "stop"]
+    without = [record for record in complete if record["answer"] is None]
+    if not without:
+        return
+    remedy = "; --answer_regex or --judge math may find more" if judge == "exact" else ""
+    shown = "".join(f"\n  {record['id']}: ...{record['text'][-60:]!r}" for record in without[:3])
+    print(
+        f"eval: judge {judge} found nothing to grade in {len(without)} of {len(complete)} complete "
+        f"answers, which count as wrong{remedy}. Some end in{shown}",
+        file=sys.stderr,
+    )
 
 
 def describe_inputs(config: EvalConfig) -> dict[str, Any]:
     """Describe the prompts, the cache and the teacher for the manifest."""
-    inputs: dict[str, Any] = {"prompts": describe_file(config.prompts)}
+    inputs: dict[str, Any] = {"prompts": describe_data(config.prompts)}
     if config.cache is not None:
         cache = TeacherCache.open(config.cache)
         inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest.model}
@@ -171,23 +136,26 @@ def _load(config: EvalConfig, path: str) -> TransformersEngine:
     )
 
 
-def _prompts(config: EvalConfig, engine: TransformersEngine) -> list[Prompt]:
+def _prompts(
+    config: EvalConfig, engine: TransformersEngine, encoder: PromptEncoder
+) -> list[Prompt]:
     """Load the prompts; check that each has an answer and fits into the model's context."""
-    prompts = load_prompts(config.prompts, engine.tokenizer, limit=config.limit)
+    prompts = load_prompts(config.prompts, encoder, limit=config.limit, answers=True)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
     if unanswered:
         raise DataError(
             f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
-            f"(first: '{unanswered[0]}'); expected one in each line"
+            f"(first: '{unanswered[0]}'); expected one in each line, or a column with it: "
+            "--columns prompt=COLUMN,answer=COLUMN"
         )
-    check_prompts(
+    return check_prompts(
         prompts,
         config.prompts,
         context=engine.context,
         vocab_size=engine.vocab_size,
         max_new_tokens=config.max_new_tokens,
+        skip=config.skip_bad_records,
     )
-    return prompts
 
 
 def _trained_on(model: str, digest: str) -> bool:
@@ -204,6 +172,7 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         if isinstance(value, dict) and "low" in value:
             fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
     fields["truncated"] = f"{results['truncated']:.3f}"
+    fields["no answer found"] = f"{results['no_answer']:.3f}"
     fields["mean tokens"] = f"{results['mean_tokens']:.1f}"
     for row in results["by_length"]:
         fields[f"{row['shortest']} to {row['longest']} tokens"] = (

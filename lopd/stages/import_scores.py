@@ -6,7 +6,10 @@ requires an override. The manifest's `scoring` records that tail and entropy are
 lists, and whether rollout log-probs are absent.
 """
 
+import math
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -15,59 +18,31 @@ from typing import Any
 
 import numpy as np
 
-from lopd.config.fields import Settings, setting, setting_of
-from lopd.data.external_scores import Dumped, Format, read_dump
+from lopd.config.import_scores import ImportConfig
+from lopd.data.external_scores import ROUNDING, Dumped, read_dump
+from lopd.data.records import describe_data
+from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import eos_ids_of, load_tokenizer
 from lopd.provenance import (
     ModelIdentity,
     build_manifest,
-    describe_file,
     describe_model,
     lineage_of,
     save_vocab,
     vocab_size_of,
 )
-from lopd.stages.rollout import SamplingOptions
-from lopd.stages.score import ScoreConfig
-from lopd.store import CacheWriter, Codec, Rollout, TeacherScores
+from lopd.store import CacheWriter, Rollout, TeacherScores
 from lopd.store.lists import derived_tail
 from lopd.store.validate import MASS_TOLERANCE
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Lists are renormalised if each has mass 1 within rounding and their mean mass is 1 within this.
 RENORMALIZED = 1e-4
-
-
-@dataclass(kw_only=True)
-class ImportConfig(Settings):
-    """Make a teacher cache from scores that another tool wrote (`lopd import`)."""
-
-    source: str = setting(identity=False, help="Parquet (.parquet) or JSONL file.")
-    format: Format = setting(
-        help="lightning-opd: parquet in the format of the paper's code; topk: lists of top-k "
-        "log-probs. See lopd/data/external_scores.py."
-    )
-    teacher: str = setting(
-        identity=False, help="Teacher that scored: a folder, a digest of weights, or a name."
-    )
-    student: str = setting(
-        identity=False,
-        help="Student that rolled out: a folder, which also provides the tokenizer, a digest of "
-        "weights, or a name.",
-    )
-    out: str = setting_of(ScoreConfig, "out")
-    codec: Codec = setting_of(ScoreConfig, "codec")
-    temperature: float = setting_of(
-        ScoreConfig, "temperature", help="Temperature at which the log-probs were computed."
-    )
-    shard_size: int = setting_of(SamplingOptions, "shard_size")
-    allow_renormalized: bool = setting(
-        False,
-        group="Provenance overrides",
-        identity=False,
-        help="Accept renormalised lists, which only --tail renormalize can train on.",
-    )
+# A whole number that so many sampled tokens have as their log-prob, and far more than have its
+# neighbours half a nat away, stands for "none": rounding to any grid would favour both alike.
+_REPEATS = 5
+_STANDS_OUT = 4
 
 
 @dataclass(frozen=True)
@@ -79,6 +54,10 @@ class Survey:
     longest: int
     renormalized: bool
     known_rollouts: bool
+    unscored: int  # masked tokens without a log-prob
+    padding: int  # entries left out of the lists
+    rounded: int  # lists whose mass exceeded 1 by rounding
+    left_out: int  # records
 
 
 def main(config: ImportConfig) -> Path:
@@ -96,11 +75,21 @@ def main(config: ImportConfig) -> Path:
         tokenizer = load_tokenizer(config.student)
         eos_ids = eos_ids_of(config.student, tokenizer)
 
-    def read() -> Iterator[Dumped]:
-        return read_dump(config.source, config.format, tokenizer, eos_ids)
+    def read(skipped: Skipped) -> Iterator[Dumped]:
+        return read_dump(
+            config.source,
+            config.format,
+            tokenizer,
+            eos_ids,
+            vocab_size=teacher.vocab_size,
+            skipped=skipped,
+        )
 
-    survey = take_survey(config, teacher.vocab_size, read())
-    source = describe_file(config.source)
+    skipped = Skipped(config.source, config.skip_bad_records)
+    survey = take_survey(config, teacher.vocab_size, read(skipped), skipped)
+    skipped.report()
+    _print_notes(config.source, survey)
+    source = describe_data(config.source)
     full, rest = divmod(survey.sequences, config.shard_size)
     manifest = build_manifest(
         "cache",
@@ -108,7 +97,11 @@ def main(config: ImportConfig) -> Path:
         config=asdict(config),
         model=teacher,
         inputs={
-            "source": {**source, "format": config.format},
+            "source": {
+                **source,
+                "format": config.format,
+                **{name: getattr(survey, name) for name in _COUNTS if getattr(survey, name)},
+            },
             "rollouts": {
                 "digest": source["sha256"],
                 "model": student,
@@ -133,7 +126,7 @@ def main(config: ImportConfig) -> Path:
         missing = writer.missing()
         if missing and Path(config.teacher).is_dir():
             save_vocab(config.teacher, config.out)
-        records = read()
+        records = read(Skipped(config.source, config.skip_bad_records))
         width = survey.longest - survey.shortest
         for shard, size in enumerate(manifest.shards):
             dumped = list(islice(records, size))
@@ -167,31 +160,53 @@ def _describe_models(*names: str) -> list[ModelIdentity]:
     return models
 
 
-def take_survey(config: ImportConfig, vocab_size: int, records: Iterable[Dumped]) -> Survey:
+_COUNTS = ("unscored", "padding", "rounded", "left_out")
+
+
+def _print_notes(source: str, survey: Survey) -> None:
+    notes = {
+        "masked tokens have no log-prob; their lists are empty": survey.unscored,
+        "list entries are padding (id -1, or a log-prob such as -inf or -9999); left out": (
+            survey.padding
+        ),
+        f"lists of rounded log-probs have a mass up to {1 + ROUNDING}; scaled to 1": survey.rounded,
+    }
+    for text, count in notes.items():
+        if count:
+            print(f"{source}: {count} {text}", file=sys.stderr)
+
+
+def take_survey(
+    config: ImportConfig, vocab_size: int, records: Iterable[Dumped], skipped: Skipped
+) -> Survey:
     """Read and check every record.
 
     Raises:
-        DataError: as `read_dump`; the file is empty, only some records have rollout log-probs, or
-            the lists were renormalised and that is not allowed.
+        DataError: as `read_dump`; the file is empty, only some records have rollout log-probs,
+            a number that stands for no log-prob is frequent, or the lists were renormalised and
+            that is not allowed.
     """
-    sequences = known = longest = tokens = 0
-    shortest, whole, excess = vocab_size, True, 0.0
+    sequences = known = longest = unscored = padding = 0
+    shortest, masses, halves = vocab_size, _Masses(), Counter[float]()
     for dumped in records:
         sequences += 1
         known += not np.isnan(dumped.rollout.rollout_logprobs).any()
+        unscored, padding = unscored + dumped.unscored, padding + dumped.padding
         lengths = dumped.lists.lengths
         shortest, longest = min(shortest, lengths.min()), max(longest, lengths.max())
-        over = dumped.lists.row_sums(np.exp(dumped.lists.logprobs)) - 1
-        tokens, excess = tokens + len(over), excess + float(over.sum())
-        whole &= bool(((np.abs(over) <= MASS_TOLERANCE) & (lengths < vocab_size)).all())
+        mask = dumped.rollout.loss_mask[dumped.rollout.prompt_length :]
+        masses.add(dumped.mass[mask], lengths[mask] < vocab_size)
+        own = dumped.teacher_logprobs[mask]
+        halves.update(own[2 * own == np.round(2 * own)].tolist())
     if not sequences:
-        raise DataError(f"{config.source}: holds no records; expected at least one")
+        raise DataError(f"{config.source}: no usable records; expected at least one")
+    _refuse_frequent(config.source, halves)
     if known not in (0, sequences):
         raise DataError(
             f"{config.source}: {known} of {sequences} records have rollout_logprobs; expected all "
             "or none"
         )
-    renormalized = whole and abs(excess) <= RENORMALIZED * tokens
+    renormalized = masses.are_one()
     if renormalized and not config.allow_renormalized:
         raise DataError(
             f"{config.source}: every list has mass 1 within rounding, though the longest "
@@ -199,7 +214,62 @@ def take_survey(config: ImportConfig, vocab_size: int, records: Iterable[Dumped]
             "outside them is lost; dump raw log-probs, or pass --allow_renormalized to admit them "
             "for --tail renormalize only"
         )
-    return Survey(sequences, int(shortest), int(longest), renormalized, known == sequences)
+    return Survey(
+        sequences=sequences,
+        shortest=int(shortest),
+        longest=int(longest),
+        renormalized=renormalized,
+        known_rollouts=known == sequences,
+        unscored=unscored,
+        padding=padding,
+        rounded=masses.rounded,
+        left_out=len(skipped.errors),
+    )
+
+
+@dataclass
+class _Masses:
+    """Masses of the lists of tokens that bear loss."""
+
+    count: int = 0
+    rounded: int = 0  # lists whose mass exceeded 1 by rounding
+    excess: float = 0.0
+    squares: float = 0.0
+    largest: float = 0.0  # distance from 1
+    partial: bool = True  # no list holds the whole vocabulary
+
+    def add(self, mass: np.ndarray, partial: np.ndarray) -> None:  # [n], [n] bool
+        over = mass - 1
+        self.count += len(over)
+        self.rounded += int((over > MASS_TOLERANCE).sum())
+        self.excess += float(over.sum())
+        self.squares += float((over**2).sum())
+        self.largest = max(self.largest, float(np.abs(over).max(initial=0)))
+        self.partial &= bool(partial.all())
+
+    def are_one(self) -> bool:
+        """Whether every mass is 1 within rounding, in the mean too."""
+        if not self.count or not self.partial:
+            return False
+        mean, bound, most = self.excess / self.count, RENORMALIZED, MASS_TOLERANCE
+        if self.rounded:  # coarsely, so that the mean too has a larger error
+            deviation = math.sqrt(max(self.squares / self.count - mean**2, 0) / self.count)
+            bound, most = max(bound, 2 * deviation), ROUNDING
+        return self.largest <= most and abs(mean) <= bound
+
+
+def _refuse_frequent(source: str, halves: Counter[float]) -> None:
+    """Refuse a whole number that stands for "none" in the log-probs of sampled tokens.
+
+    `halves` counts the log-probs that are multiples of a half.
+    """
+    for value, count in halves.items():
+        near = halves[value - 0.5] + halves[value + 0.5]
+        if value < 0 and value == round(value) and count >= max(_REPEATS, _STANDS_OUT * near + 1):
+            raise DataError(
+                f"{source}: {count} sampled tokens have a log-prob of exactly {value:g}, which "
+                "stands for none; dump their log-probs, or set their loss_mask to 0"
+            )
 
 
 def _scores(

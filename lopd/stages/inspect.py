@@ -1,24 +1,20 @@
 """Print what an artefact folder holds and, on demand, check its hashes (`lopd inspect`)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import Settings, setting
-from lopd.errors import ConfigError, ProvenanceError, ShardError
-from lopd.provenance import Manifest, fingerprint_weights, read_manifest
+from lopd.config.inspect import InspectConfig
+from lopd.errors import ConfigError, ProvenanceError
+from lopd.provenance import (
+    CacheManifest,
+    Manifest,
+    ModelIdentity,
+    fingerprint_weights,
+    read_manifest,
+)
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
-
-
-@dataclass(kw_only=True)
-class InspectConfig(Settings):
-    """Print what an artefact folder holds (`lopd inspect`)."""
-
-    path: str = setting(help="Folder of answers, rollouts, a cache or a checkpoint.")
-    verify: bool = setting(
-        False, group="Model and data", help="Check the hashes of every shard, or of the weights."
-    )
 
 
 def main(config: InspectConfig) -> None:
@@ -27,7 +23,7 @@ def main(config: InspectConfig) -> None:
     Raises:
         ConfigError: `verify`, and the folder has no hashes.
         ProvenanceError: the weights are not those that the manifest describes.
-        ShardError: a shard is unfinished or altered.
+        ShardError: a shard or file is unfinished or altered.
     """
     manifest = read_manifest(Path(config.path))
     kind = manifest.kind
@@ -36,7 +32,10 @@ def main(config: InspectConfig) -> None:
     models["fine-tuned on"] = None if manifest.lineage is None else manifest.lineage.sft_teacher
     for role, model in models.items():
         if model is not None:
-            rows[role] = f"{model.path} ({model.weights[:12]})"
+            rows[role] = f"{model.hub or model.path} ({model.weights[:12]})"
+            rows[f"{role} ends answers with"] = _describe_eos(model)
+    if isinstance(manifest, CacheManifest):
+        rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
     if manifest.sampling is not None:
         settings = manifest.sampling.raw.items()
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in settings)
@@ -49,7 +48,7 @@ def main(config: InspectConfig) -> None:
         if config.verify:
             rows["verified"] = _verify_shards(cache)
     elif kind in ("rollouts", "sft_data"):
-        store = RolloutStore.open(config.path, kind=kind)
+        store = RolloutStore.open(config.path, kind=kind, allow_incomplete=True)
         rows.update(store.summary())
         if config.verify:
             rows["verified"] = _verify_shards(store)
@@ -58,13 +57,13 @@ def main(config: InspectConfig) -> None:
     print_fields(rows)
 
 
+def _describe_eos(model: ModelIdentity) -> str:
+    """The ids that end an answer of a model."""
+    return "unknown" if model.eos_ids is None else "id " + " or ".join(map(str, model.eos_ids))
+
+
 def _verify_shards(store: RolloutStore | TeacherCache) -> str:
-    if store.missing_shards:
-        raise ShardError(
-            f"{store.path}: {len(store.missing_shards)} of {store.num_shards} shards are "
-            f"unfinished or damaged, the first is shard-{store.missing_shards[0]:05d}; run "
-            f"'lopd {store.manifest.stage}' again to write them"
-        )
+    store.check_complete()
     store.verify()
     return "every shard matches its receipt"
 
@@ -79,6 +78,9 @@ def _verify_weights(folder: str, manifest: Manifest) -> str:
             f"{folder}: its weights are not those that its manifest describes; restore them, or "
             "make the checkpoint again"
         )
+    if (Path(folder) / RECEIPT_NAME).exists():
+        files = check_receipt(Path(folder))["files"]
+        return f"the weights match the manifest, and all {len(files)} files their receipt"
     return "the weights match the manifest"
 
 

@@ -8,54 +8,33 @@ stored beside them where the two differ. Several processes may sample into one f
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 from tqdm import tqdm
 
-from lopd.config.fields import setting
-from lopd.data.prompts import Prompt, check_prompts, load_prompts
+from lopd.config.inference import SamplingOptions
+from lopd.config.rollout import RolloutConfig
+from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
+from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.engines import load_engine
 from lopd.engines.base import Engine, sequence_seed, to_rollout
-from lopd.engines.options import EngineOptions, GenerationOptions
 from lopd.errors import ModelError
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
 from lopd.provenance import (
+    MANIFEST_NAME,
+    ModelIdentity,
     build_manifest,
-    describe_file,
     describe_model,
     lineage_of,
+    read_manifest,
     save_vocab,
     vocab_size_of,
 )
 from lopd.store import RolloutWriter
 from lopd.store.workers import Worker, this_worker
-
-
-@dataclass(kw_only=True)
-class SamplingOptions(EngineOptions, GenerationOptions):
-    """Settings that `lopd sft-data` and `lopd rollout` share."""
-
-    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
-    num_samples: int = setting(
-        1, within="[1, inf)", group="Sampling", help="Number of answers to each prompt."
-    )
-    shard_size: int = setting(
-        1024, within="[1, inf)", group="Model and data", help="Sequences per shard file."
-    )
-    worker: str | None = setting(
-        None,
-        group="Devices and processes",
-        identity=False,
-        help="i/n: be worker i (from 0) of n workers on this folder.",
-    )
-
-
-@dataclass(kw_only=True)
-class RolloutConfig(SamplingOptions):
-    """Sample the student's answers to prompts (`lopd rollout`)."""
-
-    student: str = setting(identity=False, help="Folder of the fine-tuned student.")
 
 
 def main(config: RolloutConfig) -> Path:
@@ -71,13 +50,14 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     worker = this_worker(config.worker)
     check_model_folder(model)
     tokenizer = load_tokenizer(model)
-    prompts = load_prompts(config.prompts, tokenizer, limit=config.limit)
-    check_prompts(
-        prompts,
+    encoder = PromptEncoder(tokenizer, config, recorded_date(config.out))
+    prompts = check_prompts(
+        load_prompts(config.prompts, encoder, limit=config.limit),
         config.prompts,
         context=context_of(model, config.engine),
         vocab_size=vocab_size_of(model),
         max_new_tokens=config.max_new_tokens,
+        skip=config.skip_bad_records,
     )
     jobs = [(prompt, sample) for prompt in prompts for sample in range(config.num_samples)]
     shards = [jobs[i : i + config.shard_size] for i in range(0, len(jobs), config.shard_size)]
@@ -88,7 +68,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         model=describe_model(model, dtype=config.dtype, engine=config.engine),
         sampling=asdict(config.sampling())
         | {"seed": config.seed, "num_samples": config.num_samples},
-        inputs={"prompts": describe_file(config.prompts)},
+        inputs={"prompts": describe_prompts(config.prompts, encoder)},
         lineage=lineage_of(model),
         plan={"shards": [len(shard) for shard in shards]},
     )
@@ -102,13 +82,14 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     return Path(config.out)
 
 
-def _check_student(engine: Engine, path: str) -> None:
-    """Refuse a student that training would refuse, before its answers are sampled and scored."""
-    from lopd.models.head import check_trainable
-    from lopd.training.dry_run import meta_model
-
-    loaded = getattr(engine, "model", None)  # only transformers shows it
-    check_trainable(meta_model(path, "float32") if loaded is None else loaded)
+def recorded_date(out: str) -> date | None:
+    """The date that the prompts of an earlier run into this folder were written with, if any."""
+    if not (Path(out) / MANIFEST_NAME).is_file():
+        return None
+    prompts = read_manifest(out).inputs.get("prompts")
+    reading = prompts.get("reading") if isinstance(prompts, Mapping) else None
+    text = reading.get("date") if isinstance(reading, Mapping) else None
+    return parse_date(text, f"{out}: {MANIFEST_NAME}") if text is not None else None
 
 
 def _fill(
@@ -128,8 +109,7 @@ def _fill(
         options=config.options(),
         batch_size=config.batch_size,
     )
-    if isinstance(config, RolloutConfig):
-        _check_student(engine, model)
+    _check_eos(engine, writer.manifest.model)
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
     with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():
@@ -147,3 +127,16 @@ def _fill(
                 )
             pairs = zip(jobs, generations, strict=True)
             writer.write(index, [to_rollout(*job, generation) for job, generation in pairs])
+
+
+def _check_eos(engine: Engine, recorded: ModelIdentity) -> None:
+    """Check that answers end with the ids that the manifest says they end with."""
+    if recorded.behaviour is None:  # a folder that an older version began
+        return
+    ids, named = sorted(engine.eos_ids), list(recorded.eos_ids or ())
+    if ids != named:
+        raise ModelError(
+            f"{recorded.path}: its files name the end-of-sequence ids {named}, but answers would "
+            f"end with {ids}, in part a default of transformers; write the ids that you want into "
+            "eos_token_id of generation_config.json"
+        )

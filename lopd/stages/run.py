@@ -19,18 +19,18 @@ that rolls out. Finished stages are skipped; if the settings or inputs of a fini
 changed, the run stops with an error, and nothing is reused or overwritten.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import Settings, setting
 from lopd.config.parse import build_config, check_keys, load_yaml
+from lopd.config.run import RunConfig
 from lopd.errors import ConfigError
 from lopd.provenance import (
     MANIFEST_NAME,
+    describe_model,
     difference,
     digests_of,
-    fingerprint_weights,
     read_manifest,
     settings_identity,
 )
@@ -49,13 +49,6 @@ STAGES: dict[str, tuple[Any, type]] = {
 SHARED = ["dtype", "device", "seed"]
 # Stages without the shared dtype: weights and optimizer need more bits than inference.
 TRAINING_STAGES = ("sft", "distill")
-
-
-@dataclass(kw_only=True)
-class RunConfig(Settings):
-    """Run the stages of a recipe that are not finished, in order (`lopd run recipe.yaml`)."""
-
-    recipe: str = setting(help="YAML file; see lopd/stages/run.py for its keys.")
 
 
 def main(config: RunConfig) -> Path:
@@ -179,7 +172,7 @@ def is_finished(config: Any) -> bool:
     changed = difference({key: recorded.get(key) for key in expected}, expected)
     if not changed:
         start = manifest.base or manifest.model
-        recorded = {"model": start.weights, **digests_of(manifest.inputs)}
+        recorded = digests_of({"model": start, **manifest.inputs})
         expected = input_digests(config)
         changed = difference({key: recorded.get(key) for key in expected}, expected)
     if changed:
@@ -191,4 +184,5 @@ def input_digests(config: Any) -> dict[str, str | None]:
     """Digests of what a training or evaluation stage would read now, its model included."""
     (module,) = (module for module, config_class in STAGES.values() if type(config) is config_class)
     model = config.student if module is distill else config.model
-    return {"model": fingerprint_weights(model), **digests_of(module.describe_inputs(config))}
+    found = describe_model(model, dtype=config.dtype, engine="transformers")
+    return digests_of({"model": found, **module.describe_inputs(config)})

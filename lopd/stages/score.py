@@ -10,18 +10,17 @@ on the process that writes it.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from lopd.config.fields import setting, setting_of
+from lopd.config.score import ScoreConfig
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
-from lopd.engines.options import EngineOptions, ScoringOptions
-from lopd.errors import ConfigError, ProvenanceError
+from lopd.errors import ProvenanceError
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
@@ -32,9 +31,9 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
-from lopd.stages.rollout import SamplingOptions
+from lopd.provenance.gate import check_eos
 from lopd.stages.table import print_fields
-from lopd.store import CacheWriter, Codec, RolloutStore, TeacherCache, TeacherScores
+from lopd.store import CacheWriter, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import examine_shard_folder
 from lopd.store.size import (
     TimedSample,
@@ -51,56 +50,6 @@ from lopd.store.size import (
 from lopd.store.types import name_of
 from lopd.store.workers import Worker, this_worker
 
-_cache = partial(setting, group="Cache")
-
-
-@dataclass(kw_only=True)
-class ScoreConfig(EngineOptions, ScoringOptions):
-    """Score rollouts with the teacher (`lopd score`)."""
-
-    teacher: str = setting(identity=False, help="Folder of the teacher model.")
-    rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
-    out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
-    k: int = _cache(64, within="[1, inf)", help="Maximum number of teacher tokens per position.")
-    top_p: float = _cache(
-        0.999,
-        within="(0, 1]",
-        help="Cut each list where its mass reaches this; 1 keeps all k tokens.",
-    )
-    codec: Codec = setting(
-        "exact",
-        group="Cache",
-        help="Storage format of lists and log-probs; all but exact round them.",
-    )
-    temperature: float = _cache(
-        1.0,
-        within="(0, inf)",
-        help="Divides the teacher's logits; distillation uses the same temperature.",
-    )
-    student: str | None = _cache(
-        None, identity=False, help="Folder of the student that rolled out, for extra_ids."
-    )
-    extra_ids: int = _cache(0, within="[0, inf)", help="Add the student's top N ids to every list.")
-    worker: str | None = setting_of(SamplingOptions, "worker")
-    plan: bool = setting(
-        False,
-        group="Model and data",
-        identity=False,
-        help="Print bytes, shards, time and free disk space, and write nothing.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.extra_ids > 0) != (self.student is not None):
-            raise ConfigError(
-                f"extra_ids: found {self.extra_ids} with student {self.student!r}; expected a "
-                "positive number and the student that made the rollouts, or neither"
-            )
-        if self.engine == "vllm" and (self.temperature != 1 or self.extra_ids):
-            raise ConfigError(
-                "engine: vllm scores at temperature 1 and without extra_ids; use transformers"
-            )
-
 
 def main(config: ScoreConfig) -> Path | None:
     """Score the missing shards of the cache; returns its folder, None after `plan`.
@@ -110,7 +59,8 @@ def main(config: ScoreConfig) -> Path | None:
             writing into the folder.
         ConfigError: a setting is out of range, the folder holds another recipe, or the disk has
             no room.
-        ProvenanceError: `student` did not make the rollouts.
+        ProvenanceError: `student` did not make the rollouts, or the teacher ends its answers with
+            other ids than the student.
         DataError: a sequence exceeds the teacher's context or vocabulary.
     """
     worker = this_worker(config.worker)
@@ -145,6 +95,7 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
     assert model.vocab_size is not None
     ModelLimits("the teacher", model.vocab_size).check_k(config.k)
+    overrides = check_eos(model, source.model, "the rollouts", config.allow_eos_mismatch)
     return build_manifest(
         "cache",
         stage="score",
@@ -158,6 +109,7 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
                 "sampling": source.sampling,
             }
         },
+        overrides=overrides,
         plan={"shards": source.shards},
         k=config.k,
         top_p=config.top_p,

@@ -4,17 +4,21 @@ The manifest of the checkpoint records the teacher's fingerprint, so that `lopd 
 check that the same teacher scored the rollouts.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from lopd.config.fields import setting
-from lopd.data.demonstrations import load_sft_jsonl
-from lopd.errors import MissingFileError, ProvenanceError
+from lopd.config.objective import Objective
+from lopd.config.sft import SftConfig
+from lopd.data.demonstrations import load_demonstrations
+from lopd.data.records import describe_data
+from lopd.data.rendering import PromptEncoder, parse_date
+from lopd.errors import ConfigError, MissingFileError, ProvenanceError
 from lopd.models.load import check_model_folder, load_tokenizer
 from lopd.provenance import (
+    MANIFEST_NAME,
     build_manifest,
-    describe_file,
     describe_model,
     differing_token,
     digests_of,
@@ -22,42 +26,38 @@ from lopd.provenance import (
     tokenizer_digest,
     write_manifest,
 )
+from lopd.provenance.gate import check_eos
 from lopd.store import RolloutStore
 from lopd.training import run as runs
 from lopd.training.batch import Source
-from lopd.training.objective import Objective
-from lopd.training.options import TrainOptions
-
-
-@dataclass(kw_only=True)
-class SftConfig(TrainOptions):
-    """Fine-tune a model on answers (`lopd sft`)."""
-
-    model: str = setting(identity=False, help="Folder of the model to start from.")
-    data: str = setting(
-        identity=False, help="Folder that `lopd sft-data` wrote, or JSONL of prompt and completion."
-    )
-    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
 
 
 def main(config: SftConfig) -> Path:
     """Train, save the model and, last, its manifest. Returns the model's folder.
 
     Raises:
-        ProvenanceError: the answers were sampled with another tokenizer.
+        ProvenanceError: the answers were sampled with another tokenizer, or end with other ids.
         ConfigError: `out` holds a finished run or another recipe.
         MissingFileError, DataError, ModelError: the model or the data cannot be used.
     """
     check_model_folder(config.model)
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
-    source, teacher = open_data(config.data, config.model)
+    source, teacher, written = open_data(config)
     inputs = describe_inputs(config)
+    overrides = []
+    if teacher is not None:
+        what = f"answers of {config.model}"
+        overrides = check_eos(inputs["sft_data"]["model"], base, what, config.allow_eos_mismatch)
     (data,) = digests_of(inputs).values()
-    checkpoint = runs.begin(config, data=data, base=base)
+    if written is not None:
+        inputs["demonstrations"]["reading"] = {"date": written}
+    skips = {"skip_bad_records": "yes"} if config.skip_bad_records else {}
+    checkpoint = runs.begin(config, data=data, prompt_date_written=written, **skips, base=base)
     objective = Objective("cross_entropy", workspace_bytes=config.workspace)
     trained = runs.train(config, source, objective, model_path=config.model, checkpoint=checkpoint)
     lineage = {"sft_teacher": teacher, "declared": False, "initial_student": None}
-    return finish_checkpoint(config, "sft", base=base, inputs=inputs, lineage=lineage, **trained)
+    parts = {"base": base, "inputs": inputs, "lineage": lineage, "overrides": overrides}
+    return finish_checkpoint(config, "sft", **parts, **trained)
 
 
 def finish_checkpoint(config: Any, stage: str, **parts: Any) -> Path:
@@ -73,30 +73,53 @@ def finish_checkpoint(config: Any, stage: str, **parts: Any) -> Path:
 
 def describe_inputs(config: SftConfig) -> dict[str, Any]:
     """Describe the training data for the manifest."""
-    if Path(config.data).is_file():
-        return {"demonstrations": describe_file(config.data)}
+    if not _is_store(config.data):
+        return {"demonstrations": describe_data(config.data)}
     store = RolloutStore.open(config.data, kind="sft_data")
     return {"sft_data": {"digest": store.digest(), "model": store.manifest.model}}
 
 
-def open_data(data: str, model: str) -> tuple[Source, dict[str, Any] | None]:
+def open_data(config: SftConfig) -> tuple[Source, dict[str, Any] | None, str | None]:
     """Open the answers.
 
     Returns:
-        The sequences, and the description of the teacher that sampled them, None if unknown.
+        The sequences; the description of the teacher that sampled them, None if unknown; the date
+        that the chat template wrote into prompts, if it wrote one.
 
     Raises:
+        ConfigError: a setting about prompts, for answers that are tokens already.
         ProvenanceError: the answers were sampled with another tokenizer.
         MissingFileError, DataError, ShardError: the data cannot be used.
     """
-    tokenizer = load_tokenizer(model)
-    if Path(data).is_file():
-        return load_sft_jsonl(data, tokenizer), None
-    store = RolloutStore.open(data, kind="sft_data")
+    tokenizer = load_tokenizer(config.model)
+    if not _is_store(config.data):
+        encoder = PromptEncoder(tokenizer, config, _recorded_date(config.out))
+        return load_demonstrations(config.data, encoder), None, encoder.date
+    for name in ("columns", "chat_template_kwargs", "special_tokens", "prompt_date"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name}: {config.data} holds tokens, which lopd sft-data made of its prompts; "
+                f"pass --{name} to that command"
+            )
+    store = RolloutStore.open(config.data, kind="sft_data")
     if runs.is_first():  # the other processes wait for it when the run begins
         store.verify()
-    check_tokenizer(store, tokenizer, model)
-    return store, store.manifest.model.as_teacher()
+    check_tokenizer(store, tokenizer, config.model)
+    return store, store.manifest.model.as_teacher(), None
+
+
+def _is_store(data: str) -> bool:
+    """Whether the answers are a folder that a stage wrote, and not data files."""
+    folder = Path(data)
+    return folder.is_dir() and (folder / MANIFEST_NAME).exists()
+
+
+def _recorded_date(out: str) -> date | None:
+    """The date that an interrupted run into this folder wrote into prompts, if any."""
+    if not (file := Path(out) / runs.RECIPE_NAME).is_file():
+        return None
+    text = runs.read_recipe(file).get("prompt_date_written")
+    return parse_date(text, str(file)) if text is not None else None
 
 
 def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
@@ -121,4 +144,7 @@ def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
         raise ProvenanceError(
             f"{store.path}: id {index} is {teacher_token!r} to the teacher and {student_token!r} "
             f"to {model}; {remedy}"
+            if teacher_token is not None
+            else f"{store.path}: the teacher sampled id {index}, an unused row of its head, which "
+            f"{model} reads as {student_token!r}; sample the answers again"
         )

@@ -4,18 +4,10 @@ Its manifest identifies the teacher by the digest of its weights. `lopd sft` cop
 and `lopd distill` compares it with the teacher that scored the rollouts.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from lopd.config.fields import setting
-from lopd.stages.rollout import SamplingOptions, sample_to_store
-
-
-@dataclass(kw_only=True)
-class SftDataConfig(SamplingOptions):
-    """Sample the teacher's answers to prompts (`lopd sft-data`)."""
-
-    teacher: str = setting(identity=False, help="Folder of the teacher model.")
+from lopd.config.sft_data import SftDataConfig
+from lopd.stages.rollout import sample_to_store
 
 
 def main(config: SftDataConfig) -> Path:

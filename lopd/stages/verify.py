@@ -7,13 +7,9 @@ engine, dtype or batch size, and the noise floor is compared with the student's 
 `lopd.evaluation.noise_floor`). This finds numerical differences that fingerprints cannot.
 """
 
-import json
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from lopd.config.fields import setting
-from lopd.engines.options import EngineOptions, ScoringOptions
+from lopd.config.verify import VerifyConfig
 from lopd.errors import ConfigError, DataError, NoiseError, ProvenanceError
 from lopd.evaluation.noise_floor import NoiseFloor, measure_noise_floor
 from lopd.provenance import (
@@ -27,39 +23,13 @@ from lopd.provenance import (
     read_manifest,
     tokenizer_digest,
 )
-from lopd.provenance.io import json_digest
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
+from lopd.provenance.io import json_digest, parse_json
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, TeacherSequence
 from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequence
 
 LOSSY_MASS_TOLERANCE = 5e-3  # of list and tail, for codecs that round log-probs
-
-_evaluation = partial(setting, group="Evaluation")
-
-
-@dataclass(kw_only=True)
-class VerifyConfig(EngineOptions, ScoringOptions):
-    """Check an artefact folder, and with --rescore a cache's noise floor (`lopd verify`)."""
-
-    path: str = setting(help="Folder of answers, rollouts, a cache, a checkpoint or an evaluation.")
-    rescore: int = _evaluation(
-        0, within="[0, inf)", help="Score N sequences of a cache again; 0 checks files only."
-    )
-    teacher: str | None = _evaluation(None, help="Folder of the teacher that scored the cache.")
-    student: str | None = _evaluation(
-        None, help="Folder of the student; its KL on the same tokens is the signal."
-    )
-    max_noise_share: float = _evaluation(
-        0.1, within="(0, inf)", help="Fail if noise / signal is above this."
-    )
-    seed: int = _evaluation(0, within="[0, 4294967296)", help="Seed for choosing the sequences.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rescore and (self.teacher is None or self.student is None):
-            raise ConfigError("rescore: requires --teacher and --student, both model folders")
-        if not self.rescore and (self.teacher or self.student):
-            raise ConfigError("teacher, student: --teacher and --student require --rescore N")
 
 
 def main(config: VerifyConfig) -> None:
@@ -145,15 +115,18 @@ def _check_checkpoint(folder: Path, manifest: Manifest) -> dict[str, str]:
                 f"{folder}: found {what} {digest[:12]}, the manifest describes {expected[:12]}; "
                 "restore the files, or make the checkpoint again"
             )
-    return {"model": "weights, config and tokenizer match the manifest"}
+    rows = {"model": "weights, config and tokenizer match the manifest"}
+    if (folder / RECEIPT_NAME).exists():  # not in checkpoints from elsewhere and older ones
+        rows["files"] = f"{len(check_receipt(folder)['files'])}, all match the receipt"
+    return rows
 
 
 def _check_evaluation(folder: Path) -> dict[str, str]:
     file = folder / "results.json"
     try:
-        results = json.loads(file.read_bytes())
+        results = parse_json(file.read_bytes(), finite=False)
         lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-        answers = [json.loads(line) for line in lines]
+        answers = [parse_json(line, finite=False) for line in lines]
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: torn or altered ({error}); run 'lopd eval' again") from error
     expected = results["prompts"] * (1 + results["samples"])

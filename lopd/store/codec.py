@@ -11,10 +11,11 @@ so that list and tail have mass 1 after rounding.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 
+from lopd.config.score import Codec
 from lopd.errors import DataError
 from lopd.store.bits import (
     MINIFLOAT_LARGEST,
@@ -31,8 +32,7 @@ from lopd.store.ragged import Spans, TopKLists, offsets_of
 from lopd.store.types import TeacherColumns
 from lopd.store.validate import MASS_TOLERANCE
 
-Codec = Literal["exact", "packed", "compact"]
-CODECS: tuple[Codec, ...] = ("exact", "packed", "compact")
+CODECS: tuple[Codec, ...] = get_args(Codec)
 _FP16_LOWEST = float(np.finfo(np.float16).min)
 _LOWEST = {"exact": -np.inf, "packed": _FP16_LOWEST, "compact": -MINIFLOAT_LARGEST}
 # A list of less mass is not shifted: its tail is too close to 1 to determine that mass.

@@ -13,11 +13,10 @@ from lopd.provenance import (
     VOCAB_NAME,
     Manifest,
     difference,
-    manifest_digest,
     read_manifest,
     recipe_of,
 )
-from lopd.provenance.io import TEMP_SUFFIX
+from lopd.provenance.io import TEMP_SUFFIX, make_folder
 from lopd.store.locks import LOCK_NAME, START_LOCK_NAME
 
 State = Literal["new", "unfinished", "finished", "other recipe", "foreign", "file", "read-only"]
@@ -64,6 +63,7 @@ def examine_folder(
     differs: Callable[[], str] = str,
     has_results: Callable[[], bool] = lambda: True,
     allowed_files: Collection[str] | None = (),
+    kind: str | None = None,
 ) -> OutputFolder:
     """The state of a stage's output folder; writes nothing.
 
@@ -73,11 +73,19 @@ def examine_folder(
         differs: describes how the recorded identity differs from this run's; empty if it does not.
         has_results: whether another recipe must not replace the recorded one.
         allowed_files: names of other files that a run of the stage may have left; None admits any.
+        kind: what the stage's manifests describe; a folder of another kind is foreign.
+
+    Raises:
+        DataError: `kind` is given, and the folder's manifest is damaged.
     """
     folder = Path(path)
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
         return OutputFolder(folder, "file", str(existing))
+    if kind is not None and (folder / MANIFEST_NAME).exists():
+        found = read_manifest(folder)
+        if found.kind != kind:
+            return OutputFolder(folder, "foreign", f"'{found.kind}' of 'lopd {found.stage}'")
     if final is not None and (folder / final).exists():
         return OutputFolder(folder, "finished")
     if not os.access(existing, os.W_OK):
@@ -110,14 +118,10 @@ def examine_shard_folder(
     folder = Path(path)
 
     def differs() -> str:
-        recorded = read_manifest(folder)
-        if manifest_digest(recorded) == manifest_digest(manifest):
-            return ""
-        return difference(recipe_of(recorded), recipe_of(manifest)) or "in keys without a value"
+        return difference(recipe_of(read_manifest(folder)), recipe_of(manifest))
 
     def has_results() -> bool:
-        other_kind = read_manifest(folder).kind != manifest.kind
-        return in_use or other_kind or any(folder.glob("shard-*"))
+        return in_use or any(folder.glob("shard-*"))
 
     return examine_folder(
         folder,
@@ -125,6 +129,7 @@ def examine_shard_folder(
         differs=differs,
         has_results=has_results,
         allowed_files={VOCAB_NAME},
+        kind=manifest.kind,
     ).require_writable(ShardError)
 
 
@@ -132,7 +137,7 @@ def examine_shard_folder(
 def writing_to(folder: Path) -> Iterator[None]:
     """Create the folder; file system errors, here and in the block, become ShardErrors."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         yield
     except LopdError:
         raise

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lopd.errors import ShardError
+from lopd.provenance.io import remove_temporaries
 
 LOCK_NAME = ".lock"
 START_LOCK_NAME = ".start.lock"
@@ -19,7 +20,8 @@ class FolderLock:
 
     It excludes all other writers or, with `shared`, those that do not share. The first sharing
     writer holds the folder exclusively until it calls `share`. Sharing writers take the lock and
-    call `share` under a `start_lock`.
+    call `share` under a `start_lock`. A writer that is alone when it takes the lock removes what
+    killed ones left: temporary files and the locks of shards.
 
     Raises:
         ShardError: another writer holds the lock, or the file system has no locks.
@@ -38,6 +40,14 @@ class FolderLock:
             )
         self._descriptor, self._shared = descriptor, shared
         self._release = weakref.finalize(self, os.close, descriptor)
+        if self.is_exclusive:
+            try:
+                remove_temporaries(folder)
+                for left in folder.glob(".shard-*.lock"):
+                    left.unlink(missing_ok=True)
+            except BaseException:
+                self.release()
+                raise
 
     def share(self) -> None:
         """Let other sharing writers in; does nothing without `shared`."""
@@ -86,12 +96,6 @@ class ShardLock:
             with contextlib.suppress(OSError):
                 self._path.unlink()
             self._close()
-
-
-def remove_shard_locks(folder: Path) -> None:
-    """Delete locks left by killed workers. Only safe when no other writer is running."""
-    for lock in folder.glob(".shard-*.lock"):
-        lock.unlink(missing_ok=True)
 
 
 def _lock(path: Path, operation: int) -> int | None:

@@ -14,13 +14,14 @@ from lopd.provenance import CacheManifest, Manifest, manifest_digest, read_manif
 from lopd.provenance.io import json_digest
 from lopd.store.codec import CODECS
 from lopd.store.sequences import SUPPORTS, Support, join_sequences
-from lopd.store.shards import check_hash, open_shard, read_receipt, shard_path
+from lopd.store.shards import check_hash, open_shard, read_receipt
 from lopd.store.types import FINISH_REASONS, Rollout, TeacherColumns, TeacherSequence
 from lopd.store.view import ShardView
 
 LENGTH_QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 # Response tokens that are decoded together when all are read; they fit into a CPU's cache.
 _TOKENS_TOGETHER = 1 << 13
+MAX_MAPPED = 256  # shards, each with a file descriptor; the usual limit of a process is 1024
 Record = TypeVar("Record")
 
 
@@ -34,21 +35,23 @@ class _ShardReader(Generic[Record]):
         self.manifest = manifest
         self.num_shards = len(manifest.shards)
         self._vocab_size = manifest.vocab_size
-        self._receipts: dict[int, dict[str, Any]] = {}
-        self.missing_shards: list[int] = []
+        self._receipts: dict[int, Any] = {}  # a Receipt, or a CacheReceipt in a cache
+        self._faults: dict[int, ShardError] = {}
         recipe = manifest_digest(manifest)
         for shard, sequences in enumerate(manifest.shards):
             try:
                 self._receipts[shard] = read_receipt(
                     path, shard, kind=manifest.kind, recipe=recipe, sequences=sequences
                 )
-            except ShardError:
+            except ShardError as error:
                 if not allow_incomplete:
                     raise
-                self.missing_shards.append(shard)
+                self._faults[shard] = error.with_traceback(None)
+        self.missing_shards = list(self._faults)
         self._present = list(self._receipts)
-        self._ends = list(accumulate(r["sequences"] for r in self._receipts.values()))
+        self._ends = list(accumulate(r.sequences for r in self._receipts.values()))
         self._views: dict[int, ShardView] = {}
+        self._mapped: dict[int, ShardView] = {}  # the last one used is last
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -62,7 +65,7 @@ class _ShardReader(Generic[Record]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes open the shards themselves, since mapped files cannot be sent to them.
-        return {**self.__dict__, "_views": {}}
+        return {**self.__dict__, "_views": {}, "_mapped": {}}
 
     def verify(self) -> None:
         """Hash and read every shard except those in `missing_shards`.
@@ -70,15 +73,27 @@ class _ShardReader(Generic[Record]):
         Raises:
             ShardError: a shard is altered; names the first.
         """
-        for shard, receipt in self._receipts.items():
+        for receipt in self._receipts.values():
             check_hash(self.path, receipt)
-            view = self._view(shard)
-            for positions in view.chunks(_TOKENS_TOGETHER):
-                self._read(view, positions)
+        for view, positions in self._chunks():
+            self._read(view, positions)
+
+    def check_complete(self) -> None:
+        """Refuse a folder with missing shards.
+
+        Raises:
+            ShardError: how many are missing, and what is wrong with the first.
+        """
+        if self._faults:
+            first = next(iter(self._faults.values()))
+            raise ShardError(
+                f"{self.path}: {len(self._faults)} of {self.num_shards} shards are missing or "
+                f"damaged; the first: {first}"
+            )
 
     def digest(self) -> str:
         """sha256 of the content: the digests of the recipe and of every shard, in order."""
-        shards = [self._receipts[shard]["sha256"] for shard in self._present]
+        shards = [self._receipts[shard].sha256 for shard in self._present]
         return json_digest({"recipe": manifest_digest(self.manifest), "shards": shards})
 
     def used_ids(self) -> np.ndarray:  # [n] int64, ascending
@@ -93,7 +108,7 @@ class _ShardReader(Generic[Record]):
         """Totals from the receipts, without opening a shard."""
         receipts = list(self._receipts.values())
         totals = {
-            key: sum(r[key] for r in receipts)
+            key: sum(getattr(r, key) for r in receipts)
             for key in ("sequences", "tokens", "response_tokens", "bytes")
         }
         return {
@@ -103,18 +118,26 @@ class _ShardReader(Generic[Record]):
             **totals,
             "bytes_per_response_token": _ratio(totals["bytes"], totals["response_tokens"]),
             "finish_reasons": {
-                reason: sum(r["finish_reasons"][reason] for r in receipts)
-                for reason in FINISH_REASONS
+                reason: sum(r.finish_reasons[reason] for r in receipts) for reason in FINISH_REASONS
             },
         }
 
     def _view(self, shard: int) -> ShardView:
-        if shard not in self._views:
+        """The view of a shard; at most `MAX_MAPPED` are mapped, those that were used last."""
+        view = self._views.get(shard)
+        if view is None:
             receipt = self._receipts[shard]
-            arrays = open_shard(self.path, receipt)
-            path = shard_path(self.path, shard)
-            self._views[shard] = ShardView(path, arrays, receipt, self._codec, self._vocab_size)
-        return self._views[shard]
+            file = open_shard(self.path, receipt)
+            view = self._views[shard] = ShardView(file, receipt, self._codec, self._vocab_size)
+        self._mapped.pop(shard, None)
+        self._mapped[shard] = view
+        if len(self._mapped) > MAX_MAPPED:
+            self._unmap(next(iter(self._mapped)))
+        return view
+
+    def _unmap(self, shard: int) -> None:
+        if (view := self._mapped.pop(shard, None)) is not None:
+            view.file.unmap()
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """`[self[i] for i in indices]`; sequences of the same shard are decoded together."""
@@ -129,17 +152,19 @@ class _ShardReader(Generic[Record]):
         for number in np.unique(which).tolist():
             places = np.flatnonzero(which == number)
             shard = self._present[number]
-            start = self._ends[number] - self._receipts[shard]["sequences"]
+            start = self._ends[number] - self._receipts[shard].sequences
             decoded = self._read(self._view(shard), wanted[places] - start)
             for place, record in zip(places.tolist(), decoded, strict=True):
                 records[place] = record
         return records
 
     def _chunks(self) -> Iterator[tuple[ShardView, np.ndarray]]:
+        """All positions in order; no shard stays mapped that is read through."""
         for shard in self._present:
             view = self._view(shard)
             for positions in view.chunks(_TOKENS_TOGETHER):
                 yield view, positions
+            self._unmap(shard)
 
     def rollouts(self) -> Iterator[Rollout]:
         """Every sequence in order, without the scores."""
@@ -157,14 +182,20 @@ class RolloutStore(_ShardReader[Rollout]):
     """Sequences of a `rollouts` or `sft_data` folder; `store[i]` is a `Rollout`."""
 
     @classmethod
-    def open(cls, path: str | Path, kind: str = "rollouts") -> "RolloutStore":
-        """Open a finished folder.
+    def open(
+        cls, path: str | Path, kind: str = "rollouts", *, allow_incomplete: bool = False
+    ) -> "RolloutStore":
+        """Open a folder.
+
+        Args:
+            allow_incomplete: skip unfinished shards, as `TeacherCache.open` does.
 
         Raises:
             MissingFileError: no such folder. ConfigError: a folder of another kind.
             ShardError: a shard or receipt is missing, truncated or foreign; names it.
         """
-        return cls(Path(path), read_manifest(path, kind=kind), allow_incomplete=False)
+        manifest = read_manifest(path, kind=kind)
+        return cls(Path(path), manifest, allow_incomplete=allow_incomplete)
 
     def shard(self, index: int) -> list[Rollout]:
         """All sequences of one shard, in order."""
@@ -232,23 +263,23 @@ class TeacherCache(_ShardReader[TeacherSequence]):
     @property
     def has_no_lists(self) -> bool:
         """Whether only the log-probs of the sampled tokens are known."""
-        return all(receipt["list_entries"] == 0 for receipt in self._receipts.values())
+        return all(receipt.list_entries == 0 for receipt in self._receipts.values())
 
     def summary(self) -> dict[str, Any]:
         """Totals from the receipts; reads the lists only if `vocab_size` can drop entries."""
         receipts = list(self._receipts.values())
         totals = super().summary()
         tokens = totals["response_tokens"]
-        entropies = [r["entropy"] for r in receipts]
+        entropies = [r.entropy for r in receipts]
         return {
             **totals,
             "codec": self._codec,
             "k": self.manifest.k,
             "top_p": self.manifest.top_p,
-            "mean_list_length": _ratio(sum(r["list_entries"] for r in receipts), tokens),
-            "mean_covered_mass": _ratio(sum(r["covered_mass"] for r in receipts), tokens),
+            "mean_list_length": _ratio(sum(r.list_entries for r in receipts), tokens),
+            "mean_covered_mass": _ratio(sum(r.covered_mass for r in receipts), tokens),
             "mean_entropy": None if None in entropies else _ratio(sum(entropies), tokens),
-            "floored_tails": sum(r["floored_tails"] for r in receipts),
+            "floored_tails": sum(r.floored_tails for r in receipts),
             "dropped_entries": self._count_dropped(),
             "codec_error": self._codec_error(tokens),
         }
@@ -267,9 +298,10 @@ class TeacherCache(_ShardReader[TeacherSequence]):
             more = np.bincount(view.list_lengths(), minlength=len(counts))
             more[: len(counts)] += counts
             counts = more
+            self._unmap(shard)
         receipts = self._receipts.values()
-        sizes["header"] = sum(r["bytes"] for r in receipts) - sizes.total()
-        tokens = sum(r["response_tokens"] for r in receipts)
+        sizes["header"] = sum(r.bytes for r in receipts) - sizes.total()
+        tokens = sum(r.response_tokens for r in receipts)
         ranks = [math.ceil(q * tokens) for q in LENGTH_QUANTILES]
         lengths = np.searchsorted(np.cumsum(counts), ranks).tolist() if tokens else []
         return {
@@ -283,7 +315,7 @@ class TeacherCache(_ShardReader[TeacherSequence]):
         """Mean over response tokens, in nat; None where a receipt does not have it."""
         if self._codec == "exact":
             return 0.0
-        errors = [receipt.get("codec_error") for receipt in self._receipts.values()]
+        errors = [receipt.codec_error for receipt in self._receipts.values()]
         known = [error for error in errors if error is not None]
         return _ratio(sum(known), tokens) if len(known) == len(errors) else None
 

@@ -1,38 +1,38 @@
 """Shard files and their receipts, in folders of kind sft_data, rollouts and cache."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lopd.errors import ShardError
 from lopd.provenance.io import (
     canonical_json,
+    parse_json,
     pretty_json,
     sha256_file,
     storing,
     sync_folder,
     write_atomic,
 )
-
-RECEIPT_SCHEMA = 1
-COUNTS = ("bytes", "sha256", "tokens", "response_tokens", "finish_reasons")
-SCORE_COUNTS = ("list_entries", "covered_mass", "entropy", "floored_tails")
+from lopd.store.mapped import MappedFile
+from lopd.store.receipts import (
+    SCHEMA,
+    CacheReceipt,
+    Receipt,
+    altered,
+    mark_of,
+    parse_receipt,
+    sealed,
+)
 
 
 def shard_path(folder: Path, shard: int) -> Path:
     """The path of shard number `shard`."""
     return folder / f"shard-{shard:05d}.safetensors"
-
-
-def altered(path: Path, what: str) -> ShardError:
-    """The error of a file whose contents are not those that were written."""
-    return ShardError(f"{path}: {what}: altered; run the stage again to redo it")
 
 
 def receipt_path(folder: Path, shard: int) -> Path:
@@ -55,15 +55,10 @@ def write_shard(
         ShardError: a file cannot be written, e.g. on a full disk; finished shards are intact.
     """
     path, receipt = shard_path(folder, shard), receipt_path(folder, shard)
-    mark = {"kind": kind, "recipe": recipe, "shard": shard}
-    data = save(dict(arrays), metadata={"lopd": canonical_json(mark).decode("ascii")})
-    content = {
-        **mark,
-        **counts,
-        "schema": RECEIPT_SCHEMA,
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    content = {"schema": SCHEMA, "kind": kind, "recipe": recipe, "shard": shard, **counts}
+    mark = canonical_json(mark_of(content)).decode("ascii")
+    data = save(dict(arrays), metadata={"lopd": mark})
+    content |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     note = "finished shards are intact: "
     with storing(receipt, note):
         if receipt.exists():
@@ -72,10 +67,12 @@ def write_shard(
     with storing(path, note):
         write_atomic(path, data)
     with storing(receipt, note):
-        write_atomic(receipt, pretty_json(content))
+        write_atomic(receipt, pretty_json(sealed(content)))
 
 
-def read_receipt(folder: Path, shard: int, *, kind: str, recipe: str, sequences: int) -> dict:
+def read_receipt(
+    folder: Path, shard: int, *, kind: str, recipe: str, sequences: int
+) -> Receipt | CacheReceipt:
     """The receipt of a shard that exists, belongs to the recipe and has the expected size.
 
     Raises:
@@ -85,83 +82,50 @@ def read_receipt(folder: Path, shard: int, *, kind: str, recipe: str, sequences:
     if not file.exists():
         what = "receipt" if path.exists() else "shard and its receipt"
         raise ShardError(f"{file}: the {what} is missing; run the stage again to write it")
-    data = file.read_bytes()
-    try:
-        receipt = json.loads(data)
-    except ValueError as error:
-        raise ShardError(f"{file}: not JSON ({error}); run the stage again to redo it") from error
-    if not data.endswith(b"\n"):
-        raise ShardError(f"{file}: its last byte is missing: torn; run the stage again to redo it")
-    expected = {
-        "schema": RECEIPT_SCHEMA,
-        "kind": kind,
-        "shard": shard,
-        "recipe": recipe,
-        "sequences": sequences,
-    }
-    for key, value in expected.items():
-        found = receipt.get(key) if isinstance(receipt, dict) else None
-        if found != value:
-            raise ShardError(
-                f"{file}: {key} is {found!r}, the manifest expects {value!r}: a foreign or "
-                "altered receipt; run the stage again to redo it"
-            )
-    absent = sorted({*COUNTS, *(SCORE_COUNTS if kind == "cache" else ())} - receipt.keys())
-    if absent:
-        raise altered(file, f"'{absent[0]}' is missing")
+    expected = {"kind": kind, "shard": shard, "recipe": recipe, "sequences": sequences}
+    receipt = parse_receipt(file.read_bytes(), file, **expected)
     if not path.exists():
         raise ShardError(f"{path}: the shard is missing; run the stage again to write it")
     size = path.stat().st_size
-    if size != receipt.get("bytes"):
+    if size != receipt.bytes:
         raise ShardError(
-            f"{path}: {size} bytes, the receipt says {receipt.get('bytes')}: truncated or "
+            f"{path}: {size} bytes, the receipt says {receipt.bytes}: truncated or "
             "altered; run the stage again to redo it"
         )
     return receipt
 
 
-def check_hash(folder: Path, receipt: Mapping[str, Any]) -> None:
+def check_hash(folder: Path, receipt: Receipt) -> None:
     """Compare a shard's bytes with its receipt.
 
     Raises:
         ShardError: they differ.
     """
-    path = shard_path(folder, receipt["shard"])
+    path = shard_path(folder, receipt.shard)
     found = sha256_file(path)
-    if found != receipt["sha256"]:
-        expected = str(receipt["sha256"])[:12]
-        raise altered(path, f"sha256 {found[:12]}, the receipt says {expected}")
+    if found != receipt.sha256:
+        raise altered(path, f"sha256 {found[:12]}, the receipt says {receipt.sha256[:12]}")
 
 
-def open_shard(folder: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a shard as read-only views of the mapped file.
+def open_shard(folder: Path, receipt: Receipt) -> MappedFile:
+    """The file of a shard, mapped.
 
     Raises:
-        ShardError: not a safetensors file, or marked as part of another store.
+        ShardError: not a safetensors file, or not the shard of this receipt.
     """
-    path = shard_path(folder, receipt["shard"])
+    path = shard_path(folder, receipt.shard)
+    file = MappedFile(path)
     try:
-        file = safe_open(path, framework="numpy")
-        mark = json.loads((file.metadata() or {}).get("lopd", "null"))
-        arrays = {name: _read_only(file, name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ShardError(
-            f"{path}: truncated or altered ({error}); run the stage again to redo it"
-        ) from error
-    expected = {key: receipt[key] for key in ("kind", "recipe", "shard")}
-    if mark != expected:
-        raise ShardError(
-            f"{path}: marked {mark}, expected {expected}: a foreign shard; run the stage again"
-        )
-    return arrays
-
-
-def _read_only(file: Any, name: str) -> np.ndarray:
-    part = file.get_slice(name)
-    # safetensors cannot slice an empty tensor, so it is copied.
-    view = part[:] if 0 not in part.get_shape() else file.get_tensor(name)
-    view.flags.writeable = False
-    return view
+        mark = parse_json(file.metadata.get("lopd", "null"))
+    except ValueError as error:
+        raise altered(path, f"its mark is not JSON ({error})") from error
+    if mark == receipt.mark:
+        return file
+    if isinstance(mark, dict) and {**mark, "counts": None} == {**receipt.mark, "counts": None}:
+        raise altered(path, f"its counts are not those of {receipt_path(folder, receipt.shard)}")
+    raise ShardError(
+        f"{path}: marked {mark}, expected {receipt.mark}: a foreign shard; run the stage again"
+    )
 
 
 def check_offsets(path: Path, name: str, offsets: np.ndarray, count: int, total: int) -> None:

@@ -1,7 +1,6 @@
 """One open shard: its arrays checked, and its sequences read from the mapped file."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,10 @@ from lopd.errors import DataError
 from lopd.store.arrays import LOSSY_ARRAYS, RAW, ROLLOUT_ARRAYS, SCORE_ARRAYS, index_digest
 from lopd.store.bits import id_bits, packed_bytes, unpack_bits
 from lopd.store.codec import Codec, decode
+from lopd.store.mapped import MappedFile
 from lopd.store.ragged import Spans, offsets_of
-from lopd.store.shards import altered, check_offsets
+from lopd.store.receipts import CacheReceipt, Receipt, altered
+from lopd.store.shards import check_offsets
 from lopd.store.types import FINISH_REASONS, Rollout, TeacherColumns
 
 
@@ -24,17 +25,17 @@ class ShardView:
 
     def __init__(
         self,
-        path: Path,
-        arrays: Mapping[str, np.ndarray],
-        receipt: Mapping[str, Any],
+        file: MappedFile,
+        receipt: Receipt,
         codec: Codec | None,
         vocab_size: int,
     ) -> None:
-        self.path = path
-        self.arrays = arrays
-        self.sequences: int = receipt["sequences"]
+        self.path = path = file.path
+        self.file = file
+        self.sequences = receipt.sequences
         self._codec, self._vocab_size = codec, vocab_size
         self._check_types()
+        arrays = self.arrays
         n, response = self.sequences, len(arrays["rollout_logprobs"])
         compact = codec == "compact"
         tokens = int(arrays["token_offsets"][-1:].sum()) if compact else len(arrays["tokens"])
@@ -51,7 +52,7 @@ class ShardView:
                 **({RAW: response} if RAW in arrays else {}),
             }
         )
-        if tokens != receipt["tokens"] or response != receipt["response_tokens"]:
+        if tokens != receipt.tokens or response != receipt.response_tokens:
             raise altered(self.path, "token counts differ from the receipt")
         self.response_lengths = np.diff(arrays["response_offsets"])
         self._prompt_lengths = np.diff(arrays["token_offsets"]) - self.response_lengths
@@ -62,8 +63,14 @@ class ShardView:
             raise altered(self.path, f"sequence {first} has an invalid length or finish reason")
         if codec is not None:
             self._check_scores(response)
-        if receipt.get("index_sha256") not in (None, index_digest(arrays)):
+        self._check_counts(receipt)
+        if receipt.index_sha256 not in (None, index_digest(arrays)):
             raise altered(self.path, "offsets or names differ from the receipt")
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Read-only views of the mapped file."""
+        return self.file.arrays()
 
     def rollouts(self, positions: np.ndarray) -> list[Rollout]:  # [n] int64
         """The sequences at these positions, copied; ids are checked against the vocabulary."""
@@ -190,6 +197,21 @@ class ShardView:
             offsets, size = arrays["list_id_offsets"], len(arrays["list_ids"])
             check_offsets(self.path, "list_id_offsets", offsets, self.sequences, size)
         self._check_lengths(expected)
+
+    def _check_counts(self, receipt: Receipt) -> None:
+        """Compare what can be counted without decoding."""
+        counts = np.bincount(self.arrays["finish_reason"], minlength=len(FINISH_REASONS)).tolist()
+        if dict(zip(FINISH_REASONS, counts, strict=True)) != receipt.finish_reasons:
+            raise altered(self.path, "finish reasons differ from the receipt")
+        if isinstance(receipt, CacheReceipt):
+            entries = len(self.arrays["list_logprobs"])
+            if self._codec == "compact":
+                listed = self.arrays["sampled_listed"]
+                entries += int(
+                    np.unpackbits(listed, count=receipt.response_tokens, bitorder="little").sum()
+                )
+            if entries != receipt.list_entries:
+                raise altered(self.path, "counts of list entries differ from the receipt")
 
     def _check_lengths(self, lengths: Mapping[str, int]) -> None:
         for name, expected in lengths.items():

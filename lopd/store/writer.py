@@ -16,12 +16,11 @@ from lopd.provenance import (
     read_manifest,
     write_manifest,
 )
-from lopd.provenance.io import remove_temporaries
 from lopd.store.arrays import index_digest, rollout_arrays, rollout_counts, score_arrays
 from lopd.store.codec import CODECS, Codec, check_storable
 from lopd.store.folders import examine_shard_folder, writing_to
 from lopd.store.lists import to_columns
-from lopd.store.locks import FolderLock, ShardLock, remove_shard_locks, start_lock
+from lopd.store.locks import FolderLock, ShardLock, start_lock
 from lopd.store.shards import check_hash, read_receipt, write_shard
 from lopd.store.types import Rollout, TeacherScores, name_of
 from lopd.store.validate import check_rollout, check_scores
@@ -97,9 +96,6 @@ class _ShardWriter:
     @staticmethod
     def _start(folder: Path, manifest: Manifest, lock: FolderLock) -> Manifest:
         """Write the manifest, or return the one on disk if it has the same recipe."""
-        if lock.is_exclusive:
-            remove_temporaries(folder)
-            remove_shard_locks(folder)
         # Examined again under the lock: another writer may have started since.
         found = examine_shard_folder(folder, manifest, in_use=not lock.is_exclusive)
         if found.state == "unfinished":

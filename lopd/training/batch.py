@@ -16,6 +16,7 @@ import torch
 
 from lopd.data.alignment import predicting_rows
 from lopd.data.demonstrations import Demonstration
+from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
 from lopd.store import Rollout, RolloutStore, TeacherCache, TeacherSequence, TopKLists
@@ -52,6 +53,8 @@ class SequenceDataset(torch.utils.data.Dataset):
         context: longest sequence that the model reads; None for no limit.
         vocab_size: rows of the model's embedding; None for no limit.
         drop_truncated: leave out sequences whose finish reason is "length"; prints their share.
+        skip_bad: leave out sequences that the model cannot read; prints them. None where no
+            setting asks for it.
 
     Raises:
         DataError: a sequence is longer than the context or holds an id beyond the vocabulary,
@@ -65,6 +68,7 @@ class SequenceDataset(torch.utils.data.Dataset):
         context: int | None = None,
         vocab_size: int | None = None,
         drop_truncated: bool = False,
+        skip_bad: bool | None = None,
     ) -> None:
         self.source = source
         self.indices: list[int] = []
@@ -81,20 +85,33 @@ class SequenceDataset(torch.utils.data.Dataset):
             context,
             length_remedy="use a model with a longer context, or roll out with fewer "
             "--max_new_tokens",
-            id_remedy="use the model and tokenizer that the data were made with",
+            id_remedy="use the model and tokenizer that the data were made with"
+            + (
+                "; an id that stands for no token comes from an unused row of the head of the "
+                "model that sampled it"
+                if skip_bad is not None
+                else ""
+            ),
         )
+        skipped = Skipped("training data", bool(skip_bad), offered=skip_bad is not None)
         for index, sequence in enumerate(sequences):
             if drop_truncated and sequence.finish_reason == "length":
                 continue
             name = sequence_name(sequence)
-            limits.check(f"sequence {name}", sequence.tokens)
-            if not sequence.loss_mask.any():
-                raise DataError(
-                    f"sequence {name}: its loss mask is empty; expected at least one loss token"
-                )
+            try:
+                limits.check(f"sequence {name}", sequence.tokens)
+                if not sequence.loss_mask.any():
+                    raise DataError(
+                        f"sequence {name}: its loss mask is empty; expected at least one loss token"
+                    )
+            except DataError as error:
+                skipped.handle(error)
+                continue
+            skipped.kept += 1
             self.indices.append(index)
             self.names.append(name)
             self.lengths.append(len(sequence.tokens))
+        skipped.report()
         self.dropped_share = 1.0 - len(self.indices) / max(len(source), 1)
         if drop_truncated:
             print(
@@ -103,7 +120,8 @@ class SequenceDataset(torch.utils.data.Dataset):
                 file=sys.stderr,
             )
         if not self.indices:
-            left = " is left once truncated ones are dropped" if self.dropped_share else ""
+            dropped = self.dropped_share > 0 and drop_truncated
+            left = " is left once truncated ones are dropped" if dropped else " can be used"
             raise DataError(
                 f"training data: no sequence of {len(source)}{left}; expected at least one"
             )

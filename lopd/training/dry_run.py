@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lopd.config.training import LoraOptions, optimizer_class
 from lopd.errors import ConfigError, LopdError, ModelError
 from lopd.models.head import HeadOptions, LossFn, run_with_loss
 from lopd.models.load import attention_for, check_model_folder, resolve_dtype
-from lopd.models.lora import LoraOptions, add_lora
-from lopd.training.options import optimizer_class
+from lopd.models.lora import add_lora
 
 ATTENTION = "lopd_dry"
 BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from lopd.config.objective import Objective
 from lopd.models.head import eval_mode
 from lopd.training.batch import Collator, Subset, lengths_of, to_device
 from lopd.training.metrics import Gather, gather_single
-from lopd.training.objective import Objective
 from lopd.training.sampler import split
 from lopd.training.step import check_finite, step
 

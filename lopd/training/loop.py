@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
+from lopd.config.objective import Objective
+from lopd.config.training import TrainOptions
 from lopd.errors import ConfigError, DataError
 from lopd.models.admission import check_model
 from lopd.training.batch import Batch, to_device
 from lopd.training.metrics import MetricsAccumulator
-from lopd.training.objective import Objective
-from lopd.training.options import TrainOptions
 from lopd.training.step import check_finite, step
 
 

@@ -14,9 +14,9 @@ free for them.
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
-from lopd.config.fields import setting
+from lopd.config.training import MemoryOptions, MemorySettings
 from lopd.errors import ConfigError, LopdError
 from lopd.models.head import lm_head
 from lopd.training.batch import lengths_of
@@ -27,42 +27,9 @@ from lopd.training.dry_run import (
     optimizer_bytes,
     storage_bytes,
 )
-from lopd.training.options import MemoryOptions
 from lopd_kernels.workspace import workspace_needed
 
 SMALLEST_WORKSPACE = 128 << 20
-
-
-@dataclass(kw_only=True)
-class MemorySettings(MemoryOptions):
-    """Settings of a training run that decide how much memory it needs."""
-
-    sequence_length: int = setting(
-        4096, within="[1, inf)", group="Memory", help="Tokens per sequence, prompt included."
-    )
-    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting(
-        "reverse_kl", group="Objective", help="Loss that is minimised at every response token."
-    )
-    k: int = setting(
-        64, within="[1, inf)", group="Cache", help="Teacher tokens per position in the cache."
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_tokens_per_batch is not None and (
-            self.max_tokens_per_batch < self.sequence_length
-        ):
-            raise ConfigError(
-                f"max_tokens_per_batch: found {self.max_tokens_per_batch}; expected at least "
-                f"sequence_length, {self.sequence_length}"
-            )
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """Shape [B, T] of a micro-batch."""
-        if self.max_tokens_per_batch is not None:
-            return 1, self.max_tokens_per_batch
-        return self.batch_size, self.sequence_length
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopd.config.objective import Objective
 from lopd.training.batch import Batch
 from lopd.training.metrics import sequence_sums
-from lopd.training.objective import Objective
 from lopd_kernels import (
     linear_cross_entropy,
     linear_logprobs,

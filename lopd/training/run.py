@@ -14,21 +14,25 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lopd.config.device import resolve_device
+from lopd.config.objective import Objective
+from lopd.config.training import PATIENCE_S, MonitoringOptions
 from lopd.errors import ConfigError, DataError
-from lopd.models.load import resolve_device
-from lopd.models.lora import merged
 from lopd.provenance import MANIFEST_NAME, ModelIdentity, difference, settings_identity
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.io import (
+    parse_json,
+    pretty_json,
+    remove_temporaries,
+    sha256_file,
+    write_atomic,
+)
 from lopd.store.folders import examine_folder, writing_to
 from lopd.store.locks import FolderLock
 from lopd.store.workers import Worker, this_worker
 from lopd.training.batch import Source
-from lopd.training.checkpoints import last_checkpoint, put_torn_aside, saving
-from lopd.training.objective import Objective
-from lopd.training.options import PATIENCE_S, MonitoringOptions
+from lopd.training.checkpoints import last_checkpoint, put_aside, saving
 
 RECIPE_NAME = "recipe.json"
-ADAPTER_NAME = "adapter"  # a LoRA run's adapters, next to the merged model
 
 
 def begin(config: Any, *, base: ModelIdentity, **inputs: str | None) -> Path | None:
@@ -71,30 +75,34 @@ def _claim(
     config: Any, base: ModelIdentity, inputs: Mapping[str, str | None], worker: Worker
 ) -> Path | None:
     out = Path(config.out)
-    start = {"weights": base.weights, "config": base.config, "tokenizer": base.tokenizer}
+    names = ("weights", "config", "tokenizer", "behaviour", "eos_ids")
+    start = {name: getattr(base, name) for name in names}
     processes = {} if worker.is_single else {"processes": worker.count}
     recipe = {**settings_identity(config), **inputs, **processes, "base": start}
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
-    checkpoint = last_checkpoint(out)
-    examine_folder(
+    checkpoint = last_checkpoint(out, keep_best=getattr(config, "keep_best", False))
+    found = examine_folder(
         out,
         final=MANIFEST_NAME,
         record=RECIPE_NAME,
-        differs=lambda: difference(_read_recipe(out / RECIPE_NAME), recipe),
+        differs=lambda: difference(read_recipe(out / RECIPE_NAME), recipe),
         has_results=lambda: checkpoint is not None,
+        kind="checkpoint",
     ).require_writable()
     with writing_to(out):
         lock = FolderLock(out)
         try:
-            write_atomic(out / RECIPE_NAME, pretty_json(recipe))
+            if found.state == "new":  # otherwise it stays: checkpoints name its digest
+                write_atomic(out / RECIPE_NAME, pretty_json(recipe))
         finally:
             lock.release()
     return checkpoint
 
 
-def _read_recipe(file: Path) -> dict[str, Any]:
+def read_recipe(file: Path) -> dict[str, Any]:
+    """The settings that a run recorded when it began; DataError if the file is damaged."""
     try:
-        recipe = json.loads(file.read_bytes())
+        recipe = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
             f"{file}: torn or altered ({error}); restore it, or remove the folder to begin again"
@@ -136,17 +144,24 @@ def train(
             missing or torn.
     """
     from lopd.training.memory import planned_peak
-    from lopd.training.setup import build_trainer, result_model, warn_of_rounding
+    from lopd.training.result import check_disk, export, rehearse, result_model
+    from lopd.training.setup import build_trainer, warn_of_rounding
 
     first, out = is_first(), Path(config.out)
     lock = FolderLock(out) if first else None
     try:
         if first:
+            with saving(out):
+                remove_temporaries(out)
             warn_of_rounding(config)
-        trainer, tokenizer, dropped = build_trainer(config, source, objective, model_path, refresh)
+        trainer, tokenizer, dropped = build_trainer(
+            config, source, objective, model_path, refresh, _run_id(out)
+        )
         if first:
             with saving(out):
-                put_torn_aside(out, checkpoint)
+                put_aside(out, checkpoint, keep_best=getattr(config, "keep_best", False))
+            rehearse(out, trainer.model, tokenizer)
+            check_disk(config, trainer)
             if trainer.args.device.type == "cuda" and refresh is None:
                 trainer.meter.planned = planned_peak(config, trainer, model_path, k)
         trainer.accelerator.wait_for_everyone()
@@ -154,17 +169,17 @@ def train(
         state = trainer.unsharded_state() if config.fsdp else None
         if first:
             model = result_model(config, trainer, model_path, state)
-            with saving(out):
-                if config.lora_rank:
-                    model.save_pretrained(out / ADAPTER_NAME)
-                    model = merged(model)
-                model.save_pretrained(out)
-                tokenizer.save_pretrained(out)
+            export(out, model, tokenizer, adapters=bool(config.lora_rank))
         trainer.accelerator.wait_for_everyone()
     finally:
         if lock is not None:
             lock.release()
     return _summary(config, trainer, dropped, refresh)
+
+
+def _run_id(out: Path) -> str:
+    """The identity of the run in a folder, which its checkpoints repeat."""
+    return sha256_file(out / RECIPE_NAME)
 
 
 def _summary(config: Any, trainer: Any, dropped: float, refresh: Any) -> dict[str, Any]:

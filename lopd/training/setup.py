@@ -1,22 +1,20 @@
-"""The trainer of a run, built from its settings, and the model that the run ends with."""
+"""The trainer of a run, built from its settings."""
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lopd.errors import ShardError
+from lopd.config.objective import Objective
+from lopd.config.prompts import PromptOptions
+from lopd.config.training import MonitoringOptions
 from lopd.models.architecture import embedding_rows_of
 from lopd.models.load import context_of, load_model, load_tokenizer, resolve_dtype
 from lopd.models.lora import add_lora
 from lopd.store.workers import this_worker
 from lopd.training.batch import Collator, SequenceDataset, Source, Subset, split_holdout
-from lopd.training.checkpoints import is_whole
 from lopd.training.holdout import Holdout
-from lopd.training.objective import Objective
-from lopd.training.options import MonitoringOptions
 from lopd.training.staleness import StalenessMonitor
 from lopd.training.trainer import LopdTrainer
 
@@ -26,7 +24,12 @@ SMALLEST_RATE = 1e-4
 
 
 def build_trainer(
-    config: Any, source: Source, objective: Objective, model_path: str, refresh: Any
+    config: Any,
+    source: Source,
+    objective: Objective,
+    model_path: str,
+    refresh: Any,
+    run_id: str,
 ) -> tuple[LopdTrainer, Any, float]:
     """Load the model and build its trainer.
 
@@ -36,6 +39,7 @@ def build_trainer(
         objective: what to minimise.
         model_path: folder of the model to start from.
         refresh: a `Refresh`, for rollouts that are refreshed during training; otherwise None.
+        run_id: as in `LopdTrainer`.
 
     Returns:
         The trainer, the tokenizer, and the share of the sequences that was dropped.
@@ -51,6 +55,7 @@ def build_trainer(
         context=context_of(model_path),
         vocab_size=vocab_size,
         drop_truncated=config.drop_truncated,
+        skip_bad=config.skip_bad_records if isinstance(config, PromptOptions) else None,
     )
     training_set: SequenceDataset | Subset = dataset
     holdout, monitored = None, isinstance(config, MonitoringOptions)
@@ -73,6 +78,7 @@ def build_trainer(
         holdout,
         max_tokens_per_batch=config.max_tokens_per_batch,
         attention=config.attention,
+        run_id=run_id,
     )
     if monitored and config.stale_ess:
         monitor = StalenessMonitor(trainer.metrics, config.stale_ess, config.stale_every)
@@ -105,40 +111,3 @@ def warn_of_rounding(config: Any) -> None:
             "--lora_rank trains float32 adapters",
             file=sys.stderr,
         )
-
-
-def result_model(config: Any, trainer: Any, model_path: str, state: dict[str, Any] | None) -> Any:
-    """The result of a run, with its adapters if it has any: the last or the best checkpoint's.
-
-    A model other than the trainer's is on the CPU, because the trainer's and its optimizer are
-    still on the GPU.
-
-    Args:
-        config: settings of the stage.
-        trainer: after training.
-        model_path: folder of the model that training started from.
-        state: unsharded weights of the last step if the trainer's model is sharded, else None.
-
-    Raises:
-        ShardError: the checkpoint with the best held-out KL is missing or torn.
-    """
-    load = partial(load_model, dtype=config.dtype, device="cpu")
-    if trainer.holdout is not None and trainer.holdout.keep_best:
-        best = Path(config.out) / f"checkpoint-{trainer.state.best_global_step}"
-        if not is_whole(best):
-            raise ShardError(
-                f"{best}: the checkpoint with the best held-out KL is missing or torn; restore it "
-                "and rerun the same command, or remove the run's folder to start again"
-            )
-        if not config.lora_rank:
-            return load(best)
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(load(model_path), best)
-    if state is None:
-        return trainer.model
-    model = load(model_path)
-    if config.lora_rank:
-        model = add_lora(model, config)
-    model.load_state_dict(state)
-    return model

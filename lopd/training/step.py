@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopd.config.objective import Objective
 from lopd.errors import DataError
 from lopd.models.head import HeadOptions, run_with_loss, run_with_loss_and_router
 from lopd.models.packing import pack_kwargs
 from lopd.training.batch import Batch
 from lopd.training.metrics import by_position, drift_moments
-from lopd.training.objective import Objective
 from lopd.training.row_losses import loss_of_rows
 from lopd.training.topk_overlap import topk_overlap
 

@@ -17,27 +17,34 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
-from lopd.errors import ConfigError, ModelError
+from lopd.config.objective import Objective
+from lopd.config.training import TrainOptions
+from lopd.errors import ConfigError, DataError, Interrupted, ModelError
 from lopd.models.admission import check_model
 from lopd.models.flops import FlopsMeter
 from lopd.models.head import plain_model
 from lopd.models.packing import check_packing, pack_attention
 from lopd.training.batch import Batch, Collator, lengths_of
-from lopd.training.checkpoints import METRICS_NAME, saving
+from lopd.training.checkpoints import METRICS_NAME, STAGING, finish, rotate, saving
 from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl
+from lopd.training.interrupt import StopSignals
 from lopd.training.logging import LogAtEnds, Reporter
 from lopd.training.metrics import MetricsAccumulator
-from lopd.training.objective import Objective
-from lopd.training.options import TrainOptions
 from lopd.training.sampler import StepDataset, StepLoader, StepSampler
 from lopd.training.step import check_finite, step
 
 __all__ = ["LopdTrainer", "Objective", "TrainOptions", "step"]
+
+
+def local_tensor(value: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor; other tensors as they are."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _check_parallelism(args: TrainingArguments) -> None:
@@ -71,6 +78,8 @@ class LopdTrainer(Trainer):
             the best step is not removed.
         max_tokens_per_batch: tokens per pack; None for padded micro-batches.
         attention: for packs, one of `lopd.models.packing.PATHS`.
+        run_id: identity of the run; of the checkpoints in the output folder, only those with the
+            same identity are counted and removed.
 
     Raises:
         ModelError: `check_model` or `check_packing` refuses the model.
@@ -109,11 +118,15 @@ class LopdTrainer(Trainer):
         *,
         max_tokens_per_batch: int | None = None,
         attention: str = "auto",
+        run_id: str = "",
         **kwargs: Any,
     ) -> None:
         _check_parallelism(args)
         args = copy.copy(args)  # for Trainer a step is one batch
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
+        # `rotate` removes checkpoints; Trainer would go by their names and modification times.
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None
+        self.run_id = run_id
         if args.device.type == "cpu":  # torch.load refuses the "cpu:0" of several processes
             args.__dict__["_setup_devices"] = torch.device("cpu")
         self.max_tokens, self.attention = max_tokens_per_batch, attention
@@ -142,6 +155,8 @@ class LopdTrainer(Trainer):
         dtype = torch.bfloat16 if args.bf16 else None
         self.meter = FlopsMeter(model, args.device, dtype=dtype, devices=args.world_size)
         self.pop_callback(PrinterCallback)
+        self.signals = StopSignals(self.gather)
+        self.add_callback(self.signals)
         self.add_callback(LogAtEnds(0 if holdout is None else holdout.eval_steps))
         self.reporter = Reporter(Path(args.output_dir)) if self.is_world_process_zero() else None
         if self.reporter is not None:
@@ -261,14 +276,46 @@ class LopdTrainer(Trainer):
         return self.meter.count(inputs)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """`Trainer.train`; from the checkpoint of a run's last step it trains no further."""
+        """`Trainer.train`; from the checkpoint of a run's last step it trains no further.
+
+        Raises:
+            DataError: a loss, a gradient or, at a checkpoint and at the end, a weight is not
+                finite.
+            Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved, unless a second signal
+                stopped the run at once.
+        """
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with self.signals:
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             if self.reporter is not None:
                 self.reporter.close()
+        self._check_weights()
+        if signum := self.signals.agreed:
+            step, folder = self.state.global_step, self.args.output_dir
+            raise Interrupted(
+                signum,
+                f"{folder}: checkpoint-{step} is kept, step {step} of {self.state.max_steps}; "
+                "rerun the same command to continue",
+                orderly=True,
+            )
+        return result
+
+    def _check_weights(self) -> None:
+        """Refuse weights that are not finite; all processes must call this."""
+        odd = [
+            name
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and not local_tensor(p.detach()).isfinite().all()
+        ]
+        if odd := [name for names in self.gather(odd) for name in names]:
+            raise DataError(
+                f"step {self.state.global_step}: weights are not finite after the update, first "
+                f"{odd[0]}; not saved: lower the learning rate, and rerun the same command to "
+                "continue from the last checkpoint"
+            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks at max_steps after a step only, so a run resumed at its end would take one.
@@ -324,9 +371,18 @@ class LopdTrainer(Trainer):
             )
         return improved
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / STAGING)  # where checkpoints are written
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with saving(self.args.output_dir):
+        self._check_weights()
+        out, state = Path(self.args.output_dir), self.state
+        with saving(out):
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its random state
+            if self.args.should_save:
+                finish(out, state.global_step, self.run_id)
+                rotate(out, self.save_total_limit, self.run_id, state.best_global_step)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

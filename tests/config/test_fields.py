@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import pytest
 
 from lopd.cli import COMMANDS
+from lopd.config.distill import DistillConfig
+from lopd.config.evaluate import EvalConfig
 from lopd.config.fields import (
     GROUPS,
     Settings,
@@ -17,11 +19,9 @@ from lopd.config.fields import (
     setting,
     setting_of,
 )
+from lopd.config.sft import SftConfig
 from lopd.errors import ConfigError
 from lopd.provenance.identity import settings_identity
-from lopd.stages.distill import DistillConfig
-from lopd.stages.evaluate import EvalConfig
-from lopd.stages.sft import SftConfig
 
 CONFIGS = [
     getattr(importlib.import_module(f"lopd.stages.{module}"), name)
@@ -168,12 +168,18 @@ TRAINING = {
     "seed": 0,
     "warmup_steps": 0,
 }
-SFT_RECIPE = TRAINING | {
-    "learning_rate": 1e-05,
-    "lr_scheduler_type": "cosine",
-    "sequences_per_step": 8,
-    "weight_decay": 0.0,
-}
+# None counts as absent, so that older folders, which lack these, can be continued.
+READING = dict.fromkeys(("columns", "chat_template_kwargs", "special_tokens", "prompt_date"))
+SFT_RECIPE = (
+    TRAINING
+    | READING
+    | {
+        "learning_rate": 1e-05,
+        "lr_scheduler_type": "cosine",
+        "sequences_per_step": 8,
+        "weight_decay": 0.0,
+    }
+)
 DISTILL_RECIPE = TRAINING | {
     "advantage_clip": None,
     "allow_incomplete_cache": False,
@@ -225,5 +231,5 @@ def test_recipes_of_training_runs_are_stable(config, changes, recipe):
 def test_identity_of_evaluations_is_stable():
     assert identity_of(build(EvalConfig)).keys() == {
         *("kl_k", "num_samples", "limit", "max_new_tokens", "temperature", "top_p", "seed"),
-        *("judge", "answer_regex", "dtype"),
+        *("judge", "answer_regex", "dtype", *READING),
     }

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
+from lopd.config.distill import DistillConfig
 from lopd.config.parse import build_config, load_yaml
+from lopd.config.rollout import RolloutConfig
 from lopd.errors import ConfigError, MissingFileError
-from lopd.stages.distill import DistillConfig
-from lopd.stages.rollout import RolloutConfig
 
 
 def build(settings=None, argv=()):

@@ -3,7 +3,8 @@
 import pytest
 from conftest import TEMPLATE, train_bpe
 
-from lopd.data.prompts import Prompt, check_prompts, encode_prompt, load_prompts
+from lopd.data.prompts import Prompt, check_prompts, load_prompts
+from lopd.data.rendering import PromptEncoder
 from lopd.errors import ConfigError, DataError, MissingFileError
 
 
@@ -18,7 +19,9 @@ def chat():
 
 
 def test_text_is_tokenised_as_it_is_without_a_template(plain, write_jsonl):
-    (prompt,) = load_prompts(write_jsonl([{"prompt": "the cat", "answer": 7}]), plain)
+    (prompt,) = load_prompts(
+        write_jsonl([{"prompt": "the cat", "answer": 7}]), PromptEncoder(plain), answers=True
+    )
     assert plain.decode(prompt.tokens) == "the cat"
     assert prompt.answer == "7"
 
@@ -31,7 +34,7 @@ def test_every_format_gives_the_same_templated_prompt(chat, write_jsonl):
         {"messages": [user]},
         {"messages": [user, {"role": "assistant", "content": "sat"}]},
     ]
-    prompts = load_prompts(write_jsonl(records), chat)
+    prompts = load_prompts(write_jsonl(records), PromptEncoder(chat))
     assert len({tuple(prompt.tokens) for prompt in prompts}) == 1
     assert chat.decode(prompts[0].tokens) == "<|user|>the cat<eos><|assistant|>"
 
@@ -43,8 +46,8 @@ def test_ids_do_not_depend_on_the_order(plain, write_jsonl):
         {"prompt": "a cat"},
         {"id": "x", "prompt": "it"},
     ]
-    forward = load_prompts(write_jsonl(records), plain)
-    backward = load_prompts(write_jsonl(records[::-1], "other.jsonl"), plain)
+    forward = load_prompts(write_jsonl(records), PromptEncoder(plain))
+    backward = load_prompts(write_jsonl(records[::-1], "other.jsonl"), PromptEncoder(plain))
     assert len({prompt.id for prompt in forward}) == 4
     assert {(p.id, tuple(p.tokens)) for p in forward} == {(p.id, tuple(p.tokens)) for p in backward}
     assert forward[3].id == "x"
@@ -52,7 +55,10 @@ def test_ids_do_not_depend_on_the_order(plain, write_jsonl):
 
 def test_limit_takes_the_first(plain, write_jsonl):
     path = write_jsonl([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}])
-    assert load_prompts(path, plain, limit=2) == load_prompts(path, plain)[:2]
+    assert (
+        load_prompts(path, PromptEncoder(plain), limit=2)
+        == load_prompts(path, PromptEncoder(plain))[:2]
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,24 +79,24 @@ def test_limit_takes_the_first(plain, write_jsonl):
 )
 def test_a_bad_file_is_refused_by_name_and_line(plain, write_jsonl, records, message):
     with pytest.raises(DataError, match=message):
-        load_prompts(write_jsonl(records), plain)
+        load_prompts(write_jsonl(records), PromptEncoder(plain))
 
 
 def test_a_line_that_is_not_json(plain, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     with pytest.raises(DataError, match="p.jsonl:2: not JSON"):
-        load_prompts(tmp_path / "p.jsonl", plain)
+        load_prompts(tmp_path / "p.jsonl", PromptEncoder(plain))
 
 
 def test_a_file_that_is_not_utf8(plain, tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     with pytest.raises(DataError, match="p.jsonl:1: not JSON in UTF-8"):
-        load_prompts(tmp_path / "p.jsonl", plain)
+        load_prompts(tmp_path / "p.jsonl", PromptEncoder(plain))
 
 
 def test_a_missing_file(plain, tmp_path):
     with pytest.raises(MissingFileError, match="absent.jsonl: no such file"):
-        load_prompts(tmp_path / "absent.jsonl", plain)
+        load_prompts(tmp_path / "absent.jsonl", PromptEncoder(plain))
 
 
 def test_prompts_that_the_model_cannot_take_are_refused():
@@ -107,18 +113,18 @@ def test_prompts_that_the_model_cannot_take_are_refused():
 @pytest.mark.parametrize("limit", [0, -3])
 def test_a_limit_below_one_is_refused(plain, write_jsonl, limit):
     with pytest.raises(ConfigError, match=f"limit: found {limit}"):
-        load_prompts(write_jsonl([{"prompt": "a"}]), plain, limit=limit)
+        load_prompts(write_jsonl([{"prompt": "a"}]), PromptEncoder(plain), limit=limit)
 
 
 def test_a_template_that_refuses_is_named(chat, write_jsonl):
     template, chat.chat_template = chat.chat_template, "{{ raise_exception('roles alternate') }}"
     try:
         with pytest.raises(DataError, match=r"prompts.jsonl:1: .*roles alternate"):
-            load_prompts(write_jsonl([{"prompt": "a"}]), chat)
+            load_prompts(write_jsonl([{"prompt": "a"}]), PromptEncoder(chat))
     finally:
         chat.chat_template = template
 
 
-def test_encode_prompt_returns_plain_ints(chat):
-    tokens = encode_prompt(chat, {"prompt": "the"}, "x")
+def test_encoding_returns_plain_ints(chat):
+    tokens = PromptEncoder(chat).encode("the", {}, "x")
     assert all(type(token) is int for token in tokens)

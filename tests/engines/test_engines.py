@@ -8,9 +8,10 @@ import pytest
 from conftest import save_qwen3
 from helpers_training import make_rollouts
 
+from lopd.config.device import resolve_device
+from lopd.config.inference import EngineOptions, parse_options
 from lopd.engines import load_engine
 from lopd.engines.base import Sampling, score_rollouts, sequence_seed
-from lopd.engines.options import EngineOptions, parse_options
 from lopd.engines.transformers import TransformersEngine
 from lopd.engines.vllm import gpus_of
 from lopd.engines.vllm_output import (
@@ -19,7 +20,7 @@ from lopd.engines.vllm_output import (
     to_scores,
 )
 from lopd.errors import ConfigError, DataError, ModelError
-from lopd.models.load import check_model_folder, resolve_device
+from lopd.models.load import check_model_folder
 from lopd.store import TeacherScores
 from lopd.store.lists import TAIL_FLOOR, derived_tail, to_columns
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from lopd.config.evaluate import ANSWER_REGEX
 from lopd.data.prompts import Prompt
 from lopd.engines.base import Generation, Sampling
 from lopd.engines.transformers import TransformersEngine
@@ -17,7 +18,6 @@ from lopd.evaluation.accuracy import (
 )
 from lopd.evaluation.grading import exact_grader, math_grader
 from lopd.stages.demo import arithmetic as toy
-from lopd.stages.evaluate import ANSWER_REGEX
 
 EXACT = exact_grader(ANSWER_REGEX)
 

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
+from lopd.config.evaluate import ANSWER_REGEX, EvalConfig
 from lopd.data.prompts import Prompt
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.grading import exact_grader, last_boxed, math_grader
-from lopd.stages.evaluate import EvalConfig
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,34 @@ def test_missing_math_verify_is_named_with_its_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ConfigError, match=r"math-verify .*pip install 'lopd\[eval\]'"):
         EvalConfig(model="m", prompts="p", out="o", judge="math", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "answer", "message"),
+    [
+        (ANSWER_REGEX, "5", None),
+        (ANSWER_REGEX, r"\boxed{5}", None),
+        (ANSWER_REGEX, "3 # 5", "never finds the answer '3 # 5', but '5' inside it"),
+        (ANSWER_REGEX, "a\nb", "never finds the answer"),
+        (ANSWER_REGEX, r"so \boxed{5}.", "found a solution as answer.*--judge math"),
+        (r"answer: (-?\d+)", "-5", None),
+        (r"(?i)the (?:final )?answer is\s+(?P<a>[)\w]+)", "X)", None),
+        (r"(-?\d+)", "18.0", "never finds the answer '18.0', but '0' inside it"),
+        (r"(-?\d+)", "five", "never finds the answer 'five', so every answer"),
+        (r"(\d+(?=\.))", "5", None),  # the group depends on what follows it
+        (r"\\\((\d)\)", "7", None),
+    ],
+)
+def test_expected_answer_that_the_regex_never_finds_is_refused(pattern, answer, message):
+    prompts = [Prompt("good", [1], "7"), Prompt("other", [1], answer)]
+    if message is None:
+        exact_grader(pattern, prompts[1:])
+    else:
+        with pytest.raises(DataError, match=f"prompt 'other': .*{message}"):
+            exact_grader(pattern, prompts)
+
+
+def test_numbers_with_a_second_spelling_are_counted(capsys):
+    answers = ["18", "0.5", "-3", "x", "1,234", "18.0", "$5", "50%", "05"]
+    exact_grader(ANSWER_REGEX, [Prompt(answer, [1], answer) for answer in answers])
+    assert "5 of 9 expected answers are numbers" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from conftest import save_qwen3
 from helpers_stages import make_rollouts, score_argv
 
 from lopd.cli import main
-from lopd.engines.options import EngineOptions
+from lopd.config.inference import EngineOptions
 from lopd.engines.transformers import TransformersEngine
 from lopd.evaluation.noise_floor import (
     _bucket_kl,

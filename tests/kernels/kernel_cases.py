@@ -23,6 +23,12 @@ def skip_bf16_stores_of_the_interpreter(dtype: torch.dtype) -> None:
         pytest.skip("the interpreter truncates bf16")
 
 
+def form_of(divergence: str, tail: str) -> dict:
+    """The arguments that select a form; jsd is not symmetric here."""
+    mixture = {"beta": 0.3} if divergence == "jsd" else {}
+    return {"divergence": divergence, "tail": tail, **mixture}
+
+
 @dataclass(frozen=True)
 class Case:
     hidden: Tensor  # [N, D]

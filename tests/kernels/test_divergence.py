@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kernel_cases import (
     HEAD,
     assert_close,
+    form_of,
     gradients,
     make_case,
     skip_bf16_stores_of_the_interpreter,
@@ -31,7 +32,8 @@ OPTIONS = [
 
 
 def both(case, upstream=1.0, **kwargs):
-    """(ours, oracle), each (value, dH, dW) and, with bias=True, also db."""
+    """(ours, oracle) of the sum, each (value, dH, dW) and, with bias=True, also db."""
+    kwargs.setdefault("reduction", "sum")
     with_bias = kwargs.pop("bias", False)
     exact_case = case.double()
     sides = []
@@ -59,12 +61,12 @@ def test_accuracy_gate(divergence, tail, size, regime, dtype):
     weights = torch.full((len(case.hidden),), size)
     weights[::3] *= 0.5
     ours, exact = both(
-        case, upstream=1.0 / size, divergence=divergence, tail=tail, beta=0.3,
+        case, upstream=1.0 / size, **form_of(divergence, tail),
         row_weights=weights, reduction="none",
     )  # fmt: skip
     assert_close(ours, exact, dtype, size)
     ours, exact = both(
-        case, upstream=1.0 / size, divergence=divergence, tail=tail, beta=0.3,
+        case, upstream=1.0 / size, **form_of(divergence, tail),
         row_weights=weights, tail_logprobs=case.tail,
     )  # fmt: skip
     assert_close(ours, exact, dtype, size)
@@ -87,7 +89,9 @@ def test_sparse_divergence_equals_the_definition(divergence, tail, dtype):
     case = make_case("near", temperature=0.7)
     logits = reference.linear_logits(case.hidden, case.weight).to(dtype)
     weights = torch.linspace(-1.0, 1.0, len(logits))
-    options = dict(divergence=divergence, tail=tail, temperature=0.7, row_weights=weights)
+    options = dict(
+        **form_of(divergence, tail), temperature=0.7, row_weights=weights, reduction="sum"
+    )
     ours = gradients(lambda z: sparse_divergence(z, *case.teacher, **options), logits)
     exact = gradients(
         lambda z: reference.sparse_divergence(z, *case.double().teacher, **options),
@@ -170,7 +174,7 @@ def test_a_full_list_is_the_full_divergence(divergence, tail):
 
     ours = gradients(
         lambda h, w: linear_sparse_divergence(
-            h, w, ids, full.gather(1, ids), divergence=divergence, tail=tail
+            h, w, ids, full.gather(1, ids), divergence=divergence, tail=tail, reduction="sum"
         ),
         case.hidden,
         case.weight,

@@ -189,14 +189,14 @@ def test_the_teachers_tail_may_be_nan_where_the_loss_does_not_use_it():
 
 
 def test_statistics_of_inactive_rows_are_zero():
-    hidden, weight = torch.randn(3, 4), torch.randn(9, 4)
-    ids = torch.tensor([[0], [1], [-1]])
+    hidden, weight = torch.randn(4, 4), torch.randn(9, 4)
+    ids, logprobs = torch.tensor([[0], [1], [-1], [2]]), torch.tensor([[0.0], [0.0], [0.0], [-1.0]])
     _, stats = linear_sparse_divergence(
-        hidden, weight, ids, torch.zeros(3, 1), row_weights=torch.tensor([1.0, 0.0, 1.0]),
+        hidden, weight, ids, logprobs, row_weights=torch.tensor([1.0, 0.0, 1.0, 1.0]),
         return_stats=True,
     )  # fmt: skip
-    assert stats.tail_floored.tolist() == [True, False, False]
-    assert stats.teacher_tail_logprobs[1:].tolist() == [0.0, 0.0]
+    assert stats.tail_floored.tolist() == [True, False, False, False]
+    assert stats.teacher_tail_logprobs[1:3].tolist() == [0.0, 0.0]
 
 
 def test_derived_floored_and_explicit_tails():

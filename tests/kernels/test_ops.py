@@ -7,6 +7,7 @@ import torch
 from kernel_cases import (
     HEAD,
     assert_close,
+    form_of,
     gradients,
     make_case,
     relative_error,
@@ -90,7 +91,7 @@ def test_gradcheck_divergences(divergence, tail, reduction):
     case = make_case(rows=4, vocab=11, width=4, k=3, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     weights = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
-    options = dict(divergence=divergence, tail=tail, beta=0.3, reduction=reduction, **HEAD)
+    options = dict(**form_of(divergence, tail), reduction=reduction, **HEAD)
     assert gradcheck(
         lambda h, w, b: linear_sparse_divergence(
             h, w, *case.teacher, bias=b, row_weights=weights, **options
@@ -98,7 +99,7 @@ def test_gradcheck_divergences(divergence, tail, reduction):
         leaves,
     )
     logits = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
-    options = dict(divergence=divergence, tail=tail, reduction=reduction, temperature=0.7)
+    options = dict(**form_of(divergence, tail), reduction=reduction, temperature=0.7)
     assert gradcheck(lambda z: sparse_divergence(z, *case.teacher, **options), (logits,))
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import lopd_kernels
-from lopd_kernels import divergence, logprobs, policy, reference, workspace
+from lopd_kernels import divergence, logprobs, modules, policy, reference, workspace
 
-MODULES = [divergence, logprobs, policy, reference, workspace]
+MODULES = [divergence, logprobs, modules, policy, reference, workspace]
 FUNCTIONS = [getattr(lopd_kernels, name) for name in lopd_kernels.__all__ if name.islower()] + [
     workspace.workspace_needed
 ]

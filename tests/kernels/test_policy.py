@@ -61,7 +61,9 @@ def test_on_stored_tokens_the_gradient_is_that_of_least_squares():
         return 0.5 * (teacher - logprobs).square().sum()
 
     offline = gradients(
-        lambda h, w: linear_policy_gradient(h, w, ids, teacher), case.hidden, case.weight
+        lambda h, w: linear_policy_gradient(h, w, ids, teacher, reduction="sum"),
+        case.hidden,
+        case.weight,
     )
     online = gradients(squares, case.hidden, case.weight)
     assert_close((online[0], *offline[1:]), online, torch.float64)

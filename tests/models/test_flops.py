@@ -7,12 +7,13 @@ import torch
 from helpers_training import VOCAB, make_rollouts, make_scored, options, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from lopd.config.objective import Objective
+from lopd.config.training import LoraOptions
 from lopd.models.flops import FlopsMeter, mfu, pairs, peak_flops, size_of, step_flops
 from lopd.models.head import run_with_loss
-from lopd.models.lora import LoraOptions, add_lora
+from lopd.models.lora import add_lora
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.logging import LOG_NAME, line
-from lopd.training.objective import Objective
 from lopd.training.trainer import LopdTrainer
 
 LENGTH = 12

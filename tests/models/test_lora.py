@@ -7,11 +7,12 @@ import pytest
 import torch
 from helpers_training import make_rollouts, make_scored, tiny_model, tiny_moe, weights
 
+from lopd.config.objective import Objective
+from lopd.config.training import LoraOptions
 from lopd.errors import ConfigError, ModelError
 from lopd.models.head import check_head, check_trainable
-from lopd.models.lora import LoraOptions, add_lora, merged
+from lopd.models.lora import add_lora, merged
 from lopd.training.batch import Collator
-from lopd.training.objective import Objective
 from lopd.training.step import step
 
 

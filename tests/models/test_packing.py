@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers_training import largest_difference, make_rollouts, make_scored, tiny_model, tiny_window
 
+from lopd.config.objective import Objective
 from lopd.errors import ConfigError, ModelError
 from lopd.models import packing as attention
 from lopd.models.packing import check_packing, pack_attention, varlen_attention
 from lopd.training.batch import Collator
-from lopd.training.objective import Objective
 from lopd.training.step import model_inputs, step
 
 FAMILIES = ["qwen3", "qwen3-tied", "gemma2", "gemma3", "cohere", "granite", "phi", "opt"]

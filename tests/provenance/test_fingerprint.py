@@ -18,6 +18,7 @@ from lopd.errors import (
     ModelError,
 )
 from lopd.provenance import (
+    behaviour_of,
     chat_template_digest,
     config_digest,
     describe_file,
@@ -35,6 +36,7 @@ from lopd.provenance import (
 def memo(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("memo")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(fingerprint, "_RACY_NS", 0)  # the change time of a file cannot be set back
     return folder / "lopd" / "fingerprints.json"
 
 
@@ -42,6 +44,9 @@ def age(folder, seconds=60):
     then = time.time_ns() - seconds * 10**9
     for path in folder.glob("*.safetensors"):
         os.utime(path, ns=(then, then))
+    newest = max(path.stat().st_ctime_ns for path in folder.glob("*.safetensors"))
+    while time.time_ns() <= newest:
+        time.sleep(0.001)
 
 
 def test_fingerprints_do_not_depend_on_sharding(tmp_path):
@@ -95,6 +100,19 @@ def test_any_change_of_a_tensor_changes_the_fingerprint(tmp_path, change):
     assert fingerprint_weights(after) != before
 
 
+def test_the_weights_that_are_hashed_are_those_that_transformers_loads(tmp_path):
+    """It prefers the single file to an index, and a name in the config to both."""
+    folder = make_model(tmp_path / "m", seed=1)
+    only = fingerprint_weights(folder)
+    write_weights(folder, weights_of_model(seed=2), shards=2)
+    assert fingerprint_weights(folder) == only
+    config = json.loads((folder / "config.json").read_text())
+    named = config | {"transformers_weights": "model-0.safetensors"}
+    (folder / "config.json").write_text(json.dumps(named))
+    with pytest.raises(ModelError, match="names other weights"):
+        fingerprint_weights(folder)
+
+
 def test_safetensors_metadata_and_alignment_do_not_matter(tmp_path):
     folder = make_model(tmp_path / "m")
     before = fingerprint_weights(folder)
@@ -120,7 +138,7 @@ def test_a_stored_fingerprint_is_used_unless_rehash_is_set(tmp_path, memo, monke
     assert fingerprint_weights(folder) == first and len(calls) == 8
 
 
-@pytest.mark.parametrize("how", ["content", "time", "inode"])
+@pytest.mark.parametrize("how", ["content", "time", "inode", "change time"])
 def test_the_memo_notices_a_changed_file(tmp_path, how):
     folder = make_model(tmp_path / "m")
     age(folder)
@@ -139,7 +157,8 @@ def test_the_memo_notices_a_changed_file(tmp_path, how):
     assert fingerprint_weights(folder) != first
 
 
-def test_a_file_written_just_now_is_not_remembered(tmp_path, memo):
+def test_a_file_written_just_now_is_not_remembered(tmp_path, memo, monkeypatch):
+    monkeypatch.setattr(fingerprint, "_RACY_NS", 10**15)
     fingerprint_weights(make_model(tmp_path / "m"))
     assert not memo.exists()
 
@@ -269,6 +288,9 @@ def test_descriptions_have_what_manifests_need(tmp_path):
         "config": config_digest(folder),
         "tokenizer": tokenizer_digest(folder),
         "chat_template": None,
+        "behaviour": behaviour_of(folder),
+        "eos_ids": None,
+        "hub": None,
         "vocab_size": 10,
         "dtype": "float32",
         "engine": "hf",

@@ -22,10 +22,13 @@ from lopd.provenance import (
     save_vocab,
     write_manifest,
 )
-from lopd.provenance.manifest import Override
+from lopd.provenance.manifest import Override, parse_manifest
 
 EVERY = frozenset(
-    {"teacher-mismatch", "student-mismatch", "tokenizer-mismatch", "incomplete-cache"}
+    {
+        *("teacher-mismatch", "student-mismatch", "tokenizer-mismatch", "incomplete-cache"),
+        "eos-mismatch",
+    }
 )
 
 
@@ -123,6 +126,60 @@ def test_another_students_rollouts_are_refused(world):
     declare(other, teacher=world.teacher)
     text = refused(world, "student-mismatch", "'lopd rollout'", world.manifest(student=other))
     assert str(other) in text and fingerprint_weights(world.student)[:12] in text
+
+
+def edit(file, **changes):
+    value = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**value, **changes}))
+
+
+@pytest.mark.parametrize(
+    "name, changes, words",
+    [
+        ("config.json", {"rope_theta": 1e6}, "config.rope_theta was None, is 1000000.0"),
+        ("generation_config.json", {"eos_token_id": 3}, "generation_config.eos_token_id was None"),
+        ("tokenizer.json", {"normalizer": {"type": "NFC"}}, "tokenizer.normalizer.type was None"),
+        ("tokenizer_config.json", {"chat_template": "{{ x }}"}, "chat_template was None, is"),
+    ],
+)
+def test_a_student_that_was_edited_since_its_rollouts_is_refused(world, name, changes, words):
+    manifest = world.manifest()
+    edit(world.student / name, **changes)
+    refused(world, "student-mismatch", f"edited since it made the rollouts: {words}", manifest)
+
+
+def test_a_teacher_whose_config_was_edited_between_sampling_and_scoring_is_refused(world):
+    edit(world.teacher / "config.json", rope_theta=1e6)
+    words = "edited config: config.rope_theta was None, is 1000000.0"
+    refused(world, "teacher-mismatch", words)
+
+
+def test_a_template_or_sampler_setting_of_the_teacher_does_not_change_its_scores(world):
+    edit(world.teacher / "tokenizer_config.json", chat_template="{{ x }}")
+    edit(world.teacher / "generation_config.json", temperature=0.6)
+    assert world.check() == []
+
+
+def test_what_older_artefacts_do_not_record_is_not_compared(world):
+    manifest = world.manifest()
+    raw = json.loads(json.dumps(dict(manifest.raw)))
+    for model in (raw["model"], raw["inputs"]["rollouts"]["model"]):
+        del model["behaviour"], model["eos_ids"]
+    lineage = json.loads((world.student / "manifest.json").read_text())
+    del lineage["lineage"]["sft_teacher"]["behaviour"]
+    (world.student / "manifest.json").write_text(json.dumps(lineage))
+    edit(world.student / "config.json", rope_theta=1e6)
+    edit(world.teacher / "config.json", rope_theta=1e6)
+    assert world.check(parse_manifest(raw)) == []
+
+
+def test_other_ids_that_end_an_answer_are_refused(world):
+    edit(world.teacher / "generation_config.json", eos_token_id=1)
+    edit(world.student / "generation_config.json", eos_token_id=[5, 3])
+    text = "rollouts end with id 3 or 5, the teacher's answers with 1"
+    assert "set eos_token_id to [1, 3, 5]" in refused(world, "eos-mismatch", text)
+    edit(world.student / "generation_config.json", eos_token_id=[1])
+    assert world.check() == []
 
 
 @pytest.mark.parametrize("teacher", [{}, {"tokenizer": "t"}, {"weights": 3}, "someone", []])

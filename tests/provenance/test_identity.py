@@ -5,6 +5,7 @@ from helpers_cache import damaged
 from helpers_provenance import make_model
 
 from lopd.provenance import (
+    behaviour_of,
     build_manifest,
     describe_file,
     describe_model,
@@ -13,6 +14,7 @@ from lopd.provenance import (
     fingerprint_weights,
     manifest_digest,
 )
+from lopd.provenance.io import json_digest
 
 
 def test_manifest_digests_are_of_the_recipe():
@@ -35,7 +37,7 @@ def test_manifest_digests_are_of_the_recipe():
 
 
 def test_inputs_are_identified_by_their_content(tmp_path):
-    """A file by its sha256, a model by its weights, a folder of shards by its digest."""
+    """A file by its sha256, a model by weights and behaviour, a folder of shards by its digest."""
     model = make_model(tmp_path / "m")
     file = tmp_path / "prompts.jsonl"
     file.write_text("{}")
@@ -48,6 +50,7 @@ def test_inputs_are_identified_by_their_content(tmp_path):
     assert digests_of(inputs) == {
         "prompts": describe_file(file)["sha256"],
         "teacher": fingerprint_weights(model),
+        "teacher.behaviour": json_digest(behaviour_of(model)),
         "cache": "d",
         "nothing": None,
     }
@@ -63,6 +66,14 @@ def test_inputs_are_identified_by_their_content(tmp_path):
         ({"p": {"a": {"b": 1}}}, {"p": {"a": {"b": 2}}}, "p.a.b was 1, is 2"),
         ({"p": None}, {"p": {"a": 1}}, "p.a was None, is 1"),
         ({"p": {"a": "0" * 64}}, {"p": None}, f"p.a was '{'0' * 12}...', is None"),
+        ({"model": {}}, {"model": {"behaviour": {"a": 1}}}, ""),
+        ({"t": "w", "t.behaviour": "b"}, {"t": "w"}, ""),
+        (
+            {"m": {"behaviour": {"a": 1}}},
+            {"m": {"behaviour": {"a": 2}}},
+            "m.behaviour.a was 1, is 2",
+        ),
+        ({"m": {"behaviour": {"a": 1}}}, {"m": {"behaviour": {}}}, "m.behaviour.a was 1, is None"),
         (dict.fromkeys("edcba", 1), {}, "a was 1, is None; b was 1, is None; and 3 more"),
     ],
 )

@@ -5,6 +5,7 @@ from helpers_provenance import make_model, weights_of_model, write_weights
 
 from lopd.errors import MissingFileError, ProvenanceError
 from lopd.provenance import (
+    behaviour_of,
     build_manifest,
     declare,
     describe_model,
@@ -29,6 +30,8 @@ def test_declared_checkpoints_have_a_lineage(tmp_path):
         "weights": fingerprint_weights(teacher),
         "tokenizer": tokenizer_digest(teacher),
         "path": str(teacher),
+        "behaviour": behaviour_of(teacher),
+        "eos_ids": None,
     }
     declare(student, teacher="ab" * 32)
     assert lineage_of(student).sft_teacher.weights == "ab" * 32

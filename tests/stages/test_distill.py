@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -165,7 +166,7 @@ def test_run_killed_while_its_result_is_written_takes_no_further_step(
     settings = {"max_steps": max_steps, "save_every": 2, "save_total_limit": 9, **best}
     whole = distill.main(config(pipeline, tmp_path / "whole", **settings))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lopd.training.setup.result_model", interrupted)
+        patch.setattr("lopd.training.result.result_model", interrupted)
         distill.main(config(pipeline, tmp_path / "cut", **settings))
     assert last_checkpoint(tmp_path / "cut").name == f"checkpoint-{max_steps}"
     with monkeypatch.context() as patch:
@@ -245,7 +246,7 @@ def test_finished_runs_and_other_folders_are_not_overwritten(pipeline, tmp_path,
     done = tmp_path / "done"
     done.mkdir()
     (done / MANIFEST_NAME).write_text("{}")
-    with pytest.raises(ConfigError, match="holds a finished run"):
+    with pytest.raises(DataError, match=r"manifest\.json is not a lopd manifest"):
         distill.main(config(pipeline, done))
     other = tmp_path / "other"
     other.mkdir()
@@ -313,16 +314,17 @@ def test_run_resumes_from_the_last_complete_checkpoint(checkpoints, tmp_path, te
 def test_torn_checkpoint_is_set_aside_and_reported(pipeline, checkpoints, tmp_path, capsys):
     out = shutil.copytree(checkpoints, tmp_path / "out")
     truncate(out / "checkpoint-6" / "optimizer.pt")
-    shutil.copytree(out / "checkpoint-6", out / "checkpoint-7")
-    (out / "checkpoint-7" / "trainer_state.json").unlink()
+    shutil.copytree(checkpoints / "checkpoint-6", out / "checkpoint-7")
     (out / "checkpoint-bak").mkdir()
+    (out / ".saving.tmp" / "checkpoint-5").mkdir(parents=True)  # of a killed writer
     settings = {"max_steps": 6, "save_every": 1, "save_total_limit": 1}
     distill.main(config(pipeline, out, **settings))
     errors = capsys.readouterr().err
-    assert f"{out}: checkpoint-6 is torn, put aside as torn-checkpoint-6\n" in errors
-    assert f"{out}: checkpoint-7 was never finished, removed\n" in errors
+    assert f"{out}: checkpoint-6 is put aside as torn-checkpoint-6: " in errors
+    assert re.search(r"optimizer\.pt: found \d+ bytes, the receipt says \d+; restore it\n", errors)
+    assert "checkpoint-7 is put aside as torn-checkpoint-7: its receipt is that of step 6" in errors
     assert f"{out}: continues from checkpoint-4\n" in errors
-    assert not [*out.glob("*checkpoint-7")]
+    assert (out / "checkpoint-bak").is_dir() and not [*out.glob(".*.tmp")]
     assert is_whole(out / "checkpoint-6") and (out / "torn-checkpoint-6").is_dir()
     assert largest_difference(trained_weights(out), trained_weights(checkpoints)) == 0.0
 
@@ -358,7 +360,7 @@ def test_failure_to_save_the_model_leaves_the_checkpoint(pipeline, tmp_path, mon
     save, out = transformers.PreTrainedModel.save_pretrained, tmp_path / "out"
 
     def full(self, folder, *args, **kwargs):
-        if "checkpoint" not in str(folder):
+        if ".result" in str(folder):
             raise OSError(28, "No space left on device")
         return save(self, folder, *args, **kwargs)
 

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
+from lopd.config.evaluate import EvalConfig
 from lopd.errors import ConfigError, DataError, ProvenanceError
-from lopd.stages.evaluate import EvalConfig, main
+from lopd.stages.evaluate import main
 
 
 def settings(**changes):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers_cache import make_manifest, write_cache
+from helpers_cache import make_manifest, write_cache, write_rollouts
 
 from lopd.cli import main
 from lopd.store import CODECS, TeacherCache
@@ -30,3 +30,15 @@ def test_totals_of_a_cache(tmp_path, capsys, codec):
     assert {"mean_covered_mass", "mean_entropy"} <= rows.keys()
     assert rows["temperature"] == "1"
     assert rows["scoring"] == "tail computed, entropy computed, rollout_logprobs computed"
+
+
+@pytest.mark.parametrize("kind", ["rollouts", "sft_data", "cache"])
+def test_an_unfinished_folder_is_described_and_verify_says_what_is_missing(tmp_path, capsys, kind):
+    write = write_cache if kind == "cache" else write_rollouts
+    write(tmp_path, make_manifest(kind, plan=(1, 2, 1)))
+    (tmp_path / "shard-00001.json").unlink()
+    assert main(["inspect", "--path", str(tmp_path)]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (rows["shards"], rows["missing_shards"], rows["sequences"]) == ("3", "1", "2")
+    assert main(["inspect", "--path", str(tmp_path), "--verify"]) == 2
+    assert "1 of 3 shards are missing or damaged; the first: " in capsys.readouterr().err

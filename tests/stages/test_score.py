@@ -22,9 +22,9 @@ from helpers_stages import (
 )
 
 from lopd.cli import main
+from lopd.config.score import ScoreConfig
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ModelError
-from lopd.stages.score import ScoreConfig
 from lopd.store import RolloutStore, TeacherCache
 
 

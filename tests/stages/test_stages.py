@@ -13,11 +13,11 @@ from conftest import TEMPLATE, TEXT, save_qwen3
 from safetensors.numpy import load_file, save_file
 
 from lopd.cli import main
+from lopd.config.objective import Objective
 from lopd.engines.transformers import TransformersEngine
 from lopd.models.load import load_model
 from lopd.store import RolloutStore, TeacherCache, scored_sequence
 from lopd.training.batch import Collator
-from lopd.training.objective import Objective
 from lopd.training.step import step
 
 COMMON = ["--dtype", "float32", "--device", "cpu"]

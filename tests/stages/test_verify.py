@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import save_qwen3
-from helpers_cache import flip
+from helpers_cache import edit_receipt, flip
 from helpers_stages import make_rollouts, one_line, score_argv
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lopd.cli import main
-from lopd.provenance.io import pretty_json
 from lopd.store import CacheWriter, TeacherCache
 
 
@@ -84,11 +83,8 @@ def rewrite(cache, out, change):
     arrays = load_file(file)
     change(arrays)
     save_file(arrays, file, metadata=metadata)
-    receipt = out / "shard-00001.json"
-    content = json.loads(receipt.read_text())
-    content["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    content["bytes"] = file.stat().st_size
-    receipt.write_bytes(pretty_json(content))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    edit_receipt(out / "shard-00001.json", sha256=digest, bytes=file.stat().st_size)
 
 
 def shift(arrays):

@@ -8,11 +8,11 @@ import torch
 from helpers_cache import make_manifest, make_pair
 from helpers_training import tiny_model
 
+from lopd.config.objective import Objective
 from lopd.errors import ConfigError, DataError
 from lopd.store import CacheWriter, TeacherCache
 from lopd.store.size import size_bounds
 from lopd.training.batch import Collator
-from lopd.training.objective import Objective
 from lopd.training.step import step
 
 ABSENT = make_manifest(plan=[2], scoring={"entropy": "absent"})

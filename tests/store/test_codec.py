@@ -1,6 +1,5 @@
 """The codecs: bits, bounds, and the log-space arithmetic of the tail."""
 
-import json
 import math
 
 import numpy as np
@@ -10,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lopd.errors import DataError
-from lopd.provenance.io import pretty_json
 from lopd.store import CODECS, CacheWriter, TeacherCache
 from lopd.store.bits import (
     MINIFLOATS,
@@ -140,18 +138,6 @@ def test_a_list_of_next_to_no_mass_is_not_shifted():
     shifted = shift_to_tail(lists, np.array([0.0, math.log(0.4)], np.float32))
     assert np.array_equal(shifted.logprobs[:2], lists.logprobs[:2])
     assert shifted.logprobs[2] == pytest.approx(math.log(0.6), rel=1e-6)
-
-
-def test_an_older_receipt_without_the_error_says_so(tmp_path):
-    write_cache(tmp_path, make_manifest(plan=[1, 1], codec="packed"))
-    receipt = tmp_path / "shard-00001.json"
-    content = json.loads(receipt.read_text())
-    for key in ("codec_error", "index_sha256"):
-        del content[key]
-    receipt.write_bytes(pretty_json(content))
-    cache = TeacherCache.open(tmp_path)
-    cache.verify()
-    assert cache.summary()["codec_error"] is None
 
 
 @pytest.mark.parametrize("codec", ["packed", "compact"])

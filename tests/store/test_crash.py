@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from helpers_cache import RECEIPTS, SHARDS, files_of, flip, make_manifest, make_pair, write_cache
+from helpers_disk import Disk
 
 from lopd.errors import ConfigError, ShardError
 from lopd.provenance import io as files
-from lopd.store import CacheWriter, TeacherCache
+from lopd.store import CacheWriter, TeacherCache, shards
 
 PLAN = (1, 2, 1)
 
@@ -237,3 +238,25 @@ def test_killed_writers_lose_nothing_that_was_finished(tmp_path):
     write_cache(folder, manifest)
     assert files_of(folder) == files_of(tmp_path / "whole")
     assert TeacherCache.open(folder).digest() == TeacherCache.open(tmp_path / "whole").digest()
+
+
+def test_a_power_cut_leaves_no_receipt_without_its_shard(tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+    folder = tmp_path / "new" / "cache"
+    write_cache(folder, make_manifest(plan=PLAN))
+    flip(folder / SHARDS[1], -1)
+    write_cache(folder, make_manifest(plan=PLAN))
+    disk.check_everything()
+    assert disk.faults == []
+
+
+@pytest.mark.parametrize("lost", ["the file", "the folder"])
+def test_the_disk_notices_a_sync_that_is_missing(tmp_path, monkeypatch, lost):
+    disk = Disk(tmp_path, monkeypatch)
+    if lost == "the folder":
+        for module in (files, shards):
+            monkeypatch.setattr(module, "sync_folder", lambda folder: None)
+    else:
+        monkeypatch.setattr(files.os, "fsync", lambda descriptor: None)
+    write_cache(tmp_path / "cache", make_manifest(plan=PLAN))
+    assert f"{RECEIPTS[0]} is named" in "; ".join(disk.faults)

@@ -6,7 +6,9 @@ import pytest
 from helpers_cache import make_manifest, write_cache
 
 from lopd.errors import ConfigError, ShardError
+from lopd.provenance import io
 from lopd.store.folders import examine_folder, examine_shard_folder, writing_to
+from lopd.store.locks import FolderLock
 
 
 def examine(folder, differs="", has_results=True):
@@ -85,8 +87,51 @@ def test_a_recipe_in_use_by_other_workers_is_not_replaced(tmp_path):
         examine_shard_folder(tmp_path, other, in_use=True)
 
 
-def test_a_recipe_that_differs_only_in_keys_without_a_value_is_another(tmp_path):
-    """Receipts hold the digest of the recipe, in which such keys count."""
+def test_keys_without_a_value_and_what_older_artefacts_do_not_record_make_no_other_recipe(tmp_path):
+    """The manifest on disk stays, with its digest."""
+    manifest = make_manifest()
+    write_cache(tmp_path, manifest)
+    model = {"behaviour": {"config": {"rope_theta": 1}}, "eos_ids": [1]}
+    assert examine_shard_folder(tmp_path, make_manifest(note=None)).state == "unfinished"
+    assert examine_shard_folder(tmp_path, make_manifest(model=model)).state == "unfinished"
+
+
+def test_a_recorded_behaviour_is_compared(tmp_path):
+    write_cache(tmp_path, make_manifest(model={"behaviour": {"config": {"rope_theta": 1}}}))
+    changed = {"behaviour": {"config": {"rope_theta": 2}}}
+    with pytest.raises(ConfigError, match=r"model\.behaviour\.config\.rope_theta was 1, is 2"):
+        examine_shard_folder(tmp_path, make_manifest(model=changed))
+
+
+def test_a_folder_of_another_kind_is_not_called_a_finished_run(tmp_path):
     write_cache(tmp_path, make_manifest())
-    with pytest.raises(ConfigError, match="holds another recipe .in keys without a value"):
-        examine_shard_folder(tmp_path, make_manifest(note=None))
+    for folder in (
+        examine_folder(tmp_path, final="manifest.json", kind="checkpoint"),
+        examine_folder(tmp_path, record="manifest.json", kind="rollouts"),
+    ):
+        message = "holds 'cache' of 'lopd test'; choose a new or empty folder"
+        with pytest.raises(ConfigError, match=message):
+            folder.require_writable()
+    assert examine_folder(tmp_path, final="manifest.json", kind="cache").state == "finished"
+
+
+def test_the_next_holder_of_the_lock_removes_what_killed_writers_left(tmp_path):
+    left = [tmp_path / name for name in (".manifest.json.7.tmp", ".shard-00001.lock")]
+    for path in left:
+        path.write_text("")
+    (tmp_path / "mine.tmp").write_text("")
+    first = FolderLock(tmp_path, shared=True)
+    assert not any(path.exists() for path in left) and (tmp_path / "mine.tmp").exists()
+    first.share()
+    left[0].write_text("")  # of a writer that is running
+    FolderLock(tmp_path, shared=True).release()
+    assert left[0].exists()
+
+
+def test_folders_are_made_durably_from_the_top(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(io, "sync_folder", lambda folder: synced.append(folder))
+    io.make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"]
+    io.make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2

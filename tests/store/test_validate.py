@@ -8,7 +8,7 @@ import pytest
 from helpers_cache import make_manifest, make_pair
 
 from lopd.errors import ConfigError, DataError, LopdError, ShardError
-from lopd.store import CacheWriter, RolloutWriter
+from lopd.store import CacheWriter, RolloutWriter, locks
 from lopd.store import writer as cache_writer
 
 BAD_ROLLOUTS = {
@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_written_is_refused_and_unlocked(tmp_path, monke
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_writer, where, denied)
+        patch.setattr(locks if where == "remove_temporaries" else cache_writer, where, denied)
         with pytest.raises(LopdError, match=r"cannot be made or written \(Permission denied\)"):
             RolloutWriter.create(tmp_path, make_manifest("rollouts"))
     RolloutWriter.create(tmp_path, make_manifest("rollouts")).close()

@@ -9,7 +9,8 @@ import torch
 from helpers_cache import make_manifest, write_cache
 from helpers_training import make_rollouts, make_scored
 
-from lopd.data.demonstrations import load_sft_jsonl
+from lopd.data.demonstrations import load_demonstrations
+from lopd.data.rendering import PromptEncoder
 from lopd.errors import ConfigError, DataError, MissingFileError, ModelError
 from lopd.stages.demo import arithmetic as toy
 from lopd.store import Rollout, TeacherCache, TopKLists
@@ -193,7 +194,7 @@ def test_demonstrations_are_prompt_answer_and_eos(tmp_path):
         {"prompt": "3+5=", "completion": "8", "id": "first"},
         {"prompt": "1+1=", "completion": "2;"},
     )
-    first, second = load_sft_jsonl(path, tokenizer)
+    first, second = load_demonstrations(path, PromptEncoder(tokenizer))
     ids = tokenizer.convert_tokens_to_ids
     assert first.tokens.tolist() == [*ids(list("3+5=8")), tokenizer.eos_token_id]
     assert first.prompt_length == 4 and first.prompt_id == "first"
@@ -208,7 +209,9 @@ def test_messages_end_with_the_assistants(tmp_path):
     tokenizer = toy.build_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
     messages = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}]
-    (found,) = load_sft_jsonl(write(tmp_path / "sft.jsonl", {"messages": messages}), tokenizer)
+    (found,) = load_demonstrations(
+        write(tmp_path / "sft.jsonl", {"messages": messages}), PromptEncoder(tokenizer)
+    )
     assert tokenizer.decode(found.tokens[:4]).replace(" ", "") == "1+2="
     assert found.prompt_length == 4
     assert found.tokens.tolist()[4:] == [tokenizer.convert_tokens_to_ids("3"), 1]
@@ -225,15 +228,18 @@ def test_messages_end_with_the_assistants(tmp_path):
 def test_a_line_without_an_answer_is_named(tmp_path, record):
     path = write(tmp_path / "sft.jsonl", {"prompt": "1+1=", "completion": "2"}, record)
     with pytest.raises(DataError, match=r"sft\.jsonl:2: found no answer"):
-        load_sft_jsonl(path, toy.build_tokenizer())
+        load_demonstrations(path, PromptEncoder(toy.build_tokenizer()))
 
 
 def test_jsonl_errors(tmp_path):
     tokenizer = toy.build_tokenizer()
     with pytest.raises(MissingFileError):
-        load_sft_jsonl(tmp_path / "absent.jsonl", tokenizer)
+        load_demonstrations(tmp_path / "absent.jsonl", PromptEncoder(tokenizer))
     with pytest.raises(DataError, match="no demonstrations"):
-        load_sft_jsonl(write(tmp_path / "empty.jsonl"), tokenizer)
+        load_demonstrations(write(tmp_path / "empty.jsonl"), PromptEncoder(tokenizer))
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="end-of-sequence"):
-        load_sft_jsonl(write(tmp_path / "x.jsonl", {"prompt": "1", "completion": "2"}), tokenizer)
+        load_demonstrations(
+            write(tmp_path / "x.jsonl", {"prompt": "1", "completion": "2"}),
+            PromptEncoder(tokenizer),
+        )

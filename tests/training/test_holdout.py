@@ -16,6 +16,8 @@ from helpers_training import (
     weights,
 )
 
+from lopd.config.objective import Objective
+from lopd.config.training import MonitoringOptions
 from lopd.errors import ConfigError, DataError, ShardError
 from lopd.models.load import load_model
 from lopd.provenance import manifest_digest, read_manifest
@@ -24,8 +26,6 @@ from lopd.training.batch import Collator, SequenceDataset, split_holdout
 from lopd.training.checkpoints import checkpoints
 from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl
 from lopd.training.logging import LOG_NAME
-from lopd.training.objective import Objective
-from lopd.training.options import MonitoringOptions
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers_training import options, scored, tiny_model
 
+from lopd.config.objective import Objective
 from lopd.errors import ConfigError, DataError
 from lopd.training.batch import Collator
 from lopd.training.loop import train_loop
-from lopd.training.objective import Objective
 
 
 def test_the_loop_needs_a_number_of_steps_and_enough_batches():

@@ -12,9 +12,12 @@ from helpers_training import SIZE, make_rollouts, make_scored, options, tiny_mod
 
 from benchmarks.tiny_families import tiny_config
 from lopd.cli import main as lopd
+from lopd.config.objective import Objective
+from lopd.config.plan import PlanConfig
+from lopd.config.training import LoraOptions, parse_bytes
 from lopd.errors import ConfigError, MemoryPlanError, ModelError
-from lopd.models.lora import LoraOptions, add_lora
-from lopd.stages.plan import GIB, PlanConfig, main
+from lopd.models.lora import add_lora
+from lopd.stages.plan import GIB, main
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.dry_run import (
     activation_bytes,
@@ -33,8 +36,6 @@ from lopd.training.memory import (
     planned_peak,
     proposals,
 )
-from lopd.training.objective import Objective
-from lopd.training.options import parse_bytes
 from lopd.training.trainer import LopdTrainer
 from lopd_kernels.workspace import workspace_needed
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers_training import make_rollouts, make_scored, options, tiny_model
 
+from lopd.config.objective import Objective
 from lopd.store import TopKLists
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.metrics import MetricsAccumulator, drift_moments
-from lopd.training.objective import Objective
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
 

@@ -9,6 +9,8 @@ from helpers_artefacts import COUNT, describe, write_model, write_pipeline
 from helpers_cache import damaged
 from helpers_training import SAME_UPDATE, largest_difference, update_error, weights
 
+from lopd.config.objective import Objective
+from lopd.config.training import TrainOptions
 from lopd.data.prompts import Prompt
 from lopd.engines.base import Sampling, sequence_seed, to_rollout
 from lopd.engines.transformers import TransformersEngine
@@ -20,8 +22,6 @@ from lopd.store import TeacherCache, scored_sequence
 from lopd.training.batch import Collator
 from lopd.training.logging import LOG_NAME
 from lopd.training.loop import train_loop
-from lopd.training.objective import Objective
-from lopd.training.options import TrainOptions
 from lopd.training.refresh import RefreshTrainer
 from lopd.training.sampler import StepSampler
 from lopd.training.trainer import LopdTrainer

@@ -17,12 +17,12 @@ from helpers_training import (
     weights,
 )
 
+from lopd.config.objective import Objective
 from lopd.errors import ConfigError, DataError
 from lopd.provenance import MANIFEST_NAME
 from lopd.stages import distill
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.loop import train_loop
-from lopd.training.objective import Objective
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
 

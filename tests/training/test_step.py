@@ -12,10 +12,10 @@ from helpers_training import (
     tiny_moe,
 )
 
+from lopd.config.objective import Objective
 from lopd.errors import DataError
 from lopd.models.head import run_with_loss_and_router
 from lopd.training.batch import Collator
-from lopd.training.objective import Objective
 from lopd.training.step import step
 from lopd_kernels import reference
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from helpers_training import make_rollouts, make_scored, tiny_model
 
+from lopd.config.objective import Objective
 from lopd.training.batch import Collator
 from lopd.training.metrics import POSITIONS, RATIOS, MetricsAccumulator, by_position
-from lopd.training.objective import Objective
 from lopd.training.step import step
 from lopd.training.topk_overlap import STRIDE, is_overlap_position, topk_overlap
 

@@ -14,11 +14,11 @@ from helpers_training import (
     weights,
 )
 
+from lopd.config.objective import Objective
 from lopd.models.load import load_model
 from lopd.models.packing import check_packing, pack_attention
 from lopd.stages import distill
 from lopd.training.batch import Collator, to_device
-from lopd.training.objective import Objective
 from lopd.training.step import step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]  # the suite has a limit; make test-gpu has none

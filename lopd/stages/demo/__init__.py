@@ -14,13 +14,12 @@ import importlib.util
 import json
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lopd.config.fields import Settings, setting
+from lopd.config.demo import DemoConfig
 from lopd.errors import ConfigError
 from lopd.provenance import difference
 from lopd.provenance.io import pretty_json, write_atomic
@@ -73,16 +72,6 @@ SAMPLING: dict[str, Any] = {
 }
 TOP_K = 8
 EVAL_PROMPTS = 1024
-_data = partial(setting, group="Model and data")
-
-
-@dataclass(kw_only=True)
-class DemoConfig(Settings):
-    """Run the whole pipeline at toy scale (`lopd demo`)."""
-
-    out: str = _data("lopd-demo", identity=False, help="Folder of all artefacts.")
-    seed: int = _data(0, within="[0, 4294967296)", help="Seed of models, data and sampling.")
-    online: bool = _data(False, identity=False, help="Add the run with a live teacher.")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import pytest
 from helpers_training import make_rollouts, make_scored, tiny_model
 from transformers import TrainingArguments
 
+from lopd.config.objective import Objective
+from lopd.config.training import TrainOptions
 from lopd.errors import ConfigError
 from lopd.training.batch import Collator
-from lopd.training.objective import Objective
-from lopd.training.options import TrainOptions
 from lopd.training.step import step
 
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lopd.config.device import check_device
 from lopd.config.fields import Settings, parse_range, setting, setting_of
 from lopd.config.parse import check_keys
-from lopd.engines import ENGINES
-from lopd.engines.base import Sampling
+from lopd.config.prompts import PromptOptions
 from lopd.errors import ConfigError
-from lopd.models.load import DTYPES, resolve_device
 
+DTYPES = ("float32", "bfloat16", "float16")
 # name: (types, range if it is a number, words for an error message)
 _Option = tuple[type | tuple[type, ...], str | None, str]
 _COUNT: _Option = (int, "[1, inf)", "a positive integer")
@@ -53,24 +53,49 @@ _REFUSED = {
 }
 
 _engine = partial(setting, group="Engine")
+_sampling = partial(setting, group="Sampling")
+
+
+@dataclass(frozen=True)
+class Sampling(Settings):
+    """How answers are drawn. `temperature=0` is greedy decoding."""
+
+    max_new_tokens: int = _sampling(
+        within="[1, inf)", help="Maximum length of an answer, in tokens."
+    )
+    temperature: float = _sampling(
+        1.0, within="[0, inf)", help="Sampling temperature; 0 is greedy."
+    )
+    top_p: float = _sampling(
+        1.0,
+        within="(0, 1]",
+        help="Sample from the smallest set of tokens with this probability mass.",
+    )
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the model is sampled as it is, so that sampled and raw log-probs are equal."""
+        return self.temperature == 1.0 and self.top_p == 1.0
 
 
 @dataclass(kw_only=True)
 class InferenceOptions(Settings):
     """Dtype and device of a model that samples or scores."""
 
-    dtype: str = _engine("bfloat16", choices=tuple(DTYPES), help="Dtype of the model's weights.")
+    dtype: str = _engine("bfloat16", choices=DTYPES, help="Dtype of the model's weights.")
     device: str = setting(
         "auto", group="Devices and processes", identity=False, help="auto, cpu, cuda or cuda:N."
     )
 
 
 @dataclass(kw_only=True)
-class GenerationOptions(InferenceOptions):
+class GenerationOptions(InferenceOptions, PromptOptions):
     """Settings of the stages that sample answers."""
 
     prompts: str = setting(
-        identity=False, help="JSONL or parquet file with 'prompt' or 'messages' in each record."
+        identity=False,
+        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages' in "
+        "each record; docs/pipeline.md lists other shapes.",
     )
     limit: int | None = setting(
         None,
@@ -109,7 +134,7 @@ class ScoringOptions(InferenceOptions):
 class EngineOptions(InferenceOptions):
     """Settings of the inference engine of a stage that can use any of them."""
 
-    engine: str = _engine("transformers", choices=tuple(ENGINES), help="Inference engine.")
+    engine: str = _engine("transformers", choices=tuple(_OPTIONS), help="Inference engine.")
     engine_options: str | None = _engine(
         None,
         identity=False,
@@ -120,7 +145,7 @@ class EngineOptions(InferenceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.engine == "transformers":
-            resolve_device(self.device)
+            check_device(self.device)
         elif self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(
                 f"device: found '{self.device}'; vllm expects auto, cpu or cuda; choose its GPUs "
@@ -136,6 +161,25 @@ class EngineOptions(InferenceOptions):
     def options(self) -> dict[str, Any]:
         """`engine_options` as a mapping, checked for the engine."""
         return parse_options(self.engine, self.engine_options)
+
+
+@dataclass(kw_only=True)
+class SamplingOptions(EngineOptions, GenerationOptions):
+    """Settings that `lopd sft-data` and `lopd rollout` share."""
+
+    out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
+    num_samples: int = setting(
+        1, within="[1, inf)", group="Sampling", help="Number of answers to each prompt."
+    )
+    shard_size: int = setting(
+        1024, within="[1, inf)", group="Model and data", help="Sequences per shard file."
+    )
+    worker: str | None = setting(
+        None,
+        group="Devices and processes",
+        identity=False,
+        help="i/n: be worker i (from 0) of n workers on this folder.",
+    )
 
 
 def parse_options(engine: str, text: str | None) -> dict[str, Any]:

@@ -6,15 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lopd.config.fields import setting
+from lopd.config.device import check_device, resolve_device
+from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError
-from lopd.models.load import resolve_device
-from lopd.models.lora import LoraOptions
-from lopd.models.packing import PATHS
 
+ALL_LINEAR = "all-linear"
+ATTENTION = ("auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa")
 PATIENCE_S = 3 * 3600  # how long processes wait while the first writes a checkpoint or the result
 DEFAULT_OPTIM = "adamw_torch_fused"
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"]
+_lora = partial(setting, group="LoRA")
 _memory = partial(setting, group="Memory")
 _optimizer = partial(setting, group="Optimizer")
 _logging = partial(setting, group="Logging and checkpoints", identity=False)
@@ -29,6 +30,40 @@ _UNITS = {"": 1, "b": 1} | {
     for power, letter in enumerate("kmgt", 1)
     for unit, base in (("b", 1000), ("ib", 1024))
 }
+
+
+@dataclass(kw_only=True)
+class LoraOptions(Settings):
+    """Settings of a LoRA: `W + (lora_alpha / lora_rank) * B A`, with W frozen."""
+
+    lora_rank: int = _lora(
+        0, within="[0, inf)", help="Rank of the LoRA adapters; 0 trains the whole model."
+    )
+    lora_alpha: float = _lora(
+        32.0, within="(0, inf)", help="Adapter output is scaled by lora_alpha / lora_rank."
+    )
+    lora_dropout: float = _lora(
+        0.0,
+        within="[0, 1)",
+        help="Dropout on the adapters' inputs; must be 0 if the output head is a target.",
+    )
+    lora_targets: str = _lora(
+        ALL_LINEAR,
+        help="all-linear (every linear layer except the output head), or layer names separated by "
+        "commas, such as q_proj,v_proj.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(self.target_names):
+            raise ConfigError(
+                f"lora_targets: found '{self.lora_targets}'; expected {ALL_LINEAR} or layer names "
+                "separated by commas, such as q_proj,v_proj"
+            )
+
+    @property
+    def target_names(self) -> list[str]:
+        return [name.strip() for name in self.lora_targets.split(",")]
 
 
 @dataclass(kw_only=True)
@@ -80,6 +115,38 @@ class MemoryOptions(LoraOptions):
 
 
 @dataclass(kw_only=True)
+class MemorySettings(MemoryOptions):
+    """Settings of a training run that decide how much memory it needs."""
+
+    sequence_length: int = setting(
+        4096, within="[1, inf)", group="Memory", help="Tokens per sequence, prompt included."
+    )
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting(
+        "reverse_kl", group="Objective", help="Loss that is minimised at every response token."
+    )
+    k: int = setting(
+        64, within="[1, inf)", group="Cache", help="Teacher tokens per position in the cache."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens_per_batch is not None and (
+            self.max_tokens_per_batch < self.sequence_length
+        ):
+            raise ConfigError(
+                f"max_tokens_per_batch: found {self.max_tokens_per_batch}; expected at least "
+                f"sequence_length, {self.sequence_length}"
+            )
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Shape [B, T] of a micro-batch."""
+        if self.max_tokens_per_batch is not None:
+            return 1, self.max_tokens_per_batch
+        return self.batch_size, self.sequence_length
+
+
+@dataclass(kw_only=True)
 class TrainOptions(MemoryOptions):
     """Settings of a training run, shared by `lopd sft` and `lopd distill`."""
 
@@ -92,7 +159,7 @@ class TrainOptions(MemoryOptions):
     )
     attention: str = _memory(
         "auto",
-        choices=PATHS,
+        choices=ATTENTION,
         identity=False,
         help="Attention implementation for packed sequences (max_tokens_per_batch).",
     )
@@ -157,8 +224,7 @@ class TrainOptions(MemoryOptions):
                 f"warmup_steps: found {self.warmup_steps}; the run ends at max_steps="
                 f"{self.max_steps}, before the warm-up does; expected at most max_steps"
             )
-        if resolve_device(self.device).type not in ("cpu", "cuda"):
-            raise ConfigError(f"device: found '{self.device}'; training runs on auto, cpu or cuda")
+        check_device(self.device)
         if self.attention != "auto" and self.max_tokens_per_batch is None:
             raise ConfigError(
                 "attention: applies to packed sequences only; set max_tokens_per_batch"

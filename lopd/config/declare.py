@@ -1,0 +1,16 @@
+"""Settings of `lopd declare`."""
+
+from dataclasses import dataclass
+
+from lopd.config.fields import Settings, setting
+
+
+@dataclass(kw_only=True)
+class DeclareConfig(Settings):
+    """State which teacher's answers a checkpoint was fine-tuned on (`lopd declare`).
+
+    The statement cannot be verified, so every manifest that depends on it is marked `declared`.
+    """
+
+    model: str = setting(help="Folder of the fine-tuned checkpoint.")
+    teacher: str = setting(help="The teacher's folder, or the digest of its weights.")

@@ -1,0 +1,15 @@
+"""Settings of `lopd inspect`."""
+
+from dataclasses import dataclass
+
+from lopd.config.fields import Settings, setting
+
+
+@dataclass(kw_only=True)
+class InspectConfig(Settings):
+    """Print what an artefact folder holds (`lopd inspect`)."""
+
+    path: str = setting(help="Folder of answers, rollouts, a cache or a checkpoint.")
+    verify: bool = setting(
+        False, group="Model and data", help="Check the hashes of every shard, or of the weights."
+    )

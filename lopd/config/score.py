@@ -1,0 +1,62 @@
+"""Settings of `lopd score`."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from lopd.config.eos import EosOptions
+from lopd.config.fields import setting, setting_of
+from lopd.config.inference import EngineOptions, SamplingOptions, ScoringOptions
+from lopd.errors import ConfigError
+
+Codec = Literal["exact", "packed", "compact"]
+_cache = partial(setting, group="Cache")
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(EngineOptions, ScoringOptions):
+    """Score rollouts with the teacher (`lopd score`)."""
+
+    teacher: str = setting(identity=False, help="Folder of the teacher model.")
+    rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
+    out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
+    k: int = _cache(64, within="[1, inf)", help="Maximum number of teacher tokens per position.")
+    top_p: float = _cache(
+        0.999,
+        within="(0, 1]",
+        help="Cut each list where its mass reaches this; 1 keeps all k tokens.",
+    )
+    codec: Codec = setting(
+        "exact",
+        group="Cache",
+        help="Storage format of lists and log-probs; all but exact round them.",
+    )
+    temperature: float = _cache(
+        1.0,
+        within="(0, inf)",
+        help="Divides the teacher's logits; distillation uses the same temperature.",
+    )
+    student: str | None = _cache(
+        None, identity=False, help="Folder of the student that rolled out, for extra_ids."
+    )
+    extra_ids: int = _cache(0, within="[0, inf)", help="Add the student's top N ids to every list.")
+    allow_eos_mismatch: bool = setting_of(EosOptions, "allow_eos_mismatch")
+    worker: str | None = setting_of(SamplingOptions, "worker")
+    plan: bool = setting(
+        False,
+        group="Model and data",
+        identity=False,
+        help="Print bytes, shards, time and free disk space, and write nothing.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.extra_ids > 0) != (self.student is not None):
+            raise ConfigError(
+                f"extra_ids: found {self.extra_ids} with student {self.student!r}; expected a "
+                "positive number and the student that made the rollouts, or neither"
+            )
+        if self.engine == "vllm" and (self.temperature != 1 or self.extra_ids):
+            raise ConfigError(
+                "engine: vllm scores at temperature 1 and without extra_ids; use transformers"
+            )

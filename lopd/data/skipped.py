@@ -1,0 +1,39 @@
+"""Records that cannot be used: raised, or left out, counted and named (`--skip_bad_records`)."""
+
+import sys
+from dataclasses import dataclass, field
+
+from lopd.errors import DataError
+
+_NAMED = 3  # records that are named when several are left out
+
+
+@dataclass
+class Skipped:
+    """Records that are left out; raises their errors unless `allowed`."""
+
+    source: str
+    allowed: bool
+    offered: bool = True  # whether the command has --skip_bad_records
+    errors: list[DataError] = field(default_factory=list)
+    kept: int = 0
+
+    def handle(self, error: DataError) -> None:
+        if not self.allowed:
+            remedy = (
+                "; --skip_bad_records leaves such records out" if self.kept and self.offered else ""
+            )
+            raise DataError(f"{error}{remedy}") from error
+        self.errors.append(error)
+
+    def report(self) -> None:
+        """Print how many records were left out, and the first of them."""
+        if not self.errors:
+            return
+        named = "".join(f"\n  {error}" for error in self.errors[:_NAMED])
+        more = f"\n  and {len(self.errors) - _NAMED} more" if len(self.errors) > _NAMED else ""
+        total = len(self.errors) + self.kept
+        print(
+            f"{self.source}: left out {len(self.errors)} of {total} records{named}{more}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,82 @@
+"""Teacher and student that end answers with different ids, and edits between stages."""
+
+import json
+
+import pytest
+from conftest import save_qwen3
+from helpers_artefacts import write_model, write_pipeline, write_sequences
+from helpers_stages import COMMON, make_rollouts, one_line, rollout_argv, score_argv, write_prompts
+
+from lopd.cli import main
+from lopd.provenance import read_manifest
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_score_refuses_another_end_of_sequence_unless_allowed(tmp_path, capsys):
+    student = save_qwen3(tmp_path / "student", seed=2)
+    teacher = save_qwen3(tmp_path / "teacher", seed=1)
+    edit(teacher / "generation_config.json", eos_token_id=[7])
+    rollouts = make_rollouts(student, tmp_path)
+    argv = score_argv(teacher, rollouts, tmp_path / "cache")
+    assert main(argv) == 2
+    error = one_line(capsys)
+    assert "end with id 1, the teacher's answers with 1 or 7" in error
+    assert "set eos_token_id to [1, 7]" in error and "--allow_eos_mismatch" in error
+    assert main([*argv, "--allow_eos_mismatch"]) == 0
+    manifest = read_manifest(tmp_path / "cache")
+    assert [override.name for override in manifest.overrides] == ["eos-mismatch"]
+    assert manifest.model.eos_ids == (1, 7) and manifest.rollouts.model.eos_ids == (1,)
+    capsys.readouterr()
+    assert main(["inspect", "--path", str(tmp_path / "cache")]) == 0
+    lines = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
+    rows = {name: value.strip() for name, value in lines}
+    assert rows["model ends answers with"] == "id 1 or 7" and rows["rollouts end with"] == "id 1"
+
+
+def test_sft_refuses_another_end_of_sequence_unless_allowed(tmp_path, capsys):
+    teacher, model = (write_model(tmp_path / name, seed=i) for i, name in enumerate("tm"))
+    data = write_sequences(tmp_path / "data", teacher, kind="sft_data")
+    edit(model / "generation_config.json", eos_token_id=[7])
+    argv = ["sft", "--model", str(model), "--data", str(data), "--out", str(tmp_path / "out")]
+    argv += [*COMMON, "--max_steps", "1", "--batch_size", "4"]
+    assert main(argv) == 2
+    assert "eos-mismatch: found that answers of" in one_line(capsys)
+    assert main([*argv, "--allow_eos_mismatch"]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert [override.name for override in manifest.overrides] == ["eos-mismatch"]
+    assert 7 in manifest.model.eos_ids
+
+
+def test_a_store_does_not_mix_two_behaviours(tmp_path, capsys):
+    student = save_qwen3(tmp_path / "student", seed=2)
+    argv = rollout_argv(student, write_prompts(tmp_path / "p.jsonl"), tmp_path / "rollouts")
+    assert main(argv) == 0
+    (tmp_path / "rollouts" / "shard-00001.json").unlink()
+    edit(student / "config.json", rms_norm_eps=1e-3)
+    assert main(argv) == 2
+    assert "model.behaviour.config.rms_norm_eps was 1e-06, is 0.001" in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_an_unfinished_training_run_does_not_mix_two_behaviours(tmp_path, capsys, name):
+    write_pipeline(tmp_path)
+    argv = ["distill", "--student", tmp_path / "student", "--cache", tmp_path / "cache"]
+    argv += ["--out", tmp_path / "out", *COMMON, "--max_steps", "2", "--save_every", "1"]
+    argv = [*map(str, argv), "--allow_student_mismatch"]
+    assert main(argv) == 0
+    (tmp_path / "out" / "manifest.json").unlink()
+    edit(tmp_path / "student" / name, suppress_tokens=[3])
+    assert main(argv) == 2
+    assert ".suppress_tokens was None, is [3]" in one_line(capsys)
+
+
+def test_ids_that_only_a_default_names_are_refused_before_sampling(tmp_path, capsys):
+    student = save_qwen3(tmp_path / "student", seed=2)
+    edit(student / "generation_config.json", eos_token_id=[3])
+    edit(student / "tokenizer_config.json", eos_token="<gone>")
+    argv = rollout_argv(student, write_prompts(tmp_path / "p.jsonl"), tmp_path / "rollouts")
+    assert main(argv) == 2
+    assert "eos_token_id of generation_config.json" in one_line(capsys)

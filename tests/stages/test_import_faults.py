@@ -1,0 +1,97 @@
+"""Faults of dumps in `lopd import`: skipped records, stand-ins, unscored tokens, rounding."""
+
+import shutil
+
+import numpy as np
+import pytest
+from helpers_import import distill, dump_of, run, topk_record, write
+
+from lopd.cli import main
+from lopd.provenance import declare, read_manifest
+from lopd.store import TeacherCache
+
+
+@pytest.fixture(scope="module")
+def student(student_folder, teacher_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("import") / "student"
+    shutil.copytree(student_folder, folder)
+    declare(folder, teacher=teacher_folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dumped(teacher_folder, student):
+    return dump_of(teacher_folder, student)
+
+
+def test_bad_records_are_left_out_on_request_and_counted(
+    student, teacher_folder, dumped, tmp_path, capsys
+):
+    records = [topk_record(*item) for item in dumped]
+    beyond = {**records[1], "response_token_ids": [9999, *records[1]["response_token_ids"][1:]]}
+    beyond["logprobs"] = [{**beyond["logprobs"][0], 9999: -20.0}, *beyond["logprobs"][1:]]
+    source = write(tmp_path / "dump.jsonl", [records[0], beyond, records[2]])
+    with source.open("a") as file:
+        file.write('{"torn": \n')
+    cache, flag = tmp_path / "cache", "--skip_bad_records"
+    assert run(source, "topk", student, teacher_folder, cache) == 2
+    error = capsys.readouterr().err
+    assert "dump.jsonl:2: token" in error and "has id 9999" in error and flag in error
+    assert not cache.exists()
+    assert run(source, "topk", student, teacher_folder, cache, flag) == 0
+    printed = capsys.readouterr().err
+    assert "left out 2 of 4 records" in printed and printed.count("dump.jsonl:2: ") == 1
+    assert read_manifest(cache).raw["inputs"]["source"]["left_out"] == 2
+    found = [item.rollout.tokens.tolist() for item in TeacherCache.open(cache)]
+    assert found == [prompt + answer for prompt, answer, _ in (dumped[0], dumped[2])]
+
+
+@pytest.mark.parametrize("value", [-1.0, -12.0])
+def test_a_whole_number_that_stands_for_none_is_refused(
+    student, teacher_folder, tmp_path, capsys, value
+):
+    rng = np.random.default_rng(0)
+    own = -rng.exponential(2.0, 60)
+    own[::10] = value
+    records = [
+        {
+            "prompt_token_ids": [5],
+            "response_token_ids": [7] * 6,
+            "logprobs": [{}] * 6,
+            "teacher_logprobs": part.tolist(),
+        }
+        for part in own.reshape(10, 6)
+    ]
+    source = write(tmp_path / "dump.jsonl", records)
+    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 2
+    assert f"6 sampled tokens have a log-prob of exactly {value:g}" in capsys.readouterr().err
+    for record in records:  # rounded to halves, a whole number is nothing special
+        record["teacher_logprobs"] = [round(2 * x) / 2 for x in record["teacher_logprobs"]]
+    source = write(tmp_path / "dump.jsonl", records)
+    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == (value == -12.0) * 2
+
+
+def test_masked_tokens_without_scores_and_rounded_lists_are_recorded(
+    student, teacher_folder, dumped, tmp_path, capsys
+):
+    records = []
+    for prompt, answer, scores in dumped:
+        record = topk_record(prompt, answer, scores)
+        record["logprobs"][1] = {-1: 0.0}
+        record["loss_mask"] = [1, 0] + [1] * len(answer[2:])
+        record["logprobs"][0] = {i: -2.3 for i in {answer[0], *range(20, 30)} - {29}}
+        records.append(record)
+    source = write(tmp_path / "dump.jsonl", records)
+    cache = tmp_path / "cache"
+    for record in records:
+        record["logprobs"] = [
+            {i: round(p, 2) for i, p in row.items()} for row in record["logprobs"]
+        ]
+    source = write(tmp_path / "dump.jsonl", records)
+    assert run(source, "topk", student, teacher_folder, cache) == 0
+    source_record = read_manifest(cache).raw["inputs"]["source"]
+    assert (source_record["unscored"], source_record["padding"]) == (3, 3)
+    assert source_record["rounded"] == 3 and "left_out" not in source_record
+    assert "3 masked tokens have no log-prob" in capsys.readouterr().err
+    assert main(["verify", "--path", str(cache)]) == 0
+    assert distill(student, cache, tmp_path / "out") == 0
