@@ -1,5 +1,6 @@
 """Tiny random models of every causal-LM family in transformers, from their default configs."""
 
+import re
 from typing import Any
 
 import torch
@@ -103,6 +104,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_5_text": _LINEAR,
     "qwen3_next": _LINEAR,
+    "qwen4_exp_text": _LINEAR,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "roc_bert": {
@@ -161,9 +163,9 @@ def _small(config_class: Any) -> dict[str, Any]:
     if "kv_lora_rank" in small and "num_key_value_heads" in small:
         small["num_key_value_heads"] = small["num_attention_heads"]
     small |= {
-        name: 0.0 if "drop" in name else 1.0  # soft caps that small scores reach
+        name: 1.0 if name == "attn_logit_softcapping" else 0.0  # a cap that small scores reach
         for name, value in defaults.items()
-        if isinstance(value, float) and ("drop" in name or name == "attn_logit_softcapping")
+        if isinstance(value, float) and re.search("drop|jitter|attn_logit_softcapping", name)
     }
     for name in config_class.sub_configs:
         if (part := getattr(base, name, None)) is not None:

@@ -98,7 +98,8 @@ def _check_adapters(adapted: Any) -> None:
         try:
             inputs = probe_inputs(lm_head(adapted).weight)
             with torch.enable_grad():
-                attempt(plain, "adapters on these layers", lambda: hidden_of(adapted, inputs))
+                remedy = "name other layers in lora_targets, or train without --lora_rank"
+                attempt(plain, "these adapters", lambda: hidden_of(adapted, inputs), remedy)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lopd.config.dtype import with_dtype
 from lopd.config.evaluate import EvalConfig
 from lopd.config.inference import Sampling
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
@@ -51,7 +52,7 @@ def main(config: EvalConfig) -> Path:
         DataError: a prompt has no answer, or is too long for the model.
         ShardError: the cache is incomplete or altered.
     """
-    out = Path(config.out)
+    config, out = with_dtype(config), Path(config.out)
     examine_folder(
         out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
     ).require_writable()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lopd.config.dtype import with_dtype
 from lopd.config.inference import SamplingOptions
 from lopd.config.rollout import RolloutConfig
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
@@ -47,7 +48,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     Sequences are numbered prompt by prompt, sample by sample. Shard i holds the i-th run of
     `shard_size` sequences, so an interrupted run continues with the missing shards.
     """
-    worker = this_worker(config.worker)
+    config, worker = with_dtype(config), this_worker(config.worker)
     check_model_folder(model)
     tokenizer = load_tokenizer(model)
     encoder = PromptEncoder(tokenizer, config, recorded_date(config.out))

@@ -23,6 +23,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lopd.config.dtype import with_dtype
 from lopd.config.parse import build_config, check_keys, load_yaml
 from lopd.config.run import RunConfig
 from lopd.errors import ConfigError
@@ -67,6 +68,7 @@ def main(config: RunConfig) -> Path:
     recipe = load_yaml(config.recipe)
     for name, stage_config in stage_configs(recipe, config.recipe).items():
         module, _ = STAGES[name]
+        stage_config = with_dtype(stage_config)
         if is_finished(stage_config):
             print(f"{name}: done, {stage_config.out}")
         else:

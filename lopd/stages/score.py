@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lopd.config.dtype import with_dtype
 from lopd.config.score import ScoreConfig
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
@@ -63,7 +64,7 @@ def main(config: ScoreConfig) -> Path | None:
             other ids than the student.
         DataError: a sequence exceeds the teacher's context or vocabulary.
     """
-    worker = this_worker(config.worker)
+    config, worker = with_dtype(config), this_worker(config.worker)
     check_model_folder(config.teacher)
     rollouts = RolloutStore.open(config.rollouts, kind="rollouts")
     rollouts.verify()

@@ -12,9 +12,10 @@ from helpers_training import SIZE, make_rollouts, make_scored, options, tiny_mod
 
 from benchmarks.tiny_families import tiny_config
 from lopd.cli import main as lopd
+from lopd.config.fields import parse_bytes
 from lopd.config.objective import Objective
 from lopd.config.plan import PlanConfig
-from lopd.config.training import LoraOptions, parse_bytes
+from lopd.config.training import LoraOptions
 from lopd.errors import ConfigError, MemoryPlanError, ModelError
 from lopd.models.lora import add_lora
 from lopd.stages.plan import GIB, main
