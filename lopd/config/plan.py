@@ -25,8 +25,9 @@ class PlanConfig(MemorySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if parse_bytes("gpu_memory", self.gpu_memory) < 1 << 20:
+        size = parse_bytes("gpu_memory", self.gpu_memory)
+        if self.gpu_memory.strip().isdigit() and size < 10_000:
             raise ConfigError(
-                f"gpu_memory: found '{self.gpu_memory}', which is less than 1 MiB; expected a size "
-                "such as 24GiB, 80GB or bytes"
+                f"gpu_memory: found '{self.gpu_memory}', a number of bytes; expected a size such "
+                f"as {self.gpu_memory}GiB"
             )

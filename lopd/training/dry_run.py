@@ -93,9 +93,9 @@ def fused_attention(
     from transformers.integrations.sdpa_attention import repeat_kv
 
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and (attention_mask is not None or sequence_lengths is not None):
+    bias = None if len(query) == 1 else attention_mask  # a single sequence has no padding
+    if groups > 1 and (bias is not None or sequence_lengths is not None):
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    bias = attention_mask
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -torch.inf)
     width = value.shape[-1]
@@ -246,7 +246,9 @@ def saved_bytes(model: Any, inputs: dict[str, Any]) -> tuple[int, int | None]:
     except Exception as error:
         first = error
     try:  # layers of recurrent states read the values of a mask [B, T]
-        return _saved_in_a_forward(model, _without_mask(inputs), loss_fn)
+        batch, length = inputs["input_ids"].shape
+        whole = torch.ones(batch, 1, length, length, dtype=torch.bool, device="meta")
+        return _saved_in_a_forward(model, {**inputs, "attention_mask": whole}, loss_fn)
     except LopdError:
         raise
     except Exception as error:
@@ -254,18 +256,6 @@ def saved_bytes(model: Any, inputs: dict[str, Any]) -> tuple[int, int | None]:
             f"{type(model).__name__}: its memory cannot be planned, since its forward does not run "
             f"without values ({' '.join(str(first).split())[:200]}); measure a short run instead"
         ) from error
-
-
-def _without_mask(inputs: dict[str, Any]) -> dict[str, Any]:
-    """`dry_inputs` with a mask [B, 1, T, T] if there are several rows, else without."""
-    inputs = dict(inputs)
-    batch, length = inputs.pop("attention_mask").shape[:2]
-    if batch > 1:
-        shape = (batch, 1, length, length)
-        inputs["attention_mask"] = torch.ones(
-            shape, dtype=torch.bool, device=inputs["input_ids"].device
-        )
-    return inputs
 
 
 def _saved_in_a_forward(

@@ -304,6 +304,8 @@ def test_an_unknown_optimizer_and_a_model_that_needs_values_are_refused(folder, 
         ("512", 512),
         (4096, 4096),
         ("7B", 7),
+        ("24G", 24 << 30),
+        ("500m", 500 << 20),
     ],
 )
 def test_valid_sizes_are_parsed(text, size):
@@ -348,3 +350,28 @@ def test_runs_that_cannot_be_planned_have_no_planned_peak(folder, tmp_path, caps
     settings, trainer, _ = a_run()
     assert planned_peak(settings, trainer, str(tmp_path), k=4) is None
     assert "the peak memory cannot be estimated (" in capsys.readouterr().err
+
+
+def test_a_number_of_gibibytes_without_its_unit_is_refused(folder):
+    with pytest.raises(
+        ConfigError, match="gpu_memory: found '24', a number of bytes; expected .* 24GiB"
+    ):
+        config(folder, gpu_memory="24")
+
+
+def test_a_plan_says_what_it_assumes(folder, capsys):
+    main(config(folder, gpu_memory="24G"))
+    expected = (
+        "planned for 4 x 16 tokens a micro-batch, all with loss (reverse_kl with lists of 64)"
+    )
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "qwen3_moe", "deepseek_v3", "falcon_h1"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_families_whose_masks_and_experts_need_care_are_planned(kind, dtype, tmp_path):
+    tiny_config(kind).save_pretrained(tmp_path)
+    planner = MemoryPlanner(meta_model(str(tmp_path), dtype))
+    for batch_size in (1, 3):
+        estimate = planner.estimate(config(str(tmp_path), dtype=dtype, batch_size=batch_size))
+        assert estimate.activations > 0
