@@ -1,7 +1,8 @@
 # make demo       set up .venv, then run the whole pipeline at toy scale on a CPU
-# make test       set up .venv, then run the tests; Triton kernels are interpreted and compiled
-#                 ahead of time
-# make test-all   also run the slow tests, and the loss tests once more on the interpreted kernels
+# make test       set up .venv, then run the tests that a change needs; Triton kernels are interpreted
+# make test-ci    the other tests that CI runs: compiled kernels, whole pipelines, killed processes
+# make test-all   both, and run the slow tests, and the loss tests once more on the interpreted kernels
+# make test-ptx   execute the compiled kernels of three architectures on the CPU: all their tests
 # make test-gpu   run the compiled kernels on a GPU, with the active Python
 # make test-vllm  run the tests of the vLLM engine in .venv-vllm with a CPU build of vLLM (2.5 GB)
 # make lint       run ruff and mypy
@@ -11,12 +12,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 OLDER := .triton36/.ready
 KERNELS := tests/kernels
 LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
 VLLM := .venv-vllm/bin/python
 
-.PHONY: demo test test-all test-gpu test-vllm lint demo-seeds bench-cpu bench-cache bench-live
+.PHONY: demo test test-ci test-all test-ptx test-gpu test-vllm lint demo-seeds bench-cpu bench-cache bench-live
 
 $(READY): pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,14 +34,24 @@ $(OLDER): $(READY)
 demo: $(READY)
 	$(BIN)/lopd demo --out runs/demo
 
-test: $(READY) $(OLDER)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py
-	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py
+test: $(READY)
+	$(PYTEST) -m "not thorough and not slow and not gpu and not vllm" --dist loadfile
+	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py
+
+test-ci: $(READY) $(OLDER)
+	$(PYTEST) -m "thorough and not slow and not gpu and not vllm" --dist loadfile
+	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py
 
 test-all: $(READY) $(OLDER)
-	$(BIN)/python -m pytest -m "not gpu and not vllm"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" $(KERNELS)/test_triton.py $(LOSSES)
+	$(PYTEST) -m "not gpu and not vllm" --dist loadfile
+	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py $(LOSSES)
+
+test-ptx: $(READY)
+	$(PYTEST) tests/ptx
+	for capability in 80 90 100; do \
+		LOPD_PTX=$$capability LOPD_PTX_SCHEDULE=random \
+			$(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py || exit 1; \
+	done
 
 test-gpu:
 	python -m pytest -m gpu

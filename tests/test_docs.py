@@ -4,12 +4,14 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import lopd_kernels
 from benchmarks import readme
-from lopd.cli import COMMANDS
+from lopd import cli
+from lopd.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,16 +52,11 @@ def test_functions_in_the_documents_exist(name):
 
 @pytest.mark.parametrize("line", sorted(set(re.findall(r"^lopd .*$", GUIDE, re.MULTILINE))))
 def test_commands_in_the_documents_parse(line, monkeypatch):
-    from lopd import cli
-
     command, *flags = shlex.split(line, comments=True)[1:]
-    assert command in COMMANDS
-    module_name, class_name, _ = COMMANDS[command]
-    module = __import__(f"lopd.stages.{module_name}", fromlist=[class_name])
     seen = []
-    monkeypatch.setattr(module, "main", seen.append)
-    cli.run([command, *flags])
-    assert isinstance(seen[0], getattr(module, class_name))
+    monkeypatch.setattr(cli, "_stage", lambda name, quiet: SimpleNamespace(main=seen.append))
+    assert cli.main([command, *flags]) == 0
+    assert isinstance(seen[0], COMMANDS[command].config_class())
 
 
 @pytest.mark.parametrize("page", [name for name in PAGES if name != "CHANGELOG.md"])

@@ -7,25 +7,39 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import lopd
+from lopd.cli.commands import COMMANDS
 from lopd.errors import LopdError
 
 
 @pytest.mark.parametrize("name", sorted(lopd.__all__))
 def test_public_names_exist_and_are_listed(name):
-    assert getattr(lopd, name).__name__.removeprefix("lopd.") == name
+    assert getattr(lopd, name).__name__.removeprefix("lopd.") in (name, "main")
     assert name in dir(lopd)
 
 
 def test_type_checkers_see_the_same_imports_as_the_interpreter():
     tree = ast.parse(Path(lopd.__file__).read_text(encoding="utf-8"))
     (checked,) = (node for node in tree.body if isinstance(node, ast.If))
-    imports = {alias.name: node.module for node in checked.body for alias in node.names}
-    assert imports == lopd._MODULES
-    assert {*imports, "errors"} == {*lopd.__all__}
+    names = [(node.module, alias) for node in checked.body for alias in node.names]
+    modules = {alias.name: module for module, alias in names if alias.asname is None}
+    stages = {alias.asname: module for module, alias in names if alias.asname}
+    assert modules == lopd._MODULES
+    assert stages == {name: f"lopd.stages.{name}" for name in lopd._STAGES}
+    assert {*modules, *stages, "errors"} == {*lopd.__all__}
+
+
+def test_every_command_is_a_function_of_its_config():
+    commands = {about.module: about.config_class() for about in COMMANDS.values()}
+    assert sorted(commands) == lopd._STAGES
+    for name, config in commands.items():
+        assert getattr(lopd, config.__name__) is config
+        assert get_type_hints(getattr(lopd, name))["config"] is config
+        assert inspect.getdoc(getattr(lopd, name))
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 
-from lopd.config.fields import Settings, setting
+from lopd.config.fields import setting
+from lopd.config.model_code import CodeOptions
 
 
 @dataclass(kw_only=True)
-class DeclareConfig(Settings):
+class DeclareConfig(CodeOptions):
     """State which teacher's answers a checkpoint was fine-tuned on (`lopd declare`).
 
     The statement cannot be verified, so every manifest that depends on it is marked `declared`.
     """
 
-    model: str = setting(help="Folder of the fine-tuned checkpoint.")
-    teacher: str = setting(help="The teacher's folder, or the digest of its weights.")
+    model: str = setting(help="Folder or hub id of the fine-tuned checkpoint.")
+    teacher: str = setting(help="The teacher's folder or hub id, or the digest of its weights.")

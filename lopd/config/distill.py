@@ -26,7 +26,9 @@ _override = partial(setting, group="Provenance overrides")
 class DistillConfig(MonitoringOptions):
     """Train a student on a teacher cache (`lopd distill`)."""
 
-    student: str = setting(identity=False, help="Folder of the model that made the rollouts.")
+    student: str = setting(
+        identity=False, help="Folder or hub id of the model that made the rollouts."
+    )
     cache: str = setting(identity=False, help="Folder that `lopd score` wrote.")
     out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
     objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting_of(
@@ -47,7 +49,11 @@ class DistillConfig(MonitoringOptions):
     support: Literal["list+sampled", "list"] = _objective(
         "list+sampled", help="Whether the lists include the sampled token."
     )
-    verify: bool = _data(True, help="Check the hashes of the cache before training.")
+    verify: bool = _data(
+        True,
+        help="Check the hashes of the cache before training.",
+        off="Train without checking the hashes of the cache first.",
+    )
     allow_teacher_mismatch: bool = _override(
         False, help="Train although another or an edited teacher made the SFT answers."
     )
@@ -67,7 +73,7 @@ class DistillConfig(MonitoringOptions):
         help="Resample and rescore rollouts every N steps (needs --teacher); 0 uses the cache.",
     )
     teacher: str | None = _data(
-        None, help="Folder of the teacher that scored the cache, for refresh_every."
+        None, help="Folder or hub id of the teacher that scored the cache, for refresh_every."
     )
     refresh_batch_size: int = setting(
         64,

@@ -29,4 +29,5 @@ def with_dtype(config: Config) -> Config:
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     dtype = "bfloat16" if fast else "float32"
     print(f"dtype: {dtype} (auto, on {device.type})", file=sys.stderr)
-    return replace(settings, dtype=dtype)
+    resolved: Config = replace(settings, dtype=dtype)
+    return resolved

@@ -20,7 +20,7 @@ _evaluation = partial(setting, group="Evaluation")
 class EvalConfig(GenerationOptions, ScoringOptions):
     """Measure accuracy on prompts with answers, and the KL to a teacher (`lopd eval`)."""
 
-    model: str = setting(identity=False, help="Folder of the model to evaluate.")
+    model: str = setting(identity=False, help="Folder or hub id of the model to evaluate.")
     prompts: str = setting_of(
         GenerationOptions,
         "prompts",
@@ -28,7 +28,7 @@ class EvalConfig(GenerationOptions, ScoringOptions):
         "'answer', in each record; docs/pipeline.md lists other shapes.",
     )
     out: str = setting(identity=False, help="Folder for results.json and the answers.")
-    teacher: str | None = _data(None, help="Folder of the teacher, for the KL.")
+    teacher: str | None = _data(None, help="Folder or hub id of the teacher, for the KL.")
     cache: str | None = _data(None, help="Teacher cache of held-out rollouts, for the KL on them.")
     kl_k: int = _evaluation(64, within="[1, inf)", help="Teacher tokens per position of the KL.")
     num_samples: int = setting(

@@ -79,6 +79,7 @@ def setting(
     within: str | None = None,
     choices: Sequence[str] = (),
     remedy: str = "",
+    off: str = "",
     identity: bool = True,
 ) -> Any:
     """A dataclass field that declares one setting: its help, group, range and identity.
@@ -90,17 +91,20 @@ def setting(
         within: allowed numbers, an interval such as `[0, 1)`.
         choices: allowed strings; not needed with a `Literal` annotation.
         remedy: end of the error message for a value that is not allowed.
+        off: text of `--help` for the flag `--no-NAME` of a switch that is on by default.
         identity: whether the setting belongs to the identity of a run, that is, whether it changes
             the result by more than rounding. Paths do not: inputs are identified by digests.
     """
     assert group in GROUPS, group
     assert within is None or parse_range(within)
+    assert (default is True) == bool(off), "only a switch that is on has help for turning it off"
     about = {
         "help": help,
         "group": group,
         "within": within,
         "choices": tuple(choices),
         "remedy": remedy,
+        "off": off,
         "identity": identity,
     }
     return field(default=default, metadata=about)
@@ -131,7 +135,7 @@ class Settings:
                 raise ConfigError(f"{item.name}: found {value}; expected {allowed.words}{remedy}")
 
 
-def choices_of(item: Field) -> tuple[str, ...]:
+def choices_of(item: Field[Any]) -> tuple[str, ...]:
     """The strings that a field allows; empty if it declares none."""
     literal = get_origin(item.type) is Literal
     return get_args(item.type) if literal else item.metadata.get("choices", ())

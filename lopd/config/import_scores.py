@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lopd.config.fields import Settings, setting, setting_of
+from lopd.config.fields import setting, setting_of
 from lopd.config.inference import SamplingOptions
+from lopd.config.model_code import CodeOptions
 from lopd.config.prompts import PromptOptions
 from lopd.config.score import Codec, ScoreConfig
 
@@ -12,7 +13,7 @@ Format = Literal["lightning-opd", "topk"]
 
 
 @dataclass(kw_only=True)
-class ImportConfig(Settings):
+class ImportConfig(CodeOptions):
     """Make a teacher cache from scores that another tool wrote (`lopd import`)."""
 
     source: str = setting(identity=False, help="Parquet or JSONL file, or a folder of them.")

@@ -19,15 +19,18 @@ from typing import Any
 from lopd.config.device import check_device
 from lopd.config.dtype import AUTO
 from lopd.config.fields import Settings, parse_range, setting, setting_of
+from lopd.config.model_code import CodeOptions
 from lopd.config.parse import check_keys
 from lopd.config.prompts import PromptOptions
+from lopd.config.strict_yaml import parse_yaml
+from lopd.config.values import typed
 from lopd.errors import ConfigError
 
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 # name: (types, range if it is a number, words for an error message)
-_Option = tuple[type | tuple[type, ...], str | None, str]
-_COUNT: _Option = (int, "[1, inf)", "a positive integer")
-_SWITCH: _Option = (bool, None, "true or false")
+_Option = tuple[tuple[type, ...], str | None, str]
+_COUNT: _Option = ((int,), "[1, inf)", "a positive integer")
+_SWITCH: _Option = ((bool,), None, "true or false")
 _OPTIONS: dict[str, dict[str, _Option]] = {
     "transformers": {"device_map": ((str, dict), None, "a name such as auto, or a mapping")},
     "vllm": {
@@ -41,7 +44,7 @@ _OPTIONS: dict[str, dict[str, _Option]] = {
         "enable_prefix_caching": _SWITCH,
         "enable_chunked_prefill": _SWITCH,
         "cpu_offload_gb": ((int, float), "[0, inf)", "0 or a positive number"),
-        "distributed_executor_backend": (str, None, "a name"),
+        "distributed_executor_backend": ((str,), None, "a name"),
     },
 }
 _REFUSED = {
@@ -80,7 +83,7 @@ class Sampling(Settings):
 
 
 @dataclass(kw_only=True)
-class InferenceOptions(Settings):
+class InferenceOptions(CodeOptions):
     """Dtype and device of a model that samples or scores."""
 
     dtype: str = _engine(
@@ -141,8 +144,9 @@ class EngineOptions(InferenceOptions):
     """Settings of the inference engine of a stage that can use any of them."""
 
     engine: str = _engine("transformers", choices=tuple(_OPTIONS), help="Inference engine.")
-    engine_options: str | None = _engine(
+    engine_options: dict[str, Any] | str | None = setting(
         None,
+        group="Engine",
         identity=False,
         help="Further options of the engine, a YAML mapping such as '{gpu_memory_utilization: "
         "0.8}'.",
@@ -188,27 +192,27 @@ class SamplingOptions(EngineOptions, GenerationOptions):
     )
 
 
-def parse_options(engine: str, text: str | None) -> dict[str, Any]:
-    """A mapping from YAML; raises ConfigError for an option that the engine does not have."""
-    if text is None:
+def parse_options(engine: str, options: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping, or its YAML; raises ConfigError for an option that the engine does not have."""
+    if options is None:
         return {}
-    import yaml
-
-    try:
-        options = yaml.safe_load(text)
-    except yaml.YAMLError:
-        options = None
-    if not isinstance(options, dict):
-        raise ConfigError(
-            f"engine_options: found '{text}'; expected a YAML mapping, '{{name: value, ...}}'"
-        )
+    if isinstance(options, str):
+        options = parse_yaml(options, "engine_options")
     for name in options:
         if name in _REFUSED:
             raise ConfigError(f"engine_options: {name}: {_REFUSED[name]}")
     check_keys(options, list(_OPTIONS[engine]), f"engine_options of {engine}")
-    for name, value in options.items():
-        types, within, words = _OPTIONS[engine][name]
-        is_type = isinstance(value, types) and isinstance(value, bool) == (types is bool)
-        if not is_type or (within and value not in parse_range(within)):
-            raise ConfigError(f"engine_options: {name}: found {value!r}; expected {words}")
-    return options
+    found = {}
+    for name, given in options.items():
+        kinds, within, words = _OPTIONS[engine][name]
+        value = _typed_map(given) if isinstance(given, dict) else given
+        value = typed(kinds, value)
+        if value is None or (within and value not in parse_range(within)):
+            raise ConfigError(f"engine_options: {name}: found {given!r}; expected {words}")
+        found[name] = value
+    return found
+
+
+def _typed_map(places: dict[str, Any]) -> dict[str, Any]:
+    """A device_map in which the numbers of GPUs are numbers."""
+    return {part: typed((int, str), place) for part, place in places.items()}

@@ -38,6 +38,7 @@ class Objective(Settings):
         advantage_clip, importance, importance_cap, clip_range: of the policy gradient, as above.
         temperature: divides the student's logits; equals the temperature of the teacher's scores.
         workspace_bytes: limit on what the loss allocates; changes only rounding.
+        eos_class: ids that a divergence takes as one token; every teacher's list must hold them.
 
     Raises:
         ConfigError: a setting is out of range or does not belong to this objective.
@@ -80,6 +81,7 @@ class Objective(Settings):
         None, within="(0, inf)", help="policy_gradient: PPO's clip range around a ratio of 1."
     )
     workspace_bytes: int | None = None
+    eos_class: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -94,6 +96,11 @@ class Objective(Settings):
             raise ConfigError(f"tail: {self.name} has none; only {', '.join(SPARSE)} do")
         if self.advantage_clip is not None and self.name != "policy_gradient":
             raise ConfigError(f"advantage_clip: {self.name} has no advantage; use policy_gradient")
+        if self.eos_class and self.name not in SPARSE:
+            raise ConfigError(
+                f"eos_class: {self.name} has no lists to merge ids in; the cache was scored with "
+                f"--eos_class, which needs one of {', '.join(SPARSE)}"
+            )
         self._check_importance()
 
     def _check_importance(self) -> None:

@@ -14,7 +14,7 @@ class PlanConfig(MemorySettings):
     Reads only the model's config.json. Exits with 0 if the run fits, with 1 if it does not.
     """
 
-    model: str = setting(help="Folder of the student; its config.json is enough.")
+    model: str = setting(help="Folder or hub id of the student; its config.json is enough.")
     gpu_memory: str = setting(help="Memory of the GPU: 24GiB (or 24G), 80GB, 24000MiB or bytes.")
     reserve: float = setting(
         0.05,

@@ -1,6 +1,8 @@
 """Settings of the stages that read prompts: columns, template variables, special tokens, date."""
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from functools import partial
@@ -8,6 +10,7 @@ from typing import Any
 
 from lopd.config.fields import Settings, setting
 from lopd.config.parse import check_keys
+from lopd.config.strict_yaml import parse_yaml
 from lopd.errors import ConfigError
 
 # The names that `--columns` can give to the columns of a file.
@@ -23,6 +26,8 @@ TARGETS = (
     "chat_template_kwargs",
 )
 
+_NOT_TEXT = re.compile(r"(?i)true|false|null|none|-?(0|[1-9]\d*)(\.\d+)?")
+
 _data = partial(setting, group="Model and data")
 
 
@@ -30,13 +35,15 @@ _data = partial(setting, group="Model and data")
 class PromptOptions(Settings):
     """How the records of a file become prompts. The defaults decide nothing."""
 
-    columns: str | None = _data(
+    columns: dict[str, Any] | str | None = setting(
         None,
+        group="Model and data",
         help="Columns to read, such as prompt=question,answer=reward_model.ground_truth; all "
         "others are ignored. By default the names of the file's columns decide.",
     )
-    chat_template_kwargs: str | None = _data(
+    chat_template_kwargs: dict[str, Any] | str | None = setting(
         None,
+        group="Model and data",
         help="Variables for the chat template, a mapping such as '{\"enable_thinking\": false}'; "
         "those of a record override them.",
     )
@@ -60,8 +67,11 @@ class PromptOptions(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.column_map()
-        self.template_kwargs()
+        # One spelling of each, so that runs with the same settings are the same run.
+        if columns := self.column_map():
+            self.columns = ",".join(f"{name}={columns[name]}" for name in sorted(columns))
+        if kwargs := self.template_kwargs():
+            self.chat_template_kwargs = json.dumps(kwargs, sort_keys=True)
         if self.prompt_date is not None:
             try:
                 date.fromisoformat(self.prompt_date)
@@ -74,8 +84,11 @@ class PromptOptions(Settings):
         """`columns` as a mapping from lopd's names to the file's; empty if it is not set."""
         if self.columns is None:
             return {}
-        pairs = [pair.partition("=") for pair in self.columns.split(",")]
-        names = {name.strip(): column.strip() for name, _, column in pairs}
+        if isinstance(self.columns, str):
+            pairs = [pair.partition("=")[::2] for pair in self.columns.split(",")]
+        else:
+            pairs = [(name, str(column)) for name, column in self.columns.items()]
+        names = {name.strip(): column.strip() for name, column in pairs}
         if len(names) < len(pairs) or not all(name and column for name, column in names.items()):
             raise ConfigError(
                 f"columns: found '{self.columns}'; expected NAME=COLUMN,... with each name once"
@@ -85,21 +98,36 @@ class PromptOptions(Settings):
 
     def template_kwargs(self) -> dict[str, Any]:
         """`chat_template_kwargs` as a mapping; empty if it is not set."""
-        if self.chat_template_kwargs is None:
+        given = self.chat_template_kwargs
+        if given is None:
             return {}
-        import yaml
+        if isinstance(given, str):
+            try:
+                value = json.loads(given)
+                json.dumps(value, allow_nan=False)  # what manifests can hold
+            except RecursionError:
+                raise ConfigError("chat_template_kwargs: nested too deeply") from None
+            except ValueError:  # YAML, whose values are text
+                given = parse_yaml(given, "chat_template_kwargs")
+            else:
+                if isinstance(value, dict):
+                    return value
+                raise ConfigError(
+                    f"chat_template_kwargs: found '{given}'; expected a mapping such as "
+                    "'{\"enable_thinking\": false}'"
+                )
+        return {name: _from_text(value) for name, value in given.items()}
 
-        try:
-            values = yaml.safe_load(self.chat_template_kwargs)
-            json.dumps(values, allow_nan=False)
-        except (yaml.YAMLError, TypeError, ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise ConfigError(
-                f"chat_template_kwargs: found '{self.chat_template_kwargs}'; expected a mapping "
-                "such as '{\"enable_thinking\": false}', with dates in quotes"
-            )
-        return values
+
+def _from_text(value: Any) -> Any:
+    """A value of a YAML mapping, where booleans and numbers are text."""
+    if isinstance(value, Mapping):
+        return {name: _from_text(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_from_text(item) for item in value]
+    if not isinstance(value, str) or not _NOT_TEXT.fullmatch(value):
+        return value
+    return json.loads(value.lower().replace("none", "null"))
 
 
 def chosen_options(options: PromptOptions) -> dict[str, Any]:

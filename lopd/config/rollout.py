@@ -10,4 +10,4 @@ from lopd.config.inference import SamplingOptions
 class RolloutConfig(SamplingOptions):
     """Sample the student's answers to prompts (`lopd rollout`)."""
 
-    student: str = setting(identity=False, help="Folder of the fine-tuned student.")
+    student: str = setting(identity=False, help="Folder or hub id of the fine-tuned student.")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from lopd.config.eos import EosOptions
+from lopd.config.eos import EosOptions, parse_eos_class
 from lopd.config.fields import setting, setting_of
 from lopd.config.inference import EngineOptions, SamplingOptions, ScoringOptions
 from lopd.errors import ConfigError
@@ -17,7 +17,7 @@ _cache = partial(setting, group="Cache")
 class ScoreConfig(EngineOptions, ScoringOptions):
     """Score rollouts with the teacher (`lopd score`)."""
 
-    teacher: str = setting(identity=False, help="Folder of the teacher model.")
+    teacher: str = setting(identity=False, help="Folder or hub id of the teacher model.")
     rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
     out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
     k: int = _cache(64, within="[1, inf)", help="Maximum number of teacher tokens per position.")
@@ -37,9 +37,15 @@ class ScoreConfig(EngineOptions, ScoringOptions):
         help="Divides the teacher's logits; distillation uses the same temperature.",
     )
     student: str | None = _cache(
-        None, identity=False, help="Folder of the student that rolled out, for extra_ids."
+        None, identity=False, help="Folder or hub id of the student that rolled out, for extra_ids."
     )
     extra_ids: int = _cache(0, within="[0, inf)", help="Add the student's top N ids to every list.")
+    eos_class: str | None = _cache(
+        None,
+        identity=False,
+        help="Ids that end an answer, such as 1,27, for models that differ in them: they are in "
+        "every list, and distillation takes them as one token.",
+    )
     allow_eos_mismatch: bool = setting_of(EosOptions, "allow_eos_mismatch")
     worker: str | None = setting_of(SamplingOptions, "worker")
     plan: bool = setting(
@@ -56,7 +62,9 @@ class ScoreConfig(EngineOptions, ScoringOptions):
                 f"extra_ids: found {self.extra_ids} with student {self.student!r}; expected a "
                 "positive number and the student that made the rollouts, or neither"
             )
-        if self.engine == "vllm" and (self.temperature != 1 or self.extra_ids):
+        parse_eos_class(self.eos_class)
+        if self.engine == "vllm" and (self.temperature != 1 or self.extra_ids or self.eos_class):
             raise ConfigError(
-                "engine: vllm scores at temperature 1 and without extra_ids; use transformers"
+                "engine: vllm scores at temperature 1, without extra_ids and eos_class; use "
+                "transformers"
             )

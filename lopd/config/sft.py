@@ -12,7 +12,7 @@ from lopd.config.training import TrainOptions
 class SftConfig(TrainOptions, PromptOptions):
     """Fine-tune a model on answers (`lopd sft`)."""
 
-    model: str = setting(identity=False, help="Folder of the model to start from.")
+    model: str = setting(identity=False, help="Folder or hub id of the model to start from.")
     data: str = setting(
         identity=False,
         help="Folder that `lopd sft-data` wrote, or JSONL, JSON or parquet, or a folder of them, "

@@ -10,4 +10,4 @@ from lopd.config.inference import SamplingOptions
 class SftDataConfig(SamplingOptions):
     """Sample the teacher's answers to prompts (`lopd sft-data`)."""
 
-    teacher: str = setting(identity=False, help="Folder of the teacher model.")
+    teacher: str = setting(identity=False, help="Folder or hub id of the teacher model.")

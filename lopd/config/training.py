@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lopd.config.device import check_device, resolve_device
 from lopd.config.fields import Settings, parse_bytes, setting
+from lopd.config.model_code import CodeOptions
 from lopd.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -61,7 +62,7 @@ class LoraOptions(Settings):
 
 
 @dataclass(kw_only=True)
-class MemoryOptions(LoraOptions):
+class MemoryOptions(LoraOptions, CodeOptions):
     """Settings that decide how much memory training takes; `lopd plan` has them too."""
 
     dtype: str = _memory(
@@ -347,9 +348,10 @@ def optimizer_class(optim: str) -> tuple[Any, dict[str, Any]]:
         raise ConfigError(f"optim: found '{optim}'; expected one of {', '.join(known)}")
     args = TrainingArguments(output_dir="unused", optim=optim, use_cpu=True)
     try:
-        return Trainer.get_optimizer_cls_and_kwargs(args)
+        kind, arguments = Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"optim: '{optim}' cannot be used here ({error})") from error
+    return kind, arguments
 
 
 def _check_report_to(name: str) -> None:

@@ -36,6 +36,8 @@ def check_messages(value: Any, where: str, field: str) -> list[Message]:
 
 
 def _message(item: Any, where: str) -> Message:
+    if isinstance(item, dict) and item.get("content") is None and item.get("tool_calls"):
+        item = {**item, "content": ""}  # OpenAI's form of a message that only calls tools
     if (
         not isinstance(item, dict)
         or not isinstance(item.get("role"), str)
@@ -74,7 +76,7 @@ def text_of(content: str | list[Any], where: str) -> str:
         text = part.get("text") if kind in _TEXT_PARTS else None
         if not isinstance(text, str):
             raise DataError(
-                f"{where}: found a content part of type {kind!r}; expected parts of text only, "
+                f"{where}: found a content part of type {kind!r:.40}; expected parts of text only, "
                 "{'type': 'text', 'text': ...}; lopd trains language models on text"
             )
         texts.append(text)
@@ -94,11 +96,12 @@ def sharegpt_messages(value: Any, where: str, field: str) -> list[Message]:
     messages = []
     for turn in value:
         speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker not in SHAREGPT_ROLES or not isinstance(turn.get("value"), str):
-            found = f"the speaker {speaker!r}" if isinstance(turn, dict) else repr(turn)[:60]
+        role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None or not isinstance(turn.get("value"), str):
+            found = f"the speaker {speaker!r:.60}" if isinstance(turn, dict) else repr(turn)[:60]
             raise DataError(
                 f"{where}: '{field}' (ShareGPT) holds {found}; expected turns with 'value' as "
                 f"text and 'from' one of {', '.join(SHAREGPT_ROLES)}"
             )
-        messages.append({"role": SHAREGPT_ROLES[speaker], "content": turn["value"]})
+        messages.append({"role": role, "content": turn["value"]})
     return messages

@@ -25,7 +25,7 @@ from lopd.config.prompts import chosen_options
 from lopd.data.messages import Message, check_messages
 from lopd.data.records import describe_data, read_records
 from lopd.data.rendering import PromptEncoder
-from lopd.data.shapes import after_marker, shaped
+from lopd.data.shapes import after_marker, keys_of, shaped
 from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
@@ -102,7 +102,7 @@ def prompt_of(fields: Mapping[str, Any], where: str) -> str | list[Message]:
 def _raw_prompt(fields: Mapping[str, Any], where: str) -> tuple[str, Any]:
     keys = [key for key in ("prompt", "messages") if key in fields]
     if len(keys) != 1:
-        found = " and ".join(keys) or f"keys {sorted(fields)}"
+        found = " and ".join(keys) or keys_of(fields)
         choose = "; choose with --columns prompt=prompt or messages=messages" if keys else ""
         raise DataError(
             f"{where}: found {found}; expected exactly one of 'prompt', 'messages'{choose}"

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import sys
 from collections.abc import Mapping
 from datetime import date, datetime, time
 from typing import Any
@@ -11,29 +12,16 @@ from lopd.config.prompts import PromptOptions
 from lopd.data.messages import Message
 from lopd.errors import ConfigError, DataError
 
-MAX_PROMPT = 1 << 24  # characters; beyond every context, and tokenising takes 100 bytes of each
+MAX_PROMPT = 1 << 23  # characters, some 2 million tokens; tokenising takes 200 bytes for each
 RENDERED_TWICE = 32  # prompts, to find a template or tokenizer that is not deterministic
 _PROBE = "lopd"
-_CALLER = frozenset(  # what apply_chat_template takes or sets itself
-    [
-        "conversation",
-        "messages",
-        "tools",
-        "documents",
-        "chat_template",
-        "add_generation_prompt",
-        "padding",
-        "truncation",
-        "continue_final_message",
-        "tokenize",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "tokenizer_kwargs",
-        "return_assistant_tokens_mask",
-        "strftime_now",
-        "raise_exception",
-    ]
+_CALLER = frozenset(  # names that apply_chat_template takes or sets itself
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding"),
+        *("add_generation_prompt", "continue_final_message", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        *("strftime_now", "raise_exception"),
+    )
 )
 # Fields of a record that other tools give to the template, besides `chat_template_kwargs`.
 _PROMPT_FIELDS = ("tools", "documents", "enable_thinking")
@@ -66,7 +54,7 @@ class PromptEncoder:
             time(),
         )
         self._as_text = options.special_tokens == "as_text"
-        self._encoded = 0
+        self._encoded, self._said_bare = 0, False
         bare, added = (
             tokenizer(_PROBE, add_special_tokens=add)["input_ids"] for add in (False, True)
         )
@@ -104,6 +92,8 @@ class PromptEncoder:
             if value is not None and value != []:
                 is_text = key != "enable_thinking" and isinstance(value, str)
                 named[key] = _from_json(value, where, key) if is_text else value
+        if isinstance(named.get("enable_thinking"), str):
+            raise DataError(f"{where}: 'enable_thinking' is text; expected true or false")
         for key, only in _FIXED.items():
             if fields.get(key, only) != only or own.get(key, only) != only:
                 raise DataError(
@@ -160,7 +150,8 @@ class PromptEncoder:
             raise DataError(f"{where}: found {length} characters; expected at most {MAX_PROMPT}")
         tokens = self._tokens(prompt, kwargs, where)
         self._encoded += 1
-        if self._encoded <= RENDERED_TWICE and tokens != self._tokens(prompt, kwargs, where):
+        again = self._encoded <= RENDERED_TWICE and length < 1 << 16
+        if again and tokens != self._tokens(prompt, kwargs, where):
             raise DataError(
                 f"{where}: encoded twice, the prompt gave different tokens; expected a chat "
                 "template and a tokenizer without random parts (filter random, dropout)"
@@ -190,7 +181,17 @@ class PromptEncoder:
                 "use a model folder whose tokenizer has a template"
             )
         tokens = self.tokenizer(prompt, add_special_tokens=not self._as_text)["input_ids"]
-        return tokens if self._as_text else self._once(tokens, self._prefix, self._suffix, where)
+        if not self._as_text:
+            return self._once(tokens, self._prefix, self._suffix, where)
+        if tokens[: len(self._prefix)] != self._prefix and not self._said_bare:
+            self._said_bare = True
+            first = self.tokenizer.convert_ids_to_tokens(self._prefix)[0]
+            print(
+                f"{where}: as_text: the text does not begin with {first!r}, which the tokenizer "
+                "puts before other texts",
+                file=sys.stderr,
+            )
+        return tokens
 
     def _no_template(self) -> str:
         if self._as_text:
@@ -288,8 +289,15 @@ class PromptEncoder:
 
 
 def _variables(template: str | Mapping[str, str]) -> frozenset[str]:
-    """The variables that a chat template reads; empty if it cannot be parsed."""
-    from jinja2 import TemplateError, meta
+    """The variables that a chat template takes; empty if it cannot be parsed.
+
+    A name that the template sets itself is taken only if the template asks whether it is defined,
+    as in `{% if not date_string is defined %}{% set date_string = ... %}`, or has a default for it.
+
+    >>> sorted(_variables("{% set a = b %}{{ a }}{% set c = c | default(1) %}"))
+    ['b', 'c']
+    """
+    from jinja2 import TemplateError, meta, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     found: set[str] = set()
@@ -298,9 +306,17 @@ def _variables(template: str | Mapping[str, str]) -> frozenset[str]:
         # A tag of transformers, which marks the text of answers.
         text = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", text)
         try:
-            found |= meta.find_undeclared_variables(environment.parse(text))
+            tree = environment.parse(text)
+            read = meta.find_undeclared_variables(tree)
         except TemplateError:
             continue  # rendering names the fault
+        names = list(tree.find_all(nodes.Name))
+        own, arguments = ({n.name for n in names if n.ctx == c} for c in ("store", "param"))
+        for node in tree.find_all((nodes.Test, nodes.Filter)):
+            asks = node.name in ("defined", "undefined", "default", "d")
+            if asks and isinstance(node.node, nodes.Name) and node.node.name not in arguments:
+                own.discard(node.node.name)
+        found |= read - own
     return frozenset(found - set(environment.globals))
 
 

@@ -35,7 +35,7 @@ _USUAL = {
 
 @dataclass(frozen=True)
 class Shaped:
-    """A record under lopd's names; `shape` is the data set's form, None for lopd's own."""
+    """A record under lopd's names; `shape` is the form that was recognised, if any had to be."""
 
     shape: str | None
     fields: dict[str, Any]
@@ -54,7 +54,7 @@ def shaped(record: Mapping[str, Any], where: str, columns: Mapping[str, str]) ->
     {'prompt': '3 + 5?', 'answer': '8', 'completion': '3 + 5 = 8\\n#### 8'}
     """
     if columns:
-        return Shaped("the columns of --columns", _named(record, where, columns))
+        return Shaped(None, _named(record, where, columns))
     if "prompt" in record or "messages" in record:
         reward = record.get("reward_model")
         if "answer" not in record and isinstance(reward, Mapping) and "ground_truth" in reward:
@@ -63,7 +63,7 @@ def shaped(record: Mapping[str, Any], where: str, columns: Mapping[str, str]) ->
     for recognise in (_sharegpt, _alpaca, _gsm8k, _math):
         if (found := recognise(record, where)) is not None:
             return found
-    raise DataError(f"{where}: found keys {sorted(record)}; {_advice(record)}")
+    raise DataError(f"{where}: found {keys_of(record)}; {_advice(record)}")
 
 
 def columns_for(record: Mapping[str, Any], *targets: str) -> str:
@@ -77,6 +77,11 @@ def columns_for(record: Mapping[str, Any], *targets: str) -> str:
         taken.add(usual)
         pairs.append(f"{target}={usual}")
     return f"--columns {','.join(pairs)}"
+
+
+def keys_of(record: Mapping[str, Any]) -> str:
+    """The keys of a record for an error message."""
+    return f"keys {sorted(record)!s:.200}"
 
 
 def after_marker(text: str) -> str | None:
@@ -160,7 +165,7 @@ def _named(record: Mapping[str, Any], where: str, columns: Mapping[str, str]) ->
         value = _at(record, column)
         if value is None and name in ("prompt", "messages", "completion", "answer"):
             near = difflib.get_close_matches(column, map(str, record), n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"found keys {sorted(record)}"
+            hint = f"did you mean '{near[0]}'?" if near else f"found {keys_of(record)}"
             raise DataError(f"{where}: has no '{column}', the {name} of --columns; {hint}")
         if value is not None:
             fields[name] = value

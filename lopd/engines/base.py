@@ -127,6 +127,7 @@ def score_rollouts(
     temperature: float = 1.0,
     student: Engine | None = None,
     extra_ids: int = 0,
+    eos_class: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> list[TeacherScores]:
     """The teacher's scores of rollouts.
@@ -135,6 +136,7 @@ def score_rollouts(
         student: the model whose top `extra_ids` ids are scored at every token besides the
             teacher's top k. Ids beyond the teacher's vocabulary (padding rows of the student's
             head) are left out.
+        eos_class: ids that are scored at every token too.
 
     Raises:
         DataError, ConfigError: as `Engine.score`.
@@ -146,6 +148,9 @@ def score_rollouts(
     if student is not None and extra_ids:
         scored = student.score(sequences, prompt_lengths, extra_ids, temperature=temperature)
         ids = [np.where(s.topk_ids < teacher.vocab_size, s.topk_ids, -1) for s in scored]
+    if eos_class:
+        chosen = ids or [np.empty((len(r.tokens) - r.prompt_length, 0), int) for r in rollouts]
+        ids = [_with_class(part, eos_class) for part in chosen]
     scores = teacher.score(
         sequences, prompt_lengths, k, temperature=temperature, extra_ids=ids, progress=progress
     )
@@ -155,3 +160,9 @@ def score_rollouts(
             "written"
         )
     return scores
+
+
+def _with_class(ids: np.ndarray, eos_class: Sequence[int]) -> np.ndarray:
+    """Extra ids [R, E] with the ids of a class in every row, each id once."""
+    members = np.broadcast_to(np.asarray(eos_class), (len(ids), len(eos_class)))
+    return np.concatenate([np.where(np.isin(ids, members), -1, ids), members], axis=1)

@@ -20,8 +20,9 @@ from lopd.engines.base import Generation, Progress, Sampling, check_sequences
 from lopd.engines.vllm_output import by_entries, read_prompt_logprobs, to_scores
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.models.limits import ModelLimits
-from lopd.models.load import check_model_folder, context_of, eos_ids_of, load_tokenizer
-from lopd.provenance import vocab_size_of
+from lopd.models.load import check_model_folder, context_of, load_tokenizer
+from lopd.provenance import eos_ids_of, vocab_size_of
+from lopd.provenance.remote_code import is_code_trusted
 from lopd.store import TeacherScores
 
 # vLLM raises lower temperatures to this one.
@@ -70,6 +71,12 @@ class VllmEngine:
                 "of its own, or use --engine transformers"
             )
         folder, options = check_model_folder(path), dict(options or {})
+        eos_ids = eos_ids_of(folder)
+        if eos_ids is None:
+            raise ModelError(
+                f"{folder}: neither its generation config nor its tokenizer names an "
+                "end-of-sequence token; set eos_token_id in generation_config.json"
+            )
         tokenizer, vocab_size = load_tokenizer(folder), vocab_size_of(folder)
         context = context_of(folder, "vllm")
         if "max_model_len" in options:
@@ -81,7 +88,6 @@ class VllmEngine:
             _choose_gpus(local_rank, math.prod(options.get(size, 1) for size in sizes))
         with _environment(VLLM_ALLOW_LONG_MAX_MODEL_LEN="1"):
             llm = _start(folder, dtype, device, vocab_size, options)
-        eos_ids = eos_ids_of(folder, tokenizer)
         return cls(llm, tokenizer, vocab_size=vocab_size, context=context, eos_ids=eos_ids)
 
     def generate(
@@ -242,6 +248,7 @@ def _start(folder: Path, dtype: str, device: str, vocab_size: int, options: dict
             dtype=dtype,
             logprobs_mode="processed_logprobs",
             max_logprobs=vocab_size,
+            trust_remote_code=is_code_trusted(),
             **options,
         )
     except Exception as error:  # vLLM raises exceptions of many types

@@ -106,20 +106,25 @@ def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, floa
     size = max(1, student.tokens_per_batch // longest)
     batches = (data.__getitems__(range(len(data))[i : i + size]) for i in range(0, len(data), size))
     temperature = cache.manifest.temperature
-    result = reverse_kl(student, batches, temperature)
+    objective = Objective(
+        "reverse_kl", temperature=temperature, eos_class=cache.manifest.scoring.eos_class
+    )
+    result = reverse_kl(student, batches, objective)
     return {**result, "sequences": len(data), "temperature": temperature}
 
 
 @torch.no_grad()
 def reverse_kl(
-    student: TransformersEngine, batches: Iterable[Sequence[Any]], temperature: float = 1.0
+    student: TransformersEngine,
+    batches: Iterable[Sequence[Any]],
+    objective: Objective = Objective("reverse_kl"),  # noqa: B008 (it is frozen)
 ) -> dict[str, float]:
     """Mean reverse KL over the loss tokens of batches of scored sequences.
 
     Returns:
         `nats_per_token` and `tokens`.
     """
-    collate, objective = Collator(), Objective("reverse_kl", temperature=temperature)
+    collate = Collator()
     total, tokens = 0.0, 0
     for items in batches:
         batch = to_device(collate(items), student.device)

@@ -53,6 +53,19 @@ of the teacher; use models that share a tokenizer
             f"vocabulary of {self.model}; {self.id_remedy}"
         )
 
+    def check_ids(self, name: str, ids: Sequence[int]) -> None:
+        """Refuse ids of a setting beyond the vocabulary.
+
+        Raises:
+            ConfigError: `name`, the id and the vocabulary.
+        """
+        beyond = [i for i in ids if self.vocab_size is not None and i >= self.vocab_size]
+        if beyond:
+            raise ConfigError(
+                f"{name}: found {beyond[0]}; expected ids in [0, {self.vocab_size}), the "
+                f"vocabulary of {self.model}"
+            )
+
     def check_k(self, k: int, name: str = "k") -> None:
         """Refuse lists longer than the vocabulary.
 

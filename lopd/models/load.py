@@ -1,7 +1,5 @@
 """Load models and tokenizers from local Hugging Face folders; resolve devices and dtypes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +8,18 @@ import torch
 from lopd.config.device import resolve_device
 from lopd.errors import ConfigError, MissingFileError, ModelError
 from lopd.models.architecture import attention_softcap_of, context_of_config
+from lopd.provenance.folder import (
+    GENERATION_NAME,
+    SPECIAL_TOKENS,
+    TOKENIZER_SETTINGS,
+    gguf_remedy,
+)
+from lopd.provenance.io import read_optional_json
+from lopd.provenance.remote_code import loading_code
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_CONFIG = "adapter_config.json"
+OPTIONAL_FILES = (GENERATION_NAME, TOKENIZER_SETTINGS, SPECIAL_TOKENS, "added_tokens.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -32,6 +39,7 @@ def check_model_folder(path: str | Path) -> Path:
 
     Raises:
         MissingFileError: the folder or its config.json does not exist.
+        DataError: a file that a model folder need not have is damaged.
         ModelError: it contains an adapter, such as a LoRA.
     """
     folder = Path(path)
@@ -42,8 +50,15 @@ def check_model_folder(path: str | Path) -> Path:
             "then save_pretrained)"
         )
     if not (folder / "config.json").is_file():
+        gguf = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
+        if gguf and gguf[0].suffix == ".gguf":
+            raise MissingFileError(gguf_remedy(gguf[0]))
         found = "a folder without config.json" if folder.is_dir() else "no such folder"
-        raise MissingFileError(f"{folder}: {found}; expected a local Hugging Face model folder")
+        raise MissingFileError(
+            f"{folder}: {found}; expected a local Hugging Face model folder, or a hub id org/name"
+        )
+    for name in OPTIONAL_FILES:  # transformers takes a default for some that are damaged
+        read_optional_json(folder / name)
     return folder
 
 
@@ -58,8 +73,8 @@ def context_of(path: str | Path, engine: str = "transformers") -> int | None:
     from transformers import AutoConfig
 
     folder = check_model_folder(path)
-    with _loading(folder, "its config cannot be read; restore config.json"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with loading_code(folder, "its config cannot be read; restore config.json") as options:
+        config = AutoConfig.from_pretrained(folder, **options)
         return context_of_config(config, engine)
 
 
@@ -77,8 +92,8 @@ def load_tokenizer(path: str | Path) -> Any:
         raise MissingFileError(
             f"{folder}: has no tokenizer; save it there with tokenizer.save_pretrained"
         )
-    with _loading(folder, "its tokenizer cannot be loaded; save it there again"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with loading_code(folder, "its tokenizer cannot be loaded; save it there again") as options:
+        return AutoTokenizer.from_pretrained(folder, **options)
 
 
 def load_model(
@@ -102,24 +117,24 @@ def load_model(
         ModelError: the folder cannot be loaded, or its weights are not exactly the model's, so
             that some would keep their random initialisation.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, torch_dtype = check_model_folder(path), resolve_dtype(dtype)
     where = None if device_map is not None else resolve_device(device, local_rank)
-    with _loading(
+    with loading_code(
         folder,
         "not loadable as a causal language model; expected config.json and *.safetensors of such "
         "an architecture",
-    ):
-        implementation = attention_for(folder)
+    ) as options:
+        config = AutoConfig.from_pretrained(folder, **options)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch_dtype,
-            local_files_only=True,
-            attn_implementation=implementation,
+            attn_implementation=attention_for(config),
             use_safetensors=True,
             device_map=device_map,
             output_loading_info=True,
+            **options,
         )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
@@ -130,42 +145,16 @@ def load_model(
     return model.eval() if where is None else model.to(where).eval()
 
 
-def attention_for(folder: Path) -> str:
+def attention_for(config: Any) -> str:
     """Attention with the model's own outputs: "sdpa", or "eager" if sdpa would leave something out.
 
     These are soft caps, and what families that do not support sdpa have, such as sinks.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    known = AutoModelForCausalLM._model_mapping
-    family = known.get(type(config), None)
+    family = AutoModelForCausalLM._model_mapping.get(type(config), None)
     exact = getattr(family, "_supports_sdpa", True) and attention_softcap_of(config) is None
     return "sdpa" if exact else "eager"
-
-
-@contextmanager
-def _loading(folder: Path, problem: str) -> Iterator[None]:
-    """Turn any failure of transformers to read a folder into a ModelError that names it."""
-    try:
-        yield
-    except Exception as error:
-        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder}: {problem} ({found})") from error
-
-
-def eos_ids_of(path: str | Path, tokenizer: Any) -> list[int]:
-    """`eos_token_ids` of a model folder, without loading its weights."""
-    from transformers import AutoConfig, GenerationConfig
-
-    folder = check_model_folder(path)
-    with _loading(folder, "its generation config cannot be read; restore it"):
-        if (folder / "generation_config.json").is_file():
-            configured = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        else:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            configured = GenerationConfig.from_model_config(config)
-    return eos_token_ids(configured, tokenizer)
 
 
 def eos_token_ids(generation_config: Any, tokenizer: Any) -> list[int]:

@@ -161,7 +161,8 @@ def sdpa_attention(
 
     lengths, window = kwargs.pop("sequence_lengths", None), kwargs.get("sliding_window")
     attend = sdpa_attention_forward if kwargs.get("softcap") is None else _capped_attention
-    if attention_mask is not None:
+    # One token after cached ones, as in generation, attends to all of them: no mask either.
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
         return attend(module, query, key, value, attention_mask, **kwargs)
     parts = lengths or (query.shape[2],)
     outputs = [
@@ -190,7 +191,8 @@ def _capped_attention(
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
     if attention_mask is None:
         shape = (query.shape[2], key.shape[2])
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+        before = key.shape[2] - query.shape[2]  # tokens in a cache
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(before)
     scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = torch.nn.functional.dropout(weights, dropout, module.training)

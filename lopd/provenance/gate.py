@@ -59,7 +59,12 @@ def check_distill(
         _check_teacher(student, cache_manifest.model),
         _check_rollouts(student, cache_manifest.rollouts.model),
         _check_tokenizer(student, cache_manifest.model.tokenizer, used_ids, cache_path),
-        eos_mismatch(cache_manifest.model, cache_manifest.rollouts.model, "the student's rollouts"),
+        eos_mismatch(
+            cache_manifest.model,
+            cache_manifest.rollouts.model,
+            "the student's rollouts",
+            cache_manifest.scoring.eos_class,
+        ),
     )
     overrides = []
     for name, mismatch in zip(OVERRIDES, mismatches, strict=True):
@@ -184,32 +189,42 @@ def _check_tokenizer(
     return None
 
 
-def eos_mismatch(teacher: ModelIdentity, student: ModelIdentity, what: str) -> _Mismatch | None:
+def eos_mismatch(
+    teacher: ModelIdentity, student: ModelIdentity, what: str, merged: Collection[int] = ()
+) -> _Mismatch | None:
     """How the ids that end an answer differ between two models; None if they do not.
 
     None too where an older artefact does not record them.
 
     Args:
         what: what ends with the student's ids.
+        merged: ids that count as one token.
     """
     ours, theirs = student.eos_ids, teacher.eos_ids
     if ours is None or theirs is None or set(ours) == set(theirs):
         return None
     union = sorted({*ours, *theirs})
+    if {*union} <= {*merged}:
+        return None
     return (
         f"{what} end with id {_words(ours)}, the teacher's answers with {_words(theirs)}",
         "one set of end-of-sequence ids, or the probability of ending is trained away",
-        f"set eos_token_id to {union} in generation_config.json of both models before sampling",
+        f"set eos_token_id to {union} in generation_config.json of both models before sampling, or "
+        f"score with --eos_class {','.join(map(str, union))}",
     )
 
 
 def check_eos(
-    teacher: ModelIdentity, student: ModelIdentity, what: str, allow: bool
+    teacher: ModelIdentity,
+    student: ModelIdentity,
+    what: str,
+    allow: bool,
+    merged: Collection[int] = (),
 ) -> list[Override]:
     """Refuse a teacher and a student whose answers end with different ids.
 
     Args:
-        what: as in `eos_mismatch`.
+        what, merged: as in `eos_mismatch`.
         allow: whether `--allow_eos_mismatch` is set.
 
     Returns:
@@ -218,7 +233,7 @@ def check_eos(
     Raises:
         ProvenanceError: they differ and `allow` is not set.
     """
-    mismatch = eos_mismatch(teacher, student, what)
+    mismatch = eos_mismatch(teacher, student, what, merged)
     if mismatch is None:
         return []
     found, expected, remedy = mismatch

@@ -4,13 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
 
 from lopd.errors import LopdError, ModelError
 
 _TRUST: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
-Config = TypeVar("Config")
-Result = TypeVar("Result")
 
 
 def is_code_trusted() -> bool:

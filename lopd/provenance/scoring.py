@@ -30,6 +30,7 @@ class ListSupport:
 
     ids: str  # in words
     extra_ids: int = 0  # number of the student's top ids added to every list
+    eos_class: tuple[int, ...] = ()  # ids in every list, which count as one token
     raw: Mapping[str, Any] = field(repr=False)
 
 
@@ -47,6 +48,11 @@ class Scoring:
     rollout_logprobs: str = "computed"
     support: ListSupport | None = None
     raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def eos_class(self) -> tuple[int, ...]:
+        """The ids that end an answer and count as one token; empty if all count on their own."""
+        return () if self.support is None else self.support.eos_class
 
     def words(self) -> dict[str, str]:
         """The columns and where they come from."""

@@ -4,7 +4,7 @@ First the manifests are checked: teacher, cache, rollouts and student must belon
 model is loaded before that. The manifest of the checkpoint records the checks that flags override.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,35 @@ from lopd.provenance import (
     vocab_size_of,
 )
 from lopd.provenance.manifest import Override
+from lopd.stages.finished import is_finished, say_finished
+from lopd.stages.model_access import loads_models
 from lopd.stages.sft import finish_checkpoint
 from lopd.store import TeacherCache
 from lopd.training import run as runs
 
 
+@loads_models
 def main(config: DistillConfig) -> Path:
     """Check, train, save the model and, last, its manifest. Returns the model's folder.
+
+    A finished run is left as it is.
 
     Raises:
         ProvenanceError: the artefacts do not belong together.
         ShardError: a shard is altered.
-        ConfigError: `out` holds a finished run or another recipe, the temperature is not the
+        ConfigError: `out` holds another recipe, the temperature is not the
             cache's, or the cache lacks what the objective needs.
         MissingFileError, DataError, ModelError: the student or the cache cannot be used.
     """
     check_model_folder(config.student)
+    if is_finished(config, config.student, describe_inputs):
+        return say_finished(config.out)
     cache, overrides = open_cache(config)
     check_lists(config, cache)
     temperature = cache.manifest.temperature
     objective = config.objective_at(temperature)
+    if merged := cache.manifest.scoring.eos_class:
+        objective = replace(objective, eos_class=merged)
     check_importance(config, objective, cache.manifest)
     if objective.temperature != temperature:
         raise ConfigError(

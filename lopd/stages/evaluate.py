@@ -31,28 +31,36 @@ from lopd.provenance import (
     read_manifest,
     write_manifest,
 )
-from lopd.provenance.io import make_folder, pretty_json, write_atomic
+from lopd.provenance.io import parse_json, pretty_json, write_atomic
+from lopd.stages.finished import is_finished, say_finished
+from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import TeacherCache
-from lopd.store.folders import examine_folder
+from lopd.store.folders import examine_folder, locked
 
 RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
 
 
+@loads_models
 def main(config: EvalConfig) -> Path:
     """Evaluate, and write the answers, the results and, last, the manifest.
+
+    The results of a finished evaluation are only printed again.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: `out` is not a new or empty folder.
+        ConfigError: `out` holds something else, or an evaluation with other settings or inputs.
         ProvenanceError: an id that occurs stands for different tokens in the model's tokenizer
             and in that of the teacher or the cache.
         DataError: a prompt has no answer, or is too long for the model.
-        ShardError: the cache is incomplete or altered.
+        ShardError: the cache is incomplete or altered, or another process writes to `out`.
     """
     config, out = with_dtype(config), Path(config.out)
+    if is_finished(config, config.model, describe_inputs):
+        print_fields(_summary(_read_results(out)))
+        return say_finished(out)
     examine_folder(
         out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
     ).require_writable()
@@ -66,38 +74,49 @@ def main(config: EvalConfig) -> Path:
         grader = math_grader(prompts)
     else:
         grader = exact_grader(config.answer_regex, prompts)
-    results, answers, sampled = measure_accuracy(
-        engine,
-        prompts,
-        grader,
-        config.sampling(),
-        num_samples=config.num_samples,
-        seed=config.seed,
-    )
-    if config.cache is not None:
-        held_out = not _trained_on(config.model, cache.digest())
-        results["cache_kl"] = cache_kl(engine, cache) | {"held_out": held_out}
-    if config.teacher is not None:
-        teacher = _load(config, config.teacher)
-        if not config.sampling().is_raw:
-            sampling = Sampling(config.max_new_tokens)
-            sampled = generate_answers(engine, prompts, sampling, 1, config.seed)
-        results["kl"] = on_policy_kl(engine, teacher, prompts, sampled, config.kl_k)
-    manifest = build_manifest(
-        "evaluation",
-        stage="eval",
-        config=asdict(config),
-        model=describe_model(config.model, dtype=config.dtype, engine=TransformersEngine.name),
-        inputs=inputs,
-    )
-    make_folder(out)
-    lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-    write_atomic(out / "answers.jsonl", lines.encode())
-    write_atomic(out / "results.json", pretty_json(results))
-    write_manifest(out, manifest)
+    with locked(out):
+        results, answers, sampled = measure_accuracy(
+            engine,
+            prompts,
+            grader,
+            config.sampling(),
+            num_samples=config.num_samples,
+            seed=config.seed,
+        )
+        if config.cache is not None:
+            held_out = not _trained_on(config.model, cache.digest())
+            results["cache_kl"] = cache_kl(engine, cache) | {"held_out": held_out}
+        if config.teacher is not None:
+            teacher = _load(config, config.teacher)
+            if not config.sampling().is_raw:
+                sampling = Sampling(config.max_new_tokens)
+                sampled = generate_answers(engine, prompts, sampling, 1, config.seed)
+            results["kl"] = on_policy_kl(engine, teacher, prompts, sampled, config.kl_k)
+        manifest = build_manifest(
+            "evaluation",
+            stage="eval",
+            config=asdict(config),
+            model=describe_model(config.model, dtype=config.dtype, engine=TransformersEngine.name),
+            inputs=inputs,
+        )
+        lines = "".join(json.dumps(answer) + "\n" for answer in answers)
+        write_atomic(out / "answers.jsonl", lines.encode())
+        write_atomic(out / "results.json", pretty_json(results))
+        write_manifest(out, manifest)
     print_fields(_summary(results))
     _show_without_answer(answers, config.judge)
     return out
+
+
+def _read_results(out: Path) -> dict[str, Any]:
+    """The results of a finished evaluation."""
+    file = out / "results.json"
+    try:
+        return dict(parse_json(file.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{file}: torn or altered ({error}); restore it, or remove {out}"
+        ) from error
 
 
 def _show_without_answer(records: list[dict[str, Any]], judge: str) -> None:

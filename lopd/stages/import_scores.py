@@ -23,15 +23,17 @@ from lopd.data.external_scores import ROUNDING, Dumped, read_dump
 from lopd.data.records import describe_data
 from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
-from lopd.models.load import eos_ids_of, load_tokenizer
+from lopd.models.load import load_tokenizer
 from lopd.provenance import (
     ModelIdentity,
     build_manifest,
     describe_model,
+    eos_ids_of,
     lineage_of,
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.model_access import loads_models
 from lopd.store import CacheWriter, Rollout, TeacherScores
 from lopd.store.lists import derived_tail
 from lopd.store.validate import MASS_TOLERANCE
@@ -60,6 +62,7 @@ class Survey:
     left_out: int  # records
 
 
+@loads_models
 def main(config: ImportConfig) -> Path:
     """Read the file twice: to check and count, then to write. Returns the cache's folder.
 
@@ -73,7 +76,7 @@ def main(config: ImportConfig) -> Path:
     tokenizer, eos_ids = None, []
     if Path(config.student).is_dir():
         tokenizer = load_tokenizer(config.student)
-        eos_ids = eos_ids_of(config.student, tokenizer)
+        eos_ids = eos_ids_of(config.student) or []
 
     def read(skipped: Skipped) -> Iterator[Dumped]:
         return read_dump(

@@ -4,6 +4,7 @@ from lopd.config.fields import parse_bytes
 from lopd.config.plan import PlanConfig
 from lopd.config.training import MemorySettings
 from lopd.errors import MemoryPlanError
+from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_rows
 from lopd.training.dry_run import meta_model
 from lopd.training.memory import MemoryPlanner, proposals
@@ -50,6 +51,7 @@ def gib(count: int) -> str:
     return f"{count / GIB:.2f} GiB"
 
 
+@loads_models
 def main(config: PlanConfig) -> None:
     """Print the memory of each part and, if the run does not fit, settings that need less.
 

@@ -34,11 +34,19 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.finished import say_finished
+from lopd.stages.model_access import loads_models
 from lopd.store import RolloutWriter
 from lopd.store.workers import Worker, this_worker
 
 
+@loads_models
 def main(config: RolloutConfig) -> Path:
+    """Sample the missing shards of the rollouts; returns their folder.
+
+    Raises:
+        LopdError: the model, the prompts or the folder cannot be used.
+    """
     return sample_to_store(config, model=config.student, kind="rollouts", stage="rollout")
 
 
@@ -78,6 +86,8 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         if missing:
             save_vocab(model, config.out)
             _fill(writer, missing, shards, config, model, worker)
+        else:
+            say_finished(config.out)
         if not writer.finish():
             print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)

@@ -3,7 +3,7 @@
     out: runs/mine            # each stage writes to a folder of its name here
     teacher: models/teacher   # answers the prompts and scores the rollouts
     student: models/base      # is fine-tuned
-    device: cuda              # shared settings of the stages: device, seed, and dtype,
+    device: cuda              # shared settings: device, seed, trust_remote_code, and dtype,
     dtype: bfloat16           # which applies to sampling, scoring and evaluation only
     stages:
       sft-data: {prompts: sft.jsonl}
@@ -23,31 +23,32 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lopd.config.distill import DistillConfig
 from lopd.config.dtype import with_dtype
-from lopd.config.parse import build_config, check_keys, load_yaml
+from lopd.config.evaluate import EvalConfig
+from lopd.config.parse import build_config, check_keys, underscored
+from lopd.config.rollout import RolloutConfig
 from lopd.config.run import RunConfig
+from lopd.config.score import ScoreConfig
+from lopd.config.sft import SftConfig
+from lopd.config.sft_data import SftDataConfig
+from lopd.config.strict_yaml import load_yaml
+from lopd.config.values import typed
 from lopd.errors import ConfigError
-from lopd.provenance import (
-    MANIFEST_NAME,
-    describe_model,
-    difference,
-    digests_of,
-    read_manifest,
-    settings_identity,
-)
-from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
-from lopd.store.folders import OutputFolder
+from lopd.models.hub import local_folder
+from lopd.provenance.remote_code import trusting_code
+from lopd.stages import distill, evaluate, finished, rollout, score, sft, sft_data
 from lopd.store.workers import this_worker
 
 STAGES: dict[str, tuple[Any, type]] = {
-    "sft-data": (sft_data, sft_data.SftDataConfig),
-    "sft": (sft, sft.SftConfig),
-    "rollout": (rollout, rollout.RolloutConfig),
-    "score": (score, score.ScoreConfig),
-    "distill": (distill, distill.DistillConfig),
-    "eval": (evaluate, evaluate.EvalConfig),
+    "sft-data": (sft_data, SftDataConfig),
+    "sft": (sft, SftConfig),
+    "rollout": (rollout, RolloutConfig),
+    "score": (score, ScoreConfig),
+    "distill": (distill, DistillConfig),
+    "eval": (evaluate, EvalConfig),
 }
-SHARED = ["dtype", "device", "seed"]
+SHARED = ["dtype", "device", "seed", "trust_remote_code"]
 # Stages without the shared dtype: weights and optimizer need more bits than inference.
 TRAINING_STAGES = ("sft", "distill")
 
@@ -69,7 +70,9 @@ def main(config: RunConfig) -> Path:
     for name, stage_config in stage_configs(recipe, config.recipe).items():
         module, _ = STAGES[name]
         stage_config = with_dtype(stage_config)
-        if is_finished(stage_config):
+        with trusting_code(stage_config.trust_remote_code):
+            done = is_finished(stage_config)
+        if done:
             print(f"{name}: done, {stage_config.out}")
         else:
             print(f"{name}: running, {stage_config.out}")
@@ -86,8 +89,10 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown, missing or invalid key.
     """
+    recipe = _respelled(recipe, source)
     _check_recipe(recipe, source)
-    configs = {}
+    recipe = recipe | {name: local_folder(recipe[name]) for name in ("teacher", "student")}
+    configs: dict[str, Any] = {}
     for name, (_, config_class) in STAGES.items():
         if name not in recipe["stages"]:
             continue
@@ -99,8 +104,22 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         chosen = {key: value for key, value in implied.items() if key in known}
         chosen |= recipe["stages"][name] or {}
         where = f"{source}: stages: {name}"
-        configs[name] = build_config(config_class, chosen, [], where, f"lopd {name}")
+        configs[name] = build_config(config_class, chosen, {}, where, f"lopd {name}")
     return configs
+
+
+def _respelled(recipe: dict[str, Any], source: str) -> dict[str, Any]:
+    """The recipe with underscores in the names of settings and dashes in those of stages."""
+    recipe = underscored(recipe, source)
+    if isinstance(stages := recipe.get("stages"), dict):
+        stages = underscored(stages, f"{source}: stages")
+        recipe["stages"] = {
+            name.replace("_", "-"): underscored(settings, f"{source}: stages: {name}")
+            if isinstance(settings, dict)
+            else settings
+            for name, settings in stages.items()
+        }
+    return recipe
 
 
 def _check_recipe(recipe: dict[str, Any], source: str) -> None:
@@ -123,7 +142,7 @@ def _check_recipe(recipe: dict[str, Any], source: str) -> None:
             raise ConfigError(f"{where}: expected a mapping of settings")
         if settings and not isinstance(settings.get("out", ""), str):
             raise ConfigError(f"{where}: 'out' is {settings['out']!r}; expected a folder")
-        if settings and settings.get("plan"):
+        if settings and typed((bool,), settings.get("plan")):
             raise ConfigError(
                 f"{where}: 'plan' writes nothing for later stages to read; run "
                 "'lopd score --plan' instead"
@@ -137,7 +156,7 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
         return str((recipe["stages"].get(stage) or {}).get("out", Path(recipe["out"]) / stage))
 
     student = out("sft") if "sft" in recipe["stages"] else recipe["student"]
-    extra_ids = (recipe["stages"].get("score") or {}).get("extra_ids")
+    extra_ids = typed((int,), (recipe["stages"].get("score") or {}).get("extra_ids"))
     return {"out": out(name)} | {
         "sft-data": {"teacher": recipe["teacher"]},
         "sft": {"model": recipe["student"], "data": out("sft-data")},
@@ -156,35 +175,15 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_finished(config: Any) -> bool:
-    """Whether a stage's output is complete and was made with these settings from these inputs.
+    """Whether a training or evaluation stage is finished; False for stores of sequences.
 
-    False for stores of sequences, whose stages find their missing shards themselves.
+    The stages of stores find their missing shards themselves.
 
     Raises:
         ConfigError: the output is complete, and its settings or inputs have changed.
     """
-    out = Path(config.out)
-    if not (out / MANIFEST_NAME).is_file():
-        return False
-    manifest = read_manifest(out)
-    if manifest.kind not in ("checkpoint", "evaluation"):
-        return False
-    expected = settings_identity(config)
-    recorded = settings_identity(config, manifest.config)
-    changed = difference({key: recorded.get(key) for key in expected}, expected)
-    if not changed:
-        start = manifest.base or manifest.model
-        recorded = digests_of({"model": start, **manifest.inputs})
-        expected = input_digests(config)
-        changed = difference({key: recorded.get(key) for key in expected}, expected)
-    if changed:
-        OutputFolder(out, "other recipe", changed).require_writable()
-    return True
-
-
-def input_digests(config: Any) -> dict[str, str | None]:
-    """Digests of what a training or evaluation stage would read now, its model included."""
     (module,) = (module for module, config_class in STAGES.values() if type(config) is config_class)
+    if module not in (sft, distill, evaluate):
+        return False
     model = config.student if module is distill else config.model
-    found = describe_model(model, dtype=config.dtype, engine="transformers")
-    return digests_of({"model": found, **module.describe_inputs(config)})
+    return finished.is_finished(config, model, module.describe_inputs)

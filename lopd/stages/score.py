@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lopd.config.dtype import with_dtype
+from lopd.config.eos import parse_eos_class
 from lopd.config.score import ScoreConfig
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
@@ -33,6 +34,8 @@ from lopd.provenance import (
     vocab_size_of,
 )
 from lopd.provenance.gate import check_eos
+from lopd.stages.finished import say_finished
+from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import CacheWriter, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import examine_shard_folder
@@ -52,6 +55,7 @@ from lopd.store.types import name_of
 from lopd.store.workers import Worker, this_worker
 
 
+@loads_models
 def main(config: ScoreConfig) -> Path | None:
     """Score the missing shards of the cache; returns its folder, None after `plan`.
 
@@ -86,6 +90,8 @@ def main(config: ScoreConfig) -> Path | None:
             save_vocab(config.teacher, config.out)
             may_not_fit = bounds[1].of(work) > free_bytes(config.out)
             _fill(writer, missing, rollouts, config, worker, check_size=may_not_fit)
+        else:
+            say_finished(config.out)
         if not writer.finish():
             print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
     return Path(config.out)
@@ -96,7 +102,13 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
     assert model.vocab_size is not None
     ModelLimits("the teacher", model.vocab_size).check_k(config.k)
-    overrides = check_eos(model, source.model, "the rollouts", config.allow_eos_mismatch)
+    merged = parse_eos_class(config.eos_class)
+    for limits in (
+        ModelLimits("the teacher", model.vocab_size),
+        ModelLimits("the student", source.vocab_size),
+    ):
+        limits.check_ids("eos_class", merged)
+    overrides = check_eos(model, source.model, "the rollouts", config.allow_eos_mismatch, merged)
     return build_manifest(
         "cache",
         stage="score",
@@ -119,7 +131,8 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
         scoring={
             **ENGINES[config.engine],
             "rollout_logprobs": "computed",
-            "support": _describe_support(config, source.model),
+            "support": _describe_support(config, source.model)
+            | ({"eos_class": merged} if merged else {}),
         },
     )
 
@@ -183,6 +196,7 @@ def _load_scorer(config: ScoreConfig, worker: Worker) -> Callable[..., list[Teac
         temperature=config.temperature,
         student=student,
         extra_ids=config.extra_ids,
+        eos_class=parse_eos_class(config.eos_class),
     )
 
 

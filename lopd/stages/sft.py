@@ -27,11 +27,14 @@ from lopd.provenance import (
     write_manifest,
 )
 from lopd.provenance.gate import check_eos
+from lopd.stages.finished import is_finished, say_finished
+from lopd.stages.model_access import loads_models
 from lopd.store import RolloutStore
 from lopd.training import run as runs
 from lopd.training.batch import Source
 
 
+@loads_models
 def main(config: SftConfig) -> Path:
     """Train, save the model and, last, its manifest. Returns the model's folder.
 
@@ -41,6 +44,8 @@ def main(config: SftConfig) -> Path:
         MissingFileError, DataError, ModelError: the model or the data cannot be used.
     """
     check_model_folder(config.model)
+    if is_finished(config, config.model, describe_inputs):
+        return say_finished(config.out)
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
     source, teacher, written = open_data(config)
     inputs = describe_inputs(config)

@@ -7,8 +7,15 @@ and `lopd distill` compares it with the teacher that scored the rollouts.
 from pathlib import Path
 
 from lopd.config.sft_data import SftDataConfig
+from lopd.stages.model_access import loads_models
 from lopd.stages.rollout import sample_to_store
 
 
+@loads_models
 def main(config: SftDataConfig) -> Path:
+    """Sample the missing shards of the teacher's answers; returns their folder.
+
+    Raises:
+        LopdError: the model, the prompts or the folder cannot be used.
+    """
     return sample_to_store(config, model=config.teacher, kind="sft_data", stage="sft-data")

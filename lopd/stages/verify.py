@@ -28,6 +28,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.provenance.io import json_digest, parse_json
+from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, TeacherSequence
 from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequence
@@ -35,6 +36,7 @@ from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequ
 LOSSY_MASS_TOLERANCE = 5e-3  # of list and tail, for codecs that round log-probs
 
 
+@loads_models
 def main(config: VerifyConfig) -> None:
     """Check the folder and print what was checked.
 

@@ -17,7 +17,7 @@ from lopd.provenance import (
     recipe_of,
 )
 from lopd.provenance.io import TEMP_SUFFIX, make_folder
-from lopd.store.locks import LOCK_NAME, START_LOCK_NAME
+from lopd.store.locks import LOCK_NAME, START_LOCK_NAME, FolderLock
 
 State = Literal["new", "unfinished", "finished", "other recipe", "foreign", "file", "read-only"]
 REASONS = {
@@ -145,6 +145,21 @@ def writing_to(folder: Path) -> Iterator[None]:
         raise ShardError(
             f"{folder}: cannot be made or written ({error.strerror or error}); choose another --out"
         ) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create the folder and hold its lock, for a writer that excludes all others.
+
+    Raises:
+        ShardError: another process writes there, or the folder cannot be written.
+    """
+    with writing_to(folder):
+        lock = FolderLock(folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_temporary(item: Path) -> bool:

@@ -16,6 +16,7 @@ from lopd.errors import ConfigError, LopdError, ModelError
 from lopd.models.head import HeadOptions, LossFn, run_with_loss
 from lopd.models.load import attention_for, check_model_folder, resolve_dtype
 from lopd.models.lora import add_lora
+from lopd.provenance.remote_code import loading_code
 
 ATTENTION = "lopd_dry"
 BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
@@ -46,20 +47,15 @@ def meta_model(path: str, dtype: str, lora: LoraOptions | None = None) -> Any:
     AttentionInterface.register(ATTENTION, fused_attention)
     AttentionMaskInterface.register(ATTENTION, _mask_of_batch)
     folder = check_model_folder(path)
-    try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
-        implementation = ATTENTION if attention_for(folder) == "sdpa" else "eager"
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=resolve_dtype(dtype), attn_implementation=implementation
-            )
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, KeyError) and error.args == (ATTENTION,):
-            reason = "its attention is its own, whose memory cannot be planned"
-        raise ModelError(
-            f"{folder}: transformers builds no causal language model from it ({reason})"
-        ) from error
+    problem = "transformers builds no causal language model whose memory can be planned from it"
+    with loading_code(folder, problem) as options, torch.device("meta"):
+        settings = AutoConfig.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_config(
+            settings,
+            dtype=resolve_dtype(dtype),
+            attn_implementation=ATTENTION if attention_for(settings) == "sdpa" else "eager",
+            trust_remote_code=options["trust_remote_code"],
+        )
     if lora is not None and lora.lora_rank:
         with torch.device("meta"):
             model = add_lora(model, lora)

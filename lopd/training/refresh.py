@@ -207,6 +207,7 @@ class RefreshTrainer(LopdTrainer):
             temperature=manifest.temperature,
             student=self.student,
             extra_ids=self.refresh.extra_ids,
+            eos_class=manifest.scoring.eos_class,
         )
         if self.teacher_vocab is not None:
             tokens = [rollout.tokens for rollout in rollouts]

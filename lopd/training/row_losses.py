@@ -1,6 +1,7 @@
 """The loss of an objective on the rows of the LM head, and statistics of each row."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def _sparse_divergence(
         rows,
         weight,
         batch["topk_ids"],
-        batch["topk_logprobs"],
+        merged_logprobs(rows, weight, batch, objective.eos_class, options),
         tail_logprobs=batch["tail_logprobs"],
         row_weights=batch["row_weights"],
         reduction="sum",
@@ -80,6 +81,32 @@ def _sparse_divergence(
         sampled = _sampled_logprobs(rows, weight, batch, stats.student_lse, options)
         reported["log_ratio_to_rollout"] = sampled - batch["rollout_logprobs"]
     return loss, reported
+
+
+@torch.no_grad()
+def merged_logprobs(
+    rows: Tensor, weight: Tensor, batch: Batch, merged: Sequence[int], options: dict[str, Any]
+) -> Tensor:
+    """The teacher's listed log-probs [N, K], so that the ids of a class count as one token.
+
+    The teacher's mass of the class, Q, is split among its ids as the student splits its own, P:
+    q_c = Q p_c / P, a constant. Each divergence is a sum of phi(p, q) with phi(a p, a q) =
+    a phi(p, q), so the terms of the class add up to phi(P, Q), and since dphi/dp is the same for
+    all of them, the gradient too is that of one bucket.
+    """
+    listed = batch["topk_logprobs"]
+    if not merged:
+        return listed
+    members = torch.tensor(merged, device=listed.device)
+    bias = options["bias"]
+    head = {**options, "bias": None if bias is None else bias[members]}
+    places = torch.arange(len(merged), device=rows.device).expand(len(rows), -1)
+    shares: Any = linear_logprobs(rows, weight[members], places, **head)  # [N, C]: log p_c / P
+    is_member = batch["topk_ids"][..., None] == members  # [N, K, C]
+    member = is_member.any(-1)
+    mass = listed.masked_fill(~member, -torch.inf).logsumexp(1, keepdim=True)
+    split = mass + shares.gather(1, is_member.int().argmax(-1))
+    return torch.where(member, split.to(listed.dtype), listed)
 
 
 @torch.no_grad()

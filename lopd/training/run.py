@@ -22,11 +22,10 @@ from lopd.provenance import MANIFEST_NAME, ModelIdentity, difference, settings_i
 from lopd.provenance.io import (
     parse_json,
     pretty_json,
-    remove_temporaries,
     sha256_file,
     write_atomic,
 )
-from lopd.store.folders import examine_folder, writing_to
+from lopd.store.folders import examine_folder, locked
 from lopd.store.locks import FolderLock
 from lopd.store.workers import Worker, this_worker
 from lopd.training.batch import Source
@@ -89,13 +88,9 @@ def _claim(
         has_results=lambda: checkpoint is not None,
         kind="checkpoint",
     ).require_writable()
-    with writing_to(out):
-        lock = FolderLock(out)
-        try:
-            if found.state == "new":  # otherwise it stays: checkpoints name its digest
-                write_atomic(out / RECIPE_NAME, pretty_json(recipe))
-        finally:
-            lock.release()
+    with locked(out), saving(out):
+        if found.state == "new":  # otherwise it stays: checkpoints name its digest
+            write_atomic(out / RECIPE_NAME, pretty_json(recipe))
     return checkpoint
 
 
@@ -151,8 +146,6 @@ def train(
     lock = FolderLock(out) if first else None
     try:
         if first:
-            with saving(out):
-                remove_temporaries(out)
             warn_of_rounding(config)
         trainer, tokenizer, dropped = build_trainer(
             config, source, objective, model_path, refresh, _run_id(out)

@@ -293,6 +293,9 @@ class LopdTrainer(Trainer):
             if self.reporter is not None:
                 self.reporter.close()
         self._check_weights()
+        if self.args.should_save:  # a run killed before it rotated may have nothing left to train
+            with saving(self.args.output_dir):
+                self._rotate()
         if signum := self.signals.agreed:
             step, folder = self.state.global_step, self.args.output_dir
             raise Interrupted(
@@ -382,7 +385,11 @@ class LopdTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # each process writes its random state
             if self.args.should_save:
                 finish(out, state.global_step, self.run_id)
-                rotate(out, self.save_total_limit, self.run_id, state.best_global_step)
+                self._rotate()
+
+    def _rotate(self) -> None:
+        best = self.state.best_global_step
+        rotate(Path(self.args.output_dir), self.save_total_limit, self.run_id, best)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -1,6 +1,5 @@
 """Settings: complete declarations, checks of ranges and choices, stable identity."""
 
-import importlib
 import json
 import math
 from dataclasses import MISSING, dataclass, fields
@@ -8,7 +7,7 @@ from typing import Literal, get_args
 
 import pytest
 
-from lopd.cli import COMMANDS
+from lopd.cli.commands import COMMANDS
 from lopd.config.distill import DistillConfig
 from lopd.config.evaluate import EvalConfig
 from lopd.config.fields import (
@@ -23,10 +22,7 @@ from lopd.config.sft import SftConfig
 from lopd.errors import ConfigError
 from lopd.provenance.identity import settings_identity
 
-CONFIGS = [
-    getattr(importlib.import_module(f"lopd.stages.{module}"), name)
-    for module, name, _ in COMMANDS.values()
-]
+CONFIGS = [command.config_class() for command in COMMANDS.values()]
 SETTINGS = [
     pytest.param(config, item, id=f"{config.__name__}.{item.name}")
     for config in CONFIGS

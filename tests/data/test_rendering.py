@@ -74,6 +74,7 @@ def test_the_template_gets_its_variables(write_jsonl, record, settings, end):
         ({"chat_template_kwargs": {"messages": []}}, "does not read 'messages'"),
         ({"chat_template_kwargs": {"tokenize": False}}, "does not read 'tokenize'"),
         ({"chat_template_kwargs": ["a"]}, "expected an object"),
+        ({"enable_thinking": "false"}, "'enable_thinking' is text"),
         ({"tools": "a"}, "'tools' is 'a'; expected an object, not text"),
         ({"tools": {"a": 1}}, "expected a list of objects"),
         ({"add_generation_prompt": False}, "ends where the answer begins"),
@@ -92,11 +93,12 @@ def test_variables_of_the_whole_file_are_checked_before_it_is_read():
         PromptEncoder(train_bpe(THINKING), settings)
     with pytest.raises(ConfigError, match="has no chat template"):
         PromptEncoder(train_bpe(), settings)
-    with pytest.raises(ConfigError, match="with dates in quotes"):
-        PromptOptions(chat_template_kwargs="{date_string: 2024-07-26}")
+    for text in ("[1]", "7", "{a: [", '{"a": NaN}x'):
+        with pytest.raises(ConfigError, match="chat_template_kwargs"):
+            PromptOptions(chat_template_kwargs=text)
 
 
-def test_a_token_that_the_tokenizer_appends_is_refused_or_left_out(write_jsonl):
+def test_a_token_that_the_tokenizer_appends_is_refused_or_left_out(write_jsonl, capsys):
     tokenizer, record = adding("<pad>", "<eos>"), {"prompt": "the cat"}
     with pytest.raises(DataError, match=r"ends with '<eos>', .*--special_tokens once"):
         encode(tokenizer, record, write_jsonl)
@@ -105,6 +107,7 @@ def test_a_token_that_the_tokenizer_appends_is_refused_or_left_out(write_jsonl):
         for choice in ("once", "keep", "as_text")
     }
     assert found == {"once": "<pad>the cat", "keep": "<pad>the cat<eos>", "as_text": "the cat"}
+    assert "the text does not begin with '<pad>'" in capsys.readouterr().err
 
 
 def test_a_second_bos_is_refused_or_left_out(write_jsonl):
@@ -185,3 +188,24 @@ def test_a_random_template_is_refused(write_jsonl):
     tokenizer = train_bpe("{{ range(10**5) | random }}" + TEMPLATE)
     with pytest.raises(DataError, match="encoded twice, the prompt gave different tokens"):
         encode(tokenizer, {"prompt": "the"}, write_jsonl)
+
+
+def test_settings_have_one_spelling():
+    first = PromptOptions(chat_template_kwargs='{"b": false, "a": 1}', columns="prompt=q, id = n")
+    second = PromptOptions(chat_template_kwargs="{a: 1, 'b': False}", columns="id=n,prompt=q")
+    recipe = {
+        "chat_template_kwargs": {"a": "1", "b": "false"},
+        "columns": {"id": "n", "prompt": "q"},
+    }
+    assert first == second == PromptOptions(**recipe)
+    assert PromptOptions(chat_template_kwargs="{a: {b: [no, 2024-01-02, null, -0.5]}}") == (
+        PromptOptions(chat_template_kwargs='{"a": {"b": ["no", "2024-01-02", null, -0.5]}}')
+    )
+
+
+def test_a_message_that_only_calls_tools_has_no_text(write_jsonl):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "red"}}]}
+    messages = [{"role": "user", "content": "the"}, call, {"role": "tool", "content": "cat"}]
+    template = TEMPLATE.replace("{{ m.content }}", "{{ m.content or m.tool_calls[0] }}")
+    found = encode(train_bpe(template), {"messages": messages}, write_jsonl)
+    assert "<|assistant|>{'function': {'name': 'red'}}<eos><|tool|>cat" in found

@@ -72,9 +72,9 @@ def test_options_are_a_yaml_mapping_for_the_engine():
     ("engine", "text", "message"),
     [
         ("vllm", "max_num_seq: 3", "did you mean 'max_num_seqs'"),
-        ("vllm", "tensor_parallel_size: 0", "found 0; expected a positive integer"),
-        ("vllm", "tensor_parallel_size: true", "found True; expected a positive integer"),
-        ("vllm", "enforce_eager: 1", "found 1; expected true or false"),
+        ("vllm", "tensor_parallel_size: 0", "found '0'; expected a positive integer"),
+        ("vllm", "tensor_parallel_size: true", "found 'true'; expected a positive integer"),
+        ("vllm", "enforce_eager: 1", "found '1'; expected true or false"),
         ("vllm", "gpu_memory_utilization: 0", r"expected a number in \(0, 1\]"),
         ("vllm", "gpu_memory_utilization: 90", r"expected a number in \(0, 1\]"),
         ("vllm", "max_model_len: .nan", "expected a positive integer"),
@@ -82,8 +82,8 @@ def test_options_are_a_yaml_mapping_for_the_engine():
         ("vllm", "enable_lora: true", "merge it into its base model first"),
         ("vllm", "max_logprobs: 5", "it follows from k"),
         ("transformers", "enforce_eager: true", "unknown setting 'enforce_eager'"),
-        ("vllm", "fast", "expected a YAML mapping"),
-        ("vllm", "{a", "expected a YAML mapping"),
+        ("vllm", "fast", "found 'fast'; expected a mapping"),
+        ("vllm", "{a", "engine_options: not YAML"),
     ],
 )
 def test_options_that_cannot_be_meant(engine, text, message):
@@ -381,13 +381,14 @@ def test_answers_of_vllm_that_cannot_be_stored(monkeypatch, answers, message):
 
 
 def test_engines_agree_on_the_end_of_an_answer(tmp_path):
-    from lopd.models.load import eos_ids_of, load_tokenizer
+    from lopd.provenance import eos_ids_of
 
     folder = save_qwen3(tmp_path, seed=0)
     hf = TransformersEngine.load(folder, dtype="float32", device="cpu")
-    assert eos_ids_of(folder, load_tokenizer(folder)) == hf.eos_ids
+    assert eos_ids_of(folder) == hf.eos_ids
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
     hf = TransformersEngine.load(folder, dtype="float32", device="cpu")
-    assert eos_ids_of(folder, load_tokenizer(folder)) == hf.eos_ids == [1, 7]
+    assert eos_ids_of(folder) == hf.eos_ids == [1, 7]
     (folder / "generation_config.json").unlink()
-    assert eos_ids_of(folder, load_tokenizer(folder)) == [1]
+    hf = TransformersEngine.load(folder, dtype="float32", device="cpu")
+    assert eos_ids_of(folder) == hf.eos_ids == [1]

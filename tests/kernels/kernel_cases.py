@@ -15,6 +15,7 @@ from lopd_kernels._core.chunks import loss_by_chunks
 HEAD = {"logit_scale": 1.3, "softcap": 4.0, "temperature": 0.7}
 GATES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = os.environ.get("LOPD_PTX")  # a compute capability: the compiled PTX runs on the CPU
 
 
 def skip_bf16_stores_of_the_interpreter(dtype: torch.dtype) -> None:

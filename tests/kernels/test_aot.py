@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 SHARED_KIB = {"80": 163, "90": 227, "100": 227, "gfx942": 64}
 VERSIONS = {"installed": None, "3.6": ROOT / ".triton36"}

@@ -88,6 +88,22 @@ def test_generation_still_works():
     assert torch.equal(model.generate(prompt, attention_mask=mask, **options), before)
 
 
+def test_one_token_after_cached_ones_needs_no_mask():
+    """Generation of rows without padding: transformers leaves the mask out."""
+    model = tiny_model()
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+
+    def last_logits():
+        past = model(ids[:, :4], use_cache=True).past_key_values
+        mask = torch.ones_like(ids)
+        return model(ids[:, 4:], attention_mask=mask, past_key_values=past).logits
+
+    with torch.no_grad():
+        expected = last_logits()
+        pack_attention(model)
+        torch.testing.assert_close(last_logits(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layers", [(0, 1), (1,), (17,)], ids=["all", "one of two", "one of 28"])
 def test_a_layer_that_ignores_the_boundaries_is_detected(layers, dtype):

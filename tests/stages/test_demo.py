@@ -73,7 +73,7 @@ def rows(demo):
     return {row["stage"]: row for row in json.loads((demo / "results.json").read_text())["rows"]}
 
 
-@pytest.mark.demo
+@pytest.mark.thorough
 def test_distillation_reaches_the_teacher(rows):
     start, end = rows[FINE_TUNED], rows[DISTILLED]
     assert rows["teacher"]["sampled"] >= 0.95
@@ -83,7 +83,7 @@ def test_distillation_reaches_the_teacher(rows):
     assert {"greedy", "sampled", "kl"} <= set(rows[MORE_SFT])
 
 
-@pytest.mark.demo
+@pytest.mark.thorough
 def test_clipping_helps_the_sampled_token_objective(rows):
     start, clipped = rows[FINE_TUNED], rows[CLIPPED]
     assert clipped["sampled"] >= start["sampled"] + 0.02
@@ -91,14 +91,14 @@ def test_clipping_helps_the_sampled_token_objective(rows):
     assert rows[DISTILLED]["kl"] < min(clipped["kl"], rows[SAMPLED]["kl"])
 
 
-@pytest.mark.demo
+@pytest.mark.thorough
 def test_table_has_a_row_for_every_stage(rows, demo):
     table = format_table(list(rows.values()))
     assert all(f"| {name}" in table for name in rows)
     assert (demo / "curves.png").stat().st_size > 10_000
 
 
-@pytest.mark.demo
+@pytest.mark.thorough
 def test_stage_commands_run_on_its_artefacts(demo, tmp_path):
     assert main(["inspect", "--path", str(demo / "cache"), "--verify"]) == 0
     argv = ["--student", str(demo / "sft"), "--cache", str(demo / "cache"), "--max_steps", "1"]
@@ -106,7 +106,10 @@ def test_stage_commands_run_on_its_artefacts(demo, tmp_path):
     assert Path(tmp_path / "again/model.safetensors").is_file()
 
 
-@pytest.mark.demo
-def test_finished_demo_is_not_overwritten(demo, capsys):
-    assert main(["demo", "--out", str(demo)]) == 2
-    assert "holds a finished run" in capsys.readouterr().err
+@pytest.mark.thorough
+def test_finished_demo_prints_its_table_again(demo, rows, capsys):
+    assert main(["demo", "--out", str(demo)]) == 0
+    printed = capsys.readouterr().out
+    assert format_table(list(rows.values())) in printed and "[1/" not in printed
+    assert main(["demo", "--out", str(demo), "--seed", "1"]) == 2
+    assert "holds another recipe (seed was 0, is 1)" in capsys.readouterr().err

@@ -8,7 +8,8 @@ from helpers_artefacts import write_model, write_pipeline, write_sequences
 from helpers_stages import COMMON, make_rollouts, one_line, rollout_argv, score_argv, write_prompts
 
 from lopd.cli import main
-from lopd.provenance import read_manifest
+from lopd.provenance import declare, read_manifest
+from lopd.store import TeacherCache
 
 
 def edit(file, **changes):
@@ -34,6 +35,45 @@ def test_score_refuses_another_end_of_sequence_unless_allowed(tmp_path, capsys):
     lines = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
     rows = {name: value.strip() for name, value in lines}
     assert rows["model ends answers with"] == "id 1 or 7" and rows["rollouts end with"] == "id 1"
+
+
+def test_a_class_of_ids_is_in_every_list_and_trains_as_one_token(tmp_path, capsys):
+    student = save_qwen3(tmp_path / "student", seed=2)
+    teacher = save_qwen3(tmp_path / "teacher", seed=1)
+    edit(teacher / "generation_config.json", eos_token_id=[7])
+    declare(student, teacher=teacher)
+    rollouts, cache = make_rollouts(student, tmp_path), tmp_path / "cache"
+    flags = ["--eos_class", "7,1", "--student", str(student), "--extra_ids", "3"]
+    assert main(score_argv(teacher, rollouts, cache, *flags)) == 0
+    assert read_manifest(cache).scoring.eos_class == (1, 7)
+    for sequence in TeacherCache.open(cache, support="list"):
+        assert all({1, 7} <= set(ids.tolist()) for ids in sequence.topk_ids)
+        assert all(len(set(ids[ids >= 0])) == (ids >= 0).sum() for ids in sequence.topk_ids)
+    argv = ["distill", "--student", student, "--cache", cache, "--out", tmp_path / "out"]
+    argv = [*map(str, argv), *COMMON, "--max_steps", "1", "--batch_size", "4"]
+    assert main([*argv, "--objective", "policy_gradient"]) == 2
+    assert "has no lists to merge ids in" in one_line(capsys)
+    assert main(argv) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.overrides == () and manifest.raw["objective"]["eos_class"] == [1, 7]
+    capsys.readouterr()
+    assert main(["inspect", "--path", str(cache)]) == 0
+    assert "ids 1, 7\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        *((text, "expected two or more different ids") for text in ("1", "1,1", "1,x", "1,-3")),
+        ("1,999", "found 999; expected ids in [0, 309), the vocabulary of the teacher"),
+    ],
+)
+def test_a_class_that_cannot_be_is_refused(tmp_path, capsys, student_folder, value, message):
+    rollouts = make_rollouts(student_folder, tmp_path)
+    capsys.readouterr()
+    argv = score_argv(student_folder, rollouts, tmp_path / "cache", "--eos_class", value)
+    assert main(argv) == 2
+    assert message in one_line(capsys)
 
 
 def test_sft_refuses_another_end_of_sequence_unless_allowed(tmp_path, capsys):

@@ -6,8 +6,10 @@ import shutil
 import pytest
 
 from lopd.config.evaluate import EvalConfig
-from lopd.errors import ConfigError, DataError, ProvenanceError
+from lopd.errors import ConfigError, DataError, ProvenanceError, ShardError
+from lopd.stages import evaluate
 from lopd.stages.evaluate import main
+from lopd.store.locks import FolderLock
 
 
 def settings(**changes):
@@ -74,7 +76,7 @@ def test_teacher_with_another_tokenizer_is_refused(student_folder, prompt_file, 
     changes = {"model": str(student_folder), "teacher": str(other), "prompts": str(prompt_file)}
     with pytest.raises(ProvenanceError, match=r"id \d+ is .* to it and .* to the model"):
         main(settings(out=str(tmp_path / "out"), **changes))
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("name", ["", "file", "file/under", "model", "finished"])
@@ -83,8 +85,9 @@ def test_folder_in_use_is_not_written_to(student_folder, prompt_file, tmp_path, 
     shutil.copytree(student_folder, tmp_path / "model")
     inputs = {"model": str(student_folder), "prompts": str(prompt_file), "num_samples": 1}
     main(settings(out=str(tmp_path / "finished"), **inputs))
+    changed = {**inputs, "num_samples": 2}
     with pytest.raises(ConfigError, match="another --out|a new or empty folder"):
-        main(settings(out=str(tmp_path / name) if name else "", **inputs))
+        main(settings(out=str(tmp_path / name) if name else "", **changed))
     assert not (tmp_path / "model/manifest.json").exists()
 
 
@@ -104,3 +107,41 @@ def test_setting_out_of_range_is_named(changes):
 def test_settings_that_do_not_fit_together(changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(**changes)
+
+
+def test_a_second_evaluation_is_refused_and_a_finished_one_is_printed(
+    student_folder, prompt_file, tmp_path, monkeypatch, capsys
+):
+    config = settings(
+        model=str(student_folder), prompts=str(prompt_file), out=str(tmp_path / "out")
+    )
+    (tmp_path / "out").mkdir()
+    lock = FolderLock(tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(ShardError, match="is writing there"):
+        patch.setattr(evaluate, "measure_accuracy", None)
+        main(config)
+    lock.release()
+    # Killed between its files, and within the write of one.
+    write = evaluate.write_atomic
+
+    def killed(path, data):
+        if path.name == "results.json":
+            (path.parent / f".{path.name}.1.tmp").write_bytes(data[:7])
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "write_atomic", killed)
+        main(config)
+    out = main(config)
+    expected = {".lock", "answers.jsonl", "results.json", "manifest.json"}
+    assert {item.name for item in out.iterdir()} == expected
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "measure_accuracy", None)
+    assert main(config) == out
+    again = capsys.readouterr()
+    assert sorted(again.out.splitlines()) == sorted(printed.splitlines()) != []
+    assert f"{out}: finished already, nothing to do\n" in again.err
+    (out / "results.json").write_text("{")
+    with pytest.raises(DataError, match="results.json: torn or altered"):
+        main(config)

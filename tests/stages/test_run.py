@@ -85,7 +85,7 @@ def test_output_folder_of_a_stage_can_be_set():
         ({"stages": {"score": {"plan": True}}}, "score: 'plan' writes nothing for later stages"),
         ({"out": 5}, "'out' is 5; expected a folder"),
         ({"teacher": None}, "'teacher' is None; expected a folder"),
-        ({"stages": {"rollout": {}}}, "required: --prompts"),
+        ({"stages": {"rollout": {}}}, "'prompts' is missing"),
     ],
 )
 def test_invalid_recipe_is_refused(changes, message):

@@ -24,6 +24,8 @@ from tqdm import tqdm
 from lopd.store import TeacherCache
 from lopd.cli import main
 
+pytestmark = pytest.mark.thorough
+
 # By default bars share a lock across fork, which a killed child would keep for ever.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0

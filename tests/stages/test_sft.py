@@ -38,7 +38,7 @@ def config(folder, out, **changes):
     return sft.SftConfig(**{**paths, **SETTINGS, **changes})
 
 
-def test_sft_on_sampled_answers_records_their_teacher(folder, tmp_path):
+def test_sft_on_sampled_answers_records_their_teacher(folder, tmp_path, capsys):
     out = sft.main(config(folder, tmp_path / "out", drop_truncated=True))
     manifest = read_manifest(out, kind="checkpoint").raw
     teacher = describe(folder / "teacher")
@@ -51,8 +51,13 @@ def test_sft_on_sampled_answers_records_their_teacher(folder, tmp_path):
         "declared": False,
         "initial_student": None,
     }
-    with pytest.raises(ConfigError, match="holds a finished run"):
-        sft.main(config(folder, tmp_path / "out", drop_truncated=True))
+    capsys.readouterr()
+    before = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert sft.main(config(folder, out, drop_truncated=True)) == out
+    assert f"{out}: finished already, nothing to do\n" == capsys.readouterr().err
+    assert before == {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    with pytest.raises(ConfigError, match=r"another recipe \(drop_truncated was True, is False\)"):
+        sft.main(config(folder, out))
 
 
 def test_sft_on_demonstrations_learns_them_and_records_no_teacher(folder, tmp_path):

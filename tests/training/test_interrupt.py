@@ -29,7 +29,9 @@ def pipeline(tmp_path_factory):
 def flags(pipeline, out, **changes):
     paths = {name: str(pipeline / name) for name in ("student", "cache")}
     settings = {**paths, "out": str(out), **SETTINGS, **changes}
-    return [f"--{name}={value}" for name, value in settings.items()]
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()
+    ]
 
 
 def signalled(monkeypatch, *numbers, at=2):

@@ -28,6 +28,8 @@ import torch
 torch.set_num_threads(1)
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+
+pytestmark = pytest.mark.thorough
 init = AcceleratorState.__init__
 def __init__(self, *args, fsdp_plugin=None, **kwargs):
     init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
@@ -200,7 +202,7 @@ def test_a_run_of_two_processes_is_not_continued_by_one(pipeline, tmp_path, monk
     found = config(pipeline, tmp_path / "out")
     base = ModelIdentity.from_json({"weights": "w", "config": "c", "tokenizer": "t"})
     (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
-    monkeypatch.setattr("lopd.training.checkpoints.is_whole", lambda folder: True)
+    monkeypatch.setattr("lopd.training.checkpoints.unusable", lambda folder, keep_best: "")
     (tmp_path / "out" / runs.RECIPE_NAME).write_text("{}")
     worker = runs.Worker(0, 2, 0)
     with pytest.raises(ConfigError):

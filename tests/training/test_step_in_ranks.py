@@ -3,6 +3,8 @@
 import pytest
 from helpers_ranks import MODELS, WRAPPERS, one_process, run_ranks
 
+pytestmark = pytest.mark.thorough
+
 # A tied weight is in the group of the embedding, so the head has no separate group.
 CASES = [
     (name, wrapper)

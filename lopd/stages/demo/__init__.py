@@ -20,6 +20,12 @@ from typing import Any
 import torch
 
 from lopd.config.demo import DemoConfig
+from lopd.config.distill import DistillConfig
+from lopd.config.evaluate import EvalConfig
+from lopd.config.rollout import RolloutConfig
+from lopd.config.score import ScoreConfig
+from lopd.config.sft import SftConfig
+from lopd.config.sft_data import SftDataConfig
 from lopd.errors import ConfigError
 from lopd.provenance import difference
 from lopd.provenance.io import pretty_json, write_atomic
@@ -95,8 +101,10 @@ class DemoStage:
 def main(config: DemoConfig) -> Path:
     """Run or continue the demo; write `results.json` and `curves.png`, and print the table.
 
+    Finished stages are not run again; `online` may be added later.
+
     Raises:
-        ConfigError: `out` holds a finished demo or one of another seed, or matplotlib is missing.
+        ConfigError: `out` holds a demo of another seed, or matplotlib is missing.
     """
     out = Path(config.out)
     results_file, progress_file = out / "results.json", out / "progress.json"
@@ -105,7 +113,6 @@ def main(config: DemoConfig) -> Path:
         progress = json.loads(progress_file.read_text(encoding="utf-8"))
     examine_folder(
         out,
-        final=results_file.name,
         record=progress_file.name,
         differs=lambda: difference({"seed": progress["seed"]}, {"seed": config.seed}),
         allowed_files=None,
@@ -181,11 +188,11 @@ class Demo:
         return stages
 
     def _training(self, name: str, out: str, **settings: Any) -> DemoStage:
-        config = sft.SftConfig(out=self.path(out), seed=self.seed, **settings, **COMMON)
+        config = SftConfig(out=self.path(out), seed=self.seed, **settings, **COMMON)
         return DemoStage(name, sft, config)
 
     def _answers(self, name: str, out: str, prompts: str) -> DemoStage:
-        config = sft_data.SftDataConfig(
+        config = SftDataConfig(
             teacher=self.path("teacher"),
             prompts=str(self.prompts[prompts]),
             out=self.path(out),
@@ -195,7 +202,7 @@ class Demo:
         return DemoStage(name, sft_data, config)
 
     def _rollouts(self, name: str, out: str) -> DemoStage:
-        config = rollout.RolloutConfig(
+        config = RolloutConfig(
             student=self.path("sft"),
             prompts=str(self.prompts["opd"]),
             out=self.path(out),
@@ -205,7 +212,7 @@ class Demo:
         return DemoStage(name, rollout, config)
 
     def _scores(self, name: str, out: str) -> DemoStage:
-        config = score.ScoreConfig(
+        config = ScoreConfig(
             teacher=self.path("teacher"),
             rollouts=self.path("rollouts"),
             out=self.path(out),
@@ -217,7 +224,7 @@ class Demo:
         return DemoStage(name, score, config)
 
     def _distillation(self, name: str, out: str, **changes: Any) -> DemoStage:
-        config = distill.DistillConfig(
+        config = DistillConfig(
             student=self.path("sft"),
             cache=self.path("cache"),
             out=self.path(out),
@@ -241,7 +248,7 @@ class Demo:
         return row | self.evaluate(stage.folder) if stage.module in (sft, distill) else row
 
     def evaluate(self, name: str) -> dict[str, float]:
-        config = evaluate.EvalConfig(
+        config = EvalConfig(
             model=self.path(name),
             teacher=self.path("teacher"),
             prompts=str(self.prompts["eval"]),

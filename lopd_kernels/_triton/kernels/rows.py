@@ -326,16 +326,18 @@ def reduce_kernel(
             HAS_BIAS, SOFTCAP, INF_MASKS, ENTROPY, BLOCK,
         )  # fmt: skip
         before, sum_before = tl.load(unlisted_row), tl.load(unlisted_row + 1)
+        spread_before, invalid_before = tl.load(unlisted_row + 2), tl.load(unlisted_row + 3)
+        tl.debug_barrier()  # every thread has loaded the state that one thread now replaces
         top = tl.maximum(before, unlisted_max)
         low, high = tl.exp(before - top), tl.exp(unlisted_max - top)
         if ENTROPY:
-            left = low * (tl.load(unlisted_row + 2) + sum_before * (before - top))
+            left = low * (spread_before + sum_before * (before - top))
             left = tl.where(sum_before == 0.0, 0.0, left)
             right = tl.where(total == 0.0, 0.0, high * (spread + total * (unlisted_max - top)))
             tl.store(unlisted_row + 2, left + right)
         tl.store(unlisted_row, top)
         tl.store(unlisted_row + 1, low * sum_before + high * total)
-        tl.store(unlisted_row + 3, tl.maximum(tl.load(unlisted_row + 3), invalid.to(tl.float32)))
+        tl.store(unlisted_row + 3, tl.maximum(invalid_before, invalid.to(tl.float32)))
 
 
 @triton.jit

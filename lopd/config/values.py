@@ -1,0 +1,82 @@
+"""Values of settings, from the text of a flag or of YAML, by the types of their fields."""
+
+from collections.abc import Sequence
+from dataclasses import Field
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from lopd.config.fields import choices_of
+from lopd.errors import ConfigError
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+}
+
+
+def kinds_of(item: Field[Any]) -> tuple[type, ...]:
+    """The types that a field takes, None excluded.
+
+    >>> from dataclasses import dataclass, fields
+    >>> from lopd.config.fields import setting
+    >>> @dataclass
+    ... class Example:
+    ...     size: int | str | None = setting(None, group="Memory", help="Size.")
+    >>> kinds_of(fields(Example)[0])
+    (<class 'int'>, <class 'str'>)
+    """
+    if choices_of(item):
+        return (str,)
+    kinds = get_args(item.type) if isinstance(item.type, UnionType) else (item.type,)
+    return tuple(get_origin(kind) or kind for kind in kinds if kind is not NoneType)
+
+
+def convert(item: Field[Any], value: Any) -> Any:
+    """A setting's value in the type of its field.
+
+    Args:
+        value: text, or what is such a value already.
+
+    Raises:
+        ConfigError: the value has another type; numbers are decimal, switches true or false.
+    """
+    kinds = kinds_of(item)
+    found = typed(kinds, value)
+    if found is None:
+        expected = " or ".join(_WORDS[kind] for kind in kinds)
+        raise ConfigError(f"{item.name}: found {_shown(value)}; expected {expected}")
+    return found
+
+
+def typed(kinds: Sequence[type], value: Any) -> Any:
+    """The value as the first of these types that it can be; None if it can be none of them.
+
+    >>> typed((int, float), "010"), typed((int, float), "8e-5"), typed((bool,), "yes")
+    (10, 8e-05, None)
+    """
+    if isinstance(value, str):
+        return next((found for kind in kinds if (found := _read(kind, value)) is not None), None)
+    if type(value) is int and int not in kinds and float in kinds:
+        return float(value)
+    return value if type(value) in kinds else None
+
+
+def _read(kind: type, text: str) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower())
+    try:
+        return kind(text) if kind in (int, float) else None
+    except ValueError:
+        return None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a mapping"
+    text = str(value)
+    return f"'{text}'" if len(text) <= 80 else f"'{text[:77]}...'"

@@ -1,0 +1,147 @@
+"""The command line: commands, errors in one line, output and exit codes."""
+
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from lopd.cli import main, missing_package
+from lopd.cli.commands import COMMANDS
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Configs as `lopd` builds them; no stage runs."""
+    found = []
+
+    class Stage:
+        main = staticmethod(found.append)
+
+    monkeypatch.setattr("lopd.cli._stage", lambda name, quiet: Stage)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rolout"], "lopd: error: unknown command 'rolout'; did you mean 'rollout'?"),
+        (["rollout", "--config"], "Option '--config' requires an argument"),
+        (["rollout", "--tempratur", "1"], "unknown flag '--tempratur'; did you mean '--temp"),
+        (["rollout", "--xyz"], "unknown flag '--xyz'; see lopd rollout --help"),
+        (["rollout", "stray"], "extra argument (stray); a switch has no value"),
+        (["distill", "--keep_best=true"], "not take a value; a switch has no value, only --NAME"),
+        (["rollout", "--student", "s"], "lopd rollout: error: missing --prompts (JSONL"),
+        (["run", "absent.yaml"], "absent.yaml: no such file"),
+        (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
+        (
+            ["rollout", "--student", "absent", "--prompts", "p", "--out", "o"],
+            "absent: no such folder",
+        ),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):
+    assert main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--max-new-tokens 3 --top-p 0.5",
+        "--max_new_tokens 3 --top_p 0.5",
+        "--max_new_tokens=3 --top-p=0.5",
+        "--config file.yaml --max-new-tokens 3",
+        "--config=file.yaml --max-new-tokens=3",
+    ],
+)
+def test_both_spellings_of_a_flag(flags, built, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.yaml").write_text("top-p: 0.5\nmax_new_tokens: 9\n")
+    assert main(["rollout", *shlex.split(f"--student s --prompts p --out o {flags}")]) == 0
+    (config,) = built
+    assert (config.max_new_tokens, config.top_p, config.temperature) == (3, 0.5, 1.0)
+
+
+def test_switches_in_both_directions(built, tmp_path):
+    paths = shlex.split("distill --student s --cache c --out o")
+    (tmp_path / "d.yaml").write_text("keep_best: true\nholdout: 0.1\nverify: true\n")
+    file = ["--config", str(tmp_path / "d.yaml")]
+    for words in ([], ["--no_keep_best"], ["--no-keep-best", "--no_verify"], ["--verify"]):
+        assert main([*paths, *file, *words]) == 0
+    assert [(config.keep_best, config.verify) for config in built] == [
+        *((True, True), (False, True), (False, False), (True, True))
+    ]
+
+
+def test_a_folder_or_a_recipe_needs_no_flag(built):
+    for argv in (["inspect", "x"], ["inspect", "--path", "x"], ["run", "x"], ["sft_data"]):
+        main(argv)
+    assert [vars(config) for config in built] == [
+        {"path": "x", "verify": False},
+        {"path": "x", "verify": False},
+        {"recipe": "x"},
+    ]
+
+
+def test_rehash_clears_stored_fingerprints(teacher_folder, tmp_path, monkeypatch):
+    from lopd.provenance import fingerprint_weights
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("lopd.provenance.fingerprint._RACY_NS", 0)  # remember new files too
+    os.utime(teacher_folder / "model.safetensors", (1e9, 1e9))
+    fingerprint_weights(teacher_folder)
+    (memo,) = (file for file in tmp_path.rglob("*") if file.is_file())
+    memo.write_text(memo.read_text().replace(fingerprint_weights(teacher_folder), "0" * 64))
+    assert fingerprint_weights(teacher_folder) == "0" * 64
+    declared = ["declare", "--model", str(teacher_folder), "--teacher", "absent"]
+    assert main([*declared, "--rehash"]) == 2
+    assert fingerprint_weights(teacher_folder) != "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("transformers", "train"), ("math_verify", "eval"), ("pyarrow", None)]
+)
+def test_a_missing_package_comes_with_its_remedy(package, extra):
+    error = ModuleNotFoundError(f"No module named '{package}'", name=f"{package}.utils")
+    assert missing_package(error).endswith(f'pip install "lopd[{extra or "parquet"}]"')
+    assert missing_package(ModuleNotFoundError("No module named 'x'", name="x")) == (
+        "No module named 'x'"
+    )
+
+
+PRINTING = """
+import sys, lopd.cli
+class Stage:
+    main = staticmethod(print)
+lopd.cli._stage = lambda name, quiet: Stage
+sys.exit(lopd.cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["inspect", "x"]])
+def test_a_closed_pipe_is_quiet(argv):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTING, *argv], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+EXAMPLES = [
+    pytest.param(name, example, id=f"{name}-{number}")
+    for name, about in COMMANDS.items()
+    for number, example in enumerate(about.examples)
+]
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES)
+def test_examples_of_the_help_are_valid(name, example, built, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "distill.yaml").write_text("student: s\ncache: c\nout: o\n")
+    assert main([name, *shlex.split(example)]) == 0
+    assert type(built[0]) is COMMANDS[name].config_class()
