@@ -215,6 +215,11 @@ def check_count(name: str, value: int, low: int, high: float, what: str) -> None
 def check_divergence(divergence: str, tail: str, beta: float | None) -> None:
     check_choice("divergence", divergence, tuple(DIVERGENCES))
     check_choice("tail", tail, TAILS)
+    if tail == "unbiased" and divergence != "reverse_kl":
+        raise ValueError(
+            f"tail is 'unbiased' and divergence is {divergence!r}; the correction by a sampled "
+            "token is that of divergence='reverse_kl'"
+        )
     if divergence != "jsd":
         if beta is not None:
             raise ValueError(

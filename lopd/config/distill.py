@@ -7,7 +7,7 @@ from typing import Literal
 from lopd.config.eos import EosOptions
 from lopd.config.fields import setting, setting_of
 from lopd.config.objective import Importance, Objective, Tail
-from lopd.config.training import MemorySettings, MonitoringOptions, Schedule
+from lopd.config.training import MemorySettings, MonitoringOptions, Schedule, refuse_unused
 from lopd.errors import ConfigError
 
 OVERRIDES = (
@@ -47,7 +47,8 @@ class DistillConfig(MonitoringOptions):
         help="Divides the student's logits; must be the cache's, which is the default.",
     )
     support: Literal["list+sampled", "list"] = _objective(
-        "list+sampled", help="Whether the lists include the sampled token."
+        "list+sampled",
+        help="Whether the lists include the sampled token. The unbiased tail reads them without.",
     )
     verify: bool = _data(
         True,
@@ -95,6 +96,8 @@ class DistillConfig(MonitoringOptions):
                 f"refresh_every: found {self.refresh_every} with teacher {self.teacher!r}; "
                 "expected a positive number and the teacher that scored the cache, or neither"
             )
+        if not self.refresh_every:
+            refuse_unused(self, ("refresh_batch_size",), "refresh_every is 0; set it")
         if self.refresh_every and self.drop_truncated:
             raise ConfigError(
                 "drop_truncated: depends on the ends of the cached answers, which --refresh_every "
@@ -109,6 +112,11 @@ class DistillConfig(MonitoringOptions):
         return Objective(
             self.objective, temperature=temperature, workspace_bytes=self.workspace, **settings
         )
+
+    @property
+    def lists(self) -> Literal["list+sampled", "list"]:
+        """The support that is read; the unbiased tail wants lists that ignore the sample."""
+        return "list" if self.tail == "unbiased" else self.support
 
     def allowed(self) -> frozenset[str]:
         """The checks of `lopd.provenance` that flags override."""

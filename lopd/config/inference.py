@@ -191,6 +191,14 @@ class SamplingOptions(EngineOptions, GenerationOptions):
         help="i/n: be worker i (from 0) of n workers on this folder.",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ConfigError(
+                f"num_samples: found {self.num_samples} with temperature 0, at which all answers "
+                "to a prompt are the same; set a temperature above 0, or num_samples to 1"
+            )
+
 
 def parse_options(engine: str, options: dict[str, Any] | str | None) -> dict[str, Any]:
     """A mapping, or its YAML; raises ConfigError for an option that the engine does not have."""

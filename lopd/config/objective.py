@@ -9,7 +9,7 @@ from lopd.errors import ConfigError
 
 SPARSE = ("reverse_kl", "forward_kl", "jsd")
 OBJECTIVES = (*SPARSE, "policy_gradient", "cross_entropy")
-Tail = Literal["bucket", "renormalize", "truncate"]
+Tail = Literal["bucket", "renormalize", "truncate", "generalized", "unbiased"]
 Importance = Literal["none", "token", "token_truncated", "sequence"]
 _objective = partial(setting, group="Objective")
 
@@ -30,12 +30,16 @@ class Objective(Settings):
     share a batch do not bias the loss. `clip_range` selects PPO's clipped objective, which has its
     own ratio.
 
+    The tail `unbiased` of `reverse_kl` corrects the bucket at the sampled token, weighted by
+    p / p_rollout, at most `importance_cap`; on average it is the KL over the whole vocabulary.
+
     Args:
         name: one of `OBJECTIVES`.
         tail: how the mass outside the teacher's list is treated, as in
             `lopd_kernels.linear_sparse_divergence`.
         beta: of jsd; 0.5 by default.
-        advantage_clip, importance, importance_cap, clip_range: of the policy gradient, as above.
+        advantage_clip, importance, clip_range: of the policy gradient, as above.
+        importance_cap: of the policy gradient and of tail "unbiased".
         temperature: divides the student's logits; equals the temperature of the teacher's scores.
         workspace_bytes: limit on what the loss allocates; changes only rounding.
         eos_class: ids that a divergence takes as one token; every teacher's list must hold them.
@@ -55,7 +59,10 @@ class Objective(Settings):
 
     name: str
     tail: Tail = setting(
-        "bucket", group="Objective", help="How the mass outside the teacher's list is treated."
+        "bucket",
+        group="Objective",
+        help="How the mass outside the teacher's list is treated; unbiased (reverse_kl only) needs "
+        "rollouts at top_p 1 and the temperature of the scores.",
     )
     beta: float | None = _objective(
         None,
@@ -75,7 +82,9 @@ class Objective(Settings):
         help="policy_gradient: importance weights relative to the rollout policy.",
     )
     importance_cap: float | None = _objective(
-        None, within="(0, inf)", help="Upper bound on the weights of token_truncated or sequence."
+        None,
+        within="(0, inf)",
+        help="Upper bound on the weights of token_truncated, sequence or the unbiased tail.",
     )
     clip_range: float | None = _objective(
         None, within="(0, inf)", help="policy_gradient: PPO's clip range around a ratio of 1."
@@ -94,6 +103,11 @@ class Objective(Settings):
             object.__setattr__(self, "beta", 0.5)
         if self.tail != "bucket" and self.name not in SPARSE:
             raise ConfigError(f"tail: {self.name} has none; only {', '.join(SPARSE)} do")
+        if self.tail == "unbiased" and self.name != "reverse_kl":
+            raise ConfigError(
+                f"tail: unbiased is a form of reverse_kl; found {self.name}; use bucket, "
+                "generalized or another objective"
+            )
         if self.advantage_clip is not None and self.name != "policy_gradient":
             raise ConfigError(f"advantage_clip: {self.name} has no advantage; use policy_gradient")
         if self.eos_class and self.name not in SPARSE:
@@ -104,15 +118,17 @@ class Objective(Settings):
         self._check_importance()
 
     def _check_importance(self) -> None:
-        if self.needs_rollout_logprobs and self.name != "policy_gradient":
+        is_corrected = self.importance != "none" or self.clip_range is not None
+        if is_corrected and self.name != "policy_gradient":
             name = "clip_range" if self.importance == "none" else "importance"
             raise ConfigError(f"{name}: {self.name} has no correction; use policy_gradient")
         if self.importance == "token_truncated" and self.importance_cap is None:
             raise ConfigError("importance_cap: token_truncated needs one; set a positive number")
-        if self.importance_cap is not None and self.importance in ("none", "token"):
+        has_cap = self.tail == "unbiased" or self.importance not in ("none", "token")
+        if self.importance_cap is not None and not has_cap:
             raise ConfigError(
-                f"importance_cap: importance '{self.importance}' has none; only token_truncated "
-                "and sequence do"
+                f"importance_cap: importance '{self.importance}' has none; only token_truncated, "
+                "sequence and tail unbiased do"
             )
         if self.clip_range is not None and self.importance != "none":
             raise ConfigError(
@@ -125,9 +141,10 @@ class Objective(Settings):
         """The divergence that held-out sequences are evaluated by.
 
         The policy gradient is evaluated by the reverse KL, of which it is a one-sample estimate:
-        its loss is not a divergence, and on stored tokens it has no minimum.
+        its loss is not a divergence, and on stored tokens it has no minimum. So is the unbiased
+        tail, whose correction by one sampled token would be noise in a comparison of steps.
         """
-        if self.name == "policy_gradient":
+        if self.name == "policy_gradient" or self.tail == "unbiased":
             return Objective(
                 "reverse_kl", temperature=self.temperature, workspace_bytes=self.workspace_bytes
             )
@@ -136,7 +153,7 @@ class Objective(Settings):
     @property
     def needs_rollout_logprobs(self) -> bool:
         """Whether batches must have the log-probs of the rollout policy."""
-        return self.importance != "none" or self.clip_range is not None
+        return self.importance != "none" or self.clip_range is not None or self.tail == "unbiased"
 
     @property
     def needs_teacher(self) -> bool:

@@ -1,6 +1,6 @@
 """Settings of a training run, shared by the stages that train."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,17 @@ _NAMED_ALIKE = (  # in transformers.TrainingArguments
     *("adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "gradient_checkpointing"),
     *("optim", "fsdp", "seed", "save_total_limit", "report_to"),
 )
+
+
+def refuse_unused(config: Any, names: tuple[str, ...], why: str) -> None:
+    """Refuse settings that differ from their defaults and have no effect.
+
+    Raises:
+        ConfigError: one does; ends with `why`.
+    """
+    for item in fields(config):
+        if item.name in names and (value := getattr(config, item.name)) != item.default:
+            raise ConfigError(f"{item.name}: found {value!r}, which has no effect: {why}")
 
 
 @dataclass(kw_only=True)
@@ -55,6 +66,9 @@ class LoraOptions(Settings):
                 f"lora_targets: found '{self.lora_targets}'; expected {ALL_LINEAR} or layer names "
                 "separated by commas, such as q_proj,v_proj"
             )
+        if not self.lora_rank:
+            names = ("lora_alpha", "lora_dropout", "lora_targets")
+            refuse_unused(self, names, "lora_rank is 0, so there are no adapters; set lora_rank")
 
     @property
     def target_names(self) -> list[str]:
@@ -148,7 +162,9 @@ class TrainOptions(MemoryOptions):
     max_steps: int = _optimizer(
         -1, within="[1, inf) or -1", help="Number of optimizer steps; -1 trains for num_epochs."
     )
-    num_epochs: float = _optimizer(1.0, within="(0, inf)", help="Number of passes over the data.")
+    num_epochs: float = _optimizer(
+        1.0, within="(0, inf)", help="Number of passes over the data, unless max_steps is set."
+    )
     gradient_accumulation_steps: int = _memory(
         1, within="[1, inf)", identity=False, help="Micro-batches per optimizer step, per process."
     )
@@ -214,6 +230,8 @@ class TrainOptions(MemoryOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_steps != -1:
+            refuse_unused(self, ("num_epochs",), "max_steps ends the run; set one of the two")
         if self.max_steps != -1 and self.warmup_steps > self.max_steps:
             raise ConfigError(
                 f"warmup_steps: found {self.warmup_steps}; the run ends at max_steps="
@@ -325,12 +343,14 @@ class MonitoringOptions(TrainOptions):
             raise ConfigError(
                 f"holdout: found {self.holdout}; expected a share in [0, 1) or a whole number"
             )
-        for name in ("keep_best", "patience"):
-            if getattr(self, name) and not self.holdout:
-                raise ConfigError(
-                    f"{name}: nothing is held out to evaluate on; set holdout, a share or a number "
-                    "of sequences"
-                )
+        if not self.holdout:
+            names = ("keep_best", "patience", "eval_steps")
+            why = (
+                "nothing is held out to evaluate on; set holdout, a share or a number of sequences"
+            )
+            refuse_unused(self, names, why)
+        if not self.stale_ess:
+            refuse_unused(self, ("stale_every",), "stale_ess is 0, which disables the warning")
 
 
 def optimizer_class(optim: str) -> tuple[Any, dict[str, Any]]:

@@ -38,7 +38,8 @@ def on_policy_kl(
         k: length of the teacher's lists; lowered to the size of the teacher's vocabulary.
 
     Returns:
-        `nats_per_token`, `tokens`, and the `k` that was used.
+        What `reverse_kl` returns, the `k` that was used, and whether the value is `exact`: all ids
+        are in the lists.
 
     Raises:
         ProvenanceError: an id that occurs stands for different tokens in the two tokenizers.
@@ -62,7 +63,7 @@ def on_policy_kl(
     )
     size = student.batch_size
     batches = (records[i : i + size] for i in range(0, len(records), size))
-    return {**reverse_kl(student, batches), "k": k}
+    return {**reverse_kl(student, batches), "k": k, "exact": k == teacher.vocab_size}
 
 
 def open_cache(path: str | Path, model: str | Path, student: TransformersEngine) -> TeacherCache:
@@ -96,7 +97,7 @@ def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, floa
     The buckets are those of training: the stored list with the sampled token, and all other ids.
 
     Returns:
-        `nats_per_token`, `tokens`, `sequences` and `temperature`.
+        What `reverse_kl` returns, `sequences` and `temperature`.
 
     Raises:
         DataError: a sequence is longer than the model's context.
@@ -122,13 +123,15 @@ def reverse_kl(
     """Mean reverse KL over the loss tokens of batches of scored sequences.
 
     Returns:
-        `nats_per_token` and `tokens`.
+        `nats_per_token`, `tokens`, and `outside_lists`, the mean share of the model's probability
+        outside the lists. These ids count as one, so the value is at most the KL over all ids.
     """
     collate = Collator()
-    total, tokens = 0.0, 0
+    total, outside, tokens = 0.0, 0.0, 0
     for items in batches:
         batch = to_device(collate(items), student.device)
-        loss, _ = step(student.model, batch, objective, num_items=1.0)
+        loss, stats = step(student.model, batch, objective, num_items=1.0)
         total += float(loss)
+        outside += float(stats["student_tail"])
         tokens += len(batch["labels"])
-    return {"nats_per_token": total / tokens, "tokens": tokens}
+    return {"nats_per_token": total / tokens, "tokens": tokens, "outside_lists": outside / tokens}

@@ -200,11 +200,36 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         )
     if "kl" in results:
         kl = results["kl"]
-        fields["KL to the teacher"] = f"{kl['nats_per_token']:.4f} nat/token (k={kl['k']})"
+        exact = kl.get("exact", False)
+        remedy = "" if exact else "; a --kl_k of at least the vocabulary gives the whole KL"
+        fields["KL to the teacher"] = f"{_bound(kl, exact)} (k={kl['k']}{remedy})"
     if "cache_kl" in results:
         kl = results["cache_kl"]
         trained = "" if kl["held_out"] else ", which the model was trained on"
         fields["KL to the cached teacher"] = (
-            f"{kl['nats_per_token']:.4f} nat/token ({kl['sequences']} sequences{trained})"
+            f"{_bound(kl, exact=False)} ({kl['sequences']} sequences{trained})"
         )
     return fields
+
+
+def headline(out: Path) -> str:
+    """Accuracy and KL of a finished evaluation in one line."""
+    results = _read_results(out)
+    names = [name for name in results if isinstance(results[name], dict) and "low" in results[name]]
+    words = [f"{name} {results[name]['mean']:.3f}" for name in sorted(names, key=_by_number)]
+    words += [f"KL {_bound(results['kl'], results['kl'].get('exact', False))}"] * ("kl" in results)
+    return "  ".join(words)
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    """Orders greedy and avg@n before pass@k, by k."""
+    kind, _, number = name.partition("@")
+    return ("" if kind == "greedy" else kind, int(number or 0))
+
+
+def _bound(kl: dict[str, Any], exact: bool) -> str:
+    """A KL in words; one over lists and one bucket is at most the KL over all ids."""
+    value = f"{kl['nats_per_token']:.4f} nat/token"
+    if exact or "outside_lists" not in kl:
+        return value
+    return f"at least {value}, {kl['outside_lists']:.1%} of the model outside the lists"

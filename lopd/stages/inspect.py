@@ -1,5 +1,6 @@
 """Print what an artefact folder holds and, on demand, check its hashes (`lopd inspect`)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def main(config: InspectConfig) -> None:
             rows[f"{role} ends answers with"] = _describe_eos(model)
     if isinstance(manifest, CacheManifest):
         rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
+    if manifest.raw.get("end_of_turn") is not None:
+        rows["chat template ends a turn with"] = f"id {manifest.raw['end_of_turn']}"
     if manifest.sampling is not None:
         settings = manifest.sampling.raw.items()
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in settings)
@@ -54,7 +57,10 @@ def main(config: InspectConfig) -> None:
             rows["verified"] = _verify_shards(store)
     elif config.verify:
         rows["verified"] = _verify_weights(config.path, manifest)
-    print_fields(rows)
+    if config.json:
+        print(json.dumps(rows, indent=1, default=str))
+    else:
+        print_fields(rows)
 
 
 def _describe_eos(model: ModelIdentity) -> str:

@@ -20,6 +20,7 @@ from lopd.config.inference import SamplingOptions
 from lopd.config.rollout import RolloutConfig
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
 from lopd.data.rendering import PromptEncoder, parse_date
+from lopd.data.turns import end_of_turn, turn_warnings
 from lopd.engines import load_engine
 from lopd.engines.base import Engine, sequence_seed, to_rollout
 from lopd.errors import ModelError
@@ -36,7 +37,7 @@ from lopd.provenance import (
 )
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
-from lopd.store import RolloutWriter
+from lopd.store import RolloutStore, RolloutWriter
 from lopd.store.workers import Worker, this_worker
 
 
@@ -80,6 +81,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         inputs={"prompts": describe_prompts(config.prompts, encoder)},
         lineage=lineage_of(model),
         plan={"shards": [len(shard) for shard in shards]},
+        end_of_turn=end_of_turn(tokenizer),
     )
     with RolloutWriter.create(config.out, manifest, worker=worker) as writer:
         missing = writer.missing()
@@ -90,7 +92,22 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
             say_finished(config.out)
         if not writer.finish():
             print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
+            return Path(config.out)
+    print(_describe_answers(config, kind), file=sys.stderr)
     return Path(config.out)
+
+
+def _describe_answers(config: SamplingOptions, kind: str) -> str:
+    """The answers of a finished folder in one line, truncated ones included."""
+    totals = RolloutStore.open(config.out, kind=kind).summary()
+    answers, cut = totals["sequences"], totals["finish_reasons"]["length"]
+    text = f"{config.out}: {answers} answers, {totals['response_tokens']} tokens"
+    if not cut:
+        return f"{text}, none cut off"
+    return (
+        f"{text}; {cut} answers ({cut / answers:.0%}) were cut off at max_new_tokens "
+        f"{config.max_new_tokens}: a larger one lets them end"
+    )
 
 
 def recorded_date(out: str) -> date | None:
@@ -121,6 +138,8 @@ def _fill(
         batch_size=config.batch_size,
     )
     _check_eos(engine, writer.manifest.model)
+    for warning in turn_warnings(engine.tokenizer, engine.eos_ids):
+        print(f"{model}: {warning}", file=sys.stderr)
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
     with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():

@@ -13,10 +13,13 @@
       distill: {}
       eval: {prompts: test.jsonl}
 
-The output, model and data of a stage follow from the other stages and can be set by hand.
+`chat_template_kwargs`, `special_tokens` and `prompt_date` are shared by the stages that read
+prompts. The output, model and data of a stage follow from the other stages and can be set by hand.
 Without `sft`, `student` must be fine-tuned already. With `extra_ids`, `score` uses the student
-that rolls out. Finished stages are skipped; if the settings or inputs of a finished stage have
-changed, the run stops with an error, and nothing is reused or overwritten.
+that rolls out. With `distill`, `eval` also measures the student before, in `eval-student`, unless
+it names its `model`; the run ends with the results. Finished stages are skipped; if the settings
+or inputs of a finished stage have changed, the run stops with an error, and nothing is reused or
+overwritten.
 """
 
 from dataclasses import fields
@@ -36,8 +39,11 @@ from lopd.config.strict_yaml import load_yaml
 from lopd.config.values import typed
 from lopd.errors import ConfigError
 from lopd.models.hub import local_folder
+from lopd.provenance import MANIFEST_NAME, read_manifest
 from lopd.provenance.remote_code import trusting_code
 from lopd.stages import distill, evaluate, finished, rollout, score, sft, sft_data
+from lopd.stages.table import print_fields
+from lopd.store import RolloutStore, TeacherCache
 from lopd.store.workers import this_worker
 
 STAGES: dict[str, tuple[Any, type]] = {
@@ -48,9 +54,12 @@ STAGES: dict[str, tuple[Any, type]] = {
     "distill": (distill, DistillConfig),
     "eval": (evaluate, EvalConfig),
 }
-SHARED = ["dtype", "device", "seed", "trust_remote_code"]
+# Teacher and student should get the same prompts. `sft` reads what sft-data made of them.
+PROMPTS = ["chat_template_kwargs", "special_tokens", "prompt_date"]
+SHARED = ["dtype", "device", "seed", "trust_remote_code", *PROMPTS]
 # Stages without the shared dtype: weights and optimizer need more bits than inference.
 TRAINING_STAGES = ("sft", "distill")
+BEFORE = "-student"  # added to the name of the evaluation of the student that is distilled
 
 
 def main(config: RunConfig) -> Path:
@@ -67,17 +76,41 @@ def main(config: RunConfig) -> Path:
             "start 'lopd rollout' and 'lopd score' with torchrun instead"
         )
     recipe = load_yaml(config.recipe)
-    for name, stage_config in stage_configs(recipe, config.recipe).items():
-        module, _ = STAGES[name]
-        stage_config = with_dtype(stage_config)
+    configs = {
+        name: with_dtype(stage) for name, stage in stage_configs(recipe, config.recipe).items()
+    }
+    for name, stage_config in configs.items():
         with trusting_code(stage_config.trust_remote_code):
             done = is_finished(stage_config)
-        if done:
-            print(f"{name}: done, {stage_config.out}")
-        else:
-            print(f"{name}: running, {stage_config.out}")
-            module.main(stage_config)
+        shown = done or _is_complete(Path(stage_config.out))
+        print(f"{name}: {'done' if shown else 'running'}, {stage_config.out}")
+        if not done:
+            _module(stage_config).main(stage_config)
+    results = {
+        f"{name}, {config.model}": evaluate.headline(Path(config.out))
+        for name, config in configs.items()
+        if isinstance(config, EvalConfig)
+    }
+    if results:
+        print("\nresults")
+        print_fields(results)
     return Path(recipe["out"])
+
+
+def _module(config: Any) -> Any:
+    """The module of lopd.stages that a config belongs to."""
+    (module,) = (module for module, config_class in STAGES.values() if type(config) is config_class)
+    return module
+
+
+def _is_complete(out: Path) -> bool:
+    """Whether a folder of shards misses none; its stage still compares the recipe."""
+    kind = read_manifest(out).kind if (out / MANIFEST_NAME).is_file() else None
+    if kind == "cache":
+        return not TeacherCache.open(out, allow_incomplete=True).missing_shards
+    if kind in ("sft_data", "rollouts"):
+        return not RolloutStore.open(out, kind, allow_incomplete=True).missing_shards
+    return False
 
 
 def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
@@ -99,11 +132,22 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         shared = {key: recipe[key] for key in SHARED if key in recipe}
         if name in TRAINING_STAGES:
             shared.pop("dtype", None)
+        if name == "sft" and "data" not in (recipe["stages"][name] or {}):
+            shared = {key: value for key, value in shared.items() if key not in PROMPTS}
         known = {item.name for item in fields(config_class)}
         implied = implied_settings(name, recipe) | shared
         chosen = {key: value for key, value in implied.items() if key in known}
         chosen |= recipe["stages"][name] or {}
         where = f"{source}: stages: {name}"
+        if (
+            name == "eval"
+            and "distill" in configs
+            and "model" not in (recipe["stages"][name] or {})
+        ):
+            before = {"model": configs["distill"].student, "out": f"{chosen['out']}{BEFORE}"}
+            configs[f"{name}{BEFORE}"] = build_config(
+                config_class, chosen | before, {}, where, f"lopd {name}"
+            )
         configs[name] = build_config(config_class, chosen, {}, where, f"lopd {name}")
     return configs
 
@@ -182,7 +226,7 @@ def is_finished(config: Any) -> bool:
     Raises:
         ConfigError: the output is complete, and its settings or inputs have changed.
     """
-    (module,) = (module for module, config_class in STAGES.values() if type(config) is config_class)
+    module = _module(config)
     if module not in (sft, distill, evaluate):
         return False
     model = config.student if module is distill else config.model

@@ -4,6 +4,7 @@ The manifest of the checkpoint records the teacher's fingerprint, so that `lopd 
 check that the same teacher scored the rollouts.
 """
 
+import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -18,6 +19,7 @@ from lopd.errors import ConfigError, MissingFileError, ProvenanceError
 from lopd.models.load import check_model_folder, load_tokenizer
 from lopd.provenance import (
     MANIFEST_NAME,
+    ModelIdentity,
     build_manifest,
     describe_model,
     differing_token,
@@ -53,6 +55,7 @@ def main(config: SftConfig) -> Path:
     if teacher is not None:
         what = f"answers of {config.model}"
         overrides = check_eos(inputs["sft_data"]["model"], base, what, config.allow_eos_mismatch)
+        _warn_of_template(inputs["sft_data"]["model"], base)
     (data,) = digests_of(inputs).values()
     if written is not None:
         inputs["demonstrations"]["reading"] = {"date": written}
@@ -63,6 +66,18 @@ def main(config: SftConfig) -> Path:
     lineage = {"sft_teacher": teacher, "declared": False, "initial_student": None}
     parts = {"base": base, "inputs": inputs, "lineage": lineage, "overrides": overrides}
     return finish_checkpoint(config, "sft", **parts, **trained)
+
+
+def _warn_of_template(teacher: ModelIdentity, base: ModelIdentity) -> None:
+    """Say that the model would see other prompts than those that it is fine-tuned on."""
+    wrote = teacher.chat_template
+    if runs.is_first() and wrote is not None and wrote != base.chat_template:
+        print(
+            f"{base.path}: its chat template is not that of {teacher.path}, which wrote those "
+            "prompts of this data that are messages; rollouts will use the model's own, so copy "
+            "the template unless all prompts are text",
+            file=sys.stderr,
+        )
 
 
 def finish_checkpoint(config: Any, stage: str, **parts: Any) -> Path:

@@ -20,7 +20,9 @@ from lopd.provenance import (
     CacheManifest,
     Manifest,
     ModelIdentity,
+    behaviour_of,
     config_digest,
+    difference,
     fingerprint_weights,
     load_vocab,
     read_manifest,
@@ -111,6 +113,12 @@ def check_artefact(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _check_checkpoint(folder: Path, manifest: Manifest) -> dict[str, str]:
+    recorded = manifest.model.behaviour
+    if recorded is not None and (changed := difference(recorded, behaviour_of(folder))):
+        raise ProvenanceError(
+            f"{folder}: {changed} since its manifest was written; restore the files, or make the "
+            "checkpoint again"
+        )
     digests = {
         "weights": fingerprint_weights(folder, rehash=True),
         "config": config_digest(folder),

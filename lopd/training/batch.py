@@ -94,7 +94,9 @@ class SequenceDataset(torch.utils.data.Dataset):
             ),
         )
         skipped = Skipped("training data", bool(skip_bad), offered=skip_bad is not None)
+        self.truncated = 0  # sequences that were cut off, dropped or not
         for index, sequence in enumerate(sequences):
+            self.truncated += sequence.finish_reason == "length"
             if drop_truncated and sequence.finish_reason == "length":
                 continue
             name = sequence_name(sequence)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lopd.config.objective import Objective
+from lopd.config.objective import SPARSE, Objective
 from lopd.models.head import eval_mode
 from lopd.training.batch import Collator, Subset, lengths_of, to_device
 from lopd.training.metrics import Gather, gather_single
@@ -79,8 +79,36 @@ def holdout_kl(
 
 
 def evaluations(history: History) -> list[tuple[float, int]]:
-    """(held-out KL, step) of each evaluation, in order."""
+    """(held-out KL, step) of each evaluation after a step, in order."""
+    return [(kl, step) for kl, step in _all_evaluations(history) if step]
+
+
+def evaluated_at_start(history: History) -> float | None:
+    """Held-out KL before the first step; None in a run that an earlier version began."""
+    return next((kl for kl, step in _all_evaluations(history) if not step), None)
+
+
+def _all_evaluations(history: History) -> list[tuple[float, int]]:
     return [(entry["holdout_kl"], entry["step"]) for entry in history if "holdout_kl" in entry]
+
+
+def evaluation_line(history: History, objective: Objective) -> str:
+    """The last evaluation in words, compared with the first and the best."""
+    (kl, step), start = _all_evaluations(history)[-1], evaluated_at_start(history)
+    words = f"held-out {objective.name} {sign(objective)}{kl:.4g}"
+    compared = [] if start is None or not step else [f"{start:.4g} at the start"]
+    if results := evaluations(history):
+        best, at = min(results)
+        compared.append("the best so far" if at == step else f"best {best:.4g} at step {at}")
+    return f"{words} ({', '.join(compared)})" if compared else words
+
+
+def sign(objective: Objective) -> str:
+    """`>=` for values that are lower bounds of the divergence over the whole vocabulary.
+
+    All ids outside a list count as one outcome, which can only lower a divergence.
+    """
+    return ">= " if objective.name in SPARSE and objective.tail == "bucket" else ""
 
 
 def exhausted(history: History, patience: int) -> bool:
@@ -104,6 +132,7 @@ def holdout_summary(holdout: Holdout, history: History, last_step: int) -> dict[
     return {
         "sequences": len(holdout.dataset),
         "objective": holdout.objective.name,
+        "start": evaluated_at_start(history),
         "best": {"kl": best[0], "step": best[1]},
         "last": {"kl": last[0], "step": last[1]},
         "result_step": best[1] if holdout.keep_best else last_step,

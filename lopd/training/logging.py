@@ -9,8 +9,10 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from lopd.config.objective import Objective
 from lopd.provenance.io import write_atomic
 from lopd.training.checkpoints import saving
+from lopd.training.holdout import evaluation_line, sign
 
 LOG_NAME = "train_log.jsonl"
 # A record of the log history with one of these is written to the log file.
@@ -30,10 +32,16 @@ class LogAtEnds(TrainerCallback):
 
 
 class Reporter(TrainerCallback):
-    """Progress bar and log lines on stderr, and the log file in the folder `out`."""
+    """Progress bar and log lines on stderr, and the log file in the folder `out`.
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    Args:
+        out: folder of the run.
+        objective: that is trained.
+        held_out: objective of the evaluations; None without held-out sequences.
+    """
+
+    def __init__(self, out: Path, objective: Objective, held_out: Objective | None = None) -> None:
+        self.out, self.objective, self.held_out = out, objective, held_out
         self.bar: Any = None
 
     def close(self) -> None:
@@ -42,6 +50,12 @@ class Reporter(TrainerCallback):
             self.bar.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if sign(self.objective):
+            tqdm.write(
+                f"loss: {self.objective.name} over the listed ids and one bucket for all others, "
+                "at most the whole divergence; read it beside the student's mass outside the lists",
+                file=sys.stderr,
+            )
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, unit="step", desc="training"
         )
@@ -51,7 +65,11 @@ class Reporter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
-            tqdm.write(line(state.global_step, state.max_steps, logs), file=sys.stderr)
+            text = line(state.global_step, state.max_steps, logs, sign(self.objective))
+            tqdm.write(text, file=sys.stderr)
+        if "holdout_kl" in logs and self.held_out is not None:
+            text = evaluation_line(state.log_history, self.held_out)
+            tqdm.write(f"step {state.global_step}: {text}", file=sys.stderr)
         self._write(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -64,10 +82,11 @@ class Reporter(TrainerCallback):
             write_atomic(self.out / LOG_NAME, lines.encode())
 
 
-def line(step: int, steps: int, logs: Mapping[str, float]) -> str:
-    """The log line of a step, with those figures that `logs` has."""
-    words = [f"step {step}/{steps}", f"loss {logs['loss']:.4g}"]
+def line(step: int, steps: int, logs: Mapping[str, float], before: str = "") -> str:
+    """The log line of a step, with those figures that `logs` has; `before` precedes the loss."""
+    words = [f"step {step}/{steps}", f"loss {before}{logs['loss']:.4g}"]
     for name, form in (
+        ("student_tail", "outside lists {:.1%}"),
         ("grad_norm", "grad {:.3g}"),
         ("learning_rate", "lr {:.3g}"),
         ("tokens_per_second", "{:,.0f} tok/s"),

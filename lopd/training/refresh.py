@@ -25,6 +25,7 @@ from lopd.provenance import (
     CacheManifest,
     build_manifest,
     describe_model,
+    difference,
     vocab_size_of,
 )
 from lopd.provenance.gate import check_same_tokens
@@ -100,6 +101,12 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
     check_model_folder(refresh.teacher)
     dtype = str(scorer.dtype)
     teacher = describe_model(refresh.teacher, dtype=dtype, engine=TransformersEngine.name)
+    was, now = ((model.behaviour or {}).get("config") for model in (scorer, teacher))
+    if was is not None and now is not None and (changed := difference(was, now)):
+        raise ProvenanceError(
+            f"teacher: {refresh.teacher}: {changed} in its config since {cache.path} was scored; "
+            "restore it, or score again"
+        )
     for what in ("weights", "config", "tokenizer"):
         found, expected = getattr(teacher, what), getattr(scorer, what)
         if found != expected:

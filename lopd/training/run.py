@@ -9,6 +9,7 @@ With torchrun each process trains on its part of every step; only the first one 
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -167,7 +168,34 @@ def train(
     finally:
         if lock is not None:
             lock.release()
-    return _summary(config, trainer, dropped, refresh)
+    summary = _summary(config, trainer, dropped, refresh)
+    if first:
+        for line in report(out, summary, trainer.objective):
+            print(line, file=sys.stderr)
+    return summary
+
+
+def report(out: Path, summary: Mapping[str, Any], objective: Objective) -> list[str]:
+    """What a run prints at its end: held-out KL, staleness, and where the log is."""
+    from lopd.training.holdout import sign
+    from lopd.training.logging import LOG_NAME
+
+    lines = []
+    if holdout := summary.get("holdout"):
+        bound = sign(objective.held_out)
+        start, best, last = holdout["start"], holdout["best"], holdout["last"]
+        first = "" if start is None else f"{bound}{start:.4g} at the start, "
+        lines.append(
+            f"{out}: held-out {holdout['objective']} {first}{bound}{best['kl']:.4g} at step "
+            f"{best['step']} (best), {bound}{last['kl']:.4g} at step {last['step']} (last); the "
+            f"result is that of step {holdout['result_step']}"
+        )
+    if lowest := summary.get("stale", {}).get("lowest"):
+        lines.append(
+            f"{out}: lowest share of tokens that count as samples of the student: "
+            f"{lowest['ess']:.1%} at step {lowest['step']}"
+        )
+    return [*lines, f"{out}: log in {out / LOG_NAME}"]
 
 
 def _run_id(out: Path) -> str:

@@ -57,6 +57,12 @@ def build_trainer(
         drop_truncated=config.drop_truncated,
         skip_bad=config.skip_bad_records if isinstance(config, PromptOptions) else None,
     )
+    if dataset.truncated and not config.drop_truncated and this_worker(None).index == 0:
+        print(
+            f"training data: {dataset.truncated} of {len(source)} answers were cut off at their "
+            "length limit; --drop_truncated leaves them out",
+            file=sys.stderr,
+        )
     training_set: SequenceDataset | Subset = dataset
     holdout, monitored = None, isinstance(config, MonitoringOptions)
     if monitored and config.holdout:

@@ -1,9 +1,11 @@
 """Warnings if a low effective sample size (ESS) shows that the cache has gone stale.
 
-The warnings and the lowest ESS are entries of the log history in the Trainer's state. Checkpoints
-contain it, so a resumed run continues with them.
+The ESS of one step is noisy: a single token can decide it. Warnings therefore go by the median over
+a window of steps. The warnings, the window and the lowest ESS are entries of the log history in the
+Trainer's state. Checkpoints contain it, so a resumed run continues with them.
 """
 
+import statistics
 import sys
 from typing import Any
 
@@ -13,13 +15,15 @@ from transformers import TrainerCallback
 from lopd.training.holdout import History
 from lopd.training.metrics import MetricsAccumulator
 
+WINDOW = 20  # steps over which the median is taken
+
 
 class StalenessMonitor(TrainerCallback):
-    """Tracks the lowest ESS of an optimizer step and warns if a step's ESS is below a limit.
+    """Tracks the lowest ESS of a step, and warns if the median of the last steps is below a limit.
 
     Args:
         metrics: of the run.
-        limit: lowest ESS without a warning.
+        limit: lowest median without a warning.
         every: steps between two warnings, at least.
     """
 
@@ -30,7 +34,9 @@ class StalenessMonitor(TrainerCallback):
         ess, step, history = self.metrics.step_ess(), state.global_step, state.log_history
         if ess is not None:
             _update_lowest(history, ess, step)
-            if ess >= self.limit:
+            window = _update_window(history, ess, step)
+            ess = statistics.median(window)
+            if len(window) < WINDOW or ess >= self.limit:
                 return
         warned = [entry["step"] for entry in history if "stale_ess" in entry]
         if warned and (ess is None or step - warned[-1] < self.every):
@@ -43,11 +49,23 @@ class StalenessMonitor(TrainerCallback):
             )
         else:
             text = (
-                f"the cache has gone stale: as samples of the student its tokens are worth "
-                f"{100 * ess:.3g} % of their number, below --stale_ess {self.limit:g}; roll out "
-                "and score again with this student, or lower the learning rate"
+                f"the student has moved away from the rollouts: as samples of the student, the "
+                f"tokens of a step are worth {100 * ess:.3g} % of their number (median of the last "
+                f"{WINDOW} steps), below --stale_ess {self.limit:g}. Whether it still improves, "
+                "--holdout shows; if it does not, roll out and score again with this student, or "
+                "lower the learning rate"
             )
         tqdm.write(f"step {step}: {text}", file=sys.stderr)
+
+
+def _update_window(history: Any, ess: float, step: int) -> list[float]:
+    """The ESS of the last steps, this one included."""
+    entry = next((entry for entry in history if "ess_window" in entry), None)
+    if entry is None:
+        entry = {"ess_window": []}
+        history.append(entry)
+    entry.update(ess_window=[*entry["ess_window"], ess][-WINDOW:], step=step)
+    return list(entry["ess_window"])
 
 
 def _update_lowest(history: Any, ess: float, step: int) -> None:

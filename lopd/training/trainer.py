@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, TrainerControl
+from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
 from lopd.config.objective import Objective
@@ -59,6 +59,17 @@ def _check_parallelism(args: TrainingArguments) -> None:
             )
 
 
+class EvaluateAtStart(TrainerCallback):
+    """Evaluates the held-out sequences before the first step, in every process."""
+
+    def __init__(self, trainer: "LopdTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.trainer.evaluate()
+
+
 class LopdTrainer(Trainer):
     """`transformers.Trainer` that minimises an `Objective`.
 
@@ -74,8 +85,8 @@ class LopdTrainer(Trainer):
         objective: what to minimise.
         train_dataset: map-style, with the items of `lopd.training.batch`.
         data_collator: makes micro-batches; `packed` is set from max_tokens_per_batch.
-        holdout: evaluated every `eval_steps` and at the end; with `keep_best` the checkpoint of
-            the best step is not removed.
+        holdout: evaluated before the first step, every `eval_steps` and at the end; with
+            `keep_best` the checkpoint of the best step is not removed.
         max_tokens_per_batch: tokens per pack; None for padded micro-batches.
         attention: for packs, one of `lopd.models.packing.PATHS`.
         run_id: identity of the run; of the checkpoints in the output folder, only those with the
@@ -158,9 +169,13 @@ class LopdTrainer(Trainer):
         self.signals = StopSignals(self.gather)
         self.add_callback(self.signals)
         self.add_callback(LogAtEnds(0 if holdout is None else holdout.eval_steps))
-        self.reporter = Reporter(Path(args.output_dir)) if self.is_world_process_zero() else None
-        if self.reporter is not None:
+        self.reporter: Reporter | None = None
+        if self.is_world_process_zero():
+            held_out = None if holdout is None else holdout.objective
+            self.reporter = Reporter(Path(args.output_dir), objective, held_out)
             self.add_callback(self.reporter)
+        if holdout is not None:
+            self.add_callback(EvaluateAtStart(self))
         check_model(model, trained=True)
         if args.gradient_checkpointing and not plain_model(model).supports_gradient_checkpointing:
             raise ModelError(

@@ -5,6 +5,7 @@ from helpers_training import make_rollouts, make_scored, tiny_model
 from transformers import TrainingArguments
 
 from lopd.config.objective import Objective
+from lopd.config.rollout import RolloutConfig
 from lopd.config.training import TrainOptions
 from lopd.errors import ConfigError
 from lopd.training.batch import Collator
@@ -59,6 +60,10 @@ def test_objective_refuses(changes, message):
         ({"min_lr_ratio": 0.1}, "cosine does not use it"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr_ratio: found 0.0"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "constant_with_warmup"),
+        ({"num_epochs": 2.0, "max_steps": 5}, "num_epochs: found 2.0, which has no effect"),
+        ({"lora_alpha": 16.0}, "lora_alpha: found 16.0, which has no effect: lora_rank is 0"),
+        ({"lora_dropout": 0.1}, "lora_dropout: found 0.1, which has no effect: lora_rank is 0"),
+        ({"lora_targets": "q_proj"}, "lora_targets: found 'q_proj', which has no effect"),
     ],
 )
 def test_options_refuse(changes, message):
@@ -84,6 +89,13 @@ def test_options_accept_the_ends_of_their_ranges():
     assert TrainOptions(**zero, seed=2**32 - 1).seed == 2**32 - 1
     assert TrainOptions(warmup_steps=3, max_steps=3).warmup_steps == 3
     assert TrainOptions(warmup_steps=3).max_steps == -1
+
+
+def test_several_greedy_answers_are_refused():
+    paths = {"student": "s", "prompts": "p", "out": "o", "device": "cpu"}
+    with pytest.raises(ConfigError, match="num_samples: found 4 with temperature 0, at which all"):
+        RolloutConfig(**paths, temperature=0.0, num_samples=4)
+    assert RolloutConfig(**paths, temperature=0.0).num_samples == 1
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):

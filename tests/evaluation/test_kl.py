@@ -191,6 +191,8 @@ def test_on_policy_kl_equals_that_of_dense_logits(teacher_folder, student_folder
         tokens += len(answer.tokens)
     assert result["tokens"] == tokens
     assert result["k"] == min(k, teacher.vocab_size)
+    assert result["exact"] == (k == 10**9)
+    assert (result["outside_lists"] < 1e-6) == result["exact"] and result["outside_lists"] < 1
     assert result["nats_per_token"] == pytest.approx(total / tokens, rel=1e-4)
 
 

@@ -104,7 +104,7 @@ def test_a_merge_that_changes_the_model_is_refused(monkeypatch):
     ("changes", "match"),
     [
         ({"lora_rank": -1}, "lora_rank: found -1"),
-        ({"lora_rank": 0}, "means no adapters"),
+        ({"lora_rank": 0}, "lora_rank is 0, so there are no adapters"),
         ({"lora_alpha": 0.0}, "lora_alpha"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_dropout": 1.0}, "lora_dropout"),

@@ -90,6 +90,18 @@ def test_sft_refuses_another_end_of_sequence_unless_allowed(tmp_path, capsys):
     assert 7 in manifest.model.eos_ids
 
 
+def test_sft_says_that_rollouts_will_be_written_with_another_template(tmp_path, capsys):
+    teacher, model = (write_model(tmp_path / name, seed=i) for i, name in enumerate("tm"))
+    (teacher / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    data = write_sequences(tmp_path / "data", teacher, kind="sft_data")
+    argv = ["sft", "--model", str(model), "--data", str(data), *COMMON, "--max_steps", "1"]
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    assert f"{model}: its chat template is not that of {teacher}" in capsys.readouterr().err
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert main([*argv, "--out", str(tmp_path / "two")]) == 0
+    assert "chat template" not in capsys.readouterr().err
+
+
 def test_a_store_does_not_mix_two_behaviours(tmp_path, capsys):
     student = save_qwen3(tmp_path / "student", seed=2)
     argv = rollout_argv(student, write_prompts(tmp_path / "p.jsonl"), tmp_path / "rollouts")

@@ -25,7 +25,13 @@ BASE = {"out": "runs/x", "teacher": "T", "student": "S", "dtype": "float16", "st
 
 def test_stages_read_what_earlier_stages_wrote():
     configs = recipe.stage_configs(BASE, "r.yaml")
-    assert list(configs) == ["sft-data", "sft", "rollout", "score", "distill", "eval"]
+    expected = ["sft-data", "sft", "rollout", "score", "distill", "eval-student", "eval"]
+    assert list(configs) == expected
+    before = configs["eval-student"]
+    assert (before.model, before.out) == ("runs/x/sft", "runs/x/eval-student")
+    assert dataclasses.replace(before, model="runs/x/distill", out="runs/x/eval") == configs["eval"]
+    alone = {**STAGES, "eval": {"prompts": "c.jsonl", "model": "M"}}
+    assert "eval-student" not in recipe.stage_configs(BASE | {"stages": alone}, "r.yaml")
     assert configs["sft-data"].teacher == configs["score"].teacher == configs["eval"].teacher == "T"
     assert (configs["sft"].model, configs["sft"].data) == ("S", "runs/x/sft-data")
     assert configs["rollout"].student == configs["distill"].student == "runs/x/sft"
@@ -38,9 +44,22 @@ def test_stages_read_what_earlier_stages_wrote():
         "rollout": "float16",
         "score": "float16",
         "distill": "float32",
+        "eval-student": "float16",
         "eval": "float16",
     }
     assert configs["score"].k == 5 and configs["distill"].max_steps == 3
+
+
+def test_settings_of_prompts_are_shared_by_the_stages_that_read_prompts():
+    shared = {"chat_template_kwargs": {"enable_thinking": "false"}, "prompt_date": "2031-01-02"}
+    configs = recipe.stage_configs(BASE | shared, "r.yaml")
+    for name in ("sft-data", "rollout", "eval"):
+        assert configs[name].template_kwargs() == {"enable_thinking": False}
+        assert configs[name].prompt_date == "2031-01-02"
+    assert configs["sft"].prompt_date is None  # its data are tokens
+    stages = STAGES | {"sft": {"data": "own.jsonl"}}
+    configs = recipe.stage_configs(BASE | shared | {"stages": stages}, "r.yaml")
+    assert configs["sft"].prompt_date == "2031-01-02"
 
 
 def test_without_sft_the_student_rolls_out():
@@ -143,14 +162,21 @@ def test_every_stage_writes_its_artefact(finished_run):
         "score": "cache",
         "distill": "checkpoint",
         "eval": "evaluation",
+        "eval-student": "evaluation",
     }
 
 
-def test_second_run_changes_nothing(finished_run):
+def test_second_run_changes_nothing(finished_run, capsys):
     path, values = finished_run
     files = [file for file in Path(values["out"]).rglob("*") if file.is_file()]
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
     assert main(["run", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "running" not in printed and printed.count(": done, ") == 7
+    _, table = printed.split("\nresults\n")
+    student, result = table.splitlines()
+    assert student.startswith(f"eval-student, {values['out']}/sft ") and "greedy 0." in student
+    assert result.startswith(f"eval, {values['out']}/distill ") and "KL at least " in result
     after = [file for file in Path(values["out"]).rglob("*") if file.is_file()]
     assert sorted(after) == sorted(before)
     assert all(before[file] == (file.stat().st_mtime_ns, file.read_bytes()) for file in after)

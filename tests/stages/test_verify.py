@@ -125,8 +125,13 @@ def test_checkpoint_must_match_its_manifest(teacher_folder, tmp_path, capsys):
     config = json.loads((student / "config.json").read_text())
     (student / "config.json").write_text(json.dumps({**config, "rope_theta": 7.0}))
     assert verify(student) == 2
-    assert "found config" in one_line(capsys)
+    assert "config.rope_theta was None, is 7.0 since its manifest was" in one_line(capsys)
     (student / "config.json").write_text(json.dumps(config))
+    template = student / "chat_template.jinja"
+    template.write_text("{{ x }}")
+    assert verify(student) == 2
+    assert "chat_template was None, is" in one_line(capsys)
+    template.unlink()
     weights = load_file(student / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, student / "model.safetensors", metadata={"format": "pt"})

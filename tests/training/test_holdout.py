@@ -24,7 +24,7 @@ from lopd.provenance import manifest_digest, read_manifest
 from lopd.stages import distill
 from lopd.training.batch import Collator, SequenceDataset, split_holdout
 from lopd.training.checkpoints import checkpoints
-from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl
+from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl, sign
 from lopd.training.logging import LOG_NAME
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
@@ -84,8 +84,10 @@ def test_a_split_with_an_empty_side_is_refused(amount):
         ({"holdout": float("inf")}, "holdout: found inf"),
         ({"eval_steps": 0}, "eval_steps: found 0"),
         ({"patience": -1}, "patience: found -1"),
-        ({"keep_best": True}, "keep_best: nothing is held out"),
-        ({"patience": 2}, "patience: nothing is held out"),
+        ({"keep_best": True}, "keep_best: found True, which has no effect: nothing is held out"),
+        ({"patience": 2}, "patience: found 2, which has no effect: nothing is held out"),
+        ({"eval_steps": 2}, "eval_steps: found 2, which has no effect: nothing is held out"),
+        ({"stale_ess": 0.0, "stale_every": 9}, "stale_every: found 9, which has no effect"),
     ],
 )
 def test_options_refuse(changes, message):
@@ -157,7 +159,9 @@ def test_evaluation_changes_no_weight_and_training_leaves_out_held_out_sequences
     now = holdout_kl(evaluated.model, evaluated.holdout, Collator(), 4, 5)
     assert found[-1][0] == now != found[0][0]
     lines = [json.loads(line) for line in (tmp_path / "a" / LOG_NAME).read_text().splitlines()]
-    assert [line["holdout_kl"] for line in lines if "holdout_kl" in line] == [kl for kl, _ in found]
+    logged = [(line["holdout_kl"], line["step"]) for line in lines if "holdout_kl" in line]
+    fresh = holdout_kl(tiny_model(), evaluated.holdout, Collator(), 4, 0)
+    assert logged == [(fresh, 0), *found]
 
 
 def test_evaluating_without_a_holdout_is_refused(tmp_path):
@@ -216,6 +220,7 @@ def test_the_result_is_the_best_checkpoint(pipeline, tmp_path, monkeypatch, save
     assert read_manifest(out).raw["holdout"] == {
         "sequences": 4,
         "objective": "reverse_kl",
+        "start": 2.5,
         "best": {"kl": 1.0, "step": 3},
         "last": {"kl": 2.5, "step": 6},
         "result_step": 3,
@@ -302,3 +307,26 @@ def test_a_run_that_stopped_early_is_not_continued(pipeline, tmp_path, monkeypat
     assert read_manifest(cut).raw["holdout"]["last"]["step"] == 2
     assert largest_difference(trained(whole), trained(cut)) == 0.0
     assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
+
+
+def test_evaluations_and_the_end_of_a_run_are_shown(pipeline, tmp_path, monkeypatch, capsys):
+    fake_kl(monkeypatch, [5.0, 1.0, 4.0, 7.0])  # the last is that of step 0
+    out = distill.main(config(pipeline, tmp_path, **{**BEST, "max_steps": 3}))
+    errors = capsys.readouterr().err
+    for line in (
+        "step 0: held-out reverse_kl >= 7\n",
+        "step 1: held-out reverse_kl >= 5 (7 at the start, the best so far)\n",
+        "step 3: held-out reverse_kl >= 4 (7 at the start, best 1 at step 2)\n",
+        f"{out}: held-out reverse_kl >= 7 at the start, >= 1 at step 2 (best), >= 4 at step 3 "
+        "(last); the result is that of step 2\n",
+        f"{out}: log in {out / LOG_NAME}\n",
+    ):
+        assert line in errors, line
+    assert "at most the whole divergence" in errors and "outside lists " in errors
+
+
+def test_only_bounds_are_shown_as_bounds():
+    assert sign(Objective("reverse_kl")) == sign(Objective("jsd")) == ">= "
+    assert (
+        sign(Objective("reverse_kl", tail="renormalize")) == sign(Objective("cross_entropy")) == ""
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers_artefacts import write_pipeline
-from helpers_training import largest_difference, make_trainer, tiny_model, weights
+from helpers_training import flags_of, largest_difference, make_trainer, tiny_model, weights
 
 from lopd.cli import main
 from lopd.errors import Interrupted
@@ -28,10 +28,7 @@ def pipeline(tmp_path_factory):
 
 def flags(pipeline, out, **changes):
     paths = {name: str(pipeline / name) for name in ("student", "cache")}
-    settings = {**paths, "out": str(out), **SETTINGS, **changes}
-    return [
-        f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()
-    ]
+    return flags_of({**paths, "out": str(out), **SETTINGS, **changes})
 
 
 def signalled(monkeypatch, *numbers, at=2):

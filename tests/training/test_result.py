@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_artefacts import write_pipeline
-from helpers_training import largest_difference, weights
+from helpers_training import flags_of, largest_difference, weights
 
 from lopd.cli import main
 from lopd.errors import ModelError, ShardError
@@ -131,7 +131,7 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(pipeline, tmp_path):
     limits = (sizes["model.safetensors"] // 2, sizes["model.safetensors"] + 4096, 1024)
     assert sizes["optimizer.pt"] > limits[1]
     settings = {"student": pipeline / "student", "cache": pipeline / "cache", **SETTINGS, **changes}
-    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags = flags_of(settings)
     cases = ",".join(f"{limit}:{tmp_path / str(limit)}" for limit in limits)
     done = subprocess.run(
         [sys.executable, "-c", FULL, cases, "distill", *flags],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_artefacts import write_pipeline
-from helpers_training import SAME_UPDATE, largest_difference, update_error, weights
+from helpers_training import SAME_UPDATE, flags_of, largest_difference, update_error, weights
 from safetensors.torch import load_file
 
 from lopd.errors import ConfigError
@@ -66,7 +66,7 @@ def config(pipeline, out, **changes):
 def in_two_processes(script, pipeline, out, killed_at=0, **changes):
     settings = {"student": pipeline / "student", "cache": pipeline / "cache", "out": out}
     settings |= SETTINGS | changes
-    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags = flags_of(settings)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run(
         [sys.executable, *command, str(script), str(killed_at), "distill", *flags],
