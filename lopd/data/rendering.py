@@ -127,14 +127,17 @@ class PromptEncoder:
         self, kwargs: Mapping[str, Any], where: str, error: type[ConfigError | DataError]
     ) -> None:
         readable = self.variables - _CALLER | self.variables & {"tools", "documents"}
+        remedy = "remove it"
+        if error is DataError:
+            remedy += ", or name the columns to read with --columns"
         for key in kwargs:
             if key in readable:
                 continue
             if not self.has_template:
-                raise error(f"{where}: found '{key}', but {self._no_template()}; remove it")
+                raise error(f"{where}: found '{key}', but {self._no_template()}; {remedy}")
             near = difflib.get_close_matches(key, readable, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it reads {sorted(readable)}"
-            raise error(f"{where}: the chat template does not read '{key}'; {hint}")
+            raise error(f"{where}: the chat template does not read '{key}'; {hint}; {remedy}")
 
     def encode(
         self, prompt: str | list[Message], kwargs: Mapping[str, Any], where: str

@@ -13,7 +13,8 @@
       distill: {}
       eval: {prompts: test.jsonl}
 
-The output, model and data of a stage follow from the other stages and can be set by hand.
+`chat_template_kwargs`, `special_tokens` and `prompt_date` are shared by the stages that read
+prompts. The output, model and data of a stage follow from the other stages and can be set by hand.
 Without `sft`, `student` must be fine-tuned already. With `extra_ids`, `score` uses the student
 that rolls out. With `distill`, `eval` also measures the student before, in `eval-student`, unless
 it names its `model`; the run ends with the results. Finished stages are skipped; if the settings
@@ -52,7 +53,9 @@ STAGES: dict[str, tuple[Any, type]] = {
     "distill": (distill, DistillConfig),
     "eval": (evaluate, EvalConfig),
 }
-SHARED = ["dtype", "device", "seed", "trust_remote_code"]
+# Teacher and student should get the same prompts. `sft` reads what sft-data made of them.
+PROMPTS = ["chat_template_kwargs", "special_tokens", "prompt_date"]
+SHARED = ["dtype", "device", "seed", "trust_remote_code", *PROMPTS]
 # Stages without the shared dtype: weights and optimizer need more bits than inference.
 TRAINING_STAGES = ("sft", "distill")
 BEFORE = "-student"  # added to the name of the evaluation of the student that is distilled
@@ -126,6 +129,8 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         shared = {key: recipe[key] for key in SHARED if key in recipe}
         if name in TRAINING_STAGES:
             shared.pop("dtype", None)
+        if name == "sft" and "data" not in (recipe["stages"][name] or {}):
+            shared = {key: value for key, value in shared.items() if key not in PROMPTS}
         known = {item.name for item in fields(config_class)}
         implied = implied_settings(name, recipe) | shared
         chosen = {key: value for key, value in implied.items() if key in known}

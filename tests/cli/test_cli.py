@@ -80,8 +80,8 @@ def test_a_folder_or_a_recipe_needs_no_flag(built):
     for argv in (["inspect", "x"], ["inspect", "--path", "x"], ["run", "x"], ["sft_data"]):
         main(argv)
     assert [vars(config) for config in built] == [
-        {"path": "x", "verify": False},
-        {"path": "x", "verify": False},
+        {"path": "x", "verify": False, "json": False},
+        {"path": "x", "verify": False, "json": False},
         {"recipe": "x"},
     ]
 

@@ -50,6 +50,18 @@ def test_stages_read_what_earlier_stages_wrote():
     assert configs["score"].k == 5 and configs["distill"].max_steps == 3
 
 
+def test_settings_of_prompts_are_shared_by_the_stages_that_read_prompts():
+    shared = {"chat_template_kwargs": {"enable_thinking": "false"}, "prompt_date": "2031-01-02"}
+    configs = recipe.stage_configs(BASE | shared, "r.yaml")
+    for name in ("sft-data", "rollout", "eval"):
+        assert configs[name].template_kwargs() == {"enable_thinking": False}
+        assert configs[name].prompt_date == "2031-01-02"
+    assert configs["sft"].prompt_date is None  # its data are tokens
+    stages = STAGES | {"sft": {"data": "own.jsonl"}}
+    configs = recipe.stage_configs(BASE | shared | {"stages": stages}, "r.yaml")
+    assert configs["sft"].prompt_date == "2031-01-02"
+
+
 def test_without_sft_the_student_rolls_out():
     stages = {name: STAGES[name] for name in ("rollout", "score", "eval")}
     configs = recipe.stage_configs(BASE | {"stages": stages}, "r.yaml")
