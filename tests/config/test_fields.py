@@ -38,7 +38,7 @@ NUMERIC = [
 
 def build(config, **changes):
     """A config with the required settings filled in."""
-    known = {"gpu_memory": "8GiB", "format": "topk"}
+    known = {"gpu_memory": "8GiB", "format": "rollouts"}
     required = [item.name for item in fields(config) if item.default is MISSING]
     return config(**{name: known.get(name, name) for name in required} | changes)
 
