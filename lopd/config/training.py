@@ -136,7 +136,7 @@ class MemorySettings(MemoryOptions):
     sequence_length: int = setting(
         4096, within="[1, inf)", group="Memory", help="Tokens per sequence, prompt included."
     )
-    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting(
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient", "log_ratio"] = setting(
         "reverse_kl", group="Objective", help="Loss that is minimised at every response token."
     )
     k: int = setting(

@@ -190,7 +190,7 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
         cache.manifest,
         used_ids=cache.used_ids,
         cache_path=config.cache,
-        missing_shards=cache.missing_shards,
+        faults=cache.faults,
         allow=config.allowed(),
     )
     if config.verify and runs.is_first():  # the other processes wait for it when the run begins

@@ -127,9 +127,10 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
         top_p=config.top_p,
         codec=config.codec,
         temperature=config.temperature,
+        **({"declared": True} if source.declared else {}),
         scoring={
             **ENGINES[config.engine],
-            "rollout_logprobs": "computed",
+            "rollout_logprobs": source.scoring.rollout_logprobs,
             "support": _describe_support(config, source.model)
             | ({"eos_class": merged} if merged else {}),
         },

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from lopd.config.objective import SAMPLED
 from lopd.config.training import MemoryOptions, MemorySettings
 from lopd.errors import ConfigError, LopdError
 from lopd.models.head import lm_head
@@ -103,7 +104,7 @@ def loss_bytes(model: Any, config: MemorySettings) -> int:
     head, rows = lm_head(model), config.rows[0] * config.rows[1]
     weight = head.weight
     # A list and the sampled id, or only the sampled id.
-    width = 1 if config.objective == "policy_gradient" else config.k + 1
+    width = 1 if config.objective in SAMPLED else config.k + 1
     try:
         return workspace_needed(
             rows,

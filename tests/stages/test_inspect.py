@@ -53,4 +53,4 @@ def test_an_unfinished_folder_is_described_and_verify_says_what_is_missing(tmp_p
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert (rows["shards"], rows["missing_shards"], rows["sequences"]) == ("3", "1", "2")
     assert main(["inspect", "--path", str(tmp_path), "--verify"]) == 2
-    assert "1 of 3 shards are missing or damaged; the first: " in capsys.readouterr().err
+    assert "1 of 3 shards are unfinished or damaged; the first is " in capsys.readouterr().err

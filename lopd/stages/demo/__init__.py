@@ -26,9 +26,9 @@ from lopd.config.rollout import RolloutConfig
 from lopd.config.score import ScoreConfig
 from lopd.config.sft import SftConfig
 from lopd.config.sft_data import SftDataConfig
-from lopd.errors import ConfigError
+from lopd.errors import ConfigError, DataError
 from lopd.provenance import difference
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.io import pretty_json, read_json_object, write_atomic
 from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
 from lopd.stages.demo import arithmetic as toy
 from lopd.stages.demo.report import (
@@ -110,7 +110,9 @@ def main(config: DemoConfig) -> Path:
     results_file, progress_file = out / "results.json", out / "progress.json"
     progress: dict[str, Any] = {"seed": config.seed, "steps": OPD_STEPS, "rows": []}
     if progress_file.is_file():
-        progress = json.loads(progress_file.read_text(encoding="utf-8"))
+        progress = read_json_object(progress_file)
+        if {"seed", "steps", "rows"} - progress.keys():
+            raise DataError(f"{progress_file} is not a demo's; restore it, or remove {out}")
     examine_folder(
         out,
         record=progress_file.name,
