@@ -257,12 +257,13 @@ class PromptEncoder:
 
     def _needs_parts(self) -> bool:
         """Whether the template writes the text of a message only if it is a list of parts."""
-        self._takes_parts = False
-        if self._probe() in ("written", "refused"):
+        outcomes = []
+        for self._takes_parts in (False, True):
+            outcomes.append(self._probe())
+            if outcomes[-1] == "written":
+                return self._takes_parts
+        if outcomes[0] == "refused":  # each record will say why
             return False
-        self._takes_parts = True
-        if self._probe() == "written":
-            return True
         raise DataError(
             "the tokenizer's chat template writes prompts without the text of the user's message; "
             "use a model folder with a template for text"

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lopd.config.dtype import with_dtype
 from lopd.config.evaluate import EvalConfig
 from lopd.config.inference import Sampling
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
@@ -58,7 +59,7 @@ def main(config: EvalConfig) -> Path:
         DataError: a prompt has no answer, or is too long for the model.
         ShardError: the cache is incomplete or altered, or another process writes to `out`.
     """
-    out = Path(config.out)
+    config, out = with_dtype(config), Path(config.out)
     if is_finished(config, config.model, describe_inputs):
         print_fields(_summary(_read_results(out)))
         return say_finished(out)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
+from lopd.config.dtype import with_dtype
 from lopd.config.inference import SamplingOptions
 from lopd.config.rollout import RolloutConfig
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
@@ -57,14 +58,14 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     Sequences are numbered prompt by prompt, sample by sample. Shard i holds the i-th run of
     `shard_size` sequences, so an interrupted run continues with the missing shards.
     """
-    worker = this_worker(config.worker)
+    config, worker = with_dtype(config), this_worker(config.worker)
     check_model_folder(model)
     tokenizer = load_tokenizer(model)
     encoder = PromptEncoder(tokenizer, config, recorded_date(config.out))
     prompts = check_prompts(
         load_prompts(config.prompts, encoder, limit=config.limit),
         config.prompts,
-        context=context_of(model),
+        context=context_of(model, config.engine),
         vocab_size=vocab_size_of(model),
         max_new_tokens=config.max_new_tokens,
         skip=config.skip_bad_records,

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.config.distill import DistillConfig
+from lopd.config.dtype import with_dtype
 from lopd.config.evaluate import EvalConfig
 from lopd.config.parse import build_config, check_keys, underscored
 from lopd.config.rollout import RolloutConfig
@@ -79,7 +80,9 @@ def main(config: RunConfig) -> Path:
             "start 'lopd rollout' and 'lopd score' with torchrun instead"
         )
     recipe = load_yaml(config.recipe)
-    configs = stage_configs(recipe, config.recipe)
+    configs = {
+        name: with_dtype(stage) for name, stage in stage_configs(recipe, config.recipe).items()
+    }
     began = time.monotonic()
     for number, (name, stage_config) in enumerate(configs.items(), start=1):
         with trusting_code(stage_config.trust_remote_code):

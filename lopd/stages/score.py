@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lopd.config.dtype import with_dtype
 from lopd.config.eos import parse_eos_class
 from lopd.config.score import ScoreConfig
 from lopd.engines import ENGINES, load_engine
@@ -68,13 +69,13 @@ def main(config: ScoreConfig) -> Path | None:
             other ids than the student.
         DataError: a sequence exceeds the teacher's context or vocabulary.
     """
-    worker = this_worker(config.worker)
+    config, worker = with_dtype(config), this_worker(config.worker)
     check_model_folder(config.teacher)
     rollouts = RolloutStore.open(config.rollouts, kind="rollouts")
     rollouts.verify()
     manifest = _manifest(config, rollouts)
     left = _missing(config, manifest)
-    _check_sequences(rollouts, left, config.teacher)
+    _check_sequences(rollouts, left, config.teacher, config.engine)
     bounds = size_bounds(manifest, sample(rollouts))
     work = work_left(rollouts, left)
     check_fits(config.out, bounds[0].of(work), "with the shortest lists")
@@ -164,9 +165,11 @@ def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
     return TeacherCache.open(config.out, allow_incomplete=True).missing_shards
 
 
-def _check_sequences(rollouts: RolloutStore, shards: Sequence[int], teacher: str) -> None:
+def _check_sequences(
+    rollouts: RolloutStore, shards: Sequence[int], teacher: str, engine: str
+) -> None:
     """Check all sequences before the first is scored."""
-    limits = ModelLimits("the teacher", vocab_size_of(teacher), context_of(teacher))
+    limits = ModelLimits("the teacher", vocab_size_of(teacher), context_of(teacher, engine))
     for shard in shards:
         for rollout in rollouts.shard(shard):
             limits.check(name_of(rollout), rollout.tokens)
