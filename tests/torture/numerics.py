@@ -95,7 +95,7 @@ def attack_all(pipeline: Pipeline, table: Table) -> list[tuple[str, str, str]]:
 
 
 def _attack(argv: list[object], out: Path) -> tuple[str, str]:
-    """What is wrong with a run, and its error: it is refused, or its result is finite and passes."""
+    """What is wrong with a run, and its error: it is refused, or its result passes."""
     clear(out)
     end = harness.run(argv)
     if (problem := unexpected(end, {0, 2})) or end.code == 2:
