@@ -119,7 +119,7 @@ def test_two_processes_equal_one_even_if_killed_and_resumed(
     assert largest_difference(start, one) > 1e-3
     assert update_error(two, one, start) < SAME_UPDATE
     ours, theirs = log_of(single), log_of(out)
-    assert len(ours) == len(theirs) == 3 + 3
+    assert len(ours) == len(theirs) == 3 + 4
     for entry, other in zip(ours, theirs, strict=True):
         assert entry.keys() == other.keys()
         for name in entry:
