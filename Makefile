@@ -5,6 +5,8 @@
 # make test-ptx   execute the compiled kernels of three architectures on the CPU: all their tests
 # make test-gpu   run the compiled kernels on a GPU, with the active Python
 # make test-vllm  run the tests of the vLLM engine in .venv-vllm with a CPU build of vLLM (2.5 GB)
+# make torture    attack the stages for hours: kills, full disks, flipped bits, load, mistakes;
+#                 writes the tables of docs/reliability.md
 # make lint       run ruff and mypy
 # make demo-seeds, make bench-cpu, make bench-cache, make bench-live
 #                 regenerate the rows under benchmarks/results/
@@ -19,7 +21,8 @@ KERNELS := tests/kernels
 LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
 VLLM := .venv-vllm/bin/python
 
-.PHONY: demo test test-ci test-all test-ptx test-gpu test-vllm lint demo-seeds bench-cpu bench-cache bench-live
+.PHONY: demo test test-ci test-all test-ptx test-gpu test-vllm torture lint demo-seeds bench-cpu \
+	bench-cache bench-live
 
 $(READY): pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -68,6 +71,11 @@ test-vllm: .venv-vllm/.ready
 	$(VLLM) -c "import vllm"
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 \
 		$(VLLM) -m pytest -m vllm tests/engines/test_vllm.py
+
+# KILLS=100 makes it ten times shorter.
+KILLS ?= 1000
+torture: $(READY)
+	PYTHONPATH=tests nice $(BIN)/python -m torture --kills $(KILLS) --write
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -68,7 +68,7 @@ def cases(problem: Problem) -> Iterator[Case]:
         return Case("linear_sparse_divergence", label, inputs, {**tail, **settings}, options or {})
 
     for divergence in ("reverse_kl", "forward_kl", "jsd"):
-        for kind in ("bucket", "renormalize", "truncate"):
+        for kind in ("bucket", "renormalize", "truncate", "generalized"):
             yield sparse(
                 f"{divergence}, {kind}",
                 divergence=divergence,
@@ -76,6 +76,15 @@ def cases(problem: Problem) -> Iterator[Case]:
                 row_weights=weights,
                 **({"beta": 0.3} if divergence == "jsd" else {}),
             )
+    unbiased = {
+        "tail": "unbiased",
+        "sampled_ids": problem.labels,
+        "sampled_logprobs": problem.label_logprobs,
+        "rollout_logprobs": rollout.clamp(max=0.0),
+        "row_weights": weights,
+    }
+    yield sparse("unbiased", **unbiased)
+    yield sparse("unbiased, capped", importance_cap=1.1, **unbiased)
     yield sparse("head options", **head)
     yield sparse("none", reduction="none", row_weights=weights)
     yield sparse("mean", reduction="mean", row_weights=weights)
@@ -108,10 +117,11 @@ def cases(problem: Problem) -> Iterator[Case]:
     yield Case("linear_logprobs", "head options", (problem.ids,), head, {})
     ids = {"extra_ids": problem.labels.unsqueeze(1), "sampled_ids": problem.labels}
     yield Case("linear_topk", "top-k", (k,), ids, {})
-    for kind in ("bucket", "renormalize", "truncate"):
+    for kind in ("bucket", "renormalize", "truncate", "generalized"):
         yield Case(
             "sparse_divergence", kind, full, {**tail, "tail": kind, "row_weights": weights}, {}
         )
+    yield Case("sparse_divergence", "unbiased", full, {**tail, **unbiased}, {})
 
 
 def to_cpu(value: Any) -> Any:
@@ -205,9 +215,16 @@ def check(case: Case, problem: Problem, repeats: int) -> dict[str, Any]:
         for a, b in values[:count]
     ]
     grads = [relative_error(a, b) for a, b in values[count:]]
-    bound = gradient_bound(problem.dtype, 0.0)
+    bounds = [
+        gradient_bound(problem.dtype, relative_error(b.to(problem.dtype), b))
+        for _, b in values[count:]
+    ]
     red = [f"value off by {x:.1e}" for x in value_errors if not x <= 1e-5]
-    red += [f"gradient off by {x:.1e} above {bound:.0e}" for x in grads if not x <= bound]
+    red += [
+        f"gradient off by {x:.1e} above {bound:.1e}"
+        for x, bound in zip(grads, bounds, strict=True)
+        if not x <= bound
+    ]
     if not all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True)):
         red.append(f"{repeats} runs differ in their bits")
     return {"loss_error": max(value_errors), "gradient_errors": grads, "red": red}

@@ -63,7 +63,10 @@ class Variant:
 
 
 def gradient_bound(dtype: torch.dtype, rounding: float) -> float:
-    """Bound on the relative Frobenius error; `rounding` is the error of rounding dz alone."""
+    """Bound on the relative Frobenius error.
+
+    `rounding` is the error of rounding dz and the gradient itself, and nothing else.
+    """
     if dtype == torch.bfloat16:
         return max(1.25 * rounding, 3e-3)
     return {torch.float16: 1e-3, torch.float32: 1e-5}[dtype]

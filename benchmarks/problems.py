@@ -187,7 +187,7 @@ class Exact:
     losses: Tensor  # [N]
     dhidden: Tensor  # [N, D]
     dweight: Tensor  # [V, D]
-    rounding: tuple[float, float]  # error of (dH, dW) if only dz is rounded to the dtype
+    rounding: tuple[float, float]  # error of (dH, dW) if dz and they are rounded to the dtype
     gemm: float  # worst |L_n error| / (1 + |L_n|) if only the logits come from an fp32 GEMM
 
 
@@ -212,7 +212,9 @@ def oracle(problem: Problem, loss: str) -> Exact:
             torch.mm(dz, weight, out=dh[part])
             dw.addmm_(dz.t(), hidden[part])
             dz = dz.to(problem.dtype).double()
-    rounding = tuple(relative_error(a, b) for a, b in zip(rounded, exact, strict=True))
+    rounding = tuple(
+        relative_error(a.to(problem.dtype), b) for a, b in zip(rounded, exact, strict=True)
+    )
     del rounded
     for grad in exact:
         grad /= max(1, len(hidden))

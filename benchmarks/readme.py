@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import demo_seeds, fused_loss, gpu_suite, offline_live, roofline
+from benchmarks import demo_seeds, fused_loss, gpu_suite, objectives, offline_live, roofline
 from lopd.stages.demo import OPD_STEPS
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +169,7 @@ def rendered(text: str) -> str:
         "roofline": roofline.table,
         "parts": parts_block,
         "offline live": live_block,
+        "objectives": lambda: objectives.table(read_rows(objectives.NAME)),
     }
     for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
         if name == "end":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lopd.config.declare import DeclareConfig
     from lopd.config.demo import DemoConfig
     from lopd.config.distill import DistillConfig
+    from lopd.config.doctor import DoctorConfig
     from lopd.config.evaluate import EvalConfig
     from lopd.config.import_scores import ImportConfig
     from lopd.config.inspect import InspectConfig
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from lopd.stages.declare import main as declare
     from lopd.stages.demo import main as demo
     from lopd.stages.distill import main as distill
+    from lopd.stages.doctor import main as doctor
     from lopd.stages.evaluate import main as evaluate
     from lopd.stages.import_scores import main as import_scores
     from lopd.stages.inspect import main as inspect
@@ -60,6 +62,7 @@ __all__ = [
     "DeclareConfig",
     "DemoConfig",
     "DistillConfig",
+    "DoctorConfig",
     "EvalConfig",
     "ImportConfig",
     "InspectConfig",
@@ -77,6 +80,7 @@ __all__ = [
     "declare",
     "demo",
     "distill",
+    "doctor",
     "errors",
     "evaluate",
     "import_scores",
@@ -96,6 +100,7 @@ _MODULES = {
     "DeclareConfig": "lopd.config.declare",
     "DemoConfig": "lopd.config.demo",
     "DistillConfig": "lopd.config.distill",
+    "DoctorConfig": "lopd.config.doctor",
     "EvalConfig": "lopd.config.evaluate",
     "ImportConfig": "lopd.config.import_scores",
     "InspectConfig": "lopd.config.inspect",
@@ -119,6 +124,7 @@ _STAGES = [
     "declare",
     "demo",
     "distill",
+    "doctor",
     "evaluate",
     "import_scores",
     "inspect",

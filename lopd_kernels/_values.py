@@ -177,6 +177,31 @@ class ValueChecks:
         if derives_tail:
             self._not_renormalized(logprobs.dtype, listed, on_list, mass, short)
 
+    def sample(
+        self,
+        topk_ids: Tensor,  # [N, K]
+        tail_logprobs: Tensor,  # [N] of the teacher, given or derived
+        vocab: int,
+        sampled_ids: Tensor,  # [N]
+        sampled_logprobs: Tensor,  # [N]
+        rollout_logprobs: Tensor,  # [N]
+    ) -> None:
+        """The sampled token of each row that has a list."""
+        empty = (topk_ids == -1).all(1)
+        listed = (topk_ids == sampled_ids.unsqueeze(1)).any(1)
+        self.ids("sampled_ids", sampled_ids.masked_fill(empty, 0), vocab, pads=False)
+        self.logprobs("sampled_logprobs", sampled_logprobs.masked_fill(empty, -1.0))
+        self.logprobs("rollout_logprobs", rollout_logprobs.masked_fill(empty, -1.0))
+        p, tail = sampled_logprobs.double().exp(), tail_logprobs.double().exp()
+        self.refuse(
+            self.mask(p - tail, 0.0).masked_fill(empty | listed, 0.0) > MASS_SLACK,
+            lambda index: (
+                f"sampled_logprobs is the log of {float(p[index[0]]):.6g} in row {int(index[0])}, "
+                f"but the teacher has {float(tail[index[0]]):.6g} outside its list, where the "
+                "sampled id is; pass scores of the same teacher and temperature"
+            ),
+        )
+
     def _not_renormalized(
         self, dtype: torch.dtype, listed: Tensor, on_list: Tensor, mass: Tensor, short: Tensor
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -10,12 +11,18 @@ from torch import Tensor
 from lopd_kernels import _checks, _values
 from lopd_kernels._calls import Reduction, checked_head, in_shape, mean_weights, reduced_loss
 from lopd_kernels._core.gemm import compute_dtype
-from lopd_kernels._core.rules import DivergenceRule, RowLoss, teacher_buckets
+from lopd_kernels._core.rules import (
+    DivergenceRule,
+    RowLoss,
+    TeacherBuckets,
+    UnbiasedRule,
+    teacher_buckets,
+)
 from lopd_kernels._ops.logits import logits_losses
 from lopd_kernels._ops.schema import LossArgs
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
-Tail = Literal["bucket", "renormalize", "truncate"]
+Tail = Literal["bucket", "renormalize", "truncate", "generalized", "unbiased"]
 
 
 class SparseStats(NamedTuple):
@@ -30,11 +37,44 @@ class SparseStats(NamedTuple):
     teacher_tail_logprobs: Tensor  # as used in the loss; -inf in rows that list every id
     student_entropy: Tensor | None  # nat
     tail_floored: Tensor  # bool: a derived tail was raised to log 2^-23
+    # of tail "unbiased", 0 in rows whose list holds the sampled id; None otherwise
+    correction: Tensor | None = None  # c_n, the part of the loss that was sampled
+    importance: Tensor | None = None  # w_n = p_A / p_rollout(A), capped
 
 
-def _rule(divergence: str, tail: str, beta: float | None) -> DivergenceRule:
+SAMPLE = {  # the arguments of tail "unbiased", and what those that it requires are
+    "sampled_ids": "the token that was sampled at each row; without it use tail='bucket'",
+    "sampled_logprobs": "the teacher's log-probs of the sampled ids",
+    "rollout_logprobs": (
+        "the log-probs of the sampled ids under the policy that sampled them, at top_p 1 and the "
+        "loss's temperature; for a student's own samples, linear_topk(sampled_ids=) gives them"
+    ),
+    "importance_cap": "",
+}
+
+
+class _Sample(NamedTuple):
+    """The sampled token of each row, with its log-probs; the arguments of tail "unbiased"."""
+
+    ids: Tensor | None
+    teacher_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    importance_cap: float | None
+
+
+def _rule(
+    divergence: str, tail: str, beta: float | None, sample: _Sample
+) -> DivergenceRule | UnbiasedRule:
     _checks.check_divergence(divergence, tail, beta)
-    return DivergenceRule(divergence, tail, 0.5 if beta is None else beta)
+    given = dict(zip(SAMPLE, sample, strict=True))
+    _checks.check_sample(tail, given)
+    if tail != "unbiased":
+        return DivergenceRule(divergence, tail, 0.5 if beta is None else beta)
+    for name, what in SAMPLE.items():
+        if given[name] is None and what:
+            raise ValueError(f"{name} is None, but tail='unbiased' needs {what}")
+    _checks.check_optional_positive("importance_cap", sample.importance_cap)
+    return UnbiasedRule(sample.importance_cap or math.inf)
 
 
 def _checked_loss(
@@ -43,12 +83,13 @@ def _checked_loss(
     topk_ids: Tensor,
     topk_logprobs: Tensor,
     tail_logprobs: Tensor | None,
-    rule: DivergenceRule,
+    rule: DivergenceRule | UnbiasedRule,
+    sample: _Sample,
     row_weights: Tensor | None,
     reduction: str,
     validate: bool | None,
-) -> tuple[RowLoss, Tensor]:
-    """The loss of the flat rows, and which of them [N] have a floored tail."""
+) -> tuple[RowLoss, TeacherBuckets]:
+    """The loss of the flat rows, and the teacher's buckets."""
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
     leading, columns = like.shape[:-1], ("K",)
     ids = _checks.id_rows("topk_ids", topk_ids, leading, like, columns)
@@ -58,34 +99,87 @@ def _checked_loss(
     _checks.check_list_shape("topk_logprobs", logprobs, ids)
     tail = _checks.constant_rows("tail_logprobs", tail_logprobs, leading, like)
     weights = _checks.weight_rows(row_weights, leading, like)
+    sample = _flat_sample(sample, leading, like)
+    dtype = compute_dtype(like.dtype)
+    wide_tail = None if tail is None else tail.to(dtype)
+    teacher = teacher_buckets(ids, logprobs.to(dtype), wide_tail, vocab)
     if _values.checks_values(validate, like):
         checks = _values.ValueChecks(weights)
         checks.ids("topk_ids", ids, vocab)
-        uses_tail = rule.tail == "bucket"
+        form = "unbiased" if isinstance(rule, UnbiasedRule) else rule.tail
         checks.teacher(
-            ids, logprobs, tail if uses_tail else None, vocab,
-            derives_tail=tail is None and rule.tail != "renormalize",
+            ids, logprobs, tail if form in ("bucket", "unbiased") else None, vocab,
+            derives_tail=tail is None and form != "renormalize",
         )  # fmt: skip
+        if sample.ids is not None:
+            assert sample.teacher_logprobs is not None and sample.rollout_logprobs is not None
+            checks.sample(
+                ids, teacher.logprobs[:, -1], vocab, sample.ids, sample.teacher_logprobs,
+                sample.rollout_logprobs,
+            )  # fmt: skip
         checks.weights(reduction)
         checks.finish()
-    dtype = compute_dtype(like.dtype)
-    tail = None if tail is None else tail.to(dtype)
-    teacher = teacher_buckets(ids, logprobs.to(dtype), tail, vocab)
-    return RowLoss(ids, teacher.logprobs, weights, rule), teacher.floored
+    if sample.ids is None:
+        return RowLoss(ids, teacher.logprobs, weights, rule), teacher
+    return _with_sample(ids, teacher, sample, weights, rule), teacher
+
+
+def _flat_sample(sample: _Sample, leading: torch.Size, like: Tensor) -> _Sample:
+    if sample.ids is None:
+        return sample
+    teacher, rollout = (
+        _checks.constant_rows(name, tensor, leading, like)
+        for name, tensor in (
+            ("sampled_logprobs", sample.teacher_logprobs),
+            ("rollout_logprobs", sample.rollout_logprobs),
+        )
+    )
+    ids = _checks.id_rows("sampled_ids", sample.ids, leading, like)
+    return sample._replace(ids=ids, teacher_logprobs=teacher, rollout_logprobs=rollout)
+
+
+def _with_sample(
+    ids: Tensor,
+    teacher: TeacherBuckets,
+    sample: _Sample,
+    weights: Tensor | None,
+    rule: DivergenceRule | UnbiasedRule,
+) -> RowLoss:
+    """The arguments of `UnbiasedRule`: the sampled id is the last of the list, unless listed."""
+    assert sample.ids is not None
+    assert sample.teacher_logprobs is not None and sample.rollout_logprobs is not None
+    sampled = sample.ids.to(ids.dtype).unsqueeze(1)
+    sampled = torch.where(sampled < 0, -2, sampled)  # invalid, and not the -1 of a pad
+    unused = ((ids == sampled).any(1) | (ids == -1).all(1)).unsqueeze(1)
+    sampled = sampled.masked_fill(unused, -1)
+    listed, tail = teacher.logprobs[:, :-1], teacher.logprobs[:, -1:]
+    at_sampled, rollout = (
+        x.to(listed.dtype).unsqueeze(1) for x in (sample.teacher_logprobs, sample.rollout_logprobs)
+    )
+    target = torch.cat([listed, at_sampled, tail, rollout], 1)
+    return RowLoss(torch.cat([ids, sampled], 1), target, weights, rule)
 
 
 def _sparse_stats(
-    leading: torch.Size, stats: Tensor, loss: RowLoss, floored: Tensor
+    leading: torch.Size, stats: Tensor, loss: RowLoss, teacher: TeacherBuckets
 ) -> SparseStats:
-    losses, lse, tail, entropy = (in_shape(leading, x) for x in stats.unbind(1))
+    losses, lse, tail, entropy, *extras = stats.unbind(1)
     active = (loss.ids != -1).any(1)
     if loss.row_weights is not None:
         active = active & (loss.row_weights != 0)
-    teacher_tail = in_shape(leading, torch.where(active, loss.target[:, -1], 0.0))
-    floored = in_shape(leading, floored & active)
+    teacher_tail = torch.where(active, teacher.logprobs[:, -1], 0.0)
+    floored = teacher.floored & active
     if loss.rule.ignores_unlisted:
-        return SparseStats(losses, None, None, teacher_tail, None, floored)
-    return SparseStats(losses, lse, tail, teacher_tail, entropy, floored)
+        return SparseStats(
+            in_shape(leading, losses), None, None, in_shape(leading, teacher_tail), None,
+            in_shape(leading, floored),
+        )  # fmt: skip
+    fields = [losses, lse, tail, teacher_tail, entropy, floored]
+    if extras:
+        sampled, correction, importance = extras
+        fields[2] = torch.where(active, torch.logaddexp(tail, sampled), 0.0)
+        fields += [correction, importance]
+    return SparseStats(*(in_shape(leading, x) for x in fields))
 
 
 @overload
@@ -99,6 +193,10 @@ def linear_sparse_divergence(
     divergence: Divergence = ...,
     tail: Tail = ...,
     beta: float | None = ...,
+    sampled_ids: Tensor | None = ...,
+    sampled_logprobs: Tensor | None = ...,
+    rollout_logprobs: Tensor | None = ...,
+    importance_cap: float | None = ...,
     row_weights: Tensor | None = ...,
     reduction: Reduction = ...,
     bias: Tensor | None = ...,
@@ -123,6 +221,10 @@ def linear_sparse_divergence(
     divergence: Divergence = ...,
     tail: Tail = ...,
     beta: float | None = ...,
+    sampled_ids: Tensor | None = ...,
+    sampled_logprobs: Tensor | None = ...,
+    rollout_logprobs: Tensor | None = ...,
+    importance_cap: float | None = ...,
     row_weights: Tensor | None = ...,
     reduction: Reduction = ...,
     bias: Tensor | None = ...,
@@ -146,6 +248,10 @@ def linear_sparse_divergence(
     divergence: Divergence = "reverse_kl",
     tail: Tail = "bucket",
     beta: float | None = None,
+    sampled_ids: Tensor | None = None,
+    sampled_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    importance_cap: float | None = None,
     row_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     bias: Tensor | None = None,
@@ -177,11 +283,29 @@ def linear_sparse_divergence(
         tail_logprobs: [N] float, nat, log of the teacher's mass outside the list. Without it the
             tail is log(1 - sum_k q_k), floored at log 2^-23 (see `SparseStats.tail_floored`).
         divergence: the formula above.
-        tail: "bucket" is minimal exactly where the student has the teacher's buckets. "truncate"
-            leaves the tail out of the sum, and has a gradient there. "renormalize" rescales both
-            distributions to the list, so it ignores the mass outside, and needs no LM-head GEMM.
-            The last two do not use `tail_logprobs`.
+        tail: what stands for the mass outside the list. Where student and teacher agree, "bucket",
+            "generalized" and "unbiased" have no gradient; "truncate" (but of jsd) has one.
+
+            * "bucket": the sum above. It does not see how the student's mass is spread outside the
+              list.
+            * "generalized": no bucket; reverse_kl is sum_k p_k (log p_k - log q_k) - p_k + q_k,
+              forward_kl has the same form with p and q exchanged, jsd is that of "truncate".
+            * "truncate": the sum over the K ids only.
+            * "renormalize": both distributions are rescaled to the list. It ignores the mass
+              outside, and needs no LM-head GEMM.
+            * "unbiased", of reverse_kl: "bucket" plus, where the sampled token A is not listed,
+              c_n = w (r_A - r_tail) with r = log p - log q and w = p_A / p_rollout(A). The gradient
+              is that of the bucket plus c_n grad log p_A. Over A ~ p_rollout the expectation of the
+              loss and of its gradient are those of the full KL(p || q).
+
+            "generalized", "truncate" and "renormalize" do not use `tail_logprobs`.
         beta: of jsd only, strictly between 0 and 1; None is 0.5.
+        sampled_ids: [N] int32 or int64, the sampled token A of each row; this and the next three
+            are of tail "unbiased" only.
+        sampled_logprobs: [N] float, nat, the teacher's log-probs of A.
+        rollout_logprobs: [N] float, nat, log-probs of A under the policy that sampled it, at top_p
+            1 and the temperature of the loss.
+        importance_cap: upper bound on w; None is no bound. A cap trades bias for variance.
         row_weights: [N] float w_n, or a bool mask. A row of weight 0 or without ids has loss and
             gradient 0, whatever it holds.
         reduction: "mean" is sum_n w_n L_n / sum_n w_n (0 where that is 0), "sum" leaves the
@@ -206,7 +330,9 @@ def linear_sparse_divergence(
             TypeError as well.
         RuntimeError: the loss is differentiated twice.
 
-    Source: GKD, arXiv:2306.13649, for the divergences. The gradient by buckets is derived in
+    Source: GKD, arXiv:2306.13649, for the divergences; arXiv:2606.30406 for the generalised KL;
+    ResOPD, arXiv:2610.04882, and TT-OPD, arXiv:2609.34447, for the correction by the sampled token,
+    here with a control variate of less variance. The gradient by buckets is derived in
     `lopd_kernels/_core/rules.py`.
 
     >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
@@ -220,14 +346,15 @@ def linear_sparse_divergence(
     """
     head = checked_head(hidden, weight, bias, logit_scale, softcap, temperature, workspace_bytes)
     _checks.check_weight_grad_buffer(weight_grad_buffer, head.weight)
-    loss, floored = _checked_loss(
+    sample = _Sample(sampled_ids, sampled_logprobs, rollout_logprobs, importance_cap)
+    loss, teacher = _checked_loss(
         hidden, weight.shape[0], topk_ids, topk_logprobs, tail_logprobs,
-        _rule(divergence, tail, beta), row_weights, reduction, validate,
+        _rule(divergence, tail, beta, sample), sample, row_weights, reduction, validate,
     )  # fmt: skip
     value, stats = reduced_loss(head, loss, reduction, return_stats, weight_grad_buffer)
     leading = hidden.shape[:-1]
     value = in_shape(leading, value) if reduction == "none" else value
-    return (value, _sparse_stats(leading, stats, loss, floored)) if return_stats else value
+    return (value, _sparse_stats(leading, stats, loss, teacher)) if return_stats else value
 
 
 @overload
@@ -240,6 +367,10 @@ def sparse_divergence(
     divergence: Divergence = ...,
     tail: Tail = ...,
     beta: float | None = ...,
+    sampled_ids: Tensor | None = ...,
+    sampled_logprobs: Tensor | None = ...,
+    rollout_logprobs: Tensor | None = ...,
+    importance_cap: float | None = ...,
     row_weights: Tensor | None = ...,
     reduction: Reduction = ...,
     temperature: float = ...,
@@ -258,6 +389,10 @@ def sparse_divergence(
     divergence: Divergence = ...,
     tail: Tail = ...,
     beta: float | None = ...,
+    sampled_ids: Tensor | None = ...,
+    sampled_logprobs: Tensor | None = ...,
+    rollout_logprobs: Tensor | None = ...,
+    importance_cap: float | None = ...,
     row_weights: Tensor | None = ...,
     reduction: Reduction = ...,
     temperature: float = ...,
@@ -275,6 +410,10 @@ def sparse_divergence(
     divergence: Divergence = "reverse_kl",
     tail: Tail = "bucket",
     beta: float | None = None,
+    sampled_ids: Tensor | None = None,
+    sampled_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    importance_cap: float | None = None,
     row_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     temperature: float = 1.0,
@@ -315,9 +454,10 @@ def sparse_divergence(
             "[B, T, V]"
         )
     _checks.check_positive("temperature", temperature)
-    loss, floored = _checked_loss(
+    sample = _Sample(sampled_ids, sampled_logprobs, rollout_logprobs, importance_cap)
+    loss, teacher = _checked_loss(
         logits, logits.shape[-1], topk_ids, topk_logprobs, tail_logprobs,
-        _rule(divergence, tail, beta), row_weights, reduction, validate,
+        _rule(divergence, tail, beta, sample), sample, row_weights, reduction, validate,
     )  # fmt: skip
     leading, rows = logits.shape[:-1], logits
     if logits.dim() > 2:
@@ -326,4 +466,4 @@ def sparse_divergence(
         loss = loss._replace(row_weights=mean_weights(loss.row_weights, rows))
     losses, stats = logits_losses(rows, temperature, *LossArgs.of(loss), return_stats)
     value = in_shape(leading, losses) if reduction == "none" else losses.sum()
-    return (value, _sparse_stats(leading, stats, loss, floored)) if return_stats else value
+    return (value, _sparse_stats(leading, stats, loss, teacher)) if return_stats else value

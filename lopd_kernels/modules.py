@@ -59,6 +59,7 @@ class LinearSparseDivergence(_Loss):
         tail: Tail = "bucket",
         *,
         beta: float | None = None,
+        importance_cap: float | None = None,
         reduction: Reduction = "mean",
         logit_scale: float = 1.0,
         softcap: float | None = None,
@@ -67,10 +68,13 @@ class LinearSparseDivergence(_Loss):
         validate: bool | None = None,
     ) -> None:
         _checks.check_divergence(divergence, tail, beta)
+        _checks.check_sample(tail, {"importance_cap": importance_cap})
+        _checks.check_optional_positive("importance_cap", importance_cap)
         super().__init__(
             divergence=divergence,
             tail=tail,
             beta=beta,
+            importance_cap=importance_cap,
             reduction=reduction,
             logit_scale=logit_scale,
             softcap=softcap,
@@ -87,6 +91,9 @@ class LinearSparseDivergence(_Loss):
         topk_logprobs: Tensor,
         *,
         tail_logprobs: Tensor | None = None,
+        sampled_ids: Tensor | None = None,
+        sampled_logprobs: Tensor | None = None,
+        rollout_logprobs: Tensor | None = None,
         row_weights: Tensor | None = None,
         bias: Tensor | None = None,
         weight_grad_buffer: Tensor | None = None,
@@ -98,6 +105,9 @@ class LinearSparseDivergence(_Loss):
             topk_ids,
             topk_logprobs,
             tail_logprobs=tail_logprobs,
+            sampled_ids=sampled_ids,
+            sampled_logprobs=sampled_logprobs,
+            rollout_logprobs=rollout_logprobs,
             row_weights=row_weights,
             bias=bias,
             weight_grad_buffer=weight_grad_buffer,
@@ -125,15 +135,19 @@ class SparseDivergence(_Loss):
         tail: Tail = "bucket",
         *,
         beta: float | None = None,
+        importance_cap: float | None = None,
         reduction: Reduction = "mean",
         temperature: float = 1.0,
         validate: bool | None = None,
     ) -> None:
         _checks.check_divergence(divergence, tail, beta)
+        _checks.check_sample(tail, {"importance_cap": importance_cap})
+        _checks.check_optional_positive("importance_cap", importance_cap)
         super().__init__(
             divergence=divergence,
             tail=tail,
             beta=beta,
+            importance_cap=importance_cap,
             reduction=reduction,
             temperature=temperature,
             validate=validate,
@@ -146,6 +160,9 @@ class SparseDivergence(_Loss):
         topk_logprobs: Tensor,
         *,
         tail_logprobs: Tensor | None = None,
+        sampled_ids: Tensor | None = None,
+        sampled_logprobs: Tensor | None = None,
+        rollout_logprobs: Tensor | None = None,
         row_weights: Tensor | None = None,
     ) -> Tensor:
         """The loss [], or [N] with reduction "none", of logits [N, V] and lists [N, K]."""
@@ -154,6 +171,9 @@ class SparseDivergence(_Loss):
             topk_ids,
             topk_logprobs,
             tail_logprobs=tail_logprobs,
+            sampled_ids=sampled_ids,
+            sampled_logprobs=sampled_logprobs,
+            rollout_logprobs=rollout_logprobs,
             row_weights=row_weights,
             **self.settings,
         )

@@ -71,7 +71,8 @@ def kl(p_log: Tensor, q_log: Tensor) -> Tensor:
     return torch.where(empty, 0.0, p_log.exp() * ratio).sum(-1)
 
 
-def _divergence(p_log: Tensor, q_log: Tensor, divergence: str, beta: float) -> Tensor:
+def _divergence(p_log: Tensor, q_log: Tensor, divergence: str, beta: float | None) -> Tensor:
+    beta = 0.5 if beta is None else beta
     if divergence == "reverse_kl":
         return kl(p_log, q_log)
     if divergence == "forward_kl":
@@ -108,7 +109,11 @@ def sparse_divergence(
     tail_logprobs: Tensor | None = None,
     divergence: str = "reverse_kl",
     tail: str = "bucket",
-    beta: float = 0.5,
+    beta: float | None = None,
+    sampled_ids: Tensor | None = None,  # [N]
+    sampled_logprobs: Tensor | None = None,  # [N]
+    rollout_logprobs: Tensor | None = None,  # [N]
+    importance_cap: float | None = None,
     row_weights: Tensor | None = None,
     reduction: str = "mean",
     temperature: float = 1.0,
@@ -120,6 +125,7 @@ def sparse_divergence(
         topk_ids: [N, K] int, -1 pads.
         topk_logprobs: [N, K] float, nat.
         tail_logprobs: [N] float, nat; None: log(1 - sum_k q_k), at least log 2^-23.
+        sampled_ids, sampled_logprobs, rollout_logprobs, importance_cap: of tail "unbiased".
 
     Returns:
         [] or [N], in the dtype of `logits`.
@@ -139,15 +145,33 @@ def sparse_divergence(
             losses.append(logits[n].sum() * 0.0)
         elif tail == "renormalize":
             losses.append(_divergence(p.log_softmax(0), q.log_softmax(0), divergence, beta))
-        elif tail == "truncate" or not rest.any():
+        elif tail == "truncate":
+            losses.append(_divergence(p, q, divergence, beta))
+        elif tail == "generalized":
+            excess = {"reverse_kl": 1.0, "forward_kl": -1.0, "jsd": 0.0}[divergence]
+            terms = _divergence(p, q, divergence, beta)
+            losses.append(terms + excess * (q.exp() - p.exp()).sum())
+        elif not rest.any():
             losses.append(_divergence(p, q, divergence, beta))
         else:
             if tail_logprobs is None:
                 missing = torch.log((1.0 - q.exp().sum()).clamp(min=math.exp(FLOOR)))
             else:
                 missing = tail_logprobs[n].to(logits.dtype)
-            p = torch.cat([p, logprobs[n, rest].logsumexp(0, keepdim=True)])
-            losses.append(_divergence(p, torch.cat([q, missing[None]]), divergence, beta))
+            student_tail = logprobs[n, rest].logsumexp(0)
+            p, q = torch.cat([p, student_tail[None]]), torch.cat([q, missing[None]])
+            losses.append(_divergence(p, q, divergence, beta))
+            if tail != "unbiased":
+                continue
+            assert sampled_ids is not None and sampled_logprobs is not None
+            assert rollout_logprobs is not None
+            if rest[sampled_ids[n]]:
+                at_sampled = logprobs[n, sampled_ids[n]]
+                ratio = torch.exp(at_sampled - rollout_logprobs[n])
+                ratio = ratio.clamp(max=math.inf if importance_cap is None else importance_cap)
+                excess_at_sampled = at_sampled - sampled_logprobs[n]
+                constant = (ratio * (excess_at_sampled - (student_tail - missing))).detach()
+                losses[-1] = losses[-1] + constant * (1.0 + at_sampled - at_sampled.detach())
     rows = torch.stack(losses) if losses else logits.sum(1)
     return reduce(rows, row_weights, reduction)
 
@@ -161,7 +185,11 @@ def linear_sparse_divergence(
     tail_logprobs: Tensor | None = None,
     divergence: str = "reverse_kl",
     tail: str = "bucket",
-    beta: float = 0.5,
+    beta: float | None = None,
+    sampled_ids: Tensor | None = None,
+    sampled_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    importance_cap: float | None = None,
     row_weights: Tensor | None = None,
     reduction: str = "mean",
     bias: Tensor | None = None,
@@ -184,6 +212,10 @@ def linear_sparse_divergence(
         divergence=divergence,
         tail=tail,
         beta=beta,
+        sampled_ids=sampled_ids,
+        sampled_logprobs=sampled_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        importance_cap=importance_cap,
         row_weights=row_weights,
         reduction=reduction,
     )

@@ -145,6 +145,21 @@ def scored(count=12, **kwargs):
     return make_scored(make_rollouts(count, **kwargs))
 
 
+def near_rollouts(count=6, model=None, spread=0.4):
+    """Scored sequences whose rollout log-probs are the model's plus noise."""
+    model = model or tiny_model()
+    items = make_scored(make_rollouts(count))
+    generator = torch.Generator().manual_seed(3)
+    for item in items:
+        rollout = item.rollout
+        tokens = torch.tensor(rollout.tokens[None].astype("int64"))
+        log_p = torch.log_softmax(model(tokens).logits[0].detach(), -1)
+        logprobs = log_p[:-1].gather(1, tokens[0, 1:, None])[rollout.prompt_length - 1 :, 0]
+        moved = logprobs + spread * torch.randn(logprobs.shape, generator=generator)
+        rollout.rollout_logprobs[:] = moved.clamp(max=0.0).numpy()
+    return items
+
+
 def options(**changes):
     defaults = {
         "batch_size": 4,

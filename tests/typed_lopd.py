@@ -10,6 +10,7 @@ from lopd import (
     DeclareConfig,
     DemoConfig,
     DistillConfig,
+    DoctorConfig,
     EvalConfig,
     ImportConfig,
     InspectConfig,
@@ -27,6 +28,7 @@ from lopd import (
     declare,
     demo,
     distill,
+    doctor,
     errors,
     evaluate,
     import_scores,
@@ -60,6 +62,7 @@ def pipeline() -> list[Path | None]:
 def around(path: Path) -> Path:
     plan(PlanConfig(model="m", gpu_memory="24GiB"))
     inspect(InspectConfig(path=str(path)))
+    doctor(DoctorConfig())
     verify(VerifyConfig(path=str(path)))
     import_scores(
         ImportConfig(source="s.jsonl", format="topk", teacher="t", student="s", out="cache")

@@ -153,4 +153,12 @@ COMMANDS = {
         ("cache/", "cache/ --rescore 64 --teacher teacher/ --student student/"),
         positional="path",
     ),
+    "doctor": Command(
+        "doctor",
+        "DoctorConfig",
+        OTHER,
+        "Show what this machine has and lacks.",
+        "nothing -> a table",
+        ("", "--json"),
+    ),
 }

@@ -13,3 +13,6 @@ class InspectConfig(Settings):
     verify: bool = setting(
         False, group="Model and data", help="Check the hashes of every shard, or of the weights."
     )
+    json: bool = setting(
+        False, group="Logging and checkpoints", help="Print one JSON object in place of a table."
+    )

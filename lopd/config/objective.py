@@ -8,8 +8,10 @@ from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError
 
 SPARSE = ("reverse_kl", "forward_kl", "jsd")
-OBJECTIVES = (*SPARSE, "policy_gradient", "cross_entropy")
-Tail = Literal["bucket", "renormalize", "truncate"]
+SAMPLED = ("policy_gradient", "log_ratio")  # of the sampled token's teacher log-prob only
+OBJECTIVES = (*SPARSE, *SAMPLED, "cross_entropy")
+DELTA = 5.0  # nat; that of LSPD
+Tail = Literal["bucket", "renormalize", "truncate", "generalized", "unbiased"]
 Importance = Literal["none", "token", "token_truncated", "sequence"]
 _objective = partial(setting, group="Objective")
 
@@ -23,6 +25,10 @@ class Objective(Settings):
     the sampled token with A = log q - log p of the current student, a constant, clipped to
     [-advantage_clip, advantage_clip]. `cross_entropy` is -log p of the token.
 
+    `log_ratio` is rho(log p - log q) - entropy_bonus H(p) of the sampled token, with rho(d) = d^2
+    up to |d| = delta and delta (2 |d| - delta) beyond. It needs no lists. The policy gradient on
+    stored tokens has half its gradient, for an advantage_clip of delta and no bonus.
+
     `importance` weights the rows of the policy gradient by a constant ratio to the policy that
     sampled: `token` is p / p_rollout of the token, `token_truncated` the smaller of that and
     `importance_cap`, `sequence` the product over the loss tokens of the sequence, capped if a cap
@@ -30,12 +36,17 @@ class Objective(Settings):
     share a batch do not bias the loss. `clip_range` selects PPO's clipped objective, which has its
     own ratio.
 
+    The tail `unbiased` of `reverse_kl` corrects the bucket at the sampled token, weighted by
+    p / p_rollout, at most `importance_cap`; on average it is the KL over the whole vocabulary.
+
     Args:
         name: one of `OBJECTIVES`.
         tail: how the mass outside the teacher's list is treated, as in
             `lopd_kernels.linear_sparse_divergence`.
         beta: of jsd; 0.5 by default.
-        advantage_clip, importance, importance_cap, clip_range: of the policy gradient, as above.
+        advantage_clip, importance, clip_range: of the policy gradient, as above.
+        delta, entropy_bonus: of log_ratio; 5 nat and 0 by default. A delta of 0 means no bound.
+        importance_cap: of the policy gradient and of tail "unbiased".
         temperature: divides the student's logits; equals the temperature of the teacher's scores.
         workspace_bytes: limit on what the loss allocates; changes only rounding.
         eos_class: ids that a divergence takes as one token; every teacher's list must hold them.
@@ -44,7 +55,7 @@ class Objective(Settings):
         ConfigError: a setting is out of range or does not belong to this objective.
 
     Source: GKD, arXiv:2306.13649, for the divergences; Lightning OPD, arXiv:2604.13010, and PPO,
-    arXiv:1707.06347, for the policy gradient.
+    arXiv:1707.06347, for the policy gradient; LSPD, arXiv:2609.35505, for log_ratio.
 
     >>> Objective("jsd").beta
     0.5
@@ -55,7 +66,10 @@ class Objective(Settings):
 
     name: str
     tail: Tail = setting(
-        "bucket", group="Objective", help="How the mass outside the teacher's list is treated."
+        "bucket",
+        group="Objective",
+        help="How the mass outside the teacher's list is treated; unbiased (reverse_kl only) needs "
+        "rollouts at top_p 1 and the temperature of the scores.",
     )
     beta: float | None = _objective(
         None,
@@ -75,10 +89,20 @@ class Objective(Settings):
         help="policy_gradient: importance weights relative to the rollout policy.",
     )
     importance_cap: float | None = _objective(
-        None, within="(0, inf)", help="Upper bound on the weights of token_truncated or sequence."
+        None,
+        within="(0, inf)",
+        help="Upper bound on the weights of token_truncated, sequence or the unbiased tail.",
     )
     clip_range: float | None = _objective(
         None, within="(0, inf)", help="policy_gradient: PPO's clip range around a ratio of 1."
+    )
+    delta: float | None = _objective(
+        None,
+        within="[0, inf)",
+        help="log_ratio: |log p - log q| from which the loss is linear, 5 by default; 0: never.",
+    )
+    entropy_bonus: float | None = _objective(
+        None, within="[0, inf)", help="log_ratio: weight of the student's entropy; 0 by default."
     )
     workspace_bytes: int | None = None
     eos_class: tuple[int, ...] = ()
@@ -92,8 +116,18 @@ class Objective(Settings):
             raise ConfigError(f"beta: {self.name} has no mixture; only jsd does")
         if self.name == "jsd" and self.beta is None:
             object.__setattr__(self, "beta", 0.5)
+        for setting_name in ("delta", "entropy_bonus"):
+            if getattr(self, setting_name) is not None and self.name != "log_ratio":
+                raise ConfigError(f"{setting_name}: {self.name} has none; use log_ratio")
+        if self.name == "log_ratio" and self.delta is None:
+            object.__setattr__(self, "delta", DELTA)
         if self.tail != "bucket" and self.name not in SPARSE:
             raise ConfigError(f"tail: {self.name} has none; only {', '.join(SPARSE)} do")
+        if self.tail == "unbiased" and self.name != "reverse_kl":
+            raise ConfigError(
+                f"tail: unbiased is a form of reverse_kl; found {self.name}; use bucket, "
+                "generalized or another objective"
+            )
         if self.advantage_clip is not None and self.name != "policy_gradient":
             raise ConfigError(f"advantage_clip: {self.name} has no advantage; use policy_gradient")
         if self.eos_class and self.name not in SPARSE:
@@ -104,15 +138,17 @@ class Objective(Settings):
         self._check_importance()
 
     def _check_importance(self) -> None:
-        if self.needs_rollout_logprobs and self.name != "policy_gradient":
+        is_corrected = self.importance != "none" or self.clip_range is not None
+        if is_corrected and self.name != "policy_gradient":
             name = "clip_range" if self.importance == "none" else "importance"
             raise ConfigError(f"{name}: {self.name} has no correction; use policy_gradient")
         if self.importance == "token_truncated" and self.importance_cap is None:
             raise ConfigError("importance_cap: token_truncated needs one; set a positive number")
-        if self.importance_cap is not None and self.importance in ("none", "token"):
+        has_cap = self.tail == "unbiased" or self.importance not in ("none", "token")
+        if self.importance_cap is not None and not has_cap:
             raise ConfigError(
-                f"importance_cap: importance '{self.importance}' has none; only token_truncated "
-                "and sequence do"
+                f"importance_cap: importance '{self.importance}' has none; only token_truncated, "
+                "sequence and tail unbiased do"
             )
         if self.clip_range is not None and self.importance != "none":
             raise ConfigError(
@@ -125,9 +161,10 @@ class Objective(Settings):
         """The divergence that held-out sequences are evaluated by.
 
         The policy gradient is evaluated by the reverse KL, of which it is a one-sample estimate:
-        its loss is not a divergence, and on stored tokens it has no minimum.
+        its loss is not a divergence, and on stored tokens it has no minimum. So are `log_ratio` and
+        the unbiased tail, whose sampled tokens would be noise in a comparison of steps.
         """
-        if self.name == "policy_gradient":
+        if self.name in SAMPLED or self.tail == "unbiased":
             return Objective(
                 "reverse_kl", temperature=self.temperature, workspace_bytes=self.workspace_bytes
             )
@@ -136,7 +173,7 @@ class Objective(Settings):
     @property
     def needs_rollout_logprobs(self) -> bool:
         """Whether batches must have the log-probs of the rollout policy."""
-        return self.importance != "none" or self.clip_range is not None
+        return self.importance != "none" or self.clip_range is not None or self.tail == "unbiased"
 
     @property
     def needs_teacher(self) -> bool:

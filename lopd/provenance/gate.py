@@ -26,7 +26,7 @@ def check_distill(
     *,
     used_ids: Callable[[], np.ndarray] | np.ndarray | None = None,
     cache_path: str | Path | None = None,
-    missing_shards: Sequence[int] = (),
+    faults: Sequence[str] = (),
     allow: Collection[str] = frozenset(),
 ) -> list[Override]:
     """Refuse artefacts that do not belong together.
@@ -41,6 +41,7 @@ def check_distill(
         used_ids: the distinct ids of the cache, or a function that returns them; called only
             if the tokenizers differ or the student's head is short.
         cache_path: folder of the cache and its copy of the teacher's vocabulary.
+        faults: what is wrong with each shard that cannot be read, and the remedy.
         allow: names from `OVERRIDES`, one for each flag `--allow-<name>`.
 
     Returns:
@@ -55,7 +56,7 @@ def check_distill(
     if unknown:
         raise ConfigError(f"override '{unknown[0]}' is unknown; use one of {', '.join(OVERRIDES)}")
     mismatches = (
-        _check_complete(missing_shards),
+        _check_complete(faults),
         _check_teacher(student, cache_manifest.model),
         _check_rollouts(student, cache_manifest.rollouts.model),
         _check_tokenizer(student, cache_manifest.model.tokenizer, used_ids, cache_path),
@@ -82,14 +83,11 @@ def check_distill(
 _Mismatch = tuple[str, str, str]  # found, expected, remedy
 
 
-def _check_complete(missing_shards: Sequence[int]) -> _Mismatch | None:
-    if not missing_shards:
+def _check_complete(faults: Sequence[str]) -> _Mismatch | None:
+    if not faults:
         return None
-    return (
-        f"{len(missing_shards)} unfinished shards (the first is shard-{min(missing_shards):05d})",
-        "every shard of the plan",
-        "run the same 'lopd score' again to finish them",
-    )
+    found = f"{len(faults)} unfinished or damaged shards"
+    return found, "every shard of the plan", f"the first is {faults[0]}"
 
 
 def _check_teacher(student: str | Path, scorer: ModelIdentity) -> _Mismatch | None:

@@ -51,6 +51,7 @@ def main(config: DistillConfig) -> Path:
     if merged := cache.manifest.scoring.eos_class:
         objective = replace(objective, eos_class=merged)
     check_importance(config, objective, cache.manifest)
+    check_sampling(config, objective, cache.manifest)
     if objective.temperature != temperature:
         raise ConfigError(
             f"temperature: found {objective.temperature}, but {config.cache} was scored at "
@@ -110,20 +111,20 @@ def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
     Raises:
         ConfigError: it has none, or they were renormalised before they were imported.
     """
-    if config.objective in SPARSE and config.support == "list" and cache.has_no_lists:
+    if config.objective in SPARSE and config.lists == "list" and cache.has_no_lists:
         raise ConfigError(
             f"{config.cache}: has no lists, only the log-probs of the sampled tokens; found "
             f"objective {config.objective} with support list; expected --objective "
             "policy_gradient, or --support list+sampled with two buckets for each token"
         )
     ignores_tail = (
-        config.objective in SPARSE and config.tail == "renormalize" and config.support == "list"
+        config.objective in SPARSE and config.tail == "renormalize" and config.lists == "list"
     )
     if cache.manifest.scoring.tail == "renormalized" and not ignores_tail:
         raise ConfigError(
             f"{config.cache}: its lists were renormalised before they were imported, so the mass "
             f"outside them is lost; found objective {config.objective} with tail {config.tail} and "
-            f"support {config.support}; expected one of {', '.join(SPARSE)} with --tail "
+            f"support {config.lists}; expected one of {', '.join(SPARSE)} with --tail "
             "renormalize --support list; or score the rollouts again"
         )
 
@@ -136,10 +137,34 @@ def check_importance(config: DistillConfig, objective: Objective, manifest: Cach
     """
     if objective.needs_rollout_logprobs and (reason := missing_ratios(manifest)):
         flag = "clip_range" if objective.importance == "none" else "importance"
+        flag = "tail" if objective.tail == "unbiased" else flag
         raise ConfigError(
             f"{flag}: {config.cache}: {reason}, and the correction divides by the probability "
             f"that a token was sampled with; leave --{flag} out, or roll out and score again"
         )
+
+
+def check_sampling(config: DistillConfig, objective: Objective, manifest: CacheManifest) -> None:
+    """Check that the rollouts are samples of the distributions that the unbiased tail compares.
+
+    Raises:
+        ConfigError: they were sampled at another temperature than the teacher's scores, or at a
+            top_p below 1, or it is unknown how.
+    """
+    if objective.tail != "unbiased":
+        return
+    sampling, needed = manifest.rollouts.sampling, manifest.temperature
+    known = None if sampling is None else (sampling.temperature, sampling.top_p)
+    if known == (needed, 1):
+        return
+    found = "settings that it does not record"
+    if known is not None and None not in known:
+        found = f"temperature {known[0]:g} and top_p {known[1]:g}"
+    raise ConfigError(
+        f"tail: {config.cache}: its rollouts were sampled at {found}; unbiased needs temperature "
+        f"{needed:g}, at which the teacher scored, and top_p 1; use --tail bucket, or roll out at "
+        "these and score again"
+    )
 
 
 def missing_ratios(manifest: CacheManifest) -> str | None:
@@ -156,7 +181,7 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
     """Open the cache for the student's vocabulary; also return the overrides that were needed."""
     cache = TeacherCache.open(
         config.cache,
-        support=config.support,
+        support=config.lists,
         vocab_size=vocab_size_of(config.student),
         allow_incomplete=True,
     )
@@ -165,7 +190,7 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
         cache.manifest,
         used_ids=cache.used_ids,
         cache_path=config.cache,
-        missing_shards=cache.missing_shards,
+        faults=cache.faults,
         allow=config.allowed(),
     )
     if config.verify and runs.is_first():  # the other processes wait for it when the run begins

@@ -1,5 +1,6 @@
 """Print what an artefact folder holds and, on demand, check its hashes (`lopd inspect`)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def main(config: InspectConfig) -> None:
             rows["verified"] = _verify_shards(store)
     elif config.verify:
         rows["verified"] = _verify_weights(config.path, manifest)
-    print_fields(rows)
+    if config.json:
+        print(json.dumps(rows, indent=1, default=str))
+    else:
+        print_fields(rows)
 
 
 def _describe_eos(model: ModelIdentity) -> str:

@@ -13,7 +13,8 @@
       distill: {}
       eval: {prompts: test.jsonl}
 
-The output, model and data of a stage follow from the other stages and can be set by hand.
+`chat_template_kwargs`, `special_tokens` and `prompt_date` are shared by the stages that read
+prompts. The output, model and data of a stage follow from the other stages and can be set by hand.
 Without `sft`, `student` must be fine-tuned already. With `extra_ids`, `score` uses the student
 that rolls out. With `distill`, `eval` also measures the student before, in `eval-student`, unless
 it names its `model`; the run ends with the results. Finished stages are skipped; if the settings
@@ -21,11 +22,14 @@ or inputs of a finished stage have changed, the run stops with an error, and not
 overwritten.
 """
 
+import logging
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lopd.config.distill import DistillConfig
+from lopd.config.dtype import with_dtype
 from lopd.config.evaluate import EvalConfig
 from lopd.config.parse import build_config, check_keys, underscored
 from lopd.config.rollout import RolloutConfig
@@ -35,6 +39,7 @@ from lopd.config.sft import SftConfig
 from lopd.config.sft_data import SftDataConfig
 from lopd.config.strict_yaml import load_yaml
 from lopd.config.values import typed
+from lopd.engines.progress import duration
 from lopd.errors import ConfigError
 from lopd.models.hub import local_folder
 from lopd.provenance import MANIFEST_NAME, read_manifest
@@ -44,6 +49,7 @@ from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 from lopd.store.workers import this_worker
 
+LOG = logging.getLogger(__name__)
 STAGES: dict[str, tuple[Any, type]] = {
     "sft-data": (sft_data, SftDataConfig),
     "sft": (sft, SftConfig),
@@ -52,7 +58,9 @@ STAGES: dict[str, tuple[Any, type]] = {
     "distill": (distill, DistillConfig),
     "eval": (evaluate, EvalConfig),
 }
-SHARED = ["dtype", "device", "seed", "trust_remote_code"]
+# Teacher and student should get the same prompts. `sft` reads what sft-data made of them.
+PROMPTS = ["chat_template_kwargs", "special_tokens", "prompt_date"]
+SHARED = ["dtype", "device", "seed", "trust_remote_code", *PROMPTS]
 # Stages without the shared dtype: weights and optimizer need more bits than inference.
 TRAINING_STAGES = ("sft", "distill")
 BEFORE = "-student"  # added to the name of the evaluation of the student that is distilled
@@ -72,12 +80,16 @@ def main(config: RunConfig) -> Path:
             "start 'lopd rollout' and 'lopd score' with torchrun instead"
         )
     recipe = load_yaml(config.recipe)
-    configs = stage_configs(recipe, config.recipe)
-    for name, stage_config in configs.items():
+    configs = {
+        name: with_dtype(stage) for name, stage in stage_configs(recipe, config.recipe).items()
+    }
+    began = time.monotonic()
+    for number, (name, stage_config) in enumerate(configs.items(), start=1):
         with trusting_code(stage_config.trust_remote_code):
             done = is_finished(stage_config)
         shown = done or _is_complete(Path(stage_config.out))
-        print(f"{name}: {'done' if shown else 'running'}, {stage_config.out}")
+        state, spent = "done" if shown else "running", duration(time.monotonic() - began)
+        LOG.info(f"[{number}/{len(configs)}] {name}: {state}, {stage_config.out} ({spent} so far)")
         if not done:
             _module(stage_config).main(stage_config)
     results = {
@@ -126,6 +138,8 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
         shared = {key: recipe[key] for key in SHARED if key in recipe}
         if name in TRAINING_STAGES:
             shared.pop("dtype", None)
+        if name == "sft" and "data" not in (recipe["stages"][name] or {}):
+            shared = {key: value for key, value in shared.items() if key not in PROMPTS}
         known = {item.name for item in fields(config_class)}
         implied = implied_settings(name, recipe) | shared
         chosen = {key: value for key, value in implied.items() if key in known}

@@ -8,19 +8,19 @@ Several processes may score into one folder (`--worker i/n`, or torchrun); a sha
 on the process that writes it.
 """
 
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from lopd.config.dtype import with_dtype
 from lopd.config.eos import parse_eos_class
 from lopd.config.score import ScoreConfig
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
+from lopd.engines.progress import Progress
 from lopd.errors import ProvenanceError
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
@@ -53,6 +53,8 @@ from lopd.store.size import (
 from lopd.store.types import name_of
 from lopd.store.workers import Worker, this_worker
 
+LOG = logging.getLogger(__name__)
+
 
 @loads_models
 def main(config: ScoreConfig) -> Path | None:
@@ -67,13 +69,13 @@ def main(config: ScoreConfig) -> Path | None:
             other ids than the student.
         DataError: a sequence exceeds the teacher's context or vocabulary.
     """
-    worker = this_worker(config.worker)
+    config, worker = with_dtype(config), this_worker(config.worker)
     check_model_folder(config.teacher)
     rollouts = RolloutStore.open(config.rollouts, kind="rollouts")
     rollouts.verify()
     manifest = _manifest(config, rollouts)
     left = _missing(config, manifest)
-    _check_sequences(rollouts, left, config.teacher)
+    _check_sequences(rollouts, left, config.teacher, config.engine)
     bounds = size_bounds(manifest, sample(rollouts))
     work = work_left(rollouts, left)
     check_fits(config.out, bounds[0].of(work), "with the shortest lists")
@@ -92,7 +94,7 @@ def main(config: ScoreConfig) -> Path | None:
         else:
             say_finished(config.out)
         if not writer.finish():
-            print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
+            LOG.info(f"{config.out}: {worker} is done, others are still writing")
     return Path(config.out)
 
 
@@ -127,9 +129,10 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
         top_p=config.top_p,
         codec=config.codec,
         temperature=config.temperature,
+        **({"declared": True} if source.declared else {}),
         scoring={
             **ENGINES[config.engine],
-            "rollout_logprobs": "computed",
+            "rollout_logprobs": source.scoring.rollout_logprobs,
             "support": _describe_support(config, source.model)
             | ({"eos_class": merged} if merged else {}),
         },
@@ -162,9 +165,11 @@ def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
     return TeacherCache.open(config.out, allow_incomplete=True).missing_shards
 
 
-def _check_sequences(rollouts: RolloutStore, shards: Sequence[int], teacher: str) -> None:
+def _check_sequences(
+    rollouts: RolloutStore, shards: Sequence[int], teacher: str, engine: str
+) -> None:
     """Check all sequences before the first is scored."""
-    limits = ModelLimits("the teacher", vocab_size_of(teacher), context_of(teacher))
+    limits = ModelLimits("the teacher", vocab_size_of(teacher), context_of(teacher, engine))
     for shard in shards:
         for rollout in rollouts.shard(shard):
             limits.check(name_of(rollout), rollout.tokens)
@@ -212,7 +217,7 @@ def _fill(
         timed = time_sample(writer.manifest, sample(rollouts), scorer)
         check_fits(config.out, timed.size.of(work), f"by {timed.sequences} scored sequences")
     done = sum(sizes) - work.sequences
-    with tqdm(total=sum(sizes), initial=done, unit="seq", desc="scoring") as bar:
+    with Progress(total=sum(sizes), initial=done, unit="seq", desc="scoring") as bar:
         for index in writer.claims():
             sequences = rollouts.shard(index)
             scores = scorer(sequences, progress=bar.update)

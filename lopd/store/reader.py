@@ -1,6 +1,7 @@
 """Readers of shard folders: random access by sequence; shards are opened when needed."""
 
 import math
+import resource
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -21,7 +22,7 @@ from lopd.store.view import ShardView
 LENGTH_QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 # Response tokens that are decoded together when all are read; they fit into a CPU's cache.
 _TOKENS_TOGETHER = 1 << 13
-MAX_MAPPED = 256  # shards, each with a file descriptor; the usual limit of a process is 1024
+_MOST_MAPPED = 4096
 Record = TypeVar("Record")
 
 
@@ -36,7 +37,8 @@ class _ShardReader(Generic[Record]):
         self.num_shards = len(manifest.shards)
         self._vocab_size = manifest.vocab_size
         self._receipts: dict[int, Any] = {}  # a Receipt, or a CacheReceipt in a cache
-        self._faults: dict[int, ShardError] = {}
+        self.faults: list[str] = []  # what is wrong with each of `missing_shards`
+        self.missing_shards: list[int] = []
         recipe = manifest_digest(manifest)
         for shard, sequences in enumerate(manifest.shards):
             try:
@@ -46,12 +48,13 @@ class _ShardReader(Generic[Record]):
             except ShardError as error:
                 if not allow_incomplete:
                     raise
-                self._faults[shard] = error.with_traceback(None)
-        self.missing_shards = list(self._faults)
+                self.missing_shards.append(shard)
+                self.faults.append(str(error))
         self._present = list(self._receipts)
         self._ends = list(accumulate(r.sequences for r in self._receipts.values()))
         self._views: dict[int, ShardView] = {}
         self._mapped: dict[int, ShardView] = {}  # the last one used is last
+        self._most_mapped = most_mapped()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -84,11 +87,10 @@ class _ShardReader(Generic[Record]):
         Raises:
             ShardError: how many are missing, and what is wrong with the first.
         """
-        if self._faults:
-            first = next(iter(self._faults.values()))
+        if self.faults:
             raise ShardError(
-                f"{self.path}: {len(self._faults)} of {self.num_shards} shards are missing or "
-                f"damaged; the first: {first}"
+                f"{self.path}: {len(self.faults)} of {self.num_shards} shards are unfinished or "
+                f"damaged; the first is {self.faults[0]}"
             )
 
     def digest(self) -> str:
@@ -123,7 +125,7 @@ class _ShardReader(Generic[Record]):
         }
 
     def _view(self, shard: int) -> ShardView:
-        """The view of a shard; at most `MAX_MAPPED` are mapped, those that were used last."""
+        """The view of a shard; those that were used last stay mapped."""
         view = self._views.get(shard)
         if view is None:
             receipt = self._receipts[shard]
@@ -131,7 +133,7 @@ class _ShardReader(Generic[Record]):
             view = self._views[shard] = ShardView(file, receipt, self._codec, self._vocab_size)
         self._mapped.pop(shard, None)
         self._mapped[shard] = view
-        if len(self._mapped) > MAX_MAPPED:
+        if len(self._mapped) > self._most_mapped:
             self._unmap(next(iter(self._mapped)))
         return view
 
@@ -336,6 +338,14 @@ class TeacherCache(_ShardReader[TeacherSequence]):
 
     def _ids(self, view: ShardView, positions: np.ndarray) -> list[np.ndarray]:
         return [*super()._ids(view, positions), view.columns(positions).lists.ids]
+
+
+def most_mapped() -> int:
+    """Shards that a reader keeps mapped: a quarter of the files that the process may open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        _MOST_MAPPED if limit == resource.RLIM_INFINITY else min(_MOST_MAPPED, max(1, limit // 4))
+    )
 
 
 def _ratio(total: float, count: int) -> float | None:

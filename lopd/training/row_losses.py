@@ -37,7 +37,7 @@ def loss_of_rows(
         options: head options, temperature and workspace for the functions of `lopd_kernels`.
     """
     if objective.name == "cross_entropy":
-        loss: Any = linear_cross_entropy(
+        loss = linear_cross_entropy(
             rows,
             weight,
             batch["labels"],
@@ -48,6 +48,8 @@ def loss_of_rows(
         return loss, {}
     if objective.name == "policy_gradient":
         return _policy_gradient(rows, weight, batch, objective, options)
+    if objective.name == "log_ratio":
+        return _log_ratio(rows, weight, batch, objective, options)
     return _sparse_divergence(rows, weight, batch, objective, options)
 
 
@@ -57,7 +59,14 @@ def _sparse_divergence(
     form: dict[str, Any] = {"divergence": objective.name, "tail": objective.tail}
     if objective.beta is not None:
         form["beta"] = objective.beta
-    result: Any = linear_sparse_divergence(
+    if objective.tail == "unbiased":
+        form |= {
+            "sampled_ids": batch["labels"],
+            "sampled_logprobs": batch["teacher_logprobs"],
+            "rollout_logprobs": batch["rollout_logprobs"],
+            "importance_cap": objective.importance_cap,
+        }
+    loss, stats = linear_sparse_divergence(
         rows,
         weight,
         batch["topk_ids"],
@@ -69,18 +78,42 @@ def _sparse_divergence(
         **form,
         **options,
     )
-    loss, stats = result
     reported = {"divergence": stats.loss, **_teacher_statistics(batch)}
     if objective.name == "reverse_kl":
         reported["reverse_kl"] = stats.loss
-    if objective.tail == "renormalize":  # it does not compute the mass outside the list
+    if stats.correction is not None and stats.importance is not None:
+        reported |= _correction_statistics(
+            stats.loss, stats.correction, stats.importance, objective
+        )
+    if stats.student_lse is None:  # renormalize does not compute the mass outside the list
         return loss, reported
+    assert stats.student_tail_logprobs is not None and stats.student_entropy is not None
     reported["student_tail"] = stats.student_tail_logprobs.exp()
     reported["student_entropy"] = stats.student_entropy
     if "rollout_logprobs" in batch:
         sampled = _sampled_logprobs(rows, weight, batch, stats.student_lse, options)
         reported["log_ratio_to_rollout"] = sampled - batch["rollout_logprobs"]
     return loss, reported
+
+
+def _correction_statistics(
+    loss: Tensor, correction: Tensor, importance: Tensor, objective: Objective
+) -> dict[str, Tensor]:
+    """Statistics [N] of the unbiased tail.
+
+    `reverse_kl` is that over the buckets, as with other tails, a lower bound of the full KL;
+    `full_reverse_kl` is an estimate of the latter, unbiased where no weight is capped.
+    """
+    stats = {
+        "divergence": loss - correction,
+        "reverse_kl": loss - correction,
+        "full_reverse_kl": loss,
+        "share_corrected": (importance > 0).float(),
+        "importance": importance,
+    }
+    if (cap := objective.importance_cap) is not None:
+        stats["share_capped"] = (importance >= cap).float()
+    return stats
 
 
 @torch.no_grad()
@@ -131,7 +164,7 @@ def _sampled_logprobs(
     unlisted = batch["unlisted"]
     if len(unlisted):
         ids = labels[unlisted, None]
-        unlisted_logprobs: Any = linear_logprobs(rows[unlisted], weight, ids, **options)
+        unlisted_logprobs = linear_logprobs(rows[unlisted], weight, ids, **options)
         logprobs[unlisted] = unlisted_logprobs[:, 0]
     return logprobs
 
@@ -144,10 +177,10 @@ def _policy_gradient(
     correction: dict[str, Any] = {"clip_range": objective.clip_range}
     if by_sequence:
         with torch.no_grad():  # a separate pass over the head
-            scores: Any = linear_logprobs(
+            scores, entropy = linear_logprobs(
                 rows, weight, batch["labels"][:, None], return_entropy=True, **options
             )
-        logprobs, entropy = scores[0][:, 0], scores[1]
+        logprobs = scores[:, 0]
         ratio = sequence_ratios(logprobs, batch, objective.importance_cap)
         row_weights = row_weights * ratio
     else:
@@ -183,6 +216,32 @@ def _policy_gradient(
     if clip is not None:
         reported["share_clipped"] = (advantages.abs() > clip).float()
     return loss, reported
+
+
+def _log_ratio(
+    rows: Tensor, weight: Tensor, batch: Batch, objective: Objective, options: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    scores, entropy = linear_logprobs(
+        rows, weight, batch["labels"][:, None], return_entropy=True, **options
+    )
+    ratio = scores[:, 0] - batch["teacher_logprobs"]
+    losses, size = ratio.square(), ratio.abs()
+    if delta := objective.delta:
+        losses = torch.where(size <= delta, losses, delta * (2.0 * size - delta))
+    if objective.entropy_bonus:
+        losses = losses - objective.entropy_bonus * entropy
+    advantages = -ratio.detach()
+    reported = {
+        "divergence": -advantages,  # a one-sample estimate of the reverse KL
+        "advantage": advantages,
+        "advantage_squared": advantages.square(),
+        "share_beyond_delta": (size > (delta or math.inf)).float(),
+        "student_entropy": entropy.detach(),
+        **_teacher_statistics(batch),
+    }
+    if "rollout_logprobs" in batch:
+        reported["log_ratio_to_rollout"] = scores[:, 0].detach() - batch["rollout_logprobs"]
+    return (batch["row_weights"] * losses).sum(), reported
 
 
 def sequence_ratios(logprobs: Tensor, batch: Batch, cap: float | None) -> Tensor:

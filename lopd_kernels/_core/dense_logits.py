@@ -21,12 +21,15 @@ def logits_loss(
     want_entropy: bool,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(stats [N, 4], w_n dL_n/dlogits in the logits' dtype or [0]), a block of rows at a time."""
+    """(stats [N, 4 + extras], w_n dL_n/dlogits in the logits' dtype or [0]).
+
+    A block of rows at a time.
+    """
     n, vocab = logits.shape
     dtype, functions = compute_dtype(logits.dtype), row_functions(logits)
     loss = loss._replace(target=loss.target.to(dtype))
     logit_options = LogitOptions(temperature=temperature)
-    stats = logits.new_zeros((n, len(STATS)), dtype=dtype)
+    stats = logits.new_zeros((n, len(STATS) + len(loss.rule.extras)), dtype=dtype)
     grad = logits.new_empty((n, vocab) if want_grad else 0)
     weights = logits.new_ones(n, dtype=dtype)
     if loss.row_weights is not None:

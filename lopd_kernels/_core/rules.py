@@ -21,7 +21,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-TAILS = ("bucket", "renormalize", "truncate")
+TAILS = ("bucket", "renormalize", "truncate", "generalized", "unbiased")
 IMPORTANCE = ("none", "token", "token_truncated")
 TAIL_FLOOR = -23 * math.log(2.0)
 RowResult = tuple[Tensor, Tensor, tuple[Tensor, ...]]
@@ -31,7 +31,8 @@ class Divergence(NamedTuple):
     """phi(l, t, beta) -> (phi, g) per bucket, with dphi/dl = g + shift * p.
 
     The constant is separate because it cancels wherever the buckets sum to one, where adding it
-    would only cost digits. A truncated sum needs it.
+    would only cost digits. A truncated sum needs it. `phi + shift * (q - p)` has the gradient g
+    and is zero and smallest at p = q: the generalised divergence, which needs no tail.
     """
 
     phi: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -71,7 +72,7 @@ class DivergenceRule:
     """A divergence to the teacher's buckets; target [N, K+1] are their log-probs."""
 
     divergence: str  # a key of DIVERGENCES
-    tail: str  # one of TAILS
+    tail: str  # one of TAILS but "unbiased"
     beta: float = 0.5
 
     extras: ClassVar[tuple[str, ...]] = ()
@@ -87,12 +88,54 @@ class DivergenceRule:
             terms, g = phi(lp[:, :-1], target[:, :-1], self.beta)
             g = g + shift * lp[:, :-1].exp()
             return terms.sum(1), torch.cat([g, torch.zeros_like(lp[:, -1:])], 1), ()
+        if self.tail == "generalized":
+            terms, g = phi(lp[:, :-1], target[:, :-1], self.beta)
+            terms = terms + shift * (target[:, :-1].exp() - lp[:, :-1].exp())
+            return terms.sum(1), torch.cat([g, torch.zeros_like(lp[:, -1:])], 1), ()
         if self.tail == "renormalize":
             listed = target[:, :-1]
             listed = listed - listed.logsumexp(1, keepdim=True)
             target = torch.cat([listed, target[:, -1:]], 1)
         terms, g = phi(lp, target, self.beta)
         return terms.sum(1), g, ()
+
+
+@dataclass(frozen=True)
+class UnbiasedRule:
+    """The bucketed reverse KL, corrected at one sampled id A outside the list.
+
+    A is the last of the K ids, -1 in rows whose list holds the sampled id; S are the others. The
+    tail consists of A and the rest. With r = log p - log q and the constant c = w (r_A - r_tail),
+    w = min(p_A / p_rollout, importance_cap), the loss is KL_bucket(S) + c and its gradient that of
+    KL_bucket(S) + c log p_A. In expectation over A ~ p_rollout both are those of the full KL.
+
+    The target [N, K+2] is the teacher's log-probs of S, of A and of the tail, and A's under the
+    policy that sampled it.
+    """
+
+    importance_cap: float = math.inf
+
+    extras: ClassVar[tuple[str, ...]] = ("sampled_logprobs", "correction", "importance")
+    ignores_unlisted: ClassVar[bool] = False
+
+    def apply(self, lp: Tensor, target: Tensor) -> RowResult:
+        sampled, rest = lp[:, -2:-1], lp[:, -1:]
+        lq_sampled, lq_tail, rollout = target[:, -3:].split(1, 1)
+        tail = torch.logaddexp(sampled, rest)
+        terms, g = _reverse_kl(
+            torch.cat([lp[:, :-2], tail], 1), torch.cat([target[:, :-3], lq_tail], 1), 0.0
+        )
+        no_sample = sampled == -math.inf
+        weight = torch.exp(sampled - rollout).clamp(max=self.importance_cap)
+        correction = weight * ((sampled - lq_sampled) - (tail - lq_tail))
+        weight, correction = (x.masked_fill(no_sample, 0.0) for x in (weight, correction))
+        parts = torch.cat([sampled, rest], 1)
+        shares = (parts - tail).exp().masked_fill(parts == -math.inf, 0.0)
+        g_parts = g[:, -1:] * shares
+        g_sampled = g_parts[:, :1] + correction
+        g = torch.cat([g[:, :-1], g_sampled, g_parts[:, 1:]], 1)
+        extras = (sampled[:, 0], correction[:, 0], weight[:, 0])
+        return terms.sum(1) + correction[:, 0], g, extras
 
 
 @dataclass(frozen=True)
@@ -148,7 +191,7 @@ class CrossEntropyRule:
 
 
 # apply(lp [R, K+1], target [R, M]) -> (loss [R], g [R, K+1], one [R] tensor per name in `extras`)
-Rule = DivergenceRule | PolicyGradientRule | CrossEntropyRule
+Rule = DivergenceRule | UnbiasedRule | PolicyGradientRule | CrossEntropyRule
 
 
 class RowLoss(NamedTuple):
@@ -164,6 +207,8 @@ def encode(rule: Rule) -> tuple[str, list[float]]:
     """The two arguments that stand for a rule in an operator's schema."""
     if isinstance(rule, DivergenceRule):
         return f"{rule.divergence}:{rule.tail}", [rule.beta]
+    if isinstance(rule, UnbiasedRule):
+        return "reverse_kl:unbiased", [rule.importance_cap]
     if isinstance(rule, PolicyGradientRule):
         score = "teacher" if rule.from_teacher else "advantage"
         options = [rule.advantage_clip, rule.importance_cap, rule.clip_range]
@@ -178,6 +223,8 @@ def decode(name: str, options: list[float]) -> Rule:
         return CrossEntropyRule()
     if kind == "policy_gradient":
         return PolicyGradientRule(form[0] == "teacher", form[1], *options)
+    if form[0] == "unbiased":
+        return UnbiasedRule(*options)
     return DivergenceRule(kind, form[0], *options)
 
 

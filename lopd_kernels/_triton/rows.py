@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lopd_kernels._core.rules import DivergenceRule, PolicyGradientRule, Rule
+from lopd_kernels._core.rules import DivergenceRule, PolicyGradientRule, Rule, UnbiasedRule
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
 from lopd_kernels._triton.kernels import rows, rules
 
@@ -82,7 +82,7 @@ def rule_arguments(rule: Rule) -> dict[str, Any]:
         "RULE": "cross_entropy",
         "DIVERGENCE": rules.reverse_kl,
         "SHIFT": 0.0,
-        "TRUNCATE": False,
+        "TAIL": "bucket",
         "FROM_TEACHER": False,
         "IMPORTANCE": "none",
     }
@@ -92,8 +92,11 @@ def rule_arguments(rule: Rule) -> dict[str, Any]:
             "RULE": "divergence",
             "DIVERGENCE": rules.DIVERGENCES[rule.divergence],
             "SHIFT": rules.SHIFTS[rule.divergence],
-            "TRUNCATE": rule.tail == "truncate",
+            "TAIL": rule.tail,
         }
+    elif isinstance(rule, UnbiasedRule):
+        options = (rule.importance_cap,)
+        constants |= {"RULE": "divergence", "SHIFT": rules.SHIFTS["reverse_kl"], "TAIL": "unbiased"}
     elif isinstance(rule, PolicyGradientRule):
         options = rule.advantage_clip, rule.importance_cap, rule.clip_range
         constants |= {

@@ -22,6 +22,7 @@ from lopd_kernels._core.rules import (
     CrossEntropyRule,
     DivergenceRule,
     PolicyGradientRule,
+    UnbiasedRule,
     encode,
 )
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
@@ -91,6 +92,8 @@ def row_passes():
         (262208, 1000, torch.bfloat16, DivergenceRule("jsd", "bucket"), "capped+biased"),
         (50257, 8, torch.float16, DivergenceRule("forward_kl", "truncate"), "plain"),
         (33, 33, torch.float32, DivergenceRule("jsd", "truncate"), "capped+biased"),
+        (151936, 65, torch.bfloat16, UnbiasedRule(2.0), "plain"),
+        (262208, 64, torch.bfloat16, DivergenceRule("forward_kl", "generalized"), "capped+biased"),
         (128256, 1, torch.bfloat16, PolicyGradientRule(True, "clipped"), "capped+biased"),
         (151936, 1, torch.bfloat16, PolicyGradientRule(False, "token_truncated"), "plain"),
         (151936, 1, torch.float32, CrossEntropyRule(), "plain"),
@@ -98,7 +101,8 @@ def row_passes():
         u = meta(2048, padded(vocab))[:, :vocab]
         out = u if dtype == u.dtype else meta(2048, 2 * padded(vocab), dtype=dtype)[:, :vocab]
         listed_ids = triton_rows.locate(meta(2048, k, dtype=torch.int64), None, vocab)
-        target = meta(2048, 2 if isinstance(rule, PolicyGradientRule) else k + 1)
+        extra = isinstance(rule, UnbiasedRule)
+        target = meta(2048, 2 if isinstance(rule, PolicyGradientRule) else k + 1 + extra)
         arguments = (u, listed_ids, target, meta(2048), rule, dict(heads(vocab))[head], True,
                      meta(2048, 4 + len(rule.extras)), out)  # fmt: skip
         yield f"{encode(rule)[0]} {head} V={vocab} K={k} {dtype}", triton_rows.row_pass, arguments

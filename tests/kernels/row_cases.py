@@ -10,20 +10,24 @@ from lopd_kernels._core.rules import (
     CrossEntropyRule,
     DivergenceRule,
     PolicyGradientRule,
+    UnbiasedRule,
     encode,
 )
 from lopd_kernels._core.types import LogitOptions
 from lopd_kernels._torch import rows as torch_rows
 
 DIVERGENCE_RULES = [
-    DivergenceRule(name, tail, 0.3) for name in DIVERGENCES for tail in ("bucket", "truncate")
+    DivergenceRule(name, tail, 0.3)
+    for name in DIVERGENCES
+    for tail in ("bucket", "truncate", "generalized")
 ]
 POLICY_RULES = [
     PolicyGradientRule(from_teacher, importance, 1.0, 1.2, 0.2)
     for from_teacher in (False, True)
     for importance in (*IMPORTANCE, "clipped")
 ]
-RULES = {encode(rule)[0]: rule for rule in (*DIVERGENCE_RULES, *POLICY_RULES, CrossEntropyRule())}
+ALL_RULES = (*DIVERGENCE_RULES, UnbiasedRule(1.2), *POLICY_RULES, CrossEntropyRule())
+RULES = {encode(rule)[0]: rule for rule in ALL_RULES}
 REVERSE_KL = DivergenceRule("reverse_kl", "bucket")
 HEADS = {
     "plain": dict(),
@@ -68,6 +72,10 @@ def make_target(rule, ids, u):
         student = u.log_softmax(1).gather(1, ids[:, :1].clamp(min=0))
         return student + 0.5 * torch.randn(n, 2)
     teacher = (u + 0.25 * torch.randn_like(u)).log_softmax(1)
+    if isinstance(rule, UnbiasedRule):  # the last id of each list is the sampled one
+        lists = make_target(REVERSE_KL, ids[:, :-1], u) if ids.shape[1] > 1 else torch.zeros(n, 1)
+        sampled = [x.log_softmax(1).gather(1, ids[:, -1:].clamp(min=0)) for x in (teacher, u)]
+        return torch.cat([lists[:, :-1], sampled[0], lists[:, -1:], sampled[1] - 0.1], 1)
     on_list = teacher.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
     listed = torch.zeros(n, u.shape[1] + 1, dtype=torch.bool).scatter(
         1, ids % (u.shape[1] + 1), True

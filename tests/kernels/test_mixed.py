@@ -62,6 +62,12 @@ LOSSES = {
     "jsd": lambda h, w, case, **o: linear_sparse_divergence(
         h, w, *case.teacher, divergence="jsd", tail="truncate", **o
     ),
+    "generalized": lambda h, w, case, **o: linear_sparse_divergence(
+        h, w, *case.teacher, **case.form("forward_kl", "generalized"), **o
+    ),
+    "unbiased": lambda h, w, case, **o: linear_sparse_divergence(
+        h, w, *case.teacher, **case.form("reverse_kl", "unbiased"), importance_cap=1.1, **o
+    ),
     "policy_gradient": lambda h, w, case, **o: linear_policy_gradient(
         h, w, case.ids[:, 0], case.logprobs[:, 0], **o
     ),

@@ -23,14 +23,15 @@ def test_an_unchecked_invalid_id_makes_only_its_row_nan(bad, tail):
     case = make_case()
     ids = case.ids.clone()
     ids[5, 0] = ids[5, 1] if bad == "twice" else bad
+    form = case.form("reverse_kl", tail)
     losses = linear_sparse_divergence(
-        case.hidden, case.weight, ids, case.logprobs, tail=tail, reduction="none", validate=False
+        case.hidden, case.weight, ids, case.logprobs, reduction="none", validate=False, **form
     )
     assert losses[5].isnan()
     others = torch.arange(20) != 5
     assert losses[others].isfinite().all()
     _, dhidden, dweight = gradients(
-        lambda h, w: linear_sparse_divergence(h, w, ids, case.logprobs, tail=tail, validate=False),
+        lambda h, w: linear_sparse_divergence(h, w, ids, case.logprobs, validate=False, **form),
         case.hidden,
         case.weight,
     )
@@ -47,7 +48,8 @@ def test_nan_and_inf_in_a_row_make_only_that_row_nan(tail, reduction, softcap, v
     case = make_case()
     hidden = case.hidden.clone()
     hidden[2, 0] = value
-    options = dict(tail=tail, softcap=softcap, reduction=reduction)
+    form = case.form("reverse_kl", tail)
+    options = dict(**form, softcap=softcap, reduction=reduction)
 
     def loss(h, w):
         return linear_sparse_divergence(h, w, *case.teacher, **options)
@@ -64,7 +66,7 @@ def test_nan_and_inf_in_a_row_make_only_that_row_nan(tail, reduction, softcap, v
         logits[2, 0] = math.inf if tail != "renormalize" else math.nan
         logits[2, case.ids[2, 0]] = math.nan
         _, dlogits = gradients(
-            lambda z: sparse_divergence(z, *case.teacher, tail=tail, reduction=reduction), logits
+            lambda z: sparse_divergence(z, *case.teacher, reduction=reduction, **form), logits
         )
         assert dlogits[2].isnan().any()
         assert dlogits[others].isfinite().all()
@@ -76,7 +78,7 @@ def test_an_infinite_weight_makes_every_row_that_uses_it_nan(tail, softcap):
     case = make_case()
     weight = case.weight.clone()
     weight[case.ids[4, 0], 3] = math.inf
-    options = dict(tail=tail, softcap=softcap, reduction="none")
+    options = dict(**case.form("reverse_kl", tail), softcap=softcap, reduction="none")
     losses = linear_sparse_divergence(case.hidden, weight, *case.teacher, **options)
     affected = torch.ones(20, dtype=torch.bool)
     if tail == "renormalize":
@@ -108,11 +110,11 @@ def test_a_row_of_weight_zero_ignores_a_nan_in_the_weight():
     weights = torch.ones(20)
     weights[3] = 0.0
     for tail in TAILS:
-        ids = case.ids.clone()
+        ids, form = case.ids.clone(), case.form("reverse_kl", tail)
         ids[3, 0] = 7
         losses, dhidden = gradients(
-            lambda h, ids=ids, tail=tail: linear_sparse_divergence(
-                h, weight, ids, case.logprobs, tail=tail, row_weights=weights, reduction="none"
+            lambda h, ids=ids, form=form: linear_sparse_divergence(
+                h, weight, ids, case.logprobs, row_weights=weights, reduction="none", **form
             ),
             case.hidden,
         )
@@ -126,17 +128,16 @@ def test_a_nonfinite_upstream_gradient_affects_only_its_row_of_dh(tail, value):
     case = make_case()
     upstream = torch.linspace(0.5, 1.5, 20)
     upstream[6] = value
+    form = case.form("reverse_kl", tail)
     hidden = case.hidden.clone().requires_grad_()
-    losses = linear_sparse_divergence(
-        hidden, case.weight, *case.teacher, tail=tail, reduction="none"
-    )
+    losses = linear_sparse_divergence(hidden, case.weight, *case.teacher, reduction="none", **form)
     losses.backward(upstream)
     dhidden = hidden.grad.clone()
     assert not dhidden[6].isfinite().any()
     upstream[6], hidden.grad = 0.0, None
-    linear_sparse_divergence(
-        hidden, case.weight, *case.teacher, tail=tail, reduction="none"
-    ).backward(upstream)
+    linear_sparse_divergence(hidden, case.weight, *case.teacher, reduction="none", **form).backward(
+        upstream
+    )
     others = torch.arange(20) != 6
     torch.testing.assert_close(dhidden[others], hidden.grad[others])
 

@@ -1,13 +1,11 @@
 """The operators: opcheck, gradcheck, full graphs, and their use through autograd."""
 
-import itertools
-
 import pytest
 import torch
 from kernel_cases import (
+    FORMS,
     HEAD,
     assert_close,
-    form_of,
     gradients,
     make_case,
     relative_error,
@@ -25,10 +23,10 @@ from lopd_kernels import (
     sparse_divergence,
 )
 from lopd_kernels._core.rules import (
-    DIVERGENCES,
     TAILS,
     DivergenceRule,
     RowLoss,
+    UnbiasedRule,
     teacher_buckets,
 )
 from lopd_kernels._ops import logits as logits_ops
@@ -36,14 +34,14 @@ from lopd_kernels._ops import logprobs
 from lopd_kernels._ops import losses as ops
 from lopd_kernels._ops.schema import HeadArgs, LossArgs
 
-FORMS = list(itertools.product(DIVERGENCES, TAILS))
-
 
 def operator_args(rule):
     """(HeadArgs, LossArgs) whose parameters require grad."""
     case = make_case(rows=5, vocab=30, width=6, k=3)
     leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     target = teacher_buckets(case.ids, case.logprobs, case.tail, 30).logprobs
+    if isinstance(rule, UnbiasedRule):  # the last id of each list is the sampled one
+        target = torch.cat([target, case.rollout_logprobs[:, None]], 1)
     loss = RowLoss(case.ids, target, torch.linspace(0.5, 2.0, 5), rule)
     return HeadArgs(*leaves, 1.3, 4.0, 0.7, True, True, True, None), LossArgs.of(loss)
 
@@ -54,9 +52,10 @@ def detached(head):
     )
 
 
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("tail", TAILS)
 def test_opcheck_losses(tail):
-    head, args = operator_args(DivergenceRule("jsd", tail))
+    rule = UnbiasedRule(1.5) if tail == "unbiased" else DivergenceRule("jsd", tail)
+    head, args = operator_args(rule)
     opcheck(ops.row_losses, (*head, *args, False))
     plain = detached(head)
     *_, unlisted, listed = ops.row_losses(*plain, *args, False)
@@ -82,16 +81,18 @@ def test_opcheck_logprobs_topk_and_logits():
     with torch.no_grad():
         opcheck(logprobs.topk, (*plain, 3, args.ids, args.ids[:, :1]))
     logits = (plain.hidden @ plain.weight.t()).requires_grad_()
-    opcheck(logits_ops.logits_losses, (logits, 0.7, *args, True))
+    for rule in (DivergenceRule("reverse_kl", "generalized"), UnbiasedRule()):
+        _, args = operator_args(rule)
+        opcheck(logits_ops.logits_losses, (logits, 0.7, *args, True))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-@pytest.mark.parametrize(("divergence", "tail"), FORMS)
+@pytest.mark.parametrize(("divergence", "tail"), [form for form in FORMS if form[1] != "unbiased"])
 def test_gradcheck_divergences(divergence, tail, reduction):
     case = make_case(rows=4, vocab=11, width=4, k=3, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     weights = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
-    options = dict(**form_of(divergence, tail), reduction=reduction, **HEAD)
+    options = dict(**case.form(divergence, tail), reduction=reduction, **HEAD)
     assert gradcheck(
         lambda h, w, b: linear_sparse_divergence(
             h, w, *case.teacher, bias=b, row_weights=weights, **options
@@ -99,7 +100,7 @@ def test_gradcheck_divergences(divergence, tail, reduction):
         leaves,
     )
     logits = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
-    options = dict(**form_of(divergence, tail), reduction=reduction, temperature=0.7)
+    options = dict(**case.form(divergence, tail), reduction=reduction, temperature=0.7)
     assert gradcheck(lambda z: sparse_divergence(z, *case.teacher, **options), (logits,))
 
 
@@ -133,10 +134,11 @@ def compiled(function):
 @pytest.mark.parametrize("tail", TAILS)
 def test_full_graph(tail, reduction):
     case = make_case()
+    form = case.form("reverse_kl", tail)
 
     def loss(h, w):
         total, stats = linear_sparse_divergence(
-            h, w, *case.teacher, tail=tail, reduction=reduction, return_stats=True
+            h, w, *case.teacher, **form, reduction=reduction, return_stats=True
         )
         return total.sum() + stats.loss.sum() * 0.0
 
@@ -215,7 +217,7 @@ def test_autocast_leaves_tensors_of_one_dtype_unchanged(tail, dtype, default_dev
         if tail == "buffer":
             options = {"weight_grad_buffer": buffer, "tail": "renormalize"}
             return linear_sparse_divergence(h, w, *case.teacher, **options) + 0.0 * w.sum()
-        return linear_sparse_divergence(h, w, *case.teacher, tail=tail)
+        return linear_sparse_divergence(h, w, *case.teacher, **case.form("reverse_kl", tail))
 
     plain = gradients(loss, case.hidden, case.weight)
     added = buffer.clone()
@@ -303,18 +305,21 @@ def test_weight_grad_buffer_receives_the_gradient_of_the_weight(dtype, tail, red
     if tail == "renormalize":
         skip_bf16_stores_of_the_interpreter(dtype)
     case = make_case(dtype=dtype)
-    options = dict(tail=tail, reduction=reduction, row_weights=torch.linspace(0.1, 1.0, 20))
+    form = case.form("reverse_kl", tail)
+    options = dict(reduction=reduction, row_weights=torch.linspace(0.1, 1.0, 20))
     buffer = torch.zeros(211, 24)
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
     bias = case.bias.clone().requires_grad_()
     loss = linear_sparse_divergence(
-        hidden, weight, *case.teacher, bias=bias, weight_grad_buffer=buffer, **options
+        hidden, weight, *case.teacher, bias=bias, weight_grad_buffer=buffer, **options, **form
     ).sum()
     assert (buffer == 0.0).all()
     (3.0 * loss).backward(retain_graph=True)
     wide = case.double()
     value, dhidden, dweight, dbias = gradients(
-        lambda h, w, b: linear_sparse_divergence(h, w, *wide.teacher, bias=b, **options),
+        lambda h, w, b: linear_sparse_divergence(
+            h, w, *wide.teacher, bias=b, **options, **wide.form("reverse_kl", tail)
+        ),
         wide.hidden,
         wide.weight,
         wide.bias,

@@ -14,12 +14,15 @@ from lopd_kernels._core.rules import (
     CrossEntropyRule,
     DivergenceRule,
     PolicyGradientRule,
+    UnbiasedRule,
     decode,
     encode,
     teacher_buckets,
 )
 
-DIVERGENCE_RULES = [DivergenceRule(d, t, 0.3) for d in DIVERGENCES for t in TAILS]
+DIVERGENCE_RULES = [
+    DivergenceRule(d, t, 0.3) for d in DIVERGENCES for t in TAILS if t != "unbiased"
+]
 POLICY_RULES = [
     PolicyGradientRule(False, mode, math.inf, 1.1, 0.2) for mode in (*IMPORTANCE, "clipped")
 ]
@@ -74,7 +77,14 @@ def test_policy_rules_depend_only_on_the_sampled_id(rule):
 
 @pytest.mark.parametrize(
     "rule",
-    [*DIVERGENCE_RULES, *POLICY_RULES, PolicyGradientRule(True, "token"), CrossEntropyRule()],
+    [
+        *DIVERGENCE_RULES,
+        UnbiasedRule(),
+        UnbiasedRule(2.0),
+        *POLICY_RULES,
+        PolicyGradientRule(True, "token"),
+        CrossEntropyRule(),
+    ],
     ids=lambda rule: encode(rule)[0],
 )
 def test_a_rule_survives_the_operators_schema(rule):

@@ -9,7 +9,15 @@ import math
 
 import pytest
 import torch
-from kernel_cases import EMULATED, INTERPRETED, assert_close, gradients, make_case, relative_error
+from kernel_cases import (
+    EMULATED,
+    FORMS,
+    INTERPRETED,
+    assert_close,
+    gradients,
+    make_case,
+    relative_error,
+)
 from pairwise import label, pairwise
 from row_cases import (
     HEADS,
@@ -33,8 +41,8 @@ from lopd_kernels import (
 from lopd_kernels._core.buckets import student_buckets
 from lopd_kernels._core.rules import (
     DIVERGENCES,
-    TAILS,
     DivergenceRule,
+    UnbiasedRule,
 )
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
 from lopd_kernels._torch import listed as torch_listed
@@ -78,7 +86,7 @@ PAIRS = pairwise(
 @pytest.mark.parametrize("case", PAIRS, ids=label)
 def test_the_row_kernel(case, triton_rows):
     vocab, rule = case["vocab"], RULES[case["rule"]]
-    k = case["k"] if isinstance(rule, DivergenceRule) else 1
+    k = case["k"] if isinstance(rule, DivergenceRule | UnbiasedRule) else 1
     rows = 5
     u, ids = padded_rows(rows, vocab), ragged_ids(rows, vocab, min(k, vocab))
     weights = torch.ones(rows)
@@ -244,10 +252,9 @@ def test_products_with_listed_rows(case, device):
 PUBLIC = {
     **{
         f"{divergence}:{tail}": lambda h, w, case, d=divergence, t=tail, **options: (
-            linear_sparse_divergence(h, w, *case.teacher, divergence=d, tail=t, **options)
+            linear_sparse_divergence(h, w, *case.teacher, **case.form(d, t), **options)
         )
-        for divergence in DIVERGENCES
-        for tail in TAILS
+        for divergence, tail in FORMS
     },
     "policy_gradient": lambda h, w, case, **options: linear_policy_gradient(
         h, w, case.ids[:, 0], case.logprobs[:, 0], advantage_clip=1.0, **options

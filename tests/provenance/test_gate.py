@@ -241,14 +241,15 @@ def test_differing_tokenizers_without_records_are_refused(world):
 
 
 def test_an_incomplete_cache_is_refused(world):
-    message = "2 unfinished shards .*is shard-00004"
-    refused(world, "incomplete-cache", message, missing_shards=[7, 4])
+    message = "2 unfinished or damaged shards, .*; the first is shard-00004: torn; redo it, or pass"
+    faults = ["shard-00004: torn; redo it", "shard-00007: torn; redo it"]
+    refused(world, "incomplete-cache", message, faults=faults)
 
 
 def test_every_override_that_was_needed_is_recorded_in_order(world):
     other = make_model(world.root / "other", seed=3, added=["<think>"])
     manifest = world.manifest(other, student=other)
-    found = world.check(manifest, allow=EVERY, missing_shards=[0], used_ids=np.array([8]))
+    found = world.check(manifest, allow=EVERY, faults=["torn"], used_ids=np.array([8]))
     assert [item.name for item in found] == [
         "incomplete-cache",
         "teacher-mismatch",

@@ -54,6 +54,8 @@ ROWS = [
     ("reverse_kl:bucket", "plain", 4100, 8, torch.bfloat16, None),
     ("reverse_kl:bucket", "capped+biased", 1000, 65, torch.float32, None),
     ("forward_kl:truncate", "scaled", 211, 31, torch.float16, None),
+    ("reverse_kl:unbiased", "plain", 1000, 33, torch.bfloat16, None),
+    ("forward_kl:generalized", "scaled", 700, 9, torch.float32, None),
     ("jsd:bucket", "biased", 33, 33, torch.float32, None),
     ("jsd:truncate", "plain", 700, 130, torch.bfloat16, {"BLOCK": 256, "KBLOCK": 64, "warps": 4}),
     ("reverse_kl:bucket", "capped", 700, 64, torch.float32,

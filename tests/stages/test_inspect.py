@@ -1,5 +1,7 @@
 """`lopd inspect` against the arrays and files of a cache."""
 
+import json
+
 import numpy as np
 import pytest
 from helpers_cache import make_manifest, write_cache, write_rollouts
@@ -32,6 +34,16 @@ def test_totals_of_a_cache(tmp_path, capsys, codec):
     assert rows["scoring"] == "tail computed, entropy computed, rollout_logprobs computed"
 
 
+def test_json_has_the_rows_of_the_table(tmp_path, capsys):
+    write_cache(tmp_path, make_manifest())
+    assert main(["inspect", "--path", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert main(["inspect", "--path", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [line.split("  ")[0] for line in table] == list(rows)
+    assert rows["kind"] == "cache" and isinstance(rows["mean_entropy"], float)
+
+
 @pytest.mark.parametrize("kind", ["rollouts", "sft_data", "cache"])
 def test_an_unfinished_folder_is_described_and_verify_says_what_is_missing(tmp_path, capsys, kind):
     write = write_cache if kind == "cache" else write_rollouts
@@ -41,4 +53,4 @@ def test_an_unfinished_folder_is_described_and_verify_says_what_is_missing(tmp_p
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert (rows["shards"], rows["missing_shards"], rows["sequences"]) == ("3", "1", "2")
     assert main(["inspect", "--path", str(tmp_path), "--verify"]) == 2
-    assert "1 of 3 shards are missing or damaged; the first: " in capsys.readouterr().err
+    assert "1 of 3 shards are unfinished or damaged; the first is " in capsys.readouterr().err

@@ -50,6 +50,18 @@ def test_stages_read_what_earlier_stages_wrote():
     assert configs["score"].k == 5 and configs["distill"].max_steps == 3
 
 
+def test_settings_of_prompts_are_shared_by_the_stages_that_read_prompts():
+    shared = {"chat_template_kwargs": {"enable_thinking": "false"}, "prompt_date": "2031-01-02"}
+    configs = recipe.stage_configs(BASE | shared, "r.yaml")
+    for name in ("sft-data", "rollout", "eval"):
+        assert configs[name].template_kwargs() == {"enable_thinking": False}
+        assert configs[name].prompt_date == "2031-01-02"
+    assert configs["sft"].prompt_date is None  # its data are tokens
+    stages = STAGES | {"sft": {"data": "own.jsonl"}}
+    configs = recipe.stage_configs(BASE | shared | {"stages": stages}, "r.yaml")
+    assert configs["sft"].prompt_date == "2031-01-02"
+
+
 def test_without_sft_the_student_rolls_out():
     stages = {name: STAGES[name] for name in ("rollout", "score", "eval")}
     configs = recipe.stage_configs(BASE | {"stages": stages}, "r.yaml")
@@ -159,9 +171,9 @@ def test_second_run_changes_nothing(finished_run, capsys):
     files = [file for file in Path(values["out"]).rglob("*") if file.is_file()]
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
     assert main(["run", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert "running" not in printed and printed.count(": done, ") == 7
-    _, table = printed.split("\nresults\n")
+    printed = capsys.readouterr()
+    assert "running" not in printed.err and printed.err.count(": done, ") == 7
+    _, table = printed.out.split("\nresults\n")
     student, result = table.splitlines()
     assert student.startswith(f"eval-student, {values['out']}/sft ") and "greedy 0." in student
     assert result.startswith(f"eval, {values['out']}/distill ") and "KL at least " in result

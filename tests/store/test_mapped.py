@@ -1,6 +1,7 @@
 """Reading is mapped: no private memory, few file descriptors, and a file that changes is named."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def open_files(folder):
 
 
 def test_few_shards_are_open_at_a_time_and_order_does_not_matter(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_MAPPED", 4)
+    monkeypatch.setattr(readers, "most_mapped", lambda: 4)
     count = 24
     write_cache(tmp_path, make_manifest(plan=[1] * count))
     cache = TeacherCache.open(tmp_path)
@@ -106,7 +107,7 @@ def test_few_shards_are_open_at_a_time_and_order_does_not_matter(tmp_path, monke
 
 
 def test_arrays_outlive_their_mapping(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_MAPPED", 1)
+    monkeypatch.setattr(readers, "most_mapped", lambda: 1)
     write_cache(tmp_path, make_manifest(plan=[1, 1]))
     cache = TeacherCache.open(tmp_path)
     first, second = (part.lists for part in cache.chunks())
@@ -115,7 +116,7 @@ def test_arrays_outlive_their_mapping(tmp_path, monkeypatch):
 
 
 def test_a_shard_that_is_replaced_while_it_is_read_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_MAPPED", 1)
+    monkeypatch.setattr(readers, "most_mapped", lambda: 1)
     write_cache(tmp_path, make_manifest(plan=[1, 1]))
     cache = TeacherCache.open(tmp_path)
     cache[0], cache[1]
@@ -156,3 +157,9 @@ def test_empty_and_boolean_arrays_are_mapped(tmp_path):
     assert found.keys() == arrays.keys()
     for name, values in arrays.items():
         assert found[name].dtype == values.dtype and np.array_equal(found[name], values)
+
+
+def test_a_reader_takes_a_quarter_of_the_files_that_a_process_may_open(monkeypatch):
+    for limit, expected in ((1024, 256), (2, 1), (1 << 20, 4096), (resource.RLIM_INFINITY, 4096)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert readers.most_mapped() == expected

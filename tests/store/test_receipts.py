@@ -98,7 +98,9 @@ def test_a_receipt_of_another_run_says_what_helps(cache, tmp_path):
     shutil.copy(other / RECEIPTS[1], cache / RECEIPTS[1])
     with pytest.raises(ShardError, match="of another run; run the stage again to redo the shard"):
         TeacherCache.open(cache)
-    with pytest.raises(ShardError, match="1 of 3 shards are missing or damaged; the first: .*of a"):
+    with pytest.raises(
+        ShardError, match="1 of 3 shards are unfinished or damaged; the first is .*of a"
+    ):
         TeacherCache.open(cache, allow_incomplete=True).check_complete()
     write_cache(cache, make_manifest(plan=PLAN))
     assert files_of(cache) == whole

@@ -9,8 +9,7 @@ from helpers_artefacts import write_cache, write_pipeline, write_sequences
 from helpers_training import (
     SAME_UPDATE,
     largest_difference,
-    make_rollouts,
-    make_scored,
+    near_rollouts,
     options,
     tiny_model,
     update_error,
@@ -33,21 +32,6 @@ CORRECTED = {
     "sequence_capped": {"importance": "sequence", "importance_cap": 1e-3},
     "clip_range": {"clip_range": 0.2},
 }
-
-
-def near_rollouts(count=6, model=None, spread=0.4):
-    """Scored sequences whose rollout log-probs are the model's plus noise."""
-    model = model or tiny_model()
-    items = make_scored(make_rollouts(count))
-    generator = torch.Generator().manual_seed(3)
-    for item in items:
-        rollout = item.rollout
-        tokens = torch.tensor(rollout.tokens[None].astype("int64"))
-        log_p = torch.log_softmax(model(tokens).logits[0].detach(), -1)
-        logprobs = log_p[:-1].gather(1, tokens[0, 1:, None])[rollout.prompt_length - 1 :, 0]
-        moved = logprobs + spread * torch.randn(logprobs.shape, generator=generator)
-        rollout.rollout_logprobs[:] = moved.clamp(max=0.0).numpy()
-    return items
 
 
 def dense(model, batch, row_weight_of):

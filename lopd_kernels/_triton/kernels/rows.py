@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from lopd_kernels._triton.kernels.math import tanh
-from lopd_kernels._triton.kernels.rules import bucket_rule, policy_terms
+from lopd_kernels._triton.kernels.rules import bucket_rule, policy_terms, unbiased_terms
 
 SENTINEL = tl.constexpr(-3.4028234663852886e38)
 INF = tl.constexpr(float("inf"))
@@ -194,7 +194,7 @@ def row_kernel(
     bias_ptr,  # [V]
     u_stride, out_stride, out_limit, V, K, target_width, stats_width,
     gain, cap, option_0, option_1, option_2,
-    RULE: tl.constexpr, DIVERGENCE: tl.constexpr, SHIFT: tl.constexpr, TRUNCATE: tl.constexpr,
+    RULE: tl.constexpr, DIVERGENCE: tl.constexpr, SHIFT: tl.constexpr, TAIL: tl.constexpr,
     FROM_TEACHER: tl.constexpr, IMPORTANCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
     ENTROPY: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
@@ -235,14 +235,25 @@ def row_kernel(
         tail = tl.where(total == 0.0, -INF, tail)
         largest = tl.where(tail > largest_listed - top - lse, K, largest)
 
+        student_tail, correction, sampled = tail, 0.0, 0.0
+        if TAIL == "unbiased":
+            z = tl.load(listed_row + K - 1)
+            sampled = tl.where(z == -INF, -INF, z - top - lse)
+            student_tail, correction, importance = unbiased_terms(
+                sampled, tail, target_row, K, option_0
+            )
+            tl.store(stats_row + 4, sampled)
+            tl.store(stats_row + 5, correction)
+            tl.store(stats_row + 6, importance)
+
         loss, list_term, first_lp = 0.0, 0.0, 0.0
         g_largest, p_largest, g_others, p_others, tail_g = 0.0, 0.0, 0.0, 0.0, 0.0
         for start in range(0, K + 1, KBLOCK):
             k = start + tl.arange(0, KBLOCK)
             lp = _bucket_logprobs(listed_row, k, K, top, lse, tail)
             phi, g = bucket_rule(
-                lp, k, K, target_row, option_0, option_1, option_2,
-                RULE, DIVERGENCE, SHIFT, TRUNCATE, FROM_TEACHER, IMPORTANCE,
+                lp, k, K, target_row, student_tail, correction, option_0, option_1, option_2,
+                RULE, DIVERGENCE, SHIFT, TAIL, FROM_TEACHER, IMPORTANCE,
             )  # fmt: skip
             p = tl.exp(lp)
             loss += tl.sum(phi, axis=0)
@@ -290,8 +301,8 @@ def row_kernel(
                 k = start + tl.arange(0, KBLOCK)
                 lp = _bucket_logprobs(listed_row, k, K, top, lse, tail)
                 _phi, g = bucket_rule(
-                    lp, k, K, target_row, option_0, option_1, option_2,
-                    RULE, DIVERGENCE, SHIFT, TRUNCATE, FROM_TEACHER, IMPORTANCE,
+                    lp, k, K, target_row, student_tail, correction, option_0, option_1, option_2,
+                    RULE, DIVERGENCE, SHIFT, TAIL, FROM_TEACHER, IMPORTANCE,
                 )  # fmt: skip
                 grad = tl.where(k == largest, largest_grad, g - tl.exp(lp) * sum_g) * weight
                 if SOFTCAP:

@@ -73,19 +73,48 @@ def policy_terms(
 
 
 @triton.jit
+def unbiased_terms(sampled, rest, target_row, K, importance_cap):
+    """(student's tail, correction, importance weight) of a row whose last id was sampled."""
+    high, low = tl.maximum(sampled, rest), tl.minimum(sampled, rest)
+    tail = high + log1p(tl.exp(low - high))
+    tail = tl.where(high == NO_MASS, NO_MASS, tail)
+    lq_sampled, lq_tail = tl.load(target_row + K - 1), tl.load(target_row + K)
+    weight = tl.exp(sampled - tl.load(target_row + K + 1))
+    weight = tl.where(weight > importance_cap, importance_cap, weight)
+    correction = weight * ((sampled - lq_sampled) - (tail - lq_tail))
+    no_sample = sampled == NO_MASS
+    return tail, tl.where(no_sample, 0.0, correction), tl.where(no_sample, 0.0, weight)
+
+
+@triton.jit
 def bucket_rule(
     lp,  # log-probs of the buckets `k`; bucket K is the tail, -inf beyond
-    k, K, target_row, option_0, option_1, option_2,
-    RULE: tl.constexpr, DIVERGENCE: tl.constexpr, SHIFT: tl.constexpr, TRUNCATE: tl.constexpr,
+    k, K, target_row, student_tail, correction, option_0, option_1, option_2,
+    RULE: tl.constexpr, DIVERGENCE: tl.constexpr, SHIFT: tl.constexpr, TAIL: tl.constexpr,
     FROM_TEACHER: tl.constexpr, IMPORTANCE: tl.constexpr,
 ):  # fmt: skip
-    """(terms of the loss, g) of a block of buckets."""
+    """(terms of the loss, g) of a block of buckets.
+
+    `student_tail` and `correction` are those of `unbiased_terms`, and used by the unbiased rule
+    only: there, bucket K - 1 is the sampled id, and buckets K - 1 and K share the tail.
+    """
     if RULE == "divergence":
         lq = tl.load(target_row + k, mask=k <= K, other=NO_MASS)
-        phi, g = DIVERGENCE(lp, lq, option_0)
-        if TRUNCATE:
+        if TAIL == "unbiased":
+            in_tail = (k >= K - 1) & (k <= K)
+            share = tl.where(in_tail & (lp != NO_MASS), tl.exp(lp - student_tail), 0.0)
+            lq = tl.where(in_tail, tl.load(target_row + K), lq)
+            phi, g = DIVERGENCE(tl.where(in_tail, student_tail, lp), lq, option_0)
+            g = tl.where(in_tail, g * share, g) + tl.where(k == K - 1, correction, 0.0)
+            phi = tl.where(k == K - 1, correction, phi)
+        else:
+            phi, g = DIVERGENCE(lp, lq, option_0)
+        if TAIL == "truncate":
             phi = tl.where(k < K, phi, 0.0)
             g = tl.where(k < K, g + SHIFT * tl.exp(lp), 0.0)
+        elif TAIL == "generalized":
+            phi = tl.where(k < K, phi + SHIFT * (tl.exp(lq) - tl.exp(lp)), 0.0)
+            g = tl.where(k < K, g, 0.0)
     elif RULE == "cross_entropy":
         phi = tl.where(k == 0, -lp, 0.0)
         g = tl.where(k == 0, -1.0, 0.0)

@@ -1,0 +1,127 @@
+"""Attack lopd: `python -m torture` runs the campaign, `--slice` the part that CI runs.
+
+Both are seeded and end with a table of fault, tried, survived and lost; the exit code is 1 if
+anything was lost. `--write` puts the tables of the parts that ran into docs/reliability.md.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torture import harness
+from torture.table import Table
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
+PACKAGES = ("torch", "transformers", "numpy", "safetensors")
+
+
+PARTS = ("attacks", "numbers", "mistakes", "load")
+
+
+def main() -> int:
+    """Run the parts that the arguments name, and print what they found."""
+    parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
+    parser.add_argument("--kills", type=int, default=1000, help="other attacks by their share")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slice", action="store_true", help="about a minute, for CI")
+    parser.add_argument("--only", choices=PARTS, help="one part of the campaign")
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder otherwise")
+    parser.add_argument("--write", action="store_true", help="update docs/reliability.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = options.folder or Path(temporary)
+        os.environ["XDG_CACHE_HOME"] = str(root / "memo")
+        table, began = Table(), time.monotonic()
+        blocks = attack(root, options, table)
+    for fault, stage, problem in table.lost:
+        print(f"LOST: {fault}: {stage}: {problem}")
+    print(f"{sum(table.tried.values())} attacks in {time.monotonic() - began:.0f} s")
+    print(table.markdown())
+    if options.write:
+        _write(blocks)
+    return 1 if table.lost else 0
+
+
+def attack(root: Path, options: argparse.Namespace, table: Table) -> dict[str, str]:
+    """Run the parts in turn; returns the blocks of docs/reliability.md."""
+    harness.warm_up()
+    from torture import load, mistakes, numerics
+    from torture.pipeline import Pipeline, clear
+
+    parts = PARTS if options.only is None else (options.only,)
+    blocks = {}
+    clear(root / "pipeline")
+    pipeline = Pipeline(root / "pipeline") if parts != ("load",) else None
+    if pipeline and "attacks" in parts:
+        _attack_stages(pipeline, table, 8 if options.slice else options.kills, options.seed)
+        blocks["campaign"] = f"{_versions()}, seed {options.seed}.\n\n{table.markdown()}"
+    if pipeline and "numbers" in parts and not options.slice:
+        numerics.attack_all(pipeline, table)
+        blocks["numbers"] = table.markdown(numerics.FAULT)
+    if pipeline and "mistakes" in parts:
+        blocks["mistakes"] = mistakes.markdown(mistakes.make_all(pipeline, table))
+    if "load" in parts:
+        sizes = load.SLICE if options.slice else load.WHOLE
+        blocks["load"] = load.markdown(load.measure_all(root, table, sizes))
+    return blocks
+
+
+def _attack_stages(pipeline, table: Table, kills: int, seed: int) -> None:
+    """Attacks on running stages and on their files; Ctrl-C ends them early."""
+    from torture.disks import Disks
+    from torture.flips import Flips
+    from torture.interruptions import Interruptions
+
+    runs, disks = Interruptions(pipeline, table, seed), Disks(pipeline, table, seed)
+    flips = Flips(pipeline, table, seed)
+    shares: dict[Callable[[int], None], float] = {
+        runs.kill: 1,
+        runs.ask_to_stop: 1 / 4,
+        runs.lose_workers: 1 / 8,
+        runs.share_a_folder: 1 / 8,
+        disks.fill: 1 / 8,
+        disks.limit_files: 1 / 8,
+        disks.make_read_only: 1 / 16,
+        flips.flip_artefact: 1 / 2,
+        flips.flip_checkpoint: 1 / 4,
+    }
+    counts = {method: max(4, round(kills * share)) for method, share in shares.items()}
+    # Evenly mixed, so that a campaign that is cut short has some of each.
+    order = [
+        ((n + 0.5) / count, n, method) for method, count in counts.items() for n in range(count)
+    ]
+    known = 0
+    try:
+        for _, number, method in sorted(order, key=lambda entry: entry[0]):
+            method(number)
+            for fault, stage, problem in table.lost[known:]:
+                print(f"LOST: {fault}: {stage}: {problem}", file=sys.stderr, flush=True)
+            known = len(table.lost)
+    except KeyboardInterrupt:
+        print("ended early", file=sys.stderr)
+
+
+def _versions() -> str:
+    packages = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return f"Python {platform.python_version()}, {', '.join(packages)}"
+
+
+def _write(blocks: dict[str, str]) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, block in blocks.items():
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+        assert pattern.search(text), name
+        text = pattern.sub(lambda _, s=start, b=block, e=end: f"{s}\n\n{b}\n\n{e}", text)
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
