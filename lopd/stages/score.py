@@ -8,20 +8,20 @@ Several processes may score into one folder (`--worker i/n`, or torchrun); a sha
 on the process that writes it.
 """
 
-import sys
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from lopd.config.dtype import with_dtype
 from lopd.config.eos import parse_eos_class
 from lopd.config.score import ScoreConfig
 from lopd.data.skipped import Skipped
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
+from lopd.engines.progress import Progress
 from lopd.errors import DataError, ProvenanceError
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
@@ -55,6 +55,8 @@ from lopd.store.size import (
 from lopd.store.types import name_of
 from lopd.store.workers import Worker, this_worker
 
+LOG = logging.getLogger(__name__)
+
 
 @loads_models
 def main(config: ScoreConfig) -> Path | None:
@@ -69,7 +71,7 @@ def main(config: ScoreConfig) -> Path | None:
             other ids than the student.
         DataError: a sequence exceeds the teacher's context or vocabulary.
     """
-    worker = this_worker(config.worker)
+    config, worker = with_dtype(config), this_worker(config.worker)
     check_model_folder(config.teacher)
     rollouts = RolloutStore.open(config.rollouts, kind="rollouts")
     rollouts.verify()
@@ -99,7 +101,7 @@ def main(config: ScoreConfig) -> Path | None:
         else:
             say_finished(config.out)
         if not writer.finish():
-            print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
+            LOG.info(f"{config.out}: {worker} is done, others are still writing")
     return Path(config.out)
 
 
@@ -201,9 +203,8 @@ def _bad_sequences(
             "the tokenizers are the same, so it is a padding row of the student's head: leave the "
             "sequence out"
         )
-    limits = ModelLimits(
-        "the teacher", vocab_size_of(config.teacher), context_of(config.teacher), id_remedy=remedy
-    )
+    teacher, context = config.teacher, context_of(config.teacher, config.engine)
+    limits = ModelLimits("the teacher", vocab_size_of(teacher), context, id_remedy=remedy)
     skipped = Skipped(config.rollouts, config.skip_bad_records)
     found: dict[int, set[str]] = {}
     for shard in shards:
@@ -265,7 +266,7 @@ def _fill(
         timed = time_sample(writer.manifest, check_size, scorer)
         check_fits(config.out, timed.size.of(work), f"by {timed.sequences} scored sequences")
     done = sum(sizes) - sum(sizes[shard] for shard in missing)
-    with tqdm(total=sum(sizes), initial=done, unit="seq", desc="scoring") as bar:
+    with Progress(total=sum(sizes), initial=done, unit="seq", desc="scoring") as bar:
         for index in writer.claims():
             sequences = _usable(rollouts.shard(index), left_out.get(index, frozenset()))
             scores = scorer(sequences, progress=bar.update)

@@ -184,6 +184,8 @@ DISTILL_RECIPE = TRAINING | {
     "allow_tokenizer_mismatch": False,
     "beta": 0.3,
     "clip_range": None,
+    "delta": None,  # newer than some runs: a missing key is equal to None
+    "entropy_bonus": None,
     "eval_steps": 100,
     "holdout": 0.0,
     "importance": "none",
