@@ -1,10 +1,12 @@
 """The dtype `auto`: what the device at hand computes fast and exactly enough."""
 
-import sys
+import logging
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from lopd.config.device import resolve_device
+
+LOG = logging.getLogger(__name__)
 
 AUTO = "auto"
 Config = TypeVar("Config")
@@ -28,6 +30,6 @@ def with_dtype(config: Config) -> Config:
     device = resolve_device(settings.device)
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     dtype = "bfloat16" if fast else "float32"
-    print(f"dtype: {dtype} (auto, on {device.type})", file=sys.stderr)
+    LOG.info(f"dtype: {dtype} (auto, on {device.type})")
     resolved: Config = replace(settings, dtype=dtype)
     return resolved

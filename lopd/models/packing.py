@@ -13,8 +13,8 @@ not pass them on, so `check_packing` compares a pack with its separate sequences
 
 import importlib.util
 import inspect
+import logging
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +32,8 @@ from lopd.models.architecture import (
     switches_of,
 )
 from lopd.models.head import eval_mode, plain_model
+
+LOG = logging.getLogger(__name__)
 
 FLASH = ("flash_attention_3", "flash_attention_2")
 REGISTERED = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}  # name in transformers
@@ -80,7 +82,7 @@ def pack_attention(
         _register()
     name = REGISTERED.get(path, path)
     attempt(plain, f"attention by {path}", lambda: model.set_attn_implementation(name))
-    print(f"packing: attention by {path}", file=sys.stderr)
+    LOG.info(f"packing: attention by {path}")
     return path
 
 

@@ -7,7 +7,7 @@ and a lower bound otherwise.
 """
 
 import json
-import sys
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import TeacherCache
 from lopd.store.folders import examine_folder, locked
+
+LOG = logging.getLogger(__name__)
 
 RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
 
@@ -127,10 +129,9 @@ def _show_without_answer(records: list[dict[str, Any]], judge: str) -> None:
         return
     remedy = "; --answer_regex or --judge math may find more" if judge == "exact" else ""
     shown = "".join(f"\n  {record['id']}: ...{record['text'][-60:]!r}" for record in without[:3])
-    print(
+    LOG.warning(
         f"eval: judge {judge} found nothing to grade in {len(without)} of {len(complete)} complete "
-        f"answers, which count as wrong{remedy}. Some end in{shown}",
-        file=sys.stderr,
+        f"answers, which count as wrong{remedy}. Some end in{shown}"
     )
 
 

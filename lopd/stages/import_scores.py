@@ -6,9 +6,9 @@ requires an override. The manifest's `scoring` records that tail and entropy are
 lists, and whether rollout log-probs are absent.
 """
 
+import logging
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -38,6 +38,8 @@ from lopd.stages.model_access import loads_models
 from lopd.store import CacheWriter, Rollout, TeacherScores
 from lopd.store.lists import derived_tail
 from lopd.store.validate import MASS_TOLERANCE
+
+LOG = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Lists are renormalised if each has mass 1 within rounding and their mean mass is 1 within this.
@@ -183,7 +185,7 @@ def _print_notes(source: str, survey: Survey) -> None:
     }
     for text, count in notes.items():
         if count:
-            print(f"{source}: {count} {text}", file=sys.stderr)
+            LOG.info(f"{source}: {count} {text}")
 
 
 def take_survey(

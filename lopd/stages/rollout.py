@@ -7,13 +7,11 @@ stored beside them where the two differ. Several processes may sample into one f
 (`--worker i/n`, or torchrun).
 """
 
-import sys
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-
-from tqdm import tqdm
 
 from lopd.config.dtype import with_dtype
 from lopd.config.inference import SamplingOptions
@@ -23,6 +21,7 @@ from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.data.turns import end_of_turn, turn_warnings
 from lopd.engines import load_engine
 from lopd.engines.base import Engine, sequence_seed, to_rollout
+from lopd.engines.progress import Progress
 from lopd.errors import ModelError
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
 from lopd.provenance import (
@@ -39,6 +38,8 @@ from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
 from lopd.store import RolloutStore, RolloutWriter
 from lopd.store.workers import Worker, this_worker
+
+LOG = logging.getLogger(__name__)
 
 
 @loads_models
@@ -91,9 +92,9 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         else:
             say_finished(config.out)
         if not writer.finish():
-            print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
+            LOG.info(f"{config.out}: {worker} is done, others are still writing")
             return Path(config.out)
-    print(_describe_answers(config, kind), file=sys.stderr)
+    LOG.info(_describe_answers(config, kind))
     return Path(config.out)
 
 
@@ -148,11 +149,11 @@ def _fill(
     )
     _check_eos(engine, writer.manifest.model)
     for warning in turn_warnings(engine.tokenizer, engine.eos_ids):
-        print(f"{model}: {warning}", file=sys.stderr)
+        LOG.warning(f"{model}: {warning}")
     if isinstance(config, RolloutConfig):
         _check_student(engine, model)
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
-    with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
+    with Progress(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():
             jobs = shards[index]
             generations = engine.generate(

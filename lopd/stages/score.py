@@ -8,20 +8,19 @@ Several processes may score into one folder (`--worker i/n`, or torchrun); a sha
 on the process that writes it.
 """
 
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lopd.config.dtype import with_dtype
 from lopd.config.eos import parse_eos_class
 from lopd.config.score import ScoreConfig
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
+from lopd.engines.progress import Progress
 from lopd.errors import ProvenanceError
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
@@ -53,6 +52,8 @@ from lopd.store.size import (
 )
 from lopd.store.types import name_of
 from lopd.store.workers import Worker, this_worker
+
+LOG = logging.getLogger(__name__)
 
 
 @loads_models
@@ -93,7 +94,7 @@ def main(config: ScoreConfig) -> Path | None:
         else:
             say_finished(config.out)
         if not writer.finish():
-            print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
+            LOG.info(f"{config.out}: {worker} is done, others are still writing")
     return Path(config.out)
 
 
@@ -216,7 +217,7 @@ def _fill(
         timed = time_sample(writer.manifest, sample(rollouts), scorer)
         check_fits(config.out, timed.size.of(work), f"by {timed.sequences} scored sequences")
     done = sum(sizes) - work.sequences
-    with tqdm(total=sum(sizes), initial=done, unit="seq", desc="scoring") as bar:
+    with Progress(total=sum(sizes), initial=done, unit="seq", desc="scoring") as bar:
         for index in writer.claims():
             sequences = rollouts.shard(index)
             scores = scorer(sequences, progress=bar.update)

@@ -11,7 +11,7 @@ of single operators and fragmentation are not counted; a share of the memory, `r
 free for them.
 """
 
-import sys
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -29,6 +29,8 @@ from lopd.training.dry_run import (
     storage_bytes,
 )
 from lopd_kernels.workspace import workspace_needed
+
+LOG = logging.getLogger(__name__)
 
 SMALLEST_WORKSPACE = 128 << 20
 
@@ -235,5 +237,5 @@ def planned_peak(config: Any, trainer: Any, model_path: str, k: int) -> int | No
         planner = MemoryPlanner(meta_model(model_path, config.dtype, config))
         return planner.estimate(settings).total
     except LopdError as error:
-        print(f"the peak memory cannot be estimated ({error})", file=sys.stderr)
+        LOG.warning(f"the peak memory cannot be estimated ({error})")
         return None

@@ -6,8 +6,8 @@ It adds micro-batches, the schedule, logging, checkpoints, resuming and several 
 
 import contextlib
 import copy
+import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
@@ -38,6 +37,8 @@ from lopd.training.logging import LogAtEnds, Reporter
 from lopd.training.metrics import MetricsAccumulator
 from lopd.training.sampler import StepDataset, StepLoader, StepSampler
 from lopd.training.step import check_finite, step
+
+LOG = logging.getLogger(__name__)
 
 __all__ = ["LopdTrainer", "Objective", "TrainOptions", "step"]
 
@@ -381,11 +382,10 @@ class LopdTrainer(Trainer):
             self.control.should_save = True
         if exhausted(self.state.log_history, self.holdout.patience):
             self.control.should_training_stop = True
-            tqdm.write(
+            LOG.info(
                 f"step {self.state.global_step}: stopping early, held-out KL "
                 f"{metrics['holdout_kl']:.4g} is no better than {best[0]:.4g} at step {best[1]}, "
-                f"{self.holdout.patience} evaluations ago",
-                file=sys.stderr,
+                f"{self.holdout.patience} evaluations ago"
             )
         return improved
 
