@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lopd.cli import show_messages
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other are slow
 
@@ -42,6 +44,12 @@ def default_device(request):
 @pytest.fixture(autouse=True)
 def _private_fingerprint_memo(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "memo"))
+
+
+@pytest.fixture(autouse=True)
+def _messages():
+    """Stages called from Python log as they do from the command line: on stderr."""
+    show_messages()
 
 
 def train_bpe(chat_template: str | None = None):

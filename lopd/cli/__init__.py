@@ -112,15 +112,20 @@ def prepare(
 
 
 def _stage(name: str, quiet: bool) -> Any:
-    """The module of a stage, with the messages of lopd on stderr, and bars only on a terminal."""
-    logger = logging.getLogger("lopd")
-    logger.handlers = [Messages()]
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    logger.propagate = False
+    """The module of a stage. Progress bars are for terminals only."""
+    show_messages(quiet)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     return importlib.import_module(f"lopd.stages.{name}")
+
+
+def show_messages(quiet: bool = False) -> None:
+    """Write what lopd logs on stderr; with `quiet` warnings only."""
+    logger = logging.getLogger("lopd")
+    logger.handlers = [Messages()]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
 
 
 class Messages(logging.Handler):
@@ -211,7 +216,7 @@ def usage_error(error: click.UsageError, prog: str) -> str:
         return f"unknown flag '{error.option_name}'; {hint}"
     text = error.format_message().rstrip(".")
     if "not take a value" in text or "extra argument" in text:
-        text += "; a switch has no value, only --NAME or --no-NAME; other flags have one value"
+        text += "; write --NAME or --no-NAME for a switch; other flags have one value"
     return f"{text}; see {prog} --help"
 
 

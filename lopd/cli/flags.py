@@ -63,6 +63,10 @@ class SettingsCommand(click.Command):
             **changes,
         )
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        switches = {flag(item.name): item.name for item in self.items if bool in kinds_of(item)}
+        return super().parse_args(ctx, list(_without_values(args, switches)))
+
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         pieces = [
             item.name.upper()
@@ -114,6 +118,20 @@ class SettingsCommand(click.Command):
             for example in self.about.examples:
                 for line in wrapped(f"lopd {self.name} {example}"):
                     formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+def _without_values(words: list[str], switches: dict[str, str]) -> Iterator[str]:
+    """`--switch true` and `--switch=false`, as older scripts have them, without their values."""
+    rest = list(words)
+    while rest:
+        word, equals, value = rest.pop(0).partition("=")
+        name = switches.get(word.replace("_", "-"))
+        if name and not equals and rest and rest[0].lower() in ("true", "false"):
+            value = rest.pop(0)
+        if name and value.lower() in ("true", "false"):
+            yield flag(name) if value.lower() == "true" else flag(f"no_{name}")
+        else:
+            yield f"{word}{equals}{value}"
 
 
 def option(item: Field[Any]) -> click.Option:

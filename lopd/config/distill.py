@@ -31,8 +31,8 @@ class DistillConfig(MonitoringOptions):
     )
     cache: str = setting(identity=False, help="Folder that `lopd score` wrote.")
     out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
-    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting_of(
-        MemorySettings, "objective"
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient", "log_ratio"] = (
+        setting_of(MemorySettings, "objective")
     )
     tail: Tail = setting_of(Objective, "tail")
     beta: float | None = setting_of(Objective, "beta")
@@ -40,6 +40,8 @@ class DistillConfig(MonitoringOptions):
     importance: Importance = setting_of(Objective, "importance")
     importance_cap: float | None = setting_of(Objective, "importance_cap")
     clip_range: float | None = setting_of(Objective, "clip_range")
+    delta: float | None = setting_of(Objective, "delta")
+    entropy_bonus: float | None = setting_of(Objective, "entropy_bonus")
     temperature: float | None = setting_of(
         Objective,
         "temperature",
@@ -107,7 +109,10 @@ class DistillConfig(MonitoringOptions):
     def objective_at(self, cache_temperature: float) -> Objective:
         """The objective; its temperature is the cache's unless one is set."""
         temperature = cache_temperature if self.temperature is None else self.temperature
-        names = ("tail", "beta", "advantage_clip", "importance", "importance_cap", "clip_range")
+        names = (
+            "tail", "beta", "advantage_clip", "importance", "importance_cap", "clip_range",
+            "delta", "entropy_bonus",
+        )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         return Objective(
             self.objective, temperature=temperature, workspace_bytes=self.workspace, **settings

@@ -29,6 +29,13 @@ GROUPS = (
 )
 
 
+_UNITS = {"": 1, "b": 1} | {
+    letter + unit: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for unit, base in (("b", 1000), ("ib", 1024), ("", 1024))
+}
+
+
 @dataclass(frozen=True)
 class Range:
     """The numbers from `low` to `high`, and the number `also`. NaN is never included."""
@@ -145,3 +152,15 @@ def identity_of(config: Any, stored: Mapping[str, Any] | None = None) -> dict[st
     excluded = {item.name for item in fields(config) if not item.metadata.get("identity", True)}
     settings = asdict(config) if stored is None else stored
     return {name: value for name, value in settings.items() if name not in excluded}
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Bytes of `24GiB`, `24G` (the same), `80GB`, `24000MiB` or a number of bytes.
+
+    Raises:
+        ConfigError: `value` is not a size, or is not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+    if match is None or match[2] not in _UNITS or not (size := float(match[1]) * _UNITS[match[2]]):
+        raise ConfigError(f"{name}: found '{value}'; expected a size such as 24GiB, 80GB or bytes")
+    return int(size)

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from lopd.config.device import check_device
+from lopd.config.dtype import AUTO
 from lopd.config.fields import Settings, parse_range, setting, setting_of
 from lopd.config.model_code import CodeOptions
 from lopd.config.parse import check_keys
@@ -25,7 +26,7 @@ from lopd.config.strict_yaml import parse_yaml
 from lopd.config.values import typed
 from lopd.errors import ConfigError
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = (AUTO, "float32", "bfloat16", "float16")
 # name: (types, range if it is a number, words for an error message)
 _Option = tuple[tuple[type, ...], str | None, str]
 _COUNT: _Option = ((int,), "[1, inf)", "a positive integer")
@@ -85,7 +86,12 @@ class Sampling(Settings):
 class InferenceOptions(CodeOptions):
     """Dtype and device of a model that samples or scores."""
 
-    dtype: str = _engine("bfloat16", choices=DTYPES, help="Dtype of the model's weights.")
+    dtype: str = _engine(
+        AUTO,
+        choices=DTYPES,
+        help="Dtype of the model's weights; auto is bfloat16 on GPUs that compute it, otherwise "
+        "float32.",
+    )
     device: str = setting(
         "auto", group="Devices and processes", identity=False, help="auto, cpu, cuda or cuda:N."
     )

@@ -8,7 +8,9 @@ from lopd.config.fields import Settings, setting
 from lopd.errors import ConfigError
 
 SPARSE = ("reverse_kl", "forward_kl", "jsd")
-OBJECTIVES = (*SPARSE, "policy_gradient", "cross_entropy")
+SAMPLED = ("policy_gradient", "log_ratio")  # of the sampled token's teacher log-prob only
+OBJECTIVES = (*SPARSE, *SAMPLED, "cross_entropy")
+DELTA = 5.0  # nat; that of LSPD
 Tail = Literal["bucket", "renormalize", "truncate", "generalized", "unbiased"]
 Importance = Literal["none", "token", "token_truncated", "sequence"]
 _objective = partial(setting, group="Objective")
@@ -22,6 +24,10 @@ class Objective(Settings):
     is over the teacher's list and, by `tail`, the mass outside it. `policy_gradient` is -A log p of
     the sampled token with A = log q - log p of the current student, a constant, clipped to
     [-advantage_clip, advantage_clip]. `cross_entropy` is -log p of the token.
+
+    `log_ratio` is rho(log p - log q) - entropy_bonus H(p) of the sampled token, with rho(d) = d^2
+    up to |d| = delta and delta (2 |d| - delta) beyond. It needs no lists. The policy gradient on
+    stored tokens has half its gradient, for an advantage_clip of delta and no bonus.
 
     `importance` weights the rows of the policy gradient by a constant ratio to the policy that
     sampled: `token` is p / p_rollout of the token, `token_truncated` the smaller of that and
@@ -39,6 +45,7 @@ class Objective(Settings):
             `lopd_kernels.linear_sparse_divergence`.
         beta: of jsd; 0.5 by default.
         advantage_clip, importance, clip_range: of the policy gradient, as above.
+        delta, entropy_bonus: of log_ratio; 5 nat and 0 by default. A delta of 0 means no bound.
         importance_cap: of the policy gradient and of tail "unbiased".
         temperature: divides the student's logits; equals the temperature of the teacher's scores.
         workspace_bytes: limit on what the loss allocates; changes only rounding.
@@ -48,7 +55,7 @@ class Objective(Settings):
         ConfigError: a setting is out of range or does not belong to this objective.
 
     Source: GKD, arXiv:2306.13649, for the divergences; Lightning OPD, arXiv:2604.13010, and PPO,
-    arXiv:1707.06347, for the policy gradient.
+    arXiv:1707.06347, for the policy gradient; LSPD, arXiv:2609.35505, for log_ratio.
 
     >>> Objective("jsd").beta
     0.5
@@ -89,6 +96,14 @@ class Objective(Settings):
     clip_range: float | None = _objective(
         None, within="(0, inf)", help="policy_gradient: PPO's clip range around a ratio of 1."
     )
+    delta: float | None = _objective(
+        None,
+        within="[0, inf)",
+        help="log_ratio: |log p - log q| from which the loss is linear, 5 by default; 0: never.",
+    )
+    entropy_bonus: float | None = _objective(
+        None, within="[0, inf)", help="log_ratio: weight of the student's entropy; 0 by default."
+    )
     workspace_bytes: int | None = None
     eos_class: tuple[int, ...] = ()
 
@@ -101,6 +116,11 @@ class Objective(Settings):
             raise ConfigError(f"beta: {self.name} has no mixture; only jsd does")
         if self.name == "jsd" and self.beta is None:
             object.__setattr__(self, "beta", 0.5)
+        for setting_name in ("delta", "entropy_bonus"):
+            if getattr(self, setting_name) is not None and self.name != "log_ratio":
+                raise ConfigError(f"{setting_name}: {self.name} has none; use log_ratio")
+        if self.name == "log_ratio" and self.delta is None:
+            object.__setattr__(self, "delta", DELTA)
         if self.tail != "bucket" and self.name not in SPARSE:
             raise ConfigError(f"tail: {self.name} has none; only {', '.join(SPARSE)} do")
         if self.tail == "unbiased" and self.name != "reverse_kl":
@@ -141,10 +161,10 @@ class Objective(Settings):
         """The divergence that held-out sequences are evaluated by.
 
         The policy gradient is evaluated by the reverse KL, of which it is a one-sample estimate:
-        its loss is not a divergence, and on stored tokens it has no minimum. So is the unbiased
-        tail, whose correction by one sampled token would be noise in a comparison of steps.
+        its loss is not a divergence, and on stored tokens it has no minimum. So are `log_ratio` and
+        the unbiased tail, whose sampled tokens would be noise in a comparison of steps.
         """
-        if self.name == "policy_gradient" or self.tail == "unbiased":
+        if self.name in SAMPLED or self.tail == "unbiased":
             return Objective(
                 "reverse_kl", temperature=self.temperature, workspace_bytes=self.workspace_bytes
             )

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from lopd.config.fields import setting
-from lopd.config.training import MemorySettings, parse_bytes
+from lopd.config.fields import parse_bytes, setting
+from lopd.config.training import MemorySettings
+from lopd.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -14,7 +15,7 @@ class PlanConfig(MemorySettings):
     """
 
     model: str = setting(help="Folder or hub id of the student; its config.json is enough.")
-    gpu_memory: str = setting(help="Memory of the GPU: 24GiB, 80GB, 24000MiB or bytes.")
+    gpu_memory: str = setting(help="Memory of the GPU: 24GiB (or 24G), 80GB, 24000MiB or bytes.")
     reserve: float = setting(
         0.05,
         within="[0, 1)",
@@ -24,4 +25,9 @@ class PlanConfig(MemorySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_bytes("gpu_memory", self.gpu_memory)
+        size = parse_bytes("gpu_memory", self.gpu_memory)
+        if self.gpu_memory.strip().isdigit() and size < 10_000:
+            raise ConfigError(
+                f"gpu_memory: found '{self.gpu_memory}', a number of bytes; expected a size such "
+                f"as {self.gpu_memory}GiB"
+            )

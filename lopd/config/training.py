@@ -1,13 +1,12 @@
 """Settings of a training run, shared by the stages that train."""
 
-import re
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lopd.config.device import check_device, resolve_device
-from lopd.config.fields import Settings, setting
+from lopd.config.fields import Settings, parse_bytes, setting
 from lopd.config.model_code import CodeOptions
 from lopd.errors import ConfigError
 
@@ -26,11 +25,6 @@ _NAMED_ALIKE = (  # in transformers.TrainingArguments
     *("adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "gradient_checkpointing"),
     *("optim", "fsdp", "seed", "save_total_limit", "report_to"),
 )
-_UNITS = {"": 1, "b": 1} | {
-    letter + unit: base**power
-    for power, letter in enumerate("kmgt", 1)
-    for unit, base in (("b", 1000), ("ib", 1024))
-}
 
 
 def refuse_unused(config: Any, names: tuple[str, ...], why: str) -> None:
@@ -136,7 +130,7 @@ class MemorySettings(MemoryOptions):
     sequence_length: int = setting(
         4096, within="[1, inf)", group="Memory", help="Tokens per sequence, prompt included."
     )
-    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = setting(
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient", "log_ratio"] = setting(
         "reverse_kl", group="Objective", help="Loss that is minimised at every response token."
     )
     k: int = setting(
@@ -357,18 +351,6 @@ class MonitoringOptions(TrainOptions):
             refuse_unused(self, names, why)
         if not self.stale_ess:
             refuse_unused(self, ("stale_every",), "stale_ess is 0, which disables the warning")
-
-
-def parse_bytes(name: str, value: int | str) -> int:
-    """Bytes of `24GiB`, `80GB`, `24000MiB` or a number of bytes.
-
-    Raises:
-        ConfigError: `value` is not a size, or is not positive.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
-    if match is None or match[2] not in _UNITS or not (size := float(match[1]) * _UNITS[match[2]]):
-        raise ConfigError(f"{name}: found '{value}'; expected a size such as 24GiB, 80GB or bytes")
-    return int(size)
 
 
 def optimizer_class(optim: str) -> tuple[Any, dict[str, Any]]:

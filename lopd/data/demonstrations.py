@@ -9,7 +9,7 @@ import numpy as np
 
 from lopd.data.messages import check_messages
 from lopd.data.prompts import encode_record, read_shaped
-from lopd.data.rendering import PromptEncoder
+from lopd.data.rendering import MAX_PROMPT, PromptEncoder
 from lopd.data.shapes import columns_for
 from lopd.data.skipped import Skipped
 from lopd.errors import DataError, ModelError
@@ -94,11 +94,16 @@ def _answer_text(fields: Mapping[str, Any], where: str) -> str:
     if isinstance(answer, list):  # TRL's conversational completion, or the last message
         answer = _assistant_text(answer, where)
     if not isinstance(answer, str) or not answer:
-        flag = columns_for(fields, "prompt", "completion")
-        other = f"; or pass {flag}" if flag and "prompt=prompt" not in flag else ""
+        others = {key: value for key, value in fields.items() if key != "completion"}
+        flag = columns_for(others, "prompt", "completion")
+        other = f"; or pass {flag}" if flag else ""
         raise DataError(
             f"{where}: found no answer text; expected 'completion', or messages that end with an "
             f"assistant message{other}"
+        )
+    if len(answer) > MAX_PROMPT:
+        raise DataError(
+            f"{where}: the answer has {len(answer)} characters; expected at most {MAX_PROMPT}"
         )
     return answer
 

@@ -25,7 +25,6 @@ stand for nothing (id -1, or a log-prob that no softmax gives) are padding and l
 whose loss is masked needs no log-prob: it is stored with an empty list.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,19 +34,27 @@ from typing import Any
 import numpy as np
 
 from lopd.config.import_scores import Format
-from lopd.data.records import read_records
-from lopd.data.score_shapes import FINISH_WORDS, PADDING_ID, Shaped, pairs_of, shaped
+from lopd.data.external_fields import (
+    finish_reason,
+    floats,
+    integers,
+    is_padding,
+    is_stand_in,
+    logprob,
+    loss_mask,
+    read_sequences,
+    refuse_stand_ins,
+    sequence_name,
+    short,
+)
+from lopd.data.score_shapes import PADDING_ID, Shaped, pairs_of, shaped
 from lopd.data.skipped import Skipped
-from lopd.errors import ConfigError, DataError, LopdError
+from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
-from lopd.store import FINISH_REASONS, Rollout, TopKLists
+from lopd.store import Rollout, TopKLists
 from lopd.store.validate import AGREEMENT_NATS, MASS_TOLERANCE
 
 _LIGHTNING = ("is_lightning_opd", "response_tokens", "loss_mask", "teacher_log_probs")
-# Values that tools write where there is no log-prob. No softmax gives a log-prob of -1000: logits
-# would have to be a thousand apart.
-STAND_INS = (-100.0, -999.0)
-LOWEST = -1000.0
 # Two decimals of a log-prob are an error of 0.5 % of its probability, so lists of rounded
 # log-probs can have a mass up to 1 + ROUNDING; they are scaled to mass 1.
 ROUNDING = 0.01
@@ -90,53 +97,19 @@ def read_dump(
         MissingFileError, ConfigError: as `read_records`; `tokenizer` or `eos_ids` is needed.
     """
     skipped = skipped or Skipped(str(path), allowed=False, offered=False)
-    seen: Counter[str] = Counter()
-    names: dict[tuple[str, int], str] = {}
     limits = ModelLimits("the teacher", vocab_size, id_remedy="remove the record")
-    for where, record in read_records(path, skip=skipped.handle):
-        try:
-            items = _read(where, form, record, tokenizer, eos_ids, seen)
-            for item in items:
-                _check_ids(item, limits)
-                name = (item.rollout.prompt_id, item.rollout.sample)
-                if name in names:
-                    raise DataError(
-                        f"{where}: sample {name[1]} of '{name[0]}' is at {names[name]} already; "
-                        "number the samples of a prompt"
-                    )
-        except DataError as error:
-            skipped.handle(error)
-            continue
-        for item in items:
-            names[item.rollout.prompt_id, item.rollout.sample] = where
-        seen.update(item.rollout.prompt_id for item in items)
-        skipped.kept += 1
-        yield from items
 
-
-def _read(
-    where: str,
-    form: Format,
-    record: dict[str, Any],
-    tokenizer: Any,
-    eos_ids: Sequence[int],
-    seen: Counter[str],
-) -> list[Dumped]:
-    shape: str = form
-    try:
+    def parse(where: str, record: dict[str, Any], seen: Counter[str]) -> list[Dumped]:
         if form == "lightning-opd":
             items = [_lightning(where, record, tokenizer)]
         else:
             items = shaped(where, record)
-        shape, seen = items[0].shape, seen.copy()
-        return [_assemble(where, item, eos_ids, seen) for item in items]
-    except LopdError:
-        raise
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
-        raise DataError(
-            f"{where}: recognised as {shape}, where a field has another type "
-            f"({' '.join(str(error).split())})"
-        ) from error
+        found = [_assemble(where, item, eos_ids, seen) for item in items]
+        for item in found:
+            _check_ids(item, limits)
+        return found
+
+    return read_sequences(path, skipped, parse, lambda item: item.rollout)
 
 
 def _lightning(where: str, record: dict[str, Any], tokenizer: Any) -> Shaped:
@@ -197,7 +170,7 @@ def _assemble(where: str, item: Shaped, eos_ids: Sequence[int], seen: Counter[st
     if item.rollout is not None:
         rollout_logprobs = floats(where, "rollout_logprobs", item.rollout).astype(np.float32)
         bad = is_stand_in(rollout_logprobs)
-        _refuse(where, response, bad & mask, rollout_logprobs, "rollout_logprobs")
+        refuse_stand_ins(where, response, bad & mask, rollout_logprobs, "rollout_logprobs")
         rollout_logprobs[bad] = 0.0
     prompt_id, sample = sequence_name(where, item.id, item.sample, prompt, seen)
     rollout = Rollout(
@@ -213,23 +186,6 @@ def _assemble(where: str, item: Shaped, eos_ids: Sequence[int], seen: Counter[st
     return Dumped(where, rollout, logprobs, lists, mass, int(unscored.sum()), padding)
 
 
-def sequence_name(
-    where: str, name: Any, sample: Any, prompt: np.ndarray, seen: Counter[str]
-) -> tuple[str, int]:
-    """The prompt's id and the number of the sample, counted in `seen` where they are not given."""
-    if name is None:
-        name = hashlib.sha256(prompt.astype("<i4").tobytes()).hexdigest()[:16]
-    if type(name) not in (str, int):
-        raise DataError(f"{where}: id is {_short(name)}; expected a string or a number")
-    name = str(name)
-    if sample is None:
-        sample = seen[name]
-    if type(sample) is not int or not 0 <= sample < 2**31:
-        raise DataError(f"{where}: sample is {_short(sample)}; expected a number from 0")
-    seen[name] += 1
-    return name, sample
-
-
 def _lists(where: str, entries: Any, mask: np.ndarray) -> tuple[TopKLists, int]:
     """The lists, each sorted by descending log-prob, and the number of entries left out of them."""
     parts, padding = [], 0
@@ -237,7 +193,7 @@ def _lists(where: str, entries: Any, mask: np.ndarray) -> tuple[TopKLists, int]:
         if entry is None and not mask[t]:
             entry = {}
         ids, values = _entries(f"{where}: response token {t}", entry)
-        used = (ids != PADDING_ID) & ~_is_padding(values)
+        used = (ids != PADDING_ID) & ~is_padding(values)
         padding += int((~used).sum())
         ids, values = ids[used], values[used]
         order = np.lexsort((ids, -values))
@@ -250,10 +206,10 @@ def _lists(where: str, entries: Any, mask: np.ndarray) -> tuple[TopKLists, int]:
 def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # [n] int64, [n] fp64
     try:
         pairs = pairs_of(entry)
-        values = np.array([_logprob(value) for _, value in pairs], np.float64)
+        values = np.array([logprob(value) for _, value in pairs], np.float64)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise DataError(
-            f"{where}: {_short(entry)} is not a list of log-probs; expected {{id: logprob}}, "
+            f"{where}: {short(entry)} is not a list of log-probs; expected {{id: logprob}}, "
             "[[id, logprob], ...] or [{'token_id': id, 'logprob': x}, ...]"
         ) from None
     ids = np.array([token for token, _ in pairs], np.int64)
@@ -268,33 +224,13 @@ def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # [n] in
     return ids, values
 
 
-def _logprob(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)
-
-
-def is_stand_in(values: np.ndarray) -> np.ndarray:  # bool, as values
-    """Values that cannot be the log-prob of a sampled token, whatever the model.
-
-    >>> is_stand_in(np.array([-0.5, 0.0, 1.0, -100.0, -9999.0, np.nan, -np.inf])).tolist()
-    [False, False, True, True, True, True, True]
-    """
-    values = np.asarray(values, np.float64)
-    with np.errstate(invalid="ignore"):
-        return ~(values <= MASS_TOLERANCE) | _is_padding(values)
-
-
-def _is_padding(values: np.ndarray) -> np.ndarray:
-    return (values <= LOWEST) | np.isin(values, STAND_INS) | np.isnan(values)
-
-
 def _teacher_logprobs(
     where: str, response: np.ndarray, dumped: Any, lists: TopKLists, mask: np.ndarray
 ) -> np.ndarray:  # [R] fp64, NaN where a masked token has none
     if dumped is not None:
         values = floats(where, "the teacher's log-probs", dumped)
-        _refuse(where, response, mask & is_stand_in(values), values, "the teacher's log-prob")
+        bad = mask & is_stand_in(values)
+        refuse_stand_ins(where, response, bad, values, "the teacher's log-prob")
         return values
     listed = lists.contains(response)
     absent = np.flatnonzero(~listed & mask)
@@ -306,17 +242,6 @@ def _teacher_logprobs(
         )
     entry = lists.row_sums(np.where(lists.ids == response[lists.rows], lists.logprobs, 0.0))
     return np.where(listed, entry, np.nan)
-
-
-def _refuse(
-    where: str, response: np.ndarray, bad: np.ndarray, values: np.ndarray, name: str
-) -> None:
-    if bad.any():
-        t = int(np.flatnonzero(bad)[0])
-        raise DataError(
-            f"{where}: {name} of response token {t} (id {response[t]}) is {values[t]:g}, which no "
-            "sampled token has; dump its log-prob, or set its loss_mask to 0"
-        )
 
 
 def _scaled(where: str, lists: TopKLists) -> tuple[TopKLists, np.ndarray]:
@@ -331,7 +256,7 @@ def _scaled(where: str, lists: TopKLists) -> tuple[TopKLists, np.ndarray]:
             f"{where}: response token {worst}: a list of mass {mass[worst]:.6g}; expected natural "
             f"logs of probabilities that sum to at most 1 (1 + {ROUNDING} if they are rounded)"
         )
-    shift = np.where(over, np.log(mass), 0.0)[lists.rows]
+    shift = np.log(np.where(over, mass, 1.0))[lists.rows]
     return TopKLists(lists.ids, lists.logprobs - shift, lists.lengths), mass
 
 
@@ -394,58 +319,3 @@ def _check_ids(item: Dumped, limits: ModelLimits) -> None:
     limits.check(item.where, item.rollout.tokens)
     if len(item.lists.ids):
         limits.check(f"{item.where}: lists", item.lists.ids)
-
-
-def loss_mask(where: str, values: Any) -> np.ndarray:  # [R] bool
-    """A mask of zeros and ones, also as true and false."""
-    array = np.array([int(v) if type(v) is bool else v for v in values])
-    if array.dtype.kind not in "iuf" or not np.isin(array, (0, 1)).all():
-        raise DataError(f"{where}: loss_mask is {_short(values)}; expected 0 and 1")
-    return array == 1
-
-
-def finish_reason(where: str, reason: Any, last: int, eos_ids: Sequence[int]) -> str:
-    """ "stop" or "length", from a record's word or from the last token."""
-    reason = FINISH_WORDS.get(reason, reason) if isinstance(reason, str) else reason
-    if reason in FINISH_REASONS:
-        return str(reason)
-    if reason is not None:
-        raise DataError(
-            f"{where}: finish_reason is {_short(reason)}; expected {' or '.join(FINISH_REASONS)}"
-        )
-    if not eos_ids:
-        raise ConfigError(
-            f"{where}: no finish_reason; add it to the file, or name the folder of the student"
-        )
-    return "stop" if last in eos_ids else "length"
-
-
-def integers(where: str, name: str, values: Any) -> np.ndarray:  # int32
-    """A list of token ids as an array."""
-    try:
-        array = np.array(values)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise ValueError
-        if array.size and not (array.min() >= 0 and array.max() < 2**31):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(
-            f"{where}: {name} are {_short(values)}; expected a list of integers from 0"
-        ) from None
-    return array.astype(np.int32)
-
-
-def floats(where: str, name: str, values: Any) -> np.ndarray:  # fp64, NaN for null
-    """A list of numbers as an array."""
-    try:
-        array = np.array([np.nan if value is None else _logprob(value) for value in values])
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(
-            f"{where}: {name} are {_short(values)}; expected a list of numbers"
-        ) from None
-    return array.astype(np.float64)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."

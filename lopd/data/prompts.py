@@ -13,8 +13,8 @@ it. Other fields are ignored, unless the name is close to one that is read and a
 import difflib
 import hashlib
 import json
+import logging
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +29,8 @@ from lopd.data.shapes import after_marker, keys_of, shaped
 from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
+
+LOG = logging.getLogger(__name__)
 
 MAX_LINE = 1 << 26  # bytes of a record of prompts, its metadata included
 
@@ -64,7 +66,7 @@ def read_shaped(
         found |= known.fields.keys()
         if known.shape is not None and known.shape not in shapes:
             shapes.add(known.shape)
-            print(f"{where}: read as {known.shape}", file=sys.stderr)
+            LOG.info(f"{where}: read as {known.shape}")
         yield where, known.fields
     if found and (unused := sorted(columns.keys() - found - {"system"})):
         raise DataError(f"{path}: no record has '{columns[unused[0]]}', which --columns names")

@@ -2,8 +2,8 @@
 
 import difflib
 import json
+import logging
 import re
-import sys
 from collections.abc import Mapping
 from datetime import date, datetime, time
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from lopd.config.prompts import PromptOptions
 from lopd.data.messages import Message
 from lopd.errors import ConfigError, DataError
+
+LOG = logging.getLogger(__name__)
 
 MAX_PROMPT = 1 << 23  # characters, some 2 million tokens; tokenising takes 200 bytes for each
 RENDERED_TWICE = 32  # prompts, to find a template or tokenizer that is not deterministic
@@ -189,10 +191,9 @@ class PromptEncoder:
         if tokens[: len(self._prefix)] != self._prefix and not self._said_bare:
             self._said_bare = True
             first = self.tokenizer.convert_ids_to_tokens(self._prefix)[0]
-            print(
+            LOG.warning(
                 f"{where}: as_text: the text does not begin with {first!r}, which the tokenizer "
-                "puts before other texts",
-                file=sys.stderr,
+                "puts before other texts"
             )
         return tokens
 
@@ -256,12 +257,13 @@ class PromptEncoder:
 
     def _needs_parts(self) -> bool:
         """Whether the template writes the text of a message only if it is a list of parts."""
-        self._takes_parts = False
-        if self._probe() in ("written", "refused"):
+        outcomes = []
+        for self._takes_parts in (False, True):
+            outcomes.append(self._probe())
+            if outcomes[-1] == "written":
+                return self._takes_parts
+        if outcomes[0] == "refused":  # each record will say why
             return False
-        self._takes_parts = True
-        if self._probe() == "written":
-            return True
         raise DataError(
             "the tokenizer's chat template writes prompts without the text of the user's message; "
             "use a model folder with a template for text"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lopd.data.external_fields import short
 from lopd.errors import DataError
 
 PROMPT_KEYS = ("prompt_token_ids", "prompt_ids")
@@ -26,7 +27,6 @@ RESPONSE_KEYS = (
     "response_ids",
     "output_ids",
 )
-FINISH_WORDS = {"tool_calls": "stop", "function_call": "stop", "eos_token": "stop"}
 PADDING_ID = -1
 _ID = re.compile(r"(?:token_id:)?(-1|[0-9]{1,10})")
 _ASK_FOR_IDS = (
@@ -95,7 +95,7 @@ def token_id(token: Any) -> int:
     if isinstance(token, str) and (match := _ID.fullmatch(token)):
         token = int(match[1])
     if type(token) is not int or not PADDING_ID <= token < 2**31:
-        raise ValueError(f"{_short(token)} is not a token id")
+        raise ValueError(f"{short(token)} is not a token id")
     return token
 
 
@@ -178,7 +178,7 @@ def _of_prompt_logprobs(where: str, record: Mapping[str, Any]) -> list[Shaped]:
     if len(lists) != len(tokens) or type(length) is not int or not 0 < length < len(tokens):
         raise DataError(
             f"{where}: {len(lists)} prompt_logprobs for {len(tokens)} tokens with a "
-            f"prompt_length of {_short(length)}; expected one for each token, and a response"
+            f"prompt_length of {short(length)}; expected one for each token, and a response"
         )
     teacher, finish = record.get("teacher_logprobs"), record.get("finish_reason")
     return [
@@ -267,7 +267,7 @@ def _of_sglang(where: str, record: Mapping[str, Any]) -> list[Shaped]:
         side, length, values = "input", record["prompt_length"], before
         if type(length) is not int or not 0 < length < len(values):
             raise DataError(
-                f"{where}: recognised as {shape} with a prompt_length of {_short(length)} and "
+                f"{where}: recognised as {shape} with a prompt_length of {short(length)} and "
                 f"{len(values)} input_token_logprobs; score with return_logprob=true and "
                 "logprob_start_len=0"
             )
@@ -325,8 +325,3 @@ def _objects(where: str, shape: str, name: str, value: Any) -> list[Mapping[str,
     if not isinstance(value, list) or not value or not all(isinstance(v, Mapping) for v in value):
         raise DataError(f"{where}: recognised as {shape}; expected a list of objects as '{name}'")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."

@@ -1,9 +1,11 @@
-"""Records that cannot be used: raised, or left out, counted and named (`--skip_bad_records`)."""
+"""Records that cannot be used: raised, or left out, counted and named (`--skip-bad-records`)."""
 
-import sys
+import logging
 from dataclasses import dataclass, field
 
 from lopd.errors import DataError
+
+LOG = logging.getLogger(__name__)
 
 _NAMED = 3  # records that are named when several are left out
 
@@ -33,7 +35,4 @@ class Skipped:
         named = "".join(f"\n  {error}" for error in self.errors[:_NAMED])
         more = f"\n  and {len(self.errors) - _NAMED} more" if len(self.errors) > _NAMED else ""
         total = len(self.errors) + self.kept
-        print(
-            f"{self.source}: left out {len(self.errors)} of {total} records{named}{more}",
-            file=sys.stderr,
-        )
+        LOG.warning(f"{self.source}: left out {len(self.errors)} of {total} records{named}{more}")

@@ -1,5 +1,6 @@
 """The transformers engine: batched generation with a KV cache, scoring without logits."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,15 @@ from torch import Tensor
 from lopd.data.alignment import predicting_rows, response_positions
 from lopd.engines.base import Generation, Progress, Sampling, check_sequences
 from lopd.errors import ConfigError, ModelError
+from lopd.models.admission import attempt, ceiling, check_model
 from lopd.models.architecture import context_of_config, head_rows_of
-from lopd.models.head import HeadOptions, check_head, lm_head, run_with_loss
+from lopd.models.head import HeadOptions, lm_head, run_with_loss
 from lopd.models.limits import ModelLimits
 from lopd.models.load import eos_token_ids, load_model, load_tokenizer
 from lopd.store import TeacherScores
 from lopd_kernels import TopK, linear_topk
+
+_ONE_BY_ONE = "use --batch_size 1, which needs no padding, or --engine vllm"
 
 
 class TransformersEngine:
@@ -43,7 +47,10 @@ class TransformersEngine:
         self.vocab_size, self.context = head_rows_of(model), context_of_config(model.config)
         self._limits = ModelLimits("the scoring model", self.vocab_size, self.context)
         self.eos_ids = eos_token_ids(model.generation_config, tokenizer)
-        check_head(model)
+        self._can_generate = False  # until tried
+        state_space = "cache_params" in inspect.signature(model.forward).parameters
+        self._cache_name = "cache_params" if state_space else "past_key_values"
+        check_model(model)
 
     @classmethod
     def load(
@@ -87,6 +94,10 @@ class TransformersEngine:
         """See `Engine.generate`. Prompts of similar length are decoded together."""
         if len(prompts) != len(seeds):
             raise ConfigError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds")
+        if not self._can_generate:
+            self._can_generate = True
+            remedy = _ONE_BY_ONE if self.batch_size > 1 else "use --engine vllm"
+            attempt(self.model, "cached decoding", lambda: self._check_decoding(remedy), remedy)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         results: dict[int, Generation] = {}
         for start in range(0, len(order), self.batch_size):
@@ -96,6 +107,40 @@ class TransformersEngine:
             )
             results.update(zip(rows, batch, strict=True))
         return [results[i] for i in range(len(prompts))]
+
+    def _check_decoding(self, remedy: str) -> None:
+        """Compare log-probs of cached, padded decoding, one answer ending early, with `score`.
+
+        Raises:
+            ModelError: they differ by more than rounding.
+        """
+        eos, vocab = self.eos_ids, self.vocab_size
+        prompts = [[vocab // 2, vocab - 1], [vocab // 3, 0, 1, vocab // 4, 2]]
+        steps = 6 if self.context is None else min(6, self.context - 5)
+        if steps < 2:
+            return
+        sampling = Sampling(steps)
+        try:
+            self.eos_ids = []
+            first = self.generate(prompts, sampling, [0, 1])
+            self.eos_ids = [int(first[0].tokens[1])]
+            answers = self.generate(prompts, sampling, [0, 1])
+        finally:
+            self.eos_ids = eos
+        tokens = [
+            np.concatenate([np.asarray(p, np.int32), a.tokens])
+            for p, a in zip(prompts, answers, strict=True)
+        ]
+        bound = 4 * ceiling(lm_head(self.model).weight)
+        for score, answer in zip(self.score(tokens, [2, 5], 1), answers, strict=True):
+            size = np.maximum(1.0, np.abs(score.teacher_logprobs))
+            error = float((np.abs(answer.logprobs_raw - score.teacher_logprobs) / size).max())
+            if not error <= bound:
+                raise ModelError(
+                    f"{type(self.model).__name__}: in cached decoding, log-probs "
+                    f"differ by {error:.2g} from those of the whole sequence (expected at most "
+                    f"{bound:.1g}); {remedy}"
+                )
 
     def _generate_batch(
         self,
@@ -120,11 +165,12 @@ class TransformersEngine:
         for step in range(steps):
             logits = self.model(
                 input_ids=inputs,
-                attention_mask=mask,
+                # A recurrent state holds no padding, and its step takes no mask.
+                attention_mask=None if step and self._cache_name == "cache_params" else mask,
                 position_ids=position.clamp(min=0),
-                past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._cache_name: past},
             ).logits[:, -1]
             token, sampled, raw = draw(logits.float(), sampling, uniforms[alive, step])
             tokens[alive, step] = token
@@ -139,7 +185,7 @@ class TransformersEngine:
             inputs, position = token[:, None], position[:, -1:] + 1
             if left < len(unfinished):
                 rows = unfinished.nonzero().squeeze(1)
-                past.batch_select_indices(rows)
+                select_rows(past, rows)
                 alive, mask = alive[rows], mask[rows]
                 inputs, position = inputs[rows], position[rows]
         return _collect(tokens.cpu(), logprobs.cpu(), self.eos_ids, sampling)
@@ -228,6 +274,24 @@ class TransformersEngine:
             )
             for score, asked in zip(scores, extra_ids, strict=True)
         ]
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Keep these rows of a cache in place, in layers of attention and of recurrent states alike."""
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if isinstance(value, dict):
+                kept = {key: _rows_of(item, rows) for key, item in value.items()}
+                setattr(layer, name, kept)
+            else:
+                setattr(layer, name, _rows_of(value, rows))
+
+
+def _rows_of(value: Any, rows: Tensor) -> Any:
+    """The rows of a tensor [B, ...]; anything else, and a tensor without elements, as it is."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or not value.numel():
+        return value
+    return value[rows.to(value.device)]
 
 
 def _pad_columns(parts: list[np.ndarray]) -> np.ndarray:  # [sum R_i, max E_i] int64

@@ -78,7 +78,7 @@ class VllmEngine:
                 "end-of-sequence token; set eos_token_id in generation_config.json"
             )
         tokenizer, vocab_size = load_tokenizer(folder), vocab_size_of(folder)
-        context = context_of(folder)
+        context = context_of(folder, "vllm")
         if "max_model_len" in options:
             context = options["max_model_len"] - 1
         elif context is not None:

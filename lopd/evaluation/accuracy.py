@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lopd.data.prompts import Prompt
 from lopd.engines.base import Engine, Generation, Sampling, sequence_seed
+from lopd.engines.progress import Progress
 from lopd.errors import ConfigError
 from lopd.evaluation.grading import Grader
 
@@ -19,7 +19,7 @@ def generate_answers(
     engine: Engine, prompts: list[Prompt], sampling: Sampling, num_samples: int, seed: int
 ) -> list[Generation]:
     """Generate `num_samples` answers to each prompt, ordered by prompt."""
-    with tqdm(total=len(prompts) * num_samples, unit="seq", desc="answering") as bar:
+    with Progress(total=len(prompts) * num_samples, unit="seq", desc="answering") as bar:
         return engine.generate(
             [prompt.tokens for prompt in prompts for _ in range(num_samples)],
             sampling,

@@ -1,13 +1,15 @@
 """Graders: they extract the answer from a text and compare it with the expected one."""
 
+import logging
 import re
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lopd.data.prompts import Prompt
 from lopd.data.shapes import BOXED, last_boxed
 from lopd.errors import ConfigError, DataError
+
+LOG = logging.getLogger(__name__)
 
 # Takes the text and the expected answer; returns the extracted answer (None if the text has
 # none) and whether it is correct.
@@ -47,11 +49,10 @@ def exact_grader(pattern: str, prompts: Sequence[Prompt] = ()) -> Grader:
         )
     spelled = [prompt for prompt in prompts if _has_other_spelling(str(prompt.answer))]
     if spelled:
-        print(
+        LOG.warning(
             f"judge: {len(spelled)} of {len(prompts)} expected answers are numbers that can be "
             f"written differently (first: {spelled[0].answer!r}, prompt '{spelled[0].id}'); exact "
-            "compares text; --judge math compares values",
-            file=sys.stderr,
+            "compares text; --judge math compares values"
         )
 
     def grade(text: str, expected: str) -> tuple[str | None, bool]:

@@ -10,6 +10,10 @@ from typing import Any
 from lopd.errors import ModelError
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+SWITCHES = (
+    *("sliding_window", "attention_window_size", "window_size", "attention_chunk_size"),
+    *("chunk_size", "mamba_chunk_size", "index_topk", "indexer_budget"),
+)
 EXPERTS_PER_TOKEN = ("num_experts_per_tok",)
 ROUTER_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 ROUTER_LOSS = re.compile(r"(router|aux|balanc|moe|expert).*loss|z_loss|(router|aux).*coef")
@@ -17,9 +21,44 @@ ROUTER_LOSS = re.compile(r"(router|aux|balanc|moe|expert).*loss|z_loss|(router|a
 MULTIPLIED_LOGITS_SCALING = {"hyperclovax"}
 
 
-def context_of_config(config: Any) -> int | None:
-    """Number of positions that the model supports; None if the config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def context_of_config(config: Any, engine: str = "transformers") -> int | None:
+    """Tokens up to which a sequence's outputs depend on the sequence alone; None for no limit.
+
+    This is the number of positions, or less in two kinds of model. With "longrope" rotations, one
+    row of a batch beyond `original_max_position_embeddings` changes the rotations of all rows, and
+    those of a cache that was filled before. Sparse attention that selects `index_topk` keys is
+    that of the model in vLLM, but in transformers it sees later tokens and padding once there are
+    more keys than that.
+    """
+    config = config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
+    limits += [
+        rope.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for rope in _ropes_of(config)
+        if rope.get("rope_type") == "longrope"
+    ]
+    if engine == "transformers":
+        limits.append(getattr(config, "index_topk", None))
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _ropes_of(config: Any) -> list[dict[str, Any]]:
+    """The rotations of a model: one for all layers, or one per kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in rope.values() if isinstance(part, dict)]
+    return parts or [rope]
+
+
+def switches_of(config: Any) -> list[int]:
+    """Numbers of tokens beyond which some layer changes what it does, such as a window."""
+    values = [getattr(config.get_text_config(), name, None) for name in SWITCHES]
+    return sorted({value for value in values if isinstance(value, int) and value > 0})
+
+
+def attention_softcap_of(config: Any) -> float | None:
+    """Soft cap of the attention scores; None if the model has none."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def sliding_window_of(config: Any) -> int | None:

@@ -118,7 +118,7 @@ def _run(model: Any, inputs: dict[str, Any], loss_fn: LossFn[Any], coefficient: 
 
     def root_forward(**kwargs: Any) -> Any:
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        outputs = plain.base_model(**kwargs, **extra, use_cache=False)
+        outputs = backbone_of(plain)(**kwargs, **extra, use_cache=False)
         with _swapped_forward(head, head_forward):
             result = head(outputs[0])
         if not coefficient:
@@ -180,16 +180,32 @@ def lm_head(model: Any) -> nn.Linear:
 
 def _head_module(plain: Any) -> Any:
     head, name = plain.get_output_embeddings(), type(plain).__name__
-    if plain.base_model is not plain:
-        if isinstance(head, nn.Linear):
-            return head
-        if hasattr(head, "lora_A"):
-            _check_lora(head, name)
-            return head
+    backbone_of(plain)
+    if isinstance(head, nn.Linear):
+        return head
+    if hasattr(head, "lora_A"):
+        _check_lora(head, name)
+        return head
     raise ModelError(
-        f"{name}: its output head is {type(head).__name__}; expected a causal LM whose head "
-        "is a torch.nn.Linear, or a LoRA on one, after the backbone"
+        f"{name}: its output head is {type(head).__name__}; expected a torch.nn.Linear, or a LoRA "
+        "on one; use a causal LM"
     )
+
+
+def backbone_of(plain: Any) -> Any:
+    """The part of a transformers model before its output head.
+
+    Raises:
+        ModelError: the model is the backbone itself, or does not say which part it is.
+    """
+    backbone = plain.base_model  # by the name that the family gives to it
+    if backbone is plain:
+        backbone = getattr(plain, "model", None)
+    if backbone is None:
+        raise ModelError(
+            f"{type(plain).__name__}: has no backbone apart from an output head; use a causal LM"
+        )
+    return backbone
 
 
 def _check_lora(head: Any, name: str) -> None:
@@ -238,11 +254,44 @@ def _effective(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
 def check_trainable(model: Any) -> None:
     """Refuse a model that cannot be trained with a loss on its hidden states.
 
+    On the meta device the router's outputs are not tried, since some models cannot run there.
+
     Raises:
-        ModelError: as in `lm_head` and `lopd.models.moe.check_router`.
+        ModelError: as in `lm_head` and `lopd.models.moe.check_router`, or the backbone does not
+            return the router logits that its auxiliary loss needs.
     """
-    lm_head(model)
+    weight = lm_head(model).weight
     check_router(plain_model(model))
+    if router_coefficient_of(plain_model(model)) and not weight.is_meta:
+        inputs = probe_inputs(weight)
+        with torch.no_grad(), eval_mode(model):
+            run_with_loss_and_router(model, inputs, lambda hidden, *_: hidden)
+
+
+def probe_inputs(weight: Tensor) -> dict[str, Tensor]:
+    """2 x 8 ids spread over the vocabulary."""
+    ids = torch.linspace(0, weight.shape[0] - 1, 16, device=weight.device).long().view(2, 8)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def check_finite(model: Any, values: Tensor) -> None:
+    """Refuse a model whose outputs are NaN or infinite, naming the weights if they are the cause.
+
+    Raises:
+        ModelError: a value is not finite.
+    """
+    if torch.isfinite(values).all():
+        return
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if bad:
+        raise ModelError(
+            f"{type(plain_model(model)).__name__}: NaN or infinite values in {len(bad)} weights, "
+            f"such as {bad[0]}; restore the folder from an intact copy"
+        )
+    raise ModelError(
+        f"{type(plain_model(model)).__name__}: its outputs are NaN or infinite in {values.dtype}, "
+        "although its weights are finite; use a wider --dtype"
+    )
 
 
 @torch.no_grad()
@@ -256,16 +305,15 @@ def check_head(model: Any, input_ids: Tensor | None = None) -> None:
         input_ids: [B, T] int64; None for 2 x 8 ids spread over the vocabulary.
 
     Raises:
-        ModelError: they differ by more than rounding in the model's dtype: the model transforms
-            its logits in a way that `head_options` does not know.
+        ModelError: they are not finite, or differ by more than rounding in the model's dtype: the
+            model transforms its logits in a way that `head_options` does not know.
     """
-    weight = lm_head(model).weight
-    if input_ids is None:
-        spread = torch.linspace(0, weight.shape[0] - 1, 16, device=weight.device)
-        input_ids = spread.long().view(2, 8)
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    inputs = probe_inputs(lm_head(model).weight)
+    if input_ids is not None:
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     with eval_mode(model):
         raw = run_with_loss(model, inputs, lambda h, w, b, _: nn.functional.linear(h, w, b))
+        check_finite(model, raw)
         _compare_logits(model, raw, model(**inputs, use_cache=False).logits)
         amplified = raw * (100.0 / raw.abs().max().clamp(min=torch.finfo(raw.dtype).tiny))
         head = _head_module(plain_model(model))

@@ -7,7 +7,7 @@ import torch
 
 from lopd.config.device import resolve_device
 from lopd.errors import ConfigError, MissingFileError, ModelError
-from lopd.models.architecture import context_of_config
+from lopd.models.architecture import attention_softcap_of, context_of_config
 from lopd.provenance.folder import (
     GENERATION_NAME,
     SPECIAL_TOKENS,
@@ -62,8 +62,10 @@ def check_model_folder(path: str | Path) -> Path:
     return folder
 
 
-def context_of(path: str | Path) -> int | None:
-    """Number of positions that the model supports; None if its config does not say.
+def context_of(path: str | Path, engine: str = "transformers") -> int | None:
+    """Longest sequence that the model supports; None if its config does not say.
+
+    See `lopd.models.architecture.context_of_config`.
 
     Raises:
         MissingFileError, ModelError: the folder has no config.json that can be read.
@@ -72,7 +74,8 @@ def context_of(path: str | Path) -> int | None:
 
     folder = check_model_folder(path)
     with loading_code(folder, "its config cannot be read; restore config.json") as options:
-        return context_of_config(AutoConfig.from_pretrained(folder, **options))
+        config = AutoConfig.from_pretrained(folder, **options)
+        return context_of_config(config, engine)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -114,19 +117,20 @@ def load_model(
         ModelError: the folder cannot be loaded, or its weights are not exactly the model's, so
             that some would keep their random initialisation.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, torch_dtype = check_model_folder(path), resolve_dtype(dtype)
     where = None if device_map is not None else resolve_device(device, local_rank)
     with loading_code(
         folder,
-        "not loadable as a causal language model with scaled-dot-product attention; expected "
-        "config.json and *.safetensors of such an architecture",
+        "not loadable as a causal language model; expected config.json and *.safetensors of such "
+        "an architecture",
     ) as options:
+        config = AutoConfig.from_pretrained(folder, **options)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch_dtype,
-            attn_implementation="sdpa",
+            attn_implementation=attention_for(config),
             use_safetensors=True,
             device_map=device_map,
             output_loading_info=True,
@@ -139,6 +143,18 @@ def load_model(
                 f"{min(map(str, report[what]))}); expected exactly the model's own; save it again"
             )
     return model.eval() if where is None else model.to(where).eval()
+
+
+def attention_for(config: Any) -> str:
+    """Attention with the model's own outputs: "sdpa", or "eager" if sdpa would leave something out.
+
+    These are soft caps, and what families that do not support sdpa have, such as sinks.
+    """
+    from transformers import AutoModelForCausalLM
+
+    family = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    exact = getattr(family, "_supports_sdpa", True) and attention_softcap_of(config) is None
+    return "sdpa" if exact else "eager"
 
 
 def eos_token_ids(generation_config: Any, tokenizer: Any) -> list[int]:

@@ -1,5 +1,6 @@
 """LoRA with peft: adding adapters to a model, and merging them."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import nn
 
 from lopd.config.training import ALL_LINEAR, LoraOptions
 from lopd.errors import ConfigError, ModelError
-from lopd.models.head import lm_head, plain_model
+from lopd.models.admission import attempt, hidden_of
+from lopd.models.head import lm_head, plain_model, probe_inputs
 
 
 def add_lora(model: Any, options: LoraOptions) -> Any:
@@ -19,7 +21,7 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
     Raises:
         ConfigError: peft is not installed, a setting is out of range, or a target is not a layer
             of the model.
-        ModelError: a target's weight is tied to another layer's: merging would change both.
+        ModelError: peft refuses the model, or an adapter on a target could not be merged.
     """
     if options.lora_rank == 0:
         raise ConfigError("lora_rank: found 0, which means no adapters; expected at least 1")
@@ -39,11 +41,86 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
         lora_dropout=options.lora_dropout,
         target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
     )
-    adapted = get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"{type(model).__name__}: peft refuses adapters on {options.lora_targets} "
+            f"({' '.join(str(error).split())}); name layers in lora_targets, such as "
+            f"{','.join(_attention_layers(model)) or 'q_proj,v_proj'}"
+        ) from error
     lm_head(adapted)  # refuses dropout on the head
     # Checkpointed layers are recomputed only if their input requires a gradient.
     adapted.enable_input_require_grads()
+    _check_adapters(adapted)
     return adapted
+
+
+def _attention_layers(model: Any) -> list[str]:
+    """Names of the model's linear layers that are usual targets, in the order of the model."""
+    usual = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    names = (path.rsplit(".", 1)[-1] for path, m in model.named_modules() if type(m) is nn.Linear)
+    return [name for name in dict.fromkeys(names) if name in usual]
+
+
+def _check_adapters(adapted: Any) -> None:
+    """Refuse adapters that would not be what merging makes of them.
+
+    A layer whose weight is shared with another, or is read without calling the layer, has an
+    adapter that counts in the merged model only.
+
+    Raises:
+        ModelError: one of these, or the adapted model fails on a few tokens.
+    """
+    plain = plain_model(adapted)
+    modules = dict(plain.named_modules())
+    layers = {path: m for path, m in modules.items() if hasattr(m, "lora_A")}
+    owners = Counter(
+        id(parameter)
+        for module in modules.values()
+        for parameter in module.parameters(recurse=False)
+    )
+    reason = "shares its weight with another layer"
+    bad = next(
+        (
+            path
+            for path, module in layers.items()
+            if any(owners[id(p)] > 1 for p in module.base_layer.parameters(recurse=False))
+        ),
+        None,
+    )
+    if bad is None and not lm_head(adapted).weight.is_meta:
+        called: set[str] = set()
+        hooks = [
+            module.register_forward_hook(lambda *_, path=path: called.add(path))
+            for path, module in modules.items()
+        ]
+        try:
+            inputs = probe_inputs(lm_head(adapted).weight)
+            with torch.enable_grad():
+                remedy = "name other layers in lora_targets, or train without --lora_rank"
+                attempt(plain, "these adapters", lambda: hidden_of(adapted, inputs), remedy)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        head = plain.get_output_embeddings()
+        reason = "is read without calling the layer"
+        bad = next(
+            (
+                path
+                for path, module in layers.items()
+                if path not in called
+                and path.rpartition(".")[0] in called  # not an expert that got no token
+                and module is not head
+            ),
+            None,
+        )
+    if bad is not None:
+        raise ModelError(
+            f"{type(plain).__name__}: the weight of {bad} {reason}, so an adapter on it cannot be "
+            "merged; leave it out of lora_targets by naming others, such as "
+            f"{','.join(_attention_layers(plain)) or 'q_proj,v_proj'}"
+        )
 
 
 def _check_targets(model: Any, names: list[str]) -> None:

@@ -13,7 +13,8 @@ not pass them on, so `check_packing` compares a pack with its separate sequences
 
 import importlib.util
 import inspect
-import sys
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lopd.config.training import ATTENTION
 from lopd.errors import ConfigError, ModelError
-from lopd.models.architecture import head_rows_of, sliding_window_of
-from lopd.models.head import eval_mode, plain_model, run_with_loss
+from lopd.models.admission import attempt, ceiling, distance, hidden_of, one_row
+from lopd.models.architecture import (
+    attention_softcap_of,
+    context_of_config,
+    head_rows_of,
+    switches_of,
+)
+from lopd.models.head import eval_mode, plain_model
+
+LOG = logging.getLogger(__name__)
 
 FLASH = ("flash_attention_3", "flash_attention_2")
 REGISTERED = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}  # name in transformers
@@ -51,18 +60,29 @@ def pack_attention(
 
     Raises:
         ConfigError: the path is unknown, not installed, or does not support device or dtype.
+        ModelError: the model does not support it.
     """
     weight = model.get_input_embeddings().weight
     device = device or weight.device
     dtype = dtype or weight.dtype
     if path == "auto":
-        path = next(p for p in ATTENTION[1:] if not _unavailable(p, device, dtype))
+        softcap = attention_softcap_of(model.config) is not None
+        usable = [p for p in ATTENTION[1:] if not (p == "varlen" and softcap)]
+        path = next(p for p in usable if not _unavailable(p, device, dtype))
     if why := _unavailable(path, device, dtype):
         raise ConfigError(f"attention: found '{path}'; {why}")
+    plain = plain_model(model)
     if path in REGISTERED:
+        if not plain._supports_sdpa:  # it has something besides, such as sinks or a bias
+            raise ModelError(
+                f"{type(plain).__name__}: its attention is its own, so attention by {path} would "
+                "give other outputs; this architecture cannot be packed, omit "
+                "--max_tokens_per_batch"
+            )
         _register()
-    model.set_attn_implementation(REGISTERED.get(path, path))
-    print(f"packing: attention by {path}", file=sys.stderr)
+    name = REGISTERED.get(path, path)
+    attempt(plain, f"attention by {path}", lambda: model.set_attn_implementation(name))
+    LOG.info(f"packing: attention by {path}")
     return path
 
 
@@ -142,15 +162,43 @@ def sdpa_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     lengths, window = kwargs.pop("sequence_lengths", None), kwargs.get("sliding_window")
+    attend = sdpa_attention_forward if kwargs.get("softcap") is None else _capped_attention
     # One token after cached ones, as in generation, attends to all of them: no mask either.
     if attention_mask is not None or query.shape[2] != key.shape[2]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return attend(module, query, key, value, attention_mask, **kwargs)
     parts = lengths or (query.shape[2],)
     outputs = [
-        sdpa_attention_forward(module, q, k, v, _band(q, window), **kwargs)[0]
+        attend(module, q, k, v, _band(q, window), **kwargs)[0]
         for q, k, v in zip(*(x.split(parts, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=1), None
+
+
+def _capped_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    softcap: float,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention whose scores pass a soft cap, which scaled_dot_product_attention leaves out."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    if attention_mask is None:
+        shape = (query.shape[2], key.shape[2])
+        before = key.shape[2] - query.shape[2]  # tokens in a cache
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(before)
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 def _band(query: Tensor, window: int | None) -> Tensor | None:
@@ -182,6 +230,8 @@ def varlen_attention(
 
     if kwargs.get("dropout"):
         raise ConfigError("attention: varlen has no dropout; use sdpa, or set it to 0")
+    if kwargs.get("softcap") is not None:
+        raise ConfigError("attention: varlen has no soft cap; use sdpa")
     groups, window = query.shape[1] // key.shape[1], kwargs.get("sliding_window")
     if torch.is_autocast_enabled(query.device.type):  # norms and rotations return float32
         low = torch.get_autocast_dtype(query.device.type)
@@ -202,20 +252,25 @@ def check_packing(model: Any, path: str, longest: int | None = None) -> None:
     """Compare the last hidden states of a pack of three sequences with those of each sequence.
 
     The error is relative to the norm over a sequence. A padded batch of the same sequences
-    measures what rounding contributes. The third sequence is longer than the model's sliding
-    window, if it has one and packs may be that long.
+    measures what rounding contributes. The third sequence is longer than every window and chunk
+    of the model that packs may exceed.
 
     Args:
         path: the implementation, for the error message.
         longest: the largest number of tokens of a pack; None for no limit.
 
     Raises:
-        ModelError: the error is above the largest of 4 times that of padding, 4 units in the last
-            place, and 1e-5.
+        ModelError: the model fails on a pack, or the error is above the largest of 4 times that of
+            padding, 4 units in the last place, and 1e-5; or above `admission.ceiling` in any case,
+            since a model that depends on its neighbours does so in padded batches too.
     """
+    remedy = "this architecture cannot be packed, omit --max_tokens_per_batch"
+    attempt(plain_model(model), "a pack", lambda: _compare_pack(model, path, longest), remedy)
+
+
+def _compare_pack(model: Any, path: str, longest: int | None) -> None:
     plain = plain_model(model)
-    beyond = (sliding_window_of(plain.config) or 0) + 2
-    lengths = (7, 3, max(12, beyond if longest is None else min(beyond, longest)))
+    lengths = (7, 3, max(12, 2 + _reach(plain.config, longest)))
     rows, device = head_rows_of(plain), next(model.parameters()).device
     ids = torch.linspace(0, rows - 1, sum(lengths), device=device).long().flip(0)
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
@@ -226,18 +281,17 @@ def check_packing(model: Any, path: str, longest: int | None = None) -> None:
         "attention_mask": pad_sequence([torch.ones_like(p) for p in parts], batch_first=True),
     }
     with eval_mode(model):
-        packed = _hidden(model, {**pack, **pack_kwargs(lengths, device)})[0].split(lengths)
-        padded = [row[:length] for row, length in zip(_hidden(model, batch), lengths, strict=True)]
-        separate = [
-            _hidden(model, {"input_ids": p[None], "attention_mask": torch.ones_like(p[None])})[0]
-            for p in parts
-        ]
-    dtype = separate[0].dtype
+        packed = hidden_of(model, {**pack, **pack_kwargs(lengths, device)})[0].split(lengths)
+        batched = hidden_of(model, batch)
+        padded = [row[:length] for row, length in zip(batched, lengths, strict=True)]
+        separate = [hidden_of(model, one_row(part))[0] for part in parts]
+    example = separate[0]
     if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    rounding = max(map(_distance, padded, separate))
-    bound = max(4 * rounding, 4 * torch.finfo(dtype).eps, 1e-5)
-    error = max(map(_distance, packed, separate))
+        example = example.to(torch.get_autocast_dtype(device.type))
+    rounding = max(map(distance, padded, separate))
+    least = max(4 * torch.finfo(example.dtype).eps, 1e-5)
+    bound = min(max(4 * rounding, least), ceiling(example))
+    error = max(map(distance, packed, separate))
     if not error <= bound:
         raise ModelError(
             f"{type(model).__name__}: in a pack its hidden states differ by {error:.2g} of their "
@@ -247,10 +301,8 @@ def check_packing(model: Any, path: str, longest: int | None = None) -> None:
         )
 
 
-def _distance(actual: Tensor, expected: Tensor) -> float:
-    expected = expected.float()
-    return ((actual.float() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-
-
-def _hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
-    return run_with_loss(model, inputs, lambda hidden, *_: hidden)
+def _reach(config: Any, longest: int | None) -> int:
+    """The largest number of tokens in a pack's sequence at which a layer changes what it does."""
+    limits = [limit for limit in (longest, context_of_config(config)) if limit is not None]
+    room = min(limits, default=math.inf) - 2
+    return max((switch for switch in switches_of(config) if switch <= room), default=0)

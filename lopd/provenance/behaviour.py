@@ -74,7 +74,7 @@ def behaviour_of(path: str | Path) -> dict[str, Any]:
     settings = read_optional_json(folder / TOKENIZER_SETTINGS) or {}
     if is_code_trusted() and ("auto_map" in config or "auto_map" in settings):
         behaviour["code"] = {f.name: sha256_file(f) for f in sorted(folder.glob("*.py"))}
-    return {name: value and _brief(finite(value)) for name, value in behaviour.items()}
+    return {name: value and finite(_brief(value)) for name, value in behaviour.items()}
 
 
 def chat_template_digest(path: str | Path) -> str | None:
@@ -82,14 +82,13 @@ def chat_template_digest(path: str | Path) -> str | None:
     folder = model_folder(path)
     files = [folder / TEMPLATE_NAME, *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
     digests = {file.name: sha256_file(file) for file in files if file.exists()}
-    if digests:
-        return json_digest(digests) if len(digests) > 1 else next(iter(digests.values()))
-    template = (read_optional_json(folder / TOKENIZER_SETTINGS) or {}).get("chat_template")
-    if template is None:
-        return None
-    if isinstance(template, str):
-        return hashlib.sha256(template.encode("utf-8")).hexdigest()
-    return json_digest(template)
+    inline = (read_optional_json(folder / TOKENIZER_SETTINGS) or {}).get("chat_template")
+    if inline is not None and TEMPLATE_NAME not in digests:  # which takes precedence
+        text = inline.encode("utf-8") if isinstance(inline, str) else canonical_json(inline)
+        digests[TEMPLATE_NAME] = hashlib.sha256(text).hexdigest()
+    if set(digests) == {TEMPLATE_NAME}:
+        return digests[TEMPLATE_NAME]
+    return json_digest(digests) if digests else None
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
@@ -110,7 +109,8 @@ def _brief(value: Any) -> Any:
     """A JSON value with long lists, strings and objects replaced by their digests."""
     if isinstance(value, Mapping) and len(value) <= MOST_KEYS:
         return {key: _brief(item) for key, item in value.items()}
-    return value if len(canonical_json(value)) <= LONGEST else json_digest(value)
+    data = canonical_json(value)
+    return value if len(data) <= LONGEST else hashlib.sha256(data).hexdigest()
 
 
 def finite(value: Any) -> Any:

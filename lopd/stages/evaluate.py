@@ -7,11 +7,12 @@ and a lower bound otherwise.
 """
 
 import json
-import sys
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lopd.config.dtype import with_dtype
 from lopd.config.evaluate import EvalConfig
 from lopd.config.inference import Sampling
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
@@ -37,6 +38,8 @@ from lopd.stages.table import print_fields
 from lopd.store import TeacherCache
 from lopd.store.folders import examine_folder, locked
 
+LOG = logging.getLogger(__name__)
+
 RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
 
 
@@ -56,7 +59,7 @@ def main(config: EvalConfig) -> Path:
         DataError: a prompt has no answer, or is too long for the model.
         ShardError: the cache is incomplete or altered, or another process writes to `out`.
     """
-    out = Path(config.out)
+    config, out = with_dtype(config), Path(config.out)
     if is_finished(config, config.model, describe_inputs):
         print_fields(_summary(_read_results(out)))
         return say_finished(out)
@@ -126,10 +129,9 @@ def _show_without_answer(records: list[dict[str, Any]], judge: str) -> None:
         return
     remedy = "; --answer_regex or --judge math may find more" if judge == "exact" else ""
     shown = "".join(f"\n  {record['id']}: ...{record['text'][-60:]!r}" for record in without[:3])
-    print(
+    LOG.warning(
         f"eval: judge {judge} found nothing to grade in {len(without)} of {len(complete)} complete "
-        f"answers, which count as wrong{remedy}. Some end in{shown}",
-        file=sys.stderr,
+        f"answers, which count as wrong{remedy}. Some end in{shown}"
     )
 
 

@@ -1,6 +1,6 @@
 """Whether a training or evaluation stage has finished already, with these settings and inputs."""
 
-import sys
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from lopd.provenance import (
     settings_identity,
 )
 from lopd.store.folders import OutputFolder
+
+LOG = logging.getLogger(__name__)
 
 
 def is_finished(config: Any, model: str, inputs: Callable[[Any], Mapping[str, Any]]) -> bool:
@@ -49,5 +51,5 @@ def is_finished(config: Any, model: str, inputs: Callable[[Any], Mapping[str, An
 
 def say_finished(out: str | Path) -> Path:
     """Print that there is nothing to do; returns the folder."""
-    print(f"{out}: finished already, nothing to do", file=sys.stderr)
+    LOG.info(f"{out}: finished already, nothing to do")
     return Path(out)

@@ -1,4 +1,4 @@
-"""Make a teacher cache from the scores of another tool (`lopd import`).
+"""Import the scores or rollouts of another tool (`lopd import`).
 
 `lopd.data.external_scores` describes the formats. Teacher and student are declared, not verified: a
 model folder is fingerprinted, a digest is recorded unchanged, and for any other name `lopd distill`
@@ -6,9 +6,9 @@ requires an override. The manifest's `scoring` records that tail and entropy are
 lists, and whether rollout log-probs are absent.
 """
 
+import logging
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,10 +33,13 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.import_rollouts import import_rollouts
 from lopd.stages.model_access import loads_models
 from lopd.store import CacheWriter, Rollout, TeacherScores
 from lopd.store.lists import derived_tail
 from lopd.store.validate import MASS_TOLERANCE
+
+LOG = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Lists are renormalised if each has mass 1 within rounding and their mean mass is 1 within this.
@@ -64,6 +67,11 @@ class Survey:
 
 @loads_models
 def main(config: ImportConfig) -> Path:
+    """Import the file's rollouts or scores. Returns the folder of the rollouts or of the cache."""
+    return import_rollouts(config) if config.format == "rollouts" else import_cache(config)
+
+
+def import_cache(config: ImportConfig) -> Path:
     """Read the file twice: to check and count, then to write. Returns the cache's folder.
 
     Raises:
@@ -71,6 +79,7 @@ def main(config: ImportConfig) -> Path:
         ConfigError: neither model is a folder, so that the vocabulary is unknown.
         MissingFileError: the file does not exist.
     """
+    assert config.teacher is not None
     student, teacher = _describe_models(config.student, config.teacher)
     assert teacher.vocab_size is not None
     tokenizer, eos_ids = None, []
@@ -176,7 +185,7 @@ def _print_notes(source: str, survey: Survey) -> None:
     }
     for text, count in notes.items():
         if count:
-            print(f"{source}: {count} {text}", file=sys.stderr)
+            LOG.info(f"{source}: {count} {text}")
 
 
 def take_survey(

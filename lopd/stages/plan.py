@@ -1,7 +1,8 @@
 """Predict the peak memory of a training run (`lopd plan`)."""
 
+from lopd.config.fields import parse_bytes
 from lopd.config.plan import PlanConfig
-from lopd.config.training import MemorySettings, parse_bytes
+from lopd.config.training import MemorySettings
 from lopd.errors import MemoryPlanError
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_rows
@@ -32,6 +33,20 @@ def changed_flags(before: MemorySettings, after: MemorySettings) -> str:
     return " ".join(flags)
 
 
+def _assumptions(config: PlanConfig) -> str:
+    """One line: the settings that the plan depends on."""
+    rows = (
+        f"packs of {config.max_tokens_per_batch} tokens"
+        if config.max_tokens_per_batch is not None
+        else f"{config.batch_size} x {config.sequence_length} tokens"
+    )
+    k = "" if config.objective == "policy_gradient" else f" with lists of {config.k}"
+    return (
+        f"planned for {rows} a micro-batch, all with loss ({config.objective}{k}), {config.dtype} "
+        f"weights, {config.optim}; set --sequence_length and --batch_size to yours"
+    )
+
+
 def gib(count: int) -> str:
     return f"{count / GIB:.2f} GiB"
 
@@ -48,6 +63,7 @@ def main(config: PlanConfig) -> None:
     memory = int((1 - config.reserve) * installed)
     planner = MemoryPlanner(meta_model(config.model, config.dtype, config))
     estimate = planner.estimate(config)
+    print(_assumptions(config))
     sizes = {**vars(estimate), "total": estimate.total, "available": memory}
     print_rows([(name, gib(size)) for name, size in sizes.items()], right={1})
     if estimate.total <= memory:

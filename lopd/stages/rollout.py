@@ -7,14 +7,13 @@ stored beside them where the two differ. Several processes may sample into one f
 (`--worker i/n`, or torchrun).
 """
 
-import sys
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-from tqdm import tqdm
-
+from lopd.config.dtype import with_dtype
 from lopd.config.inference import SamplingOptions
 from lopd.config.rollout import RolloutConfig
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
@@ -22,6 +21,7 @@ from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.data.turns import end_of_turn, turn_warnings
 from lopd.engines import load_engine
 from lopd.engines.base import Engine, sequence_seed, to_rollout
+from lopd.engines.progress import Progress
 from lopd.errors import ModelError
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
 from lopd.provenance import (
@@ -38,6 +38,8 @@ from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
 from lopd.store import RolloutStore, RolloutWriter
 from lopd.store.workers import Worker, this_worker
+
+LOG = logging.getLogger(__name__)
 
 
 @loads_models
@@ -56,14 +58,14 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     Sequences are numbered prompt by prompt, sample by sample. Shard i holds the i-th run of
     `shard_size` sequences, so an interrupted run continues with the missing shards.
     """
-    worker = this_worker(config.worker)
+    config, worker = with_dtype(config), this_worker(config.worker)
     check_model_folder(model)
     tokenizer = load_tokenizer(model)
     encoder = PromptEncoder(tokenizer, config, recorded_date(config.out))
     prompts = check_prompts(
         load_prompts(config.prompts, encoder, limit=config.limit),
         config.prompts,
-        context=context_of(model),
+        context=context_of(model, config.engine),
         vocab_size=vocab_size_of(model),
         max_new_tokens=config.max_new_tokens,
         skip=config.skip_bad_records,
@@ -90,9 +92,9 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         else:
             say_finished(config.out)
         if not writer.finish():
-            print(f"{config.out}: {worker} is done, others are still writing", file=sys.stderr)
+            LOG.info(f"{config.out}: {worker} is done, others are still writing")
             return Path(config.out)
-    print(_describe_answers(config, kind), file=sys.stderr)
+    LOG.info(_describe_answers(config, kind))
     return Path(config.out)
 
 
@@ -119,6 +121,15 @@ def recorded_date(out: str) -> date | None:
     return parse_date(text, f"{out}: {MANIFEST_NAME}") if text is not None else None
 
 
+def _check_student(engine: Engine, path: str) -> None:
+    """Refuse a student that training would refuse, before its answers are sampled and scored."""
+    from lopd.models.head import check_trainable
+    from lopd.training.dry_run import meta_model
+
+    loaded = getattr(engine, "model", None)  # only transformers shows it
+    check_trainable(meta_model(path, "float32") if loaded is None else loaded)
+
+
 def _fill(
     writer: RolloutWriter,
     missing: list[int],
@@ -138,9 +149,11 @@ def _fill(
     )
     _check_eos(engine, writer.manifest.model)
     for warning in turn_warnings(engine.tokenizer, engine.eos_ids):
-        print(f"{model}: {warning}", file=sys.stderr)
+        LOG.warning(f"{model}: {warning}")
+    if isinstance(config, RolloutConfig):
+        _check_student(engine, model)
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
-    with tqdm(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
+    with Progress(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():
             jobs = shards[index]
             generations = engine.generate(

@@ -22,11 +22,14 @@ or inputs of a finished stage have changed, the run stops with an error, and not
 overwritten.
 """
 
+import logging
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lopd.config.distill import DistillConfig
+from lopd.config.dtype import with_dtype
 from lopd.config.evaluate import EvalConfig
 from lopd.config.parse import build_config, check_keys, underscored
 from lopd.config.rollout import RolloutConfig
@@ -36,6 +39,7 @@ from lopd.config.sft import SftConfig
 from lopd.config.sft_data import SftDataConfig
 from lopd.config.strict_yaml import load_yaml
 from lopd.config.values import typed
+from lopd.engines.progress import duration
 from lopd.errors import ConfigError
 from lopd.models.hub import local_folder
 from lopd.provenance import MANIFEST_NAME, read_manifest
@@ -45,6 +49,7 @@ from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 from lopd.store.workers import this_worker
 
+LOG = logging.getLogger(__name__)
 STAGES: dict[str, tuple[Any, type]] = {
     "sft-data": (sft_data, SftDataConfig),
     "sft": (sft, SftConfig),
@@ -75,12 +80,16 @@ def main(config: RunConfig) -> Path:
             "start 'lopd rollout' and 'lopd score' with torchrun instead"
         )
     recipe = load_yaml(config.recipe)
-    configs = stage_configs(recipe, config.recipe)
-    for name, stage_config in configs.items():
+    configs = {
+        name: with_dtype(stage) for name, stage in stage_configs(recipe, config.recipe).items()
+    }
+    began = time.monotonic()
+    for number, (name, stage_config) in enumerate(configs.items(), start=1):
         with trusting_code(stage_config.trust_remote_code):
             done = is_finished(stage_config)
         shown = done or _is_complete(Path(stage_config.out))
-        print(f"{name}: {'done' if shown else 'running'}, {stage_config.out}")
+        state, spent = "done" if shown else "running", duration(time.monotonic() - began)
+        LOG.info(f"[{number}/{len(configs)}] {name}: {state}, {stage_config.out} ({spent} so far)")
         if not done:
             _module(stage_config).main(stage_config)
     results = {

@@ -4,7 +4,7 @@ The manifest of the checkpoint records the teacher's fingerprint, so that `lopd 
 check that the same teacher scored the rollouts.
 """
 
-import sys
+import logging
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -34,6 +34,8 @@ from lopd.stages.model_access import loads_models
 from lopd.store import RolloutStore
 from lopd.training import run as runs
 from lopd.training.batch import Source
+
+LOG = logging.getLogger(__name__)
 
 
 @loads_models
@@ -72,11 +74,10 @@ def _warn_of_template(teacher: ModelIdentity, base: ModelIdentity) -> None:
     """Say that the model would see other prompts than those that it is fine-tuned on."""
     wrote = teacher.chat_template
     if runs.is_first() and wrote is not None and wrote != base.chat_template:
-        print(
+        LOG.warning(
             f"{base.path}: its chat template is not that of {teacher.path}, which wrote those "
             "prompts of this data that are messages; rollouts will use the model's own, so copy "
-            "the template unless all prompts are text",
-            file=sys.stderr,
+            "the template unless all prompts are text"
         )
 
 

@@ -7,8 +7,11 @@ engine, dtype or batch size, and the noise floor is compared with the student's 
 `lopd.evaluation.noise_floor`). This finds numerical differences that fingerprints cannot.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
+from lopd.config.dtype import AUTO, with_dtype
+from lopd.config.inference import DTYPES
 from lopd.config.verify import VerifyConfig
 from lopd.errors import ConfigError, DataError, NoiseError, ProvenanceError
 from lopd.evaluation.noise_floor import NoiseFloor, measure_noise_floor
@@ -48,6 +51,9 @@ def main(config: VerifyConfig) -> None:
         raise ConfigError(f"{config.path}: holds '{manifest.kind}'; --rescore requires a cache")
     print_fields({"kind": manifest.kind, **check_artefact(Path(config.path), manifest)})
     if config.rescore:
+        if config.dtype == AUTO and manifest.model.dtype in DTYPES:
+            config = replace(config, dtype=manifest.model.dtype)  # the cache's own
+        config = with_dtype(config)
         assert config.teacher is not None and config.student is not None
         floor = measure_noise_floor(
             config.path,

@@ -6,7 +6,7 @@ masked tokens never reach the LM head.
 """
 
 import hashlib
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from lopd.models.limits import ModelLimits
 from lopd.store import Rollout, RolloutStore, TeacherCache, TeacherSequence, TopKLists
 from lopd.training.metrics import POSITIONS
 from lopd.training.topk_overlap import is_overlap_position
+
+LOG = logging.getLogger(__name__)
 
 LOSS_AGGREGATIONS = ("token_mean", "sequence_mean")
 
@@ -116,10 +118,9 @@ class SequenceDataset(torch.utils.data.Dataset):
         skipped.report()
         self.dropped_share = 1.0 - len(self.indices) / max(len(source), 1)
         if drop_truncated:
-            print(
+            LOG.info(
                 f"drop_truncated: left out {len(source) - len(self.indices)} of {len(source)} "
-                f"sequences ({100 * self.dropped_share:.1f} %)",
-                file=sys.stderr,
+                f"sequences ({100 * self.dropped_share:.1f} %)"
             )
         if not self.indices:
             dropped = self.dropped_share > 0 and drop_truncated

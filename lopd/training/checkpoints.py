@@ -6,10 +6,10 @@ it wrote itself.
 """
 
 import contextlib
+import logging
 import os
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +28,8 @@ from lopd.provenance.folder_receipt import (
     seal,
 )
 from lopd.provenance.io import TEMP_SUFFIX, parse_json, sync_folder
+
+LOG = logging.getLogger(__name__)
 
 METRICS_NAME = "window.pt"  # metrics since the last log
 STAGING = f".saving{TEMP_SUFFIX}"  # folder in which a checkpoint is written
@@ -200,10 +202,10 @@ def put_aside(out: Path, checkpoint: Path | None, *, keep_best: bool = False) ->
             aside = out / f"torn-{torn.name}-{number}"
         why = unusable(torn, keep_best=keep_best)
         torn.rename(aside)
-        print(f"{out}: {torn.name} is put aside as {aside.name}: {why}", file=sys.stderr)
+        LOG.warning(f"{out}: {torn.name} is put aside as {aside.name}: {why}")
     if checkpoint is None:
         return
     unchecked = ", which has no receipt (of an earlier version), so its files cannot be verified"
     if (checkpoint / RECEIPT_NAME).exists():
         unchecked = ""
-    print(f"{out}: continues from {checkpoint.name}{unchecked}", file=sys.stderr)
+    LOG.info(f"{out}: continues from {checkpoint.name}{unchecked}")

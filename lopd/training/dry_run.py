@@ -4,16 +4,18 @@ Tensors there have shapes, dtypes and a graph, but no memory, so counting what a
 the backward takes seconds for a model of any size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lopd.config.training import optimizer_class
-from lopd.errors import ConfigError, ModelError
-from lopd.models.head import HeadOptions, run_with_loss
-from lopd.models.load import check_model_folder, resolve_dtype
-from lopd.models.lora import LoraOptions, add_lora
+from lopd.config.training import LoraOptions, optimizer_class
+from lopd.errors import ConfigError, LopdError, ModelError
+from lopd.models.head import HeadOptions, LossFn, run_with_loss
+from lopd.models.load import attention_for, check_model_folder, resolve_dtype
+from lopd.models.lora import add_lora
 from lopd.provenance.remote_code import loading_code
 
 ATTENTION = "lopd_dry"
@@ -37,25 +39,35 @@ def meta_model(path: str, dtype: str, lora: LoraOptions | None = None) -> Any:
         lora: adapters to add, if its rank is not 0.
 
     Raises:
-        ModelError: its config is not that of a causal LM with scaled-dot-product attention.
+        ModelError: its config is not that of a causal LM.
     """
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, fused_attention)
+    AttentionMaskInterface.register(ATTENTION, _mask_of_batch)
     folder = check_model_folder(path)
-    problem = "not a causal language model with scaled-dot-product attention"
+    problem = "transformers builds no causal language model whose memory can be planned from it"
     with loading_code(folder, problem) as options, torch.device("meta"):
         settings = AutoConfig.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_config(
             settings,
             dtype=resolve_dtype(dtype),
-            attn_implementation=ATTENTION,
+            attn_implementation=ATTENTION if attention_for(settings) == "sdpa" else "eager",
             trust_remote_code=options["trust_remote_code"],
         )
     if lora is not None and lora.lora_rank:
         with torch.device("meta"):
             model = add_lora(model, lora)
     return model.train()
+
+
+def _mask_of_batch(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Any:
+    """The mask [B, 1, T, T] of a padded batch; None for a single sequence and for a pack."""
+    if batch_size == 1:
+        return None
+    shape = (batch_size, 1, q_length, kv_length)
+    return torch.ones(shape, dtype=torch.bool, device=kwargs.get("device", "meta"))
 
 
 def fused_attention(
@@ -77,30 +89,26 @@ def fused_attention(
     from transformers.integrations.sdpa_attention import repeat_kv
 
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and (attention_mask is not None or sequence_lengths is not None):
+    bias = None if len(query) == 1 else attention_mask  # a single sequence has no padding
+    if groups > 1 and (bias is not None or sequence_lengths is not None):
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    bias = attention_mask
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -torch.inf)
+    width = value.shape[-1]
+    if width < query.shape[-1]:  # the kernel's shapes on the meta device need equal widths
+        value = nn.functional.pad(value, (0, query.shape[-1] - width))
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout, bias is None, attn_mask=bias, scale=scaling
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out[..., :width].transpose(1, 2).contiguous(), None
 
 
 def dry_inputs(batch: int, length: int, *, packed: bool, device: str = "meta") -> dict[str, Any]:
-    """Inputs of a dry run: ids [B, T], with a mask [B, 1, T, T] if padded.
-
-    A pack has `sequence_lengths` instead of a mask; a single sequence has neither.
-    """
+    """Inputs of a dry run: ids and mask [B, T]; a pack has `sequence_lengths` too."""
     ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
-    inputs: dict[str, Any] = {"input_ids": ids}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if packed:
         inputs["sequence_lengths"] = (length,)
-    elif batch > 1:
-        inputs["attention_mask"] = torch.ones(
-            batch, 1, length, length, dtype=torch.bool, device=device
-        )
     return inputs
 
 
@@ -152,8 +160,11 @@ def activation_bytes(model: Any, inputs: dict[str, Any], checkpointing: bool) ->
     total, largest_layer = saved_bytes(model, inputs)
     if not checkpointing:
         return total
-    if largest_layer is None:
-        raise ModelError(f"{type(model).__name__}: has no layers to checkpoint")
+    if largest_layer is None or not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{type(model).__name__}: does not support gradient checkpointing; omit "
+            "--gradient_checkpointing"
+        )
     model.gradient_checkpointing_enable()
     try:
         return saved_bytes(model, inputs)[0] + largest_layer
@@ -190,6 +201,24 @@ class _Saved:
         self.largest_layer = max(self.largest_layer or 0, self.bytes(self._before_layer))
 
 
+@contextmanager
+def _experts_of_any_dtype() -> Iterator[None]:
+    """Let fused experts run in any dtype: torch's grouped product has meta shapes for bf16 only.
+
+    transformers' own fallback saves the same tensors.
+    """
+    from transformers.integrations import moe
+
+    previous = getattr(moe, "_can_use_grouped_mm", None)
+    if previous is not None:
+        moe._can_use_grouped_mm = lambda *args, **kwargs: False
+    try:
+        yield
+    finally:
+        if previous is not None:
+            moe._can_use_grouped_mm = previous
+
+
 def saved_bytes(model: Any, inputs: dict[str, Any]) -> tuple[int, int | None]:
     """Bytes that one forward saves, including the rows for the loss.
 
@@ -201,24 +230,45 @@ def saved_bytes(model: Any, inputs: dict[str, Any]) -> tuple[int, int | None]:
         ModelError: the model cannot run on the meta device, for example because shapes depend on
             values.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     def loss_fn(hidden: Tensor, weight: Tensor, bias: Any, options: HeadOptions) -> Tensor:
         index = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device)
         return nn.functional.linear(hidden.flatten(0, 1)[index], weight[:1]).sum()
+
+    try:
+        return _saved_in_a_forward(model, inputs, loss_fn)
+    except LopdError:
+        raise
+    except Exception as error:
+        first = error
+    try:  # layers of recurrent states read the values of a mask [B, T]
+        batch, length = inputs["input_ids"].shape
+        whole = torch.ones(batch, 1, length, length, dtype=torch.bool, device="meta")
+        return _saved_in_a_forward(model, {**inputs, "attention_mask": whole}, loss_fn)
+    except LopdError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: its memory cannot be planned, since its forward does not run "
+            f"without values ({' '.join(str(first).split())[:200]}); measure a short run instead"
+        ) from error
+
+
+def _saved_in_a_forward(
+    model: Any, inputs: dict[str, Any], loss_fn: LossFn[Tensor]
+) -> tuple[int, int | None]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     saved = _Saved(model)
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     hooks = [m.register_forward_pre_hook(saved.enter_layer, with_kwargs=True) for m in layers]
     hooks += [m.register_forward_hook(saved.leave_layer) for m in layers]
     try:
-        with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor),
+            _experts_of_any_dtype(),
+        ):
             loss = run_with_loss(model, inputs, loss_fn)
-    except RuntimeError as error:
-        raise ModelError(
-            f"{type(model).__name__}: its forward reads values, which a dry run does not have ("
-            f"{str(error).splitlines()[0]})"
-        ) from error
     finally:
         for hook in hooks:
             hook.remove()

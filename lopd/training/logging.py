@@ -1,7 +1,7 @@
 """Training output: progress bar, log lines on stderr, and train_log.jsonl."""
 
 import json
-import sys
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from lopd.config.objective import Objective
 from lopd.provenance.io import write_atomic
 from lopd.training.checkpoints import saving
 from lopd.training.holdout import evaluation_line, sign
+
+LOG = logging.getLogger(__name__)
 
 LOG_NAME = "train_log.jsonl"
 # A record of the log history with one of these is written to the log file.
@@ -51,10 +53,9 @@ class Reporter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if sign(self.objective):
-            tqdm.write(
+            LOG.info(
                 f"loss: {self.objective.name} over the listed ids and one bucket for all others, "
-                "at most the whole divergence; read it beside the student's mass outside the lists",
-                file=sys.stderr,
+                "at most the whole divergence; read it beside the student's mass outside the lists"
             )
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, unit="step", desc="training"
@@ -66,10 +67,10 @@ class Reporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
             text = line(state.global_step, state.max_steps, logs, sign(self.objective))
-            tqdm.write(text, file=sys.stderr)
+            LOG.info(text)
         if "holdout_kl" in logs and self.held_out is not None:
             text = evaluation_line(state.log_history, self.held_out)
-            tqdm.write(f"step {state.global_step}: {text}", file=sys.stderr)
+            LOG.info(f"step {state.global_step}: {text}")
         self._write(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from lopd.config.objective import Objective
 from lopd.config.training import TrainOptions
 from lopd.errors import ConfigError, DataError
-from lopd.models.head import check_head, check_trainable
+from lopd.models.admission import check_model
 from lopd.training.batch import Batch, to_device
 from lopd.training.metrics import MetricsAccumulator
 from lopd.training.step import check_finite, step
@@ -57,8 +57,7 @@ def train_loop(
     """
     if options.max_steps < 1:
         raise ConfigError("max_steps: train_loop cannot count epochs; set the number of steps")
-    check_trainable(model)
-    check_head(model)
+    check_model(model, trained=True)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = adamw(model, options)

@@ -11,13 +11,12 @@ of single operators and fragmentation are not counted; a share of the memory, `r
 free for them.
 """
 
-import sys
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import nn
-
+from lopd.config.objective import SAMPLED
 from lopd.config.training import MemoryOptions, MemorySettings
 from lopd.errors import ConfigError, LopdError
 from lopd.models.head import lm_head
@@ -30,6 +29,8 @@ from lopd.training.dry_run import (
     storage_bytes,
 )
 from lopd_kernels.workspace import workspace_needed
+
+LOG = logging.getLogger(__name__)
 
 SMALLEST_WORKSPACE = 128 << 20
 
@@ -56,10 +57,15 @@ class MemoryPlanner:
         model: from `lopd.training.dry_run.meta_model`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self._optimizers: dict[str, int] = {}
         self._activations: dict[tuple[Any, ...], int] = {}
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the model supports gradient checkpointing."""
+        return bool(self.model.supports_gradient_checkpointing)
 
     def estimate(self, config: MemorySettings) -> MemoryEstimate:
         """Estimated peak memory of a run with these settings.
@@ -103,7 +109,7 @@ def loss_bytes(model: Any, config: MemorySettings) -> int:
     head, rows = lm_head(model), config.rows[0] * config.rows[1]
     weight = head.weight
     # A list and the sampled id, or only the sampled id.
-    width = 1 if config.objective == "policy_gradient" else config.k + 1
+    width = 1 if config.objective in SAMPLED else config.k + 1
     try:
         return workspace_needed(
             rows,
@@ -144,7 +150,7 @@ def _reductions(
     planner: MemoryPlanner, config: MemorySettings, memory: int
 ) -> Iterator[MemorySettings]:
     """`proposals` without the end."""
-    if not config.gradient_checkpointing:
+    if not config.gradient_checkpointing and planner.can_checkpoint:
         config = replace(config, gradient_checkpointing=True)
         yield config
     if (smaller := smaller_workspace(planner, config, memory)) is not None:
@@ -231,5 +237,5 @@ def planned_peak(config: Any, trainer: Any, model_path: str, k: int) -> int | No
         planner = MemoryPlanner(meta_model(model_path, config.dtype, config))
         return planner.estimate(settings).total
     except LopdError as error:
-        print(f"the peak memory cannot be estimated ({error})", file=sys.stderr)
+        LOG.warning(f"the peak memory cannot be estimated ({error})")
         return None

@@ -48,6 +48,8 @@ def loss_of_rows(
         return loss, {}
     if objective.name == "policy_gradient":
         return _policy_gradient(rows, weight, batch, objective, options)
+    if objective.name == "log_ratio":
+        return _log_ratio(rows, weight, batch, objective, options)
     return _sparse_divergence(rows, weight, batch, objective, options)
 
 
@@ -214,6 +216,32 @@ def _policy_gradient(
     if clip is not None:
         reported["share_clipped"] = (advantages.abs() > clip).float()
     return loss, reported
+
+
+def _log_ratio(
+    rows: Tensor, weight: Tensor, batch: Batch, objective: Objective, options: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    scores, entropy = linear_logprobs(
+        rows, weight, batch["labels"][:, None], return_entropy=True, **options
+    )
+    ratio = scores[:, 0] - batch["teacher_logprobs"]
+    losses, size = ratio.square(), ratio.abs()
+    if delta := objective.delta:
+        losses = torch.where(size <= delta, losses, delta * (2.0 * size - delta))
+    if objective.entropy_bonus:
+        losses = losses - objective.entropy_bonus * entropy
+    advantages = -ratio.detach()
+    reported = {
+        "divergence": -advantages,  # a one-sample estimate of the reverse KL
+        "advantage": advantages,
+        "advantage_squared": advantages.square(),
+        "share_beyond_delta": (size > (delta or math.inf)).float(),
+        "student_entropy": entropy.detach(),
+        **_teacher_statistics(batch),
+    }
+    if "rollout_logprobs" in batch:
+        reported["log_ratio_to_rollout"] = scores[:, 0].detach() - batch["rollout_logprobs"]
+    return (batch["row_weights"] * losses).sum(), reported
 
 
 def sequence_ratios(logprobs: Tensor, batch: Batch, cap: float | None) -> Tensor:

@@ -9,7 +9,7 @@ With torchrun each process trains on its part of every step; only the first one 
 """
 
 import json
-import sys
+import logging
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +31,8 @@ from lopd.store.locks import FolderLock
 from lopd.store.workers import Worker, this_worker
 from lopd.training.batch import Source
 from lopd.training.checkpoints import last_checkpoint, put_aside, saving
+
+LOG = logging.getLogger(__name__)
 
 RECIPE_NAME = "recipe.json"
 
@@ -171,7 +173,7 @@ def train(
     summary = _summary(config, trainer, dropped, refresh)
     if first:
         for line in report(out, summary, trainer.objective):
-            print(line, file=sys.stderr)
+            LOG.info(line)
     return summary
 
 

@@ -5,7 +5,7 @@ micro-batches affects memory and rounding. Each process computes the split of al
 communication is needed.
 """
 
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from lopd.errors import ConfigError
+
+LOG = logging.getLogger(__name__)
 
 MicroBatches = list[list[int]]  # indices into the dataset, by micro-batch
 
@@ -121,10 +123,9 @@ class StepSampler(torch.utils.data.Sampler[MicroBatches]):
             )
         split([int(self.lengths.max())], 1, max_tokens)
         if (left := len(lengths) - self.used) and rank == 0:
-            print(
+            LOG.warning(
                 f"each epoch leaves out {left} of {len(lengths)} sequences at random, so that "
-                f"{world_size} processes have the same number",
-                file=sys.stderr,
+                f"{world_size} processes have the same number"
             )
 
     def __len__(self) -> int:

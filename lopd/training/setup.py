@@ -1,6 +1,6 @@
 """The trainer of a run, built from its settings."""
 
-import sys
+import logging
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from lopd.training.batch import Collator, SequenceDataset, Source, Subset, split
 from lopd.training.holdout import Holdout
 from lopd.training.staleness import StalenessMonitor
 from lopd.training.trainer import LopdTrainer
+
+LOG = logging.getLogger(__name__)
 
 # Below this learning rate AdamW's updates of weights near 0.02 are lost to rounding in bfloat16,
 # where numbers of that size are 1e-4 apart.
@@ -58,10 +60,9 @@ def build_trainer(
         skip_bad=config.skip_bad_records if isinstance(config, PromptOptions) else None,
     )
     if dataset.truncated and not config.drop_truncated and this_worker(None).index == 0:
-        print(
+        LOG.warning(
             f"training data: {dataset.truncated} of {len(source)} answers were cut off at their "
-            "length limit; --drop_truncated leaves them out",
-            file=sys.stderr,
+            "length limit; --drop_truncated leaves them out"
         )
     training_set: SequenceDataset | Subset = dataset
     holdout, monitored = None, isinstance(config, MonitoringOptions)
@@ -111,9 +112,8 @@ def warn_of_rounding(config: Any) -> None:
         and not config.lora_rank
         and config.learning_rate < SMALLEST_RATE
     ):
-        print(
+        LOG.warning(
             f"dtype {config.dtype} with learning_rate {config.learning_rate:g}: most updates this "
             "small are lost to rounding; --mixed_precision bf16 uses float32 weights, and "
-            "--lora_rank trains float32 adapters",
-            file=sys.stderr,
+            "--lora_rank trains float32 adapters"
         )

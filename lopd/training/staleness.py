@@ -5,16 +5,16 @@ a window of steps. The warnings, the window and the lowest ESS are entries of th
 Trainer's state. Checkpoints contain it, so a resumed run continues with them.
 """
 
+import logging
 import statistics
-import sys
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from lopd.training.holdout import History
 from lopd.training.metrics import MetricsAccumulator
 
+LOG = logging.getLogger(__name__)
 WINDOW = 20  # steps over which the median is taken
 
 
@@ -55,7 +55,7 @@ class StalenessMonitor(TrainerCallback):
                 "--holdout shows; if it does not, roll out and score again with this student, or "
                 "lower the learning rate"
             )
-        tqdm.write(f"step {step}: {text}", file=sys.stderr)
+        LOG.warning(f"step {step}: {text}")
 
 
 def _update_window(history: Any, ess: float, step: int) -> list[float]:

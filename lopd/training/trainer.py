@@ -6,8 +6,8 @@ It adds micro-batches, the schedule, logging, checkpoints, resuming and several 
 
 import contextlib
 import copy
+import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,16 +18,16 @@ import torch
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
 from lopd.config.objective import Objective
 from lopd.config.training import TrainOptions
-from lopd.errors import ConfigError, DataError, Interrupted
+from lopd.errors import ConfigError, DataError, Interrupted, ModelError
+from lopd.models.admission import check_model
 from lopd.models.flops import FlopsMeter
-from lopd.models.head import check_head, check_trainable
+from lopd.models.head import plain_model
 from lopd.models.packing import check_packing, pack_attention
 from lopd.training.batch import Batch, Collator, lengths_of
 from lopd.training.checkpoints import METRICS_NAME, STAGING, finish, rotate, saving
@@ -37,6 +37,8 @@ from lopd.training.logging import LogAtEnds, Reporter
 from lopd.training.metrics import MetricsAccumulator
 from lopd.training.sampler import StepDataset, StepLoader, StepSampler
 from lopd.training.step import check_finite, step
+
+LOG = logging.getLogger(__name__)
 
 __all__ = ["LopdTrainer", "Objective", "TrainOptions", "step"]
 
@@ -92,7 +94,7 @@ class LopdTrainer(Trainer):
             same identity are counted and removed.
 
     Raises:
-        ModelError: `check_head`, `check_trainable` or `check_packing` refuses the model.
+        ModelError: `check_model` or `check_packing` refuses the model.
         ConfigError: a sequence is longer than a pack, DataParallel or DeepSpeed is used, or
             accelerate cannot shard as `fsdp` asks.
         ShardError: a checkpoint or the log cannot be written.
@@ -132,7 +134,6 @@ class LopdTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         _check_parallelism(args)
-        check_trainable(model)
         args = copy.copy(args)  # for Trainer a step is one batch
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
         # `rotate` removes checkpoints; Trainer would go by their names and modification times.
@@ -143,7 +144,8 @@ class LopdTrainer(Trainer):
         self.max_tokens, self.attention = max_tokens_per_batch, attention
         if holdout is not None:
             args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, holdout.eval_steps
-        use_cache = model.config.use_cache
+        # Trainer changes it, and it is saved with the result. Multimodal configs have none.
+        use_cache = vars(model.config).get("use_cache")
         super().__init__(
             model=model,
             args=args,
@@ -156,7 +158,9 @@ class LopdTrainer(Trainer):
         )
         if args.fsdp:
             self._check_sharding(args)
-        model.config.use_cache = use_cache  # Trainer changes it, and it is saved with the result
+        vars(model.config).pop("use_cache", None)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
         self.model_accepts_loss_kwargs = True  # losses are already normalised by num_items
         self.objective, self.holdout = objective, holdout
         self.metrics = MetricsAccumulator(self.gather)
@@ -173,7 +177,12 @@ class LopdTrainer(Trainer):
             self.add_callback(self.reporter)
         if holdout is not None:
             self.add_callback(EvaluateAtStart(self))
-        check_head(model)
+        check_model(model, trained=True)
+        if args.gradient_checkpointing and not plain_model(model).supports_gradient_checkpointing:
+            raise ModelError(
+                f"{type(plain_model(model)).__name__}: does not support gradient checkpointing; "
+                "omit --gradient_checkpointing"
+            )
         if self.max_tokens is not None:
             self.attention = pack_attention(model, attention, args.device, dtype)
 
@@ -373,11 +382,10 @@ class LopdTrainer(Trainer):
             self.control.should_save = True
         if exhausted(self.state.log_history, self.holdout.patience):
             self.control.should_training_stop = True
-            tqdm.write(
+            LOG.info(
                 f"step {self.state.global_step}: stopping early, held-out KL "
                 f"{metrics['holdout_kl']:.4g} is no better than {best[0]:.4g} at step {best[1]}, "
-                f"{self.holdout.patience} evaluations ago",
-                file=sys.stderr,
+                f"{self.holdout.patience} evaluations ago"
             )
         return improved
 

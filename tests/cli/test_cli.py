@@ -30,15 +30,15 @@ def built(monkeypatch):
         (["rollout", "--config"], "Option '--config' requires an argument"),
         (["rollout", "--tempratur", "1"], "unknown flag '--tempratur'; did you mean '--temp"),
         (["rollout", "--xyz"], "unknown flag '--xyz'; see lopd rollout --help"),
-        (["rollout", "stray"], "extra argument (stray); a switch has no value"),
-        (["distill", "--keep_best=true"], "not take a value; a switch has no value, only --NAME"),
+        (["rollout", "stray"], "extra argument (stray); write --NAME or"),
+        (
+            ["distill", "--keep_best=yes"],
+            "not take a value; write --NAME or --no-NAME for",
+        ),
         (["rollout", "--student", "s"], "lopd rollout: error: missing --prompts (JSONL"),
         (["run", "absent.yaml"], "absent.yaml: no such file"),
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
-        (
-            ["rollout", "--student", "absent", "--prompts", "p", "--out", "o"],
-            "absent: no such folder",
-        ),
+        (["inspect", "absent"], "absent does not exist; name a folder that a lopd stage has"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):
@@ -69,11 +69,17 @@ def test_switches_in_both_directions(built, tmp_path):
     paths = shlex.split("distill --student s --cache c --out o")
     (tmp_path / "d.yaml").write_text("keep_best: true\nholdout: 0.1\nverify: true\n")
     file = ["--config", str(tmp_path / "d.yaml")]
-    for words in ([], ["--no_keep_best"], ["--no-keep-best", "--no_verify"], ["--verify"]):
-        assert main([*paths, *file, *words]) == 0
-    assert [(config.keep_best, config.verify) for config in built] == [
-        *((True, True), (False, True), (False, False), (True, True))
-    ]
+    words = {
+        "": (True, True),
+        "--no_keep_best": (False, True),
+        "--no-keep-best --no_verify": (False, False),
+        "--verify": (True, True),
+        "--keep_best=False --verify=true": (False, True),
+        "--keep-best false --verify False --holdout 0": (False, False),
+    }
+    for flags in words:
+        assert main([*paths, *file, *shlex.split(flags)]) == 0
+    assert [(config.keep_best, config.verify) for config in built] == [*words.values()]
 
 
 def test_a_folder_or_a_recipe_needs_no_flag(built):

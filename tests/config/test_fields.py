@@ -38,7 +38,7 @@ NUMERIC = [
 
 def build(config, **changes):
     """A config with the required settings filled in."""
-    known = {"gpu_memory": "8GiB", "format": "topk"}
+    known = {"gpu_memory": "8GiB", "format": "rollouts"}
     required = [item.name for item in fields(config) if item.default is MISSING]
     return config(**{name: known.get(name, name) for name in required} | changes)
 
@@ -184,6 +184,8 @@ DISTILL_RECIPE = TRAINING | {
     "allow_tokenizer_mismatch": False,
     "beta": 0.3,
     "clip_range": None,
+    "delta": None,  # newer than some runs: a missing key is equal to None
+    "entropy_bonus": None,
     "eval_steps": 100,
     "holdout": 0.0,
     "importance": "none",

@@ -1,10 +1,12 @@
 """Text to values, by the types of fields."""
 
+import doctest
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import pytest
 
+from lopd.config import parse, strict_yaml, values
 from lopd.config.fields import Settings, setting
 from lopd.config.values import convert
 from lopd.errors import ConfigError
@@ -67,3 +69,9 @@ def test_other_types_are_refused(name, value, message):
     with pytest.raises(ConfigError) as error:
         convert(ITEMS[name], value)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("module", [parse, strict_yaml, values], ids=lambda module: module.__name__)
+def test_the_examples_run(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted and not failed

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from lopd.config.prompts import PromptOptions
 from lopd.data.demonstrations import load_demonstrations
 from lopd.data.prompts import describe_prompts, load_prompts
-from lopd.data.rendering import PromptEncoder
+from lopd.data.rendering import MAX_PROMPT, PromptEncoder
 from lopd.errors import ConfigError, DataError
 
 THINKING = (
@@ -156,10 +156,10 @@ def test_an_answer_that_is_more_than_its_content_is_refused(write_jsonl, key):
         )
 
 
-def test_a_template_that_needs_parts_gets_them(write_jsonl):
-    assert encode(train_bpe(PARTS), {"prompt": "the cat"}, write_jsonl) == (
-        "<|user|>the cat<|assistant|>"
-    )
+@pytest.mark.parametrize("template", [PARTS, "<|user|>{{ messages[0].content[0].text + '' }}"])
+def test_a_template_that_needs_parts_gets_them(write_jsonl, template):
+    found = encode(train_bpe(template), {"prompt": "the cat"}, write_jsonl)
+    assert found.startswith("<|user|>the cat")
 
 
 def test_a_template_that_drops_the_text_is_refused():
@@ -209,3 +209,10 @@ def test_a_message_that_only_calls_tools_has_no_text(write_jsonl):
     template = TEMPLATE.replace("{{ m.content }}", "{{ m.content or m.tool_calls[0] }}")
     found = encode(train_bpe(template), {"messages": messages}, write_jsonl)
     assert "<|assistant|>{'function': {'name': 'red'}}<eos><|tool|>cat" in found
+
+
+@pytest.mark.parametrize("field", ["prompt", "completion"])
+def test_text_beyond_every_context_is_refused_before_it_is_tokenised(write_jsonl, field):
+    record = {"prompt": "the", "completion": "cat", field: "a" * (MAX_PROMPT + 1)}
+    with pytest.raises(DataError, match=f"8388609 characters; expected at most {MAX_PROMPT}"):
+        load_demonstrations(write_jsonl([record]), PromptEncoder(train_bpe()))

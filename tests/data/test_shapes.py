@@ -177,3 +177,9 @@ def test_bad_records_are_left_out_on_request(chat, write_jsonl, capsys):
 )
 def test_answers_as_text(value, text):
     assert answer_text(value, "x") == text
+
+
+def test_the_column_of_the_answer_is_proposed(chat, write_jsonl):
+    path = write_jsonl([{"prompt": "a", "response": "b"}])
+    with pytest.raises(DataError, match="or pass --columns prompt=prompt,completion=response"):
+        load_demonstrations(path, PromptEncoder(chat))

@@ -7,12 +7,15 @@ import pytest
 import torch
 from helpers_training import make_rollouts, make_scored, tiny_model, tiny_moe, weights
 
+from benchmarks.tiny_families import tiny_config
+from benchmarks.tiny_families import tiny_model as family_model
 from lopd.config.objective import Objective
 from lopd.config.training import LoraOptions
 from lopd.errors import ConfigError, ModelError
 from lopd.models.head import check_head, check_trainable
 from lopd.models.lora import add_lora, merged
 from lopd.training.batch import Collator
+from lopd.training.dry_run import meta_model
 from lopd.training.step import step
 
 
@@ -127,3 +130,23 @@ def test_without_peft_the_error_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"lopd\[peft\]"):
         add_lora(tiny_model(), lora())
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("falcon_h1", "peft refuses adapters on all-linear .*such as q_proj,k_proj,v_proj,o_proj"),
+        ("zamba", "shares its weight with another layer, so an adapter on it cannot be merged"),
+        ("longcat_flash", "is read without calling the layer, so an adapter on it cannot be"),
+        ("phimoe", "fails on these adapters .*name other layers in lora_targets"),
+    ],
+)
+def test_families_whose_adapters_would_be_lost_at_the_end_are_refused(kind, match):
+    with pytest.raises(ModelError, match=match):
+        add_lora(family_model(kind), lora(lora_targets="all-linear"))
+
+
+def test_a_plan_refuses_what_peft_refuses(tmp_path):
+    tiny_config("falcon_h1").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="peft refuses adapters on all-linear"):
+        meta_model(str(tmp_path), "float32", lora(lora_targets="all-linear"))

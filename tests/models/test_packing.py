@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers_training import largest_difference, make_rollouts, make_scored, tiny_model, tiny_window
 
+from benchmarks.tiny_families import tiny_model as family_model
 from lopd.config.objective import Objective
 from lopd.errors import ConfigError, ModelError
 from lopd.models import packing as attention
@@ -208,3 +209,47 @@ def test_varlen_calls_torch_with_the_same_attention(monkeypatch, window):
         found, _ = varlen_attention(Module(), query, key, value.bfloat16(), None, **options)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_noise_does_not_raise_the_bound_without_end(monkeypatch):
+    """A model that depends on its neighbours does so in padded batches too."""
+    model = tiny_model()
+    pack_attention(model)
+    forward = model.model.forward
+
+    def leaky(input_ids=None, **kwargs):
+        outputs = forward(input_ids=input_ids, **kwargs)
+        together = len(input_ids) > 1 or "sequence_lengths" in kwargs
+        outputs.last_hidden_state = outputs.last_hidden_state * (1.5 if together else 1.0)
+        return outputs
+
+    monkeypatch.setattr(model.model, "forward", leaky)
+    with pytest.raises(ModelError, match=r"differ by 0\.5 .*expected at most 0\.0003"):
+        check_packing(model, "sdpa")
+
+
+def test_a_pack_that_the_model_cannot_take_is_refused_with_a_sentence():
+    model = family_model("deepseek_v32")
+    pack_attention(model)
+    with pytest.raises(ModelError, match=r"fails on a pack \(TypeError: .*cannot be packed, omit"):
+        check_packing(model, "sdpa")
+
+
+def test_attention_with_sinks_is_not_replaced():
+    with pytest.raises(ModelError, match="GptOssForCausalLM: its attention is its own"):
+        pack_attention(family_model("gpt_oss"))
+
+
+def test_soft_caps_hold_in_packs():
+    model = family_model("gemma2")
+    model.set_attn_implementation("eager")
+    ids = torch.arange(20)[None] % 40
+    alone = [model(part[None]).logits[0] for part in ids[0].split((13, 7))]
+    pack_attention(model)
+    batch = {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(n) for n in (13, 7)])[None],
+        "sequence_lengths": (13, 7),
+    }
+    found = model(**model_inputs(batch), use_cache=False).logits[0]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-5)

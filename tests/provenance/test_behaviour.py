@@ -77,7 +77,12 @@ def test_named_templates_count(tmp_path):
     one = chat_template_digest(folder)
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ y }}")
-    assert chat_template_digest(folder) != one
+    both = chat_template_digest(folder)
+    (folder / "chat_template.jinja").unlink()
+    edit(folder / "tokenizer_config.json", chat_template="{{ x }}")
+    assert chat_template_digest(folder) == both != one
+    edit(folder / "tokenizer_config.json", chat_template="{{ z }}")
+    assert chat_template_digest(folder) not in (both, one)
 
 
 def test_ids_that_end_an_answer_are_those_of_generation_config_and_tokenizer(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from helpers_stages import one_line
 
 from lopd.cli import main
 from lopd.stages.demo import Demo
@@ -113,3 +114,11 @@ def test_finished_demo_prints_its_table_again(demo, rows, capsys):
     assert format_table(list(rows.values())) in printed and "[1/" not in printed
     assert main(["demo", "--out", str(demo), "--seed", "1"]) == 2
     assert "holds another recipe (seed was 0, is 1)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"seed": 0}'])
+def test_damaged_progress_is_not_a_new_demo(tmp_path, capsys, text):
+    (tmp_path / "progress.json").write_text(text)
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "restore it" in one_line(capsys)
+    assert [file.name for file in tmp_path.iterdir()] == ["progress.json"]

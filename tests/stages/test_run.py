@@ -171,9 +171,9 @@ def test_second_run_changes_nothing(finished_run, capsys):
     files = [file for file in Path(values["out"]).rglob("*") if file.is_file()]
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
     assert main(["run", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert "running" not in printed and printed.count(": done, ") == 7
-    _, table = printed.split("\nresults\n")
+    printed = capsys.readouterr()
+    assert "running" not in printed.err and printed.err.count(": done, ") == 7
+    _, table = printed.out.split("\nresults\n")
     student, result = table.splitlines()
     assert student.startswith(f"eval-student, {values['out']}/sft ") and "greedy 0." in student
     assert result.startswith(f"eval, {values['out']}/distill ") and "KL at least " in result

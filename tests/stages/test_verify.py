@@ -161,6 +161,13 @@ def test_noise_is_small_compared_with_the_signal(teacher_folder, student_folder,
     assert "not the model" not in rows["student"]
 
 
+def test_a_cache_is_scored_again_in_its_own_dtype(teacher_folder, student_folder, cache, capsys):
+    assert rescore(cache, teacher_folder, student_folder, "--tokens_per_batch", "20") == 0
+    rows = shown(capsys)
+    assert rows["rescored with"] == "transformers, float32, tokens_per_batch 20"
+    assert number(rows["teacher"]) < 1e-6
+
+
 def test_noise_above_the_allowed_share_fails(teacher_folder, student_folder, cache, capsys):
     flags = ["--dtype", "bfloat16"]
     assert rescore(cache, teacher_folder, student_folder, *flags) == 0

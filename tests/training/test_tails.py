@@ -1,8 +1,9 @@
-"""The tails `unbiased` and `generalized` in training: gradients, logs, and the caches they need."""
+"""The tails `unbiased` and `generalized`, and log-ratios, in training: gradients, logs, caches."""
 
 import json
 
 import pytest
+import torch
 from helpers_artefacts import SAMPLING, write_cache, write_pipeline, write_sequences
 from helpers_training import near_rollouts, tiny_model
 
@@ -62,9 +63,50 @@ def test_the_step_equals_the_dense_definition(name):
     assert ("share_capped" in stats) == (name == "capped")
 
 
+@pytest.mark.parametrize("bonus", [0.0, 0.1])
+@pytest.mark.parametrize("delta", [0.0, 1.5])
+def test_the_log_ratio_equals_its_dense_definition(delta, bonus):
+    model = tiny_model(spread=3.0)
+    batch = Collator("sequence_mean")(near_rollouts(model=model))
+    objective = Objective("log_ratio", delta=delta, entropy_bonus=bonus)
+    loss, stats = step(model, batch, objective, 6.0)
+    loss.backward()
+    found = {key: p.grad.clone() for key, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits.flatten(0, 1)
+    log_p = logits[batch["loss_index"]].log_softmax(1)
+    ratio = log_p.gather(1, batch["labels"][:, None])[:, 0] - batch["teacher_logprobs"]
+    beyond = ratio.abs() > delta if delta else torch.zeros_like(ratio, dtype=torch.bool)
+    rho = torch.where(beyond, delta * (2.0 * ratio.abs() - delta), ratio.square())
+    entropy = -(log_p.exp() * log_p).sum(1)
+    expected = (batch["row_weights"] * (rho - bonus * entropy)).sum() / 6.0
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for key, parameter in model.named_parameters():
+        error = (found[key] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-6)
+        assert error < 1e-4, key
+    assert beyond.any() == (delta > 0) == (stats["share_beyond_delta"].item() > 0)
+
+
+def test_the_clipped_policy_gradient_is_half_the_robust_log_ratio():
+    model, batch = tiny_model(spread=3.0), Collator()(near_rollouts())
+    gradients = []
+    for objective in (
+        Objective("policy_gradient", advantage_clip=1.5),
+        Objective("log_ratio", delta=1.5),
+    ):
+        model.zero_grad()
+        step(model, batch, objective, 6.0)[0].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for half, whole in zip(*gradients, strict=True):
+        assert (2.0 * half - whole).norm() < 1e-4 * whole.norm().clamp(min=1e-6)
+
+
 def test_held_out_sequences_are_evaluated_by_the_bucket():
     assert FORMS["capped"].held_out == Objective("reverse_kl")
     assert FORMS["generalized"].held_out == FORMS["generalized"]
+    assert Objective("log_ratio").held_out == Objective("reverse_kl")
+    assert Objective("log_ratio").delta == 5.0
 
 
 @pytest.mark.parametrize(
@@ -73,6 +115,9 @@ def test_held_out_sequences_are_evaluated_by_the_bucket():
         ({"name": "forward_kl", "tail": "unbiased"}, "tail: unbiased is a form of reverse_kl"),
         ({"name": "policy_gradient", "tail": "generalized"}, "tail: policy_gradient has none"),
         ({"name": "reverse_kl", "importance_cap": 2.0}, "sequence and tail unbiased do"),
+        ({"name": "reverse_kl", "delta": 2.0}, "delta: reverse_kl has none; use log_ratio"),
+        ({"name": "log_ratio", "entropy_bonus": -0.1}, "entropy_bonus: found -0.1"),
+        ({"name": "log_ratio", "tail": "unbiased"}, "tail: log_ratio has none"),
     ],
 )
 def test_contradicting_settings_are_refused(changes, message):
@@ -96,6 +141,15 @@ def config(pipeline, out, **changes):
     paths = {name: str(pipeline / name) for name in ("student", "cache")}
     settings = {"max_steps": 2, "batch_size": 4, "device": "cpu", "save_every": 0, "log_every": 1}
     return distill.DistillConfig(**{**paths, "out": str(out), **settings, **changes})
+
+
+def test_distill_trains_on_log_ratios(pipeline, tmp_path):
+    changes = {"objective": "log_ratio", "entropy_bonus": 0.1, "delta": 2.0}
+    out = distill.main(config(pipeline, tmp_path / "out", **changes))
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    assert manifest["objective"]["delta"] == 2.0
+    entry = json.loads((out / "train_log.jsonl").read_text().splitlines()[0])
+    assert 0.0 <= entry["share_beyond_delta"] <= 1.0
 
 
 @pytest.mark.parametrize("tail", ["unbiased", "generalized"])

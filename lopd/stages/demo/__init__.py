@@ -12,6 +12,7 @@ All artefacts stay under `--out`, and the stage commands can be run on them.
 
 import importlib.util
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,10 @@ from lopd.config.rollout import RolloutConfig
 from lopd.config.score import ScoreConfig
 from lopd.config.sft import SftConfig
 from lopd.config.sft_data import SftDataConfig
-from lopd.errors import ConfigError
+from lopd.engines.progress import duration
+from lopd.errors import ConfigError, DataError
 from lopd.provenance import difference
-from lopd.provenance.io import pretty_json, write_atomic
+from lopd.provenance.io import pretty_json, read_json_object, write_atomic
 from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
 from lopd.stages.demo import arithmetic as toy
 from lopd.stages.demo.report import (
@@ -78,6 +80,21 @@ SAMPLING: dict[str, Any] = {
 }
 TOP_K = 8
 EVAL_PROMPTS = 1024
+# Seconds of each stage in benchmarks/results/demo_seeds.jsonl, for the time that is left.
+COSTS = {
+    "teacher": 29,
+    "teacher's answers": 2,
+    FINE_TUNED: 17,
+    "student's rollouts": 3,
+    "teacher's scores": 3,
+    DISTILLED: 19,
+    SAMPLED: 18,
+    CLIPPED: 18,
+    "control: answers": 3,
+    MORE_SFT: 14,
+    ONLINE: 61,
+}
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,9 @@ def main(config: DemoConfig) -> Path:
     results_file, progress_file = out / "results.json", out / "progress.json"
     progress: dict[str, Any] = {"seed": config.seed, "steps": OPD_STEPS, "rows": []}
     if progress_file.is_file():
-        progress = json.loads(progress_file.read_text(encoding="utf-8"))
+        progress = read_json_object(progress_file)
+        if {"seed", "steps", "rows"} - progress.keys():
+            raise DataError(f"{progress_file} is not a demo's; restore it, or remove {out}")
     examine_folder(
         out,
         record=progress_file.name,
@@ -124,8 +143,15 @@ def main(config: DemoConfig) -> Path:
     try:
         demo = Demo(out, config.seed)
         stages, rows = demo.stages(config.online), progress["rows"]
-        for number, stage in enumerate(stages[len(rows) :], start=len(rows) + 1):
-            print(f"[{number}/{len(stages)}] {stage.name}", flush=True)
+        began, first = time.monotonic(), len(rows)
+        for number, stage in enumerate(stages[first:], start=first + 1):
+            done, left = (
+                sum(COSTS[each.name] for each in part)
+                for part in (stages[first : number - 1], stages[number - 1 :])
+            )
+            seconds = (time.monotonic() - began) / done * left if done else 0.0
+            time_left = f", about {duration(seconds)} left" if done else ""
+            LOG.info(f"[{number}/{len(stages)}] {stage.name}{time_left}")
             rows.append(demo.run_stage(stage))
             write_atomic(progress_file, pretty_json(progress))
     finally:
