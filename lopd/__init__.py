@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lopd.config.inspect import InspectConfig
     from lopd.config.objective import Objective
     from lopd.config.plan import PlanConfig
+    from lopd.config.report import ReportConfig
     from lopd.config.rollout import RolloutConfig
     from lopd.config.run import RunConfig
     from lopd.config.score import ScoreConfig
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from lopd.stages.import_scores import main as import_scores
     from lopd.stages.inspect import main as inspect
     from lopd.stages.plan import main as plan
+    from lopd.stages.report import main as report
     from lopd.stages.rollout import main as rollout
     from lopd.stages.run import main as run
     from lopd.stages.score import main as score
@@ -69,6 +71,7 @@ __all__ = [
     "LopdTrainer",
     "Objective",
     "PlanConfig",
+    "ReportConfig",
     "RolloutConfig",
     "RolloutStore",
     "RunConfig",
@@ -86,6 +89,7 @@ __all__ = [
     "import_scores",
     "inspect",
     "plan",
+    "report",
     "rollout",
     "run",
     "run_with_loss",
@@ -107,6 +111,7 @@ _MODULES = {
     "LopdTrainer": "lopd.training.trainer",
     "Objective": "lopd.config.objective",
     "PlanConfig": "lopd.config.plan",
+    "ReportConfig": "lopd.config.report",
     "RolloutConfig": "lopd.config.rollout",
     "RolloutStore": "lopd.store",
     "RunConfig": "lopd.config.run",
@@ -129,6 +134,7 @@ _STAGES = [
     "import_scores",
     "inspect",
     "plan",
+    "report",
     "rollout",
     "run",
     "score",

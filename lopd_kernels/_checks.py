@@ -6,6 +6,7 @@ A message names the argument, what was found, and what to pass instead. `_values
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -233,6 +234,14 @@ def check_divergence(divergence: str, tail: str, beta: float | None) -> None:
                 f"beta is {beta}, expected strictly between 0 and 1, because jsd is 0 at both "
                 "ends; use divergence='forward_kl' or 'reverse_kl'"
             )
+
+
+def check_sample(tail: str, given: Mapping[str, object]) -> None:
+    """Only tail "unbiased" uses the sampled tokens and their cap."""
+    if tail != "unbiased":
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} is set, but tail is {tail!r}; only 'unbiased' uses it")
 
 
 def check_workspace(workspace_bytes: int | None) -> None:

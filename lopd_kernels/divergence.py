@@ -67,10 +67,8 @@ def _rule(
 ) -> DivergenceRule | UnbiasedRule:
     _checks.check_divergence(divergence, tail, beta)
     given = dict(zip(SAMPLE, sample, strict=True))
+    _checks.check_sample(tail, given)
     if tail != "unbiased":
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name} is set, but tail is {tail!r}; only 'unbiased' uses it")
         return DivergenceRule(divergence, tail, 0.5 if beta is None else beta)
     for name, what in SAMPLE.items():
         if given[name] is None and what:
@@ -151,8 +149,9 @@ def _with_sample(
     assert sample.ids is not None
     assert sample.teacher_logprobs is not None and sample.rollout_logprobs is not None
     sampled = sample.ids.to(ids.dtype).unsqueeze(1)
+    sampled = torch.where(sampled < 0, -2, sampled)  # invalid, and not the -1 of a pad
     unused = ((ids == sampled).any(1) | (ids == -1).all(1)).unsqueeze(1)
-    sampled = torch.where(sampled < 0, -2, sampled).masked_fill(unused, -1)  # -2 is invalid
+    sampled = sampled.masked_fill(unused, -1)
     listed, tail = teacher.logprobs[:, :-1], teacher.logprobs[:, -1:]
     at_sampled, rollout = (
         x.to(listed.dtype).unsqueeze(1) for x in (sample.teacher_logprobs, sample.rollout_logprobs)

@@ -68,6 +68,8 @@ class LinearSparseDivergence(_Loss):
         validate: bool | None = None,
     ) -> None:
         _checks.check_divergence(divergence, tail, beta)
+        _checks.check_sample(tail, {"importance_cap": importance_cap})
+        _checks.check_optional_positive("importance_cap", importance_cap)
         super().__init__(
             divergence=divergence,
             tail=tail,
@@ -139,6 +141,8 @@ class SparseDivergence(_Loss):
         validate: bool | None = None,
     ) -> None:
         _checks.check_divergence(divergence, tail, beta)
+        _checks.check_sample(tail, {"importance_cap": importance_cap})
+        _checks.check_optional_positive("importance_cap", importance_cap)
         super().__init__(
             divergence=divergence,
             tail=tail,

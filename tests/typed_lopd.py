@@ -17,6 +17,7 @@ from lopd import (
     LopdTrainer,
     Objective,
     PlanConfig,
+    ReportConfig,
     RolloutConfig,
     RolloutStore,
     RunConfig,
@@ -34,6 +35,7 @@ from lopd import (
     import_scores,
     inspect,
     plan,
+    report,
     rollout,
     run,
     run_with_loss,
@@ -63,6 +65,7 @@ def around(path: Path) -> Path:
     plan(PlanConfig(model="m", gpu_memory="24GiB"))
     inspect(InspectConfig(path=str(path)))
     doctor(DoctorConfig())
+    print(report(ReportConfig(runs=str(path))))
     verify(VerifyConfig(path=str(path)))
     import_scores(
         ImportConfig(source="s.jsonl", format="topk", teacher="t", student="s", out="cache")

@@ -91,6 +91,8 @@ def prepare(
     prog = f"lopd {command.name}"
     if positional := command.about.positional:
         given = flags.pop(positional + "_")
+        if command.about.many:
+            given = ",".join(given) or None
         flags[positional] = flags[positional] if given is None else given
     settings = {} if config is None else load_yaml(config)
     built = build_config(command.config_class, settings, flags, config or prog, prog)

@@ -20,6 +20,7 @@ class Command:
     flow: str  # what it reads -> what it writes
     examples: tuple[str, ...]  # what follows the command's name
     positional: str | None = None  # the setting that may be given without its flag
+    many: bool = False  # it may be given several times, and is then joined by commas
 
     def config_class(self) -> Any:
         """The dataclass of the command's settings; imports neither torch nor transformers."""
@@ -152,6 +153,16 @@ COMMANDS = {
         "any folder above -> a table",
         ("cache/", "cache/ --rescore 64 --teacher teacher/ --student student/"),
         positional="path",
+    ),
+    "report": Command(
+        "report",
+        "ReportConfig",
+        OTHER,
+        "Write a page about one or several runs.",
+        "result/ (+ eval/) -> result/report.html",
+        ("result/", "result/ other/ --evals eval/ --out report.html"),
+        positional="runs",
+        many=True,
     ),
     "doctor": Command(
         "doctor",

@@ -53,7 +53,8 @@ class SettingsCommand(click.Command):
         )
         options: list[click.Parameter] = [option(item) for item in self.items]
         if about.positional:
-            options.append(click.Argument([about.positional + "_"], required=False))
+            count = -1 if about.many else 1
+            options.append(click.Argument([about.positional + "_"], required=False, nargs=count))
         super().__init__(
             name,
             params=[*options, *general_options()],

@@ -7,6 +7,7 @@ from typing import Literal
 from lopd.config.eos import EosOptions, parse_eos_class
 from lopd.config.fields import setting, setting_of
 from lopd.config.inference import EngineOptions, SamplingOptions, ScoringOptions
+from lopd.config.prompts import PromptOptions
 from lopd.errors import ConfigError
 
 Codec = Literal["exact", "packed", "compact"]
@@ -47,6 +48,7 @@ class ScoreConfig(EngineOptions, ScoringOptions):
         "every list, and distillation takes them as one token.",
     )
     allow_eos_mismatch: bool = setting_of(EosOptions, "allow_eos_mismatch")
+    skip_bad_records: bool = setting_of(PromptOptions, "skip_bad_records")
     worker: str | None = setting_of(SamplingOptions, "worker")
     plan: bool = setting(
         False,

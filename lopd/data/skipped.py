@@ -1,4 +1,4 @@
-"""Records that cannot be used: raised, or left out, counted and named (`--skip_bad_records`)."""
+"""Records that cannot be used: raised, or left out, counted and named (`--skip-bad-records`)."""
 
 import logging
 from dataclasses import dataclass, field

@@ -1,6 +1,7 @@
 """Predict the peak memory of a training run (`lopd plan`)."""
 
 from lopd.config.fields import parse_bytes
+from lopd.config.parse import flag
 from lopd.config.plan import PlanConfig
 from lopd.config.training import MemorySettings
 from lopd.errors import MemoryPlanError
@@ -29,7 +30,7 @@ def changed_flags(before: MemorySettings, after: MemorySettings) -> str:
         if value != getattr(before, name):
             if name == "workspace_bytes":
                 value = f"{value >> 20}MiB"
-            flags.append(f"--{name}" if value is True else f"--{name} {value}")
+            flags.append(flag(name) if value is True else f"{flag(name)} {value}")
     return " ".join(flags)
 
 

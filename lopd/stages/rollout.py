@@ -121,6 +121,15 @@ def recorded_date(out: str) -> date | None:
     return parse_date(text, f"{out}: {MANIFEST_NAME}") if text is not None else None
 
 
+def _check_student(engine: Engine, path: str) -> None:
+    """Refuse a student that training would refuse, before its answers are sampled and scored."""
+    from lopd.models.head import check_trainable
+    from lopd.training.dry_run import meta_model
+
+    loaded = getattr(engine, "model", None)  # only transformers shows it
+    check_trainable(meta_model(path, "float32") if loaded is None else loaded)
+
+
 def _fill(
     writer: RolloutWriter,
     missing: list[int],
@@ -141,6 +150,8 @@ def _fill(
     _check_eos(engine, writer.manifest.model)
     for warning in turn_warnings(engine.tokenizer, engine.eos_ids):
         LOG.warning(f"{model}: {warning}")
+    if isinstance(config, RolloutConfig):
+        _check_student(engine, model)
     total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
     with Progress(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():

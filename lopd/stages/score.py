@@ -9,7 +9,7 @@ on the process that writes it.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import Any
 from lopd.config.dtype import with_dtype
 from lopd.config.eos import parse_eos_class
 from lopd.config.score import ScoreConfig
+from lopd.data.skipped import Skipped
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
 from lopd.engines.progress import Progress
-from lopd.errors import ProvenanceError
+from lopd.errors import DataError, ProvenanceError
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
@@ -30,13 +31,14 @@ from lopd.provenance import (
     build_manifest,
     describe_model,
     save_vocab,
+    tokenizer_digest,
     vocab_size_of,
 )
 from lopd.provenance.gate import check_eos
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
-from lopd.store import CacheWriter, RolloutStore, TeacherCache, TeacherScores
+from lopd.store import CacheWriter, Rollout, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import examine_shard_folder
 from lopd.store.size import (
     TimedSample,
@@ -73,14 +75,18 @@ def main(config: ScoreConfig) -> Path | None:
     check_model_folder(config.teacher)
     rollouts = RolloutStore.open(config.rollouts, kind="rollouts")
     rollouts.verify()
-    manifest = _manifest(config, rollouts)
+    left_out = _left_out(config, rollouts)
+    manifest = _manifest(config, rollouts, left_out)
     left = _missing(config, manifest)
-    _check_sequences(rollouts, left, config.teacher, config.engine)
-    bounds = size_bounds(manifest, sample(rollouts))
+    if not config.skip_bad_records:
+        _bad_sequences(config, rollouts, left)
+    names = frozenset[str]().union(*left_out.values())
+    some = _usable(sample(rollouts), names) or _usable(rollouts.shard(0), names)
+    bounds = size_bounds(manifest, some)
     work = work_left(rollouts, left)
     check_fits(config.out, bounds[0].of(work), "with the shortest lists")
     if config.plan:
-        timed = time_sample(manifest, sample(rollouts), _load_scorer(config, worker))
+        timed = time_sample(manifest, some, _load_scorer(config, worker))
         sizes = [timed.size.of(work), *(size.of(work) for size in bounds)]
         _print_forecast(rollouts, work, timed, sizes, free_bytes(config.out), worker)
         check_fits(config.out, sizes[0], f"by {timed.sequences} scored sequences")
@@ -90,7 +96,8 @@ def main(config: ScoreConfig) -> Path | None:
         if missing:
             save_vocab(config.teacher, config.out)
             may_not_fit = bounds[1].of(work) > free_bytes(config.out)
-            _fill(writer, missing, rollouts, config, worker, check_size=may_not_fit)
+            check_size = some if may_not_fit else None
+            _fill(writer, missing, rollouts, left_out, config, worker, check_size=check_size)
         else:
             say_finished(config.out)
         if not writer.finish():
@@ -98,7 +105,9 @@ def main(config: ScoreConfig) -> Path | None:
     return Path(config.out)
 
 
-def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
+def _manifest(
+    config: ScoreConfig, rollouts: RolloutStore, left_out: Mapping[int, frozenset[str]]
+) -> CacheManifest:
     source = rollouts.manifest
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
     assert model.vocab_size is not None
@@ -121,10 +130,11 @@ def _manifest(config: ScoreConfig, rollouts: RolloutStore) -> CacheManifest:
                 "model": source.model,
                 "lineage": source.lineage,
                 "sampling": source.sampling,
+                **({"left_out": sum(map(len, left_out.values()))} if left_out else {}),
             }
         },
         overrides=overrides,
-        plan={"shards": source.shards},
+        plan={"shards": [n - len(left_out.get(i, ())) for i, n in enumerate(source.shards)]},
         k=config.k,
         top_p=config.top_p,
         codec=config.codec,
@@ -165,14 +175,52 @@ def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
     return TeacherCache.open(config.out, allow_incomplete=True).missing_shards
 
 
-def _check_sequences(
-    rollouts: RolloutStore, shards: Sequence[int], teacher: str, engine: str
-) -> None:
-    """Check all sequences before the first is scored."""
-    limits = ModelLimits("the teacher", vocab_size_of(teacher), context_of(teacher, engine))
+def _left_out(config: ScoreConfig, rollouts: RolloutStore) -> dict[int, frozenset[str]]:
+    """The names of the sequences that the teacher cannot read, by shard; none without the flag."""
+    if not config.skip_bad_records:
+        return {}
+    found = _bad_sequences(config, rollouts, range(rollouts.num_shards))
+    for shard, names in found.items():
+        if len(names) == rollouts.manifest.shards[shard]:
+            raise DataError(
+                f"{config.rollouts}: the teacher can read no sequence of shard {shard}; use models "
+                "that share a tokenizer, or roll out again"
+            )
+    return found
+
+
+def _bad_sequences(
+    config: ScoreConfig, rollouts: RolloutStore, shards: Iterable[int]
+) -> dict[int, frozenset[str]]:
+    """Check the sequences of some shards; the names of those that the teacher cannot read.
+
+    Raises:
+        DataError: there is one, and `skip_bad_records` is not set.
+    """
+    remedy = "use models that share a tokenizer"
+    if tokenizer_digest(config.teacher) == rollouts.manifest.model.tokenizer:
+        remedy = (
+            "the tokenizers are the same, so it is a padding row of the student's head: leave the "
+            "sequence out"
+        )
+    teacher, context = config.teacher, context_of(config.teacher, config.engine)
+    limits = ModelLimits("the teacher", vocab_size_of(teacher), context, id_remedy=remedy)
+    skipped = Skipped(config.rollouts, config.skip_bad_records)
+    found: dict[int, set[str]] = {}
     for shard in shards:
         for rollout in rollouts.shard(shard):
-            limits.check(name_of(rollout), rollout.tokens)
+            try:
+                limits.check(name_of(rollout), rollout.tokens)
+                skipped.kept += 1
+            except DataError as error:
+                skipped.handle(error)
+                found.setdefault(shard, set()).add(name_of(rollout))
+    skipped.report()
+    return {shard: frozenset(names) for shard, names in found.items()}
+
+
+def _usable(sequences: Sequence[Rollout], left_out: frozenset[str]) -> list[Rollout]:
+    return [rollout for rollout in sequences if name_of(rollout) not in left_out]
 
 
 def _load_scorer(config: ScoreConfig, worker: Worker) -> Callable[..., list[TeacherScores]]:
@@ -206,20 +254,21 @@ def _fill(
     writer: CacheWriter,
     missing: list[int],
     rollouts: RolloutStore,
+    left_out: Mapping[int, frozenset[str]],
     config: ScoreConfig,
     worker: Worker,
     *,
-    check_size: bool,  # score a sample first, to check that the rest fits on the disk
+    check_size: list[Rollout] | None,  # score these first, to check that the rest fits on the disk
 ) -> None:
-    scorer, sizes = _load_scorer(config, worker), rollouts.manifest.shards
+    scorer, sizes = _load_scorer(config, worker), writer.manifest.shards
     work = work_left(rollouts, missing)
-    if check_size:
-        timed = time_sample(writer.manifest, sample(rollouts), scorer)
+    if check_size is not None:
+        timed = time_sample(writer.manifest, check_size, scorer)
         check_fits(config.out, timed.size.of(work), f"by {timed.sequences} scored sequences")
-    done = sum(sizes) - work.sequences
+    done = sum(sizes) - sum(sizes[shard] for shard in missing)
     with Progress(total=sum(sizes), initial=done, unit="seq", desc="scoring") as bar:
         for index in writer.claims():
-            sequences = rollouts.shard(index)
+            sequences = _usable(rollouts.shard(index), left_out.get(index, frozenset()))
             scores = scorer(sequences, progress=bar.update)
             writer.write(index, list(zip(sequences, scores, strict=True)))
 

@@ -76,9 +76,16 @@ def finish(out: Path, step: int, run: str) -> Path:
 
     Raises:
         OSError: the disk is full or fails.
+        ShardError: a folder of this name is there that the run did not write.
     """
     staged, checkpoint = out / STAGING / f"checkpoint-{step}", out / f"checkpoint-{step}"
     seal(staged, files_below(staged), step=step, run=run)
+    if checkpoint.exists():
+        if _run_of(checkpoint) != run:
+            raise ShardError(
+                f"{checkpoint}: is there already, and this run did not write it; move it away"
+            )
+        _remove(checkpoint)
     os.replace(staged, checkpoint)
     sync_folder(out)
     shutil.rmtree(out / STAGING)
@@ -95,10 +102,15 @@ def rotate(out: Path, limit: int, run: str, best: int | None = None) -> None:
     protected = {ours[0], out / f"checkpoint-{best}"} if ours else set()
     surplus = len(ours) - max(limit, len(protected & {*ours}))
     for folder in [folder for folder in reversed(ours) if folder not in protected][:surplus]:
-        going = folder.with_name(f".{folder.name}{TEMP_SUFFIX}")  # never half of a checkpoint
-        shutil.rmtree(going, ignore_errors=True)
-        folder.rename(going)
-        shutil.rmtree(going)
+        _remove(folder)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that none is ever half there under its name."""
+    going = checkpoint.with_name(f".{checkpoint.name}{TEMP_SUFFIX}")
+    shutil.rmtree(going, ignore_errors=True)
+    checkpoint.rename(going)
+    shutil.rmtree(going)
 
 
 def _run_of(checkpoint: Path) -> str | None:

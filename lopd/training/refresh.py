@@ -1,4 +1,4 @@
-"""Rollouts refreshed during training (`lopd distill --refresh_every R`).
+"""Rollouts refreshed during training (`lopd distill --refresh-every R`).
 
 A window is R optimizer steps. When it begins, the current student resamples the sequences of these
 steps and the cache's teacher scores them. The result is a cache in `out/refresh/step-N`, with the

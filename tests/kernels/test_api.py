@@ -123,6 +123,8 @@ def test_every_loss_is_a_mean_by_default(name):
         (LinearSparseDivergence, dict(divergence="kl"), "divergence is 'kl'"),
         (LinearSparseDivergence, dict(beta=0.5), "no mixture"),
         (SparseDivergence, dict(temperature=0.0), "temperature is 0.0"),
+        (SparseDivergence, dict(importance_cap=2.0), "only 'unbiased' uses it"),
+        (LinearSparseDivergence, dict(tail="unbiased", importance_cap=0.0), "importance_cap is 0"),
         (LinearPolicyGradient, dict(importance_cap=2.0), "belongs to 'token_truncated'"),
         (LinearCrossEntropy, dict(reduction="avg"), "reduction is 'avg'"),
         (LinearCrossEntropy, dict(workspace_bytes="1GiB"), "workspace_bytes is '1GiB'"),

@@ -58,6 +58,22 @@ LOSSES = {
     "forward_kl, renormalised": lambda h, w, ids, lp, tail, **o: linear_sparse_divergence(
         h, w, ids, lp, divergence="forward_kl", tail="renormalize", **o
     ),
+    "forward_kl, generalized": lambda h, w, ids, lp, tail, **o: linear_sparse_divergence(
+        h, w, ids, lp, divergence="forward_kl", tail="generalized", **o
+    ),
+    "reverse_kl, unbiased": lambda h, w, ids, lp, tail, **o: linear_sparse_divergence(
+        h,
+        w,
+        ids,
+        lp,
+        tail_logprobs=tail,
+        tail="unbiased",
+        importance_cap=2.0,
+        sampled_ids=(ids[:, 0] + 1) % len(w),
+        sampled_logprobs=(tail - 1.0).clamp(min=-30.0),
+        rollout_logprobs=(tail - 1.5).clamp(min=-30.0),
+        **o,
+    ),
     "policy_gradient": lambda h, w, ids, lp, tail, **o: linear_policy_gradient(
         h, w, ids[:, -1], lp[:, -1] + 0.1, advantage_clip=2.0, **o
     ),
@@ -68,6 +84,7 @@ LOSSES = {
 def run(loss, hidden, weight, teacher, weights, **options):
     """(loss, dH, dW) of the row-weighted sum."""
     h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    options = {"reduction": "sum", **options}
     value = LOSSES[loss](h, w, *teacher, row_weights=weights, **options)
     value.sum().backward()
     return value.detach(), h.grad, w.grad
@@ -225,7 +242,7 @@ def test_full_graphs_compiled_by_inductor(loss):
     plain = run(loss, hidden, weight, teacher, weights)
     compiled = torch.compile(LOSSES[loss], fullgraph=True)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    compiled(h, w, *teacher, row_weights=weights).backward()
+    compiled(h, w, *teacher, row_weights=weights, reduction="sum").backward()
     assert relative_error(h.grad, plain[1]) < 3e-3 and relative_error(w.grad, plain[2]) < 3e-3
 
 

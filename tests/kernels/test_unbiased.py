@@ -7,6 +7,7 @@ import torch
 from kernel_cases import assert_close, gradients, make_case
 
 from lopd_kernels import (
+    LinearSparseDivergence,
     linear_logprobs,
     linear_sparse_divergence,
     linear_topk,
@@ -200,6 +201,26 @@ def test_bad_input_names_the_remedy(wrong, message):
     linear_sparse_divergence(HIDDEN, WEIGHT, IDS, LOGPROBS, **valid)
     with pytest.raises(ValueError, match=message):
         linear_sparse_divergence(HIDDEN, WEIGHT, IDS, LOGPROBS, **{**valid, **wrong})
+
+
+@pytest.mark.parametrize("bad", [-1, -100, 10])
+def test_an_unchecked_invalid_sample_makes_only_its_row_nan(bad):
+    given = {**GOOD, "sampled_ids": torch.tensor([1, 7, bad])}  # row 2 has a pad
+    losses = linear_sparse_divergence(
+        HIDDEN, WEIGHT, IDS, LOGPROBS, tail="unbiased", reduction="none", validate=False, **given
+    )
+    assert losses.isnan().tolist() == [False, False, True]
+
+
+def test_the_module_is_the_function():
+    loss_of = LinearSparseDivergence(tail="unbiased", importance_cap=0.9)
+    expected = linear_sparse_divergence(
+        HIDDEN, WEIGHT, IDS, LOGPROBS, tail="unbiased", importance_cap=0.9, **GOOD
+    )
+    assert torch.equal(loss_of(HIDDEN, WEIGHT, IDS, LOGPROBS, **GOOD), expected)
+    batch = [x[None] for x in (HIDDEN, IDS, LOGPROBS)]
+    given = {name: x[None] for name, x in GOOD.items()}
+    assert torch.equal(loss_of(batch[0], WEIGHT, *batch[1:], **given), expected)
 
 
 def test_a_students_own_samples_have_weight_one():

@@ -16,6 +16,8 @@ from lopd.cli import main
 from lopd.engines.transformers import TransformersEngine
 from lopd.store import RolloutStore
 
+pytestmark = pytest.mark.thorough
+
 # One interpreter with everything imported, which forks a child for each life of the command.
 LIVES = """
 import json, os, random, signal, sys, threading, time
@@ -23,8 +25,6 @@ from pathlib import Path
 from tqdm import tqdm
 from lopd.store import TeacherCache
 from lopd.cli import main
-
-pytestmark = pytest.mark.thorough
 
 # By default bars share a lock across fork, which a killed child would keep for ever.
 tqdm.set_lock(threading.RLock())

@@ -12,6 +12,8 @@ from lopd.provenance.folder_receipt import RECEIPT_NAME
 from lopd.stages import distill
 from lopd.training.checkpoints import checkpoints
 
+pytestmark = pytest.mark.thorough
+
 # 9 sequences are trained on: an epoch is 3 steps, and the run ends within its third epoch. The
 # held-out KL rises again after step 3, and is best there.
 VALUES = [5.0, 4.0, 1.0, 3.0, 2.0, 2.5, 1.5]

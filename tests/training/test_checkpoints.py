@@ -13,6 +13,7 @@ from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt, seal
 from lopd.training.checkpoints import (
     STAGING,
     checkpoints,
+    finish,
     is_whole,
     last_checkpoint,
     put_aside,
@@ -147,6 +148,20 @@ def test_a_checkpoint_gets_its_name_when_it_is_durable_and_sealed(tmp_path, monk
     assert events[-3 - files :].count("sync") >= files + 1
     assert events[-4:] == [RECEIPT_NAME, "sync", "checkpoint-2", "sync"]
     assert not (tmp_path / STAGING).exists()
+
+
+def test_a_checkpoint_replaces_only_one_of_its_run(tmp_path):
+    make_checkpoints(tmp_path, 1)
+    for number, run in enumerate(("r", "another")):
+        (tmp_path / STAGING / "checkpoint-1").mkdir(parents=True)
+        (tmp_path / STAGING / "checkpoint-1" / "file").write_text(f"new {number}")
+        if run == "r":
+            finish(tmp_path, 1, run)
+        else:
+            with pytest.raises(ShardError, match="checkpoint-1: is there already, and this run"):
+                finish(tmp_path, 1, run)
+        assert (tmp_path / "checkpoint-1" / "file").read_text() == "new 0"
+        assert check_receipt(tmp_path / "checkpoint-1")["run"] == "r"
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -15,6 +15,8 @@ from lopd.models.load import load_model
 from lopd.provenance.folder_receipt import check_receipt
 from lopd.stages import distill
 
+pytestmark = pytest.mark.thorough
+
 BASE = {"batch_size": 2, "learning_rate": 1e-3, "max_steps": 2, "device": "cpu", "log_every": 1}
 # For each group of flags: the settings that are tried, the defaults among them.
 LEVELS = {

@@ -124,6 +124,7 @@ print("exit code", code, flush=True)
 """
 
 
+@pytest.mark.thorough
 def test_processes_stop_together_when_one_gets_the_signal(pipeline, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)

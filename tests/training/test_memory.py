@@ -257,7 +257,7 @@ def test_the_plan_prints_whether_the_run_fits(folder, capsys):
         main(config(folder, gpu_memory="100kB"))
     table = capsys.readouterr().out
     assert ["total", f"{total / GIB:.2f}", "GiB"] in [line.split() for line in table.splitlines()]
-    assert "--gradient_checkpointing" in table
+    assert "--gradient-checkpointing" in table
     main(config(folder, gpu_memory=str(total), reserve=0.0))
     with pytest.raises(MemoryPlanError, match="that a reserve of 5% leaves of"):
         main(config(folder, gpu_memory=str(total)))

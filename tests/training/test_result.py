@@ -123,6 +123,7 @@ print(codes)
 """
 
 
+@pytest.mark.thorough
 def test_a_full_disk_is_one_line_and_loses_no_checkpoint(pipeline, tmp_path):
     """The limits cut the weights, the optimizer's state and the small files of a checkpoint."""
     changes = {"max_steps": 3, "save_every": 1}

@@ -19,6 +19,8 @@ from lopd.provenance import ModelIdentity, read_manifest
 from lopd.stages import distill
 from lopd.training.checkpoints import ADAPTER_WEIGHTS, checkpoints, is_whole
 
+pytestmark = pytest.mark.thorough
+
 SETTINGS = {"learning_rate": 1e-2, "max_steps": 5, "device": "cpu", "log_every": 2, "save_every": 2}
 # The script of each process; argv[1] is the step at which the second one is killed, 0 for never.
 # accelerate ignores a request to shard on a CPU; the patch makes it shard there too.
@@ -28,8 +30,6 @@ import torch
 torch.set_num_threads(1)
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-
-pytestmark = pytest.mark.thorough
 init = AcceleratorState.__init__
 def __init__(self, *args, fsdp_plugin=None, **kwargs):
     init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
@@ -119,7 +119,7 @@ def test_two_processes_equal_one_even_if_killed_and_resumed(
     assert largest_difference(start, one) > 1e-3
     assert update_error(two, one, start) < SAME_UPDATE
     ours, theirs = log_of(single), log_of(out)
-    assert len(ours) == len(theirs) == 3 + 3
+    assert len(ours) == len(theirs) == 3 + 4
     for entry, other in zip(ours, theirs, strict=True):
         assert entry.keys() == other.keys()
         for name in entry:

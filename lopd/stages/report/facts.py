@@ -1,0 +1,137 @@
+"""What the folders of a run and of an evaluation hold, as a report needs it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopd.errors import ConfigError
+from lopd.provenance import MANIFEST_NAME, ModelIdentity, read_manifest
+from lopd.provenance.io import parse_json
+from lopd.training.logging import LOG_NAME
+
+# column of the log: (title, unit)
+CURVES = {
+    "loss": ("Objective", "nat per token"),
+    "holdout_kl": ("Divergence on held-out sequences", "nat per token"),
+    "student_tail": ("Student's mass outside the lists", "share"),
+    "teacher_tail": ("Teacher's mass outside the lists", "share"),
+    "topk_overlap": ("Overlap of the two top-k lists", "share"),
+    "student_entropy": ("Student's entropy", "nat"),
+    "ess_tokens": ("Tokens that still count as the student's own (ESS)", "share"),
+    "grad_norm": ("Norm of the gradient", ""),
+    "learning_rate": ("Learning rate", ""),
+    "tokens_per_second": ("Speed", "tokens per second"),
+    "peak_mib": ("Peak memory, and that of the plan", "MiB"),
+}
+PLANNED = "planned_mib"  # drawn beside the peak
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that `lopd distill` or `lopd sft` wrote."""
+
+    name: str
+    folder: str
+    stage: str
+    weights: str
+    created: str
+    cache: str | None
+    steps: list[tuple[str, str]]  # the pipeline: (role, what it was)
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    reports: Mapping[str, Any]  # holdout, stale, training, objective
+    curves: dict[str, list[tuple[int, float]]]  # column -> (step, value)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A folder that `lopd eval` wrote."""
+
+    folder: str
+    weights: str
+    results: Mapping[str, Any]
+
+
+def read_run(folder: str) -> Run:
+    """The run in a folder.
+
+    Raises:
+        ConfigError: the folder holds no result of training.
+        DataError: the log is damaged.
+    """
+    path = Path(folder)
+    if not (path / MANIFEST_NAME).is_file():
+        raise ConfigError(
+            f"{folder}: no {MANIFEST_NAME}; expected the folder of a finished run of lopd distill "
+            "or lopd sft (rerun the command to finish it)"
+        )
+    manifest = read_manifest(path)
+    if manifest.kind != "checkpoint" or not (path / LOG_NAME).is_file():
+        raise ConfigError(
+            f"{folder}: holds '{manifest.kind}' of {manifest.stage} without a training log; "
+            "expected the folder of a run of lopd distill or lopd sft"
+        )
+    raw = manifest.raw
+    cache = manifest.config.get("cache")
+    return Run(
+        name=path.resolve().name,
+        folder=folder,
+        stage=manifest.stage,
+        weights=manifest.model.weights,
+        created=str(raw.get("created", "unknown")),
+        cache=None if cache is None else str(cache),
+        steps=_pipeline(manifest),
+        settings=manifest.config,
+        environment=raw.get("environment", {}),
+        reports={k: raw[k] for k in ("objective", "holdout", "stale", "training") if k in raw},
+        curves=_curves(path / LOG_NAME),
+    )
+
+
+def _pipeline(manifest: Any) -> list[tuple[str, str]]:
+    steps = []
+    lineage = manifest.lineage
+    if lineage is not None and lineage.sft_teacher is not None:
+        said = " (declared)" if lineage.declared else ""
+        steps.append(("teacher of the fine-tuning" + said, _model(lineage.sft_teacher)))
+    if manifest.base is not None:
+        steps.append(("student before", _model(manifest.base)))
+    for name, value in manifest.inputs.items():
+        if not isinstance(value, Mapping):
+            continue
+        if isinstance(value.get("model"), Mapping):
+            steps.append((f"{name}, scored by", _model(ModelIdentity.from_json(value["model"]))))
+        elif "digest" in value or "sha256" in value:
+            steps.append((name, str(value.get("digest") or value["sha256"])[:12]))
+    steps.append(("result", _model(manifest.model)))
+    return steps
+
+
+def _model(model: ModelIdentity) -> str:
+    return f"{model.hub or model.path or 'a model'} ({model.weights[:12]})"
+
+
+def _curves(log: Path) -> dict[str, list[tuple[int, float]]]:
+    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in (*CURVES, PLANNED)}
+    for line in log.read_bytes().splitlines():
+        record = parse_json(line)
+        for name in curves:
+            value = record.get(name)
+            if isinstance(value, (int, float)):
+                curves[name].append((int(record["step"]), float(value)))
+    return {name: points for name, points in curves.items() if points}
+
+
+def read_evaluation(folder: str) -> Evaluation:
+    """The evaluation in a folder.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    path = Path(folder)
+    if not (path / MANIFEST_NAME).is_file() or read_manifest(path).kind != "evaluation":
+        raise ConfigError(f"{folder}: expected a folder that lopd eval wrote")
+    manifest = read_manifest(path)
+    results = parse_json((path / "results.json").read_bytes())
+    return Evaluation(folder, manifest.model.weights, results)
