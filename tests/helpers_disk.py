@@ -1,10 +1,15 @@
 """A disk that may lose its power: which files and names would be there afterwards."""
 
+import json
 import os
 from pathlib import Path
 
+from lopd.provenance.io import TEMP_SUFFIX
+
 # Names that carry no result; their loss costs nothing.
-PASSING = (".lock", ".start.lock")
+PASSING = (".lock", ".start.lock", "train_log.jsonl")
+# Files of which each stands for others, or for a run.
+OURS = ("manifest.json", "receipt.json", "recipe.json", "results.json")
 
 
 class Disk:
@@ -13,7 +18,8 @@ class Disk:
     A name is safe once its folder has been synced after the name appeared; contents are safe once
     the file itself has been synced. `faults` lists the promises that would break:
 
-    * a name is given to contents that are not safe;
+    * a shard, a JSON file of ours or a checkpoint gets its name before its contents are safe;
+    * `receipt.json` is named before every file that it lists is safe;
     * a receipt is named before its shard is safe, or before an older receipt is safely gone;
     * `manifest.json` of a model or an evaluation is named before everything beside it is safe.
     """
@@ -52,9 +58,16 @@ class Disk:
     def _rename(self, source, target, **kwargs) -> None:
         source, target = Path(source), Path(target)
         if self._watches(target):
-            for path in [source] if source.is_file() else source.rglob("*"):
+            binding = target.name.startswith("shard-") or target.name in OURS
+            files = [source] if binding else source.rglob("*") if source.is_dir() else ()
+            if TEMP_SUFFIX in target.name:  # on its way out
+                files = ()
+            for path in files:
                 if path.is_file() and path.stat().st_ino not in self._synced:
-                    self.faults.append(f"{target.name} is named before its contents are safe")
+                    self.faults.append(f"{target.name} is named before {path.name} is safe")
+            if target.name == "receipt.json":
+                for name in json.loads(source.read_bytes())["files"]:
+                    self._require(target.parent / name, "when its receipt is named")
             if target.name.startswith("shard-") and target.suffix == ".safetensors":
                 self._require(target.with_suffix(".json"), f"when {target.name} is named")
                 self._require(target.with_name("manifest.json"), f"when {target.name} is named")

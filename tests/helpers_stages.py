@@ -57,9 +57,9 @@ def shard_bytes(folder):
     return {file.name: file.read_bytes() for file in sorted(Path(folder).glob("shard-*"))}
 
 
-def write_prompts(path, count=10):
+def write_prompts(path, count=10, **more):
     words = TEXT.split()
-    records = [{"prompt": " ".join(words[i : i + 3])} for i in range(count)]
+    records = [{"prompt": " ".join(words[i : i + 3]), **more} for i in range(count)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 

@@ -315,7 +315,7 @@ def check_head(model: Any, input_ids: Tensor | None = None) -> None:
         raw = run_with_loss(model, inputs, lambda h, w, b, _: nn.functional.linear(h, w, b))
         check_finite(model, raw)
         _compare_logits(model, raw, model(**inputs, use_cache=False).logits)
-        amplified = raw * (100.0 / raw.abs().max().clamp(min=torch.finfo(raw.dtype).tiny))
+        amplified = raw / raw.abs().max().clamp(min=torch.finfo(raw.dtype).tiny) * 100.0
         head = _head_module(plain_model(model))
         with _swapped_forward(head, lambda hidden: amplified):
             _compare_logits(model, amplified, model(**inputs, use_cache=False).logits)

@@ -46,13 +46,17 @@ ZIP_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory")  # 
 def saving(path: str | Path) -> Iterator[None]:
     """Turn the errors of a full or read-only disk into a ShardError that names `path`.
 
-    safetensors and torch.save raise exceptions of their own for these.
+    safetensors and torch.save raise exceptions of their own for these, tokenizers a bare Exception.
     """
     try:
         yield
     except LopdError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | RuntimeError | SafetensorError) and not (
+            type(error) is Exception and "(os error " in str(error)  # Rust's name of an errno
+        ):
+            raise
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in ZIP_WRITER):
             raise  # for example a lost process, or a GPU out of memory
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -115,7 +119,7 @@ def _run_of(checkpoint: Path) -> str | None:
         receipt = read_receipt(checkpoint)
     except ShardError:
         return None
-    return str(receipt["run"]) if receipt.get("step") == step_of(checkpoint) else None
+    return receipt.get("run") if receipt.get("step") == step_of(checkpoint) else None
 
 
 def checkpoints(out: Path) -> list[Path]:

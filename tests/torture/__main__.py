@@ -63,8 +63,7 @@ def attack(root: Path, options: argparse.Namespace, table: Table) -> dict[str, s
         _attack_stages(pipeline, table, 8 if options.slice else options.kills, options.seed)
         blocks["campaign"] = f"{_versions()}, seed {options.seed}.\n\n{table.markdown()}"
     if pipeline and "numbers" in parts and not options.slice:
-        numerics.attack_all(pipeline, table)
-        blocks["numbers"] = table.markdown(numerics.FAULT)
+        blocks["numbers"] = numerics.markdown(numerics.attack_all(pipeline, table))
     if pipeline and "mistakes" in parts:
         blocks["mistakes"] = mistakes.markdown(mistakes.make_all(pipeline, table))
     if "load" in parts:

@@ -42,11 +42,11 @@ class Interruptions:
     def lose_workers(self, number: int) -> None:
         """Three workers on one folder, one or two of which are killed."""
         stage = self.pipeline.stages[WORKERS[number % len(WORKERS)]]
-        clear(self.out)
         doomed = self.rng.sample(range(3), self.rng.choice((1, 2)))
+        faults = [self._any_kill(stage) if worker in doomed else None for worker in range(3)]
+        clear(self.out)
         runs = []
-        for worker in range(3):
-            fault = self._any_kill(stage) if worker in doomed else None
+        for worker, fault in enumerate(faults):
             argv = [*stage.argv(self.out), "--worker", f"{worker}/3"]
             runs.append((fault, harness.start(argv, fault)))
         ends = [harness.wait(started, fault) for fault, started in runs]

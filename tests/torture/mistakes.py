@@ -303,11 +303,15 @@ def _stamp(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in names}
 
 
+def shortened(error: str) -> str:
+    """The words of an error for a table: without the command, folders and digests."""
+    words = re.sub(r"(?<!\w)/([^ :;,/]*/)+", "", error.split("error: ", 1)[-1])
+    return re.sub(r"\b[0-9a-f]{12,64}\b", "...", words.replace("|", "\\|"))
+
+
 def markdown(rows: list[tuple[str, str, int, str]]) -> str:
     """What was done, what the error says, and the exit code."""
     lines = ["| mistake | error | exit code |", "| --- | --- | ---: |"]
     for name, error, code, _ in rows:
-        words = re.sub(r"(/[^ :;,]*)+/", "", error.split("error: ", 1)[-1]).replace("|", "\\|")
-        words = re.sub(r"\b[0-9a-f]{12,64}\b", "...", words)
-        lines.append(f"| {name} | {words} | {code} |")
+        lines.append(f"| {name} | {shortened(error)} | {code} |")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from torture import harness
 from torture.interruptions import unexpected
+from torture.mistakes import shortened
 from torture.pipeline import Pipeline, clear
 from torture.table import Table
 
@@ -57,8 +58,19 @@ SETTINGS = {
 }
 
 
-def attack_all(pipeline: Pipeline, table: Table) -> None:
-    """Run every stage on every spoilt model, and with every extreme setting."""
+def attack_all(pipeline: Pipeline, table: Table) -> list[tuple[str, str, str]]:
+    """Run every stage on every spoilt model, and with every extreme setting.
+
+    Returns:
+        For each: what was extreme, the stage, and its error; empty if it wrote a result.
+    """
+    rows = []
+
+    def attack(name: str, stage: str, argv: list[object]) -> None:
+        problem, error = _attack(argv, out)
+        table.add(FAULT, f"{stage}: {name}", problem)
+        rows.append((name, stage, error))
+
     out, spoilt = pipeline.root / "attacked", pipeline.root / "spoilt"
     for name, change in MODELS.items():
         for stage, flag in USES.items():
@@ -70,7 +82,7 @@ def attack_all(pipeline: Pipeline, table: Table) -> None:
             change(tensors)
             save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
             argv[place] = spoilt
-            table.add(FAULT, f"{stage}: {name}", _problem(argv, out))
+            attack(name, stage, argv)
     for name, (stage, flags) in SETTINGS.items():
         argv = pipeline.stages[stage].argv(out)
         for flag, value in zip(flags[::2], flags[1::2], strict=True):
@@ -78,20 +90,29 @@ def attack_all(pipeline: Pipeline, table: Table) -> None:
                 argv[argv.index(flag) + 1] = value
             else:
                 argv += [flag, value]
-        table.add(FAULT, f"{stage}: {name}", _problem(argv, out))
+        attack(name, stage, argv)
+    return rows
 
 
-def _problem(argv: list[object], out: Path) -> str:
-    """What is wrong with a run; it may be refused, or its result must be finite and pass."""
+def _attack(argv: list[object], out: Path) -> tuple[str, str]:
+    """What is wrong with a run, and its error: it is refused, or its result passes."""
     clear(out)
     end = harness.run(argv)
     if (problem := unexpected(end, {0, 2})) or end.code == 2:
-        return problem
+        return problem, end.error
     checked = harness.run(["verify", "--path", out])
     if checked.code != 0:
-        return f"wrote what verify refuses: {checked.error}"
+        return f"wrote what verify refuses: {checked.error}", ""
     for file in out.glob("model*.safetensors"):
         for name, values in load_file(file).items():
             if not np.isfinite(values).all():
-                return f"wrote {name} that is not finite"
-    return ""
+                return f"wrote {name} that is not finite", ""
+    return "", ""
+
+
+def markdown(rows: list[tuple[str, str, str]]) -> str:
+    """What was extreme, the stage, and what it said."""
+    lines = ["| extreme | stage | outcome |", "| --- | --- | --- |"]
+    for name, stage, error in rows:
+        lines.append(f"| {name} | {stage} | {shortened(error) or 'a finite result'} |")
+    return "\n".join(lines)

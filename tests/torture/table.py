@@ -30,19 +30,14 @@ class Table:
             for (fault, stage), count in self.tried.items()
         ]
 
-    def markdown(self, only: str | None = None) -> str:
-        """One line for each fault, over all stages; or for each attack of one fault."""
+    def markdown(self) -> str:
+        """One line for each fault, over all stages."""
         totals: dict[str, list[int]] = {}
-        for fault, stage, *numbers in self.rows():
-            if only is not None:
-                if fault != only:
-                    continue
-                fault = stage
+        for fault, _, *numbers in self.rows():
             totals[fault] = [
                 a + b for a, b in zip(totals.get(fault, (0, 0, 0)), numbers, strict=True)
             ]
         lines = ["| fault | tried | survived | lost |", "| --- | ---: | ---: | ---: |"]
         lines += [f"| {name} | {a:,} | {b:,} | {c:,} |" for name, (a, b, c) in totals.items()]
-        if only is None:
-            lines += [f"| {name} | skipped: {why} | | |" for name, why in self.skipped]
+        lines += [f"| {name} | skipped: {why} | | |" for name, why in self.skipped]
         return "\n".join(lines)

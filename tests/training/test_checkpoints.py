@@ -18,6 +18,7 @@ from lopd.training.checkpoints import (
     last_checkpoint,
     put_aside,
     rotate,
+    saving,
     unusable,
 )
 
@@ -113,6 +114,22 @@ def test_rotation_removes_only_what_this_run_wrote(tmp_path):
     rotate(tmp_path, 1, "r")
     expected = {"3", "4", "5", "6", "7", "best"}
     assert {item.name for item in tmp_path.iterdir()} == {f"checkpoint-{x}" for x in expected}
+
+
+def test_a_bare_exception_of_a_rust_library_about_the_disk_is_named(tmp_path):
+    message = r"not written \(File too large \(os error 27\)\)"
+    with pytest.raises(ShardError, match=message), saving(tmp_path):
+        raise Exception("File too large (os error 27)")
+    with pytest.raises(Exception, match="another kind"), saving(tmp_path):
+        raise Exception("another kind")
+
+
+def test_a_checkpoint_whose_receipt_names_no_run_is_nobodys(tmp_path):
+    make_checkpoints(tmp_path, 1, 2, 3)
+    receipt = tmp_path / "checkpoint-1" / "receipt.json"
+    receipt.write_bytes(receipt.read_bytes().replace(b'"run"', b'"ruo"'))
+    rotate(tmp_path, 1, "r")
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-1"]
 
 
 def test_a_checkpoint_gets_its_name_when_it_is_durable_and_sealed(tmp_path, monkeypatch):
