@@ -8,6 +8,7 @@
 # make torture    attack the stages for hours: kills, full disks, flipped bits, load, mistakes;
 #                 writes the tables of docs/reliability.md
 # make lint       run ruff and mypy
+# make docs       build the documentation site in build/site, with warnings as errors
 # make demo-seeds, make bench-cpu, make bench-cache, make bench-live
 #                 regenerate the rows under benchmarks/results/
 
@@ -21,7 +22,7 @@ KERNELS := tests/kernels
 LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
 VLLM := .venv-vllm/bin/python
 
-.PHONY: demo test test-ci test-all test-ptx test-gpu test-vllm torture lint demo-seeds bench-cpu \
+.PHONY: demo test test-ci test-all test-ptx test-gpu test-vllm torture lint docs demo-seeds bench-cpu \
 	bench-cache bench-live
 
 $(READY): pyproject.toml constraints/cpu.txt
@@ -76,6 +77,13 @@ test-vllm: .venv-vllm/.ready
 KILLS ?= 1000
 torture: $(READY)
 	PYTHONPATH=tests nice $(BIN)/python -m torture --kills $(KILLS) --write
+
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e ".[docs]"
+	touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from lopd_kernels._core.rules import (
     CrossEntropyRule,
@@ -34,14 +35,6 @@ from lopd_kernels._triton.kernels import rows as row_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-}
 
 
 class Recorder:
@@ -59,21 +52,16 @@ class Recorder:
         return launch
 
 
-def source(kernel, arguments):
-    """The specialisation that a launch with these arguments compiles."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[name], constants[(index,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
+def specialise(kernel, arguments, target, options):
+    """(ASTSource, key): what Triton compiles for a launch with these arguments, and its name."""
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, rest = binder(**arguments, **options)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, rest, bound, specialisation, rest
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return source, str((specialisation, rest))
 
 
 def meta(*shape, dtype=torch.float32):
@@ -190,7 +178,8 @@ def main(architectures: list[str]) -> None:
         for name in architectures:
             is_amd = name.startswith("gfx")
             target = GPUTarget("hip", name, 64) if is_amd else GPUTarget("cuda", int(name), 32)
-            built = triton.compile(source(kernel, arguments), target=target, options=options)
+            source, _ = specialise(kernel, arguments, target, options)
+            built = triton.compile(source, target=target, options=options)
             usage = amd_usage(built.asm["amdgcn"]) if is_amd else nvidia_usage(built.asm["cubin"])
             row = {"kernel": kernel.__name__, "case": label, "target": name, **options}
             print(json.dumps({**row, "shared": built.metadata.shared, **usage}), flush=True)

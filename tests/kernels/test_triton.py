@@ -6,6 +6,7 @@ interpreter rounds bf16 wrongly, so bf16 is left out there, and it does not repr
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -64,6 +65,17 @@ def device(request):
     torch.manual_seed(0)
     with torch.device(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _emulated_kernels(request, monkeypatch):
+    """With LOPD_PTX=80, 90 or 100 the compiled PTX is executed, see `tests/ptx`."""
+    if EMULATED:
+        from ptx_launch import emulate
+
+        schedule = os.environ.get("LOPD_PTX_SCHEDULE", "block")
+        races = request.node.get_closest_marker("deliberate_race") is None
+        emulate(monkeypatch, int(EMULATED), schedule=schedule, races=races)
 
 
 @pytest.fixture

@@ -7,47 +7,23 @@ import struct
 import numpy as np
 import torch
 import triton
+from aot import specialise
 from ptx_machine import Machine
 from ptx_memory import POISON, Space
 from ptx_parser import Program, parse
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int32: "*i32", torch.int64: "*i64", torch.int8: "*i8", torch.bool: "*i1",
-}  # fmt: skip
 FORMATS = {"u64": "<Q", "u32": "<I", "f32": "<f"}
 BASE = 0x7F00_0000_0000
-ALIGNMENT = 16
-
-
-def specialise(kernel, arguments):
-    """(signature, constants, attributes) as Triton specialises a launch with these arguments."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[name], constants[(index,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            aligned = value.storage_offset() * value.element_size() % ALIGNMENT == 0
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            aligned = isinstance(value, int) and value % ALIGNMENT == 0
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", ALIGNMENT]]
-    return signature, constants, attributes
 
 
 def compile_ptx(kernel, arguments, capability: int, options) -> tuple[str, int, list[str]]:
     """(PTX, bytes of shared memory, names of the runtime arguments) of a specialisation."""
-    signature, constants, attributes = specialise(kernel, arguments)
-    source = ASTSource(kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    names = [name for name, type_ in signature.items() if type_ != "constexpr"]
+    target = GPUTarget("cuda", capability, 32)
+    source, _ = specialise(kernel, arguments, target, options)
+    built = triton.compile(source, target=target, options=options)
+    names = [name for name, type_ in source.signature.items() if type_ != "constexpr"]
     return built.asm["ptx"], built.metadata.shared, names
 
 

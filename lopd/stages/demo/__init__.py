@@ -107,6 +107,7 @@ class DemoStage:
 
     @property
     def folder(self) -> str:
+        """The name of the folder that the stage writes."""
         return Path(self.config.out).name
 
     def run(self) -> None:
@@ -187,6 +188,7 @@ class Demo:
                 toy.write_model(out / name, size, seed=10 * seed + number)
 
     def path(self, name: str) -> str:
+        """A path in the demo's folder."""
         return str(self.out / name)
 
     def stages(self, online: bool) -> list[DemoStage]:
@@ -274,6 +276,7 @@ class Demo:
         return row | self.evaluate(stage.folder) if stage.module in (sft, distill) else row
 
     def evaluate(self, name: str) -> dict[str, float]:
+        """Accuracy of a stage's model, and its KL to the teacher."""
         config = EvalConfig(
             model=self.path(name),
             teacher=self.path("teacher"),

@@ -7,8 +7,10 @@ of dW to one id, whose entries are visited in a fixed order.
 import triton
 import triton.language as tl
 
+PER_BATCH = ("ids_ptr", "K")  # change with the batch's longest list, see kernels/rows.py
 
-@triton.jit
+
+@triton.jit(do_not_specialize=PER_BATCH)
 def gather_dot_kernel(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
@@ -29,7 +31,7 @@ def gather_dot_kernel(
     tl.store(out_ptr + row * K + k, total, mask=k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_BATCH)
 def gather_sum_kernel(
     grad_ptr,  # [N, K] fp32
     weight_ptr,  # [V, D]
@@ -50,7 +52,7 @@ def gather_sum_kernel(
     tl.store(out_ptr + row * D + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_BATCH)
 def segment_sum_kernel(
     grad_ptr,  # [N * K] fp32
     hidden_ptr,  # [N, D]

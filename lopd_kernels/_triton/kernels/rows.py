@@ -25,6 +25,12 @@ from lopd_kernels._triton.kernels.rules import bucket_rule, policy_terms, unbias
 
 SENTINEL = tl.constexpr(-3.4028234663852886e38)
 INF = tl.constexpr(float("inf"))
+# Arguments that change from batch to batch with the longest list, or with where a chunk of rows
+# begins. Triton would compile a kernel again for a 1, a multiple of 16 or an aligned pointer.
+PER_BATCH = (
+    "ids_ptr", "listed_ptr", "target_ptr", "active_ptr", "weights_ptr", "stats_ptr",
+    "unlisted_ptr", "listed_grad_ptr", "coefficients_ptr", "K", "target_width", "stats_width",
+)  # fmt: skip
 
 
 @triton.jit
@@ -181,7 +187,7 @@ def _bucket_logprobs(listed_row, k, K, top, lse, tail):
     return tl.where(k == K, tail, lp)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_BATCH)
 def row_kernel(
     u_ptr,  # [R, V] fp32, rows of u_stride; overwritten
     out_ptr,  # [R, V] gradient, rows of out_stride; may share the storage of u
@@ -313,7 +319,7 @@ def row_kernel(
                 tl.store(out_row + ids, grad.to(out_row.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_BATCH)
 def reduce_kernel(
     u_ptr,  # [R, width] fp32, rows of u_stride; SENTINEL at the listed ids afterwards
     ids_ptr,  # [R, K] int, -1 pads
@@ -351,7 +357,7 @@ def reduce_kernel(
         tl.store(unlisted_row + 3, tl.maximum(invalid_before, invalid.to(tl.float32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_BATCH)
 def write_kernel(
     u_ptr,  # [R, width] fp32, rows of u_stride
     out_ptr,  # [R, width] gradient, rows of out_stride; may share the storage of u
