@@ -124,6 +124,7 @@ class GenerationOptions(InferenceOptions, PromptOptions):
     )
 
     def sampling(self) -> Sampling:
+        """How answers are drawn."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 

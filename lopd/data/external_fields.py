@@ -141,6 +141,7 @@ def floats(where: str, name: str, values: Any) -> np.ndarray:  # fp64, NaN for n
 
 
 def logprob(value: Any) -> float:
+    """The number as a float; TypeError if it is none."""
     if type(value) not in (int, float):
         raise TypeError(f"{value!r} is not a number")
     return float(value)
@@ -158,12 +159,14 @@ def is_stand_in(values: np.ndarray) -> np.ndarray:  # bool, as values
 
 
 def is_padding(values: np.ndarray) -> np.ndarray:
+    """Where values stand for no log-prob."""
     return (values <= LOWEST) | np.isin(values, STAND_INS) | np.isnan(values)
 
 
 def refuse_stand_ins(
     where: str, response: np.ndarray, bad: np.ndarray, values: np.ndarray, name: str
 ) -> None:
+    """DataError if a token of the response has no log-prob."""
     if bad.any():
         t = int(np.flatnonzero(bad)[0])
         raise DataError(
