@@ -26,17 +26,12 @@ def loops(text: str) -> list[list[str]]:
     ]
 
 
-def is_of(function, loop: list[str]) -> bool:
-    """Whether the loop loads from global memory on a line of this jit function."""
+def statements_of(function, loop: list[str]) -> int:
+    """How often the disassembly of the loop names a line of this jit function."""
     source, first = inspect.getsourcelines(function.fn)
-    file, where = inspect.getsourcefile(function.fn).rpartition("/")[2], ("", 0)
-    for line in loop:
-        if source_line := LINE.search(line):
-            where = source_line[1], int(source_line[2])
-        loads = re.search(r"\bLDG\b", line)
-        if loads and where[0] == file and first <= where[1] < first + len(source):
-            return True
-    return False
+    file = inspect.getsourcefile(function.fn).rpartition("/")[2]
+    named = [(match[1], int(match[2])) for match in map(LINE.search, loop) if match]
+    return sum(name == file and first <= line < first + len(source) for name, line in named)
 
 
 def cost(loop: list[str], columns: int) -> dict[str, float]:
@@ -55,13 +50,12 @@ def loop_costs(text: str, functions, columns: int) -> dict[str, dict[str, float]
 
     Args:
         text: disassembly.
-        functions: jit functions with one loop over global memory each.
+        functions: jit functions with one loop each.
         columns: elements that a thread handles in one pass of a loop.
     """
     costs = {}
     for function in functions:
-        own = [loop for loop in loops(text) if is_of(function, loop)]
-        assert len(own) <= 1, f"{function.__name__} has {len(own)} loops"
-        if own:
-            costs[function.__name__.strip("_")] = cost(own[0], columns)
+        own = max(loops(text), key=lambda loop: statements_of(function, loop))
+        if statements_of(function, own):
+            costs[function.__name__.strip("_")] = cost(own, columns)
     return costs

@@ -79,7 +79,7 @@ def _pairs(function):
 
 
 def _extreme(choose, of_zeros):
-    """max or min: a NaN loses against a number, and -0 is below +0."""
+    """max or min: -0 is below +0; `choose` decides between a NaN and a number."""
 
     def extreme(*sources):
         best = sources[0]
@@ -247,6 +247,7 @@ def _floats():
     minimum = _extreme(np.fmin, np.bitwise_or)
     yield "max.f32", Operation(maximum, f32, two)
     yield "min.f32", Operation(minimum, f32, two)
+    yield "max.NaN.f32", Operation(_extreme(np.maximum, np.bitwise_and), f32, two)
     yield "max.f32/3", Operation(maximum, f32, three)
     yield "min.f32/3", Operation(minimum, f32, three)
     yield (

@@ -164,6 +164,12 @@ def test_operations(opcode, sources, expected):
     assert compute(opcode, *sources) == expected
 
 
+def test_a_max_that_keeps_nan():
+    assert np.isnan(compute("max.NaN.f32", np.nan, 2.0))
+    assert np.isnan(compute("max.NaN.f32", 2.0, np.nan))
+    assert compute("max.NaN.f32", -np.inf, 2.0) == 2.0
+
+
 def test_zeros_have_an_order_in_max_and_min():
     assert not np.signbit(compute("max.f32", -0.0, 0.0))
     assert not np.signbit(compute("max.f32", 0.0, -0.0))

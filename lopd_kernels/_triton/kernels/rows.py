@@ -11,7 +11,9 @@ A row holds u = h W^T in fp32, over the whole vocabulary or over a panel of it:
 for panels; the rule then runs in torch.
 
 SENTINEL is a finite number that no logit equals, so that arithmetic on masked columns never meets
-inf - inf. It stands for an id without mass, and so do columns beyond the row.
+inf - inf. It stands for an id without mass, and so do columns beyond the row; -inf in a bias does
+too. The loops over a row need not tell them apart: all are so far below a maximum of at least
+LOWEST_MAX that their exp is 0. The same holds for finite logits below LOWEST_MAX.
 
 The gradient may be written into the storage of the logits in a narrower dtype: block i is stored
 after all threads have loaded block i + 1, and reaches nothing beyond block i.
@@ -25,6 +27,10 @@ from lopd_kernels._triton.kernels.rules import bucket_rule, policy_terms, unbias
 
 SENTINEL = tl.constexpr(-3.4028234663852886e38)
 INF = tl.constexpr(float("inf"))
+LOWEST_MAX = tl.constexpr(-1.7e38)  # maximum of nothing: SENTINEL is far below it
+FAINT = tl.constexpr(-1000.0)  # exp of it is 0
+LOG2_E = tl.constexpr(1.4426950408889634)
+THREAD_COLUMNS = tl.constexpr(8)  # neighbours that share a maximum: those of a thread in `Launch`
 # Arguments that change from batch to batch with the longest list, or with where a chunk of rows
 # begins. Triton would compile a kernel again for a 1, a multiple of 16 or an aligned pointer.
 PER_BATCH = (
@@ -43,10 +49,8 @@ def _apply_logit_options(
     An infinite u becomes NaN: it must not look like an id without mass or, under a softcap, like
     a large logit. With INF_MASKS, -inf marks an id without mass. In a bias it always does.
     """
-    if INF_MASKS:
-        x = tl.where(u == INF, float("nan"), u)
-    else:
-        x = tl.where(tl.abs(u) == INF, float("nan"), u)
+    # the sum is one instruction; it is NaN for an infinite u and u for any other
+    x = tl.where(u == INF, float("nan"), u) if INF_MASKS else u * 0.0 + u
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask=known, other=0.0).to(tl.float32)
     x = x * gain
@@ -55,8 +59,13 @@ def _apply_logit_options(
         t = tl.where(tl.abs(x) == INF, float("nan"), tanh(x))
         slope = 1.0 - t * t
         x = t * cap
-    free = known & (u != SENTINEL) & (x != -INF)
-    return tl.where(free, x, SENTINEL), slope
+    return tl.where(known & (u != SENTINEL), x, SENTINEL), slope
+
+
+@triton.jit
+def _shifted(z, largest):
+    """d = z - largest, bounded so that d exp(d) is 0 where an id has no mass; NaN stays NaN."""
+    return tl.maximum(z - largest, FAINT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -111,12 +120,13 @@ def _reduce(
 ):  # fmt: skip
     """(m, sum e, sum e (z - m)) with e = exp(z - m) and m = max z; m = SENTINEL if empty.
 
-    Each lane has its own maximum and sums, so a block costs one exponential per element and no
-    reduction across threads.
+    Each thread has its own maximum and sums, so a block costs one exponential per element and
+    one per thread, and no reduction across threads.
     """
-    m = tl.full([BLOCK], SENTINEL, tl.float32)
-    s = tl.zeros([BLOCK], tl.float32)
-    t = tl.zeros([BLOCK], tl.float32)
+    LANES: tl.constexpr = BLOCK // THREAD_COLUMNS
+    m = tl.full([LANES], LOWEST_MAX, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    t = tl.zeros([LANES], tl.float32)
     u = tl.load(u_row + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < limit, other=0.0)
     for start in range(0, width, BLOCK):
         j = start + tl.arange(0, BLOCK)
@@ -125,20 +135,25 @@ def _reduce(
         z, _ = _apply_logit_options(
             u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS
         )
-        d = z - m
-        e = tl.where(z == SENTINEL, 0.0, tl.exp(-tl.abs(d)))
-        grows = d > 0.0
+        z = tl.reshape(z, [LANES, THREAD_COLUMNS])
+        largest = tl.maximum(m, tl.max(z, axis=1))
+        d = _shifted(z, largest[:, None])
+        e = tl.exp2(d * LOG2_E)
+        back = _shifted(m, largest)
+        scale = tl.exp2(back * LOG2_E)
         if ENTROPY:
-            t = tl.where(grows, e * (t - s * d), t + tl.where(z == SENTINEL, 0.0, e * d))
-        s = tl.where(grows, s * e + 1.0, s + e)
-        m = tl.where(grows, z, m)
+            t = scale * (t + s * back) + tl.sum(e * d, axis=1)
+        s = scale * s + tl.sum(e, axis=1)
+        m = largest
         u = ahead
     top = tl.max(m, axis=0)
-    scale = tl.exp(m - top)
+    back = _shifted(m, top)
+    scale = tl.exp(back)
+    total = tl.sum(scale * s, axis=0)
     spread = 0.0
     if ENTROPY:
-        spread = tl.sum(tl.where(s == 0.0, 0.0, scale * (t + s * (m - top))), axis=0)
-    return top, tl.sum(scale * s, axis=0), spread
+        spread = tl.sum(scale * (t + s * back), axis=0)
+    return tl.where(total == 0.0, SENTINEL, top), total, spread
 
 
 @triton.jit
@@ -152,6 +167,7 @@ def _write_unlisted(
 
     Ends with a barrier.
     """
+    unlisted_max = tl.maximum(unlisted_max, LOWEST_MAX)
     u = tl.load(u_row + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < limit, other=0.0)
     for start in range(0, width, BLOCK):
         j = start + tl.arange(0, BLOCK)
@@ -161,11 +177,11 @@ def _write_unlisted(
         z, slope = _apply_logit_options(
             u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS
         )
-        d = tl.where(z == SENTINEL, 0.0, z - unlisted_max)
-        e = tl.where(z == SENTINEL, 0.0, tl.exp(d))
-        grad = e * factor
         if ENTROPY:
-            grad = e * (factor - entropy_factor * d)
+            d = _shifted(z, unlisted_max)
+            grad = tl.exp2(d * LOG2_E) * (factor - entropy_factor * d)
+        else:
+            grad = tl.exp2((z - unlisted_max) * LOG2_E) * factor
         grad = grad * slope
         tl.store(out_row + j, grad.to(out_row.dtype.element_ty), mask=j < out_limit)
         u = ahead
