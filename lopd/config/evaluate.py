@@ -9,6 +9,7 @@ from typing import Literal
 from lopd.config.device import check_device
 from lopd.config.fields import setting, setting_of
 from lopd.config.inference import GenerationOptions, ScoringOptions
+from lopd.config.training import refuse_unused
 from lopd.errors import ConfigError
 
 ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
@@ -53,6 +54,8 @@ class EvalConfig(GenerationOptions, ScoringOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_device(self.device)
+        if self.teacher is None:
+            refuse_unused(self, ("kl_k",), "no KL is measured; set teacher")
         try:
             groups = re.compile(self.answer_regex).groups
         except re.error as error:
