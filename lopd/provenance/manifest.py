@@ -175,7 +175,7 @@ def build_manifest(
         "kind": kind,
         "stage": stage,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": _environment(),
+        "environment": environment(),
         "config": config,
     }
     clash = sorted(always.keys() & parts.keys())
@@ -279,7 +279,8 @@ def _unfit(source: str, kind: str, error: type[LopdError]) -> Unfit:
     )
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The versions of Python and of the packages that decide a result."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
