@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks import demo_seeds, fused_loss, gpu_suite, objectives, offline_live, roofline
 from lopd.stages.demo import OPD_STEPS
+from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,6 +21,39 @@ RESULTS = ROOT / "benchmarks" / "results"
 def read_rows(name: str) -> list[dict[str, Any]]:
     text = (RESULTS / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def short_block() -> str:
+    """One line for each of: the loss, the cache, the whole pipeline."""
+    loss = {(r["vocab"], r["threads"]): r for r in read_rows("fused_loss_cpu.jsonl")}[151936, 2]
+    cached = [
+        row
+        for row in read_rows("cache.jsonl")
+        if (row["codec"], row["top_p"], row["ids"]) == ("compact", 0.999, "zipf")
+    ][-1]
+    rows = demo_seeds.by_stage(read_rows(demo_seeds.NAME))
+    start, end, live = (
+        {key: np.mean([row[key] for row in rows[name]]) for key in ("sampled", "kl")}
+        for name in (FINE_TUNED, DISTILLED, ONLINE)
+    )
+    every_step = next(row for row in read_rows(offline_live.NAME) if row["every"] == 1)
+    return "\n".join(
+        [
+            f"* **Loss:** {loss['memory_ratio']:.0%} of the extra memory and "
+            f"{loss['time_ratio']:.0%} of the time of eager PyTorch, at {loss['vocab']:,}",
+            "  tokens of vocabulary, with exact gradients (CPU, float32, two threads).",
+            f"* **Cache:** {cached['bytes_per_token']:.0f} bytes per token of an answer, at a mean "
+            f"list of {cached['mean_list_length']:.1f} tokens; the error is "
+            f"{cached['error_nat']:.0e} nat",
+            "  (made-up teacher).",
+            f"* **Pipeline:** sampled pass@1 rises from {start['sampled']:.2f} to "
+            f"{end['sampled']:.2f} and the KL to the teacher falls from {start['kl']:.2f}",
+            f"  to {end['kl']:.3f} with no teacher in memory. With a live teacher these are "
+            f"{live['sampled']:.2f} and {live['kl']:.3f},",
+            f"  and the same steps take {every_step['ratio']:.1f} times as long (toy models, means "
+            "of three seeds).",
+        ]
+    )
 
 
 def demo_block() -> str:
@@ -162,6 +196,7 @@ def _live_quality(name: str, quality: dict[str, list[float]]) -> str:
 def rendered(text: str) -> str:
     """The document with each generated block replaced."""
     blocks = {
+        "in short": short_block,
         "demo table": demo_block,
         "fused loss": fused_block,
         "small vocabularies": small_block,

@@ -25,22 +25,18 @@ class Drawing:
         self.colours, self.elements = colours, list[str]()
 
     def text(
-        self, x: float, y: float, words: str, kind: str = "text", size: int = 14, **more: str
+        self, x: float, y: float, words: str, kind: str, size: int, anchor: str = "middle"
     ) -> None:
-        weight = more.get("weight", "normal")
-        anchor = more.get("anchor", "middle")
+        weight = "bold" if size > 14 else "normal"
         self.elements.append(
             f'<text x="{x:g}" y="{y:g}" fill="{self.colours[kind]}" font-size="{size}" '
             f'font-weight="{weight}" text-anchor="{anchor}">{words}</text>'
         )
 
-    def box(
-        self, x: float, y: float, w: float, h: float, fill: str, stroke: str, more: str = ""
-    ) -> None:
-        fill = self.colours.get(fill, fill)
+    def box(self, x: float, y: float, w: float, h: float, fill: str, stroke: str) -> None:
         self.elements.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="8" fill="{fill}" '
-            f'stroke="{self.colours[stroke]}" {more}/>'
+            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="8" '
+            f'fill="{self.colours[fill]}" stroke="{self.colours[stroke]}"/>'
         )
 
     def model(self, x: float, y: float, kind: str, words: str) -> None:

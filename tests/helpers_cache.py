@@ -81,7 +81,11 @@ def make_manifest(
         "vocab_size": vocab_size,
         **extra.pop("model", {}),
     }
-    rollouts = {"digest": "c" * 64, "model": {"weights": "d" * 64}}
+    rollouts = {
+        "digest": "c" * 64,
+        "model": {"weights": "d" * 64},
+        **extra.pop("rollouts", {}),
+    }
     return build_manifest(
         kind,
         stage="test",

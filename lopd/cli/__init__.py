@@ -44,9 +44,11 @@ class Commands(click.Group):
     """The commands of lopd. Each is made when it is needed, from the settings of its stage."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names in the order of the map."""
         return [*COMMANDS, "completion"]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command of a name; None if there is none."""
         if name not in COMMANDS:
             return super().get_command(ctx, name)
         return SettingsCommand(
@@ -54,22 +56,25 @@ class Commands(click.Group):
         )
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """The command that the words name, in either spelling, or an error that proposes one."""
         name = args[0].replace("_", "-")
         if not name.startswith("-"):
             check_keys([name], self.list_commands(ctx), "lopd", "command")
         return super().resolve_command(ctx, args)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """What follows `lopd` in the usage line."""
         return ["COMMAND", "[FLAGS]"]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the map of the pipeline."""
         map_of_the_pipeline(formatter)
 
 
 @click.command(cls=Commands, context_settings=CONTEXT, help=HELP, epilog=EPILOG)
 @click.version_option(__version__, message="%(version)s")
 def group() -> None:
-    pass
+    """Every command of lopd; its help is `HELP`."""
 
 
 @group.command()
@@ -132,6 +137,7 @@ class Messages(logging.Handler):
     """Writes messages to the present stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
         if "tqdm" in sys.modules:
             sys.modules["tqdm"].tqdm.write(self.format(record), file=sys.stderr)
         else:

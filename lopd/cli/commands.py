@@ -86,10 +86,11 @@ COMMANDS = {
         "EvalConfig",
         PIPELINE,
         "Measure accuracy on prompts, and the KL to a teacher.",
-        "result/ + prompts (+ teacher/ or cache/) -> eval/",
+        "result/ + prompts (+ teacher/), or cache/, or both -> eval/",
         (
             "--model result/ --prompts test.jsonl --out eval/ --teacher teacher/",
             "--model result/ --prompts test.jsonl --out eval/ --judge math",
+            "--model result/ --cache held-out/ --out eval/",
         ),
     ),
     "run": Command(

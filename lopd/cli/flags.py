@@ -37,6 +37,7 @@ class Value(click.types.StringParamType):
         self.shown = known if self.choices else words.get(kinds_of(item)[-1], "TEXT")
 
     def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        """The choices that begin like the word; file names if there are none."""
         if not self.choices:
             return [CompletionItem(incomplete, type="file")]
         return [CompletionItem(name) for name in self.choices if name.startswith(incomplete)]
@@ -64,10 +65,12 @@ class SettingsCommand(click.Command):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words; switches may have the value that older versions took."""
         switches = {flag(item.name): item.name for item in self.items if bool in kinds_of(item)}
         return super().parse_args(ctx, list(_without_values(args, switches)))
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """What follows the command's name in the usage line."""
         pieces = [
             item.name.upper()
             if item.name == self.about.positional
@@ -78,6 +81,7 @@ class SettingsCommand(click.Command):
         return [*pieces, "[FLAGS]"]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the flags by group."""
         for group, rows in self.rows().items():
             with formatter.section(group):
                 formatter.write("".join(two_columns(rows)))
@@ -114,6 +118,7 @@ class SettingsCommand(click.Command):
         ) if others else text
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
         with formatter.section("Examples"):
             for example in self.about.examples:
                 for line in wrapped(f"lopd {self.name} {example}"):

@@ -101,11 +101,6 @@ class InferenceOptions(CodeOptions):
 class GenerationOptions(InferenceOptions, PromptOptions):
     """Settings of the stages that sample answers."""
 
-    prompts: str = setting(
-        identity=False,
-        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages' in "
-        "each record; docs/pipeline.md lists other shapes.",
-    )
     limit: int | None = setting(
         None,
         within="[1, inf)",
@@ -124,6 +119,7 @@ class GenerationOptions(InferenceOptions, PromptOptions):
     )
 
     def sampling(self) -> Sampling:
+        """How answers are drawn."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 
@@ -177,6 +173,11 @@ class EngineOptions(InferenceOptions):
 class SamplingOptions(EngineOptions, GenerationOptions):
     """Settings that `lopd sft-data` and `lopd rollout` share."""
 
+    prompts: str = setting(
+        identity=False,
+        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages' in "
+        "each record; docs/pipeline.md lists other shapes.",
+    )
     out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
     num_samples: int = setting(
         1, within="[1, inf)", group="Sampling", help="Number of answers to each prompt."

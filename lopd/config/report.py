@@ -41,10 +41,12 @@ class ReportConfig(ScoringOptions):
 
     @property
     def folders(self) -> list[str]:
+        """The folders of `runs`."""
         return split(self.runs, "runs")
 
     @property
     def eval_folders(self) -> list[str]:
+        """The folders of `evals`."""
         return [] if self.evals is None else split(self.evals, "evals")
 
 

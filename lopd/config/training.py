@@ -72,6 +72,7 @@ class LoraOptions(Settings):
 
     @property
     def target_names(self) -> list[str]:
+        """The names in `lora_targets`."""
         return [name.strip() for name in self.lora_targets.split(",")]
 
 

@@ -19,6 +19,7 @@ from lopd.store.validate import MASS_TOLERANCE
 # would have to be a thousand apart.
 STAND_INS = (-100.0, -999.0)
 LOWEST = -1000.0
+_SAME = 4  # tokens of one answer that do not have exactly the same log-prob by chance
 # Words of servers for an answer that ended by itself.
 _STOPS = ("tool_calls", "function_call", "eos_token", "end_turn")
 Item = TypeVar("Item")
@@ -141,6 +142,7 @@ def floats(where: str, name: str, values: Any) -> np.ndarray:  # fp64, NaN for n
 
 
 def logprob(value: Any) -> float:
+    """The number as a float; TypeError if it is none."""
     if type(value) not in (int, float):
         raise TypeError(f"{value!r} is not a number")
     return float(value)
@@ -158,17 +160,28 @@ def is_stand_in(values: np.ndarray) -> np.ndarray:  # bool, as values
 
 
 def is_padding(values: np.ndarray) -> np.ndarray:
+    """Where values stand for no log-prob."""
     return (values <= LOWEST) | np.isin(values, STAND_INS) | np.isnan(values)
 
 
 def refuse_stand_ins(
     where: str, response: np.ndarray, bad: np.ndarray, values: np.ndarray, name: str
 ) -> None:
+    """DataError if a token of the response has no log-prob."""
     if bad.any():
         t = int(np.flatnonzero(bad)[0])
         raise DataError(
             f"{where}: {name} of response token {t} (id {response[t]}) is {values[t]:g}, which no "
             "sampled token has; dump its log-prob, or set its loss_mask to 0"
+        )
+
+
+def refuse_same(where: str, logprobs: np.ndarray, name: str, remedy: str) -> None:
+    """Refuse an answer whose tokens all have the same log-prob."""
+    if len(logprobs) >= _SAME and (logprobs == logprobs[0]).all():
+        raise DataError(
+            f"{where}: all {len(logprobs)} {name} are {logprobs[0]:g}, which stands for none; "
+            f"{remedy}"
         )
 
 

@@ -21,6 +21,7 @@ class Skipped:
     kept: int = 0
 
     def handle(self, error: DataError) -> None:
+        """Note a bad record, or raise its error if records may not be skipped."""
         if not self.allowed:
             remedy = (
                 "; --skip_bad_records leaves such records out" if self.kept and self.offered else ""

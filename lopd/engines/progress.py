@@ -31,6 +31,7 @@ class Progress:
         self.began = self.shown = time.monotonic()
 
     def update(self, count: int = 1) -> None:
+        """Count what is done; without a terminal, log the time left now and then."""
         self.count += count
         self.bar.update(count)
         now = time.monotonic()

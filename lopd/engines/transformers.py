@@ -80,6 +80,7 @@ class TransformersEngine:
 
     @property
     def device(self) -> torch.device:
+        """Where the model's weights are."""
         return next(self.model.parameters()).device
 
     @torch.no_grad()

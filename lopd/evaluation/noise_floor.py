@@ -38,6 +38,7 @@ class NoiseFloor:
 
     @property
     def noise_share(self) -> float:
+        """Noise relative to the signal."""
         return self.noise / self.signal if self.signal > 0 else float("inf")
 
 

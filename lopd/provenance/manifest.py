@@ -19,13 +19,14 @@ SCHEMA = 1
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
 KEYS = ("config", "model", "base", "sampling", "inputs", "lineage", "overrides", "plan")
 _SEQUENCES = ("model.path", "model.tokenizer", "model.vocab_size", "plan.shards")
-# Required keys besides the fields of the kind's class; "a.b" is key b of the object under a.
+# Required keys besides the fields of the kind's class; "a.b" is key b of the object under a, and
+# of "a or b" one is enough.
 REQUIRED = {
     "sft_data": _SEQUENCES,
     "rollouts": _SEQUENCES,
     "cache": _SEQUENCES,
     "checkpoint": (),
-    "evaluation": ("inputs.prompts.sha256",),
+    "evaluation": ("inputs.prompts.sha256 or inputs.cache.digest",),
 }
 _PACKAGES = ("lopd", "torch", "transformers", "numpy", "safetensors")
 
@@ -174,7 +175,7 @@ def build_manifest(
         "kind": kind,
         "stage": stage,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": _environment(),
+        "environment": environment(),
         "config": config,
     }
     clash = sorted(always.keys() & parts.keys())
@@ -216,7 +217,8 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
     """
     file = Path(folder) / MANIFEST_NAME
     if not file.exists():
-        what = "does not exist" if not Path(folder).is_dir() else f"has no {MANIFEST_NAME}"
+        what = f"has no {MANIFEST_NAME}" if Path(folder).is_dir() else "does not exist"
+        what = "is a file" if Path(folder).is_file() else what
         raise MissingFileError(f"{folder} {what}; name a folder that a lopd stage has written")
     try:
         raw = parse_json(file.read_bytes())
@@ -247,7 +249,11 @@ def parse_manifest(
     """
     unfit = _unfit(source, raw["kind"], error)
     absent = [key for key in KEYS if key not in raw]
-    absent += [key for key in REQUIRED[raw["kind"]] if value_at(raw, key) is None]
+    absent += [
+        keys
+        for keys in REQUIRED[raw["kind"]]
+        if all(value_at(raw, key) is None for key in keys.split(" or "))
+    ]
     if absent:
         raise unfit(absent[0])
     scoring = parse_scoring(raw, source, error, unfit)
@@ -274,7 +280,8 @@ def _unfit(source: str, kind: str, error: type[LopdError]) -> Unfit:
     )
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The versions of Python and of the packages that decide a result."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -103,6 +103,7 @@ def few(value: int, enough: int, cost: str, remedy: str) -> tuple[str, str]:
 
 
 def gib(size: int) -> str:
+    """Bytes in GiB, in words."""
     return f"{size / 2**30:.1f} GiB"
 
 

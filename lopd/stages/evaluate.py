@@ -21,7 +21,7 @@ from lopd.data.rendering import PromptEncoder
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import DataError
 from lopd.evaluation.accuracy import generate_answers, measure_accuracy
-from lopd.evaluation.grading import exact_grader, math_grader
+from lopd.evaluation.grading import Grader, exact_grader, math_grader
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
 from lopd.provenance import (
     MANIFEST_NAME,
@@ -67,24 +67,27 @@ def main(config: EvalConfig) -> Path:
         out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
     ).require_writable()
     engine = _load(config, config.model)
-    encoder = PromptEncoder(engine.tokenizer, config)
-    prompts = _prompts(config, engine, encoder)
+    inputs = describe_inputs(config)
+    prompts: list[Prompt] = []
+    if config.prompts is not None:
+        encoder = PromptEncoder(engine.tokenizer, config)
+        prompts = _prompts(config.prompts, config, engine, encoder)
+        inputs["prompts"] = describe_prompts(config.prompts, encoder)
+        grader = _grader(config, prompts)
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
-    inputs = describe_inputs(config) | {"prompts": describe_prompts(config.prompts, encoder)}
-    if config.judge == "math":
-        grader = math_grader(prompts)
-    else:
-        grader = exact_grader(config.answer_regex, prompts)
     with locked(out):
-        results, answers, sampled = measure_accuracy(
-            engine,
-            prompts,
-            grader,
-            config.sampling(),
-            num_samples=config.num_samples,
-            seed=config.seed,
-        )
+        results: dict[str, Any] = {"prompts": 0, "samples": 0}
+        answers: list[dict[str, Any]] = []
+        if config.prompts is not None:
+            results, answers, sampled = measure_accuracy(
+                engine,
+                prompts,
+                grader,
+                config.sampling(),
+                num_samples=config.num_samples,
+                seed=config.seed,
+            )
         if config.cache is not None:
             held_out = not _trained_on(config.model, cache.digest())
             results["cache_kl"] = cache_kl(engine, cache) | {"held_out": held_out}
@@ -137,7 +140,9 @@ def _show_without_answer(records: list[dict[str, Any]], judge: str) -> None:
 
 def describe_inputs(config: EvalConfig) -> dict[str, Any]:
     """Describe the prompts, the cache and the teacher for the manifest."""
-    inputs: dict[str, Any] = {"prompts": describe_data(config.prompts)}
+    inputs: dict[str, Any] = {}
+    if config.prompts is not None:
+        inputs["prompts"] = describe_data(config.prompts)
     if config.cache is not None:
         cache = TeacherCache.open(config.cache)
         inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest.model}
@@ -157,14 +162,20 @@ def _load(config: EvalConfig, path: str) -> TransformersEngine:
     )
 
 
+def _grader(config: EvalConfig, prompts: list[Prompt]) -> Grader:
+    if config.judge == "math":
+        return math_grader(prompts)
+    return exact_grader(config.answer_regex, prompts)
+
+
 def _prompts(
-    config: EvalConfig, engine: TransformersEngine, encoder: PromptEncoder
+    path: str, config: EvalConfig, engine: TransformersEngine, encoder: PromptEncoder
 ) -> list[Prompt]:
     """Load the prompts, with their answers; check that each fits into the model's context."""
-    prompts = load_prompts(config.prompts, encoder, limit=config.limit, answers=True)
+    prompts = load_prompts(path, encoder, limit=config.limit, answers=True)
     return check_prompts(
         prompts,
-        config.prompts,
+        path,
         context=engine.context,
         vocab_size=engine.vocab_size,
         max_new_tokens=config.max_new_tokens,
@@ -179,8 +190,7 @@ def _trained_on(model: str, digest: str) -> bool:
     return digests_of(read_manifest(model).inputs).get("cache") == digest
 
 
-def _summary(results: dict[str, Any]) -> dict[str, str]:
-    """The results as `main` prints them."""
+def _accuracy(results: dict[str, Any]) -> dict[str, str]:
     fields = {"prompts": f"{results['prompts']}, {results['samples']} sampled answers each"}
     for name, value in results.items():
         if isinstance(value, dict) and "low" in value:
@@ -192,6 +202,12 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         fields[f"{row['shortest']} to {row['longest']} tokens"] = (
             f"{row['accuracy']:.3f} of {row['count']} answers, {row['truncated']:.3f} truncated"
         )
+    return fields
+
+
+def _summary(results: dict[str, Any]) -> dict[str, str]:
+    """The results as `main` prints them."""
+    fields = _accuracy(results) if results["prompts"] else {}
     if "kl" in results:
         kl = results["kl"]
         exact = kl.get("exact", False)
@@ -211,7 +227,10 @@ def headline(out: Path) -> str:
     results = _read_results(out)
     names = [name for name in results if isinstance(results[name], dict) and "low" in results[name]]
     words = [f"{name} {results[name]['mean']:.3f}" for name in sorted(names, key=_by_number)]
-    words += [f"KL {_bound(results['kl'], results['kl'].get('exact', False))}"] * ("kl" in results)
+    if "kl" in results:
+        words.append(f"KL {_bound(results['kl'], results['kl'].get('exact', False))}")
+    if "cache_kl" in results:
+        words.append(f"KL on the cache {_bound(results['cache_kl'], exact=False)}")
     return "  ".join(words)
 
 

@@ -1,11 +1,13 @@
 """Print what an artefact folder holds and, on demand, check its hashes (`lopd inspect`)."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError
+from lopd.evaluation.agreement import low_coverage, measure
 from lopd.provenance import (
     CacheManifest,
     Manifest,
@@ -16,6 +18,8 @@ from lopd.provenance import (
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
+
+LOG = logging.getLogger(__name__)
 
 
 def main(config: InspectConfig) -> None:
@@ -45,9 +49,13 @@ def main(config: InspectConfig) -> None:
     if manifest.overrides:
         rows["overrides"] = ", ".join(override.name for override in manifest.overrides)
     if kind == "cache":
-        cache = TeacherCache.open(config.path, allow_incomplete=True)
+        cache = TeacherCache.open(config.path, support="list", allow_incomplete=True)
         rows.update(cache.summary())
         rows.update(_describe_cache(cache))
+        if (found := measure(cache)) is not None:
+            rows.update(found.rows())
+        if (warning := low_coverage(cache)) is not None:
+            LOG.warning(warning)
         if config.verify:
             rows["verified"] = _verify_shards(cache)
     elif kind in ("rollouts", "sft_data"):

@@ -49,6 +49,7 @@ def _assumptions(config: PlanConfig) -> str:
 
 
 def gib(count: int) -> str:
+    """Bytes in GiB, in words."""
     return f"{count / GIB:.2f} GiB"
 
 

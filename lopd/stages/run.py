@@ -206,6 +206,7 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
         return str((recipe["stages"].get(stage) or {}).get("out", Path(recipe["out"]) / stage))
 
     student = out("sft") if "sft" in recipe["stages"] else recipe["student"]
+    has_prompts = (recipe["stages"].get("eval") or {}).get("prompts") is not None
     extra_ids = typed((int,), (recipe["stages"].get("score") or {}).get("extra_ids"))
     return {"out": out(name)} | {
         "sft-data": {"teacher": recipe["teacher"]},
@@ -219,7 +220,7 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
         "distill": {"student": student, "cache": out("score")},
         "eval": {
             "model": out("distill") if "distill" in recipe["stages"] else student,
-            "teacher": recipe["teacher"],
+            "teacher": recipe["teacher"] if has_prompts else None,
         },
     }[name]
 

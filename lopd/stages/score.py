@@ -23,6 +23,7 @@ from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
 from lopd.engines.progress import Progress
 from lopd.errors import DataError, ProvenanceError
+from lopd.evaluation.agreement import low_coverage, measure
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
@@ -100,9 +101,20 @@ def main(config: ScoreConfig) -> Path | None:
             _fill(writer, missing, rollouts, left_out, config, worker, check_size=check_size)
         else:
             say_finished(config.out)
-        if not writer.finish():
-            LOG.info(f"{config.out}: {worker} is done, others are still writing")
+        finished = writer.finish()
+    if finished:
+        _print_agreement(TeacherCache.open(config.out, support="list"))
+    else:
+        LOG.info(f"{config.out}: {worker} is done, others are still writing")
     return Path(config.out)
+
+
+def _print_agreement(cache: TeacherCache) -> None:
+    """Print how near the student is to the teacher, and warn if the lists hold too little."""
+    if (found := measure(cache)) is not None:
+        print_fields(found.rows())
+    if (warning := low_coverage(cache)) is not None:
+        LOG.warning(warning)
 
 
 def _manifest(

@@ -27,6 +27,7 @@ class Spans:
 
     @cached_property
     def lengths(self) -> np.ndarray:  # [n] int64
+        """Elements in each span."""
         return self.stops - self.starts
 
     @cached_property

@@ -41,6 +41,7 @@ class Size:
     per_shard: float
 
     def of(self, work: Work) -> int:
+        """Bytes of some work."""
         return math.ceil(self.per_token * work.response_tokens + self.per_shard * work.shards)
 
 
@@ -54,6 +55,7 @@ class TimedSample:
     size: Size
 
     def seconds_for(self, work: Work) -> float:
+        """Seconds that other work takes at this speed."""
         return self.seconds / self.tokens * work.tokens
 
 
@@ -123,6 +125,7 @@ def free_bytes(out: str | Path) -> int:
 
 
 def format_bytes(count: float) -> str:
+    """Bytes with a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -131,6 +134,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
+    """Seconds, minutes or hours, in words."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -22,9 +22,11 @@ class Worker:
 
     @property
     def is_single(self) -> bool:
+        """Whether there are no other workers."""
         return self.count == 1
 
     def owns(self, shard: int) -> bool:
+        """Whether a shard is assigned to this worker."""
         return shard % self.count == self.index
 
     def order(self, shards: list[int]) -> list[int]:

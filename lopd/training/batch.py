@@ -40,10 +40,12 @@ class Source(Protocol):
 
 
 def sequence_of(item: Item) -> Rollout | Demonstration:
+    """The sequence of an item, scored or not."""
     return item.rollout if isinstance(item, TeacherSequence) else item
 
 
 def sequence_name(item: Item) -> str:
+    """The name of an item in messages."""
     sequence = sequence_of(item)
     return f"{sequence.prompt_id}/{sequence.sample}"
 
@@ -217,6 +219,7 @@ class Collator:
             )
 
     def __call__(self, items: Sequence[Item]) -> Batch:
+        """A batch of the items."""
         sequences = [sequence_of(item) for item in items]
         lengths = [len(sequence.tokens) for sequence in sequences]
         batch = self._inputs([sequence.tokens for sequence in sequences], lengths)

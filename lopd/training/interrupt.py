@@ -60,6 +60,7 @@ class StopSignals(TrainerCallback):
         os.write(2, text.encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop once any process has received a signal."""
         self.agreed = max(self._gather(self.received))
         if self.agreed:
             control.should_save = control.should_training_stop = True

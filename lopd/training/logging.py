@@ -28,6 +28,7 @@ class LogAtEnds(TrainerCallback):
         self.eval_steps = eval_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a log line at evaluations and at the end."""
         evaluated = self.eval_steps and state.global_step % self.eval_steps == 0
         if evaluated or state.global_step == state.max_steps:
             control.should_log = True
@@ -52,6 +53,7 @@ class Reporter(TrainerCallback):
             self.bar.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what the loss is, and open the bar."""
         if sign(self.objective):
             LOG.info(
                 f"loss: {self.objective.name} over the listed ids and one bucket for all others, "
@@ -62,9 +64,11 @@ class Reporter(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
         self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Log a step or an evaluation, and write the file."""
         if "loss" in logs:
             text = line(state.global_step, state.max_steps, logs, sign(self.objective))
             LOG.info(text)
@@ -74,6 +78,7 @@ class Reporter(TrainerCallback):
         self._write(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the last records."""
         self._write(state)
 
     def _write(self, state: Any) -> None:

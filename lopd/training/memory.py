@@ -47,6 +47,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return self.weights + self.gradients + self.optimizer + self.loss + self.activations
 
 

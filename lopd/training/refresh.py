@@ -168,6 +168,7 @@ class RefreshTrainer(LopdTrainer):
         self.teacher_vocab = None if vocab == tokenizer.get_vocab() else vocab
 
     def step_dataset(self, sampler: StepSampler) -> "WindowDataset":
+        """Items whose answers are those of the present window."""
         return WindowDataset(self, sampler)
 
     def renew(self, sequences: Sequence[Any], window: int) -> list[tuple[Rollout, TeacherScores]]:

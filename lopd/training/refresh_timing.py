@@ -24,14 +24,17 @@ class UpdateTimer(TrainerCallback):
         self.every, self.seconds, self.steps = every, 0.0, 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
         self.began = now(args.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock; at the end of a window, record it."""
         self.seconds, self.steps = self.seconds + now(args.device) - self.began, self.steps + 1
         if state.global_step % self.every == 0:
             self._record(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record an unfinished window."""
         if self.steps:
             self._record(state)
 

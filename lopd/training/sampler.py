@@ -132,6 +132,7 @@ class StepSampler(torch.utils.data.Sampler[MicroBatches]):
         return -(-self.used // self.step_size)
 
     def set_epoch(self, epoch: int) -> None:
+        """The epoch whose steps come next."""
         self.epoch = epoch
 
     def steps(self, epoch: int) -> list[list[int]]:
@@ -172,4 +173,5 @@ class StepLoader(torch.utils.data.DataLoader):
     """DataLoader that reads the items of one optimizer step when the step begins."""
 
     def set_epoch(self, epoch: int) -> None:
+        """The epoch whose steps come next."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

@@ -31,6 +31,7 @@ class StalenessMonitor(TrainerCallback):
         self.metrics, self.limit, self.every = metrics, limit, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the step's effective sample size, and warn if the window's is low."""
         ess, step, history = self.metrics.step_ess(), state.global_step, state.log_history
         if ess is not None:
             _update_lowest(history, ess, step)

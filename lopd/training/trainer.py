@@ -207,6 +207,7 @@ class LopdTrainer(Trainer):
         return gather_object([value]) if self.args.world_size > 1 else [value]
 
     def get_train_dataloader(self) -> StepLoader:
+        """The steps of this process, each a list of micro-batches."""
         sampler = StepSampler(
             lengths_of(self.train_dataset),
             self.args.per_device_train_batch_size,
@@ -237,6 +238,7 @@ class LopdTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Batch]], num_batches: int, device: torch.device
     ) -> tuple[list[list[Batch]], float]:
+        """The micro-batches of a step, and the weight of its rows over all processes."""
         self.metrics.begin_step()
         step_batches = [next(epoch_iterator) for _ in range(num_batches)]
         weight = sum(
@@ -279,6 +281,7 @@ class LopdTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: float | None = None,
     ) -> Any:
+        """The loss of a micro-batch, so scaled that gradients averaged over processes are right."""
         assert num_items_in_batch is not None
         # `run_with_loss` replaces the forward, which contains accelerate's autocast
         with self.accelerator.autocast():
@@ -289,6 +292,7 @@ class LopdTrainer(Trainer):
         return (loss, stats) if return_outputs else loss
 
     def floating_point_ops(self, inputs: list[Batch]) -> float:
+        """Model FLOPs of a step."""
         return self.meter.count(inputs)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
@@ -425,6 +429,7 @@ class LopdTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the steps since the last call."""
         if "loss" in logs:
             logs.update(self.metrics.pop())
             logs.update(self.meter.read(logs["tokens_per_second"]))

@@ -104,7 +104,7 @@ def weight_grad(
     if scale is None:
         _addmm(total, dlogits.t(), hidden)
     else:
-        total.add_(_wide_weight_grad(dlogits, hidden, scale))
+        total.addcmul_(_wide_weight_grad(dlogits, hidden), scale)
 
 
 def new_weight_grad(
@@ -113,12 +113,16 @@ def new_weight_grad(
     """out [P, D] = scale dlogits^T [P, R] hidden [R, D], rounded once."""
     if scale is None and out.dtype == dlogits.dtype:
         torch.mm(dlogits.t(), hidden, out=out)
-    else:
-        out.copy_(_wide_weight_grad(dlogits, hidden, scale))
+    elif scale is None:
+        out.copy_(_wide_weight_grad(dlogits, hidden))
+    elif out.is_cuda:
+        torch.mul(_wide_weight_grad(dlogits, hidden), scale, out=out)  # scaled and cast in one pass
+    else:  # a CPU would need a temporary as large as `wide` for that
+        out.copy_(_wide_weight_grad(dlogits, hidden).mul_(scale))
 
 
-def _wide_weight_grad(dlogits: Tensor, hidden: Tensor, scale: Tensor | None) -> Tensor:
+def _wide_weight_grad(dlogits: Tensor, hidden: Tensor) -> Tensor:
     shape = dlogits.shape[1], hidden.shape[1]
     wide = dlogits.new_empty(shape, dtype=compute_dtype(dlogits.dtype))
     _mm(dlogits.t(), hidden, wide)
-    return wide if scale is None else wide.mul_(scale)
+    return wide

@@ -1,9 +1,10 @@
-"""Compile every kernel ahead of time: `python tests/kernels/aot.py CAPABILITY...`
+"""Compile every kernel ahead of time: `python tests/kernels/aot.py [--update] CAPABILITY...`
 
 The targets need not be present. The launchers of `lopd_kernels` run on meta tensors of real
 sizes; their launches are recorded and compiled for each target. Prints one JSON line per kernel:
-registers, stack, spills, shared memory. Do not run it with TRITON_INTERPRET=1. TRITON_CACHE_DIR
-caches the results by source.
+registers, stack, spills, shared memory, and per logit the instructions, loads and stores of the
+loops over a row. With --update, `aot_limits.json` is written anew; `test_aot.py` holds the kernels
+to it. Do not run it with TRITON_INTERPRET=1. TRITON_CACHE_DIR caches the results by source.
 """
 
 import json
@@ -11,8 +12,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -33,6 +36,7 @@ from lopd_kernels._triton import rows as triton_rows
 from lopd_kernels._triton.kernels import listed as listed_kernels
 from lopd_kernels._triton.kernels import rows as row_kernels
 
+LIMITS = Path(__file__).with_name("aot_limits.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
@@ -52,16 +56,13 @@ class Recorder:
         return launch
 
 
-def specialise(kernel, arguments, target, options):
+def specialise(kernel, arguments, target):
     """(ASTSource, key): what Triton compiles for a launch with these arguments, and its name."""
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialisation, rest = binder(**arguments, **options)
-    _, signature, constants, attributes = kernel._pack_args(
-        backend, rest, bound, specialisation, rest
-    )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return source, str((specialisation, rest))
+    bound, specialisation, _ = binder(**arguments)
+    _, *parts = kernel._pack_args(backend, {}, bound, specialisation, {})
+    return ASTSource(kernel, *parts), str(specialisation)
 
 
 def meta(*shape, dtype=torch.float32):
@@ -151,18 +152,21 @@ def run_tool(name: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def nvidia_usage(cubin: bytes) -> dict:
+def nvidia_usage(cubin: bytes, columns: int = 0) -> dict:
+    """Registers and so on; with `columns` to a thread also what the loops over a row cost."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = run_tool("cuobjdump", "-res-usage", file.name)
-        code = run_tool("nvdisasm", "-c", file.name)
+        code = run_tool("nvdisasm", "-g", "-c", file.name)
     counts = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    main_loops = (row_kernels._reduce, row_kernels._write_unlisted) if columns else ()
     return {
         "registers": int(counts["REG"]),
         "stack": int(counts["STACK"]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
+        "loops": sass.loop_costs(code, main_loops, columns),
     }
 
 
@@ -173,16 +177,43 @@ def amd_usage(assembly: str) -> dict:
     }
 
 
-def main(architectures: list[str]) -> None:
+def compiled(architectures: list[str]) -> Iterator[dict]:
     for label, kernel, arguments, options in launches():
+        columns = arguments["BLOCK"] // (32 * options["num_warps"]) if "BLOCK" in arguments else 0
         for name in architectures:
             is_amd = name.startswith("gfx")
             target = GPUTarget("hip", name, 64) if is_amd else GPUTarget("cuda", int(name), 32)
-            source, _ = specialise(kernel, arguments, target, options)
+            source, _ = specialise(kernel, arguments, target)
             built = triton.compile(source, target=target, options=options)
-            usage = amd_usage(built.asm["amdgcn"]) if is_amd else nvidia_usage(built.asm["cubin"])
+            if is_amd:
+                usage = amd_usage(built.asm["amdgcn"])
+            else:
+                usage = nvidia_usage(built.asm["cubin"], columns)
             row = {"kernel": kernel.__name__, "case": label, "target": name, **options}
-            print(json.dumps({**row, "shared": built.metadata.shared, **usage}), flush=True)
+            yield {**row, "shared": built.metadata.shared, **usage}
+
+
+def limits(rows: Iterable[dict]) -> dict[str, dict]:
+    """The part of the report that `aot_limits.json` keeps: kernels with loops over a row."""
+    return {
+        f"sm_{row['target']} {row['kernel']} {row['case']}": {
+            "registers": row["registers"],
+            **row["loops"],
+        }
+        for row in rows
+        if row.get("loops")
+    }
+
+
+def main(arguments: list[str]) -> None:
+    rows = []
+    for row in compiled([x for x in arguments if x != "--update"]):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    if "--update" in arguments:
+        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in limits(rows).items()]
+        lines.insert(0, f'"triton": {json.dumps(triton.__version__)}')
+        LIMITS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""Every kernel compiles ahead of time, without spills and within shared memory.
+"""Every kernel compiles ahead of time, without spills, within shared memory and a table of costs.
 
 Uses the installed Triton and the one in `.triton36` (torch 2.11's), which `make` installs.
 """
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import aot
 import pytest
+import sass
 
 pytestmark = pytest.mark.thorough
 
@@ -62,6 +65,47 @@ def test_every_kernel_compiles_without_spills(version, reports):
         assert row["stack"] == 0 and row["spills"] == 0, row
         if row["kernel"] == "row_kernel" and "V=33 " not in row["case"]:
             assert row["wide_loads"] > 0, row
+
+
+def test_the_loops_over_a_row_cost_what_the_table_says(reports):
+    """Lower costs are to be recorded too, or a later change could lose them unnoticed."""
+    table = json.loads(aot.LIMITS.read_text(encoding="utf-8"))
+    update = "run `python tests/kernels/aot.py --update 80 90 100` and commit the table"
+    assert table.pop("triton") == aot.triton.__version__, update
+    found = aot.limits(reports["installed"])
+    assert list(found) and set(found) == set(table), update
+    changed = {case: (table[case], costs) for case, costs in found.items() if costs != table[case]}
+    assert not changed, f"{changed}; to accept these costs, {update}"
+
+
+NESTED = """
+.L_x_1:
+	//## File "/somewhere/kernels/rows.py", line {outside}
+        /*0000*/              @!P4 LDG.E.128 R12, desc[UR14][R4.64] ;
+.L_x_2:
+        /*0010*/                   FADD R1, R2, R3 ;
+	//## File "/somewhere/kernels/rows.py", line {inside}
+        /*0020*/              @!P4 LDG.E.128 R12, desc[UR14][R4.64+0x2000] ;
+        /*0030*/                   LDG.E.U16 R12, desc[UR14][R4.64+0x2000] ;
+        /*0040*/               @P2 STG.E.64 desc[UR14][R4.64], R2 ;
+        /*0050*/              @!P2 BRA `(.L_x_2) ;
+        /*0060*/              @!P2 BRA `(.L_x_1) ;
+        /*0070*/              @!P2 BRA `(.L_x_3) ;
+.L_x_3:
+"""
+
+
+def test_the_costs_of_a_loop():
+    function = aot.row_kernels._reduce
+    line = inspect.getsourcelines(function.fn)[1]
+    text = NESTED.format(outside=line - 1, inside=line + 1)
+    assert sass.loop_costs(text, [function], 4) == {
+        "reduce": {
+            "instructions": 1.25, "loads": 0.5, "loads_bytes": 4.5,
+            "stores": 0.25, "stores_bytes": 2.0,
+        }
+    }  # fmt: skip
+    assert sass.loop_costs(text, [aot.row_kernels._write_unlisted], 4) == {}
 
 
 def test_a_spill_would_be_detected(tmp_path):

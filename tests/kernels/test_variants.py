@@ -32,7 +32,7 @@ def variants(monkeypatch):
     def keys():
         return {
             name: {
-                aot.specialise(recorder.kernel, arguments, TARGET, options)[1]
+                (aot.specialise(recorder.kernel, arguments, TARGET)[1], str(options))
                 for arguments, options in recorder.calls
             }
             for name, recorder in recorders.items()

@@ -21,7 +21,7 @@ BASE = 0x7F00_0000_0000
 def compile_ptx(kernel, arguments, capability: int, options) -> tuple[str, int, list[str]]:
     """(PTX, bytes of shared memory, names of the runtime arguments) of a specialisation."""
     target = GPUTarget("cuda", capability, 32)
-    source, _ = specialise(kernel, arguments, target, options)
+    source, _ = specialise(kernel, arguments, target)
     built = triton.compile(source, target=target, options=options)
     names = [name for name, type_ in source.signature.items() if type_ != "constexpr"]
     return built.asm["ptx"], built.metadata.shared, names

@@ -10,13 +10,13 @@ from helpers_stages import one_line
 from lopd.cli import main
 from lopd.stages.demo import Demo
 from lopd.stages.demo import arithmetic as toy
+from lopd.stages.demo.figure import before_after, draw
 from lopd.stages.demo.report import (
     CLIPPED,
     DISTILLED,
     FINE_TUNED,
     MORE_SFT,
     SAMPLED,
-    draw_curves,
     format_table,
 )
 from lopd.training.logging import LOG_NAME
@@ -49,8 +49,38 @@ def test_curves_skip_log_records_without_the_metric(tmp_path):
     ]
     log = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "online" / LOG_NAME).write_text(log)
-    draw_curves(tmp_path)
+    draw(tmp_path, [])
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+ROWS = [
+    {"stage": "teacher", "sampled": 0.99, "sampled_interval": [0.98, 0.995], "kl": 0.0},
+    {"stage": "teacher's answers"},
+    {"stage": FINE_TUNED, "sampled": 0.68, "sampled_interval": [0.65, 0.71], "kl": 0.16},
+    {"stage": DISTILLED, "sampled": 0.97, "sampled_interval": [0.96, 0.98], "kl": 0.006},
+    {"stage": MORE_SFT, "sampled": 0.95, "kl": 0.01},  # as earlier versions wrote it
+]
+
+
+@pytest.mark.parametrize("key", ["sampled", "kl"])
+def test_the_picture_shows_each_model_before_and_after(key):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    measured = {row["stage"]: row for row in ROWS if "sampled" in row}
+    before_after(axes, measured, key, "title", "label")
+    assert [label.get_text() for label in axes.get_yticklabels()] == [DISTILLED, MORE_SFT]
+    drawn = [tuple(line.get_xdata()) for line in axes.lines]
+    start, end = measured[FINE_TUNED][key], measured[DISTILLED][key]
+    assert (start, end) in drawn and (start, start) in drawn
+    assert ((0.99, 0.99) in drawn) == (key == "sampled")  # the teacher's KL to itself is 0
+    assert ((0.96, 0.98) in drawn) == (key == "sampled")
+
+
+def test_the_table_has_intervals():
+    table = format_table(ROWS).splitlines()
+    assert "0.970 ± 0.010" in table[5] and "0.990 ± 0.010" in table[2]
+    assert "0.950 |" in table[6] and "±" not in table[6]
 
 
 def test_online_run_refreshes_at_every_step(tmp_path):
@@ -97,6 +127,16 @@ def test_table_has_a_row_for_every_stage(rows, demo):
     table = format_table(list(rows.values()))
     assert all(f"| {name}" in table for name in rows)
     assert (demo / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.thorough
+def test_results_have_versions_and_intervals(demo, rows):
+    results = json.loads((demo / "results.json").read_text())
+    assert {"python", "torch", "transformers", "lopd"} <= results["environment"].keys()
+    for key in ("greedy", "sampled"):
+        low, high = rows[DISTILLED][f"{key}_interval"]
+        assert low <= rows[DISTILLED][key] <= high and high - low < 0.1
+    assert results["eval_prompts"] == 1024
 
 
 @pytest.mark.thorough

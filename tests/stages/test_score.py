@@ -25,6 +25,7 @@ from lopd.cli import main
 from lopd.config.score import ScoreConfig
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ModelError
+from lopd.evaluation.agreement import measure
 from lopd.store import RolloutStore, TeacherCache
 
 
@@ -94,6 +95,16 @@ def test_the_manifest_says_where_tail_entropy_and_list_come_from(cache):
     scoring = dict(manifest.raw["scoring"])
     assert scoring.pop("support") == {"ids": "teacher's top k", "extra_ids": 0}
     assert scoring == {"tail": "computed", "entropy": "computed", "rollout_logprobs": "computed"}
+
+
+def test_the_end_says_how_near_student_and_teacher_are(teacher_folder, rollouts, cache, capsys):
+    assert main(score_argv(teacher_folder, rollouts, cache)) == 0
+    out, err = capsys.readouterr()
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    found = measure(TeacherCache.open(cache, support="list"))
+    assert float(rows["kl_to_teacher"]) == pytest.approx(found.log_ratio.value, rel=1e-3)
+    assert rows["sequences_compared"] == "20" and "frozen rollouts  " in out
+    assert "of the teacher's probability on average" in err  # 6 ids of a random teacher
 
 
 def test_a_first_attempt_that_wrote_no_shard_may_be_repeated_otherwise(

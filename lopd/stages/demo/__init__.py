@@ -31,8 +31,10 @@ from lopd.engines.progress import duration
 from lopd.errors import ConfigError, DataError
 from lopd.provenance import difference
 from lopd.provenance.io import pretty_json, read_json_object, write_atomic
+from lopd.provenance.manifest import environment
 from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
 from lopd.stages.demo import arithmetic as toy
+from lopd.stages.demo.figure import NAME, draw
 from lopd.stages.demo.report import (
     CLIPPED,
     DISTILLED,
@@ -41,7 +43,6 @@ from lopd.stages.demo.report import (
     ONLINE,
     SAMPLED,
     conclusion,
-    draw_curves,
     format_table,
 )
 from lopd.stages.run import is_finished
@@ -94,6 +95,10 @@ COSTS = {
     MORE_SFT: 14,
     ONLINE: 61,
 }
+NOTE = (
+    f"Accuracies are over {EVAL_PROMPTS} new prompts, with 95 % intervals. KL: nat per token, on "
+    "the model's own new answers."
+)
 LOG = logging.getLogger(__name__)
 
 
@@ -107,6 +112,7 @@ class DemoStage:
 
     @property
     def folder(self) -> str:
+        """The name of the folder that the stage writes."""
         return Path(self.config.out).name
 
     def run(self) -> None:
@@ -156,10 +162,11 @@ def main(config: DemoConfig) -> Path:
             write_atomic(progress_file, pretty_json(progress))
     finally:
         torch.set_num_threads(threads)
-    write_atomic(results_file, pretty_json(progress))
-    draw_curves(out)
-    print(f"\n{format_table(rows)}\n\n{conclusion(rows, OPD_STEPS)}")
-    print(f"\n{results_file}, {out / 'curves.png'}")
+    results = progress | {"environment": environment(), "eval_prompts": EVAL_PROMPTS}
+    write_atomic(results_file, pretty_json(results))
+    draw(out, rows)
+    print(f"\n{format_table(rows)}\n\n{NOTE}\n\n{conclusion(rows, OPD_STEPS)}")
+    print(f"\n{results_file}, {out / NAME}")
     return out
 
 
@@ -187,6 +194,7 @@ class Demo:
                 toy.write_model(out / name, size, seed=10 * seed + number)
 
     def path(self, name: str) -> str:
+        """A path in the demo's folder."""
         return str(self.out / name)
 
     def stages(self, online: bool) -> list[DemoStage]:
@@ -273,7 +281,8 @@ class Demo:
         row: dict[str, Any] = {"stage": stage.name, "seconds": seconds}
         return row | self.evaluate(stage.folder) if stage.module in (sft, distill) else row
 
-    def evaluate(self, name: str) -> dict[str, float]:
+    def evaluate(self, name: str) -> dict[str, Any]:
+        """Accuracy of a stage's model, and its KL to the teacher."""
         config = EvalConfig(
             model=self.path(name),
             teacher=self.path("teacher"),
@@ -285,8 +294,8 @@ class Demo:
         )
         DemoStage(name, evaluate, config).run()
         results = json.loads((Path(config.out) / "results.json").read_text(encoding="utf-8"))
-        return {
-            "greedy": results["greedy"]["mean"],
-            "sampled": results["avg@1"]["mean"],
-            "kl": results["kl"]["nats_per_token"],
-        }
+        row: dict[str, Any] = {"kl": results["kl"]["nats_per_token"]}
+        for key, name in (("greedy", "greedy"), ("sampled", "avg@1")):
+            found = results[name]
+            row |= {key: found["mean"], f"{key}_interval": [found["low"], found["high"]]}
+        return row

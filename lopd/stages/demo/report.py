@@ -1,11 +1,8 @@
-"""The report of the demo: a table, a conclusion and a figure."""
+"""The report of the demo: a table and a conclusion."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from lopd.stages.table import align
-from lopd.training.logging import LOG_NAME
 
 FINE_TUNED = "student, fine-tuned"
 DISTILLED = "distilled, top-8 + tail"
@@ -16,20 +13,25 @@ ONLINE = "online, live teacher, top-8"
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of the demo as an aligned Markdown table."""
+    """The rows of the demo as an aligned Markdown table, accuracies with 95 % intervals."""
     header = ["stage", "pass@1 greedy", "pass@1 sampled", "KL to teacher", "seconds"]
     formats = {"greedy": ".3f", "sampled": ".3f", "kl": ".4f", "seconds": ".0f"}
     cells = [
-        [
-            row["stage"],
-            *("" if row.get(k) is None else format(row[k], f) for k, f in formats.items()),
-        ]
-        for row in rows
+        [row["stage"], *(_cell(row, key, form) for key, form in formats.items())] for row in rows
     ]
     padded = align([header, *cells], right=range(1, len(header)))
     first, *others = map(len, padded[0])
     rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [padded[0], rule, *padded[1:]])
+
+
+def _cell(row: dict[str, Any], key: str, form: str) -> str:
+    """A value, and how far the farther end of its interval is; empty if it was not measured."""
+    if (value := row.get(key)) is None:
+        return ""
+    if (interval := row.get(f"{key}_interval")) is None:
+        return format(value, form)
+    return f"{value:{form}} ± {max(value - interval[0], interval[1] - value):.3f}"
 
 
 def conclusion(rows: list[dict[str, Any]], steps: int) -> str:
@@ -46,30 +48,3 @@ def conclusion(rows: list[dict[str, Any]], steps: int) -> str:
         f"dominate: {plain['sampled']:.3f} plain, {clipped['sampled']:.3f} with its advantage "
         "clipped."
     )
-
-
-def draw_curves(out: Path) -> None:
-    """Draw the training curves of all runs from their logs into `curves.png`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    panels = [
-        (left, "cross-entropy, nat/token", "loss", ["teacher", "sft", "more-sft"]),
-        (middle, "reverse KL, nat/token", "loss", ["distill", "online"]),
-        (right, "-advantage: log p - log q", "advantage", ["distill-sampled", "distill-clipped"]),
-    ]
-    for axes, title, key, names in panels:
-        for name in names:
-            file = out / name / LOG_NAME
-            if file.is_file():
-                lines = file.read_text(encoding="utf-8").splitlines()
-                log = [record for line in lines if key in (record := json.loads(line))]
-                sign = -1 if key == "advantage" else 1
-                axes.plot([r["step"] for r in log], [sign * r[key] for r in log], label=name)
-        axes.set(title=title, xlabel="step")
-        if axes.lines:
-            axes.legend()
-    left.set_yscale("log")
-    middle.set_yscale("log")
-    figure.savefig(out / "curves.png", dpi=120)

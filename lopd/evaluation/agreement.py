@@ -1,0 +1,212 @@
+"""How near student and teacher are on the rollouts of a cache, from its columns alone.
+
+The rollouts are samples of the student (p), and the cache has log p and log q (the teacher) of each
+sampled token, so means over the tokens estimate, without a model and without bias,
+
+    E[log p - log q] = KL(p || q)
+    E[min(1, q / p)] = 1 - TV(p, q), the probability that p and q share
+
+This holds if p was sampled as it is, at the temperature of the scores and without `top_p`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lopd.provenance import CacheManifest
+from lopd.store import TeacherCache, TeacherSequence
+
+MOST_SEQUENCES = 512  # that are read of a cache, spread evenly over it
+LOW_COVERAGE = 0.9  # a mean mass inside the lists below this is warned of
+NEAR_ESS = 0.5  # `lopd distill` warns below it: the default of --stale-ess
+LENGTH_QUANTILES = (10, 50, 90, 100)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over tokens, with the standard error of prompts drawn at random."""
+
+    value: float
+    error: float | None  # None for a single prompt
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What `measure` finds. Values are None where the cache cannot tell."""
+
+    sequences: int  # that were read
+    log_ratio: Mean | None  # log p - log q of the sampled tokens, nat
+    is_kl: bool  # whether log_ratio estimates KL(p || q)
+    unknown: str  # why it does not; empty if it does
+    shared: Mean | None  # 1 - TV(p, q)
+    ess: float | None  # share of the tokens' worth as samples of the teacher
+    sampled_listed: Mean | None  # share of the sampled tokens that are in the lists
+    student_top_listed: Mean | None  # share of the student's top ids among the teacher's top k
+    truncated: float  # share of the answers of the whole cache
+    lengths: np.ndarray  # of the answers that were read, in tokens
+
+    def rows(self) -> dict[str, Any]:
+        """The known values by name, and what follows from them in words."""
+        rows: dict[str, Any] = {"sequences_compared": self.sequences}
+        name = "kl_to_teacher" if self.is_kl else "log_ratio_to_teacher"
+        means = {
+            name: self.log_ratio,
+            "shared_probability": self.shared,
+            "sampled_in_lists": self.sampled_listed,
+            "student_top_in_teachers": self.student_top_listed,
+        }
+        for name, mean in means.items():
+            if mean is not None:
+                rows[name] = mean.value
+                rows[f"{name}_error"] = mean.error
+        if self.ess is not None:
+            rows["ess_as_teacher"] = self.ess
+        rows["truncated"] = self.truncated
+        rows["mean_answer_tokens"] = float(self.lengths.mean())
+        quantiles = np.percentile(self.lengths, LENGTH_QUANTILES, method="inverted_cdf")
+        pairs = zip(LENGTH_QUANTILES, quantiles, strict=True)
+        rows["answer tokens"] = ", ".join(f"{share}% <= {length:.0f}" for share, length in pairs)
+        rows["frozen rollouts"] = self.advice()
+        if self.shared is not None:
+            rows["rule of thumb"] = (
+                "frozen rollouts win at low to moderate initial overlap, live ones at high "
+                f"(Semi-OPD); shared here: {self.shared.value:.2f} of the probability"
+            )
+        return rows
+
+    def advice(self) -> str:
+        """Whether the rollouts serve to the end of training, and what to try if they do not."""
+        if self.ess is None:
+            return f"cannot be judged: {self.unknown}"
+        worth = (
+            f"a token is worth {self.ess:.0%} of a fresh one to a student that has become the "
+            "teacher"
+        )
+        if self.ess >= NEAR_ESS:
+            return f"stay near: {worth}, so begin without --refresh-every"
+        return (
+            f"may go stale: {worth}; begin without --refresh-every but with --holdout, and if the "
+            "held-out KL stalls, try --refresh-every of a tenth of the steps"
+        )
+
+
+def measure(cache: TeacherCache) -> Agreement | None:
+    """Compare student and teacher over the loss tokens of a cache, or of a part of a large one.
+
+    Args:
+        cache: opened with `support="list"`.
+
+    Returns:
+        None if no shard is finished, or no token of the answers bears loss.
+    """
+    assert cache.support == "list", cache.support
+    if not len(cache):
+        return None
+    manifest = cache.manifest
+    source, unknown = _source(manifest)
+    extra_ids = _extra_ids(manifest)
+    chosen = np.unique(np.linspace(0, len(cache) - 1, MOST_SEQUENCES).round().astype(np.int64))
+    values: dict[str, list[np.ndarray]] = {}
+    prompts, lengths = [], []
+    for index in chosen.tolist():
+        sequence = cache[index]
+        prompts.append(sequence.rollout.prompt_id)
+        lengths.append(len(sequence.teacher_logprobs))
+        for name, column in _columns(sequence, source, extra_ids, manifest.k).items():
+            values.setdefault(name, []).append(column)
+    if not sum(map(len, values["sampled_listed"])):
+        return None
+    means = {name: _mean(columns, prompts) for name, columns in values.items()}
+    is_kl = source is not None and not unknown
+    return Agreement(
+        sequences=len(chosen),
+        log_ratio=means.get("log_ratio"),
+        is_kl=is_kl,
+        unknown=unknown,
+        shared=means.get("shared") if is_kl else None,
+        ess=_ess(np.concatenate(values["log_ratio"])) if is_kl else None,
+        sampled_listed=None if cache.has_no_lists else means["sampled_listed"],
+        student_top_listed=means.get("student_top_listed"),
+        truncated=cache.summary()["finish_reasons"]["length"] / len(cache),
+        lengths=np.array(lengths),
+    )
+
+
+def low_coverage(cache: TeacherCache) -> str | None:
+    """A warning if much of the teacher's probability lies outside the lists, else None."""
+    covered = cache.summary()["mean_covered_mass"]
+    if cache.has_no_lists or covered is None or covered >= LOW_COVERAGE:
+        return None
+    manifest = cache.manifest
+    larger = f"a larger --k than {manifest.k}"
+    if manifest.top_p < 1:
+        larger += f" or --top-p than {manifest.top_p:g}"
+    return (
+        f"{cache.path}: the lists hold {covered:.1%} of the teacher's probability on average; a "
+        f"loss over the lists sees the other {1 - covered:.1%} as one outcome, and its KL is a "
+        f"lower bound that can be far too low; score with {larger}, or train with --tail unbiased"
+    )
+
+
+def _source(manifest: CacheManifest) -> tuple[str | None, str]:
+    """The column of log p to compare with log q, and why no KL follows from it (empty: it does)."""
+    sampling, temperature = manifest.rollouts.sampling, manifest.temperature
+    if manifest.scoring.rollout_logprobs == "absent":
+        return None, "the log-probs of the rollouts are unknown"
+    if manifest.scoring.eos_class:
+        return None, "ids that end an answer count as one, and log-probs of the sampled id do not"
+    raw = "rollout_logprobs_raw" if temperature == 1 else None
+    if sampling is None or sampling.temperature is None or sampling.top_p is None:
+        return raw, "how the rollouts were sampled is unknown"
+    if sampling.temperature != temperature or sampling.top_p != 1:
+        return raw, (
+            f"sampled at temperature {sampling.temperature:g} and top_p {sampling.top_p:g}, scored "
+            f"at temperature {temperature:g}; expected the same temperature, and top_p 1"
+        )
+    return "rollout_logprobs", ""
+
+
+def _extra_ids(manifest: CacheManifest) -> int:
+    """The number of the student's top ids in every list, if no other id is in it but the top k."""
+    support = manifest.scoring.support
+    if support is None or support.eos_class or manifest.top_p < 1:
+        return 0
+    return support.extra_ids
+
+
+def _columns(
+    sequence: TeacherSequence, source: str | None, extra_ids: int, k: int
+) -> dict[str, np.ndarray]:
+    """The values of the loss tokens [N] of one answer whose means are taken."""
+    rollout, lists = sequence.rollout, sequence.lists
+    chosen = rollout.loss_mask[rollout.prompt_length :]
+    columns = {"sampled_listed": lists.contains(rollout.tokens[rollout.prompt_length :])}
+    if source is not None:
+        ratio = getattr(rollout, source).astype(np.float64) - sequence.teacher_logprobs
+        columns |= {"log_ratio": ratio, "shared": np.exp(np.minimum(-ratio, 0.0))}
+    if extra_ids:
+        # A list is the teacher's top k and those of the student's top ids that are not among them.
+        columns["student_top_listed"] = 1 - (lists.lengths - k) / extra_ids
+    return {name: column[chosen] for name, column in columns.items()}
+
+
+def _mean(columns: list[np.ndarray], prompts: list[str]) -> Mean:
+    """The mean over all tokens; its error counts the answers to one prompt as one draw.
+
+    The error of a ratio of sums S / N over n prompts, to first order:
+    sqrt(n / (n - 1) sum (S_i - mean N_i)^2) / N.
+    """
+    groups = np.unique(prompts, return_inverse=True)[1]
+    sums = np.bincount(groups, [column.sum() for column in columns])
+    counts = np.bincount(groups, [len(column) for column in columns])
+    mean, n = sums.sum() / counts.sum(), len(sums)
+    squares = ((sums - mean * counts) ** 2).sum()
+    error = np.sqrt(n / (n - 1) * squares) / counts.sum() if n > 1 else None
+    return Mean(float(mean), None if error is None else float(error))
+
+
+def _ess(log_ratio: np.ndarray) -> float:
+    """(sum w)^2 / (N sum w^2) with w = q / p, the weights of samples of p as samples of q."""
+    first, second = (np.logaddexp.reduce(-power * log_ratio) for power in (1, 2))
+    return float(np.exp(2 * first - second) / len(log_ratio))

@@ -1,0 +1,90 @@
+"""The picture of the demo: accuracy and KL before and after, and how the KL falls in training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
+from lopd.training.logging import LOG_NAME
+
+NAME = "curves.png"
+TEACHER = "teacher"
+BEFORE, AFTER, LIVE = "#8c8c8c", "#0b6e4f", "#9a6324"
+FOLDERS = {DISTILLED: "distill", ONLINE: "online"}  # whose objective is the reverse KL
+
+
+def draw(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Draw `curves.png` from the rows of the demo and the logs of its runs.
+
+    Args:
+        out: the demo's folder.
+        rows: of `results.json`; those without an evaluation are left out.
+    """
+    from matplotlib.figure import Figure
+
+    measured = {row["stage"]: row for row in rows if row.get("sampled") is not None}
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    accuracy, distance, training = figure.subplots(1, 3)
+    before_after(
+        accuracy, measured, "sampled", "Accuracy rises to the teacher's",
+        "share of right answers, sampled (95 % interval)",
+    )  # fmt: skip
+    before_after(
+        distance, measured, "kl", "The KL to the teacher falls",
+        "nat/token, on the model's own new answers",
+    )  # fmt: skip
+    distance.set_yticklabels([])
+    distance.set_xscale("log")
+    training_curves(training, out, measured)
+    figure.savefig(out / NAME, dpi=120)
+
+
+def before_after(
+    axes: Any, measured: dict[str, dict[str, Any]], key: str, title: str, label: str
+) -> None:
+    """A line for each model, from the fine-tuned student to what became of it."""
+    trained = [name for name in measured if name not in (TEACHER, FINE_TUNED)]
+    start = measured[FINE_TUNED][key] if FINE_TUNED in measured else None
+    for place, name in enumerate(trained):
+        value = measured[name][key]
+        colour = LIVE if name == ONLINE else AFTER
+        if start is not None:
+            axes.plot([start, value], [place, place], color=colour, alpha=0.35, linewidth=3)
+        axes.plot(value, place, "o", color=colour)
+        if interval := measured[name].get(f"{key}_interval"):
+            axes.plot(interval, [place, place], color=colour, linewidth=1.2)
+        text, side = (f"{value:.3f}", "right") if key == "sampled" else (f"{value:.4f}", "left")
+        axes.annotate(text, (value, place), (3, 8), textcoords="offset points", ha=side, fontsize=8)
+    axes.set_yticks(range(len(trained)), trained)
+    axes.set_ylim(len(trained) - 0.4, -0.9)
+    if start is not None:
+        axes.axvline(start, color=BEFORE, linestyle=":", label="fine-tuned student, before")
+    if key == "sampled" and TEACHER in measured:
+        axes.axvline(measured[TEACHER][key], color="black", linestyle="--", label="teacher")
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(label)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+
+
+def training_curves(axes: Any, out: Path, measured: dict[str, dict[str, Any]]) -> None:
+    """The loss of the runs whose objective is the reverse KL."""
+    names = {
+        DISTILLED: "on its stored answers, teacher not loaded",
+        ONLINE: "on new answers at each step, live teacher",
+    }
+    for name, folder in FOLDERS.items():
+        file = out / folder / LOG_NAME
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            log = [record for line in lines if "loss" in (record := json.loads(line))]
+            steps, losses = [r["step"] for r in log], [r["loss"] for r in log]
+            axes.plot(steps, losses, color=LIVE if name == ONLINE else AFTER, label=names[name])
+    if FINE_TUNED in measured:
+        start = measured[FINE_TUNED]["kl"]
+        axes.axhline(start, color=BEFORE, linestyle=":", label="fine-tuned student, before")
+    if axes.lines:
+        axes.set_yscale("log")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+    axes.set_title("In training, without and with a teacher", fontsize=11)
+    axes.set(xlabel="step", ylabel="reverse KL in training, nat/token")
