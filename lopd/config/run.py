@@ -30,4 +30,6 @@ stages:                     # leave out those that you do not need
 class RunConfig(Settings):
     """Run the stages of a recipe that are not finished, in order (`lopd run recipe.yaml`)."""
 
-    recipe: str = setting(help="YAML file with the stages and their settings, as shown below.")
+    recipe: str = setting(
+        help="YAML file with the stages and their settings, as in the recipe of this help."
+    )
