@@ -47,7 +47,7 @@ def test_the_result_has_a_receipt_of_its_files(pipeline, tmp_path, capsys):
     assert main(["inspect", "--path", str(out), "--verify"]) == 0
     assert f"all {len(files)} files" in capsys.readouterr().out
     settings = json.loads((out / "generation_config.json").read_text())
-    (out / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 3}))
+    (out / "generation_config.json").write_text(json.dumps({**settings, "top_k": 3}))
     for command in (["verify"], ["inspect", "--verify"]):
         assert main([*command, "--path", str(out)]) == 2
         assert "generation_config.json: " in capsys.readouterr().err
