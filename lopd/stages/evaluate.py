@@ -184,15 +184,8 @@ def _grader(config: EvalConfig, prompts: list[Prompt]) -> Grader:
 def _prompts(
     path: str, config: EvalConfig, engine: TransformersEngine, encoder: PromptEncoder
 ) -> list[Prompt]:
-    """Load the prompts; check that each has an answer and fits into the model's context."""
+    """Load the prompts, with their answers; check that each fits into the model's context."""
     prompts = load_prompts(path, encoder, limit=config.limit, answers=True)
-    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
-    if unanswered:
-        raise DataError(
-            f"{path}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
-            f"(first: '{unanswered[0]}'); expected one in each line, or a column with it: "
-            "--columns prompt=COLUMN,answer=COLUMN"
-        )
     return check_prompts(
         prompts,
         path,
