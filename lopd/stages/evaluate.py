@@ -19,7 +19,7 @@ from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prom
 from lopd.data.records import describe_data
 from lopd.data.rendering import PromptEncoder
 from lopd.engines.transformers import TransformersEngine
-from lopd.errors import DataError
+from lopd.errors import DataError, ShardError
 from lopd.evaluation.accuracy import generate_answers, measure_accuracy
 from lopd.evaluation.grading import Grader, exact_grader, math_grader
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
@@ -29,9 +29,11 @@ from lopd.provenance import (
     describe_model,
     digests_of,
     read_manifest,
+    warn_if_edited,
     write_manifest,
 )
-from lopd.provenance.io import parse_json, pretty_json, write_atomic
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt, seal
+from lopd.provenance.io import parse_json, pretty_json, storing, write_atomic
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
@@ -40,7 +42,8 @@ from lopd.store.folders import examine_folder, locked
 
 LOG = logging.getLogger(__name__)
 
-RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
+ANSWERS_NAME, RESULTS_NAME = "answers.jsonl", "results.json"
+RESULTS = (ANSWERS_NAME, RESULTS_NAME, RECEIPT_NAME)  # written before the manifest
 
 
 @loads_models
@@ -66,6 +69,7 @@ def main(config: EvalConfig) -> Path:
     examine_folder(
         out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
     ).require_writable()
+    warn_if_edited(config.model)
     engine = _load(config, config.model)
     inputs = describe_inputs(config)
     prompts: list[Prompt] = []
@@ -105,8 +109,10 @@ def main(config: EvalConfig) -> Path:
             inputs=inputs,
         )
         lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-        write_atomic(out / "answers.jsonl", lines.encode())
-        write_atomic(out / "results.json", pretty_json(results))
+        with storing(out):
+            write_atomic(out / ANSWERS_NAME, lines.encode())
+            write_atomic(out / RESULTS_NAME, pretty_json(results))
+            seal(out, (ANSWERS_NAME, RESULTS_NAME))
         write_manifest(out, manifest)
     print_fields(_summary(results))
     _show_without_answer(answers, config.judge)
@@ -114,10 +120,17 @@ def main(config: EvalConfig) -> Path:
 
 
 def _read_results(out: Path) -> dict[str, Any]:
-    """The results of a finished evaluation."""
-    file = out / "results.json"
+    """The results of a finished evaluation, which its receipt must confirm.
+
+    Evaluations of earlier versions have no receipt.
+    """
+    file = out / RESULTS_NAME
     try:
+        if (out / RECEIPT_NAME).exists():
+            check_receipt(out)
         return dict(parse_json(file.read_bytes()))
+    except ShardError as error:
+        raise DataError(f"{error}, or remove {out}") from error
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{file}: torn or altered ({error}); restore it, or remove {out}"

@@ -33,6 +33,7 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.finished import say_finished
 from lopd.stages.import_rollouts import import_rollouts
 from lopd.stages.model_access import loads_models
 from lopd.store import CacheWriter, Rollout, TeacherScores
@@ -136,7 +137,9 @@ def import_cache(config: ImportConfig) -> Path:
     )
     with CacheWriter.create(config.out, manifest) as writer:
         missing = writer.missing()
-        if missing and Path(config.teacher).is_dir():
+        if not missing:
+            say_finished(config.out)
+        elif Path(config.teacher).is_dir():
             save_vocab(config.teacher, config.out)
         records = read(Skipped(config.source, config.skip_bad_records))
         width = survey.longest - survey.shortest

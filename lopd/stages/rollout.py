@@ -34,6 +34,7 @@ from lopd.provenance import (
     read_manifest,
     save_vocab,
     vocab_size_of,
+    warn_if_edited,
 )
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
@@ -61,6 +62,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     """
     config, worker = with_dtype(config), this_worker(config.worker)
     check_model_folder(model)
+    warn_if_edited(model)
     tokenizer = load_tokenizer(model)
     encoder = PromptEncoder(tokenizer, config, recorded_date(config.out))
     prompts = check_prompts(

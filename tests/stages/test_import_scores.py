@@ -50,7 +50,7 @@ def rescore(student, teacher, cache):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("form", ["dict", "vllm", "pairs", "structs", "arrays", "prompt"])
 def test_every_form_of_a_dump_gives_the_same_cache(
-    student, teacher_folder, dumped, tmp_path, form, suffix
+    student, teacher_folder, dumped, tmp_path, capsys, form, suffix
 ):
     if suffix == "parquet" and form in ("dict", "vllm", "pairs", "prompt"):
         form_values = [topk_record(*item, "pairs") for item in dumped]
@@ -65,7 +65,9 @@ def test_every_form_of_a_dump_gives_the_same_cache(
     else:
         records = [topk_record(*item, form) for item in dumped]
         source = write(tmp_path / f"dump.{suffix}", records)
-    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
+    again = [run(source, "topk", student, teacher_folder, tmp_path / "cache") for _ in range(2)]
+    assert again == [0, 0]
+    assert capsys.readouterr().err.count("cache: finished already, nothing to do") == 1
     cache = TeacherCache.open(tmp_path / "cache", support="list")
     for found, (prompt, answer, scores) in zip(cache, dumped, strict=True):
         assert found.rollout.tokens.tolist() == prompt + answer
