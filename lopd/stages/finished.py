@@ -39,8 +39,8 @@ def is_finished(
         return False
     manifest = read_manifest(out)
     if manifest.stage != stage:
-        found = f"'{manifest.kind}' of 'lopd {manifest.stage}'"
-        OutputFolder(out, "foreign", found).require_writable()
+        other = f"'{manifest.kind}' of 'lopd {manifest.stage}'"
+        OutputFolder(out, "foreign", other).require_writable()
     expected = settings_identity(config)
     recorded = settings_identity(config, manifest.config)
     changed = difference({key: recorded.get(key) for key in expected}, expected)
