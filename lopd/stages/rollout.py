@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lopd.config.dtype import with_dtype
 from lopd.config.inference import SamplingOptions
@@ -127,9 +128,14 @@ def _check_student(engine: Engine, path: str) -> None:
     """Refuse a student that training would refuse, before its answers are sampled and scored."""
     from lopd.models.head import check_trainable
     from lopd.training.dry_run import meta_model
+    from lopd.training.result import rehearse
 
-    loaded = getattr(engine, "model", None)  # only transformers shows it
-    check_trainable(meta_model(path, "float32") if loaded is None else loaded)
+    model = getattr(engine, "model", None)  # only transformers shows it
+    if model is None:
+        model = meta_model(path, "float32")
+    check_trainable(model)
+    with TemporaryDirectory() as folder:
+        rehearse(Path(folder), model, engine.tokenizer)
 
 
 def _fill(
