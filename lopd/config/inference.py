@@ -23,6 +23,7 @@ from lopd.config.model_code import CodeOptions
 from lopd.config.parse import check_keys
 from lopd.config.prompts import PromptOptions
 from lopd.config.strict_yaml import parse_yaml
+from lopd.config.training import refuse_unused
 from lopd.config.values import typed
 from lopd.errors import ConfigError
 
@@ -199,6 +200,8 @@ class SamplingOptions(EngineOptions, GenerationOptions):
                 f"num_samples: found {self.num_samples} with temperature 0, at which all answers "
                 "to a prompt are the same; set a temperature above 0, or num_samples to 1"
             )
+        if self.temperature == 0:
+            refuse_unused(self, ("top_p",), "temperature 0 takes the most probable token")
 
 
 def parse_options(engine: str, options: dict[str, Any] | str | None) -> dict[str, Any]:

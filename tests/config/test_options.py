@@ -98,6 +98,8 @@ def test_several_greedy_answers_are_refused():
     paths = {"student": "s", "prompts": "p", "out": "o", "device": "cpu"}
     with pytest.raises(ConfigError, match="num_samples: found 4 with temperature 0, at which all"):
         RolloutConfig(**paths, temperature=0.0, num_samples=4)
+    with pytest.raises(ConfigError, match="top_p: found 0.9, which has no effect: temperature 0"):
+        RolloutConfig(**paths, temperature=0.0, top_p=0.9)
     assert RolloutConfig(**paths, temperature=0.0).num_samples == 1
 
 
