@@ -63,7 +63,7 @@ def main(config: EvalConfig) -> Path:
         ShardError: the cache is incomplete or altered, or another process writes to `out`.
     """
     config, out = with_dtype(config), Path(config.out)
-    if is_finished(config, config.model, describe_inputs):
+    if is_finished(config, "eval", config.model, describe_inputs):
         print_fields(_summary(_read_results(out)))
         return say_finished(out)
     examine_folder(

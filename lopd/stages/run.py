@@ -221,7 +221,8 @@ def is_finished(config: Any) -> bool:
         ConfigError: the output is complete, and its settings or inputs have changed.
     """
     module = _module(config)
-    if module not in (sft, distill, evaluate):
+    stage = {sft: "sft", distill: "distill", evaluate: "eval"}.get(module)
+    if stage is None:
         return False
     model = config.student if module is distill else config.model
-    return finished.is_finished(config, model, module.describe_inputs)
+    return finished.is_finished(config, stage, model, module.describe_inputs)
