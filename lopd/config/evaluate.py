@@ -63,6 +63,8 @@ class EvalConfig(GenerationOptions, ScoringOptions):
                     "stored rollouts); give one of them, or both"
                 )
             refuse_unused(self, OF_PROMPTS, "it is about answers to prompts; set prompts")
+        elif self.teacher is None:
+            refuse_unused(self, ("kl_k",), "no KL is measured; set teacher")
         try:
             groups = re.compile(self.answer_regex).groups
         except re.error as error:

@@ -240,7 +240,8 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
     """
     file = Path(folder) / MANIFEST_NAME
     if not file.exists():
-        what = "does not exist" if not Path(folder).is_dir() else f"has no {MANIFEST_NAME}"
+        what = f"has no {MANIFEST_NAME}" if Path(folder).is_dir() else "does not exist"
+        what = "is a file" if Path(folder).is_file() else what
         raise MissingFileError(f"{folder} {what}; name a folder that a lopd stage has written")
     try:
         raw = parse_json(file.read_bytes())

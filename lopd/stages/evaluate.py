@@ -19,7 +19,7 @@ from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prom
 from lopd.data.records import describe_data
 from lopd.data.rendering import PromptEncoder
 from lopd.engines.transformers import TransformersEngine
-from lopd.errors import DataError
+from lopd.errors import DataError, ShardError
 from lopd.evaluation.accuracy import generate_answers, measure_accuracy
 from lopd.evaluation.grading import Grader, exact_grader, math_grader
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
@@ -29,9 +29,11 @@ from lopd.provenance import (
     describe_model,
     digests_of,
     read_manifest,
+    warn_if_edited,
     write_manifest,
 )
-from lopd.provenance.io import parse_json, pretty_json, write_atomic
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt, seal
+from lopd.provenance.io import parse_json, pretty_json, storing, write_atomic
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
@@ -40,7 +42,8 @@ from lopd.store.folders import examine_folder, locked
 
 LOG = logging.getLogger(__name__)
 
-RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
+ANSWERS_NAME, RESULTS_NAME = "answers.jsonl", "results.json"
+RESULTS = (ANSWERS_NAME, RESULTS_NAME, RECEIPT_NAME)  # written before the manifest
 
 
 @loads_models
@@ -60,12 +63,13 @@ def main(config: EvalConfig) -> Path:
         ShardError: the cache is incomplete or altered, or another process writes to `out`.
     """
     config, out = with_dtype(config), Path(config.out)
-    if is_finished(config, config.model, describe_inputs):
+    if is_finished(config, "eval", config.model, describe_inputs):
         print_fields(_summary(_read_results(out)))
         return say_finished(out)
     examine_folder(
         out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
     ).require_writable()
+    warn_if_edited(config.model)
     engine = _load(config, config.model)
     inputs = describe_inputs(config)
     prompts: list[Prompt] = []
@@ -105,8 +109,10 @@ def main(config: EvalConfig) -> Path:
             inputs=inputs,
         )
         lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-        write_atomic(out / "answers.jsonl", lines.encode())
-        write_atomic(out / "results.json", pretty_json(results))
+        with storing(out):
+            write_atomic(out / ANSWERS_NAME, lines.encode())
+            write_atomic(out / RESULTS_NAME, pretty_json(results))
+            seal(out, (ANSWERS_NAME, RESULTS_NAME))
         write_manifest(out, manifest)
     print_fields(_summary(results))
     _show_without_answer(answers, config.judge)
@@ -114,10 +120,17 @@ def main(config: EvalConfig) -> Path:
 
 
 def _read_results(out: Path) -> dict[str, Any]:
-    """The results of a finished evaluation."""
-    file = out / "results.json"
+    """The results of a finished evaluation, which its receipt must confirm.
+
+    Evaluations of earlier versions have no receipt.
+    """
+    file = out / RESULTS_NAME
     try:
+        if (out / RECEIPT_NAME).exists():
+            check_receipt(out)
         return dict(parse_json(file.read_bytes()))
+    except ShardError as error:
+        raise DataError(f"{error}, or remove {out}") from error
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{file}: torn or altered ({error}); restore it, or remove {out}"
@@ -171,15 +184,8 @@ def _grader(config: EvalConfig, prompts: list[Prompt]) -> Grader:
 def _prompts(
     path: str, config: EvalConfig, engine: TransformersEngine, encoder: PromptEncoder
 ) -> list[Prompt]:
-    """Load the prompts; check that each has an answer and fits into the model's context."""
+    """Load the prompts, with their answers; check that each fits into the model's context."""
     prompts = load_prompts(path, encoder, limit=config.limit, answers=True)
-    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
-    if unanswered:
-        raise DataError(
-            f"{path}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
-            f"(first: '{unanswered[0]}'); expected one in each line, or a column with it: "
-            "--columns prompt=COLUMN,answer=COLUMN"
-        )
     return check_prompts(
         prompts,
         path,
@@ -199,9 +205,9 @@ def _trained_on(model: str, digest: str) -> bool:
 
 def _accuracy(results: dict[str, Any]) -> dict[str, str]:
     fields = {"prompts": f"{results['prompts']}, {results['samples']} sampled answers each"}
-    for name, value in results.items():
-        if isinstance(value, dict) and "low" in value:
-            fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
+    for name in _accuracies(results):
+        value = results[name]
+        fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
     fields["truncated"] = f"{results['truncated']:.3f}"
     fields["no answer found"] = f"{results['no_answer']:.3f}"
     fields["mean tokens"] = f"{results['mean_tokens']:.1f}"
@@ -232,13 +238,18 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
 def headline(out: Path) -> str:
     """Accuracy and KL of a finished evaluation in one line."""
     results = _read_results(out)
-    names = [name for name in results if isinstance(results[name], dict) and "low" in results[name]]
-    words = [f"{name} {results[name]['mean']:.3f}" for name in sorted(names, key=_by_number)]
+    words = [f"{name} {results[name]['mean']:.3f}" for name in _accuracies(results)]
     if "kl" in results:
         words.append(f"KL {_bound(results['kl'], results['kl'].get('exact', False))}")
     if "cache_kl" in results:
         words.append(f"KL on the cache {_bound(results['cache_kl'], exact=False)}")
     return "  ".join(words)
+
+
+def _accuracies(results: dict[str, Any]) -> list[str]:
+    """The names of accuracies, in the order in which they are shown."""
+    names = [name for name, value in results.items() if isinstance(value, dict) and "low" in value]
+    return sorted(names, key=_by_number)
 
 
 def _by_number(name: str) -> tuple[str, int]:

@@ -57,7 +57,7 @@ def main(config: InspectConfig) -> None:
         rows.update(_describe_cache(cache))
         if (found := measure(cache)) is not None:
             rows.update(found.rows())
-        if (warning := low_coverage(cache)) is not None:
+        if (warning := low_coverage(cache, found)) is not None:
             LOG.warning(warning)
         if config.verify:
             rows["verified"] = _verify_shards(cache)

@@ -63,6 +63,9 @@ def test_objective_refuses(changes, message):
         ({"num_epochs": 2.0, "max_steps": 5}, "num_epochs: found 2.0, which has no effect"),
         ({"lora_alpha": 16.0}, "lora_alpha: found 16.0, which has no effect: lora_rank is 0"),
         ({"lora_dropout": 0.1}, "lora_dropout: found 0.1, which has no effect: lora_rank is 0"),
+        ({"optim": "sgd", "adam_beta2": 0.5}, "adam_beta2: found 0.5, .* sgd does not take it"),
+        ({"optim": "adafactor", "adam_epsilon": 0.1}, "adam_epsilon: .* adafactor does not take"),
+        ({"save_every": 0, "save_total_limit": 5}, "save_total_limit: found 5, .* save_every is 0"),
         ({"lora_targets": "q_proj"}, "lora_targets: found 'q_proj', which has no effect"),
     ],
 )

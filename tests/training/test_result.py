@@ -61,7 +61,7 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(
     (tmp_path / "data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n' * 4)
     monkeypatch.setattr(LopdTrainer, "train", lambda *args, **kwargs: 1 / 0)
     settings = {"model": str(model), "data": str(tmp_path / "data.jsonl"), **SETTINGS}
-    with pytest.raises(ModelError, match="loaded, but not saved again.*do_sample.*before training"):
+    with pytest.raises(ModelError, match="loaded, but not saved again.*set do_sample to true in"):
         sft.main(sft.SftConfig(out=str(tmp_path / "out"), **settings))
 
 
