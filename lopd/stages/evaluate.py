@@ -205,9 +205,9 @@ def _trained_on(model: str, digest: str) -> bool:
 
 def _accuracy(results: dict[str, Any]) -> dict[str, str]:
     fields = {"prompts": f"{results['prompts']}, {results['samples']} sampled answers each"}
-    for name, value in results.items():
-        if isinstance(value, dict) and "low" in value:
-            fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
+    for name in _accuracies(results):
+        value = results[name]
+        fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
     fields["truncated"] = f"{results['truncated']:.3f}"
     fields["no answer found"] = f"{results['no_answer']:.3f}"
     fields["mean tokens"] = f"{results['mean_tokens']:.1f}"
@@ -238,13 +238,18 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
 def headline(out: Path) -> str:
     """Accuracy and KL of a finished evaluation in one line."""
     results = _read_results(out)
-    names = [name for name in results if isinstance(results[name], dict) and "low" in results[name]]
-    words = [f"{name} {results[name]['mean']:.3f}" for name in sorted(names, key=_by_number)]
+    words = [f"{name} {results[name]['mean']:.3f}" for name in _accuracies(results)]
     if "kl" in results:
         words.append(f"KL {_bound(results['kl'], results['kl'].get('exact', False))}")
     if "cache_kl" in results:
         words.append(f"KL on the cache {_bound(results['cache_kl'], exact=False)}")
     return "  ".join(words)
+
+
+def _accuracies(results: dict[str, Any]) -> list[str]:
+    """The names of accuracies, in the order in which they are shown."""
+    names = [name for name, value in results.items() if isinstance(value, dict) and "low" in value]
+    return sorted(names, key=_by_number)
 
 
 def _by_number(name: str) -> tuple[str, int]:

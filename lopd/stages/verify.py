@@ -30,6 +30,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.provenance.io import json_digest, parse_json
+from lopd.provenance.manifest import check_digest
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, TeacherSequence
@@ -95,9 +96,10 @@ def check_artefact(folder: Path, manifest: Manifest) -> dict[str, str]:
 
     Raises:
         ShardError: a shard is unfinished, truncated or altered.
-        DataError: a value is out of range, or answers are missing.
+        DataError: the manifest was altered, a value is out of range, or answers are missing.
         ProvenanceError: the contents do not match the manifest.
     """
+    check_digest(manifest, folder)
     kind = manifest.kind
     if kind == "checkpoint":
         rows = _check_checkpoint(folder, manifest)
