@@ -50,6 +50,8 @@ def command_section(command: SettingsCommand) -> list[str]:
         "",
         *("```sh", *examples, "```"),
     ]
+    if about.recipe:
+        lines += ["", "A recipe:", "", "```yaml", *about.recipe.splitlines(), "```"]
     for group, rows in command.rows().items():
         lines += ["", f"**{group}**", "", "| flag | meaning |", "| --- | --- |"]
         lines += [f"| `{_cell(name)}` | {_cell(text)} |" for name, text in rows]

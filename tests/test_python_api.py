@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import typed_lopd
 
 import lopd
@@ -33,6 +34,7 @@ def test_the_example_runs(teacher_folder, student_folder, tmp_path, monkeypatch,
     assert json.loads(Path("eval/results.json").read_text())["kl"]["nats_per_token"] > 0
 
 
+@pytest.mark.thorough
 def test_the_typed_examples_name_every_public_name_and_pass_mypy_strictly():
     assert set(lopd.__all__) <= set(vars(typed_lopd))
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file", "pyproject.toml"]

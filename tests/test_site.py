@@ -5,13 +5,17 @@ import re
 
 import pytest
 import yaml
-from test_docs import ROOT, load
+from test_docs import ROOT, TEXTS, load
 
 from lopd.cli.commands import COMMANDS
 from lopd.config.parse import flag
 
 pages = load("pages")
 COMMANDS_PAGE = pages.commands_page()
+OF_OTHERS = {  # flags of other tools
+    "docs/design.md": {"update"},
+    "docs/moving-from/lightning-opd.md": {"compute-teacher-logprobs"},
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -45,6 +49,37 @@ def test_cells_of_the_reference_hold_no_bars():
 )
 def test_links_lead_to_pages_of_the_site(page, link, expected):
     assert pages.relinked(f"see [this]({link}).", page) == f"see [this]({expected})."
+
+
+FLAGS = {
+    flag(name).removeprefix("--")
+    for command in COMMANDS.values()
+    for field in dataclasses.fields(command.config_class())
+    for name in (field.name, f"no_{field.name}")
+} | {"config", "rehash", "quiet", "help", "json"}
+
+
+@pytest.mark.parametrize(
+    "page", [name for name in TEXTS if name.startswith("docs/") and name != "docs/reliability.md"]
+)
+def test_flags_in_the_guide_exist(page):
+    text = re.sub(r"^(?:torchrun|python|pip|make) .*$", "", TEXTS[page], flags=re.MULTILINE)
+    found = re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)
+    assert {name.replace("_", "-") for name in found} - FLAGS <= OF_OTHERS.get(page, set())
+
+
+def test_the_settings_of_trl_exist():
+    trl = pytest.importorskip("trl")  # part of the test extra
+    from trl.experimental.gkd import GKDConfig
+    from trl.experimental.server_distillation import ServerDistillationConfig
+
+    configs = (GKDConfig, ServerDistillationConfig, trl.DistillationConfig, trl.SFTConfig)
+    known = {field.name for config in configs for field in dataclasses.fields(config)}
+    table = TEXTS["docs/moving-from/trl.md"].split("| --- | --- |")[1].split("\n\n")[0]
+    for row in table.strip().splitlines():
+        left = row.split("|")[1]
+        for name in re.findall(r"`(?:0 < )?([a-z0-9_]+)[^`]*`", left):
+            assert name in known, f"TRL has no {name}"
 
 
 def test_every_page_stands_in_the_navigation():

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from lopd.config.run import RECIPE
+
 PIPELINE = "The pipeline, in order"
 WHOLE = "The whole pipeline in one command"
 OTHER = "Around it"
@@ -21,6 +23,7 @@ class Command:
     examples: tuple[str, ...]  # what follows the command's name
     positional: str | None = None  # the setting that may be given without its flag
     many: bool = False  # it may be given several times, and is then joined by commas
+    recipe: str = ""  # a file that it reads, which its help shows
 
     def config_class(self) -> Any:
         """The dataclass of the command's settings; imports neither torch nor transformers."""
@@ -86,10 +89,11 @@ COMMANDS = {
         "EvalConfig",
         PIPELINE,
         "Measure accuracy on prompts, and the KL to a teacher.",
-        "result/ + prompts (+ teacher/ or cache/) -> eval/",
+        "result/ + prompts (+ teacher/), or cache/, or both -> eval/",
         (
             "--model result/ --prompts test.jsonl --out eval/ --teacher teacher/",
             "--model result/ --prompts test.jsonl --out eval/ --judge math",
+            "--model result/ --cache held-out/ --out eval/",
         ),
     ),
     "run": Command(
@@ -100,6 +104,7 @@ COMMANDS = {
         "recipe.yaml -> a folder for each stage",
         ("recipe.yaml",),
         positional="recipe",
+        recipe=RECIPE,
     ),
     "demo": Command(
         "demo",

@@ -123,6 +123,9 @@ class SettingsCommand(click.Command):
             for example in self.about.examples:
                 for line in wrapped(f"lopd {self.name} {example}"):
                     formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+        if self.about.recipe:
+            with formatter.section("A recipe"):
+                formatter.write(textwrap.indent(self.about.recipe, "  "))
 
 
 def _without_values(words: list[str], switches: dict[str, str]) -> Iterator[str]:

@@ -9,9 +9,12 @@ from typing import Literal
 from lopd.config.device import check_device
 from lopd.config.fields import setting, setting_of
 from lopd.config.inference import GenerationOptions, ScoringOptions
+from lopd.config.training import refuse_unused
 from lopd.errors import ConfigError
 
 ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
+# Settings that nothing reads without prompts, except those that a recipe shares between its stages.
+OF_PROMPTS = ("teacher", "kl_k", "limit", "columns", "num_samples", "judge", "answer_regex")
 _data = partial(setting, group="Model and data", identity=False)
 _evaluation = partial(setting, group="Evaluation")
 
@@ -21,13 +24,13 @@ class EvalConfig(GenerationOptions, ScoringOptions):
     """Measure accuracy on prompts with answers, and the KL to a teacher (`lopd eval`)."""
 
     model: str = setting(identity=False, help="Folder or hub id of the model to evaluate.")
-    prompts: str = setting_of(
-        GenerationOptions,
-        "prompts",
-        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages', and "
-        "'answer', in each record; docs/pipeline.md lists other shapes.",
-    )
     out: str = setting(identity=False, help="Folder for results.json and the answers.")
+    prompts: str | None = _data(
+        None,
+        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages', and "
+        "'answer', in each record; docs/pipeline.md lists other shapes. Without it, cache is "
+        "needed, and only the KL on it is measured.",
+    )
     teacher: str | None = _data(None, help="Folder or hub id of the teacher, for the KL.")
     cache: str | None = _data(None, help="Teacher cache of held-out rollouts, for the KL on them.")
     kl_k: int = _evaluation(64, within="[1, inf)", help="Teacher tokens per position of the KL.")
@@ -53,6 +56,15 @@ class EvalConfig(GenerationOptions, ScoringOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_device(self.device)
+        if self.prompts is None:
+            if self.cache is None:
+                raise ConfigError(
+                    "missing --prompts (accuracy, and the KL to a --teacher) or --cache (the KL on "
+                    "stored rollouts); give one of them, or both"
+                )
+            refuse_unused(self, OF_PROMPTS, "it is about answers to prompts; set prompts")
+        elif self.teacher is None:
+            refuse_unused(self, ("kl_k",), "no KL is measured; set teacher")
         try:
             groups = re.compile(self.answer_regex).groups
         except re.error as error:

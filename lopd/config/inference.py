@@ -23,6 +23,7 @@ from lopd.config.model_code import CodeOptions
 from lopd.config.parse import check_keys
 from lopd.config.prompts import PromptOptions
 from lopd.config.strict_yaml import parse_yaml
+from lopd.config.training import refuse_unused
 from lopd.config.values import typed
 from lopd.errors import ConfigError
 
@@ -101,11 +102,6 @@ class InferenceOptions(CodeOptions):
 class GenerationOptions(InferenceOptions, PromptOptions):
     """Settings of the stages that sample answers."""
 
-    prompts: str = setting(
-        identity=False,
-        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages' in "
-        "each record; docs/pipeline.md lists other shapes.",
-    )
     limit: int | None = setting(
         None,
         within="[1, inf)",
@@ -178,6 +174,11 @@ class EngineOptions(InferenceOptions):
 class SamplingOptions(EngineOptions, GenerationOptions):
     """Settings that `lopd sft-data` and `lopd rollout` share."""
 
+    prompts: str = setting(
+        identity=False,
+        help="JSONL, JSON or parquet file, or a folder of them, with 'prompt' or 'messages' in "
+        "each record; docs/pipeline.md lists other shapes.",
+    )
     out: str = setting(identity=False, help="Folder to write; an interrupted run is continued.")
     num_samples: int = setting(
         1, within="[1, inf)", group="Sampling", help="Number of answers to each prompt."
@@ -199,6 +200,8 @@ class SamplingOptions(EngineOptions, GenerationOptions):
                 f"num_samples: found {self.num_samples} with temperature 0, at which all answers "
                 "to a prompt are the same; set a temperature above 0, or num_samples to 1"
             )
+        if self.temperature == 0:
+            refuse_unused(self, ("top_p",), "temperature 0 takes the most probable token")
 
 
 def parse_options(engine: str, options: dict[str, Any] | str | None) -> dict[str, Any]:

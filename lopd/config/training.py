@@ -249,9 +249,22 @@ class TrainOptions(MemoryOptions):
                 "float32 weights"
             )
         self.schedule()
+        if not self.save_every:
+            names = ("save_total_limit",)
+            refuse_unused(self, names, "save_every is 0, so no checkpoint is saved; set save_every")
         if self.optim != DEFAULT_OPTIM:
-            optimizer_class(self.optim)
+            self._check_optimizer()
         _check_report_to(self.report_to)
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimizer that is not there, and settings of Adam that it does not take."""
+        _, arguments = optimizer_class(self.optim)
+        for argument, names in (
+            ("betas", ("adam_beta1", "adam_beta2")),
+            ("eps", ("adam_epsilon",)),
+        ):
+            if argument not in arguments:
+                refuse_unused(self, names, f"{self.optim} does not take it; leave it out")
 
     def schedule(self) -> tuple[str, dict[str, float]]:
         """Name and extra arguments for `transformers.get_scheduler`."""

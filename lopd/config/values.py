@@ -41,7 +41,8 @@ def convert(item: Field[Any], value: Any) -> Any:
         value: text, or what is such a value already.
 
     Raises:
-        ConfigError: the value has another type; numbers are decimal, switches true or false.
+        ConfigError: the value has another type, or is empty text, as that of an unset shell
+            variable; numbers are decimal, switches true or false.
     """
     kinds = kinds_of(item)
     found = typed(kinds, value)
@@ -66,7 +67,7 @@ def typed(kinds: Sequence[type], value: Any) -> Any:
 
 def _read(kind: type, text: str) -> Any:
     if kind is str:
-        return text
+        return text or None
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower())
     try:

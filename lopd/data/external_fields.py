@@ -19,6 +19,7 @@ from lopd.store.validate import MASS_TOLERANCE
 # would have to be a thousand apart.
 STAND_INS = (-100.0, -999.0)
 LOWEST = -1000.0
+_SAME = 4  # tokens of one answer that do not have exactly the same log-prob by chance
 # Words of servers for an answer that ended by itself.
 _STOPS = ("tool_calls", "function_call", "eos_token", "end_turn")
 Item = TypeVar("Item")
@@ -172,6 +173,15 @@ def refuse_stand_ins(
         raise DataError(
             f"{where}: {name} of response token {t} (id {response[t]}) is {values[t]:g}, which no "
             "sampled token has; dump its log-prob, or set its loss_mask to 0"
+        )
+
+
+def refuse_same(where: str, logprobs: np.ndarray, name: str, remedy: str) -> None:
+    """Refuse an answer whose tokens all have the same log-prob."""
+    if len(logprobs) >= _SAME and (logprobs == logprobs[0]).all():
+        raise DataError(
+            f"{where}: all {len(logprobs)} {name} are {logprobs[0]:g}, which stands for none; "
+            f"{remedy}"
         )
 
 

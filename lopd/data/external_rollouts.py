@@ -37,6 +37,7 @@ from lopd.data.external_fields import (
     is_stand_in,
     loss_mask,
     read_sequences,
+    refuse_same,
     refuse_stand_ins,
     sequence_name,
     short,
@@ -54,7 +55,6 @@ MASK_KEYS = ("loss_mask", "response_mask", "completion_mask", "assistant_masks")
 LOGPROB_KEYS = ("rollout_logprobs", "rollout_log_probs", "old_log_probs")
 IGNORED_LABEL = -100
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_SAME = 4  # tokens that do not have exactly the same log-prob by chance
 
 
 @dataclass(frozen=True)
@@ -330,12 +330,7 @@ def _assemble(
         bad = is_stand_in(logprobs)
         refuse_stand_ins(where, response, bad & mask, logprobs, "the rollout's log-prob")
         logprobs[bad] = 0.0
-        own = logprobs[mask]
-        if len(own) >= _SAME and (own == own[0]).all():
-            raise DataError(
-                f"{where}: all {len(own)} rollout log-probs are {own[0]:g}, which stands for none; "
-                "leave them out"
-            )
+        refuse_same(where, logprobs[mask], "rollout log-probs", "leave them out")
     length = len(prompt) + start
     if not length:
         raise DataError(f"{where}: the first token bears loss; expected a prompt before it")

@@ -43,6 +43,7 @@ from lopd.data.external_fields import (
     logprob,
     loss_mask,
     read_sequences,
+    refuse_same,
     refuse_stand_ins,
     sequence_name,
     short,
@@ -58,7 +59,6 @@ _LIGHTNING = ("is_lightning_opd", "response_tokens", "loss_mask", "teacher_log_p
 # Two decimals of a log-prob are an error of 0.5 % of its probability, so lists of rounded
 # log-probs can have a mass up to 1 + ROUNDING; they are scaled to mass 1.
 ROUNDING = 0.01
-_SAME = 4  # tokens of one answer that do not have exactly the same log-prob by chance
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ def _assemble(where: str, item: Shaped, eos_ids: Sequence[int], seen: Counter[st
         rollout_logprobs = floats(where, "rollout_logprobs", item.rollout).astype(np.float32)
         bad = is_stand_in(rollout_logprobs)
         refuse_stand_ins(where, response, bad & mask, rollout_logprobs, "rollout_logprobs")
+        refuse_same(where, rollout_logprobs[mask], "rollout_logprobs", "leave them out")
         rollout_logprobs[bad] = 0.0
     prompt_id, sample = sequence_name(where, item.id, item.sample, prompt, seen)
     rollout = Rollout(
@@ -213,7 +214,7 @@ def _entries(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:  # [n] in
             "[[id, logprob], ...] or [{'token_id': id, 'logprob': x}, ...]"
         ) from None
     ids = np.array([token for token, _ in pairs], np.int64)
-    real = ids != PADDING_ID
+    real = (ids != PADDING_ID) & ~is_padding(values)
     if (values[real] > MASS_TOLERANCE).any():
         worst = values[real].max()
         what = "probabilities; take their natural logs" if worst <= 1 else "not log-probs"
@@ -297,17 +298,15 @@ def check_sampled(
     for what, bad in checks.items():
         if (bad & mask).any():
             t = int(np.flatnonzero(bad & mask)[0])
+            why = "they are not of one model, or the value stands for none"
+            if abs(left[t]) <= MASS_TOLERANCE:
+                why = "the list has mass 1, as if it was renormalised; dump raw log-probs"
             raise DataError(
                 f"{where}: response token {t} (id {response[t]}) has log-prob {logprobs[t]:.6g}; "
-                f"{what} is {bounds[what][t]:.6g}: they are not of one model, or the value stands "
-                "for none"
+                f"{what} is {bounds[what][t]:.6g}: {why}"
             )
-    own = logprobs[mask]
-    if len(own) >= _SAME and not lists.lengths[mask].any() and (own == own[0]).all():
-        raise DataError(
-            f"{where}: all {len(own)} log-probs are {own[0]:g}, which stands for none; dump the "
-            "teacher's log-probs"
-        )
+    if not lists.lengths[mask].any():
+        refuse_same(where, logprobs[mask], "log-probs", "dump the teacher's log-probs")
 
 
 def _without_rows(lists: TopKLists, rows: np.ndarray) -> TopKLists:

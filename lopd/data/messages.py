@@ -1,5 +1,6 @@
 """Messages of the chat format: their roles, and their content as text."""
 
+import difflib
 from typing import Any
 
 from lopd.errors import DataError
@@ -18,6 +19,7 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+_ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -48,10 +50,12 @@ def _message(item: Any, where: str) -> Message:
             "the chat format"
         )
     role = item["role"]
-    if role in SHAREGPT_ROLES and role != SHAREGPT_ROLES[role]:
+    near = difflib.get_close_matches(role.lower(), _ROLES, n=1, cutoff=0.75)
+    known = SHAREGPT_ROLES.get(role, near[0] if near else role)
+    if role != known:
         raise DataError(
-            f"{where}: found the role '{role}'; expected '{SHAREGPT_ROLES[role]}', the name by "
-            "which chat templates know it"
+            f"{where}: found the role '{role}'; expected '{known}', the name by which chat "
+            "templates know it"
         )
     return {**item, "content": text_of(item["content"], where)}
 

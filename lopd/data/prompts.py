@@ -25,13 +25,16 @@ from lopd.config.prompts import chosen_options
 from lopd.data.messages import Message, check_messages
 from lopd.data.records import describe_data, read_records
 from lopd.data.rendering import PromptEncoder
-from lopd.data.shapes import after_marker, keys_of, shaped
+from lopd.data.shapes import after_marker, columns_for, keys_of, shaped
 from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
 
 LOG = logging.getLogger(__name__)
 
+# Columns that hold a part of the prompt in other tools.
+_SYSTEM = ("system", "system_prompt")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 MAX_LINE = 1 << 26  # bytes of a record of prompts, its metadata included
 
 
@@ -60,6 +63,7 @@ def read_shaped(
             known = shaped(record, where, columns)
             if not columns:
                 _check_names(known.fields, where, [*reads, *encoder.fields])
+                _check_whole(known.fields, where, encoder.fields)
         except DataError as error:
             skipped.handle(error)
             continue
@@ -83,6 +87,23 @@ def _check_names(fields: Mapping[str, Any], where: str, reads: Iterable[str]) ->
                 f"{where}: found '{key}'; did you mean '{near[0]}'? Rename it or, if it is not "
                 "meant to be read, name the columns to read with --columns"
             )
+
+
+def _check_whole(fields: Mapping[str, Any], where: str, reads: Iterable[str]) -> None:
+    """Refuse columns that hold a part of the prompt, which would be lost."""
+    name = "messages" if "messages" in fields else "prompt"
+    for key in (*_SYSTEM, *_MEDIA, "history"):
+        value = fields.get(key)
+        if key in reads or not value or (key == "history" and not isinstance(value, list)):
+            continue
+        if key in _SYSTEM:
+            read = f"pass --columns {name}=COLUMN,system={key} to put it before the prompt"
+        else:
+            read = "lopd reads text only" if key in _MEDIA else "write earlier turns as 'messages'"
+        raise DataError(
+            f"{where}: found '{key}' beside the prompt; {read}, or --columns {name}=COLUMN to "
+            "leave it out"
+        )
 
 
 def prompt_of(fields: Mapping[str, Any], where: str) -> str | list[Message]:
@@ -156,7 +177,7 @@ def load_prompts(
     so that reordering the file permutes ids and prompts alike.
 
     Args:
-        answers: whether to read `answer` too.
+        answers: whether to read `answer` too, which every record must have then.
 
     Raises:
         DataError: there are no prompts, two records have the same `id`, or a record is unusable
@@ -172,7 +193,7 @@ def load_prompts(
         try:
             tokens, own = encode_record(encoder, fields, where)
             name = _given_id(fields, where, places)
-            answer = answer_text(fields.get("answer"), where) if answers else None
+            answer = _answer(fields, where) if answers else None
         except DataError as error:
             skipped.handle(error)
             continue
@@ -210,6 +231,18 @@ def _digest(fields: Mapping[str, Any], own: Mapping[str, Any], where: str) -> st
         value = value[:-1]
     text = json.dumps([value, own] if own else value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def _answer(fields: Mapping[str, Any], where: str) -> str:
+    if (text := answer_text(fields.get("answer"), where)) is not None:
+        return text
+    others = {str(key): value for key, value in fields.items() if key != "answer"}
+    hint = "expected one in each record, or a column with it: --columns prompt=COLUMN,answer=COLUMN"
+    if near := difflib.get_close_matches("answer", others, n=1, cutoff=0.8):
+        hint = f"did you mean 'answer' by '{near[0]}'?"
+    elif flag := columns_for(others, "prompt", "answer"):
+        hint = f"pass {flag}"
+    raise DataError(f"{where}: has no 'answer'; {hint}")
 
 
 def answer_text(value: Any, where: str) -> str | None:

@@ -27,6 +27,11 @@ _CALLER = frozenset(  # names that apply_chat_template takes or sets itself
 )
 # Fields of a record that other tools give to the template, besides `chat_template_kwargs`.
 _PROMPT_FIELDS = ("tools", "documents", "enable_thinking")
+# Variables of well-known templates. A field of such a name is not for other readers.
+_TEMPLATE_FIELDS = (
+    *("reasoning_effort", "thinking_budget", "date_string", "model_identity"),
+    *("builtin_tools", "custom_tools"),
+)
 _FIXED = {"add_generation_prompt": True, "continue_final_message": False}
 
 
@@ -68,6 +73,7 @@ class PromptEncoder:
         self._kwargs = options.template_kwargs()
         self._check_kwargs(self._kwargs, "chat_template_kwargs", ConfigError)
         self._takes_parts, self._written = False, frozenset[str]()
+        self._writes_role: dict[str, bool] = {}
         if self.has_template:
             self._takes_parts = self._needs_parts()
             self._written = self._written_tokens()
@@ -89,10 +95,10 @@ class PromptEncoder:
         if not isinstance(own, Mapping):
             raise DataError(f"{where}: 'chat_template_kwargs' is {own!r:.60}; expected an object")
         named = {key: fields[key] for key in fields if key in self.variables - _CALLER}
-        for key in _PROMPT_FIELDS:
+        for key in (*_PROMPT_FIELDS, *_TEMPLATE_FIELDS):
             value = fields.get(key)
             if value is not None and value != []:
-                is_text = key != "enable_thinking" and isinstance(value, str)
+                is_text = key in ("tools", "documents") and isinstance(value, str)
                 named[key] = _from_json(value, where, key) if is_text else value
         if isinstance(named.get("enable_thinking"), str):
             raise DataError(f"{where}: 'enable_thinking' is text; expected true or false")
@@ -178,6 +184,7 @@ class PromptEncoder:
                 raise DataError(
                     f"{where}: the tokenizer's chat template refuses it ({found})"
                 ) from error
+            self._check_roles(messages, where)
             tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return self._once(tokens, [self.tokenizer.bos_token_id], [], where)
         if not isinstance(prompt, str):
@@ -255,6 +262,20 @@ class PromptEncoder:
                     "the text as it is, or keep to apply the template to it"
                 )
 
+    def _check_roles(self, messages: list[Message], where: str) -> None:
+        """Refuse messages of a role of which the template writes nothing."""
+        for message in messages:
+            role = message["role"]
+            if role in ("user", "assistant", "tool") or not message["content"].strip():
+                continue  # a template can write answers and results of tools in its own way
+            if role not in self._writes_role:
+                self._writes_role[role] = self._probe(role) != "lost"
+            if not self._writes_role[role]:
+                raise DataError(
+                    f"{where}: found a message of the role '{role}', of which the chat template "
+                    "writes nothing; put its text into the user's message, or leave it out"
+                )
+
     def _needs_parts(self) -> bool:
         """Whether the template writes the text of a message only if it is a list of parts."""
         outcomes = []
@@ -269,9 +290,14 @@ class PromptEncoder:
             "use a model folder with a template for text"
         )
 
-    def _probe(self) -> str:
+    def _probe(self, role: str = "user") -> str:
+        messages, other = [{"role": role, "content": _PROBE}], {"role": "user", "content": "1"}
+        if role in ("system", "developer"):
+            messages = [*messages, other]
+        elif role != "user":
+            messages = [other, *messages]
         try:
-            text = self._render([{"role": "user", "content": _PROBE}], self._kwargs)
+            text = self._render(messages, self._kwargs)
         except Exception:  # a template can ask for other messages
             return "refused"
         return "written" if _PROBE in text else "lost"

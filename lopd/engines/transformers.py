@@ -95,6 +95,10 @@ class TransformersEngine:
         """See `Engine.generate`. Prompts of similar length are decoded together."""
         if len(prompts) != len(seeds):
             raise ConfigError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds")
+        remedy = "use the tokenizer that belongs to the model"
+        limits = ModelLimits("the model", self.vocab_size, id_remedy=remedy)
+        for i, prompt in enumerate(prompts):
+            limits.check(f"generate: prompt {i}", prompt)
         if not self._can_generate:
             self._can_generate = True
             remedy = _ONE_BY_ONE if self.batch_size > 1 else "use --engine vllm"

@@ -41,6 +41,7 @@ class Agreement:
     unknown: str  # why it does not; empty if it does
     shared: Mean | None  # 1 - TV(p, q)
     ess: float | None  # share of the tokens' worth as samples of the teacher
+    covered: Mean | None  # the teacher's probability inside the lists
     sampled_listed: Mean | None  # share of the sampled tokens that are in the lists
     student_top_listed: Mean | None  # share of the student's top ids among the teacher's top k
     truncated: float  # share of the answers of the whole cache
@@ -53,6 +54,7 @@ class Agreement:
         means = {
             name: self.log_ratio,
             "shared_probability": self.shared,
+            "teacher_in_lists": self.covered,
             "sampled_in_lists": self.sampled_listed,
             "student_top_in_teachers": self.student_top_listed,
         }
@@ -105,7 +107,7 @@ def measure(cache: TeacherCache) -> Agreement | None:
         return None
     manifest = cache.manifest
     source, unknown = _source(manifest)
-    extra_ids = _extra_ids(manifest)
+    has_lists, extra_ids = not cache.has_no_lists, _extra_ids(manifest)
     chosen = np.unique(np.linspace(0, len(cache) - 1, MOST_SEQUENCES).round().astype(np.int64))
     values: dict[str, list[np.ndarray]] = {}
     prompts, lengths = [], []
@@ -113,9 +115,10 @@ def measure(cache: TeacherCache) -> Agreement | None:
         sequence = cache[index]
         prompts.append(sequence.rollout.prompt_id)
         lengths.append(len(sequence.teacher_logprobs))
-        for name, column in _columns(sequence, source, extra_ids, manifest.k).items():
+        columns = _columns(sequence, source, has_lists, extra_ids, manifest.k)
+        for name, column in columns.items():
             values.setdefault(name, []).append(column)
-    if not sum(map(len, values["sampled_listed"])):
+    if not sum(map(len, values["tokens"])):
         return None
     means = {name: _mean(columns, prompts) for name, columns in values.items()}
     is_kl = source is not None and not unknown
@@ -126,26 +129,30 @@ def measure(cache: TeacherCache) -> Agreement | None:
         unknown=unknown,
         shared=means.get("shared") if is_kl else None,
         ess=_ess(np.concatenate(values["log_ratio"])) if is_kl else None,
-        sampled_listed=None if cache.has_no_lists else means["sampled_listed"],
+        covered=means.get("covered"),
+        sampled_listed=means.get("sampled_listed"),
         student_top_listed=means.get("student_top_listed"),
         truncated=cache.summary()["finish_reasons"]["length"] / len(cache),
         lengths=np.array(lengths),
     )
 
 
-def low_coverage(cache: TeacherCache) -> str | None:
-    """A warning if much of the teacher's probability lies outside the lists, else None."""
-    covered = cache.summary()["mean_covered_mass"]
-    if cache.has_no_lists or covered is None or covered >= LOW_COVERAGE:
+def low_coverage(cache: TeacherCache, found: Agreement | None) -> str | None:
+    """A warning if the lists lack much of the teacher's or of the student's probability."""
+    if found is None or found.covered is None or found.sampled_listed is None:
+        return None
+    teacher, student = found.covered.value, found.sampled_listed.value
+    if min(teacher, student) >= LOW_COVERAGE:
         return None
     manifest = cache.manifest
     larger = f"a larger --k than {manifest.k}"
     if manifest.top_p < 1:
         larger += f" or --top-p than {manifest.top_p:g}"
     return (
-        f"{cache.path}: the lists hold {covered:.1%} of the teacher's probability on average; a "
-        f"loss over the lists sees the other {1 - covered:.1%} as one outcome, and its KL is a "
-        f"lower bound that can be far too low; score with {larger}, or train with --tail unbiased"
+        f"{cache.path}: the lists hold {teacher:.1%} of the teacher's probability and "
+        f"{student:.1%} of the sampled tokens; a loss over the lists sees all else as one outcome, "
+        f"and its KL is a lower bound that can be far too low; score with {larger}, or train with "
+        "--tail unbiased"
     )
 
 
@@ -176,12 +183,15 @@ def _extra_ids(manifest: CacheManifest) -> int:
 
 
 def _columns(
-    sequence: TeacherSequence, source: str | None, extra_ids: int, k: int
+    sequence: TeacherSequence, source: str | None, has_lists: bool, extra_ids: int, k: int
 ) -> dict[str, np.ndarray]:
     """The values of the loss tokens [N] of one answer whose means are taken."""
     rollout, lists = sequence.rollout, sequence.lists
     chosen = rollout.loss_mask[rollout.prompt_length :]
-    columns = {"sampled_listed": lists.contains(rollout.tokens[rollout.prompt_length :])}
+    columns = {"tokens": chosen}
+    if has_lists:
+        columns["covered"] = -np.expm1(sequence.tail_logprobs.astype(np.float64))
+        columns["sampled_listed"] = lists.contains(rollout.tokens[rollout.prompt_length :])
     if source is not None:
         ratio = getattr(rollout, source).astype(np.float64) - sequence.teacher_logprobs
         columns |= {"log_ratio": ratio, "shared": np.exp(np.minimum(-ratio, 0.0))}

@@ -75,11 +75,17 @@ def layer_windows_of(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in layer_types]
 
 
-def attention_width_of(config: Any) -> int:
-    """Query heads times head dimension."""
+def attention_width_of(config: Any) -> int | None:
+    """Query heads times head dimension; None without attention, or if layers differ in it."""
     config = config.get_text_config()
-    heads = config.num_attention_heads
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return None
+    try:
+        width = getattr(config, "head_dim", None)
+    except RuntimeError:  # transformers' error for a setting that each layer has for itself
+        return None
+    return heads * (width or config.hidden_size // heads)
 
 
 def experts_of(model: Any) -> tuple[int | None, int | None]:

@@ -51,7 +51,11 @@ class Size(NamedTuple):
 
 
 def size_of(model: Any) -> Size | None:
-    """Sizes of a model; None for experts if the config does not say how many a token uses."""
+    """Sizes of a model; None if FLOPs cannot be counted from them.
+
+    That is so if the config does not say how many experts a token uses, without attention, and if
+    layers differ in the width of their attention.
+    """
     plain, head = plain_model(model), lm_head(model).weight
     embeddings = {
         id(module.weight) for module in plain.modules() if isinstance(module, nn.Embedding)
@@ -68,14 +72,11 @@ def size_of(model: Any) -> Size | None:
             size *= per_token / experts
         matrices += size
         trained += size * parameter.requires_grad
-    return Size(
-        matrices,
-        trained,
-        head.numel(),
-        head.requires_grad,
-        attention_width_of(plain.config),
-        layer_windows_of(plain.config),
-    )
+    attention = attention_width_of(plain.config)
+    if attention is None:
+        return None
+    windows = layer_windows_of(plain.config)
+    return Size(matrices, trained, head.numel(), head.requires_grad, attention, windows)
 
 
 def pairs(length: int, window: int | None) -> int:

@@ -59,8 +59,11 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
 def _attention_layers(model: Any) -> list[str]:
     """Names of the model's linear layers that are usual targets, in the order of the model."""
     usual = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    names = (path.rsplit(".", 1)[-1] for path, m in model.named_modules() if type(m) is nn.Linear)
-    return [name for name in dict.fromkeys(names) if name in usual]
+    of_mamba = {"in_proj", "x_proj"}
+    paths = (path for path, module in model.named_modules() if type(module) is nn.Linear)
+    names = dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths)
+    found = [name for name in names if name in usual]
+    return found or [name for name in names if name in of_mamba]
 
 
 def _check_adapters(adapted: Any) -> None:

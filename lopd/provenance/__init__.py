@@ -26,7 +26,7 @@ from lopd.provenance.identity import (
     recipe_of,
     settings_identity,
 )
-from lopd.provenance.lineage import declare, lineage_of
+from lopd.provenance.lineage import declare, lineage_of, warn_if_edited
 from lopd.provenance.manifest import (
     MANIFEST_NAME,
     CacheManifest,
@@ -67,5 +67,6 @@ __all__ = [
     "settings_identity",
     "tokenizer_digest",
     "vocab_size_of",
+    "warn_if_edited",
     "write_manifest",
 ]

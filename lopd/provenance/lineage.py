@@ -1,12 +1,15 @@
 """Lineage: whose answers a checkpoint was fine-tuned on."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from lopd.errors import ProvenanceError
+from lopd.provenance.behaviour import behaviour_of
 from lopd.provenance.fingerprint import describe_model, fingerprint_weights
 from lopd.provenance.folder import read_config
+from lopd.provenance.identity import difference
 from lopd.provenance.manifest import (
     MANIFEST_NAME,
     Lineage,
@@ -16,6 +19,8 @@ from lopd.provenance.manifest import (
     short,
     write_manifest,
 )
+
+LOG = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNKNOWN = {"sft_teacher": None, "declared": False, "initial_student": None}
@@ -38,6 +43,20 @@ def lineage_of(checkpoint: str | Path) -> Lineage:
             "fine-tuned on with 'lopd declare'"
         )
     return manifest.lineage or Lineage(raw=_UNKNOWN)
+
+
+def warn_if_edited(checkpoint: str | Path) -> None:
+    """Warn of a checkpoint whose config, tokenizer or template its manifest does not describe.
+
+    Such an edit may be meant, so the files count as they are; a flipped bit looks the same.
+    """
+    if not (Path(checkpoint) / MANIFEST_NAME).exists():
+        return
+    recorded = read_manifest(checkpoint, kind="checkpoint").model.behaviour
+    if recorded is not None and (changed := difference(recorded, behaviour_of(checkpoint))):
+        LOG.warning(
+            f"{checkpoint}: {changed} since its {MANIFEST_NAME} was written; it is used as it is"
+        )
 
 
 def declare(model: str | Path, *, teacher: str | Path) -> Manifest:

@@ -3,29 +3,38 @@
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from lopd.errors import ConfigError, DataError, LopdError, MissingFileError
-from lopd.provenance.io import make_folder, parse_json, pretty_json, storing, write_atomic
+from lopd.provenance.io import (
+    json_digest,
+    make_folder,
+    parse_json,
+    pretty_json,
+    storing,
+    write_atomic,
+)
 from lopd.provenance.scoring import Scoring, parse_scoring
 from lopd.provenance.typed_json import Unfit, parse, plain, value_at
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
+DIGEST = "sha256"
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
 KEYS = ("config", "model", "base", "sampling", "inputs", "lineage", "overrides", "plan")
 _SEQUENCES = ("model.path", "model.tokenizer", "model.vocab_size", "plan.shards")
-# Required keys besides the fields of the kind's class; "a.b" is key b of the object under a.
+# Required keys besides the fields of the kind's class; "a.b" is key b of the object under a, and
+# of "a or b" one is enough.
 REQUIRED = {
     "sft_data": _SEQUENCES,
     "rollouts": _SEQUENCES,
     "cache": _SEQUENCES,
     "checkpoint": (),
-    "evaluation": ("inputs.prompts.sha256",),
+    "evaluation": ("inputs.prompts.sha256 or inputs.cache.digest",),
 }
 _PACKAGES = ("lopd", "torch", "transformers", "numpy", "safetensors")
 
@@ -123,6 +132,7 @@ class Manifest:
     declared: bool = False  # the models that scored and rolled out are not verified
     shards: tuple[int, ...] = field(default=(), metadata={"at": "plan.shards"})  # sequences of each
     scoring: Scoring
+    digest: str | None = field(default=None, compare=False)  # of `raw`, as its file says
     raw: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -187,7 +197,7 @@ def build_manifest(
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
-    """Write `manifest.json` into `folder`, which is created if necessary.
+    """Write `manifest.json` into `folder`, which is created if necessary, with its own digest.
 
     Raises:
         ShardError: the file cannot be written, e.g. on a full disk.
@@ -195,8 +205,22 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
     file = Path(folder) / MANIFEST_NAME
     with storing(file):
         make_folder(file.parent)
-        write_atomic(file, pretty_json(manifest.raw))
+        write_atomic(file, pretty_json({**manifest.raw, DIGEST: json_digest(manifest.raw)}))
     return file
+
+
+def check_digest(manifest: Manifest, folder: str | Path) -> None:
+    """Compare a manifest that was read with the digest in its file, if it has one.
+
+    Raises:
+        DataError: the manifest was altered.
+    """
+    found = json_digest(manifest.raw)
+    if manifest.digest not in (None, found):
+        raise DataError(
+            f"{Path(folder) / MANIFEST_NAME}: altered since it was written, its digest is "
+            f"{found[:12]} and says {str(manifest.digest)[:12]}; restore it, or redo the stage"
+        )
 
 
 @overload
@@ -216,7 +240,8 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
     """
     file = Path(folder) / MANIFEST_NAME
     if not file.exists():
-        what = "does not exist" if not Path(folder).is_dir() else f"has no {MANIFEST_NAME}"
+        what = f"has no {MANIFEST_NAME}" if Path(folder).is_dir() else "does not exist"
+        what = "is a file" if Path(folder).is_file() else what
         raise MissingFileError(f"{folder} {what}; name a folder that a lopd stage has written")
     try:
         raw = parse_json(file.read_bytes())
@@ -233,7 +258,8 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
         )
     if kind is not None and raw["kind"] != kind:
         raise ConfigError(f"{folder} holds '{raw['kind']}', expected '{kind}'; name another")
-    return parse_manifest(raw, str(file), DataError)
+    digest = raw.pop(DIGEST, None)
+    return replace(parse_manifest(raw, str(file), DataError), digest=digest)
 
 
 def parse_manifest(
@@ -247,7 +273,11 @@ def parse_manifest(
     """
     unfit = _unfit(source, raw["kind"], error)
     absent = [key for key in KEYS if key not in raw]
-    absent += [key for key in REQUIRED[raw["kind"]] if value_at(raw, key) is None]
+    absent += [
+        keys
+        for keys in REQUIRED[raw["kind"]]
+        if all(value_at(raw, key) is None for key in keys.split(" or "))
+    ]
     if absent:
         raise unfit(absent[0])
     scoring = parse_scoring(raw, source, error, unfit)

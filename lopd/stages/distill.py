@@ -42,7 +42,7 @@ def main(config: DistillConfig) -> Path:
         MissingFileError, DataError, ModelError: the student or the cache cannot be used.
     """
     check_model_folder(config.student)
-    if is_finished(config, config.student, describe_inputs):
+    if is_finished(config, "distill", config.student, describe_inputs):
         return say_finished(config.out)
     cache, overrides = open_cache(config)
     check_lists(config, cache)

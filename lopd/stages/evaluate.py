@@ -19,9 +19,9 @@ from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prom
 from lopd.data.records import describe_data
 from lopd.data.rendering import PromptEncoder
 from lopd.engines.transformers import TransformersEngine
-from lopd.errors import DataError
+from lopd.errors import DataError, ShardError
 from lopd.evaluation.accuracy import generate_answers, measure_accuracy
-from lopd.evaluation.grading import exact_grader, math_grader
+from lopd.evaluation.grading import Grader, exact_grader, math_grader
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
 from lopd.provenance import (
     MANIFEST_NAME,
@@ -29,9 +29,11 @@ from lopd.provenance import (
     describe_model,
     digests_of,
     read_manifest,
+    warn_if_edited,
     write_manifest,
 )
-from lopd.provenance.io import parse_json, pretty_json, write_atomic
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt, seal
+from lopd.provenance.io import parse_json, pretty_json, storing, write_atomic
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
@@ -40,7 +42,8 @@ from lopd.store.folders import examine_folder, locked
 
 LOG = logging.getLogger(__name__)
 
-RESULTS = ("answers.jsonl", "results.json")  # written before the manifest
+ANSWERS_NAME, RESULTS_NAME = "answers.jsonl", "results.json"
+RESULTS = (ANSWERS_NAME, RESULTS_NAME, RECEIPT_NAME)  # written before the manifest
 
 
 @loads_models
@@ -60,31 +63,35 @@ def main(config: EvalConfig) -> Path:
         ShardError: the cache is incomplete or altered, or another process writes to `out`.
     """
     config, out = with_dtype(config), Path(config.out)
-    if is_finished(config, config.model, describe_inputs):
+    if is_finished(config, "eval", config.model, describe_inputs):
         print_fields(_summary(_read_results(out)))
         return say_finished(out)
     examine_folder(
         out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
     ).require_writable()
+    warn_if_edited(config.model)
     engine = _load(config, config.model)
-    encoder = PromptEncoder(engine.tokenizer, config)
-    prompts = _prompts(config, engine, encoder)
+    inputs = describe_inputs(config)
+    prompts: list[Prompt] = []
+    if config.prompts is not None:
+        encoder = PromptEncoder(engine.tokenizer, config)
+        prompts = _prompts(config.prompts, config, engine, encoder)
+        inputs["prompts"] = describe_prompts(config.prompts, encoder)
+        grader = _grader(config, prompts)
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
-    inputs = describe_inputs(config) | {"prompts": describe_prompts(config.prompts, encoder)}
-    if config.judge == "math":
-        grader = math_grader(prompts)
-    else:
-        grader = exact_grader(config.answer_regex, prompts)
     with locked(out):
-        results, answers, sampled = measure_accuracy(
-            engine,
-            prompts,
-            grader,
-            config.sampling(),
-            num_samples=config.num_samples,
-            seed=config.seed,
-        )
+        results: dict[str, Any] = {"prompts": 0, "samples": 0}
+        answers: list[dict[str, Any]] = []
+        if config.prompts is not None:
+            results, answers, sampled = measure_accuracy(
+                engine,
+                prompts,
+                grader,
+                config.sampling(),
+                num_samples=config.num_samples,
+                seed=config.seed,
+            )
         if config.cache is not None:
             held_out = not _trained_on(config.model, cache.digest())
             results["cache_kl"] = cache_kl(engine, cache) | {"held_out": held_out}
@@ -102,8 +109,10 @@ def main(config: EvalConfig) -> Path:
             inputs=inputs,
         )
         lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-        write_atomic(out / "answers.jsonl", lines.encode())
-        write_atomic(out / "results.json", pretty_json(results))
+        with storing(out):
+            write_atomic(out / ANSWERS_NAME, lines.encode())
+            write_atomic(out / RESULTS_NAME, pretty_json(results))
+            seal(out, (ANSWERS_NAME, RESULTS_NAME))
         write_manifest(out, manifest)
     print_fields(_summary(results))
     _show_without_answer(answers, config.judge)
@@ -111,10 +120,17 @@ def main(config: EvalConfig) -> Path:
 
 
 def _read_results(out: Path) -> dict[str, Any]:
-    """The results of a finished evaluation."""
-    file = out / "results.json"
+    """The results of a finished evaluation, which its receipt must confirm.
+
+    Evaluations of earlier versions have no receipt.
+    """
+    file = out / RESULTS_NAME
     try:
+        if (out / RECEIPT_NAME).exists():
+            check_receipt(out)
         return dict(parse_json(file.read_bytes()))
+    except ShardError as error:
+        raise DataError(f"{error}, or remove {out}") from error
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{file}: torn or altered ({error}); restore it, or remove {out}"
@@ -137,7 +153,9 @@ def _show_without_answer(records: list[dict[str, Any]], judge: str) -> None:
 
 def describe_inputs(config: EvalConfig) -> dict[str, Any]:
     """Describe the prompts, the cache and the teacher for the manifest."""
-    inputs: dict[str, Any] = {"prompts": describe_data(config.prompts)}
+    inputs: dict[str, Any] = {}
+    if config.prompts is not None:
+        inputs["prompts"] = describe_data(config.prompts)
     if config.cache is not None:
         cache = TeacherCache.open(config.cache)
         inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest.model}
@@ -157,21 +175,20 @@ def _load(config: EvalConfig, path: str) -> TransformersEngine:
     )
 
 
+def _grader(config: EvalConfig, prompts: list[Prompt]) -> Grader:
+    if config.judge == "math":
+        return math_grader(prompts)
+    return exact_grader(config.answer_regex, prompts)
+
+
 def _prompts(
-    config: EvalConfig, engine: TransformersEngine, encoder: PromptEncoder
+    path: str, config: EvalConfig, engine: TransformersEngine, encoder: PromptEncoder
 ) -> list[Prompt]:
-    """Load the prompts; check that each has an answer and fits into the model's context."""
-    prompts = load_prompts(config.prompts, encoder, limit=config.limit, answers=True)
-    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
-    if unanswered:
-        raise DataError(
-            f"{config.prompts}: {len(unanswered)} of {len(prompts)} prompts have no 'answer' "
-            f"(first: '{unanswered[0]}'); expected one in each line, or a column with it: "
-            "--columns prompt=COLUMN,answer=COLUMN"
-        )
+    """Load the prompts, with their answers; check that each fits into the model's context."""
+    prompts = load_prompts(path, encoder, limit=config.limit, answers=True)
     return check_prompts(
         prompts,
-        config.prompts,
+        path,
         context=engine.context,
         vocab_size=engine.vocab_size,
         max_new_tokens=config.max_new_tokens,
@@ -186,12 +203,11 @@ def _trained_on(model: str, digest: str) -> bool:
     return digests_of(read_manifest(model).inputs).get("cache") == digest
 
 
-def _summary(results: dict[str, Any]) -> dict[str, str]:
-    """The results as `main` prints them."""
+def _accuracy(results: dict[str, Any]) -> dict[str, str]:
     fields = {"prompts": f"{results['prompts']}, {results['samples']} sampled answers each"}
-    for name, value in results.items():
-        if isinstance(value, dict) and "low" in value:
-            fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
+    for name in _accuracies(results):
+        value = results[name]
+        fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
     fields["truncated"] = f"{results['truncated']:.3f}"
     fields["no answer found"] = f"{results['no_answer']:.3f}"
     fields["mean tokens"] = f"{results['mean_tokens']:.1f}"
@@ -199,6 +215,12 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         fields[f"{row['shortest']} to {row['longest']} tokens"] = (
             f"{row['accuracy']:.3f} of {row['count']} answers, {row['truncated']:.3f} truncated"
         )
+    return fields
+
+
+def _summary(results: dict[str, Any]) -> dict[str, str]:
+    """The results as `main` prints them."""
+    fields = _accuracy(results) if results["prompts"] else {}
     if "kl" in results:
         kl = results["kl"]
         exact = kl.get("exact", False)
@@ -216,10 +238,18 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
 def headline(out: Path) -> str:
     """Accuracy and KL of a finished evaluation in one line."""
     results = _read_results(out)
-    names = [name for name in results if isinstance(results[name], dict) and "low" in results[name]]
-    words = [f"{name} {results[name]['mean']:.3f}" for name in sorted(names, key=_by_number)]
-    words += [f"KL {_bound(results['kl'], results['kl'].get('exact', False))}"] * ("kl" in results)
+    words = [f"{name} {results[name]['mean']:.3f}" for name in _accuracies(results)]
+    if "kl" in results:
+        words.append(f"KL {_bound(results['kl'], results['kl'].get('exact', False))}")
+    if "cache_kl" in results:
+        words.append(f"KL on the cache {_bound(results['cache_kl'], exact=False)}")
     return "  ".join(words)
+
+
+def _accuracies(results: dict[str, Any]) -> list[str]:
+    """The names of accuracies, in the order in which they are shown."""
+    names = [name for name, value in results.items() if isinstance(value, dict) and "low" in value]
+    return sorted(names, key=_by_number)
 
 
 def _by_number(name: str) -> tuple[str, int]:

@@ -18,24 +18,29 @@ from lopd.store.folders import OutputFolder
 LOG = logging.getLogger(__name__)
 
 
-def is_finished(config: Any, model: str, inputs: Callable[[Any], Mapping[str, Any]]) -> bool:
+def is_finished(
+    config: Any, stage: str, model: str, inputs: Callable[[Any], Mapping[str, Any]]
+) -> bool:
     """Whether a stage's output is complete and was made with these settings from these inputs.
 
     Args:
         config: settings of the stage.
+        stage: its name.
         model: folder of the model that the stage starts from or evaluates.
         inputs: describes the stage's other inputs; called with `config`.
 
     Raises:
-        ConfigError: the output is complete, and its settings or inputs have changed.
+        ConfigError: the output is complete, and its settings or inputs have changed; or it is
+            that of another stage.
         DataError: its manifest is damaged.
     """
     out = Path(config.out)
     if not (out / MANIFEST_NAME).is_file():
         return False
     manifest = read_manifest(out)
-    if manifest.kind not in ("checkpoint", "evaluation"):
-        return False
+    if manifest.stage != stage:
+        other = f"'{manifest.kind}' of 'lopd {manifest.stage}'"
+        OutputFolder(out, "foreign", other).require_writable()
     expected = settings_identity(config)
     recorded = settings_identity(config, manifest.config)
     changed = difference({key: recorded.get(key) for key in expected}, expected)

@@ -29,6 +29,7 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.finished import say_finished
 from lopd.store import RolloutWriter
 
 
@@ -85,6 +86,8 @@ def import_rollouts(config: ImportConfig) -> Path:
         missing = writer.missing()
         if missing:
             save_vocab(config.student, config.out)
+        else:
+            say_finished(config.out)
         rollouts = read(Skipped(config.source, bool(config.skip_bad_records)))
         for shard, size in enumerate(manifest.shards):
             part = [item.rollout for item in islice(rollouts, size)]

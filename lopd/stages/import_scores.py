@@ -33,6 +33,7 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.stages.finished import say_finished
 from lopd.stages.import_rollouts import import_rollouts
 from lopd.stages.model_access import loads_models
 from lopd.store import CacheWriter, Rollout, TeacherScores
@@ -136,7 +137,9 @@ def import_cache(config: ImportConfig) -> Path:
     )
     with CacheWriter.create(config.out, manifest) as writer:
         missing = writer.missing()
-        if missing and Path(config.teacher).is_dir():
+        if not missing:
+            say_finished(config.out)
+        elif Path(config.teacher).is_dir():
             save_vocab(config.teacher, config.out)
         records = read(Skipped(config.source, config.skip_bad_records))
         width = survey.longest - survey.shortest
@@ -199,7 +202,7 @@ def take_survey(
             that is not allowed.
     """
     sequences = known = longest = unscored = padding = 0
-    shortest, masses, halves = vocab_size, _Masses(), Counter[float]()
+    shortest, masses, halves, sampled = vocab_size, _Masses(), Counter[float](), Counter[float]()
     for dumped in records:
         sequences += 1
         known += not np.isnan(dumped.rollout.rollout_logprobs).any()
@@ -208,11 +211,12 @@ def take_survey(
         shortest, longest = min(shortest, lengths.min()), max(longest, lengths.max())
         mask = dumped.rollout.loss_mask[dumped.rollout.prompt_length :]
         masses.add(dumped.mass[mask], lengths[mask] < vocab_size)
-        own = dumped.teacher_logprobs[mask]
-        halves.update(own[2 * own == np.round(2 * own)].tolist())
+        halves.update(_halves(dumped.teacher_logprobs[mask]))
+        sampled.update(_halves(dumped.rollout.rollout_logprobs[mask]))
     if not sequences:
         raise DataError(f"{config.source}: no usable records; expected at least one")
-    _refuse_frequent(config.source, halves)
+    for name, counts in (("log-prob", halves), ("rollout_logprob", sampled)):
+        _refuse_frequent(config.source, name, counts)
     if known not in (0, sequences):
         raise DataError(
             f"{config.source}: {known} of {sequences} records have rollout_logprobs; expected all "
@@ -270,7 +274,12 @@ class _Masses:
         return self.largest <= most and abs(mean) <= bound
 
 
-def _refuse_frequent(source: str, halves: Counter[float]) -> None:
+def _halves(logprobs: np.ndarray) -> list[float]:
+    """The log-probs that are multiples of a half."""
+    return list(logprobs[2 * logprobs == np.round(2 * logprobs)].tolist())
+
+
+def _refuse_frequent(source: str, name: str, halves: Counter[float]) -> None:
     """Refuse a whole number that stands for "none" in the log-probs of sampled tokens.
 
     `halves` counts the log-probs that are multiples of a half.
@@ -279,7 +288,7 @@ def _refuse_frequent(source: str, halves: Counter[float]) -> None:
         near = halves[value - 0.5] + halves[value + 0.5]
         if value < 0 and value == round(value) and count >= max(_REPEATS, _STANDS_OUT * near + 1):
             raise DataError(
-                f"{source}: {count} sampled tokens have a log-prob of exactly {value:g}, which "
+                f"{source}: {count} sampled tokens have a {name} of exactly {value:g}, which "
                 "stands for none; dump their log-probs, or set their loss_mask to 0"
             )
 

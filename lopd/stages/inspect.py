@@ -16,6 +16,7 @@ from lopd.provenance import (
     read_manifest,
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
+from lopd.provenance.manifest import check_digest
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
@@ -31,6 +32,8 @@ def main(config: InspectConfig) -> None:
         ShardError: a shard or file is unfinished or altered.
     """
     manifest = read_manifest(Path(config.path))
+    if config.verify:
+        check_digest(manifest, config.path)
     kind = manifest.kind
     rows: dict[str, Any] = {"kind": kind, "stage": manifest.stage}
     models = {"model": manifest.model, "base": manifest.base}
@@ -54,7 +57,7 @@ def main(config: InspectConfig) -> None:
         rows.update(_describe_cache(cache))
         if (found := measure(cache)) is not None:
             rows.update(found.rows())
-        if (warning := low_coverage(cache)) is not None:
+        if (warning := low_coverage(cache, found)) is not None:
             LOG.warning(warning)
         if config.verify:
             rows["verified"] = _verify_shards(cache)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lopd.config.dtype import with_dtype
 from lopd.config.inference import SamplingOptions
@@ -33,6 +34,7 @@ from lopd.provenance import (
     read_manifest,
     save_vocab,
     vocab_size_of,
+    warn_if_edited,
 )
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
@@ -60,6 +62,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
     """
     config, worker = with_dtype(config), this_worker(config.worker)
     check_model_folder(model)
+    warn_if_edited(model)
     tokenizer = load_tokenizer(model)
     encoder = PromptEncoder(tokenizer, config, recorded_date(config.out))
     prompts = check_prompts(
@@ -125,9 +128,14 @@ def _check_student(engine: Engine, path: str) -> None:
     """Refuse a student that training would refuse, before its answers are sampled and scored."""
     from lopd.models.head import check_trainable
     from lopd.training.dry_run import meta_model
+    from lopd.training.result import rehearse
 
-    loaded = getattr(engine, "model", None)  # only transformers shows it
-    check_trainable(meta_model(path, "float32") if loaded is None else loaded)
+    model = getattr(engine, "model", None)  # only transformers shows it
+    if model is None:
+        model = meta_model(path, "float32")
+    check_trainable(model)
+    with TemporaryDirectory() as folder:
+        rehearse(Path(folder), model, engine.tokenizer)
 
 
 def _fill(

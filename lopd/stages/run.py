@@ -1,25 +1,12 @@
 """Run the missing stages of a recipe, in order (`lopd run recipe.yaml`).
 
-    out: runs/mine            # each stage writes to a folder of its name here
-    teacher: models/teacher   # answers the prompts and scores the rollouts
-    student: models/base      # is fine-tuned
-    device: cuda              # shared settings: device, seed, trust_remote_code, and dtype,
-    dtype: bfloat16           # which applies to sampling, scoring and evaluation only
-    stages:
-      sft-data: {prompts: sft.jsonl}
-      sft: {learning_rate: 8.0e-5}
-      rollout: {prompts: opd.jsonl}
-      score: {k: 64}
-      distill: {}
-      eval: {prompts: test.jsonl}
-
-`chat_template_kwargs`, `special_tokens` and `prompt_date` are shared by the stages that read
-prompts. The output, model and data of a stage follow from the other stages and can be set by hand.
-Without `sft`, `student` must be fine-tuned already. With `extra_ids`, `score` uses the student
-that rolls out. With `distill`, `eval` also measures the student before, in `eval-student`, unless
-it names its `model`; the run ends with the results. Finished stages are skipped; if the settings
-or inputs of a finished stage have changed, the run stops with an error, and nothing is reused or
-overwritten.
+`lopd.config.run.RECIPE`, which `lopd run --help` prints, shows the keys. The output, model and data
+of a stage follow from the other stages and can be set by hand. Without `sft`, `student` must be
+fine-tuned already. With `extra_ids`, `score` uses the student that rolls out. With `distill`,
+`eval` also measures the student before, in `eval-student`, unless it names its `model`; the run
+ends with the results. `eval` on a cache without prompts needs no teacher. Finished stages are
+skipped; if the settings or inputs of a finished stage have changed, the run stops with an error,
+and nothing is reused or overwritten.
 """
 
 import logging
@@ -176,7 +163,7 @@ def _check_recipe(recipe: dict[str, Any], source: str) -> None:
     check_keys(recipe, ["out", "teacher", "student", *SHARED, "stages"], source)
     for key in ("out", "teacher", "student", "stages"):
         if key not in recipe:
-            raise ConfigError(f"{source}: '{key}' is missing; see the top of lopd/stages/run.py")
+            raise ConfigError(f"{source}: '{key}' is missing; lopd run --help shows a recipe")
     for key in ("out", "teacher", "student"):
         if not isinstance(recipe[key], str) or not recipe[key]:
             raise ConfigError(f"{source}: '{key}' is {recipe[key]!r}; expected a folder")
@@ -206,6 +193,7 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
         return str((recipe["stages"].get(stage) or {}).get("out", Path(recipe["out"]) / stage))
 
     student = out("sft") if "sft" in recipe["stages"] else recipe["student"]
+    has_prompts = (recipe["stages"].get("eval") or {}).get("prompts") is not None
     extra_ids = typed((int,), (recipe["stages"].get("score") or {}).get("extra_ids"))
     return {"out": out(name)} | {
         "sft-data": {"teacher": recipe["teacher"]},
@@ -219,7 +207,7 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
         "distill": {"student": student, "cache": out("score")},
         "eval": {
             "model": out("distill") if "distill" in recipe["stages"] else student,
-            "teacher": recipe["teacher"],
+            "teacher": recipe["teacher"] if has_prompts else None,
         },
     }[name]
 
@@ -233,7 +221,8 @@ def is_finished(config: Any) -> bool:
         ConfigError: the output is complete, and its settings or inputs have changed.
     """
     module = _module(config)
-    if module not in (sft, distill, evaluate):
+    stage = {sft: "sft", distill: "distill", evaluate: "eval"}.get(module)
+    if stage is None:
         return False
     model = config.student if module is distill else config.model
-    return finished.is_finished(config, model, module.describe_inputs)
+    return finished.is_finished(config, stage, model, module.describe_inputs)

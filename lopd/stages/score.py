@@ -113,7 +113,7 @@ def _print_agreement(cache: TeacherCache) -> None:
     """Print how near the student is to the teacher, and warn if the lists hold too little."""
     if (found := measure(cache)) is not None:
         print_fields(found.rows())
-    if (warning := low_coverage(cache)) is not None:
+    if (warning := low_coverage(cache, found)) is not None:
         LOG.warning(warning)
 
 

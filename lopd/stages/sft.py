@@ -48,7 +48,7 @@ def main(config: SftConfig) -> Path:
         MissingFileError, DataError, ModelError: the model or the data cannot be used.
     """
     check_model_folder(config.model)
-    if is_finished(config, config.model, describe_inputs):
+    if is_finished(config, "sft", config.model, describe_inputs):
         return say_finished(config.out)
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
     source, teacher, written = open_data(config)

@@ -30,6 +30,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.provenance.io import json_digest, parse_json
+from lopd.provenance.manifest import check_digest
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, TeacherSequence
@@ -95,9 +96,10 @@ def check_artefact(folder: Path, manifest: Manifest) -> dict[str, str]:
 
     Raises:
         ShardError: a shard is unfinished, truncated or altered.
-        DataError: a value is out of range, or answers are missing.
+        DataError: the manifest was altered, a value is out of range, or answers are missing.
         ProvenanceError: the contents do not match the manifest.
     """
+    check_digest(manifest, folder)
     kind = manifest.kind
     if kind == "checkpoint":
         rows = _check_checkpoint(folder, manifest)
@@ -131,24 +133,29 @@ def _check_checkpoint(folder: Path, manifest: Manifest) -> dict[str, str]:
                 f"{folder}: found {what} {digest[:12]}, the manifest describes {expected[:12]}; "
                 "restore the files, or make the checkpoint again"
             )
-    rows = {"model": "weights, config and tokenizer match the manifest"}
-    if (folder / RECEIPT_NAME).exists():  # not in checkpoints from elsewhere and older ones
-        rows["files"] = f"{len(check_receipt(folder)['files'])}, all match the receipt"
-    return rows
+    return {"model": "weights, config and tokenizer match the manifest", **_check_files(folder)}
 
 
 def _check_evaluation(folder: Path) -> dict[str, str]:
+    rows = _check_files(folder)
     file = folder / "results.json"
     try:
         results = parse_json(file.read_bytes(), finite=False)
         lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
         answers = [parse_json(line, finite=False) for line in lines]
-    except (OSError, ValueError) as error:
+        expected = results["prompts"] * (1 + results["samples"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder}: torn or altered ({error}); run 'lopd eval' again") from error
-    expected = results["prompts"] * (1 + results["samples"])
     if len(answers) != expected:
         raise DataError(f"{folder}: found {len(answers)} answers; expected {expected}")
-    return {"answers": f"{len(answers)}, as the results say"}
+    return {"answers": f"{len(answers)}, as the results say", **rows}
+
+
+def _check_files(folder: Path) -> dict[str, str]:
+    """Compare the files of a result with its receipt; those of earlier versions have none."""
+    if not (folder / RECEIPT_NAME).exists():
+        return {}
+    return {"files": f"{len(check_receipt(folder)['files'])}, all match the receipt"}
 
 
 def _check_store(folder: Path, manifest: Manifest) -> dict[str, str]:

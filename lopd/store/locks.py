@@ -35,8 +35,8 @@ class FolderLock:
             descriptor = _lock(path, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if descriptor is None:
             raise ShardError(
-                f"{folder}: another process is writing there; wait for it, name another folder, or "
-                "give every process its part with --worker"
+                f"{folder}: another process is writing there; wait for it or name another folder; "
+                "several processes can sample or score together, each with its --worker"
             )
         self._descriptor, self._shared = descriptor, shared
         self._release = weakref.finalize(self, os.close, descriptor)

@@ -38,6 +38,7 @@ from lopd.training.sampler import MicroBatches, StepDataset, StepSampler, split
 from lopd.training.trainer import LopdTrainer
 
 FOLDER = "refresh"
+WINDOW = re.compile(r"step-\d{8}")  # names of the folders in it
 
 
 @dataclass(frozen=True)
@@ -279,13 +280,16 @@ class WindowDataset(StepDataset):
         self.first = first
 
     def _remove_unneeded(self, step: int) -> None:
-        """Remove all windows except those that contain the current step or a checkpoint."""
+        """Remove all windows except those that contain the current step or a checkpoint.
+
+        Folders with other names, such as copies of windows, are somebody else's.
+        """
         every = self.trainer.refresh.every
         matches = [re.fullmatch(r"checkpoint-(\d+)", f.name) for f in self.out.parent.glob("*")]
         steps = {step, *(int(match[1]) for match in matches if match)}
         needed = {f"step-{s - s % every:08d}" for s in steps if s % every}
         for folder in self.out.glob("step-*"):
-            if folder.name not in needed:
+            if WINDOW.fullmatch(folder.name) and folder.name not in needed:
                 shutil.rmtree(folder)
 
     def _manifest(self, first: int, sequences: int) -> CacheManifest:

@@ -108,9 +108,12 @@ def rehearse(out: Path, model: Any, tokenizer: Any) -> None:
                 save(folder)
         except (ValueError, TypeError, AttributeError) as error:
             why = " ".join(str(error).split())
+            remedy = "correct its files before training"
+            if "`do_sample`" in why:
+                remedy = "set do_sample to true in its generation_config.json"
             raise ModelError(
                 f"the {name} can be loaded, but not saved again, which a checkpoint and the result "
-                f"need ({why[:300]}); correct its files before training"
+                f"need ({why[:300]}); {remedy}"
             ) from error
     with saving(out):
         shutil.rmtree(folder)

@@ -15,6 +15,8 @@ from benchmarks.problems import Shape
 from benchmarks.variants import ours
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -9,6 +9,8 @@ from benchmarks import live_runs, offline_live, readme
 from benchmarks.live_runs import PARTS, SIZES, Bench, InvalidResult, Run
 from benchmarks.offline_live import GATE_STEPS
 
+pytestmark = pytest.mark.thorough
+
 QUICK = SIZES["quick"]
 
 

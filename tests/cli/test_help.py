@@ -13,7 +13,11 @@ import pytest
 from lopd.cli import main
 from lopd.cli.commands import COMMANDS
 from lopd.config.fields import GROUPS
+from lopd.config.run import RECIPE
+from lopd.config.strict_yaml import load_yaml
+from lopd.stages import run
 
+DOCS = Path(__file__).parents[2] / "docs"
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
@@ -50,6 +54,19 @@ def test_what_a_command_reads_another_one_writes(capsys):
             assert folder in written | made_elsewhere, (name, folder)
 
 
+def test_the_recipe_of_the_help_is_one(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "local_folder", lambda name: name)
+    _, printed = shown(capsys, "run", "--help").split("A recipe:\n")
+    (tmp_path / "recipe.yaml").write_text(printed)  # indented, as a reader copies it
+    recipe = load_yaml(tmp_path / "recipe.yaml")
+    assert list(recipe["stages"]) == list(run.STAGES)
+    configs = run.stage_configs(recipe, "recipe.yaml")
+    assert configs["distill"].holdout == 0.02 and configs["sft"].learning_rate == 8e-5
+    for key in ("out", "teacher", "student", *run.SHARED):
+        assert re.search(rf"\b{key}\b", printed), key
+    assert f"```yaml\n{RECIPE}```" in (DOCS / "pipeline.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(name, capsys):
     text = shown(capsys, name, "--help")
@@ -57,13 +74,15 @@ def test_help_of_a_command(name, capsys):
     config = COMMANDS[name].config_class()
     groups = re.findall(r"^([A-Z][\w ,-]*):$", text, re.MULTILINE)
     used = {item.metadata["group"] for item in fields(config)}
-    assert groups == [*(group for group in GROUPS if group in used), "General", "Examples"]
+    last = ["General", "Examples", *["A recipe"] * (name == "run")]
+    assert groups == [*(group for group in GROUPS if group in used), *last]
     flags = re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)
     assert len(flags) == len(set(flags)) and not any("_" in flag for flag in flags)
     for item in fields(config):
         assert f"--{item.name.replace('_', '-')}" in flags or item.default is True
     assert "None" not in text
-    assert text.rstrip().endswith(COMMANDS[name].examples[-1].split(" --")[-1])
+    examples = text.partition("\nA recipe:\n")[0]
+    assert examples.rstrip().endswith(COMMANDS[name].examples[-1].split(" --")[-1])
 
 
 def test_required_flags_come_first_and_have_no_default(capsys):

@@ -40,6 +40,7 @@ def build(config, **changes):
     """A config with the required settings filled in."""
     known = {"gpu_memory": "8GiB", "format": "rollouts"}
     required = [item.name for item in fields(config) if item.default is MISSING]
+    required += ["prompts"] * (config is EvalConfig)  # or a cache
     return config(**{name: known.get(name, name) for name in required} | changes)
 
 

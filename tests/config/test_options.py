@@ -63,6 +63,9 @@ def test_objective_refuses(changes, message):
         ({"num_epochs": 2.0, "max_steps": 5}, "num_epochs: found 2.0, which has no effect"),
         ({"lora_alpha": 16.0}, "lora_alpha: found 16.0, which has no effect: lora_rank is 0"),
         ({"lora_dropout": 0.1}, "lora_dropout: found 0.1, which has no effect: lora_rank is 0"),
+        ({"optim": "sgd", "adam_beta2": 0.5}, "adam_beta2: found 0.5, .* sgd does not take it"),
+        ({"optim": "adafactor", "adam_epsilon": 0.1}, "adam_epsilon: .* adafactor does not take"),
+        ({"save_every": 0, "save_total_limit": 5}, "save_total_limit: found 5, .* save_every is 0"),
         ({"lora_targets": "q_proj"}, "lora_targets: found 'q_proj', which has no effect"),
     ],
 )
@@ -95,6 +98,8 @@ def test_several_greedy_answers_are_refused():
     paths = {"student": "s", "prompts": "p", "out": "o", "device": "cpu"}
     with pytest.raises(ConfigError, match="num_samples: found 4 with temperature 0, at which all"):
         RolloutConfig(**paths, temperature=0.0, num_samples=4)
+    with pytest.raises(ConfigError, match="top_p: found 0.9, which has no effect: temperature 0"):
+        RolloutConfig(**paths, temperature=0.0, top_p=0.9)
     assert RolloutConfig(**paths, temperature=0.0).num_samples == 1
 
 

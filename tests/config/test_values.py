@@ -53,6 +53,8 @@ def test_values_take_the_type_of_their_field(name, value, expected):
     ("name", "value", "message"),
     [
         ("count", "0x10", "count: found '0x10'; expected a whole number"),
+        ("more", "", "more: found ''; expected a mapping or text"),
+        ("size", "", "size: found ''; expected a whole number or text"),
         ("count", "1e3", "count: found '1e3'; expected a whole number"),
         ("count", True, "count: found 'True'; expected a whole number"),
         ("count", 1.0, "count: found '1.0'; expected a whole number"),

@@ -121,6 +121,31 @@ def test_prompt_logprobs_are_read_from_parquet_though_the_first_is_null(tmp_path
     assert found.lists.ids.tolist() == [7, 9, 5, 8] and found.teacher_logprobs.tolist() == OWN
 
 
+def test_padding_may_have_any_id(tmp_path):
+    record = {
+        "prompt_token_ids": PROMPT,
+        "response_token_ids": ANSWER,
+        "topk_ids": [[7, 9, 0, 0], [5, 8, 0, 0]],
+        "topk_logprobs": [[-0.1, -3.0, -9999.0, -9999.0], [-0.4, -1.5, -9999.0, -9999.0]],
+        "teacher_logprobs": OWN,
+        "finish_reason": "stop",
+    }
+    (found,) = read_dump(write(tmp_path / "d.jsonl", record), "topk", None)
+    assert found.padding == 4 and found.lists.ids.tolist() == [7, 9, 5, 8]
+
+
+def test_rollout_log_probs_that_are_all_the_same_are_refused(tmp_path):
+    record = {
+        "prompt_token_ids": PROMPT,
+        "response_token_ids": [7] * 4,
+        "logprobs": [{"7": -0.1}] * 4,
+        "finish_reason": "stop",
+    }
+    record["rollout_logprobs"] = [-0.5] * 4
+    with pytest.raises(DataError, match="all 4 rollout_logprobs are -0.5"):
+        list(read_dump(write(tmp_path / "d.jsonl", record), "topk", None))
+
+
 def test_several_answers_of_one_request_are_samples_of_a_prompt(tmp_path):
     record = {"prompt_token_ids": PROMPT, "choices": [chat(), chat(index=1)], "id": "chat-1"}
     found = list(read_dump(write(tmp_path / "d.jsonl", record), "topk", None))

@@ -75,6 +75,8 @@ def test_the_template_gets_its_variables(write_jsonl, record, settings, end):
         ({"chat_template_kwargs": {"tokenize": False}}, "does not read 'tokenize'"),
         ({"chat_template_kwargs": ["a"]}, "expected an object"),
         ({"enable_thinking": "false"}, "'enable_thinking' is text"),
+        ({"reasoning_effort": "low"}, "does not read 'reasoning_effort'"),
+        ({"date_string": "1 Jan 2026"}, "does not read 'date_string'"),
         ({"tools": "a"}, "'tools' is 'a'; expected an object, not text"),
         ({"tools": {"a": 1}}, "expected a list of objects"),
         ({"add_generation_prompt": False}, "ends where the answer begins"),
@@ -182,6 +184,23 @@ def test_the_date_of_a_template_is_pinned_and_recorded(write_jsonl):
     assert plain.date is None and "reading" not in describe_prompts(path, plain)
     with pytest.raises(ConfigError, match="expected YYYY-MM-DD"):
         PromptOptions(prompt_date="6 May")
+
+
+USERS_ONLY = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}"
+    "{% endfor %}<|assistant|>"
+)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "critic"])
+def test_a_role_that_the_template_drops_is_refused(write_jsonl, role):
+    said = {"role": role, "content": "a dog"}
+    record = {"messages": [said, {"role": "user", "content": "the cat"}]}
+    with pytest.raises(DataError, match=f"role '{role}', of which the chat template writes noth"):
+        encode(train_bpe(USERS_ONLY), record, write_jsonl)
+    assert "a dog" in encode(train_bpe(TEMPLATE), record, write_jsonl)
+    blank = {"messages": [{**said, "content": ""}, {"role": "user", "content": "the cat"}]}
+    assert encode(train_bpe(USERS_ONLY), blank, write_jsonl) == "<|user|>the cat<|assistant|>"
 
 
 def test_a_random_template_is_refused(write_jsonl):

@@ -26,7 +26,12 @@ def options(**values):
 
 def read(tokenizer, path, **settings):
     """(prompt, expected answer, text to train on) of a file's only record, None where refused."""
-    (prompt,) = load_prompts(path, PromptEncoder(tokenizer, options(**settings)), answers=True)
+    (prompt,) = load_prompts(path, PromptEncoder(tokenizer, options(**settings)))
+    try:
+        encoder = PromptEncoder(tokenizer, options(**settings))
+        (prompt,) = load_prompts(path, encoder, answers=True)
+    except DataError as error:
+        assert "has no 'answer'" in str(error)
     try:
         (shown,) = load_demonstrations(path, PromptEncoder(tokenizer, options(**settings)))
     except DataError as error:
@@ -124,6 +129,18 @@ def test_columns_that_cannot_be_meant(text):
         ({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type 'image_url'"),
         ({"prompt": "a", "answer": ["1", "2"]}, "expected one text or number"),
         ({"prompt": "a", "answer": float("nan")}, "expected one text or number"),
+        ({"prompt": "a", "answer": None}, "has no 'answer'; expected one in each record"),
+        ({"prompt": "a", "anwser": "5"}, "did you mean 'answer' by 'anwser'"),
+        (
+            {"prompt": "a", "expected_answer": "5"},
+            "has no 'answer'; pass --columns prompt=prompt,answer=expected_answer",
+        ),
+        ({"prompt": "a", "system": "b"}, "prompt=COLUMN,system=system to put it before"),
+        ({"question": "a", "answer": "1", "system_prompt": "b"}, "system=system_prompt"),
+        ({"prompt": "a", "images": ["b.png"]}, "'images' beside the prompt; lopd reads text only"),
+        ({"prompt": "a", "history": [["b", "c"]]}, "write earlier turns as 'messages'"),
+        ({"messages": [{"role": "User", "content": "a"}]}, "role 'User'; expected 'user'"),
+        ({"messages": [{"role": "usr", "content": "a"}]}, "role 'usr'; expected 'user'"),
     ],
 )
 def test_a_refusal_names_the_shape_and_the_remedy(chat, write_jsonl, record, message):

@@ -77,6 +77,7 @@ def test_estimates_are_those_of_the_distributions(tmp_path):
     expected = {
         "log_ratio": (np.exp(p) * (p - q)).sum(2).mean(),
         "shared": np.minimum(np.exp(p), np.exp(q)).sum(2).mean(),
+        "covered": np.sort(np.exp(q), 2)[:, :, -K:].sum(2).mean(),
         "sampled_listed": np.take_along_axis(np.exp(p), listed, 2).sum(2).mean(),
     }
     for name, value in expected.items():
@@ -167,14 +168,37 @@ def test_inspect_has_the_values_and_warns_of_lists_that_hold_little(tmp_path, ca
     assert rows["kl_to_teacher"] == found.log_ratio.value
     assert rows["kl_to_teacher_error"] == found.log_ratio.error
     assert rows["answer tokens"] == "10% <= 5, 50% <= 5, 90% <= 5, 100% <= 5"
-    covered = rows["mean_covered_mass"]
-    assert covered < LOW_COVERAGE and f"the lists hold {covered:.1%}" in err
+    assert rows["teacher_in_lists"] == pytest.approx(rows["mean_covered_mass"])
+    covered = f"{rows['teacher_in_lists']:.1%} of the teacher's probability"
+    assert rows["teacher_in_lists"] < LOW_COVERAGE and covered in err
+    assert f"{rows['sampled_in_lists']:.1%} of the sampled tokens" in err
     assert f"a larger --k than {K}" in err
 
 
 def test_lists_that_hold_nearly_all_are_not_warned_of(tmp_path):
-    write_cache(tmp_path, make_manifest(k=30))
-    assert low_coverage(TeacherCache.open(tmp_path)) is None
+    write_cache(tmp_path, make_manifest(k=39))
+    cache = TeacherCache.open(tmp_path, support="list")
+    assert low_coverage(cache, measure(cache)) is None
+
+
+def test_lists_that_lack_the_students_tokens_are_warned_of(tmp_path):
+    write_cache(tmp_path, make_manifest(k=20), spread=5.0)  # tokens are drawn evenly of 40
+    cache = TeacherCache.open(tmp_path, support="list")
+    found = measure(cache)
+    assert found.covered.value > LOW_COVERAGE > 0.7 > found.sampled_listed.value
+    assert "of the sampled tokens; a loss over" in low_coverage(cache, found)
+
+
+def test_only_tokens_that_bear_loss_count(tmp_path):
+    p, q = make_distributions(6, 5)
+    q[:, 0] -= np.log(np.exp(3 * q[:, 0]).sum(1, keepdims=True)) - 2 * q[:, 0]  # sharper
+    tokens = write(tmp_path / "masked", p, q, samples=2, mask_first=True)
+    rows = np.arange(1, 5)
+    covered = np.sort(np.exp(q), 2)[:, 1:, -K:].sum(2).mean()
+    found = agreement(tmp_path / "masked")
+    assert found.covered.value == pytest.approx(covered, rel=1e-5)
+    ratios = [(p - q)[i // 2, rows, answer[1:]] for i, answer in enumerate(tokens)]
+    assert found.log_ratio.value == pytest.approx(np.mean(ratios), rel=1e-5)
 
 
 def test_an_unfinished_cache_without_a_shard_has_no_values(tmp_path):

@@ -9,12 +9,14 @@ import torch
 from helpers_stages import COMMON, make_rollouts, one_line, score_argv
 
 from lopd.cli import main
+from lopd.config.evaluate import EvalConfig
 from lopd.data.prompts import Prompt
 from lopd.engines.base import Sampling
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
 from lopd.provenance import declare
+from lopd.stages.evaluate import headline
 from lopd.store import TeacherCache
 
 TEMPERATURE = 0.7
@@ -164,6 +166,41 @@ def test_eval_reports_whether_the_cache_was_held_out(
     assert ("which the model was trained on" in capsys.readouterr().out) == trained_on
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["inputs"]["cache"]["digest"] == TeacherCache.open(cache_folder).digest()
+
+
+def test_a_cache_is_enough(cache_folder, student_folder, prompt_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = eval_argv(student_folder, cache_folder, prompt_file, tmp_path / "both")
+    assert main(argv) == 0
+    alone = ["eval", "--model", student_folder, "--cache", cache_folder, "--out", out, *COMMON]
+    assert main(list(map(str, alone))) == 0
+    results = json.loads((out / "results.json").read_text())
+    both = json.loads((tmp_path / "both/results.json").read_text())
+    assert results == {"prompts": 0, "samples": 0, "cache_kl": both["cache_kl"]}
+    assert (out / "answers.jsonl").read_bytes() == b""
+    assert set(json.loads((out / "manifest.json").read_text())["inputs"]) == {"cache"}
+    capsys.readouterr()
+    assert main(list(map(str, alone))) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("KL to the cached teacher  at least ")
+    for command in ("verify", "inspect"):
+        assert main([command, str(out)]) == 0
+    assert "0, as the results say" in capsys.readouterr().out
+    assert headline(out).startswith("KL on the cache at least ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "missing --prompts .* or --cache"),
+        ({"cache": "c", "teacher": "t"}, "teacher: found 't', which has no effect"),
+        ({"cache": "c", "num_samples": 2}, "num_samples: found 2, which has no effect"),
+        ({"cache": "c", "judge": "math"}, "judge: found 'math', which has no effect"),
+    ],
+)
+def test_what_needs_prompts_is_refused_without_them(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        EvalConfig(model="m", out="o", **changes)
 
 
 @pytest.mark.parametrize("k", [4, 10**9])

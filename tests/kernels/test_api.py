@@ -39,6 +39,7 @@ def test_the_typed_examples_run_and_use_every_public_name():
     assert set(lopd_kernels.__all__) <= set(vars(typed_api))
 
 
+@pytest.mark.thorough
 def test_the_typed_examples_pass_mypy_strictly():
     command = [
         sys.executable,

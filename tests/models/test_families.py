@@ -9,6 +9,8 @@ import transformers
 from benchmarks.families import STAGES, byte_tokenizer, try_family
 from benchmarks.tiny_families import families
 
+pytestmark = pytest.mark.thorough
+
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 # A dense model, learned positions, soft caps and windows, two multimodal folders, experts of
 # several kinds, latent attention with an indexer, recurrent layers, sinks, and an encoder.

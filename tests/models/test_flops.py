@@ -7,6 +7,7 @@ import torch
 from helpers_training import VOCAB, make_rollouts, make_scored, options, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.tiny_families import tiny_model as tiny_family
 from lopd.config.objective import Objective
 from lopd.config.training import LoraOptions
 from lopd.models.flops import FlopsMeter, mfu, pairs, peak_flops, size_of, step_flops
@@ -77,6 +78,11 @@ def mixture(active):
 def test_only_active_experts_count():
     sizes = [size_of(mixture(active)) for active in (1, 3)]
     assert sizes[1].matrices - sizes[0].matrices == 2 * 3 * 32 * 48
+
+
+@pytest.mark.parametrize("kind", ["mamba", "gemma4_text"])
+def test_unknown_attention_gives_no_utilisation(kind):
+    assert size_of(tiny_family(kind)) is None
 
 
 def test_unknown_experts_give_no_utilisation(monkeypatch):

@@ -136,6 +136,7 @@ def test_without_peft_the_error_names_the_package(monkeypatch):
     ("kind", "match"),
     [
         ("falcon_h1", "peft refuses adapters on all-linear .*such as q_proj,k_proj,v_proj,o_proj"),
+        ("mamba", "peft refuses adapters on all-linear .*such as in_proj,x_proj"),
         ("zamba", "shares its weight with another layer, so an adapter on it cannot be merged"),
         ("longcat_flash", "is read without calling the layer, so an adapter on it cannot be"),
         ("phimoe", "fails on these adapters .*name other layers in lora_targets"),

@@ -1,5 +1,7 @@
 """Python code in a model folder runs only where `--trust_remote_code` allows it."""
 
+import importlib
+import inspect
 import io
 import json
 import shutil
@@ -9,12 +11,14 @@ import pytest
 from helpers_stages import COMMON, one_line, rollout_argv, write_prompts
 
 from lopd.cli import main
+from lopd.cli.commands import COMMANDS
 from lopd.errors import ModelError
 from lopd.models.load import context_of, load_model, load_tokenizer
 from lopd.provenance import read_manifest
 from lopd.provenance.folder import read_vocab
 from lopd.provenance.remote_code import is_code_trusted, trusting_code
 
+SETTING = "trust_remote_code"
 CODE = """
 from pathlib import Path
 from transformers import Qwen3Config, Qwen3ForCausalLM, PreTrainedTokenizerFast
@@ -117,3 +121,12 @@ def test_permission_ends_with_its_block():
     with pytest.raises(KeyError), trusting_code(True):
         raise KeyError
     assert not is_code_trusted()
+
+
+def test_every_stage_with_the_setting_obeys_it():
+    found = [name for name, command in COMMANDS.items() if hasattr(command.config_class(), SETTING)]
+    assert {"rollout", "report", "plan"} <= set(found) and "inspect" not in found
+    for name in found:
+        if name != "run":  # it calls the stages
+            stage = importlib.import_module(f"lopd.stages.{COMMANDS[name].module}")
+            assert inspect.unwrap(stage.main) is not stage.main, name

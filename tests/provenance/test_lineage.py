@@ -1,5 +1,7 @@
 """The lineage of checkpoints, and declared ones."""
 
+import json
+
 import pytest
 from helpers_provenance import make_model, weights_of_model, write_weights
 
@@ -13,6 +15,7 @@ from lopd.provenance import (
     lineage_of,
     read_manifest,
     tokenizer_digest,
+    warn_if_edited,
     write_manifest,
 )
 
@@ -57,3 +60,16 @@ def test_a_manifest_of_other_weights_gives_no_lineage(tmp_path):
     write_weights(student, weights_of_model(seed=5))
     with pytest.raises(ProvenanceError, match="describes weights .* the folder holds"):
         lineage_of(student)
+
+
+def test_an_edited_checkpoint_is_named(tmp_path, caplog):
+    student = make_model(tmp_path / "s", seed=1)
+    warn_if_edited(student)  # it has no manifest
+    declare(student, teacher="ab" * 32)
+    warn_if_edited(student)
+    assert not caplog.messages
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "rope_theta": 7.0}))
+    warn_if_edited(student)
+    (found,) = caplog.messages
+    assert "rope_theta" in found and "is 7.0 since its manifest.json was written" in found

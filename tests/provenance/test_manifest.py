@@ -89,6 +89,17 @@ def test_manifests_without_what_their_kind_needs_are_refused(tmp_path, key, chan
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize("inputs", [{"prompts": {"sha256": "a" * 64}}, {"cache": {"digest": "a"}}])
+def test_an_evaluation_is_of_prompts_or_of_a_cache(tmp_path, inputs):
+    model = {"path": "m", "weights": "a" * 64}
+    manifest = build_manifest("evaluation", stage="eval", config={}, model=model, inputs=inputs)
+    file = write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path).inputs == inputs
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"inputs": {}}))
+    with pytest.raises(DataError, match="has no inputs.prompts.sha256 or inputs.cache.digest, "):
+        read_manifest(tmp_path)
+
+
 @pytest.mark.parametrize(
     "key, change",
     [

@@ -65,8 +65,15 @@ def test_a_whole_number_that_stands_for_none_is_refused(
     source = write(tmp_path / "dump.jsonl", records)
     assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 2
     assert f"6 sampled tokens have a log-prob of exactly {value:g}" in capsys.readouterr().err
+    for record in records:  # the same in the log-probs of the policy
+        record["rollout_logprobs"] = record["teacher_logprobs"]
+        record["teacher_logprobs"] = (-rng.exponential(2.0, 6)).tolist()
+    source = write(tmp_path / "dump.jsonl", records)
+    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 2
+    assert f"have a rollout_logprob of exactly {value:g}" in capsys.readouterr().err
     for record in records:  # rounded to halves, a whole number is nothing special
-        record["teacher_logprobs"] = [round(2 * x) / 2 for x in record["teacher_logprobs"]]
+        own = record.pop("rollout_logprobs")
+        record["teacher_logprobs"] = [round(2 * x) / 2 for x in own]
     source = write(tmp_path / "dump.jsonl", records)
     assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == (value == -12.0) * 2
 

@@ -97,6 +97,9 @@ def test_a_tool_transcript_is_scored_and_distilled_on_the_models_tokens(
     np.testing.assert_allclose(
         item.teacher_logprobs, expected.teacher_logprobs[first - 1 :], rtol=1e-4
     )
+    capsys.readouterr()
+    assert run(source, student, rollouts, "--shard_size", "2") == 0
+    assert "rollouts: finished already, nothing to do" in capsys.readouterr().err
     assert distill(student, cache, tmp_path / "out") == 0
     trained = json.loads((tmp_path / "out" / "train_log.jsonl").read_text().splitlines()[0])
     assert trained["reverse_kl"] > 0

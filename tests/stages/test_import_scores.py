@@ -50,7 +50,7 @@ def rescore(student, teacher, cache):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("form", ["dict", "vllm", "pairs", "structs", "arrays", "prompt"])
 def test_every_form_of_a_dump_gives_the_same_cache(
-    student, teacher_folder, dumped, tmp_path, form, suffix
+    student, teacher_folder, dumped, tmp_path, capsys, form, suffix
 ):
     if suffix == "parquet" and form in ("dict", "vllm", "pairs", "prompt"):
         form_values = [topk_record(*item, "pairs") for item in dumped]
@@ -65,7 +65,9 @@ def test_every_form_of_a_dump_gives_the_same_cache(
     else:
         records = [topk_record(*item, form) for item in dumped]
         source = write(tmp_path / f"dump.{suffix}", records)
-    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
+    again = [run(source, "topk", student, teacher_folder, tmp_path / "cache") for _ in range(2)]
+    assert again == [0, 0]
+    assert capsys.readouterr().err.count("cache: finished already, nothing to do") == 1
     cache = TeacherCache.open(tmp_path / "cache", support="list")
     for found, (prompt, answer, scores) in zip(cache, dumped, strict=True):
         assert found.rollout.tokens.tolist() == prompt + answer
@@ -116,7 +118,7 @@ def test_rollout_logprobs_and_teacher_logprobs_are_imported(
         record["topk_ids"] = scores.topk_ids.tolist()
         record["topk_logprobs"] = scores.topk_logprobs.tolist()
         record["teacher_logprobs"] = scores.teacher_logprobs.tolist()
-        record["rollout_logprobs"] = [-0.5] * len(answer)
+        record["rollout_logprobs"] = [-0.5 - t / 8 for t in range(len(answer))]
         record |= {"id": "same", "finish_reason": "stop", "loss_mask": [0] + [1] * len(answer[1:])}
         records.append(record)
     source = write(tmp_path / "dump.jsonl", records)
@@ -127,7 +129,9 @@ def test_rollout_logprobs_and_teacher_logprobs_are_imported(
     assert [(i.rollout.prompt_id, i.rollout.sample) for i in items] == [
         ("same", n) for n in (0, 1, 2)
     ]
-    assert all((item.rollout.rollout_logprobs == -0.5).all() for item in items)
+    for item in items:
+        stored = item.rollout.rollout_logprobs.tolist()
+        assert stored == [-0.5 - t / 8 for t in range(len(stored))]
     assert not items[0].rollout.loss_mask[items[0].rollout.prompt_length]
 
 
@@ -200,6 +204,19 @@ def test_renormalised_lists_are_refused_and_admitted_only_for_renormalised_losse
     assert distill(student, cache, tmp_path / "yes", *only) == 0
     assert rescore(student, teacher_folder, cache) == 2
     assert "nothing to compare with" in capsys.readouterr().err
+
+
+def test_renormalised_lists_beside_log_probs_of_the_full_softmax_are_named_so(
+    student, teacher_folder, dumped, tmp_path, capsys
+):
+    records = renormalised(dumped)
+    for record, item in zip(records, dumped, strict=True):
+        lists = topk_record(*item)["logprobs"]
+        own = zip(lists, record["response_token_ids"], strict=True)
+        record["teacher_logprobs"] = [row[token] for row, token in own]
+    source = write(tmp_path / "dump.jsonl", records)
+    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 2
+    assert "the list has mass 1, as if it was renormalised" in capsys.readouterr().err
 
 
 def test_rounded_renormalised_lists_are_detected(student, teacher_folder, dumped, tmp_path, capsys):

@@ -44,6 +44,22 @@ def test_json_has_the_rows_of_the_table(tmp_path, capsys):
     assert rows["kind"] == "cache" and isinstance(rows["mean_entropy"], float)
 
 
+@pytest.mark.parametrize("command", [["inspect", "--verify"], ["verify"]])
+def test_an_altered_manifest_is_found_and_one_without_a_digest_is_read(tmp_path, capsys, command):
+    write_cache(tmp_path, make_manifest())
+    assert main([*command, "--path", str(tmp_path)]) == 0
+    file = tmp_path / "manifest.json"
+    raw = json.loads(file.read_text())
+    raw["created"] = "yesterday"
+    file.write_text(json.dumps(raw))
+    capsys.readouterr()
+    assert main([*command, "--path", str(tmp_path)]) == 2
+    assert "altered since it was written" in capsys.readouterr().err
+    del raw["sha256"]  # as older versions wrote it
+    file.write_text(json.dumps(raw))
+    assert main([*command, "--path", str(tmp_path)]) == 0
+
+
 @pytest.mark.parametrize("kind", ["rollouts", "sft_data", "cache"])
 def test_an_unfinished_folder_is_described_and_verify_says_what_is_missing(tmp_path, capsys, kind):
     write = write_cache if kind == "cache" else write_rollouts

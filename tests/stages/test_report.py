@@ -62,7 +62,7 @@ def report(runs, *names, **flags):
     out = runs / "page.html"
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     folders = [str(runs / name) for name in names]
-    argv = ["report", *folders, "--out", str(out), "--dtype", "float32", "--device", "cpu"]
+    argv = ["report", *folders, "--out", str(out), "--device", "cpu"]
     assert main([*argv, *words]) == 0
     return out.read_text(encoding="utf-8")
 

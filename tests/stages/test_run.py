@@ -68,6 +68,13 @@ def test_without_sft_the_student_rolls_out():
     assert configs["rollout"].student == configs["eval"].model == "S"
 
 
+def test_an_evaluation_on_a_cache_alone_needs_no_teacher():
+    stages = STAGES | {"eval": {"cache": "held-out"}}
+    configs = recipe.stage_configs(BASE | {"stages": stages}, "r.yaml")
+    assert configs["eval"].teacher is configs["eval"].prompts is None
+    assert configs["eval"].cache == configs["eval-student"].cache == "held-out"
+
+
 def test_extra_ids_come_from_the_student_that_rolls_out():
     stages = STAGES | {"score": {"extra_ids": 4}}
     assert (

@@ -7,10 +7,11 @@ import torch
 import transformers
 from helpers_artefacts import describe, write_model, write_sequences
 
+from lopd.config.evaluate import EvalConfig
 from lopd.errors import ConfigError, MissingFileError, ProvenanceError
 from lopd.models.load import load_model
 from lopd.provenance import lineage_of, read_manifest, save_vocab
-from lopd.stages import sft
+from lopd.stages import evaluate, sft
 from lopd.stages.demo import arithmetic as toy
 from lopd.training.logging import LOG_NAME
 
@@ -60,6 +61,15 @@ def test_sft_on_sampled_answers_records_their_teacher(folder, tmp_path, capsys):
     assert "training data: 1 of 12 answers were cut off" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"another recipe \(drop_truncated was True, is False\)"):
         sft.main(config(folder, out))
+    prompts = toy.write_prompts(tmp_path / "p.jsonl", toy.sample_prompts(2, 0, exclude=set()))
+    evaluation = EvalConfig(
+        model=str(out), prompts=str(prompts), out=str(out), max_new_tokens=4, device="cpu"
+    )
+    # It is of no use to tell somebody to remove the result of another stage.
+    with pytest.raises(
+        ConfigError, match="holds 'checkpoint' of 'lopd sft'; choose a new or empty"
+    ):
+        evaluate.main(evaluation)
 
 
 def test_sft_on_demonstrations_learns_them_and_records_no_teacher(folder, tmp_path):

@@ -148,7 +148,37 @@ def test_evaluation_must_have_all_answers(teacher_folder, prompt_file, tmp_path,
     lines = (out / "answers.jsonl").read_text().splitlines(keepends=True)
     (out / "answers.jsonl").write_text("".join(lines[:-1]))
     assert verify(out) == 2
+    assert "answers.jsonl: found" in one_line(capsys)
+    (out / "receipt.json").unlink()  # as in evaluations of earlier versions
+    assert verify(out) == 2
     assert f"found {len(lines) - 1} answers; expected {len(lines)}" in one_line(capsys)
+
+
+def test_altered_results_of_an_evaluation_are_found(teacher_folder, prompt_file, tmp_path, capsys):
+    out = tmp_path / "eval"
+    argv = [
+        "eval",
+        "--model",
+        str(teacher_folder),
+        "--prompts",
+        str(prompt_file),
+        "--out",
+        str(out),
+    ]
+    argv += ["--max_new_tokens", "4", "--num_samples", "1", "--device", "cpu"]
+    assert main(argv) == 0
+    file = out / "results.json"
+    results = file.read_text()
+    for found, changed in ('"prompts"', '"prompus"'), ('"mean_tokens": 4.0', '"mean_tokens": 5.0'):
+        assert found in results
+        file.write_text(results.replace(found, changed))
+        capsys.readouterr()
+        assert verify(out) == main(argv) == 2
+        assert capsys.readouterr().err.count("results.json: altered") == 2
+    (out / "receipt.json").unlink()
+    file.write_text(results.replace('"prompts"', '"prompus"'))
+    assert verify(out) == 2
+    assert "torn or altered ('prompts')" in one_line(capsys)
 
 
 def test_noise_is_small_compared_with_the_signal(teacher_folder, student_folder, cache, capsys):

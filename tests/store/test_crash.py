@@ -19,6 +19,8 @@ from lopd.errors import ConfigError, ShardError
 from lopd.provenance import io as files
 from lopd.store import CacheWriter, TeacherCache, shards
 
+pytestmark = pytest.mark.thorough
+
 PLAN = (1, 2, 1)
 
 

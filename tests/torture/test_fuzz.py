@@ -1,8 +1,10 @@
 """Mutated files: a slice of the campaign, and that a finding is reported."""
 
+import pytest
 from torture import fuzz
 
 
+@pytest.mark.thorough
 def test_no_mutated_file_gives_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "memo"))
     findings = fuzz.fuzz(tmp_path, 1000, seed=1)

@@ -18,6 +18,8 @@ from lopd.training.logging import LOG_NAME
 from lopd.training.step import model_inputs
 from lopd.training.trainer import LopdTrainer, Objective
 
+pytestmark = pytest.mark.thorough
+
 STEPS = 10
 
 

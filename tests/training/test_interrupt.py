@@ -18,6 +18,8 @@ from lopd.stages import distill
 from lopd.training.checkpoints import checkpoints, is_whole
 from lopd.training.trainer import LopdTrainer
 
+pytestmark = pytest.mark.thorough
+
 SETTINGS = {"batch_size": 4, "learning_rate": 1e-2, "device": "cpu", "max_steps": 5}
 
 

@@ -170,6 +170,17 @@ def test_windows_that_contain_a_checkpoint_are_not_removed(pipeline, tmp_path):
     assert windows(distilled(pipeline, tmp_path / "b", 3)) == ["step-00000006"]
 
 
+def test_only_windows_are_removed(pipeline, tmp_path, monkeypatch):
+    out, renew = tmp_path / "out", RefreshTrainer.renew
+
+    def watched(trainer, sequences, window):
+        (out / "refresh" / "step-00000000.copy").mkdir(exist_ok=True)
+        return renew(trainer, sequences, window)
+
+    monkeypatch.setattr(RefreshTrainer, "renew", watched)
+    assert windows(distilled(pipeline, out, 3)) == ["step-00000000.copy", "step-00000006"]
+
+
 def test_a_window_is_a_cache_with_the_settings_of_the_runs(pipeline, tmp_path):
     cache = tmp_path / "compact"
     shutil.copytree(pipeline / "cache", cache)

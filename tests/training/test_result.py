@@ -47,7 +47,7 @@ def test_the_result_has_a_receipt_of_its_files(pipeline, tmp_path, capsys):
     assert main(["inspect", "--path", str(out), "--verify"]) == 0
     assert f"all {len(files)} files" in capsys.readouterr().out
     settings = json.loads((out / "generation_config.json").read_text())
-    (out / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 3}))
+    (out / "generation_config.json").write_text(json.dumps({**settings, "top_k": 3}))
     for command in (["verify"], ["inspect", "--verify"]):
         assert main([*command, "--path", str(out)]) == 2
         assert "generation_config.json: " in capsys.readouterr().err
@@ -61,7 +61,7 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(
     (tmp_path / "data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n' * 4)
     monkeypatch.setattr(LopdTrainer, "train", lambda *args, **kwargs: 1 / 0)
     settings = {"model": str(model), "data": str(tmp_path / "data.jsonl"), **SETTINGS}
-    with pytest.raises(ModelError, match="loaded, but not saved again.*do_sample.*before training"):
+    with pytest.raises(ModelError, match="loaded, but not saved again.*set do_sample to true in"):
         sft.main(sft.SftConfig(out=str(tmp_path / "out"), **settings))
 
 

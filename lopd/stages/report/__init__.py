@@ -4,10 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from lopd.config.dtype import with_dtype
 from lopd.config.report import ReportConfig
 from lopd.engines.transformers import TransformersEngine
 from lopd.evaluation.tokens import compare_tokens
-from lopd.provenance.io import write_atomic
+from lopd.provenance.io import make_folder, storing, write_atomic
+from lopd.stages.model_access import loads_models
 from lopd.stages.report.facts import Run, read_evaluation, read_run
 from lopd.stages.report.page import render
 from lopd.store import TeacherCache
@@ -15,6 +17,7 @@ from lopd.store import TeacherCache
 logger = logging.getLogger(__name__)
 
 
+@loads_models
 def main(config: ReportConfig) -> Path:
     """Write the page: no external requests, and no markup of a model's text is interpreted.
 
@@ -32,8 +35,9 @@ def main(config: ReportConfig) -> Path:
     lengths = [_lengths(run) for run in runs]
     page = render(runs, evaluations, answers, lengths)
     out = Path(config.out or Path(config.folders[0]) / "report.html")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, page.encode())
+    with storing(out):
+        make_folder(out.parent)
+        write_atomic(out, page.encode())
     return out
 
 
@@ -60,7 +64,7 @@ def _lengths(run: Run) -> dict[str, Any] | None:
 
 def _answers(runs: list[Run], config: ReportConfig) -> list[dict[str, Any]]:
     """The first answers of each run's cache, token by token."""
-    answers = []
+    config, answers = with_dtype(config), []
     for run in runs:
         cache = _cache(run)
         if cache is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lopd.errors import ConfigError
 from lopd.provenance import MANIFEST_NAME, ModelIdentity, read_manifest
+from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.provenance.io import parse_json
 from lopd.training.logging import LOG_NAME
 
@@ -128,10 +129,13 @@ def read_evaluation(folder: str) -> Evaluation:
 
     Raises:
         ConfigError: the folder holds none.
+        ShardError: its files do not match its receipt.
     """
     path = Path(folder)
     if not (path / MANIFEST_NAME).is_file() or read_manifest(path).kind != "evaluation":
         raise ConfigError(f"{folder}: expected a folder that lopd eval wrote")
     manifest = read_manifest(path)
+    if (path / RECEIPT_NAME).exists():
+        check_receipt(path)
     results = parse_json((path / "results.json").read_bytes())
     return Evaluation(folder, manifest.model.weights, results)
