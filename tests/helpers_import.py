@@ -79,5 +79,5 @@ def run(source, form, student, teacher, out, *flags):
 
 def distill(student, cache, out, *flags):
     argv = ["distill", "--student", str(student), "--cache", str(cache), "--out", str(out)]
-    settings = ["--max_steps", "1", "--batch_size", "2", "--save_every", "0"]
+    settings = ["--max-steps", "1", "--batch-size", "2", "--save-every", "0"]
     return main([*argv, *settings, "--dtype", "float32", "--device", "cpu", *flags])

@@ -66,7 +66,7 @@ def write_prompts(path, count=10, **more):
 
 def rollout_argv(student, prompts, out, *flags):
     argv = ["rollout", "--student", student, "--prompts", prompts, "--out", out]
-    argv += ["--max_new_tokens", "8", "--num_samples", "2", "--shard_size", "6", *COMMON, *flags]
+    argv += ["--max-new-tokens", "8", "--num-samples", "2", "--shard-size", "6", *COMMON, *flags]
     return list(map(str, argv))
 
 

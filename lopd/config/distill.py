@@ -102,7 +102,7 @@ class DistillConfig(MonitoringOptions):
             refuse_unused(self, ("refresh_batch_size",), "refresh_every is 0; set it")
         if self.refresh_every and self.drop_truncated:
             raise ConfigError(
-                "drop_truncated: depends on the ends of the cached answers, which --refresh_every "
+                "drop_truncated: depends on the ends of the cached answers, which --refresh-every "
                 "replaces; leave one of the two out"
             )
 

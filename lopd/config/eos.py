@@ -19,7 +19,7 @@ class EosOptions(Settings):
 
 
 def parse_eos_class(text: str | None) -> tuple[int, ...]:
-    """The ids of `--eos_class`, sorted; none by default.
+    """The ids of `--eos-class`, sorted; none by default.
 
     >>> parse_eos_class("27, 1")
     (1, 27)

@@ -133,7 +133,7 @@ class Objective(Settings):
         if self.eos_class and self.name not in SPARSE:
             raise ConfigError(
                 f"eos_class: {self.name} has no lists to merge ids in; the cache was scored with "
-                f"--eos_class, which needs one of {', '.join(SPARSE)}"
+                f"--eos-class, which needs one of {', '.join(SPARSE)}"
             )
         self._check_importance()
 

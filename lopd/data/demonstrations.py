@@ -132,7 +132,7 @@ def _with_end(answer: list[int], encoder: PromptEncoder, where: str) -> list[int
     if end in answer and choice != "keep":
         raise DataError(
             f"{where}: the answer holds {encoder.tokenizer.eos_token!r}, the end-of-sequence token "
-            "that lopd appends; remove it, or pass --special_tokens once to have one at its end, "
+            "that lopd appends; remove it, or pass --special-tokens once to have one at its end, "
             "or keep to train on it"
         )
     return [*answer, end]

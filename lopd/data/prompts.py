@@ -294,7 +294,7 @@ def check_prompts(
         "the model",
         vocab_size,
         context,
-        length_remedy="lower --max_new_tokens or remove long prompts",
+        length_remedy="lower --max-new-tokens or remove long prompts",
         id_remedy="use the tokenizer that belongs to the model",
     )
     skipped, usable = Skipped(str(source), skip), []

@@ -206,7 +206,7 @@ class PromptEncoder:
 
     def _no_template(self) -> str:
         if self._as_text:
-            return "--special_tokens as_text applies no chat template"
+            return "--special-tokens as_text applies no chat template"
         return "the tokenizer has no chat template"
 
     def _render(self, messages: list[Message], kwargs: Mapping[str, Any]) -> str:
@@ -243,7 +243,7 @@ class PromptEncoder:
             else f"ends with {names[0]!r}, which the tokenizer adds, so the answer would follow it"
         )
         raise DataError(
-            f"{where}: the prompt {found}; pass --special_tokens once to have it "
+            f"{where}: the prompt {found}; pass --special-tokens once to have it "
             f"{'once' if twice else 'left out'}, or keep to leave it so"
         )
 
@@ -258,7 +258,7 @@ class PromptEncoder:
                 first = min(found, key=text.find)
                 raise DataError(
                     f"{where}: the text holds {first!r}, which the chat template writes: a "
-                    "template seems to be applied already; pass --special_tokens as_text to take "
+                    "template seems to be applied already; pass --special-tokens as_text to take "
                     "the text as it is, or keep to apply the template to it"
                 )
 

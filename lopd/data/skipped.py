@@ -16,7 +16,7 @@ class Skipped:
 
     source: str
     allowed: bool
-    offered: bool = True  # whether the command has --skip_bad_records
+    offered: bool = True  # whether the command has --skip-bad-records
     errors: list[DataError] = field(default_factory=list)
     kept: int = 0
 
@@ -24,7 +24,7 @@ class Skipped:
         """Note a bad record, or raise its error if records may not be skipped."""
         if not self.allowed:
             remedy = (
-                "; --skip_bad_records leaves such records out" if self.kept and self.offered else ""
+                "; --skip-bad-records leaves such records out" if self.kept and self.offered else ""
             )
             raise DataError(f"{error}{remedy}") from error
         self.errors.append(error)

@@ -21,7 +21,7 @@ from lopd.models.load import eos_token_ids, load_model, load_tokenizer
 from lopd.store import TeacherScores
 from lopd_kernels import TopK, linear_topk
 
-_ONE_BY_ONE = "use --batch_size 1, which needs no padding, or --engine vllm"
+_ONE_BY_ONE = "use --batch-size 1, which needs no padding, or --engine vllm"
 
 
 class TransformersEngine:

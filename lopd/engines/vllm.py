@@ -167,7 +167,7 @@ class VllmEngine:
         return scores
 
     def _check_room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        remedy = "lower --max_new_tokens or raise max_model_len"
+        remedy = "lower --max-new-tokens or raise max_model_len"
         limits = ModelLimits("vllm", self.vocab_size, self.context, length_remedy=remedy)
         for i, prompt in enumerate(prompts):
             if not len(prompt):

@@ -45,7 +45,7 @@ def exact_grader(pattern: str, prompts: Sequence[Prompt] = ()) -> Grader:
         raise DataError(
             f"prompt '{prompt.id}': answer_regex never finds the answer {_brief(expected)}"
             f"{instead}, so every answer would count as wrong; expected what its group can match: "
-            "write the final answer alone, change --answer_regex, or use --judge math"
+            "write the final answer alone, change --answer-regex, or use --judge math"
         )
     spelled = [prompt for prompt in prompts if _has_other_spelling(str(prompt.answer))]
     if spelled:

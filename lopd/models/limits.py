@@ -22,7 +22,7 @@ of the teacher; use models that share a tokenizer
     model: str
     vocab_size: int | None  # rows of its embedding; None for no limit
     context: int | None = None  # tokens; None for no limit
-    length_remedy: str = "roll out with fewer --max_new_tokens"
+    length_remedy: str = "roll out with fewer --max-new-tokens"
     id_remedy: str = "use models that share a tokenizer"
 
     def check(

@@ -101,7 +101,7 @@ def _check_adapters(adapted: Any) -> None:
         try:
             inputs = probe_inputs(lm_head(adapted).weight)
             with torch.enable_grad():
-                remedy = "name other layers in lora_targets, or train without --lora_rank"
+                remedy = "name other layers in lora_targets, or train without --lora-rank"
                 attempt(plain, "these adapters", lambda: hidden_of(adapted, inputs), remedy)
         finally:
             for hook in hooks:

@@ -77,7 +77,7 @@ def pack_attention(
             raise ModelError(
                 f"{type(plain).__name__}: its attention is its own, so attention by {path} would "
                 "give other outputs; this architecture cannot be packed, omit "
-                "--max_tokens_per_batch"
+                "--max-tokens-per-batch"
             )
         _register()
     name = REGISTERED.get(path, path)
@@ -264,7 +264,7 @@ def check_packing(model: Any, path: str, longest: int | None = None) -> None:
             padding, 4 units in the last place, and 1e-5; or above `admission.ceiling` in any case,
             since a model that depends on its neighbours does so in padded batches too.
     """
-    remedy = "this architecture cannot be packed, omit --max_tokens_per_batch"
+    remedy = "this architecture cannot be packed, omit --max-tokens-per-batch"
     attempt(plain_model(model), "a pack", lambda: _compare_pack(model, path, longest), remedy)
 
 
@@ -297,7 +297,7 @@ def _compare_pack(model: Any, path: str, longest: int | None) -> None:
             f"{type(model).__name__}: in a pack its hidden states differ by {error:.2g} of their "
             f"norm from those of the separate sequences (expected at most {bound:.2g}), with "
             f"attention by {path}; this architecture cannot be packed, omit "
-            "--max_tokens_per_batch"
+            "--max-tokens-per-batch"
         )
 
 

@@ -208,7 +208,7 @@ def eos_mismatch(
         f"{what} end with id {_words(ours)}, the teacher's answers with {_words(theirs)}",
         "one set of end-of-sequence ids, or the probability of ending is trained away",
         f"set eos_token_id to {union} in generation_config.json of both models before sampling, or "
-        f"score with --eos_class {','.join(map(str, union))}",
+        f"score with --eos-class {','.join(map(str, union))}",
     )
 
 
@@ -223,7 +223,7 @@ def check_eos(
 
     Args:
         what, merged: as in `eos_mismatch`.
-        allow: whether `--allow_eos_mismatch` is set.
+        allow: whether `--allow-eos-mismatch` is set.
 
     Returns:
         The override, if it was needed.
@@ -238,7 +238,7 @@ def check_eos(
     if not allow:
         raise ProvenanceError(
             f"eos-mismatch: found that {found}; expected {expected}; {remedy}, or pass "
-            "--allow_eos_mismatch"
+            "--allow-eos-mismatch"
         )
     return [Override(name="eos-mismatch", found=found, expected=expected)]
 

@@ -53,6 +53,6 @@ def loading_code(folder: Path, problem: str) -> Iterator[dict[str, bool]]:
         if "trust_remote_code" in str(error) and not is_code_trusted():
             problem = (
                 "needs the Python code in its folder (auto_map), which is not run; read it and, "
-                "if you trust it, pass --trust_remote_code"
+                "if you trust it, pass --trust-remote-code"
             )
         raise ModelError(f"{folder}: {problem} ({found})") from error

@@ -138,9 +138,10 @@ def check_importance(config: DistillConfig, objective: Objective, manifest: Cach
     if objective.needs_rollout_logprobs and (reason := missing_ratios(manifest)):
         flag = "clip_range" if objective.importance == "none" else "importance"
         flag = "tail" if objective.tail == "unbiased" else flag
+        spelt = flag.replace("_", "-")
         raise ConfigError(
             f"{flag}: {config.cache}: {reason}, and the correction divides by the probability "
-            f"that a token was sampled with; leave --{flag} out, or roll out and score again"
+            f"that a token was sampled with; leave --{spelt} out, or roll out and score again"
         )
 
 

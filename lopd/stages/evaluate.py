@@ -143,7 +143,7 @@ def _show_without_answer(records: list[dict[str, Any]], judge: str) -> None:
     without = [record for record in complete if record["answer"] is None]
     if not without:
         return
-    remedy = "; --answer_regex or --judge math may find more" if judge == "exact" else ""
+    remedy = "; --answer-regex or --judge math may find more" if judge == "exact" else ""
     shown = "".join(f"\n  {record['id']}: ...{record['text'][-60:]!r}" for record in without[:3])
     LOG.warning(
         f"eval: judge {judge} found nothing to grade in {len(without)} of {len(complete)} complete "
@@ -224,7 +224,7 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
     if "kl" in results:
         kl = results["kl"]
         exact = kl.get("exact", False)
-        remedy = "" if exact else "; a --kl_k of at least the vocabulary gives the whole KL"
+        remedy = "" if exact else "; a --kl-k of at least the vocabulary gives the whole KL"
         fields["KL to the teacher"] = f"{_bound(kl, exact)} (k={kl['k']}{remedy})"
     if "cache_kl" in results:
         kl = results["cache_kl"]

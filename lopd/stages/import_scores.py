@@ -227,7 +227,7 @@ def take_survey(
         raise DataError(
             f"{config.source}: every list has mass 1 within rounding, though the longest "
             f"holds {longest} of {vocab_size} ids: the lists were renormalised and the mass "
-            "outside them is lost; dump raw log-probs, or pass --allow_renormalized to admit them "
+            "outside them is lost; dump raw log-probs, or pass --allow-renormalized to admit them "
             "for --tail renormalize only"
         )
     return Survey(

@@ -44,7 +44,7 @@ def _assumptions(config: PlanConfig) -> str:
     k = "" if config.objective == "policy_gradient" else f" with lists of {config.k}"
     return (
         f"planned for {rows} a micro-batch, all with loss ({config.objective}{k}), {config.dtype} "
-        f"weights, {config.optim}; set --sequence_length and --batch_size to yours"
+        f"weights, {config.optim}; set --sequence-length and --batch-size to yours"
     )
 
 

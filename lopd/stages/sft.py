@@ -118,9 +118,10 @@ def open_data(config: SftConfig) -> tuple[Source, dict[str, Any] | None, str | N
         return load_demonstrations(config.data, encoder), None, encoder.date
     for name in ("columns", "chat_template_kwargs", "special_tokens", "prompt_date"):
         if getattr(config, name) is not None:
+            spelt = name.replace("_", "-")
             raise ConfigError(
                 f"{name}: {config.data} holds tokens, which lopd sft-data made of its prompts; "
-                f"pass --{name} to that command"
+                f"pass --{spelt} to that command"
             )
     store = RolloutStore.open(config.data, kind="sft_data")
     if runs.is_first():  # the other processes wait for it when the run begins

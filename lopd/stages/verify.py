@@ -71,7 +71,7 @@ def main(config: VerifyConfig) -> None:
             raise NoiseError(
                 f"{config.path}: the noise floor is {floor.noise_share:.3g} of the signal; "
                 f"expected at most {config.max_noise_share}; score with a wider --dtype or with "
-                "the engine that you trust, or raise --max_noise_share"
+                "the engine that you trust, or raise --max-noise-share"
             )
 
 

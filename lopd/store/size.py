@@ -113,7 +113,7 @@ def check_fits(out: str | Path, needed: int, basis: str) -> None:
     if needed > free:
         raise ConfigError(
             f"{out}: what is left to score needs {format_bytes(needed)} ({basis}), the disk has "
-            f"{format_bytes(free)} free; make room, choose another --out, or lower --k, --top_p, "
+            f"{format_bytes(free)} free; make room, choose another --out, or lower --k, --top-p, "
             "or take a smaller --codec"
         )
 

@@ -88,7 +88,7 @@ class SequenceDataset(torch.utils.data.Dataset):
             vocab_size,
             context,
             length_remedy="use a model with a longer context, or roll out with fewer "
-            "--max_new_tokens",
+            "--max-new-tokens",
             id_remedy="use the model and tokenizer that the data were made with"
             + (
                 "; an id that stands for no token comes from an unused row of the head of the "

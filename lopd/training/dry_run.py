@@ -5,7 +5,7 @@ the backward takes seconds for a model of any size.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -163,7 +163,7 @@ def activation_bytes(model: Any, inputs: dict[str, Any], checkpointing: bool) ->
     if largest_layer is None or not model.supports_gradient_checkpointing:
         raise ModelError(
             f"{type(model).__name__}: does not support gradient checkpointing; omit "
-            "--gradient_checkpointing"
+            "--gradient-checkpointing"
         )
     model.gradient_checkpointing_enable()
     try:
@@ -202,19 +202,27 @@ class _Saved:
 
 
 @contextmanager
-def _experts_of_any_dtype() -> Iterator[None]:
-    """Let fused experts run in any dtype: torch's grouped product has meta shapes for bf16 only.
+def _without_a_device() -> Iterator[None]:
+    """Let fused experts, and adapters on them, run on the meta device.
 
-    transformers' own fallback saves the same tensors.
+    torch's grouped product has meta shapes for bf16 only; transformers' own fallback saves the
+    same tensors. peft switches the device's autocast off, and the meta device has none.
     """
     from transformers.integrations import moe
 
     previous = getattr(moe, "_can_use_grouped_mm", None)
     if previous is not None:
         moe._can_use_grouped_mm = lambda *args, **kwargs: False
+    autocast = torch.autocast
+
+    def autocast_of_a_device(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+
+    torch.autocast = autocast_of_a_device  # type: ignore[misc, assignment]
     try:
         yield
     finally:
+        torch.autocast = autocast  # type: ignore[misc]
         if previous is not None:
             moe._can_use_grouped_mm = previous
 
@@ -266,7 +274,7 @@ def _saved_in_a_forward(
     try:
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor),
-            _experts_of_any_dtype(),
+            _without_a_device(),
         ):
             loss = run_with_loss(model, inputs, loss_fn)
     finally:

@@ -61,7 +61,7 @@ class Refresh:
             raise ConfigError(
                 f"refresh_every: {self.cache.path} does not record the "
                 f"{names[values.index(None)]} of its rollouts; roll out and score again, or omit "
-                "--refresh_every"
+                "--refresh-every"
             )
         return Sampling(*values)
 
@@ -90,7 +90,7 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
     if not (worker := this_worker(None)).is_single:
         raise ConfigError(
             f"refresh_every: found {worker.count} processes; expected one: start without torchrun, "
-            "or omit --refresh_every"
+            "or omit --refresh-every"
         )
     if scorer.engine != TransformersEngine.name:
         raise ConfigError(

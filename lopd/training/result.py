@@ -148,5 +148,5 @@ def check_disk(config: Any, trainer: Any) -> None:
         raise ShardError(
             f"{out}: found {free / 2**30:.3g} GiB of free space; expected at least "
             f"{needed / 2**30:.3g} GiB for {count} checkpoints of {each / 2**30:.3g} GiB and the "
-            "result; make room, or lower --save_total_limit"
+            "result; make room, or lower --save-total-limit"
         )

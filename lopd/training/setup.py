@@ -62,7 +62,7 @@ def build_trainer(
     if dataset.truncated and not config.drop_truncated and this_worker(None).index == 0:
         LOG.warning(
             f"training data: {dataset.truncated} of {len(source)} answers were cut off at their "
-            "length limit; --drop_truncated leaves them out"
+            "length limit; --drop-truncated leaves them out"
         )
     training_set: SequenceDataset | Subset = dataset
     holdout, monitored = None, isinstance(config, MonitoringOptions)
@@ -114,6 +114,6 @@ def warn_of_rounding(config: Any) -> None:
     ):
         LOG.warning(
             f"dtype {config.dtype} with learning_rate {config.learning_rate:g}: most updates this "
-            "small are lost to rounding; --mixed_precision bf16 uses float32 weights, and "
-            "--lora_rank trains float32 adapters"
+            "small are lost to rounding; --mixed-precision bf16 uses float32 weights, and "
+            "--lora-rank trains float32 adapters"
         )

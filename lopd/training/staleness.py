@@ -46,13 +46,13 @@ class StalenessMonitor(TrainerCallback):
         if ess is None:
             text = (
                 "the log-ratio to the rollout policy is unknown, so a stale cache will not be "
-                "noticed; set --stale_ess 0 to disable this check"
+                "noticed; set --stale-ess 0 to disable this check"
             )
         else:
             text = (
                 f"the student has moved away from the rollouts: as samples of the student, the "
                 f"tokens of a step are worth {100 * ess:.3g} % of their number (median of the last "
-                f"{WINDOW} steps), below --stale_ess {self.limit:g}. Whether it still improves, "
+                f"{WINDOW} steps), below --stale-ess {self.limit:g}. Whether it still improves, "
                 "--holdout shows; if it does not, roll out and score again with this student, or "
                 "lower the learning rate"
             )

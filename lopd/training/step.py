@@ -109,7 +109,7 @@ def _check_batch(batch: Batch, objective: Objective, num_items: float) -> None:
     if objective.needs_rollout_logprobs and "rollout_logprobs" not in batch:
         raise DataError(
             f"sequences {names}: their rollout log-probs are not all known, and importance "
-            "correction needs them; train with --importance none, no --clip_range and --tail bucket"
+            "correction needs them; train with --importance none, no --clip-range and --tail bucket"
         )
 
 

@@ -181,7 +181,7 @@ class LopdTrainer(Trainer):
         if args.gradient_checkpointing and not plain_model(model).supports_gradient_checkpointing:
             raise ModelError(
                 f"{type(plain_model(model)).__name__}: does not support gradient checkpointing; "
-                "omit --gradient_checkpointing"
+                "omit --gradient-checkpointing"
             )
         if self.max_tokens is not None:
             self.attention = pack_attention(model, attention, args.device, dtype)
@@ -268,9 +268,9 @@ class LopdTrainer(Trainer):
         rows, length = batch["input_ids"].shape
         return (
             f"step {self.state.global_step + 1}: out of memory in a micro-batch of {rows} x "
-            f"{length} tokens; rerun the command with --gradient_checkpointing, a smaller "
-            "--max_tokens_per_batch or --workspace_bytes, or a smaller --batch_size and more "
-            "--gradient_accumulation_steps; it continues from the last checkpoint (lopd plan shows "
+            f"{length} tokens; rerun the command with --gradient-checkpointing, a smaller "
+            "--max-tokens-per-batch or --workspace-bytes, or a smaller --batch-size and more "
+            "--gradient-accumulation-steps; it continues from the last checkpoint (lopd plan shows "
             "which settings fit)"
         )
 

@@ -102,7 +102,7 @@ def test_variables_of_the_whole_file_are_checked_before_it_is_read():
 
 def test_a_token_that_the_tokenizer_appends_is_refused_or_left_out(write_jsonl, capsys):
     tokenizer, record = adding("<pad>", "<eos>"), {"prompt": "the cat"}
-    with pytest.raises(DataError, match=r"ends with '<eos>', .*--special_tokens once"):
+    with pytest.raises(DataError, match=r"ends with '<eos>', .*--special-tokens once"):
         encode(tokenizer, record, write_jsonl)
     found = {
         choice: encode(tokenizer, record, write_jsonl, special_tokens=choice)
@@ -138,7 +138,7 @@ def test_text_with_the_template_applied_is_not_given_it_again(write_jsonl):
 def test_an_answer_holds_no_end_of_sequence_before_its_own(write_jsonl):
     tokenizer = train_bpe(TEMPLATE)
     path = write_jsonl([{"prompt": "the", "completion": "cat<eos>"}])
-    with pytest.raises(DataError, match="the answer holds '<eos>'.*--special_tokens once"):
+    with pytest.raises(DataError, match="the answer holds '<eos>'.*--special-tokens once"):
         load_demonstrations(path, PromptEncoder(tokenizer))
     for choice, text in (("once", "cat<eos>"), ("keep", "cat<eos><eos>")):
         encoder = PromptEncoder(tokenizer, PromptOptions(special_tokens=choice))

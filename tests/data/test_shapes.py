@@ -170,7 +170,7 @@ def test_bad_records_are_left_out_on_request(chat, write_jsonl, capsys):
     records = [{"prompt": "a"}, {"prompt": ""}, {"prompt": "the"}, {"x": 1}]
     path = write_jsonl(records)
     path.write_text(path.read_text() + "{broken\n")
-    with pytest.raises(DataError, match=r":2: .*--skip_bad_records leaves such records out"):
+    with pytest.raises(DataError, match=r":2: .*--skip-bad-records leaves such records out"):
         load_prompts(path, PromptEncoder(chat))
     prompts = load_prompts(path, PromptEncoder(chat, options(skip_bad_records=True)))
     assert len(prompts) == 2

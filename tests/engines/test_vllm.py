@@ -173,12 +173,12 @@ def test_the_stages_write_what_the_transformers_engine_reads_back(
     prompts = tmp_path / "prompts.jsonl"
     words = TEXT.split()
     prompts.write_text("".join(json.dumps({"prompt": w}) + "\n" for w in words[:6]))
-    engine = ["--engine", "vllm", "--engine_options", json.dumps(OPTIONS), "--dtype", "float32"]
+    engine = ["--engine", "vllm", "--engine-options", json.dumps(OPTIONS), "--dtype", "float32"]
     rollouts, cache = tmp_path / "rollouts", tmp_path / "cache"
     argv = ["rollout", "--student", str(folder), "--prompts", str(prompts), "--out", str(rollouts)]
-    assert main([*argv, "--max_new_tokens", "8", "--shard_size", "4", *engine]) == 0
+    assert main([*argv, "--max-new-tokens", "8", "--shard-size", "4", *engine]) == 0
     argv = ["score", "--teacher", str(folder), "--rollouts", str(rollouts), "--out", str(cache)]
-    assert main([*argv, "--k", "8", "--top_p", "1", *engine]) == 0
+    assert main([*argv, "--k", "8", "--top-p", "1", *engine]) == 0
     store, scored = RolloutStore.open(rollouts), TeacherCache.open(cache, support="list")
     assert store.manifest.model.engine == scored.manifest.model.engine == "vllm"
     assert scored.manifest.scoring.tail == "derived"

@@ -96,7 +96,7 @@ def renormalized_cache(cache_folder, teacher_folder, student_folder, tmp_path):
         records.append({"prompt_token_ids": tokens[:length], **responses})
     dump = tmp_path / "dump.jsonl"
     dump.write_text("".join(json.dumps(record) + "\n" for record in records))
-    argv = ["import", "--source", dump, "--format", "topk", "--allow_renormalized"]
+    argv = ["import", "--source", dump, "--format", "topk", "--allow-renormalized"]
     argv += ["--teacher", teacher_folder, "--student", student_folder]
     assert main(list(map(str, [*argv, "--out", tmp_path / "renormalized"]))) == 0
     return tmp_path / "renormalized"
@@ -122,7 +122,7 @@ def test_sequences_longer_than_the_model_are_refused(cache_folder, student_folde
 
 def eval_argv(model, cache, prompts, out):
     argv = ["eval", "--model", model, "--cache", cache, "--prompts", prompts, "--out", out]
-    flags = ["--max_new_tokens", 4, "--num_samples", 1, "--dtype", "float32", "--device", "cpu"]
+    flags = ["--max-new-tokens", 4, "--num-samples", 1, "--dtype", "float32", "--device", "cpu"]
     return list(map(str, argv + flags))
 
 
@@ -159,7 +159,7 @@ def test_eval_reports_whether_the_cache_was_held_out(
     if trained_on:
         model = tmp_path / "model"
         argv = ["distill", "--student", student_folder, "--cache", cache_folder, "--out", model]
-        assert main(list(map(str, [*argv, "--max_steps", 1, "--save_every", 0, *COMMON]))) == 0
+        assert main(list(map(str, [*argv, "--max-steps", 1, "--save-every", 0, *COMMON]))) == 0
     assert main(eval_argv(model, cache_folder, prompt_file, tmp_path / "out")) == 0
     result = json.loads((tmp_path / "out/results.json").read_text())["cache_kl"]
     assert result["held_out"] is not trained_on and result["nats_per_token"] > 0

@@ -48,7 +48,7 @@ def test_signal_equals_that_of_dense_distributions(
     if teacher_rows is not None:
         teacher = save_qwen3(tmp_path / "teacher", seed=1, vocab_size=teacher_rows)
     rollouts, cache = make_rollouts(student_folder, tmp_path), tmp_path / "cache"
-    assert main(score_argv(teacher, rollouts, cache, "--top_p", "1")) == 0
+    assert main(score_argv(teacher, rollouts, cache, "--top-p", "1")) == 0
     floor = measure_noise_floor(
         cache,
         12,

@@ -149,7 +149,7 @@ def test_decoding_that_depends_on_padding_is_refused_unless_there_is_none(tmp_pa
     byte_tokenizer().save_pretrained(tmp_path)
     prompts, sampling = [[5, 6], [7, 8, 9, 10]], Sampling(5)
     engine = TransformersEngine.load(tmp_path, dtype="float32", device="cpu")
-    with pytest.raises(ModelError, match="in cached decoding, log-probs differ.*--batch_size 1"):
+    with pytest.raises(ModelError, match="in cached decoding, log-probs differ.*--batch-size 1"):
         engine.generate(prompts, sampling, [0, 1])
     engine = TransformersEngine.load(tmp_path, dtype="float32", device="cpu", batch_size=1)
     answers = engine.generate(prompts, sampling, [0, 1])

@@ -1,4 +1,4 @@
-"""Python code in a model folder runs only where `--trust_remote_code` allows it."""
+"""Python code in a model folder runs only where `--trust-remote-code` allows it."""
 
 import importlib
 import inspect
@@ -70,7 +70,7 @@ def with_tokenizer_code(folder):
 )
 def test_no_loader_runs_code_or_asks(folder, tmp_path, load):
     with_tokenizer_code(folder)
-    with pytest.raises(ModelError, match="auto_map.*not run.*--trust_remote_code"):
+    with pytest.raises(ModelError, match="auto_map.*not run.*--trust-remote-code"):
         load(folder)
     assert not (tmp_path / "ran").exists() and sys.stdin.tell() == 0
 
@@ -78,7 +78,7 @@ def test_no_loader_runs_code_or_asks(folder, tmp_path, load):
 def test_a_vocabulary_is_read_without_code(folder, tmp_path):
     with_tokenizer_code(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match="--trust_remote_code"):
+    with pytest.raises(ModelError, match="--trust-remote-code"):
         read_vocab(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -96,24 +96,24 @@ def test_commands_refuse_code_and_say_how_to_allow_it(folder, tmp_path, capsys, 
     data.write_text('{"prompt": "the cat", "completion": "sat"}\n')
     argv = {
         "rollout": rollout_argv(folder, prompts, out),
-        "plan": ["plan", "--model", str(folder), "--gpu_memory", "24GiB"],
+        "plan": ["plan", "--model", str(folder), "--gpu-memory", "24GiB"],
         "sft": ["sft", "--model", str(folder), "--data", str(data), "--out", out, *COMMON],
     }[command]
     assert main(argv) == 2
-    assert "pass --trust_remote_code" in one_line(capsys)
+    assert "pass --trust-remote-code" in one_line(capsys)
     assert not (tmp_path / "ran").exists()
 
 
 def test_allowed_code_runs_and_is_recorded(folder, tmp_path, capsys):
     argv = rollout_argv(folder, write_prompts(tmp_path / "p.jsonl"), tmp_path / "rollouts")
-    assert main([*argv, "--trust_remote_code"]) == 0
+    assert main([*argv, "--trust-remote-code"]) == 0
     assert (tmp_path / "ran").exists() and not is_code_trusted()
     manifest = read_manifest(tmp_path / "rollouts")
     assert manifest.config["trust_remote_code"] is True
     assert set(manifest.model.behaviour["code"]) == {"modeling.py"}
     (tmp_path / "rollouts" / "shard-00001.json").unlink()
     (folder / "modeling.py").write_text((folder / "modeling.py").read_text() + "# edited")
-    assert main([*argv, "--trust_remote_code"]) == 2
+    assert main([*argv, "--trust-remote-code"]) == 2
     assert "model.behaviour.code.modeling.py was" in one_line(capsys)
 
 

@@ -142,7 +142,7 @@ def test_results_have_versions_and_intervals(demo, rows):
 @pytest.mark.thorough
 def test_stage_commands_run_on_its_artefacts(demo, tmp_path):
     assert main(["inspect", "--path", str(demo / "cache"), "--verify"]) == 0
-    argv = ["--student", str(demo / "sft"), "--cache", str(demo / "cache"), "--max_steps", "1"]
+    argv = ["--student", str(demo / "sft"), "--cache", str(demo / "cache"), "--max-steps", "1"]
     assert main(["distill", *argv, "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
     assert Path(tmp_path / "again/model.safetensors").is_file()
 

@@ -25,8 +25,8 @@ def test_score_refuses_another_end_of_sequence_unless_allowed(tmp_path, capsys):
     assert main(argv) == 2
     error = one_line(capsys)
     assert "end with id 1, the teacher's answers with 1 or 7" in error
-    assert "set eos_token_id to [1, 7]" in error and "--allow_eos_mismatch" in error
-    assert main([*argv, "--allow_eos_mismatch"]) == 0
+    assert "set eos_token_id to [1, 7]" in error and "--allow-eos-mismatch" in error
+    assert main([*argv, "--allow-eos-mismatch"]) == 0
     manifest = read_manifest(tmp_path / "cache")
     assert [override.name for override in manifest.overrides] == ["eos-mismatch"]
     assert manifest.model.eos_ids == (1, 7) and manifest.rollouts.model.eos_ids == (1,)
@@ -43,14 +43,14 @@ def test_a_class_of_ids_is_in_every_list_and_trains_as_one_token(tmp_path, capsy
     edit(teacher / "generation_config.json", eos_token_id=[7])
     declare(student, teacher=teacher)
     rollouts, cache = make_rollouts(student, tmp_path), tmp_path / "cache"
-    flags = ["--eos_class", "7,1", "--student", str(student), "--extra_ids", "3"]
+    flags = ["--eos-class", "7,1", "--student", str(student), "--extra-ids", "3"]
     assert main(score_argv(teacher, rollouts, cache, *flags)) == 0
     assert read_manifest(cache).scoring.eos_class == (1, 7)
     for sequence in TeacherCache.open(cache, support="list"):
         assert all({1, 7} <= set(ids.tolist()) for ids in sequence.topk_ids)
         assert all(len(set(ids[ids >= 0])) == (ids >= 0).sum() for ids in sequence.topk_ids)
     argv = ["distill", "--student", student, "--cache", cache, "--out", tmp_path / "out"]
-    argv = [*map(str, argv), *COMMON, "--max_steps", "1", "--batch_size", "4"]
+    argv = [*map(str, argv), *COMMON, "--max-steps", "1", "--batch-size", "4"]
     assert main([*argv, "--objective", "policy_gradient"]) == 2
     assert "has no lists to merge ids in" in one_line(capsys)
     assert main(argv) == 0
@@ -71,7 +71,7 @@ def test_a_class_of_ids_is_in_every_list_and_trains_as_one_token(tmp_path, capsy
 def test_a_class_that_cannot_be_is_refused(tmp_path, capsys, student_folder, value, message):
     rollouts = make_rollouts(student_folder, tmp_path)
     capsys.readouterr()
-    argv = score_argv(student_folder, rollouts, tmp_path / "cache", "--eos_class", value)
+    argv = score_argv(student_folder, rollouts, tmp_path / "cache", "--eos-class", value)
     assert main(argv) == 2
     assert message in one_line(capsys)
 
@@ -81,10 +81,10 @@ def test_sft_refuses_another_end_of_sequence_unless_allowed(tmp_path, capsys):
     data = write_sequences(tmp_path / "data", teacher, kind="sft_data")
     edit(model / "generation_config.json", eos_token_id=[7])
     argv = ["sft", "--model", str(model), "--data", str(data), "--out", str(tmp_path / "out")]
-    argv += [*COMMON, "--max_steps", "1", "--batch_size", "4"]
+    argv += [*COMMON, "--max-steps", "1", "--batch-size", "4"]
     assert main(argv) == 2
     assert "eos-mismatch: found that answers of" in one_line(capsys)
-    assert main([*argv, "--allow_eos_mismatch"]) == 0
+    assert main([*argv, "--allow-eos-mismatch"]) == 0
     manifest = read_manifest(tmp_path / "out")
     assert [override.name for override in manifest.overrides] == ["eos-mismatch"]
     assert 7 in manifest.model.eos_ids
@@ -94,7 +94,7 @@ def test_sft_says_that_rollouts_will_be_written_with_another_template(tmp_path, 
     teacher, model = (write_model(tmp_path / name, seed=i) for i, name in enumerate("tm"))
     (teacher / "chat_template.jinja").write_text("{{ messages[0].content }}")
     data = write_sequences(tmp_path / "data", teacher, kind="sft_data")
-    argv = ["sft", "--model", str(model), "--data", str(data), *COMMON, "--max_steps", "1"]
+    argv = ["sft", "--model", str(model), "--data", str(data), *COMMON, "--max-steps", "1"]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     assert f"{model}: its chat template is not that of {teacher}" in capsys.readouterr().err
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -116,8 +116,8 @@ def test_a_store_does_not_mix_two_behaviours(tmp_path, capsys):
 def test_an_unfinished_training_run_does_not_mix_two_behaviours(tmp_path, capsys, name):
     write_pipeline(tmp_path)
     argv = ["distill", "--student", tmp_path / "student", "--cache", tmp_path / "cache"]
-    argv += ["--out", tmp_path / "out", *COMMON, "--max_steps", "2", "--save_every", "1"]
-    argv = [*map(str, argv), "--allow_student_mismatch"]
+    argv += ["--out", tmp_path / "out", *COMMON, "--max-steps", "2", "--save-every", "1"]
+    argv = [*map(str, argv), "--allow-student-mismatch"]
     assert main(argv) == 0
     (tmp_path / "out" / "manifest.json").unlink()
     edit(tmp_path / "student" / name, suppress_tokens=[3])

@@ -33,7 +33,7 @@ def test_bad_records_are_left_out_on_request_and_counted(
     source = write(tmp_path / "dump.jsonl", [records[0], beyond, records[2]])
     with source.open("a") as file:
         file.write('{"torn": \n')
-    cache, flag = tmp_path / "cache", "--skip_bad_records"
+    cache, flag = tmp_path / "cache", "--skip-bad-records"
     assert run(source, "topk", student, teacher_folder, cache) == 2
     error = capsys.readouterr().err
     assert "dump.jsonl:2: token" in error and "has id 9999" in error and flag in error

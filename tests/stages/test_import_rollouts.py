@@ -61,7 +61,7 @@ def run(source, student, out, *flags):
 
 def score(teacher, rollouts, out):
     argv = ["score", "--teacher", str(teacher), "--rollouts", str(rollouts), "--out", str(out)]
-    return main([*argv, "--k", "4", "--top_p", "1", *ON_CPU])
+    return main([*argv, "--k", "4", "--top-p", "1", *ON_CPU])
 
 
 def write(path, *records):
@@ -76,7 +76,7 @@ def test_a_tool_transcript_is_scored_and_distilled_on_the_models_tokens(
     record = {"input_ids": tokens, "loss_mask": mask}
     source = write(tmp_path / "r.jsonl", *[{**record, "id": f"task-{i}"} for i in range(3)])
     rollouts, cache = tmp_path / "rollouts", tmp_path / "cache"
-    assert run(source, student, rollouts, "--shard_size", "2") == 0
+    assert run(source, student, rollouts, "--shard-size", "2") == 0
     manifest = read_manifest(rollouts)
     assert manifest.kind == "rollouts" and manifest.declared and manifest.shards == (2, 1)
     assert manifest.scoring.rollout_logprobs == "absent"
@@ -98,7 +98,7 @@ def test_a_tool_transcript_is_scored_and_distilled_on_the_models_tokens(
         item.teacher_logprobs, expected.teacher_logprobs[first - 1 :], rtol=1e-4
     )
     capsys.readouterr()
-    assert run(source, student, rollouts, "--shard_size", "2") == 0
+    assert run(source, student, rollouts, "--shard-size", "2") == 0
     assert "rollouts: finished already, nothing to do" in capsys.readouterr().err
     assert distill(student, cache, tmp_path / "out") == 0
     trained = json.loads((tmp_path / "out" / "train_log.jsonl").read_text().splitlines()[0])
@@ -147,7 +147,7 @@ def test_records_with_and_without_log_probs_do_not_mix_and_bad_ones_are_left_out
     source = write(tmp_path / "r.jsonl", known, {"input_ids": tokens})
     assert run(source, student, tmp_path / "out") == 2
     assert "r.jsonl:2: recognised as a whole sequence" in capsys.readouterr().err
-    assert run(source, student, tmp_path / "out", "--skip_bad_records") == 0
+    assert run(source, student, tmp_path / "out", "--skip-bad-records") == 0
     assert "left out 1 of 2 records" in capsys.readouterr().err
     manifest = read_manifest(tmp_path / "out")
     assert manifest.inputs["source"]["left_out"] == 1

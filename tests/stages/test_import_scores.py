@@ -87,7 +87,7 @@ def test_an_imported_cache_trains_and_says_what_it_does_not_know(
 ):
     source = write(tmp_path / "dump.jsonl", [topk_record(*item) for item in dumped])
     cache = tmp_path / "cache"
-    assert run(source, "topk", student, teacher_folder, cache, "--shard_size", "2") == 0
+    assert run(source, "topk", student, teacher_folder, cache, "--shard-size", "2") == 0
     manifest = read_manifest(cache).raw
     assert manifest["stage"] == "import" and manifest["declared"] is True
     assert manifest["model"]["declared"] and manifest["inputs"]["rollouts"]["model"]["declared"]
@@ -193,8 +193,8 @@ def test_renormalised_lists_are_refused_and_admitted_only_for_renormalised_losse
     source = write(tmp_path / "dump.jsonl", renormalised(dumped))
     cache = tmp_path / "cache"
     assert run(source, "topk", student, teacher_folder, cache) == 2
-    assert "--allow_renormalized" in capsys.readouterr().err and not cache.exists()
-    assert run(source, "topk", student, teacher_folder, cache, "--allow_renormalized") == 0
+    assert "--allow-renormalized" in capsys.readouterr().err and not cache.exists()
+    assert run(source, "topk", student, teacher_folder, cache, "--allow-renormalized") == 0
     assert read_manifest(cache).scoring.tail == "renormalized"
     only = ["--tail", "renormalize", "--support", "list"]
     policy_gradient = ["--objective", "policy_gradient"]
@@ -293,9 +293,9 @@ def test_names_without_a_digest_need_overrides(student, teacher_folder, dumped, 
     assert read_manifest(cache).model.weights == "unidentified: org/teacher-8B"
     assert distill(student, cache, tmp_path / "out") == 2
     assert "teacher-mismatch" in capsys.readouterr().err
-    flags = ["--allow_teacher_mismatch", "--allow_tokenizer_mismatch"]
+    flags = ["--allow-teacher-mismatch", "--allow-tokenizer-mismatch"]
     assert distill(student, cache, tmp_path / "out", *flags) == 0
-    refresh = ["--refresh_every", "1", "--teacher", str(teacher_folder)]
+    refresh = ["--refresh-every", "1", "--teacher", str(teacher_folder)]
     assert distill(student, cache, tmp_path / "live", *flags, *refresh) == 2
     assert "was scored by engine unknown; expected transformers" in capsys.readouterr().err
     capsys.readouterr()
@@ -305,7 +305,7 @@ def test_names_without_a_digest_need_overrides(student, teacher_folder, dumped, 
 
 def test_an_interrupted_import_continues(student, teacher_folder, dumped, tmp_path):
     source = write(tmp_path / "dump.jsonl", [topk_record(*item) for item in dumped])
-    flags = ["--shard_size", "1"]
+    flags = ["--shard-size", "1"]
     for name in ("whole", "torn"):
         assert run(source, "topk", student, teacher_folder, tmp_path / name, *flags) == 0
     (tmp_path / "torn" / "shard-00001.json").unlink()

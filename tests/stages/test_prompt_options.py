@@ -34,7 +34,7 @@ def set_today(monkeypatch, year):
 
 def roll_out(student, prompts, out, *flags):
     command = ("rollout", "--student", str(student), "--prompts", str(prompts), "--out", str(out))
-    return main([*command, "--max_new_tokens", "4", "--shard_size", "1", *COMMON, *flags])
+    return main([*command, "--max-new-tokens", "4", "--shard-size", "1", *COMMON, *flags])
 
 
 def year_of(tokenizer, sequence):
@@ -59,8 +59,8 @@ def test_a_folder_has_one_date_also_when_it_is_continued(dated, write_jsonl, tmp
 
 def test_another_reading_of_the_prompts_is_another_recipe(dated, write_jsonl, tmp_path, capsys):
     prompts, out = write_jsonl([{"prompt": "the", "q": "a cat"}]), tmp_path / "out"
-    assert roll_out(dated, prompts, out, "--prompt_date", "2031-01-02") == 0
-    for flags in (("--prompt_date", "2031-01-03"), ("--columns", "prompt=q")):
+    assert roll_out(dated, prompts, out, "--prompt-date", "2031-01-02") == 0
+    for flags in (("--prompt-date", "2031-01-03"), ("--columns", "prompt=q")):
         assert roll_out(dated, prompts, out, *flags) == 2
         assert "holds another recipe" in capsys.readouterr().err
 
@@ -69,12 +69,12 @@ def test_sft_pins_the_date_of_its_demonstrations(dated, write_jsonl, tmp_path, m
     data, out = write_jsonl([{"prompt": "the", "completion": "cat"}] * 2), tmp_path / "out"
     command = ("sft", "--model", str(dated), "--data", str(data), "--out", str(out), *COMMON)
     set_today(monkeypatch, 2031)
-    assert main([*command, "--max_steps", "1", "--batch_size", "2"]) == 0
+    assert main([*command, "--max-steps", "1", "--batch-size", "2"]) == 0
     assert json.loads((out / "recipe.json").read_text())["prompt_date_written"] == "2031-01-02"
     assert read_manifest(out).inputs["demonstrations"]["reading"] == {"date": "2031-01-02"}
     (out / "manifest.json").unlink()  # as if it had been killed before it finished
     set_today(monkeypatch, 2032)
-    assert main([*command, "--max_steps", "1", "--batch_size", "2"]) == 0
+    assert main([*command, "--max-steps", "1", "--batch-size", "2"]) == 0
     assert json.loads((out / "recipe.json").read_text())["prompt_date_written"] == "2031-01-02"
 
 
@@ -84,7 +84,7 @@ def test_eval_of_gsm8k_from_parquet(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table(records), tmp_path / "data/test-00000-of-00001.parquet")
     command = ("eval", "--model", str(model), "--prompts", str(tmp_path / "data"), *COMMON)
-    sampling = ("--num_samples", "40", "--max_new_tokens", "32", "--batch_size", "80")
+    sampling = ("--num-samples", "40", "--max-new-tokens", "32", "--batch-size", "80")
     assert main([*command, *sampling, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
     assert "read as GSM8K" in printed.err and "(first: '1,200'" in printed.err
@@ -115,11 +115,11 @@ def test_sampled_ids_of_unused_rows_are_named_and_left_out_on_request(tmp_path, 
         writer.write(0, sequences)
         writer.finish()
     command = ("sft", "--model", str(student), "--data", str(tmp_path / "data"), *COMMON)
-    command = (*command, "--max_steps", "1", "--batch_size", "2", "--out", str(tmp_path / "out"))
+    command = (*command, "--max-steps", "1", "--batch-size", "2", "--out", str(tmp_path / "out"))
     assert main(command) == 2
     refusal = capsys.readouterr().err
     assert "has id 315; expected ids in [0, 309)" in refusal and "unused row" in refusal
-    assert "--skip_bad_records leaves such records out" in refusal
-    assert main([*command, "--skip_bad_records"]) == 0
+    assert "--skip-bad-records leaves such records out" in refusal
+    assert main([*command, "--skip-bad-records"]) == 0
     assert "left out 1 of 6 records" in capsys.readouterr().err
     assert read_manifest(tmp_path / "out").raw["training"]["sequences"] == 5

@@ -132,7 +132,7 @@ def test_a_plan_for_a_folder_of_another_recipe_is_refused(teacher_folder, rollou
     ("flag", "message"),
     [
         (["--codec", "gzip"], "codec: found 'gzip'; expected one of exact, packed, compact"),
-        (["--tokens_per_batch", "0"], "tokens_per_batch: found 0; expected at least 1"),
+        (["--tokens-per-batch", "0"], "tokens_per_batch: found 0; expected at least 1"),
     ],
 )
 def test_settings_are_refused_before_a_folder_is_made(
@@ -143,7 +143,7 @@ def test_settings_are_refused_before_a_folder_is_made(
 
 
 def test_the_students_top_ids_join_the_lists(teacher_folder, student_folder, rollouts, tmp_path):
-    flags = ["--student", str(student_folder), "--extra_ids", "3", "--top_p", "0.5"]
+    flags = ["--student", str(student_folder), "--extra-ids", "3", "--top-p", "0.5"]
     assert main(score_argv(teacher_folder, rollouts, tmp_path / "out", *flags)) == 0
     items = TeacherCache.open(tmp_path / "out", support="list")
     support = items.manifest.raw["scoring"]["support"]
@@ -173,8 +173,8 @@ def test_lists_of_different_widths_are_rescored_together(
     teacher_folder, student_folder, rollouts, tmp_path, capsys, extra
 ):
     """A cut at top_p leaves lists of different lengths, so every sequence has its own width."""
-    flags = ["--top_p", "0.6", "--temperature", "0.5"]
-    flags += ["--student", str(student_folder), "--extra_ids", str(extra)] * bool(extra)
+    flags = ["--top-p", "0.6", "--temperature", "0.5"]
+    flags += ["--student", str(student_folder), "--extra-ids", str(extra)] * bool(extra)
     argv = score_argv(teacher_folder, rollouts, tmp_path / "cache", *flags)
     argv[argv.index("--k") + 1] = "16"
     assert main(argv) == 0
@@ -189,7 +189,7 @@ def test_lists_of_different_widths_are_rescored_together(
 
 
 def test_extra_ids_of_another_student_are_refused(teacher_folder, rollouts, tmp_path, capsys):
-    flags = ["--student", str(teacher_folder), "--extra_ids", "3"]
+    flags = ["--student", str(teacher_folder), "--extra-ids", "3"]
     assert main(score_argv(teacher_folder, rollouts, tmp_path / "out", *flags)) == 2
     assert "name the student that made them" in one_line(capsys)
     assert not (tmp_path / "out").exists()

@@ -79,9 +79,9 @@ COMMON = ["--dtype", "float32", "--device", "cpu"]
 
 def roll_out(student, write_jsonl, out):
     prompts = write_jsonl([{"prompt": "the cat sat"}, {"prompt": "a dog"}])
-    sample = ["--prompts", str(prompts), "--num_samples", "20", "--shard_size", "1"]
+    sample = ["--prompts", str(prompts), "--num-samples", "20", "--shard-size", "1"]
     argv = ["rollout", "--student", str(student), "--out", str(out), *sample]
-    assert main([*argv, "--max_new_tokens", "8", *COMMON]) == 0
+    assert main([*argv, "--max-new-tokens", "8", *COMMON]) == 0
     return ["score", "--rollouts", str(out), "--k", "6", *COMMON]
 
 

@@ -1,4 +1,4 @@
-"""`lopd score --skip_bad_records`: sequences that the teacher cannot read."""
+"""`lopd score --skip-bad-records`: sequences that the teacher cannot read."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ def test_a_sampled_padding_row_is_named_with_the_remedy(folders, tmp_path, capsy
 
 def test_such_sequences_are_left_out_on_request_and_counted(folders, tmp_path, capsys):
     teacher, rollouts, sequences = folders
-    cache, flag = tmp_path / "cache", "--skip_bad_records"
+    cache, flag = tmp_path / "cache", "--skip-bad-records"
     assert score(teacher, rollouts, cache, flag) == 0
     assert f"left out 2 of {COUNT} records" in capsys.readouterr().err
     manifest = read_manifest(cache)

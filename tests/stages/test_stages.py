@@ -40,10 +40,10 @@ def prompts(tmp_path_factory):
 def tuned(teacher_folder, student_folder, prompts, tmp_path_factory):
     """A student fine-tuned on the teacher's answers."""
     root = tmp_path_factory.mktemp("tuned")
-    sample = ["--prompts", str(prompts), "--max_new_tokens", "5", *COMMON]
+    sample = ["--prompts", str(prompts), "--max-new-tokens", "5", *COMMON]
     data, out = str(root / "data"), str(root / "sft")
     assert main(["sft-data", "--teacher", str(teacher_folder), "--out", data, *sample]) == 0
-    train = ["--max_steps", "2", "--batch_size", "4", "--save_every", "0", *COMMON]
+    train = ["--max-steps", "2", "--batch-size", "4", "--save-every", "0", *COMMON]
     assert main(["sft", "--model", str(student_folder), "--data", data, "--out", out, *train]) == 0
     return Path(out)
 
@@ -52,7 +52,7 @@ def roll_out(student, prompts, out, *flags):
     return main(
         [
             *("rollout", "--student", str(student), "--prompts", str(prompts), "--out", str(out)),
-            *("--max_new_tokens", "8", "--num_samples", "2", "--shard_size", "6", *COMMON, *flags),
+            *("--max-new-tokens", "8", "--num-samples", "2", "--shard-size", "6", *COMMON, *flags),
         ]
     )
 
@@ -99,7 +99,7 @@ def test_rollouts_hold_every_sample_of_every_prompt(rollouts):
 def test_a_rollout_does_not_depend_on_order_shards_or_batches(tuned, prompts, rollouts, tmp_path):
     shuffled = tmp_path / "shuffled.jsonl"
     shuffled.write_text("".join(sorted(prompts.read_text().splitlines(keepends=True))))
-    flags = ["--shard_size", "7", "--batch_size", "3"]
+    flags = ["--shard-size", "7", "--batch-size", "3"]
     assert roll_out(tuned, shuffled, tmp_path / "out", *flags) == 0
 
     def by_name(folder):
@@ -185,7 +185,7 @@ def test_offline_and_live_gradients_agree_at_the_student_that_rolled_out(
     teacher_folder, tuned, rollouts, tmp_path, objective
 ):
     """The cache written to disk and a teacher asked there and then give the same gradient."""
-    assert score(teacher_folder, rollouts, tmp_path / "cache", "--top_p", "1") == 0
+    assert score(teacher_folder, rollouts, tmp_path / "cache", "--top-p", "1") == 0
     stored = TeacherCache.open(tmp_path / "cache")
     items = [stored[i] for i in range(8)]
     teacher = TransformersEngine.load(teacher_folder, dtype="float32", device="cpu")
@@ -206,7 +206,7 @@ def test_offline_and_live_gradients_agree_at_the_student_that_rolled_out(
         torch.testing.assert_close(offline, online, rtol=1e-4, atol=1e-7)
 
 
-DISTILL = ["--max_steps", "2", "--batch_size", "4", "--save_every", "0", *COMMON]
+DISTILL = ["--max-steps", "2", "--batch-size", "4", "--save-every", "0", *COMMON]
 
 
 def distill(student, cache, out, *flags):
@@ -220,7 +220,7 @@ def distill(student, cache, out, *flags):
         [],
         ["--objective", "forward_kl"],
         ["--objective", "jsd", "--beta", "0.3"],
-        ["--objective", "policy_gradient", "--advantage_clip", "1"],
+        ["--objective", "policy_gradient", "--advantage-clip", "1"],
         ["--tail", "renormalize"],
     ],
     ids=lambda flags: " ".join(flags) or "default",
@@ -252,7 +252,7 @@ def test_another_teachers_scores_are_refused_before_a_model_is_built(
         refuse_models(patch)
         assert distill(tuned, tmp_path / "cache", tmp_path / "out") == 2
     assert "--allow" in one_line(capsys) and not (tmp_path / "out/manifest.json").exists()
-    assert distill(tuned, tmp_path / "cache", tmp_path / "out", "--allow_teacher_mismatch") == 0
+    assert distill(tuned, tmp_path / "cache", tmp_path / "out", "--allow-teacher-mismatch") == 0
     overrides = json.loads((tmp_path / "out/manifest.json").read_text())["overrides"]
     assert [item["name"] for item in overrides] == ["teacher-mismatch"]
 
@@ -283,7 +283,7 @@ def test_a_tokenizer_that_differs_is_refused(tuned, teacher_folder, rollouts, tm
     a, b = [token for token in vocab if vocab[token] > 50][:2]
     vocab[a], vocab[b] = vocab[b], vocab[a]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert score(other, rollouts, tmp_path / "cache", "--k", "300", "--top_p", "1") == 0
+    assert score(other, rollouts, tmp_path / "cache", "--k", "300", "--top-p", "1") == 0
     assert distill(tuned, tmp_path / "cache", tmp_path / "out") == 2
     assert "tokenizer" in one_line(capsys)
 
@@ -335,7 +335,7 @@ def test_a_damaged_cache_is_named(tuned, cache, tmp_path, capsys, damage):
         (None, [], "no such file"),
         ("", [], "holds no prompts"),
         ('{"prompt": "' + "the cat " * 40 + '"}\n', [], "at most 64, the context"),
-        ('{"prompt": "a"}\n', ["--max_new_tokens", "64"], "at most 64, the context"),
+        ('{"prompt": "a"}\n', ["--max-new-tokens", "64"], "at most 64, the context"),
     ],
 )
 def test_prompts_that_cannot_be_used(tuned, tmp_path, capsys, content, flags, message):

@@ -142,7 +142,7 @@ def test_checkpoint_must_match_its_manifest(teacher_folder, tmp_path, capsys):
 def test_evaluation_must_have_all_answers(teacher_folder, prompt_file, tmp_path, capsys):
     out = tmp_path / "eval"
     argv = ["eval", "--model", str(teacher_folder), "--prompts", str(prompt_file)]
-    argv += ["--max_new_tokens", "4", "--num_samples", "2", "--device", "cpu"]
+    argv += ["--max-new-tokens", "4", "--num-samples", "2", "--device", "cpu"]
     assert main([*argv, "--out", str(out)]) == 0
     assert verify(out) == 0
     lines = (out / "answers.jsonl").read_text().splitlines(keepends=True)
@@ -165,7 +165,7 @@ def test_altered_results_of_an_evaluation_are_found(teacher_folder, prompt_file,
         "--out",
         str(out),
     ]
-    argv += ["--max_new_tokens", "4", "--num_samples", "1", "--device", "cpu"]
+    argv += ["--max-new-tokens", "4", "--num-samples", "1", "--device", "cpu"]
     assert main(argv) == 0
     file = out / "results.json"
     results = file.read_text()
@@ -182,7 +182,7 @@ def test_altered_results_of_an_evaluation_are_found(teacher_folder, prompt_file,
 
 
 def test_noise_is_small_compared_with_the_signal(teacher_folder, student_folder, cache, capsys):
-    flags = ["--dtype", "float32", "--tokens_per_batch", "20"]
+    flags = ["--dtype", "float32", "--tokens-per-batch", "20"]
     assert rescore(cache, teacher_folder, student_folder, *flags) == 0
     rows = shown(capsys)
     assert number(rows["teacher"]) < 1e-6 < 0.1 < number(rows["student"])
@@ -192,7 +192,7 @@ def test_noise_is_small_compared_with_the_signal(teacher_folder, student_folder,
 
 
 def test_a_cache_is_scored_again_in_its_own_dtype(teacher_folder, student_folder, cache, capsys):
-    assert rescore(cache, teacher_folder, student_folder, "--tokens_per_batch", "20") == 0
+    assert rescore(cache, teacher_folder, student_folder, "--tokens-per-batch", "20") == 0
     rows = shown(capsys)
     assert rows["rescored with"] == "transformers, float32, tokens_per_batch 20"
     assert number(rows["teacher"]) < 1e-6
@@ -203,7 +203,7 @@ def test_noise_above_the_allowed_share_fails(teacher_folder, student_folder, cac
     assert rescore(cache, teacher_folder, student_folder, *flags) == 0
     share = float(shown(capsys)["noise share"])
     assert 0 < share < 0.1
-    limit = ["--max_noise_share", share / 2]
+    limit = ["--max-noise-share", share / 2]
     assert rescore(cache, teacher_folder, student_folder, *flags, *limit) == 1
     assert "the noise floor is" in one_line(capsys)
 
@@ -225,7 +225,7 @@ def test_teacher_that_did_not_score_the_cache_is_refused(student_folder, cache, 
         (["--rescore", "3"], "requires --teacher and --student"),
         (["--teacher", "t"], "--teacher and --student require --rescore N"),
         (["--rescore", "-1"], "found -1; expected 0 or a positive number"),
-        (["--max_noise_share", "0"], "expected a positive number"),
+        (["--max-noise-share", "0"], "expected a positive number"),
     ],
 )
 def test_settings_that_do_not_fit_together(cache, capsys, flags, message):

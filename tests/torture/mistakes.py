@@ -88,12 +88,12 @@ _OUT = ("--out", "@attacked")
 
 MISTAKES = [
     Mistake("unknown command", _words("rolout"), "did you mean 'rollout'"),
-    Mistake("unknown flag", _stage("score", "--tpo_p", 1), "did you mean '--top-p'"),
+    Mistake("unknown flag", _stage("score", "--tpo-p", 1), "did you mean '--top-p'"),
     Mistake("required flag left out", _words("rollout", *_OUT), "missing --prompts"),
-    Mistake("number out of range", _stage("score", "--top_p", 2), "top_p: .*0, 1"),
-    Mistake("NaN for a number", _stage("score", "--top_p", "nan"), "top_p"),
+    Mistake("number out of range", _stage("score", "--top-p", 2), "top_p: .*0, 1"),
+    Mistake("NaN for a number", _stage("score", "--top-p", "nan"), "top_p"),
     Mistake("text for a number", _stage("score", "--k", "many"), "k: .*many"),
-    Mistake("no steps", _stage("sft", "--max_steps", 0), "max_steps"),
+    Mistake("no steps", _stage("sft", "--max-steps", 0), "max_steps"),
     Mistake("worker that does not exist", _stage("rollout", "--worker", "3/3"), "i from 0 to n"),
     Mistake("device that is not there", _stage("score", "--device", "cuda:9"), "cuda"),
     Mistake("settings file that is not there", _words("score", "--config", "@no.yaml"), "no.yaml"),
@@ -130,8 +130,8 @@ MISTAKES = [
         _after(_write("x.jsonl", '{"prompt": "a b"}\n'), _stage("eval", "--prompts", "@x.jsonl")),
         "'answer'",
     ),
-    Mistake("regex without a group", _stage("eval", "--answer_regex", "[0-9]+"), "one"),
-    Mistake("answers beyond the context", _stage("rollout", "--max_new_tokens", 4096), "context"),
+    Mistake("regex without a group", _stage("eval", "--answer-regex", "[0-9]+"), "one"),
+    Mistake("answers beyond the context", _stage("rollout", "--max-new-tokens", 4096), "context"),
     Mistake("more list entries than tokens", _stage("score", "--k", 10**6), "k"),
     Mistake(
         "the wrong folder: a cache as rollouts", _stage("score", "--rollouts", "@score"), "'cache'"
@@ -229,7 +229,7 @@ MISTAKES = [
     ),
     Mistake("teacher that is not there", _stage("score", "--teacher", "@nowhere"), "nowhere"),
     Mistake("everything held out", _stage("distill", "--holdout", 1000), "hold"),
-    Mistake("refresh without a teacher", _stage("distill", "--refresh_every", 2), "teacher"),
+    Mistake("refresh without a teacher", _stage("distill", "--refresh-every", 2), "teacher"),
     Mistake(
         "scores in the wrong format",
         _stage("import", "--format", "lightning-opd"),
@@ -263,7 +263,7 @@ MISTAKES = [
     ),
     Mistake(
         "memory without a unit",
-        _words("plan", "--model", "@student", "--gpu_memory", "lots"),
+        _words("plan", "--model", "@student", "--gpu-memory", "lots"),
         "gpu_memory",
     ),
 ]

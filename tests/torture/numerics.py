@@ -44,15 +44,15 @@ USES = {  # of a spoilt model: the stage that reads it, and its flag
     "eval": "--model",
 }
 SETTINGS = {
-    "learning rate of 1e30": ("distill", ("--learning_rate", "1e30")),
-    "learning rate of 1e-30": ("distill", ("--learning_rate", "1e-30")),
-    "clipping at 1e-30": ("sft", ("--max_grad_norm", "1e-30")),
+    "learning rate of 1e30": ("distill", ("--learning-rate", "1e30")),
+    "learning rate of 1e-30": ("distill", ("--learning-rate", "1e-30")),
+    "clipping at 1e-30": ("sft", ("--max-grad-norm", "1e-30")),
     "sampling at temperature 1e-6": ("rollout", ("--temperature", "1e-6")),
     "sampling at temperature 1e6": ("rollout", ("--temperature", "1e6")),
-    "sampling at top_p 1e-9": ("rollout", ("--top_p", "1e-9")),
+    "sampling at top_p 1e-9": ("rollout", ("--top-p", "1e-9")),
     "scoring at temperature 1e-6": ("score", ("--temperature", "1e-6")),
     "scoring at temperature 1e6": ("score", ("--temperature", "1e6")),
-    "lists cut at 1e-9": ("score", ("--top_p", "1e-9")),
+    "lists cut at 1e-9": ("score", ("--top-p", "1e-9")),
     "scoring in float16": ("score", ("--dtype", "float16")),
     "scoring in bfloat16": ("score", ("--dtype", "bfloat16")),
 }

@@ -17,7 +17,7 @@ from lopd.provenance.io import without_keys
 from lopd.store import TeacherCache
 
 COMMON = ("--dtype", "float32", "--device", "cpu")
-TRAIN = ("--max_steps", 6, "--batch_size", 2, "--learning_rate", "1e-3", "--save_every", 2)
+TRAIN = ("--max-steps", 6, "--batch-size", 2, "--learning-rate", "1e-3", "--save-every", 2)
 # What differs between two runs of the same command: when and where they ran, and how fast.
 TIMED = {"tokens_per_second", "seconds", "created", "environment", "path", "config", "mfu"}
 
@@ -64,13 +64,13 @@ class Pipeline:
     def _stages(self) -> list[Stage]:
         root = self.root
         prompts = ("--prompts", root / "prompts.jsonl")
-        sample = (*prompts, "--max_new_tokens", 8, "--shard_size", 3, *COMMON)
+        sample = (*prompts, "--max-new-tokens", 8, "--shard-size", 3, *COMMON)
         teacher, sft = ("--teacher", root / "teacher"), root / "sft"
         score = ("score", *teacher, "--rollouts", root / "rollout", "--k", 6, *COMMON)
         distill = ("distill", "--student", sft, "--cache", root / "score", *TRAIN, *COMMON)
         model = ("--model", root / "student", "--data", root / "sft-data")
-        dump = ("--source", root / "dump.jsonl", "--format", "topk", "--shard_size", 3)
-        evaluate = ("eval", "--model", root / "distill", *prompts, "--max_new_tokens", 6)
+        dump = ("--source", root / "dump.jsonl", "--format", "topk", "--shard-size", 3)
+        evaluate = ("eval", "--model", root / "distill", *prompts, "--max-new-tokens", 6)
         return [
             Stage("sft-data", ("sft-data", *teacher, *sample), root / "sft-data"),
             Stage("sft", ("sft", *model, *TRAIN, *COMMON), sft),
@@ -81,11 +81,11 @@ class Pipeline:
             Stage("distill", distill, root / "distill"),
             Stage(
                 "distill keep_best",
-                (*distill, "--holdout", 0.3, "--eval_steps", 2, "--keep_best"),
+                (*distill, "--holdout", 0.3, "--eval-steps", 2, "--keep-best"),
                 root / "distill-best",
             ),
-            Stage("distill LoRA", (*distill, "--lora_rank", 2), root / "distill-lora"),
-            Stage("eval", (*evaluate, *teacher, "--num_samples", 2, *COMMON), root / "eval"),
+            Stage("distill LoRA", (*distill, "--lora-rank", 2), root / "distill-lora"),
+            Stage("eval", (*evaluate, *teacher, "--num-samples", 2, *COMMON), root / "eval"),
         ]
 
 

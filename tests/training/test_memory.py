@@ -265,7 +265,7 @@ def test_the_plan_prints_whether_the_run_fits(folder, capsys):
 
 @pytest.mark.parametrize(("memory", "code"), [("8GiB", 0), ("100kB", 1), ("much", 2)])
 def test_the_exit_code_says_whether_the_run_fits(folder, memory, code, capsys):
-    words = ["plan", "--model", folder, "--gpu_memory", memory, "--sequence_length", "16"]
+    words = ["plan", "--model", folder, "--gpu-memory", memory, "--sequence-length", "16"]
     assert lopd(words) == code
 
 
@@ -365,6 +365,18 @@ def test_a_plan_says_what_it_assumes(folder, capsys):
         "planned for 4 x 16 tokens a micro-batch, all with loss (reverse_kl with lists of 64)"
     )
     assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_on_fused_experts_are_planned(dtype, tmp_path):
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    plain, adapted = (
+        MemoryPlanner(meta_model(str(tmp_path), dtype, lora)).estimate(
+            config(str(tmp_path), dtype=dtype, **({} if lora is None else {"lora_rank": 4}))
+        )
+        for lora in (None, config(str(tmp_path), dtype=dtype, lora_rank=4))
+    )
+    assert adapted.activations > 0 and 0 < adapted.gradients < plain.gradients
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt2", "qwen3_moe", "deepseek_v3", "falcon_h1"])
