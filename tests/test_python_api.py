@@ -39,6 +39,9 @@ def test_the_typed_examples_name_every_public_name_and_pass_mypy_strictly():
     assert set(lopd.__all__) <= set(vars(typed_lopd))
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file", "pyproject.toml"]
     done = subprocess.run(
-        [*command, "tests/typed_lopd.py"], capture_output=True, text=True, cwd=ROOT
+        [*command, "--follow-imports=silent", "tests/typed_lopd.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert "Success" in done.stdout, done.stdout + done.stderr

@@ -14,6 +14,7 @@ from torture import harness
 
 from lopd.provenance.identity import NOT_RECIPE
 from lopd.provenance.io import without_keys
+from lopd.provenance.manifest import DIGEST
 from lopd.store import TeacherCache
 
 COMMON = ("--dtype", "float32", "--device", "cpu")
@@ -135,7 +136,9 @@ def contents(folder: Path) -> dict[str, str]:
             continue
         data = path.read_bytes()
         if name.name in ("manifest.json", "recipe.json", "results.json"):
-            data = _canonical(without_keys(json.loads(data), TIMED | NOT_RECIPE))
+            value = json.loads(data)
+            value.pop(DIGEST, None)  # of a manifest, times included
+            data = _canonical(without_keys(value, TIMED | NOT_RECIPE))
         elif name.name == "train_log.jsonl":
             rows = [json.loads(line) for line in data.splitlines()]
             data = _canonical([_untimed(row) for row in rows])
