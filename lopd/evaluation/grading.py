@@ -103,14 +103,13 @@ def math_grader(prompts: Sequence[Prompt] = (), refuse: Refuse = refuse_first) -
     for prompt in prompts:
         parsed = parse_expected(str(prompt.answer))
         if not parsed or not verify(parsed, parsed):
-            error = DataError(
-                f"prompt '{prompt.id}': found answer {_brief(str(prompt.answer))}, which does not "
-                "equal itself; expected a formula or a number; fix it, or use --judge exact"
+            found = (
+                f"{_brief(str(prompt.answer))}, which does not equal itself"
                 if parsed
-                else f"prompt '{prompt.id}': found answer {prompt.answer!r}; expected a formula or "
-                "a number; fix it, or use --judge exact"
+                else repr(prompt.answer)
             )
-            refuse(prompt, error)
+            what = f"prompt '{prompt.id}': found answer {found}; expected a formula or a number"
+            refuse(prompt, DataError(f"{what}; fix it, or use --judge exact"))
 
     def grade(text: str, expected: str) -> tuple[str | None, bool]:
         boxed = last_boxed(text)

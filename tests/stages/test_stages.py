@@ -122,11 +122,11 @@ def test_lost_shards_are_made_again_byte_for_byte(tuned, prompts, rollouts, tmp_
     (copy / "shard-00001.json").unlink()
     (copy / "shard-00003.safetensors").write_bytes(b"torn")
     capsys.readouterr()
-    assert roll_out(tuned, prompts, copy) == 0
+    assert roll_out(tuned, prompts, copy, "--quiet") == 0
     assert shard_bytes(copy) == shard_bytes(rollouts)
     cut = RolloutStore.open(copy).summary()["finish_reasons"]["length"]
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "cut off" in line)
-    assert cut > 2 and "warning" in line, line
+    assert cut > 2  # a share that --quiet does not hide
     assert f"{cut} answers ({cut / 20:.0%}) were cut off at max_new_tokens 8" in line
 
 
