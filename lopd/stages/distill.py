@@ -45,18 +45,7 @@ def main(config: DistillConfig) -> Path:
     if is_finished(config, "distill", config.student, describe_inputs):
         return say_finished(config.out)
     cache, overrides = open_cache(config)
-    check_lists(config, cache)
-    temperature = cache.manifest.temperature
-    objective = config.objective_at(temperature)
-    if merged := cache.manifest.scoring.eos_class:
-        objective = replace(objective, eos_class=merged)
-    check_importance(config, objective, cache.manifest)
-    check_sampling(config, objective, cache.manifest)
-    if objective.temperature != temperature:
-        raise ConfigError(
-            f"temperature: found {objective.temperature}, but {config.cache} was scored at "
-            f"{temperature}; leave it out, or score the rollouts again at that temperature"
-        )
+    objective = objective_of(config, cache)
     base = describe_model(config.student, dtype=config.dtype, engine="transformers")
     refresh = _refresh(config, cache, base.weights)
     inputs = describe_inputs(config)
@@ -103,6 +92,27 @@ def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> Any:
     refresh = Refresh(*settings, cache, base)
     check_refresh(refresh, config.student, config.max_tokens_per_batch)
     return refresh
+
+
+def objective_of(config: DistillConfig, cache: TeacherCache) -> Objective:
+    """The objective, checked against the cache that it is minimised on.
+
+    Raises:
+        ConfigError: the cache lacks what the objective needs, or was scored at another temperature.
+    """
+    check_lists(config, cache)
+    temperature = cache.manifest.temperature
+    objective = config.objective_at(temperature)
+    if merged := cache.manifest.scoring.eos_class:
+        objective = replace(objective, eos_class=merged)
+    check_importance(config, objective, cache.manifest)
+    check_sampling(config, objective, cache.manifest)
+    if objective.temperature != temperature:
+        raise ConfigError(
+            f"temperature: found {objective.temperature}, but {config.cache} was scored at "
+            f"{temperature}; leave it out, or score the rollouts again at that temperature"
+        )
+    return objective
 
 
 def check_lists(config: DistillConfig, cache: TeacherCache) -> None:

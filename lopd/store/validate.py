@@ -8,6 +8,8 @@ from lopd.store.types import FINISH_REASONS, Rollout, TeacherScores, TeacherSequ
 
 # Tolerance for an engine's rounding: probabilities sum to 1 within this.
 MASS_TOLERANCE = 1e-3
+# The same of list and tail, for codecs that round log-probs.
+LOSSY_MASS_TOLERANCE = 5e-3
 # The log-prob of a sampled token and its entry in the list may differ by this many nat.
 AGREEMENT_NATS = 0.05
 
