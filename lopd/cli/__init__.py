@@ -14,7 +14,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from lopd import __version__
-from lopd.cli.commands import COMMANDS
+from lopd.cli.commands import COMMANDS, NOTHING
 from lopd.cli.flags import CONTEXT, SettingsCommand, map_of_the_pipeline
 from lopd.cli.signals import ending_in_order
 from lopd.config.parse import build_config, check_keys
@@ -159,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv == ["help"]:
         argv = ["--help"]
-    prog = f"lopd {argv[0]}" if argv[0].replace("_", "-") in COMMANDS else "lopd"
+    name = argv[0].replace("_", "-")
+    prog = f"lopd {name}" if name in COMMANDS else "lopd"
     try:
         with ending_in_order():
             job = group.main(argv, prog_name="lopd", standalone_mode=False)
@@ -178,10 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort) as error:
         if isinstance(error, Interrupted) and error.orderly:
             _leave_process_group()
-        kept = str(error) or (
-            "what was finished (shards, checkpoints, stages) is kept; rerun the same command to "
-            "continue"
-        )
+        kept = str(error) or (COMMANDS[name].kept if name in COMMANDS else NOTHING)
         print(f"{prog}: interrupted; {kept}", file=sys.stderr)
         return getattr(error, "exit_code", 128 + signal.SIGINT)
     return 0
