@@ -19,6 +19,7 @@ from lopd.config.inference import Sampling
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
 from lopd.data.records import describe_data
 from lopd.data.rendering import PromptEncoder
+from lopd.data.skipped import Skipped
 from lopd.engines.base import Engine
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import DataError, ShardError
@@ -82,7 +83,7 @@ def main(config: EvalConfig) -> Path:
         encoder = PromptEncoder(engine.tokenizer, config)
         prompts = _prompts(config.prompts, config, engine, encoder)
         inputs["prompts"] = describe_prompts(config.prompts, encoder)
-        grader = _grader(config, prompts)
+        grader, prompts = _grader(config, prompts)
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
     if config.teacher is not None:
@@ -182,10 +183,28 @@ def _load(config: EvalConfig, path: str) -> TransformersEngine:
     )
 
 
-def _grader(config: EvalConfig, prompts: list[Prompt]) -> Grader:
+def _grader(config: EvalConfig, prompts: list[Prompt]) -> tuple[Grader, list[Prompt]]:
+    """The grader, and the prompts without those whose answer it cannot grade.
+
+    Raises:
+        DataError: it cannot grade an answer, and `skip_bad_records` is not set, or any.
+    """
+    skipped = Skipped(str(config.prompts), config.skip_bad_records, kept=len(prompts))
+    bad: set[int] = set()
+
+    def refuse(prompt: Prompt, error: DataError) -> None:
+        skipped.kept -= 1
+        skipped.handle(error)
+        bad.add(id(prompt))
+
     if config.judge == "math":
-        return math_grader(prompts)
-    return exact_grader(config.answer_regex, prompts)
+        grader = math_grader(prompts, refuse)
+    else:
+        grader = exact_grader(config.answer_regex, prompts, refuse)
+    skipped.report()
+    if not skipped.kept:
+        raise DataError(f"{config.prompts}: no prompt is left; {skipped.errors[0]}")
+    return grader, [prompt for prompt in prompts if id(prompt) not in bad]
 
 
 def _prompts(
