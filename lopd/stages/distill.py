@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lopd.config.distill import DistillConfig
 from lopd.config.objective import SPARSE, Objective
 from lopd.errors import ConfigError, ProvenanceError
@@ -52,6 +54,7 @@ def main(config: DistillConfig) -> Path:
         objective = replace(objective, eos_class=merged)
     check_importance(config, objective, cache.manifest)
     check_sampling(config, objective, cache.manifest)
+    check_token_weights(config, cache)
     if objective.temperature != temperature:
         raise ConfigError(
             f"temperature: found {objective.temperature}, but {config.cache} was scored at "
@@ -166,6 +169,31 @@ def check_sampling(config: DistillConfig, objective: Objective, manifest: CacheM
         f"{needed:g}, at which the teacher scored, and top_p 1; use --tail bucket, or roll out at "
         "these and score again"
     )
+
+
+def check_token_weights(config: DistillConfig, cache: TeacherCache) -> None:
+    """Check that the cache has what `token_weights` reads, and weights that are not lost.
+
+    Raises:
+        ConfigError: a reward or the teacher's entropy is unknown, or `refresh_every` would replace
+            answers that have weights of their own.
+    """
+    if config.token_weights == "advantage" and (unknown := np.isnan(cache.rewards()).sum()):
+        raise ConfigError(
+            f"token_weights: advantage reads the reward of each answer, and {config.cache} has "
+            f"none for {unknown} of {len(cache)}; write 'reward' into every record and import the "
+            "rollouts again ('lopd import --format rollouts'), or use divergence_rank or prefix"
+        )
+    if config.token_weights == "entropy" and cache.manifest.scoring.entropy == "absent":
+        raise ConfigError(
+            f"token_weights: entropy reads the teacher's entropy, which {config.cache} lacks; "
+            "score with --engine transformers, or use divergence_rank or prefix"
+        )
+    if config.refresh_every and (cache.has_token_weights or (cache.weights() != 1).any()):
+        raise ConfigError(
+            f"refresh_every: the answers of {config.cache} have weights, and refreshed ones would "
+            "have none; leave --refresh-every out, or import the rollouts without weights"
+        )
 
 
 def missing_ratios(manifest: CacheManifest) -> str | None:
