@@ -101,10 +101,11 @@ class Run:
 class Gradients:
     """Bias and noise of each form's gradient, at the start or at the end of a run.
 
-    The gradient g of a batch is that of the mean loss with respect to all weights. G is the mean
-    over the batches of the gradient of the KL over the whole vocabulary, exact from full lists.
-    Bias is |mean g - G| / |G|, noise sqrt(mean |g - mean g|^2) / |G|. Without an error of the form,
-    the noise is that of the batch: the row of the whole vocabulary.
+    The gradient g of a batch is that of the mean loss with respect to all weights, and G that of the
+    KL over the whole vocabulary, from full lists, on the same batch; <> is the mean over batches.
+    `bias` is |<g - G>| / |<G>|, and `error` what it would be on average for a form without bias,
+    as so few batches are drawn. `noise` is sqrt(<|g - <g>|^2>) / |<G>|; that of the whole vocabulary
+    is what remains without any error of the form.
     """
 
     at: str
@@ -123,26 +124,36 @@ class Gradients:
             folder = run.folder
         model = load_model(shared.demo.path(folder), dtype="float32", device="cpu").train()
 
-        def compared(k: int, **options: Any) -> dict[str, float]:
-            return _compared(_gradients(model, shared.cache(k), options), exact)
+        def gradients(k: int, **options: Any) -> Tensor:
+            return _gradients(model, shared.cache(k), options)
 
-        whole = _gradients(model, shared.cache(model.config.vocab_size), {"support": "list"})
-        exact = whole.mean(0)
+        whole = gradients(model.config.vocab_size)
         forms = {
-            f"{form}/k{k}": compared(k, **options) for k in LISTS for form, options in FORMS.items()
+            f"{form}/k{k}": _compared(gradients(k, **options), whole)
+            for k in LISTS
+            for form, options in FORMS.items()
         }
-        forms[SAMPLED] = compared(LISTS[0], objective="policy_gradient")
-        forms[WHOLE] = _compared(whole, exact)
-        return {"at": self.at, "gradients": forms, "norm": float(exact.norm())}
+        forms[SAMPLED] = _compared(gradients(LISTS[0], objective="policy_gradient"), whole)
+        forms[WHOLE] = _compared(whole, whole)
+        size = float(whole.mean(0).norm())
+        return {"at": self.at, "gradients": forms, "norm": size}
 
 
 Cell = Start | Run | Gradients
 
 
-def _compared(gradients: Tensor, exact: Tensor) -> dict[str, float]:
-    mean, size = gradients.mean(0), exact.norm()
-    noise = (gradients - mean).square().sum(1).mean().sqrt()
-    return {"bias": float((mean - exact).norm() / size), "noise": float(noise / size)}
+def _compared(gradients: Tensor, whole: Tensor) -> dict[str, float]:
+    size, batches = whole.mean(0).norm(), len(whole)
+    apart = gradients - whole
+
+    def spread(x: Tensor) -> Tensor:
+        return (x - x.mean(0)).square().sum(1).mean().sqrt()
+
+    return {
+        "bias": float(apart.mean(0).norm() / size),
+        "error": float(spread(apart) / size) / (batches - 1) ** 0.5,
+        "noise": float(spread(gradients) / size),
+    }
 
 
 def _gradients(model: Any, path: str, options: dict[str, Any]) -> Tensor:
