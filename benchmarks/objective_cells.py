@@ -101,11 +101,11 @@ class Run:
 class Gradients:
     """Bias and noise of each form's gradient, at the start or at the end of a run.
 
-    The gradient g of a batch is that of the mean loss with respect to all weights, and G that of the
-    KL over the whole vocabulary, from full lists, on the same batch; <> is the mean over batches.
-    `bias` is |<g - G>| / |<G>|, and `error` what it would be on average for a form without bias,
-    as so few batches are drawn. `noise` is sqrt(<|g - <g>|^2>) / |<G>|; that of the whole vocabulary
-    is what remains without any error of the form.
+    The gradient g of a batch is that of the mean loss with respect to all weights, and G that of
+    the KL over the whole vocabulary, from full lists, on the same batch; <> is the mean over
+    batches. `bias` is |<g - G>| / |<G>|, and `error` what that is on average for a form without
+    bias, because the batches are few. `noise` is sqrt(<|g - <g>|^2>) / |<G>|; that of the whole
+    vocabulary comes from the choice of the batch alone.
     """
 
     at: str

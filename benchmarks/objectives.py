@@ -2,15 +2,15 @@
 
     python -m benchmarks.objectives [--plan] [--only PATTERN ...] [--work DIR] [--out DIR]
 
-For each seed, the demo's teacher and fine-tuned student are trained, the student is rolled out once,
-and the teacher scores these rollouts at every length of list. A cell distils the student with one
-form, one length and one learning rate, and evaluates it on prompts that no stage has seen: sampled
-pass@1, and the exact KL to the teacher over the whole vocabulary, on the model's own answers. Other
-cells measure bias and noise of each form's gradient with respect to the weights.
+For each seed, the demo's teacher and fine-tuned student are trained, the student is rolled out
+once, and the teacher scores these rollouts at every length of list. A cell distils the student with
+one form, one length and one learning rate, and evaluates it on prompts that no stage has seen:
+sampled pass@1, and the exact KL to the teacher over the whole vocabulary, on the model's own
+answers. Other cells measure bias and noise of each form's gradient with respect to the weights.
 
-Each cell is one JSON line, appended to `objectives.jsonl` when it is measured. Run again, the command
-continues with the cells that have no line. `--only` selects cells by name, such as `unbiased/k4/*` or
-`*/seed0`; `--plan` lists the missing cells and their minutes on one quiet core.
+Each cell is one JSON line, appended to `objectives.jsonl` when it is measured. Run again, the
+command continues with the cells that have no line. `--only` selects cells by name, such as
+`unbiased/k4/*` or `*/seed0`; `--plan` lists the missing cells and their minutes on one quiet core.
 """
 
 import argparse
