@@ -120,6 +120,7 @@ def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
     rows["scoring"] = ", ".join(f"{name} {word}" for name, word in words.items())
     if manifest.scoring.support is not None:
         rows["lists"] = manifest.scoring.support.ids
+        rows["lists of"] = manifest.scoring.list_of
     if manifest.scoring.eos_class:
         rows["one token"] = "ids " + ", ".join(map(str, manifest.scoring.eos_class))
     for name, size in details["bytes_per_token_by_array"].items():

@@ -9,7 +9,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from lopd.data.demonstrations import Demonstration
 from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
-from lopd.store import Rollout, RolloutStore, TeacherCache, TeacherSequence, TopKLists
+from lopd.store import Rollout, TeacherSequence, TopKLists
 from lopd.training.metrics import POSITIONS
 from lopd.training.topk_overlap import is_overlap_position
 
@@ -37,6 +37,19 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+@runtime_checkable
+class BatchedSource(Source, Protocol):
+    """A source that reads several items at once, and sequences without their scores."""
+
+    def read(self, indices: Sequence[int], /) -> list[Any]:
+        """The items at these positions."""
+        ...
+
+    def rollouts(self) -> Iterator[Rollout]:
+        """Every sequence in order."""
+        ...
 
 
 def sequence_of(item: Item) -> Rollout | Demonstration:
@@ -79,7 +92,7 @@ class SequenceDataset(torch.utils.data.Dataset):
         self.names: list[str] = []
         self.lengths: list[int] = []  # tokens
         sequences: Iterator[Rollout | Demonstration]
-        if isinstance(source, RolloutStore | TeacherCache):
+        if isinstance(source, BatchedSource):
             sequences = source.rollouts()
         else:
             sequences = (sequence_of(source[index]) for index in range(len(source)))
@@ -140,7 +153,7 @@ class SequenceDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
         """The items of a batch, for a DataLoader; a store reads them together."""
         wanted = [self.indices[index] for index in indices]
-        if isinstance(self.source, RolloutStore | TeacherCache):
+        if isinstance(self.source, BatchedSource):
             return [*self.source.read(wanted)]
         return [self.source[index] for index in wanted]
 
