@@ -128,7 +128,7 @@ def reverse_kl(
         `nats_per_token`, `tokens`, and `outside_lists`, the mean share of the model's probability
         outside the lists. These ids count as one, so the value is at most the KL over all ids.
     """
-    collate = Collator()
+    collate = Collator(weighted=False)
     total, outside, tokens = 0.0, 0.0, 0
     for items in batches:
         batch = to_device(collate(items), student.device)

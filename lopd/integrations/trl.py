@@ -7,7 +7,7 @@ statistics are those of `lopd distill`.
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -77,6 +77,10 @@ class OfflineDistillationConfig(SFTConfig):
     clip_range: float | None = _of_distill("clip_range")
     delta: float | None = _of_distill("delta")
     entropy_bonus: float | None = _of_distill("entropy_bonus")
+    token_weights: str = _of_distill("token_weights")
+    weight_beta: float | None = _of_distill("weight_beta")
+    weight_share: float | None = _of_distill("weight_share")
+    weight_entropy: float | None = _of_distill("weight_entropy")
     temperature: float | None = _of_distill("temperature")
     support: str = _of_distill("support")
     loss_aggregation: str = _of_distill("loss_aggregation")
@@ -327,4 +331,5 @@ class NumberedSequences:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """A batch of the sequences."""
         (name,) = {row["source"] for row in rows}
-        return self.collator(self.sources[name].__getitems__([row["index"] for row in rows]))
+        collate = self.collator if name == "train" else replace(self.collator, weighted=False)
+        return collate(self.sources[name].__getitems__([row["index"] for row in rows]))
