@@ -192,8 +192,11 @@ def _sparse_stats(
         sampled, correction, importance = extras
         tail = torch.where(active, torch.logaddexp(tail, sampled), 0.0)
         correction, importance = in_shape(leading, correction), in_shape(leading, importance)
-    fields = (in_shape(leading, x) for x in (losses, lse, tail, teacher_tail, entropy, floored))
-    return SparseStats(*fields, correction, importance, skipping)
+    return SparseStats(
+        in_shape(leading, losses), in_shape(leading, lse), in_shape(leading, tail),
+        in_shape(leading, teacher_tail), in_shape(leading, entropy), in_shape(leading, floored),
+        correction, importance, skipping,
+    )  # fmt: skip
 
 
 @overload
