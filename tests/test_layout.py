@@ -21,6 +21,7 @@ PACKAGES = [
     "training",
     "evaluation",
     "stages",
+    "integrations",
     "cli",
 ]
 USES_KERNELS = {"models", "engines", "training"}

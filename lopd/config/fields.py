@@ -141,16 +141,22 @@ def choices_of(item: Field[Any]) -> tuple[str, ...]:
     return get_args(item.type) if literal else item.metadata.get("choices", ())
 
 
+def defaults_of(config: Any) -> dict[str, Any]:
+    """The defaults of a config's settings, but for those that have to be given."""
+    return {item.name: item.default for item in fields(config) if item.default is not MISSING}
+
+
 def identity_of(config: Any, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings that belong to the identity of a run.
 
     Args:
         config: the run's config; its fields declare which settings these are.
         stored: settings of an earlier run of the same stage, such as the `config` of a manifest,
-            to return instead of the config's, unknown keys included.
+            to return instead of the config's, unknown keys included; those that it lacks, since it
+            is older, have their defaults.
     """
     excluded = {item.name for item in fields(config) if not item.metadata.get("identity", True)}
-    settings = asdict(config) if stored is None else stored
+    settings = asdict(config) if stored is None else {**defaults_of(config), **stored}
     return {name: value for name, value in settings.items() if name not in excluded}
 
 

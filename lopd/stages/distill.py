@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lopd.config.distill import DistillConfig
 from lopd.config.objective import SPARSE, Objective
 from lopd.errors import ConfigError, ProvenanceError
@@ -45,18 +47,7 @@ def main(config: DistillConfig) -> Path:
     if is_finished(config, "distill", config.student, describe_inputs):
         return say_finished(config.out)
     cache, overrides = open_cache(config)
-    check_lists(config, cache)
-    temperature = cache.manifest.temperature
-    objective = config.objective_at(temperature)
-    if merged := cache.manifest.scoring.eos_class:
-        objective = replace(objective, eos_class=merged)
-    check_importance(config, objective, cache.manifest)
-    check_sampling(config, objective, cache.manifest)
-    if objective.temperature != temperature:
-        raise ConfigError(
-            f"temperature: found {objective.temperature}, but {config.cache} was scored at "
-            f"{temperature}; leave it out, or score the rollouts again at that temperature"
-        )
+    objective = objective_of(config, cache)
     base = describe_model(config.student, dtype=config.dtype, engine="transformers")
     refresh = _refresh(config, cache, base.weights)
     inputs = describe_inputs(config)
@@ -67,7 +58,7 @@ def main(config: DistillConfig) -> Path:
         objective,
         model_path=config.student,
         checkpoint=checkpoint,
-        k=cache.manifest.k,
+        k=cache.manifest.most_listed,
         refresh=refresh,
     )
     return finish_checkpoint(
@@ -105,12 +96,41 @@ def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> Any:
     return refresh
 
 
-def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
-    """Check that an imported cache has the lists that the objective needs.
+def objective_of(config: DistillConfig, cache: TeacherCache) -> Objective:
+    """The objective, checked against the cache that it is minimised on.
 
     Raises:
-        ConfigError: it has none, or they were renormalised before they were imported.
+        ConfigError: the cache lacks what the objective needs, or was scored at another temperature.
     """
+    check_lists(config, cache)
+    temperature = cache.manifest.temperature
+    objective = config.objective_at(temperature)
+    if merged := cache.manifest.scoring.eos_class:
+        objective = replace(objective, eos_class=merged)
+    check_importance(config, objective, cache.manifest)
+    check_sampling(config, objective, cache.manifest)
+    check_token_weights(config, cache)
+    if objective.temperature != temperature:
+        raise ConfigError(
+            f"temperature: found {objective.temperature}, but {config.cache} was scored at "
+            f"{temperature}; leave it out, or score the rollouts again at that temperature"
+        )
+    return objective
+
+
+def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
+    """Check that a cache has the lists that the objective needs.
+
+    Raises:
+        ConfigError: it has none, they were renormalised before they were imported, or they are the
+            student's and the objective needs the teacher's.
+    """
+    reason = config.objective_at(cache.manifest.temperature).needs_teachers_list
+    if reason and cache.manifest.scoring.list_of == "student":
+        raise ConfigError(
+            f"{config.cache}: its lists hold the student's most probable ids; {reason}: score with "
+            "--support union, or use --objective reverse_kl with --tail bucket"
+        )
     if config.objective in SPARSE and config.lists == "list" and cache.has_no_lists:
         raise ConfigError(
             f"{config.cache}: has no lists, only the log-probs of the sampled tokens; found "
@@ -166,6 +186,31 @@ def check_sampling(config: DistillConfig, objective: Objective, manifest: CacheM
         f"{needed:g}, at which the teacher scored, and top_p 1; use --tail bucket, or roll out at "
         "these and score again"
     )
+
+
+def check_token_weights(config: DistillConfig, cache: TeacherCache) -> None:
+    """Check that the cache has what `token_weights` reads, and weights that are not lost.
+
+    Raises:
+        ConfigError: a reward or the teacher's entropy is unknown, or `refresh_every` would replace
+            answers that have weights of their own.
+    """
+    if config.token_weights == "advantage" and (unknown := np.isnan(cache.rewards()).sum()):
+        raise ConfigError(
+            f"token_weights: advantage reads the reward of each answer, and {config.cache} has "
+            f"none for {unknown} of {len(cache)}; write 'reward' into every record and import the "
+            "rollouts again ('lopd import --format rollouts'), or use divergence_rank or prefix"
+        )
+    if config.token_weights == "entropy" and cache.manifest.scoring.entropy == "absent":
+        raise ConfigError(
+            f"token_weights: entropy reads the teacher's entropy, which {config.cache} lacks; "
+            "score with --engine transformers, or use divergence_rank or prefix"
+        )
+    if config.refresh_every and (cache.has_token_weights or (cache.weights() != 1).any()):
+        raise ConfigError(
+            f"refresh_every: the answers of {config.cache} have weights, and refreshed ones would "
+            "have none; leave --refresh-every out, or import the rollouts without weights"
+        )
 
 
 def missing_ratios(manifest: CacheManifest) -> str | None:

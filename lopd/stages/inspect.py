@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.evaluation.agreement import low_coverage, measure
@@ -56,6 +58,7 @@ def main(config: InspectConfig) -> None:
         cache = TeacherCache.open(config.path, support="list", allow_incomplete=True)
         _warn_of_faults(cache)
         rows.update(cache.summary())
+        rows.update(_describe_weights(cache))
         rows.update(_describe_cache(cache))
         if (found := measure(cache)) is not None:
             rows.update(found.rows())
@@ -67,6 +70,7 @@ def main(config: InspectConfig) -> None:
         store = RolloutStore.open(config.path, kind=kind, allow_incomplete=True)
         _warn_of_faults(store)
         rows.update(store.summary())
+        rows.update(_describe_weights(store))
         if config.verify:
             rows["verified"] = _verify_shards(store)
     elif config.verify:
@@ -96,6 +100,22 @@ def _warn_of_faults(folder: RolloutStore | TeacherCache) -> None:
 def _describe_eos(model: ModelIdentity) -> str:
     """The ids that end an answer of a model."""
     return "unknown" if model.eos_ids is None else "id " + " or ".join(map(str, model.eos_ids))
+
+
+def _describe_weights(store: RolloutStore | TeacherCache) -> dict[str, str]:
+    """The rewards and weights that came with the rollouts, if any did."""
+    rewards, weights, rows = store.rewards(), store.weights(), {}
+    known = rewards[~np.isnan(rewards)]
+    if len(known):
+        above = (known > 0).mean()
+        rows["rewards"] = (
+            f"known of {len(known)}, mean {known.mean(dtype=np.float64):.4g}, {above:.1%} above 0"
+        )
+    if (weights != 1).any():
+        rows["sequence weights"] = f"{weights.min():.4g} to {weights.max():.4g}"
+    if store.has_token_weights:
+        rows["token weights"] = "yes"
+    return rows
 
 
 def _verify_shards(store: RolloutStore | TeacherCache) -> str:
@@ -139,6 +159,7 @@ def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
     rows["scoring"] = ", ".join(f"{name} {word}" for name, word in words.items())
     if manifest.scoring.support is not None:
         rows["lists"] = manifest.scoring.support.ids
+        rows["lists of"] = manifest.scoring.list_of
     if manifest.scoring.eos_class:
         rows["one token"] = "ids " + ", ".join(map(str, manifest.scoring.eos_class))
     for name, size in details["bytes_per_token_by_array"].items():

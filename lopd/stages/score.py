@@ -22,7 +22,8 @@ from lopd.data.skipped import Skipped
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
 from lopd.engines.progress import Progress
-from lopd.errors import DataError, ProvenanceError
+from lopd.engines.support import Support
+from lopd.errors import DataError
 from lopd.evaluation.agreement import low_coverage, measure
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
@@ -38,6 +39,7 @@ from lopd.provenance import (
 from lopd.provenance.gate import check_eos
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
+from lopd.stages.rollout_student import describe_support, find_student
 from lopd.stages.table import print_fields
 from lopd.store import CacheWriter, Rollout, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import examine_shard_folder
@@ -87,7 +89,7 @@ def main(config: ScoreConfig) -> Path | None:
     work = work_left(rollouts, left)
     check_fits(config.out, bounds[0].of(work), "with the shortest lists")
     if config.plan:
-        timed = time_sample(manifest, some, _load_scorer(config, worker))
+        timed = time_sample(manifest, some, _load_scorer(config, rollouts.manifest.model, worker))
         sizes = [timed.size.of(work), *(size.of(work) for size in bounds)]
         _print_forecast(rollouts, work, timed, sizes, free_bytes(config.out), worker)
         check_fits(config.out, sizes[0], f"by {timed.sequences} scored sequences")
@@ -155,29 +157,15 @@ def _manifest(
         scoring={
             **ENGINES[config.engine],
             "rollout_logprobs": source.scoring.rollout_logprobs,
-            "support": _describe_support(config, source.model)
-            | ({"eos_class": merged} if merged else {}),
+            "support": describe_support(config, _support(config), source.model),
         },
     )
 
 
-def _describe_support(config: ScoreConfig, policy: ModelIdentity) -> dict[str, Any]:
-    """The ids that the lists hold and, with extra ids, the student that chose them."""
-    if config.student is None:
-        return {"ids": "teacher's top k", "extra_ids": 0}
-    student = describe_model(config.student, dtype=config.dtype, engine="transformers")
-    if student.weights != policy.weights:
-        raise ProvenanceError(
-            f"student: {config.student} has weights {student.weights[:12]}, the rollouts were "
-            f"made by {policy.weights[:12]}; name the student that made them"
-        )
-    assert student.vocab_size is not None
-    ModelLimits("the student", student.vocab_size).check_k(config.extra_ids, "extra_ids")
-    return {
-        "ids": "teacher's top k and student's top extra_ids",
-        "extra_ids": config.extra_ids,
-        "student": student,
-    }
+def _support(config: ScoreConfig) -> Support:
+    return Support(
+        config.k, config.support, config.top_p, config.extra_ids, parse_eos_class(config.eos_class)
+    )
 
 
 def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
@@ -235,8 +223,10 @@ def _usable(sequences: Sequence[Rollout], left_out: frozenset[str]) -> list[Roll
     return [rollout for rollout in sequences if name_of(rollout) not in left_out]
 
 
-def _load_scorer(config: ScoreConfig, worker: Worker) -> Callable[..., list[TeacherScores]]:
-    """Load the teacher and, for extra ids, the student; return the function that scores with them.
+def _load_scorer(
+    config: ScoreConfig, policy: ModelIdentity, worker: Worker
+) -> Callable[..., list[TeacherScores]]:
+    """Load the teacher and, for its ids, the student; return the function that scores with them.
 
     The function takes rollouts and, optionally, `progress`.
     """
@@ -247,18 +237,18 @@ def _load_scorer(config: ScoreConfig, worker: Worker) -> Callable[..., list[Teac
         "options": config.options(),
         "tokens_per_batch": config.tokens_per_batch,
     }
+    support, student = _support(config), None
+    if support.student_k:  # first, so that vLLM sees the memory that it takes
+        folder = find_student(config.student, policy)
+        own = common if config.engine == "transformers" else common | {"options": {}}
+        student = load_engine("transformers", folder, **own)
     teacher = load_engine(config.engine, config.teacher, **common)
-    student = None
-    if config.student is not None:
-        student = load_engine("transformers", config.student, **common)
     return partial(
         score_rollouts,
         teacher,
-        k=config.k,
+        support=support,
         temperature=config.temperature,
         student=student,
-        extra_ids=config.extra_ids,
-        eos_class=parse_eos_class(config.eos_class),
     )
 
 
@@ -272,7 +262,8 @@ def _fill(
     *,
     check_size: list[Rollout] | None,  # score these first, to check that the rest fits on the disk
 ) -> None:
-    scorer, sizes = _load_scorer(config, worker), writer.manifest.shards
+    scorer = _load_scorer(config, rollouts.manifest.model, worker)
+    sizes = writer.manifest.shards
     work = work_left(rollouts, missing)
     if check_size is not None:
         timed = time_sample(writer.manifest, check_size, scorer)

@@ -34,9 +34,12 @@ from lopd.provenance.manifest import check_digest
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, TeacherSequence
-from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequence
-
-LOSSY_MASS_TOLERANCE = 5e-3  # of list and tail, for codecs that round log-probs
+from lopd.store.validate import (
+    LOSSY_MASS_TOLERANCE,
+    MASS_TOLERANCE,
+    check_rollout,
+    check_scored_sequence,
+)
 
 
 @loads_models
