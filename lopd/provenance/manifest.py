@@ -151,6 +151,9 @@ class CacheManifest(Manifest):
     codec: str
     temperature: float
     rollouts: ScoredRollouts = field(metadata={"at": "inputs.rollouts"})
+    teacher_template: str | None = field(  # sha256: the teacher read prompts of its own
+        default=None, metadata={"at": "inputs.teacher_prompts.template.sha256"}
+    )
 
     @property
     def teacher_k(self) -> int:

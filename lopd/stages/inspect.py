@@ -18,7 +18,7 @@ from lopd.provenance import (
     read_manifest,
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
-from lopd.provenance.manifest import check_digest
+from lopd.provenance.manifest import check_digest, short
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
@@ -46,6 +46,9 @@ def main(config: InspectConfig) -> None:
             rows[f"{role} ends answers with"] = _describe_eos(model)
     if isinstance(manifest, CacheManifest):
         rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
+        if (template := manifest.teacher_template) is not None:
+            file = manifest.inputs["teacher_prompts"]["template"]["path"]
+            rows["teacher's own prompts"] = f"template {file} ({short(template)})"
     if manifest.raw.get("end_of_turn") is not None:
         rows["chat template ends a turn with"] = f"id {manifest.raw['end_of_turn']}"
     if manifest.sampling is not None:
