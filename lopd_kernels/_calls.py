@@ -133,8 +133,10 @@ def skipping_stats(leading: torch.Size, loss: RowLoss, stats: Tensor) -> Skippin
         bound = torch.zeros_like(bound)
     share = kept.double().mean() if len(kept) else torch.zeros_like(bound)
     dtype = stats.dtype
-    sums = (x.to(dtype) for x in (share, bound, dropped, kept_l1))
-    return SkippingStats(*sums, in_shape(leading, listed), in_shape(leading, unlisted))
+    return SkippingStats(
+        share.to(dtype), bound.to(dtype), dropped.to(dtype), kept_l1.to(dtype),
+        in_shape(leading, listed), in_shape(leading, unlisted),
+    )  # fmt: skip
 
 
 def in_shape(leading: torch.Size, rows: Tensor) -> Tensor:

@@ -187,12 +187,16 @@ def _sparse_stats(
             in_shape(leading, losses), None, None, in_shape(leading, teacher_tail), None,
             in_shape(leading, floored),
         )  # fmt: skip
-    fields = [losses, lse, tail, teacher_tail, entropy, floored]
+    correction = importance = None
     if extras:
         sampled, correction, importance = extras
-        fields[2] = torch.where(active, torch.logaddexp(tail, sampled), 0.0)
-        fields += [correction, importance]
-    return SparseStats(*(in_shape(leading, x) for x in fields))._replace(skipping=skipping)
+        tail = torch.where(active, torch.logaddexp(tail, sampled), 0.0)
+        correction, importance = in_shape(leading, correction), in_shape(leading, importance)
+    return SparseStats(
+        in_shape(leading, losses), in_shape(leading, lse), in_shape(leading, tail),
+        in_shape(leading, teacher_tail), in_shape(leading, entropy), in_shape(leading, floored),
+        correction, importance, skipping,
+    )  # fmt: skip
 
 
 @overload

@@ -157,7 +157,7 @@ class ListedGrads:
         if linear.logit_options.softcap is not None:
             grad = grad * (1.0 - (listed / linear.logit_options.cap).square())
         self.grad = torch.where(self.active & listed_ids.listed, grad, 0.0)
-        self.rows = gather_rows(*ids.shape, linear.weight.shape[1])
+        self.rows = gather_rows(len(ids), ids.shape[1], linear.weight.shape[1])
         self.entries: Entries | None = None
 
     def hidden_grad(self) -> Tensor:

@@ -75,8 +75,9 @@ class LossArgs(NamedTuple):
 
     @classmethod
     def of(cls, loss: RowLoss) -> "LossArgs":
-        skip = loss.skip or Skip(None, 0.0, None)
-        return cls(loss.ids, loss.target, loss.row_weights, *encode(loss.rule), *skip)
+        share, tolerance, seed = loss.skip or Skip(None, 0.0, None)
+        inputs = loss.ids, loss.target, loss.row_weights
+        return cls(*inputs, *encode(loss.rule), share, tolerance, seed)
 
     @property
     def loss(self) -> RowLoss:
