@@ -5,10 +5,11 @@ from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.objective_cells import FORMS, LISTS, SAMPLED, WHOLE
+from benchmarks.objective_cells import EXACT, FORMS, LEFT_OUT, LISTS, SAMPLED, STEPS, WHOLE
 
 Row = dict[str, Any]
 Values = dict[int, Row]  # by seed
+Interval = tuple[float, float, float]  # mean, low, high
 BASE = "bucket"
 # Student's t, 0.975, by degrees of freedom
 QUANTILES = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -18,12 +19,11 @@ class Runs:
     """The measured cells of the grid; a setting counts only if every seed has it."""
 
     def __init__(self, rows: list[Row]) -> None:
-        runs = [row for row in rows if "factor" in row]
-        self.seeds = sorted({row["seed"] for row in runs})
-        self.factors = sorted({row["factor"] for row in runs})
-        self.measured = len(runs)
+        self.rows = [row for row in rows if "factor" in row]
+        self.seeds = sorted({row["seed"] for row in self.rows})
+        self.factors = sorted({row["factor"] for row in self.rows})
         self._found: dict[tuple[str, int, float], Values] = {}
-        for row in runs:
+        for row in self.rows:
             setting = row["form"], row["k"], row["factor"]
             self._found.setdefault(setting, {})[row["seed"]] = row
 
@@ -31,101 +31,125 @@ class Runs:
         found = self._found.get((form, k, factor), {})
         return found if len(found) == len(self.seeds) else None
 
-    def best(self, form: str, k: int) -> tuple[float, Values] | None:
-        """The learning rate of the lowest KL, and its rows."""
-        found = {factor: self.complete(form, k, factor) for factor in self.factors}
-        whole = {factor: rows for factor, rows in found.items() if rows is not None}
-        if not whole:
-            return None
-        return min(whole.items(), key=lambda item: _mean_log_kl(item[1]))
+    def best(self, form: str, k: int) -> Values | None:
+        """The rows of the learning rate with the lowest KL."""
+        found = [self.complete(form, k, factor) for factor in self.factors]
+        return min((rows for rows in found if rows is not None), key=_mean_log_kl, default=None)
 
-    def ratio(self, form: str, k: int) -> tuple[float, float, float] | None:
-        """KL / the bucket's, each at its best learning rate, with its 95 % interval."""
-        ours, base = self.best(form, k), self.best(BASE, k)
+    def against(self, ours: Values | None, base: Values | None) -> dict[str, Interval] | None:
+        """KL / the base's, and pass@1 minus the base's in points; paired over seeds."""
         if ours is None or base is None:
             return None
-        differences = [math.log(ours[1][s]["kl"] / base[1][s]["kl"]) for s in self.seeds]
-        return tuple(math.exp(x) for x in interval(differences))  # type: ignore[return-value]
+        kl = interval([math.log(ours[s]["kl"] / base[s]["kl"]) for s in self.seeds])
+        points = [100 * (ours[s]["sampled"] - base[s]["sampled"]) for s in self.seeds]
+        return {"kl": tuple(map(math.exp, kl)), "points": interval(points)}  # type: ignore[dict-item]
 
 
 def _mean_log_kl(rows: Values) -> float:
     return mean(math.log(row["kl"]) for row in rows.values())
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
+def interval(values: list[float]) -> Interval:
     """The mean and its 95 % interval, by Student's t."""
     middle, half = mean(values), QUANTILES[len(values) - 1] * stdev(values) / len(values) ** 0.5
     return middle, middle - half, middle + half
 
 
+def _compared(comparison: dict[str, Interval] | None, rows: Values | None) -> list[str]:
+    """Cells: KL / the base's, pass@1, and the difference in points."""
+    if comparison is None or rows is None:
+        return ["", "", ""]
+    return [
+        "{:.2f} [{:.2f}, {:.2f}]".format(*comparison["kl"]),
+        f"{mean(row['sampled'] for row in rows.values()):.3f}",
+        "{:+.1f} [{:+.1f}, {:+.1f}]".format(*comparison["points"]),
+    ]
+
+
 def training_table(rows: list[Row]) -> str:
     """Markdown: KL by learning rate, and the comparison with the bucket at the best one."""
     runs = Runs(rows)
-    whole = len(FORMS) * len(LISTS) * len(runs.factors) * len(runs.seeds)
     lines = [
         f"| k | form | {' | '.join(f'KL, {x:g} x rate' for x in runs.factors)} "
-        "| KL / the bucket's | pass@1 | against the bucket, points |",
+        "| KL / the bucket's | pass@1 | minus the bucket's, points |",
         f"| ---: | --- |{' ---: |' * (len(runs.factors) + 3)}",
     ]
     for k in LISTS:
-        lines += [_training_line(runs, form, k) for form in FORMS]
+        base = runs.best(BASE, k)
+        for form in FORMS:
+            found = [runs.complete(form, k, factor) for factor in runs.factors]
+            kls = [f"{math.exp(_mean_log_kl(x)):.4f}" if x else "" for x in found]
+            best = runs.best(form, k)
+            compared = _compared(runs.against(best, base), best)
+            if form == BASE:
+                compared = ["1", compared[1], "0"]
+            lines.append(f"| {' | '.join([str(k), f'`{form}`', *kls, *compared])} |")
     starts = [row for row in rows if row["cell"].startswith("start/")]
-    kl, sampled = (mean(row[key] for row in starts) for key in ("kl", "sampled"))
+    kl = math.exp(mean(math.log(row["kl"]) for row in starts))
+    sampled = mean(row["sampled"] for row in starts)
+    whole = len(FORMS) * len(LISTS) * len(runs.factors) * len(runs.seeds)
+    measured = sum(row["form"] in FORMS for row in runs.rows)
     seeds = ", ".join(map(str, runs.seeds))
     return "\n".join(
         [
             *lines,
             "",
-            f"{runs.measured} of {whole} runs; an empty cell was not run on every seed ({seeds}). "
-            f"KL in nat per token, geometric mean over",
-            "seeds. The last three columns take each form at its best rate of those; brackets are "
-            "95 % intervals over seeds, paired. Before",
-            f"training the mean KL is {kl:.3f} and pass@1 {sampled:.3f}.",
+            f"{STEPS} steps, seeds {seeds}; {measured} of {whole} runs were made, and a cell is",
+            "empty if a seed is missing. KL in nat per token, geometric mean over seeds. The last",
+            "three columns take each form at the best rate of its row, with 95 % intervals over",
+            f"seeds, paired. Before training the KL is {kl:.3f} and pass@1 {sampled:.3f}.",
         ]
     )
 
 
-def _training_line(runs: Runs, form: str, k: int) -> str:
-    cells = [str(k), f"`{form}`"]
-    for factor in runs.factors:
-        found = runs.complete(form, k, factor)
-        cells.append(f"{math.exp(_mean_log_kl(found)):.4f}" if found else "")
-    best, base, ratio = runs.best(form, k), runs.best(BASE, k), runs.ratio(form, k)
-    if best is None or base is None or ratio is None:
-        return f"| {' | '.join([*cells, '', '', ''])} |"
-    points = [100 * (best[1][s]["sampled"] - base[1][s]["sampled"]) for s in runs.seeds]
-    is_base = form == BASE
-    cells += [
-        "1" if is_base else "{:.2f} [{:.2f}, {:.2f}]".format(*ratio),
-        f"{mean(row['sampled'] for row in best[1].values()):.3f}",
-        "0" if is_base else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*interval(points)),
+def left_out_table(rows: list[Row]) -> str:
+    """Markdown: runs that left out gradients outside the lists, against the exact run."""
+    runs, k = Runs(rows), LISTS[-1]
+    exact = runs.complete(EXACT, k, 1.0)
+    lines = [
+        "| run | KL | KL / the exact run's | pass@1 | difference, points |",
+        f"| --- |{' ---: |' * 4}",
     ]
-    return f"| {' | '.join(cells)} |"
+    for form in (EXACT, *LEFT_OUT):
+        found = runs.complete(form, k, 1.0)
+        if found is None:
+            continue
+        settings = LEFT_OUT.get(form, {}).items()
+        name = ", ".join(f"`{key}={value:g}`" for key, value in settings) or "exact"
+        compared = _compared(runs.against(found, exact), found)
+        if form == EXACT:
+            compared = ["1", compared[1], "0"]
+        lines.append(f"| {name} | {math.exp(_mean_log_kl(found)):.4f} | {' | '.join(compared)} |")
+    return "\n".join(lines)
 
 
 def judgement(runs: Runs, form: str) -> dict[int, str]:
     """By list length, whether a form's KL is better or worse than the bucket's, or neither."""
-    found = {k: runs.ratio(form, k) for k in LISTS}
-    return {
-        k: "worse" if ratio[1] > 1 else "better" if ratio[2] < 1 else "equal within the interval"
-        for k, ratio in found.items()
-        if ratio is not None
-    }
+    words = {}
+    for k in LISTS:
+        if (found := runs.against(runs.best(form, k), runs.best(BASE, k))) is not None:
+            _, low, high = found["kl"]
+            words[k] = "worse" if low > 1 else "better" if high < 1 else "no clear difference"
+    return words
 
 
 def verdict(rows: list[Row]) -> str:
-    """Markdown: each form against the bucket, and whether `unbiased` should be the default."""
+    """Markdown: each form against the bucket, and whether `unbiased` should be the default.
+
+    It should if its mean KL is at no list length above the bucket's.
+    """
     runs, lines = Runs(rows), []
     for form in FORMS:
         if form != BASE:
             words = ", ".join(f"{word} at k = {k}" for k, word in judgement(runs, form).items())
             lines.append(f"* `{form}` against the bucket: {words}.")
-    worse = [k for k, word in judgement(runs, "unbiased").items() if word == "worse"]
-    if worse:
-        lists = ", ".join(map(str, worse))
-        lines.append(f"\n`unbiased` is worse at k = {lists}, so the default stays `bucket`.")
+    found = {k: runs.against(runs.best("unbiased", k), runs.best(BASE, k)) for k in LISTS}
+    above = [str(k) for k, item in found.items() if item is not None and item["kl"][0] > 1]
+    if above:
+        words = f"a higher mean KL than the bucket at k = {', '.join(above)}"
+        lines += ["", f"`unbiased` has {words}: the bucket stays the default."]
     else:
-        lines.append("\n`unbiased` is at no list length worse than `bucket`.")
+        lines += ["", "`unbiased` has at no list length a higher mean KL than the bucket."]
     return "\n".join(lines)
 
 
