@@ -141,10 +141,14 @@ def verdict(rows: list[Row]) -> str:
     runs, lines = Runs(rows), []
     for form in FORMS:
         if form != BASE:
-            words = ", ".join(f"{word} at k = {k}" for k, word in judgement(runs, form).items())
-            lines.append(f"* `{form}` against the bucket: {words}.")
-    found = {k: runs.against(runs.best("unbiased", k), runs.best(BASE, k)) for k in LISTS}
-    above = [str(k) for k, item in found.items() if item is not None and item["kl"][0] > 1]
+            found = judgement(runs, form)
+            words = [
+                f"{word} at k = {', '.join(str(k) for k in found if found[k] == word)}"
+                for word in dict.fromkeys(found.values())
+            ]
+            lines.append(f"* `{form}` against the bucket: {'; '.join(words)}.")
+    ratios = {k: runs.against(runs.best("unbiased", k), runs.best(BASE, k)) for k in LISTS}
+    above = [str(k) for k, item in ratios.items() if item is not None and item["kl"][0] > 1]
     if above:
         words = f"a higher mean KL than the bucket at k = {', '.join(above)}"
         lines += ["", f"`unbiased` has {words}: the bucket stays the default."]
