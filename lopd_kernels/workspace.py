@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from lopd_kernels import _checks
-from lopd_kernels._calls import LARGEST_SHARE
-from lopd_kernels._core.types import Skip
+from lopd_kernels._core.types import LARGEST_SHARE, Skip
 from lopd_kernels._core.workspace import Needs, Sizes, allocated
 
 
