@@ -10,7 +10,7 @@ import numpy as np
 
 from lopd.config.prompts import PromptOptions
 from lopd.data.prompts import MAX_LINE, load_prompts, prompt_of
-from lopd.data.records import describe_data, read_records
+from lopd.data.records import MAX_RECORD, describe_data, read_records
 from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.data.shapes import shaped
 from lopd.errors import DataError, MissingFileError
@@ -76,10 +76,10 @@ class RecordSource:
             DataError: a prompt has no record, or its record holds another prompt.
         """
         names = None if self.imported else self._names(prompts, student)
-        absent, skip = set(prompts), None
-        if self.reading.get("skip_bad_records"):
-            skip = _ignore
-        for where, record in read_records(self.path, max_bytes=MAX_LINE, skip=skip):
+        absent = set(prompts)
+        skip = _ignore if self.imported or self.reading.get("skip_bad_records") else None
+        longest = MAX_RECORD if self.imported else MAX_LINE
+        for where, record in read_records(self.path, max_bytes=longest, skip=skip):
             given = record.get("id") if names is None else names.get(where)
             if given is None or (name := str(given)) not in prompts:
                 continue
