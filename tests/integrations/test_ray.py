@@ -1,6 +1,9 @@
 """Stages on a local Ray of two workers: the same shards as from one process."""
 
+import inspect
 import os
+import re
+from pathlib import Path
 
 import pytest
 from helpers_artefacts import write_cache, write_pipeline
@@ -99,3 +102,18 @@ def test_workers_that_die_matter_if_their_shards_are_missing(tmp_path):
         _check_complete(str(part), [died, refused])
     with pytest.raises(ShardError, match="1 of 2 shards are unfinished"):
         _check_complete(str(part), [])
+
+
+def test_the_how_to_page_runs(monkeypatch):
+    """Its call, with the cluster left out."""
+    page = (Path(__file__).parents[2] / "docs/how-to/many-nodes.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    seen = []
+    monkeypatch.setattr(
+        "lopd.integrations.ray.run_stage",
+        lambda config, **settings: seen.append((config, inspect.signature(run_stage), settings)),
+    )
+    exec(compile(example, "many-nodes.md", "exec"), {})
+    ((config, signature, settings),) = seen
+    signature.bind(config, **settings)
+    assert isinstance(config, ScoreConfig) and config.k == 64
