@@ -28,7 +28,7 @@ GROUPS = (
     "Provenance overrides",
 )
 
-
+MOST = 2**53  # schedules, shares and estimates compute with floats, which hold no larger counts
 _UNITS = {"": 1, "b": 1} | {
     letter + unit: base**power
     for power, letter in enumerate("kmgt", 1)
@@ -130,6 +130,8 @@ class Settings:
             if (choices := choices_of(item)) and value not in choices:
                 expected = f"one of {', '.join(choices)}"
                 raise ConfigError(f"{item.name}: found '{value}'; expected {expected}{remedy}")
+            if type(value) is int and abs(value) > MOST:
+                raise ConfigError(f"{item.name}: beyond 2^53; expected a smaller number{remedy}")
             within = item.metadata.get("within")
             if within and value not in (allowed := parse_range(within)):
                 raise ConfigError(f"{item.name}: found {value}; expected {allowed.words}{remedy}")

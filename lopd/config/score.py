@@ -52,6 +52,20 @@ class ScoreConfig(EngineOptions, ScoringOptions):
         "default the one that the rollouts name.",
     )
     extra_ids: int = _cache(0, within="[0, inf)", help="Add the student's top N ids to every list.")
+    teacher_template: str | None = setting(
+        None,
+        group="Model and data",
+        identity=False,  # its text is an input
+        help="Jinja file of the teacher's own prompt, from the fields of the prompts' records, "
+        "such as reference answers (docs/how-to/privileged-context.md).",
+    )
+    prompts: str | None = setting(
+        None,
+        group="Model and data",
+        identity=False,
+        help="File of the prompts' records; by default the one that the rollouts were sampled "
+        "from.",
+    )
     eos_class: str | None = _cache(
         None,
         identity=False,
@@ -74,11 +88,12 @@ class ScoreConfig(EngineOptions, ScoringOptions):
             refuse_unused(
                 self, ("extra_ids",), f"support {self.support} lists the student's top k; set k"
             )
-        elif not self.extra_ids:
-            refuse_unused(self, ("student",), "only support and extra_ids list the student's ids")
-        parse_eos_class(self.eos_class)
-        if self.engine == "vllm" and (self.temperature != 1 or self.extra_ids or self.eos_class):
-            raise ConfigError(
-                "engine: vllm scores at temperature 1, without extra_ids and eos_class; use "
-                "transformers"
+        elif not self.extra_ids and self.teacher_template is None:
+            refuse_unused(
+                self, ("student",), "only support, extra_ids and teacher_template read the student"
             )
+        if self.teacher_template is None:
+            refuse_unused(self, ("prompts",), "only teacher_template reads their records")
+        parse_eos_class(self.eos_class)
+        if self.engine == "vllm" and self.temperature != 1:
+            raise ConfigError("engine: vllm scores at temperature 1; use transformers")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lopd.config.device import check_device, resolve_device
-from lopd.config.fields import Settings, parse_bytes, setting
+from lopd.config.fields import Settings, parse_bytes, setting, setting_of
 from lopd.config.model_code import CodeOptions
+from lopd.config.objective import Objective
 from lopd.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -134,12 +135,15 @@ class MemorySettings(MemoryOptions):
     objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient", "log_ratio"] = setting(
         "reverse_kl", group="Objective", help="Loss that is minimised at every response token."
     )
+    dense_share: float | None = setting_of(Objective, "dense_share")
+    tolerance: float | None = setting_of(Objective, "tolerance")
     k: int = setting(
         64, within="[1, inf)", group="Cache", help="Teacher tokens per position in the cache."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Objective(self.objective, dense_share=self.dense_share, tolerance=self.tolerance)
         if self.max_tokens_per_batch is not None and (
             self.max_tokens_per_batch < self.sequence_length
         ):
@@ -164,7 +168,7 @@ class TrainOptions(MemoryOptions):
         -1, within="[1, inf) or -1", help="Number of optimizer steps; -1 trains for num_epochs."
     )
     num_epochs: float = _optimizer(
-        1.0, within="(0, inf)", help="Number of passes over the data, unless max_steps is set."
+        1.0, within="(0, 1000000]", help="Number of passes over the data, unless max_steps is set."
     )
     gradient_accumulation_steps: int = _memory(
         1, within="[1, inf)", identity=False, help="Micro-batches per optimizer step, per process."

@@ -93,7 +93,7 @@ def _manifest(config: CalibrateConfig, cache: TeacherCache) -> CacheManifest:
         config=asdict(config),
         model=source.model,
         inputs={
-            "rollouts": source.rollouts,
+            **source.inputs,
             "cache": {"digest": cache.digest(), "path": str(cache.path)},
         },
         overrides=source.overrides,

@@ -4,6 +4,7 @@ First the manifests are checked: teacher, cache, rollouts and student must belon
 model is loaded before that. The manifest of the checkpoint records the checks that flags override.
 """
 
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from lopd.provenance import (
     lineage_of,
     vocab_size_of,
 )
-from lopd.provenance.manifest import Override
+from lopd.provenance.gate import is_own_teacher
+from lopd.provenance.manifest import Override, short
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.sft import finish_checkpoint
 from lopd.store import TeacherCache
 from lopd.training import run as runs
+
+LOG = logging.getLogger(__name__)
 
 
 @loads_models
@@ -47,6 +51,7 @@ def main(config: DistillConfig) -> Path:
     if is_finished(config, "distill", config.student, describe_inputs):
         return say_finished(config.out)
     cache, overrides = open_cache(config)
+    _say_privileged(cache.manifest)
     objective = objective_of(config, cache)
     base = describe_model(config.student, dtype=config.dtype, engine="transformers")
     refresh = _refresh(config, cache, base.weights)
@@ -80,10 +85,21 @@ def describe_inputs(config: DistillConfig) -> dict[str, Any]:
     inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), "model": scorer}}
     if cache.manifest.scoring.is_calibrated:
         inputs["cache"]["calibration"] = cache.manifest.raw["calibration"]
+    if (template := cache.manifest.teacher_template) is not None:
+        inputs["cache"]["teacher_template"] = template
     if config.teacher is not None:
         dtype, engine = str(scorer.dtype), str(scorer.engine)
         inputs["teacher"] = describe_model(config.teacher, dtype=dtype, engine=engine)
     return inputs
+
+
+def _say_privileged(manifest: CacheManifest) -> None:
+    """Say that the teacher read other prompts than the student's."""
+    if manifest.teacher_template is not None:
+        who = "the student itself" if is_own_teacher(manifest) else "the teacher"
+        LOG.info(
+            f"scored by {who} with prompts of its own (template {short(manifest.teacher_template)})"
+        )
 
 
 def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> Any:

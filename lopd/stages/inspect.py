@@ -18,10 +18,11 @@ from lopd.provenance import (
     read_manifest,
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
-from lopd.provenance.manifest import check_digest
+from lopd.provenance.manifest import check_digest, short
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
+MOST_FAULTS = 5
 LOG = logging.getLogger(__name__)
 
 
@@ -46,6 +47,9 @@ def main(config: InspectConfig) -> None:
             rows[f"{role} ends answers with"] = _describe_eos(model)
     if isinstance(manifest, CacheManifest):
         rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
+        if (template := manifest.teacher_template) is not None:
+            file = manifest.inputs["teacher_prompts"]["template"]["path"]
+            rows["teacher's own prompts"] = f"template {file} ({short(template)})"
     if manifest.raw.get("end_of_turn") is not None:
         rows["chat template ends a turn with"] = f"id {manifest.raw['end_of_turn']}"
     if manifest.sampling is not None:
@@ -55,6 +59,7 @@ def main(config: InspectConfig) -> None:
         rows["overrides"] = ", ".join(override.name for override in manifest.overrides)
     if kind == "cache":
         cache = TeacherCache.open(config.path, support="list", allow_incomplete=True)
+        _warn_of_faults(cache)
         rows.update(cache.summary())
         rows.update(_describe_weights(cache))
         rows.update(_describe_cache(cache))
@@ -66,6 +71,7 @@ def main(config: InspectConfig) -> None:
             rows["verified"] = _verify_shards(cache)
     elif kind in ("rollouts", "sft_data"):
         store = RolloutStore.open(config.path, kind=kind, allow_incomplete=True)
+        _warn_of_faults(store)
         rows.update(store.summary())
         rows.update(_describe_weights(store))
         if config.verify:
@@ -76,6 +82,22 @@ def main(config: InspectConfig) -> None:
         print(json.dumps(rows, indent=1, default=str))
     else:
         print_fields(rows)
+
+
+def _warn_of_faults(folder: RolloutStore | TeacherCache) -> None:
+    """Say which shards cannot be used, why, and which command writes them."""
+    if not folder.faults:
+        return
+    more = len(folder.faults) - MOST_FAULTS
+    LOG.warning(
+        f"{folder.path}: {len(folder.faults)} of {folder.num_shards} shards are unfinished or "
+        f"damaged; 'lopd {folder.manifest.stage} --out {folder.path}' with its other flags as "
+        "before writes them"
+    )
+    for fault in folder.faults[:MOST_FAULTS]:
+        LOG.warning(f"  {fault.removeprefix(f'{folder.path}/')}")
+    if more > 0:
+        LOG.warning(f"  and {more} more")
 
 
 def _describe_eos(model: ModelIdentity) -> str:

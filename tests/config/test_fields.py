@@ -110,6 +110,7 @@ class Example(Settings):
         ({"count": -1}, "count: found -1; expected 0 or a positive number; use 0"),
         ({"count": "3"}, "count: found 3; expected 0 or a positive number; use 0"),
         ({"count": None}, "count: found None; expected 0 or a positive number; use 0"),
+        ({"count": 10**5000}, "count: beyond 2^53; expected a smaller number; use 0"),
         ({"limit": -2}, "limit: found -2; expected 0 or a positive number"),
         ({"kind": "c"}, "kind: found 'c'; expected one of a, b"),
         ({"engine": "z"}, "engine: found 'z'; expected one of x, y"),
