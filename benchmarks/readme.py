@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import demo_seeds, fused_loss, gpu_suite, objectives, offline_live, roofline
-from lopd.stages.demo import OPD_STEPS
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
+from lopd.stages.demo.toy import OPD_STEPS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

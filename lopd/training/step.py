@@ -63,14 +63,7 @@ def step(
     def loss_fn(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        rows = hidden.flatten(0, 1)[batch["loss_index"]]
-        options = {
-            "bias": bias,
-            "temperature": objective.temperature,
-            "validate": False,
-            "workspace_bytes": objective.workspace_bytes,
-            **head.kwargs(),
-        }
+        rows, options = head_arguments(batch, objective, hidden, bias, head)
         loss, by_row = loss_of_rows(rows, weight, batch, objective, options)
         if not objective.needs_teacher or not torch.is_grad_enabled():
             return loss, by_row, None
@@ -93,6 +86,20 @@ def step(
         stats["router_loss"] = router.detach()
         loss = loss + router
     return loss, stats
+
+
+def head_arguments(
+    batch: Batch, objective: Objective, hidden: Tensor, bias: Tensor | None, head: HeadOptions
+) -> tuple[Tensor, dict[str, Any]]:
+    """Rows with a loss [N, D], and the options of the loss, from what a head is called with."""
+    options = {
+        "bias": bias,
+        "temperature": objective.temperature,
+        "validate": False,
+        "workspace_bytes": objective.workspace_bytes,
+        **head.kwargs(),
+    }
+    return hidden.flatten(0, 1)[batch["loss_index"]], options
 
 
 def _check_batch(batch: Batch, objective: Objective, num_items: float) -> None:

@@ -1,0 +1,148 @@
+"""The demo on a real model: SmolLM2-135M-Instruct teaches a student with fewer layers."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lopd.stages.demo import smollm2
+from lopd.stages.demo.driver import Demo, DemoStage, Task
+from lopd.stages.demo.figure import Titles
+from lopd.stages.demo.questions import ANSWER_REGEX, split_questions, write_questions
+from lopd.stages.demo.report import (
+    FINE_TUNED,
+    MORE_SFT,
+    SAMPLED,
+    format_examples,
+    real_conclusion,
+)
+
+TOP_K = 64
+DISTILLED = f"distilled, top-{TOP_K} + tail"
+UNBIASED = f"distilled, top-{TOP_K}, unbiased"
+ONLINE = f"online, live teacher, top-{TOP_K}"
+# At temperature 1 the model rambles; its card samples at 0.2.
+TEMPERATURE = 0.5
+LAYERS = 30
+# The one of benchmarks/results/prunings.jsonl that is nearest to the teacher after fine-tuning.
+DROPPED = tuple(range(14, 20))
+SFT_STEPS, OPD_STEPS = 48, 24
+CPU = {"dtype": "float32", "device": "cpu"}
+SHOWN = ("teacher", "sft", "distill", "more-sft")  # folders of models whose answers are printed
+EXAMPLES = 4  # questions whose answers are printed
+
+
+TASK = Task(
+    name="smollm2",
+    sets={"eval": 96, "sft": 288, "opd": 192},
+    costs={  # planned for two quiet cores, evaluations included
+        "teacher's answers": 60,
+        "fine-tuning": 120,
+        "student's rollouts": 30,
+        "teacher's scores": 30,
+        "held-out rollouts": 15,
+        "held-out scores": 15,
+        "teacher": 60,
+        FINE_TUNED: 60,
+        DISTILLED: 120,
+        UNBIASED: 120,
+        SAMPLED: 120,
+        "control: answers": 40,
+        MORE_SFT: 120,
+        ONLINE: 300,
+    },
+    titles=Titles("Share of right answers", "KL to the teacher"),
+    curves={DISTILLED: "distill", ONLINE: "online"},
+    live=ONLINE,
+    note="Right answers to new questions. KL to the teacher: nat per token, on the model's own new "
+    "answers, and (held-out) on answers of the fine-tuned student to the same questions. All with "
+    f"95 % intervals. Every model below the fine-tuned student took {OPD_STEPS} steps from there.",
+    steps=OPD_STEPS,
+    common={
+        "batch_size": 8,
+        "warmup_steps": 4,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "min_lr_ratio": 0.1,
+        "log_every": 4,
+        "save_every": 0,
+        **CPU,
+    },
+    sft={"max_steps": SFT_STEPS, "learning_rate": 2e-4},
+    opd={"max_steps": OPD_STEPS, "learning_rate": 1e-4, "weight_decay": 0.0},
+    sampling={"max_new_tokens": 32, "batch_size": 64, **CPU},
+    scoring={"k": TOP_K, "top_p": 1.0, "tokens_per_batch": 4096, **CPU},
+    evaluation={
+        "num_samples": 1,
+        "kl_k": 256,
+        "tokens_per_batch": 4096,
+        "answer_regex": ANSWER_REGEX,
+    },
+    held_out="held-out",
+)
+
+
+class RealDemo(Demo):
+    """Short questions (`lopd.stages.demo.questions`) to a chat model and a pruned student."""
+
+    task = TASK
+    dropped: ClassVar[Collection[int]] = DROPPED  # layers of the teacher that the student lacks
+
+    def write_prompts(self) -> dict[str, Path]:
+        """Questions of all sets, which do not overlap."""
+        sets = split_questions(self.task.sets, self.seed)
+        return {
+            name: write_questions(self.out / "prompts" / f"{name}.jsonl", pairs)
+            for name, pairs in sets.items()
+        }
+
+    def load_teacher(self) -> tuple[Any, Any]:
+        """Model and tokenizer of the teacher."""
+        return smollm2.load_gguf(smollm2.find_gguf())
+
+    def write_models(self) -> None:
+        """The teacher, and the student before it is fine-tuned."""
+        self.build("teacher", self._write_teacher)
+        self.build("student-init", self._write_student)
+
+    def _write_teacher(self, folder: Path) -> None:
+        model, tokenizer = self.load_teacher()
+        smollm2.sharpen(model, TEMPERATURE)
+        smollm2.save(folder, model, tokenizer)
+
+    def _write_student(self, folder: Path) -> None:
+        smollm2.write_pruned(self.out / "teacher", folder, self.dropped)
+
+    def stages(self, online: bool) -> list[DemoStage]:
+        """The teacher's answers first, then the student, then what becomes of it."""
+        student = {"model": self.path("student-init"), "data": self.path("sft-data")}
+        more = {"model": self.path("sft"), "data": self.path("more-data")}
+        stages = [
+            self.answers("teacher's answers", "sft-data", "sft"),
+            self.training("fine-tuning", "sft", measured=False, **student, **self.task.sft),
+            self.rollouts("student's rollouts", "rollouts", "opd"),
+            self.scores("teacher's scores", "cache", "rollouts"),
+            self.rollouts("held-out rollouts", "held-out-rollouts", "eval"),
+            self.scores("held-out scores", "held-out", "held-out-rollouts"),
+            DemoStage("teacher", "teacher", measured=True),
+            DemoStage(FINE_TUNED, "sft", measured=True),  # once there are held-out answers
+            self.distillation(DISTILLED, "distill"),
+            self.distillation(UNBIASED, "distill-unbiased", tail="unbiased"),
+            self.distillation(SAMPLED, "distill-sampled", objective="policy_gradient"),
+            self.answers("control: answers", "more-data", "opd"),
+            self.training(MORE_SFT, "more-sft", **more, **self.task.opd),
+        ]
+        if online:
+            live = {"refresh_every": 1, "teacher": self.path("teacher")}
+            stages.append(self.distillation(ONLINE, "online", **live))
+        return stages
+
+    def examples(self) -> str:
+        """Some questions with the greedy answers of the models in `SHOWN`."""
+        answers = {name: self.answers_of(name) for name in SHOWN}
+        lines = self.prompts["eval"].read_text(encoding="utf-8").splitlines()
+        asked = [json.loads(line)["messages"][-1]["content"] for line in lines]
+        return format_examples(asked, answers, EXAMPLES)
+
+    def conclusion(self, rows: list[dict[str, Any]]) -> str:
+        """What the runs reached, from where."""
+        return real_conclusion(rows, self.task.steps)
