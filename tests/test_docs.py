@@ -52,6 +52,23 @@ def test_the_library_example_runs(capsys):
     assert loss > 0 and entropy > 0
 
 
+NEED_A_PIPELINE = {  # page: where its examples run
+    "docs/python.md": "tests/test_python_api.py",
+    "docs/how-to/trl.md": "tests/integrations/test_trl_trainer.py",
+}
+BLOCKS = [
+    (name, n, block)
+    for name, text in TEXTS.items()
+    for n, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    if name not in NEED_A_PIPELINE
+]
+
+
+@pytest.mark.parametrize(("name", "n", "block"), BLOCKS, ids=lambda part: str(part)[:20])
+def test_examples_in_python_run(name, n, block):
+    exec(compile(block, f"{name}, block {n}", "exec"), {})
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:linear|sparse)_\w+)`", GUIDE))))
 def test_functions_in_the_documents_exist(name):
     assert callable(getattr(lopd_kernels, name))

@@ -8,9 +8,11 @@ from lopd.config.eos import EosOptions, parse_eos_class
 from lopd.config.fields import setting, setting_of
 from lopd.config.inference import EngineOptions, SamplingOptions, ScoringOptions
 from lopd.config.prompts import PromptOptions
+from lopd.config.training import refuse_unused
 from lopd.errors import ConfigError
 
 Codec = Literal["exact", "packed", "compact"]
+ListOf = Literal["teacher", "student", "union"]
 _cache = partial(setting, group="Cache")
 
 
@@ -21,11 +23,17 @@ class ScoreConfig(EngineOptions, ScoringOptions):
     teacher: str = setting(identity=False, help="Folder or hub id of the teacher model.")
     rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
     out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
-    k: int = _cache(64, within="[1, inf)", help="Maximum number of teacher tokens per position.")
+    k: int = _cache(64, within="[1, inf)", help="Maximum number of listed tokens per position.")
+    support: ListOf = setting(
+        "teacher",
+        group="Cache",
+        help="Whose k most probable tokens are listed: the teacher's, the student's, or k of each.",
+    )
     top_p: float = _cache(
         0.999,
         within="(0, 1]",
-        help="Cut each list where its mass reaches this; 1 keeps all k tokens.",
+        help="Cut each list where the mass that its model has there reaches this; 1 keeps all k "
+        "tokens.",
     )
     codec: Codec = setting(
         "exact",
@@ -38,9 +46,26 @@ class ScoreConfig(EngineOptions, ScoringOptions):
         help="Divides the teacher's logits; distillation uses the same temperature.",
     )
     student: str | None = _cache(
-        None, identity=False, help="Folder or hub id of the student that rolled out, for extra_ids."
+        None,
+        identity=False,
+        help="Folder or hub id of the student that rolled out, for support and extra_ids; by "
+        "default the one that the rollouts name.",
     )
     extra_ids: int = _cache(0, within="[0, inf)", help="Add the student's top N ids to every list.")
+    teacher_template: str | None = setting(
+        None,
+        group="Model and data",
+        identity=False,  # its text is an input
+        help="Jinja file of the teacher's own prompt, from the fields of the prompts' records, "
+        "such as reference answers (docs/how-to/privileged-context.md).",
+    )
+    prompts: str | None = setting(
+        None,
+        group="Model and data",
+        identity=False,
+        help="File of the prompts' records; by default the one that the rollouts were sampled "
+        "from.",
+    )
     eos_class: str | None = _cache(
         None,
         identity=False,
@@ -59,11 +84,16 @@ class ScoreConfig(EngineOptions, ScoringOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.extra_ids > 0) != (self.student is not None):
-            raise ConfigError(
-                f"extra_ids: found {self.extra_ids} with student {self.student!r}; expected a "
-                "positive number and the student that made the rollouts, or neither"
+        if self.support != "teacher":
+            refuse_unused(
+                self, ("extra_ids",), f"support {self.support} lists the student's top k; set k"
             )
+        elif not self.extra_ids and self.teacher_template is None:
+            refuse_unused(
+                self, ("student",), "only support, extra_ids and teacher_template read the student"
+            )
+        if self.teacher_template is None:
+            refuse_unused(self, ("prompts",), "only teacher_template reads their records")
         parse_eos_class(self.eos_class)
         if self.engine == "vllm" and (self.temperature != 1 or self.extra_ids or self.eos_class):
             raise ConfigError(

@@ -45,6 +45,7 @@ class Prompt:
     id: str
     tokens: list[int]
     answer: str | None
+    place: str = ""  # of its record
 
 
 def read_shaped(
@@ -203,7 +204,7 @@ def load_prompts(
             repeats[digest] += 1
         else:
             places[name] = where
-        prompts.append(Prompt(name, tokens, answer))
+        prompts.append(Prompt(name, tokens, answer, where))
         skipped.kept += 1
         if limit is not None and len(prompts) == limit:
             break

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lopd.config.objective import Objective
 from lopd.data.prompts import Prompt
-from lopd.engines.base import Generation, to_rollout
+from lopd.engines.base import Generation, score_rollouts, to_rollout
+from lopd.engines.support import Support
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError
 from lopd.models.head import HeadOptions, run_with_loss
@@ -34,6 +35,7 @@ def on_policy_kl(
     prompts: list[Prompt],
     sampled: list[Generation],
     k: int,
+    eos_class: tuple[int, ...] = (),
 ) -> dict[str, float]:
     """KL(student || teacher) on the student's own samples.
 
@@ -41,6 +43,7 @@ def on_policy_kl(
         sampled: answers of the student at temperature 1 and top_p 1, the same number for each
             prompt, ordered by prompt.
         k: length of the teacher's lists; lowered to the size of the teacher's vocabulary.
+        eos_class: ids that count as one token; they are in every list besides.
 
     Returns:
         What `reverse_kl` returns, the `k` that was used, and whether the value is `exact`: all ids
@@ -53,9 +56,7 @@ def on_policy_kl(
     jobs = [(prompt, i) for prompt in prompts for i in range(repeats)]
     rollouts = [to_rollout(*job, answer) for job, answer in zip(jobs, sampled, strict=True)]
     k = min(k, teacher.vocab_size)
-    scores = teacher.score(
-        [rollout.tokens for rollout in rollouts], [rollout.prompt_length for rollout in rollouts], k
-    )
+    scores = score_rollouts(teacher, rollouts, Support(k, eos_class=eos_class))
     records = [
         scored_sequence(*pair, support="list", vocab_size=student.vocab_size)
         for pair in zip(rollouts, scores, strict=True)
@@ -68,7 +69,8 @@ def on_policy_kl(
     )
     size = student.batch_size
     batches = (records[i : i + size] for i in range(0, len(records), size))
-    return {**reverse_kl(student, batches), "k": k, "exact": k == teacher.vocab_size}
+    result = reverse_kl(student, batches, Objective("reverse_kl", eos_class=eos_class))
+    return {**result, "k": k, "exact": k == teacher.vocab_size}
 
 
 def open_cache(path: str | Path, model: str | Path, student: TransformersEngine) -> TeacherCache:
@@ -132,7 +134,7 @@ def reverse_kl(
         one sequence), `tokens`, and `outside_lists`, the mean share of the model's probability
         outside the lists. These ids count as one, so the value is at most the KL over all ids.
     """
-    collate = Collator()
+    collate = Collator(weighted=False)
     by_sequence = []  # [S, 3]: sums of KL, probability outside the list, and tokens
     for items in batches:
         batch = to_device(collate(items), student.device)

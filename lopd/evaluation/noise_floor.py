@@ -7,7 +7,7 @@ same tokens and buckets is the signal. In a cache without lists, which has only 
 the sampled tokens, the sampled token takes the place of the list.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lopd.engines import load_engine
 from lopd.engines.base import Engine
 from lopd.errors import ConfigError, ModelError, ProvenanceError
 from lopd.provenance import CacheManifest, fingerprint_weights
-from lopd.store import TeacherCache, TeacherScores, TeacherSequence
+from lopd.store import Rollout, TeacherCache, TeacherScores, TeacherSequence
 from lopd.store.codec import kl_terms
 
 
@@ -50,6 +50,7 @@ def measure_noise_floor(
     student: str | Path,
     options: EngineOptions,
     tokens_per_batch: int,
+    seen_by_teacher: Callable[[Rollout], Rollout] = lambda rollout: rollout,
     seed: int,
 ) -> NoiseFloor:
     """Rescore sequences of a cache with the teacher and with the student.
@@ -58,6 +59,7 @@ def measure_noise_floor(
         count: number of sequences; at most all of them.
         options: engine of the teacher. The student runs in transformers and shares only its
             dtype and device.
+        seen_by_teacher: the sequence that the teacher reads for a rollout.
         seed: of the choice of sequences.
 
     Raises:
@@ -89,16 +91,21 @@ def measure_noise_floor(
         "tokens_per_batch": tokens_per_batch,
     }
     engine = load_engine(options.engine, teacher, options=options.options(), **settings)
-    teacher_scores = _score(engine, options.engine, items, manifest)
+    teacher_scores = _score(engine, options.engine, items, manifest, seen_by_teacher)
     del engine  # before the student takes its memory
     engine = load_engine("transformers", student, **settings)
-    student_scores = _score(engine, "transformers", items, manifest)
+    student_scores = _score(engine, "transformers", items, manifest, lambda rollout: rollout)
     same_student = fingerprint_weights(student) == manifest.rollouts.model.weights
-    return _compare(items, teacher_scores, student_scores, engine.vocab_size, same_student)
+    merged = manifest.scoring.eos_class
+    return _compare(items, teacher_scores, student_scores, engine.vocab_size, same_student, merged)
 
 
 def _score(
-    engine: Engine, name: str, items: Sequence[TeacherSequence], manifest: CacheManifest
+    engine: Engine,
+    name: str,
+    items: Sequence[TeacherSequence],
+    manifest: CacheManifest,
+    seen: Callable[[Rollout], Rollout],
 ) -> list[TeacherScores]:
     """Score the stored ids if the engine can, else the model's own top k."""
     vocab_size = engine.vocab_size
@@ -106,9 +113,10 @@ def _score(
     if name == "transformers":
         k = 1
         stored_ids = [np.where(item.topk_ids < vocab_size, item.topk_ids, -1) for item in items]
+    rollouts = [seen(item.rollout) for item in items]
     scores = engine.score(
-        [item.rollout.tokens for item in items],
-        [item.rollout.prompt_length for item in items],
+        [rollout.tokens for rollout in rollouts],
+        [rollout.prompt_length for rollout in rollouts],
         k,
         temperature=manifest.temperature,
         extra_ids=stored_ids,
@@ -124,11 +132,12 @@ def _compare(
     student_scores: Sequence[TeacherScores],
     student_vocab_size: int,
     same_student: bool,
+    merged: Sequence[int] = (),
 ) -> NoiseFloor:
     """Both KLs over the stored ids that teacher and student can score, and one bucket for others.
 
     A stored id without a score, or beyond the student's vocabulary, joins the bucket of the
-    others in all three distributions.
+    others in all three distributions. The ids of `merged` share a bucket of their own.
     """
     noise: list[np.ndarray] = []
     signal: list[np.ndarray] = []
@@ -137,10 +146,19 @@ def _compare(
     for item, teacher, student in zip(items, teacher_scores, student_scores, strict=True):
         teacher_lists = _with_extra_ids(teacher)
         has_bucket = _is_in(item.topk_ids, teacher_lists[0]) & (item.topk_ids < student_vocab_size)
-        buckets = np.where(has_bucket, item.topk_ids, -1)
-        stored = _to_buckets(buckets, item.topk_ids, item.topk_logprobs, item.tail_logprobs)
-        noise.append(_bucket_kl(_to_buckets(buckets, *teacher_lists), stored))
-        signal.append(_bucket_kl(_to_buckets(buckets, *_with_extra_ids(student)), stored))
+        buckets = _as_one(np.where(has_bucket, item.topk_ids, -1), merged)
+        members = np.isin(buckets, merged)
+        buckets = np.where(members & (np.cumsum(members, axis=1) > 1), -1, buckets)
+        stored, q, p = (
+            _to_buckets(buckets, _as_one(ids, merged), logprobs, tail)
+            for ids, logprobs, tail in (
+                (item.topk_ids, item.topk_logprobs, item.tail_logprobs),
+                teacher_lists,
+                _with_extra_ids(student),
+            )
+        )
+        noise.append(_bucket_kl(q, stored))
+        signal.append(_bucket_kl(p, stored))
         gaps.append(np.abs(teacher.teacher_logprobs - item.teacher_logprobs))
         num_buckets += int(has_bucket.sum())
         num_listed += int((item.topk_ids >= 0).sum())
@@ -174,6 +192,11 @@ def _with_extra_ids(scores: TeacherScores) -> _Lists:
     )
 
 
+def _as_one(ids: np.ndarray, merged: Sequence[int]) -> np.ndarray:
+    """The ids, with the first of `merged` in place of each of them."""
+    return np.where(np.isin(ids, merged), merged[0], ids) if merged else ids
+
+
 def _is_in(ids: np.ndarray, lists: np.ndarray) -> np.ndarray:  # [R, K], [R, C] -> [R, K] bool
     """Whether each id is in the list of its row; False at pads."""
     listed = np.zeros(ids.shape, bool)
@@ -194,7 +217,8 @@ def _to_buckets(
     for column in range(ids.shape[1]):
         match = (buckets == ids[:, column, None]) & (buckets >= 0)
         logprob = logprobs[:, column].astype(np.float64)
-        result[:, :-1] = np.where(match, logprob[:, None], result[:, :-1])
+        added = np.logaddexp(result[:, :-1], logprob[:, None])  # ids can share a bucket
+        result[:, :-1] = np.where(match, added, result[:, :-1])
         outside = (ids[:, column] >= 0) & ~match.any(axis=1)
         others = np.where(outside, np.logaddexp(others, logprob), others)
     result[:, -1] = others

@@ -22,13 +22,13 @@ from lopd.data.skipped import Skipped
 from lopd.engines import ENGINES, load_engine
 from lopd.engines.base import score_rollouts
 from lopd.engines.progress import Progress
-from lopd.errors import DataError, ProvenanceError
+from lopd.engines.support import Support
+from lopd.errors import DataError
 from lopd.evaluation.agreement import low_coverage, measure
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
     CacheManifest,
-    ModelIdentity,
     build_manifest,
     describe_model,
     save_vocab,
@@ -38,6 +38,8 @@ from lopd.provenance import (
 from lopd.provenance.gate import check_eos
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
+from lopd.stages.privileged import TeacherView, teacher_view
+from lopd.stages.rollout_student import describe_support, find_student
 from lopd.stages.table import print_fields
 from lopd.store import CacheWriter, Rollout, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import examine_shard_folder
@@ -76,18 +78,19 @@ def main(config: ScoreConfig) -> Path | None:
     check_model_folder(config.teacher)
     rollouts = RolloutStore.open(config.rollouts, kind="rollouts")
     rollouts.verify()
-    left_out = _left_out(config, rollouts)
-    manifest = _manifest(config, rollouts, left_out)
+    view = teacher_view(config, rollouts)
+    left_out = _left_out(config, rollouts, view)
+    manifest = _manifest(config, rollouts, left_out, view)
     left = _missing(config, manifest)
     if not config.skip_bad_records:
-        _bad_sequences(config, rollouts, left)
+        _bad_sequences(config, rollouts, left, view)
     names = frozenset[str]().union(*left_out.values())
     some = _usable(sample(rollouts), names) or _usable(rollouts.shard(0), names)
     bounds = size_bounds(manifest, some)
     work = work_left(rollouts, left)
     check_fits(config.out, bounds[0].of(work), "with the shortest lists")
     if config.plan:
-        timed = time_sample(manifest, some, _load_scorer(config, worker))
+        timed = time_sample(manifest, some, _load_scorer(config, rollouts, view, worker))
         sizes = [timed.size.of(work), *(size.of(work) for size in bounds)]
         _print_forecast(rollouts, work, timed, sizes, free_bytes(config.out), worker)
         check_fits(config.out, sizes[0], f"by {timed.sequences} scored sequences")
@@ -98,7 +101,8 @@ def main(config: ScoreConfig) -> Path | None:
             save_vocab(config.teacher, config.out)
             may_not_fit = bounds[1].of(work) > free_bytes(config.out)
             check_size = some if may_not_fit else None
-            _fill(writer, missing, rollouts, left_out, config, worker, check_size=check_size)
+            scorer = _load_scorer(config, rollouts, view, worker)
+            _fill(writer, missing, rollouts, left_out, scorer, check_size=check_size)
         else:
             say_finished(config.out)
         finished = writer.finish()
@@ -118,7 +122,10 @@ def _print_agreement(cache: TeacherCache) -> None:
 
 
 def _manifest(
-    config: ScoreConfig, rollouts: RolloutStore, left_out: Mapping[int, frozenset[str]]
+    config: ScoreConfig,
+    rollouts: RolloutStore,
+    left_out: Mapping[int, frozenset[str]],
+    view: TeacherView,
 ) -> CacheManifest:
     source = rollouts.manifest
     model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
@@ -143,7 +150,8 @@ def _manifest(
                 "lineage": source.lineage,
                 "sampling": source.sampling,
                 **({"left_out": sum(map(len, left_out.values()))} if left_out else {}),
-            }
+            },
+            **({"teacher_prompts": view.described} if view.described else {}),
         },
         overrides=overrides,
         plan={"shards": [n - len(left_out.get(i, ())) for i, n in enumerate(source.shards)]},
@@ -155,29 +163,15 @@ def _manifest(
         scoring={
             **ENGINES[config.engine],
             "rollout_logprobs": source.scoring.rollout_logprobs,
-            "support": _describe_support(config, source.model)
-            | ({"eos_class": merged} if merged else {}),
+            "support": describe_support(config, _support(config), source.model),
         },
     )
 
 
-def _describe_support(config: ScoreConfig, policy: ModelIdentity) -> dict[str, Any]:
-    """The ids that the lists hold and, with extra ids, the student that chose them."""
-    if config.student is None:
-        return {"ids": "teacher's top k", "extra_ids": 0}
-    student = describe_model(config.student, dtype=config.dtype, engine="transformers")
-    if student.weights != policy.weights:
-        raise ProvenanceError(
-            f"student: {config.student} has weights {student.weights[:12]}, the rollouts were "
-            f"made by {policy.weights[:12]}; name the student that made them"
-        )
-    assert student.vocab_size is not None
-    ModelLimits("the student", student.vocab_size).check_k(config.extra_ids, "extra_ids")
-    return {
-        "ids": "teacher's top k and student's top extra_ids",
-        "extra_ids": config.extra_ids,
-        "student": student,
-    }
+def _support(config: ScoreConfig) -> Support:
+    return Support(
+        config.k, config.support, config.top_p, config.extra_ids, parse_eos_class(config.eos_class)
+    )
 
 
 def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
@@ -187,11 +181,13 @@ def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
     return TeacherCache.open(config.out, allow_incomplete=True).missing_shards
 
 
-def _left_out(config: ScoreConfig, rollouts: RolloutStore) -> dict[int, frozenset[str]]:
+def _left_out(
+    config: ScoreConfig, rollouts: RolloutStore, view: TeacherView
+) -> dict[int, frozenset[str]]:
     """The names of the sequences that the teacher cannot read, by shard; none without the flag."""
     if not config.skip_bad_records:
         return {}
-    found = _bad_sequences(config, rollouts, range(rollouts.num_shards))
+    found = _bad_sequences(config, rollouts, range(rollouts.num_shards), view)
     for shard, names in found.items():
         if len(names) == rollouts.manifest.shards[shard]:
             raise DataError(
@@ -202,7 +198,7 @@ def _left_out(config: ScoreConfig, rollouts: RolloutStore) -> dict[int, frozense
 
 
 def _bad_sequences(
-    config: ScoreConfig, rollouts: RolloutStore, shards: Iterable[int]
+    config: ScoreConfig, rollouts: RolloutStore, shards: Iterable[int], view: TeacherView
 ) -> dict[int, frozenset[str]]:
     """Check the sequences of some shards; the names of those that the teacher cannot read.
 
@@ -216,13 +212,13 @@ def _bad_sequences(
             "sequence out"
         )
     teacher, context = config.teacher, context_of(config.teacher, config.engine)
-    limits = ModelLimits("the teacher", vocab_size_of(teacher), context, id_remedy=remedy)
+    limits = ModelLimits("the teacher", vocab_size_of(teacher), context, view.length_remedy, remedy)
     skipped = Skipped(config.rollouts, config.skip_bad_records)
     found: dict[int, set[str]] = {}
     for shard in shards:
         for rollout in rollouts.shard(shard):
             try:
-                limits.check(name_of(rollout), rollout.tokens)
+                view.check(limits, rollout)
                 skipped.kept += 1
             except DataError as error:
                 skipped.handle(error)
@@ -235,8 +231,10 @@ def _usable(sequences: Sequence[Rollout], left_out: frozenset[str]) -> list[Roll
     return [rollout for rollout in sequences if name_of(rollout) not in left_out]
 
 
-def _load_scorer(config: ScoreConfig, worker: Worker) -> Callable[..., list[TeacherScores]]:
-    """Load the teacher and, for extra ids, the student; return the function that scores with them.
+def _load_scorer(
+    config: ScoreConfig, rollouts: RolloutStore, view: TeacherView, worker: Worker
+) -> Callable[..., list[TeacherScores]]:
+    """Load the teacher and, for its ids, the student; return the function that scores with them.
 
     The function takes rollouts and, optionally, `progress`.
     """
@@ -247,18 +245,19 @@ def _load_scorer(config: ScoreConfig, worker: Worker) -> Callable[..., list[Teac
         "options": config.options(),
         "tokens_per_batch": config.tokens_per_batch,
     }
+    support, student = _support(config), None
+    if support.student_k:  # first, so that vLLM sees the memory that it takes
+        folder = find_student(config.student, rollouts.manifest.model)
+        own = common if config.engine == "transformers" else common | {"options": {}}
+        student = load_engine("transformers", folder, **own)
     teacher = load_engine(config.engine, config.teacher, **common)
-    student = None
-    if config.student is not None:
-        student = load_engine("transformers", config.student, **common)
     return partial(
         score_rollouts,
         teacher,
-        k=config.k,
+        support=support,
         temperature=config.temperature,
         student=student,
-        extra_ids=config.extra_ids,
-        eos_class=parse_eos_class(config.eos_class),
+        seen_by_teacher=view.of,
     )
 
 
@@ -267,16 +266,15 @@ def _fill(
     missing: list[int],
     rollouts: RolloutStore,
     left_out: Mapping[int, frozenset[str]],
-    config: ScoreConfig,
-    worker: Worker,
+    scorer: Callable[..., list[TeacherScores]],
     *,
     check_size: list[Rollout] | None,  # score these first, to check that the rest fits on the disk
 ) -> None:
-    scorer, sizes = _load_scorer(config, worker), writer.manifest.shards
+    sizes = writer.manifest.shards
     work = work_left(rollouts, missing)
     if check_size is not None:
         timed = time_sample(writer.manifest, check_size, scorer)
-        check_fits(config.out, timed.size.of(work), f"by {timed.sequences} scored sequences")
+        check_fits(writer.path, timed.size.of(work), f"by {timed.sequences} scored sequences")
     done = sum(sizes) - sum(sizes[shard] for shard in missing)
     with Progress(total=sum(sizes), initial=done, unit="seq", desc="scoring") as bar:
         for index in writer.claims():

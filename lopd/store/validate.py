@@ -8,8 +8,13 @@ from lopd.store.types import FINISH_REASONS, Rollout, TeacherScores, TeacherSequ
 
 # Tolerance for an engine's rounding: probabilities sum to 1 within this.
 MASS_TOLERANCE = 1e-3
+# The same of list and tail, for codecs that round log-probs.
+LOSSY_MASS_TOLERANCE = 5e-3
 # The log-prob of a sampled token and its entry in the list may differ by this many nat.
 AGREEMENT_NATS = 0.05
+# Of weights, which are stored as fp32.
+_SMALLEST = float(np.finfo(np.float32).tiny)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = True) -> None:
@@ -40,6 +45,7 @@ def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = Tru
         raise DataError(
             f"{name}: loss_mask is {_form(rollout.loss_mask)}, expected bool [{len(tokens)}]"
         )
+    check_weights(rollout)
     marked = np.flatnonzero(rollout.loss_mask[: rollout.prompt_length])
     if len(marked):
         raise DataError(
@@ -53,6 +59,32 @@ def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = Tru
         else:
             _check_shape(rollout, field, values, (length,))
             _refuse(rollout, ~np.isnan(values), field, values, "NaN, as declared")
+
+
+def check_weights(rollout: Rollout) -> None:
+    """Refuse weights that no mean can be taken with, and an infinite reward.
+
+    Raises:
+        DataError: names the sequence and the value.
+    """
+    name, weights = name_of(rollout), rollout.token_weights
+    if not _SMALLEST <= rollout.weight <= _LARGEST:
+        raise DataError(
+            f"{name}: its weight is {rollout.weight:g}; expected a positive number, since losses "
+            "are means; drop sequences that shall not count"
+        )
+    if rollout.reward is not None and not -_LARGEST <= rollout.reward <= _LARGEST:
+        raise DataError(f"{name}: its reward is {rollout.reward:g}; expected a finite number")
+    if weights is None:
+        return
+    length = len(rollout.tokens) - rollout.prompt_length
+    _check_shape(rollout, "token_weights", weights, (length,))
+    bad = ~((weights >= 0) & (weights <= _LARGEST))
+    _refuse(rollout, bad, "token_weights", weights, "a finite number, at least 0")
+    if not (weights * rollout.loss_mask[rollout.prompt_length :]).any():
+        raise DataError(
+            f"{name}: the token_weights of all tokens with loss are 0; drop the sequence"
+        )
 
 
 def check_scores(
@@ -95,20 +127,35 @@ def check_scores(
 
 
 def _check_distribution(rollout: Rollout, scores: TeacherScores) -> None:
-    """Check that list and tail sum to 1, that the list descends and agrees with the token."""
+    """Check that list and tail sum to 1, that the list descends and agrees with the token.
+
+    Extra ids and the tail outside them are checked like the list, except for their order.
+    """
     listed = scores.topk_logprobs.astype(np.float64)
     rising = np.asarray((np.diff(listed, axis=1) > 0).any(axis=1))
     _refuse(rollout, rising, "topk_logprobs", None, "descending log-probs")
     mass = np.exp(listed).sum(axis=1) + np.exp(scores.tail_logprobs.astype(np.float64))
     wrong, expected = np.abs(mass - 1) > MASS_TOLERANCE, f"1 within {MASS_TOLERANCE}"
     _refuse(rollout, np.asarray(wrong), "mass of list and tail", mass, expected)
-    matches = scores.topk_ids == rollout.tokens[rollout.prompt_length :, None]
+    ids, tail = scores.topk_ids, scores.tail_logprobs
+    if scores.extra_ids is not None and scores.extra_logprobs is not None:
+        twice = (scores.extra_ids[:, :, None] == ids[:, None, :]).any(axis=2)
+        more = (scores.extra_ids != -1) & ~twice
+        ids = np.concatenate([ids, np.where(more, scores.extra_ids, -1)], axis=1)
+        extra = np.where(more, scores.extra_logprobs, -np.inf).astype(np.float64)
+        listed = np.concatenate([listed, extra], axis=1)
+        if (rest := scores.extra_tail_logprobs) is not None:
+            tail = rest
+            mass = np.exp(listed).sum(axis=1) + np.exp(rest.astype(np.float64))
+            wrong, what = np.abs(mass - 1) > MASS_TOLERANCE, "mass of list, extra ids and tail"
+            _refuse(rollout, np.asarray(wrong), what, mass, expected)
+    matches = ids == rollout.tokens[rollout.prompt_length :, None]
     in_list = matches.any(axis=1)
     field, logprobs = "teacher_logprobs", scores.teacher_logprobs.astype(np.float64)
     entry = np.where(matches, listed, 0.0).sum(axis=1)
     differs = in_list & (np.abs(entry - logprobs) > AGREEMENT_NATS)
-    _refuse(rollout, differs, field, logprobs, "the token's entry in topk_logprobs")
-    above = ~in_list & (logprobs > scores.tail_logprobs + AGREEMENT_NATS)
+    _refuse(rollout, differs, field, logprobs, "the token's entry in its list")
+    above = ~in_list & (logprobs > tail + AGREEMENT_NATS)
     _refuse(rollout, above, field, logprobs, "at most the tail, which holds the token")
 
 

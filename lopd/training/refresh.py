@@ -17,6 +17,7 @@ import numpy as np
 
 from lopd.data.prompts import Prompt, check_prompts
 from lopd.engines.base import Sampling, score_rollouts, sequence_seed, to_rollout
+from lopd.engines.support import Support
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.models.head import eval_mode
@@ -65,12 +66,6 @@ class Refresh:
             )
         return Sampling(*values)
 
-    @property
-    def extra_ids(self) -> int:
-        """How many of the student's top ids every list of the cache gained."""
-        support = self.cache.manifest.scoring.support
-        return 0 if support is None else support.extra_ids
-
 
 def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> None:
     """Check from files only that rollouts can be refreshed in the way the cache was made.
@@ -87,6 +82,11 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
         DataError: a prompt leaves no room for the longest answer in a model's context.
     """
     cache, scorer = refresh.cache, refresh.cache.manifest.model
+    if cache.manifest.teacher_template is not None:
+        raise ConfigError(
+            f"refresh_every: {cache.path} was scored with --teacher-template, and the run has no "
+            "records to render it for; omit --refresh-every"
+        )
     if not (worker := this_worker(None)).is_single:
         raise ConfigError(
             f"refresh_every: found {worker.count} processes; expected one: start without torchrun, "
@@ -212,17 +212,16 @@ class RefreshTrainer(LopdTrainer):
         scores = score_rollouts(
             self.teacher,
             rollouts,
-            manifest.k,
+            Support.of(manifest),
             temperature=manifest.temperature,
             student=self.student,
-            extra_ids=self.refresh.extra_ids,
-            eos_class=manifest.scoring.eos_class,
         )
         if self.teacher_vocab is not None:
             tokens = [rollout.tokens for rollout in rollouts]
-            used = np.unique(np.concatenate([*tokens, *(s.topk_ids.ravel() for s in scores)]))
+            listed = [ids for s in scores for ids in (s.topk_ids, s.extra_ids) if ids is not None]
+            used = np.unique(np.concatenate([*tokens, *map(np.ravel, listed)]))
             check_same_tokens(
-                self.student.tokenizer.get_vocab(), self.teacher_vocab, used, "teacher"
+                self.student.tokenizer.get_vocab(), self.teacher_vocab, used[used >= 0], "teacher"
             )
         return scores
 

@@ -48,7 +48,12 @@ def local_tensor(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _check_parallelism(args: TrainingArguments) -> None:
+def check_parallelism(args: TrainingArguments) -> None:
+    """Refuse ways to use several GPUs in which the loss cannot be run inside the model.
+
+    Raises:
+        ConfigError: DataParallel, DeepSpeed, or FSDP set up by accelerate.
+    """
     for name, used in (
         ("DataParallel", args.n_gpu > 1),
         ("DeepSpeed", args.deepspeed),
@@ -133,7 +138,7 @@ class LopdTrainer(Trainer):
         run_id: str = "",
         **kwargs: Any,
     ) -> None:
-        _check_parallelism(args)
+        check_parallelism(args)
         args = copy.copy(args)  # for Trainer a step is one batch
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
         # `rotate` removes checkpoints; Trainer would go by their names and modification times.
@@ -316,15 +321,24 @@ class LopdTrainer(Trainer):
         if self.args.should_save:  # a run killed before it rotated may have nothing left to train
             with saving(self.args.output_dir):
                 self._rotate()
-        if signum := self.signals.agreed:
-            step, folder = self.state.global_step, self.args.output_dir
-            raise Interrupted(
-                signum,
-                f"{folder}: checkpoint-{step} is kept, step {step} of {self.state.max_steps}; "
-                "rerun the same command to continue",
-                orderly=True,
-            )
+        if signum := self.signals.agree():
+            self._stop(signum)
         return result
+
+    def _stop(self, signum: int) -> None:
+        """Raise Interrupted, unless the last step is done and only the result would keep it."""
+        out, step, steps = self.args.output_dir, self.state.global_step, self.state.max_steps
+        patience = 0 if self.holdout is None else self.holdout.patience
+        done, left = f"step {step} of {steps}", "continue"
+        if step >= steps or exhausted(self.state.log_history, patience):
+            if not (Path(out) / f"checkpoint-{step}").exists():
+                return
+            done, left = f"training is complete after {step} steps", "write the result"
+        raise Interrupted(
+            signum,
+            f"{out}: checkpoint-{step} is kept, {done}; rerun the same command to {left}",
+            orderly=True,
+        )
 
     def _check_weights(self) -> None:
         """Refuse weights that are not finite; all processes must call this."""

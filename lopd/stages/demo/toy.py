@@ -43,12 +43,14 @@ COMMON: dict[str, Any] = {
 }
 TOP_K = 8
 EVAL_PROMPTS = 1024
+PROMPTS = {"eval": EVAL_PROMPTS, "demonstrations": 38400, "sft": 4000, "opd": 8000}
+SFT_STEPS = {"teacher": 600, "student": 430}
 
 
 TASK = Task(
     name="arithmetic",
     threads=1,  # the numbers must not depend on the number of cores
-    sets={"eval": EVAL_PROMPTS, "demonstrations": 38400, "sft": 4000, "opd": 8000},
+    sets=PROMPTS,
     costs={  # from benchmarks/results/demo_seeds.jsonl
         "teacher": 29,
         "teacher's answers": 2,
@@ -115,13 +117,17 @@ class ToyDemo(Demo):
         """The teacher first, then its student, then what becomes of that."""
         demonstrations = str(self.prompts["demonstrations"])
         sampled: dict[str, Any] = {"objective": "policy_gradient"}
-        teacher = {"model": self.path("teacher-init"), "data": demonstrations, "max_steps": 600}
+        teacher = {"model": self.path("teacher-init"), "data": demonstrations}
         student = {"model": self.path("student-init"), "data": self.path("sft-data")}
         more = {"model": self.path("sft"), "data": self.path("more-data")}
         stages = [
-            self.training("teacher", "teacher", **teacher, **SFT_SETTINGS),
+            self.training(
+                "teacher", "teacher", **teacher, max_steps=SFT_STEPS["teacher"], **SFT_SETTINGS
+            ),
             self.answers("teacher's answers", "sft-data", "sft"),
-            self.training(FINE_TUNED, "sft", **student, max_steps=430, **SFT_SETTINGS),
+            self.training(
+                FINE_TUNED, "sft", **student, max_steps=SFT_STEPS["student"], **SFT_SETTINGS
+            ),
             self.rollouts("student's rollouts", "rollouts", "opd"),
             self.scores("teacher's scores", "cache", "rollouts"),
             self.distillation(DISTILLED, "distill"),
