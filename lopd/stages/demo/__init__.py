@@ -16,10 +16,11 @@ from pathlib import Path
 
 from lopd.config.demo import DemoConfig
 from lopd.stages.demo.driver import Demo, run_demo
-from lopd.stages.demo.real import RealDemo
+from lopd.stages.demo.real import QuickRealDemo, RealDemo
 from lopd.stages.demo.toy import ToyDemo
 
-TASKS: dict[str, type[Demo]] = {demo.task.name: demo for demo in (ToyDemo, RealDemo)}
+TASKS: dict[str, type[Demo]] = {"arithmetic": ToyDemo, "smollm2": RealDemo}
+QUICK: dict[str, type[Demo]] = {"smollm2": QuickRealDemo}
 
 
 def main(config: DemoConfig) -> Path:
@@ -29,4 +30,4 @@ def main(config: DemoConfig) -> Path:
         ConfigError: `out` holds a demo of another task or seed, or a package is missing.
         DataError: the record of the progress is damaged.
     """
-    return run_demo(TASKS[config.task], config)
+    return run_demo((QUICK if config.quick else TASKS)[config.task], config)

@@ -241,7 +241,7 @@ def run_demo(kind: type[Demo], config: DemoConfig) -> Path:
         DataError: the record of the progress is damaged.
     """
     out = Path(config.out)
-    identity = {"task": kind.task.name, "seed": config.seed}
+    identity = {"task": kind.task.name, "quick": config.quick, "seed": config.seed}
     progress = _read_progress(out, identity)
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("matplotlib: not installed; the demo draws with it; pip install it")
@@ -272,7 +272,9 @@ def _read_progress(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     file = out / PROGRESS
     progress: dict[str, Any] = {**identity, "rows": []}
     if file.is_file():
-        progress = {"task": "arithmetic"} | read_json_object(file)  # as earlier versions wrote it
+        progress = {"task": "arithmetic", "quick": False} | read_json_object(
+            file
+        )  # as earlier versions wrote it
         if {"seed", "rows"} - progress.keys():
             raise DataError(f"{file} is not a demo's; restore it, or remove {out}")
     recorded = {name: progress[name] for name in identity}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,8 @@ TEMPERATURE = 0.5
 LAYERS = 30
 # The one of benchmarks/results/prunings.jsonl that is nearest to the teacher after fine-tuning.
 DROPPED = tuple(range(14, 20))
-SFT_STEPS, OPD_STEPS = 48, 24
+SFT_STEPS, OPD_STEPS = 108, 72
+QUICK_SFT_STEPS, QUICK_OPD_STEPS = 40, 16
 CPU = {"dtype": "float32", "device": "cpu"}
 SHOWN = ("teacher", "sft", "distill", "more-sft")  # folders of models whose answers are printed
 EXAMPLES = 4  # questions whose answers are printed
@@ -36,27 +38,27 @@ TASK = Task(
     name="smollm2",
     sets={"eval": 96, "sft": 288, "opd": 192},
     costs={  # planned for two quiet cores, evaluations included
-        "teacher's answers": 60,
-        "fine-tuning": 120,
+        "teacher's answers": 45,
+        "fine-tuning": 220,
         "student's rollouts": 30,
-        "teacher's scores": 30,
+        "teacher's scores": 20,
         "held-out rollouts": 15,
-        "held-out scores": 15,
-        "teacher": 60,
-        FINE_TUNED: 60,
-        DISTILLED: 120,
-        UNBIASED: 120,
-        SAMPLED: 120,
-        "control: answers": 40,
-        MORE_SFT: 120,
-        ONLINE: 300,
+        "held-out scores": 10,
+        "teacher": 40,
+        FINE_TUNED: 40,
+        DISTILLED: 190,
+        UNBIASED: 190,
+        SAMPLED: 190,
+        "control: answers": 35,
+        MORE_SFT: 190,
+        ONLINE: 500,
     },
     titles=Titles("Share of right answers", "KL to the teacher"),
     curves={DISTILLED: "distill", ONLINE: "online"},
     live=ONLINE,
     note="Right answers to new questions. KL to the teacher: nat per token, on the model's own new "
     "answers, and (held-out) on answers of the fine-tuned student to the same questions. All with "
-    f"95 % intervals. Every model below the fine-tuned student took {OPD_STEPS} steps from there.",
+    "95 % intervals. All models below the fine-tuned student took equally many steps from there.",
     steps=OPD_STEPS,
     common={
         "batch_size": 8,
@@ -78,6 +80,15 @@ TASK = Task(
         "answer_regex": ANSWER_REGEX,
     },
     held_out="held-out",
+)
+
+
+QUICK = replace(
+    TASK,
+    sets={"eval": 64, "sft": 192, "opd": 128},
+    steps=QUICK_OPD_STEPS,
+    sft={**TASK.sft, "max_steps": QUICK_SFT_STEPS},
+    opd={**TASK.opd, "max_steps": QUICK_OPD_STEPS},
 )
 
 
@@ -114,8 +125,11 @@ class RealDemo(Demo):
 
     def stages(self, online: bool) -> list[DemoStage]:
         """The teacher's answers first, then the student, then what becomes of it."""
-        student = {"model": self.path("student-init"), "data": self.path("sft-data")}
-        more = {"model": self.path("sft"), "data": self.path("more-data")}
+        student: dict[str, Any] = {
+            "model": self.path("student-init"),
+            "data": self.path("sft-data"),
+        }
+        more: dict[str, Any] = {"model": self.path("sft"), "data": self.path("more-data")}
         stages = [
             self.answers("teacher's answers", "sft-data", "sft"),
             self.training("fine-tuning", "sft", measured=False, **student, **self.task.sft),
@@ -146,3 +160,9 @@ class RealDemo(Demo):
     def conclusion(self, rows: list[dict[str, Any]]) -> str:
         """What the runs reached, from where."""
         return real_conclusion(rows, self.task.steps)
+
+
+class QuickRealDemo(RealDemo):
+    """The same with fewer questions and steps."""
+
+    task = QUICK

@@ -117,9 +117,12 @@ class ToyDemo(Demo):
         """The teacher first, then its student, then what becomes of that."""
         demonstrations = str(self.prompts["demonstrations"])
         sampled: dict[str, Any] = {"objective": "policy_gradient"}
-        teacher = {"model": self.path("teacher-init"), "data": demonstrations}
-        student = {"model": self.path("student-init"), "data": self.path("sft-data")}
-        more = {"model": self.path("sft"), "data": self.path("more-data")}
+        teacher: dict[str, Any] = {"model": self.path("teacher-init"), "data": demonstrations}
+        student: dict[str, Any] = {
+            "model": self.path("student-init"),
+            "data": self.path("sft-data"),
+        }
+        more: dict[str, Any] = {"model": self.path("sft"), "data": self.path("more-data")}
         stages = [
             self.training(
                 "teacher", "teacher", **teacher, max_steps=SFT_STEPS["teacher"], **SFT_SETTINGS
