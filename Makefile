@@ -9,6 +9,7 @@
 # make torture    attack the stages for hours: kills, full disks, flipped bits, load, mistakes;
 #                 writes the tables of docs/reliability.md
 # make compat     run a slice of the tests with the oldest and newest packages and Pythons (10 GB)
+# make hub-kernel  write lopd_kernels as a kernel of the Hugging Face Hub to build/hub-kernel
 # make lint       run ruff and mypy
 # make docs       build the documentation site in build/site, with warnings as errors
 # make demo-seeds, make bench-cpu, make bench-cache, make bench-live
@@ -20,12 +21,13 @@ READY := .venv/.ready
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 OLDER := .triton36/.ready
+HUB := .hub-kernels/.ready
 KERNELS := tests/kernels
 LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
 VLLM := .venv-vllm/bin/python
 
-.PHONY: demo demo-real test test-ci test-all test-ptx test-gpu test-vllm torture compat lint docs \
-	demo-seeds bench-cpu bench-cache bench-live
+.PHONY: demo demo-real test test-ci test-all test-ptx test-gpu test-vllm torture compat \
+	hub-kernel lint docs demo-seeds bench-cpu bench-cache bench-live
 
 $(READY): pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,6 +38,14 @@ $(READY): pyproject.toml constraints/cpu.txt
 $(OLDER): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton36 triton==3.6.0
 	touch $(OLDER)
+
+# The library that loads kernels of the Hub; transformers would use it if it were in .venv.
+$(HUB): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .hub-kernels kernels==0.17.2
+	touch $(HUB)
+
+hub-kernel: $(READY)
+	$(BIN)/python hub/assemble.py
 
 demo: $(READY)
 	$(BIN)/lopd demo --out runs/demo
@@ -53,11 +63,11 @@ test: $(READY)
 	$(PYTEST) -m "not thorough and not slow and not gpu and not vllm" --dist loadfile
 	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py
 
-test-ci: $(READY) $(OLDER)
+test-ci: $(READY) $(OLDER) $(HUB)
 	$(PYTEST) -m "thorough and not slow and not gpu and not vllm" --dist loadfile
 	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py
 
-test-all: $(READY) $(OLDER)
+test-all: $(READY) $(OLDER) $(HUB)
 	$(PYTEST) -m "not gpu and not vllm" --dist loadfile
 	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py $(LOSSES)
 

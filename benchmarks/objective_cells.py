@@ -26,6 +26,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "unbiased": {"tail": "unbiased"},
     "generalized": {"tail": "generalized", "support": "list"},
 }
+EXACT = "list+sampled"  # the default of `lopd distill`
+LEFT_OUT: dict[str, dict[str, Any]] = {  # the same loss, with gradients left out
+    "dense-share": {"dense_share": 0.15},
+    "tolerance": {"tolerance": 1e-3},
+}
 SAMPLED = "sampled token"
 WHOLE = "whole vocabulary"
 BATCHES = 40  # whose gradients are compared
@@ -91,7 +96,7 @@ class Run:
             out=shared.demo.path(self.folder),
             max_steps=STEPS,
             learning_rate=self.factor * OPD_SETTINGS["learning_rate"],
-            **FORMS[self.form],
+            **{**FORMS, **LEFT_OUT}[self.form],
         )
         DemoStage(self.name, stage.module, config).run()
         setting = {"form": self.form, "k": self.k, "factor": self.factor}

@@ -130,6 +130,7 @@ RESUMED = {
     "accumulated": {"batch_size": 2, "gradient_accumulation_steps": 3},
     "packed": {"batch_size": 5, "max_tokens_per_batch": 30},
     "checkpointed": {"batch_size": 5, "gradient_checkpointing": True},
+    "sampled": {"batch_size": 5, "objective": Objective("reverse_kl", dense_share=0.4)},
 }
 
 
