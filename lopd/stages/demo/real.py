@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lopd.stages.demo import smollm2
 from lopd.stages.demo.driver import Demo, DemoStage, Task
 from lopd.stages.demo.figure import Titles
 from lopd.stages.demo.questions import ANSWER_REGEX, split_questions, write_questions
@@ -17,6 +16,7 @@ from lopd.stages.demo.report import (
     format_examples,
     real_conclusion,
 )
+from lopd.stages.demo.smollm2 import find_gguf, load_gguf, save, sharpen, write_pruned
 
 TOP_K = 64
 DISTILLED = f"distilled, top-{TOP_K} + tail"
@@ -108,7 +108,7 @@ class RealDemo(Demo):
 
     def load_teacher(self) -> tuple[Any, Any]:
         """Model and tokenizer of the teacher."""
-        return smollm2.load_gguf(smollm2.find_gguf())
+        return load_gguf(find_gguf())
 
     def write_models(self) -> None:
         """The teacher, and the student before it is fine-tuned."""
@@ -117,11 +117,11 @@ class RealDemo(Demo):
 
     def _write_teacher(self, folder: Path) -> None:
         model, tokenizer = self.load_teacher()
-        smollm2.sharpen(model, TEMPERATURE)
-        smollm2.save(folder, model, tokenizer)
+        sharpen(model, TEMPERATURE)
+        save(folder, model, tokenizer)
 
     def _write_student(self, folder: Path) -> None:
-        smollm2.write_pruned(self.out / "teacher", folder, self.dropped)
+        write_pruned(self.out / "teacher", folder, self.dropped)
 
     def stages(self, online: bool) -> list[DemoStage]:
         """The teacher's answers first, then the student, then what becomes of it."""

@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from lopd.stages.demo import arithmetic
+from lopd.stages.demo.arithmetic import (
+    MAX_NEW_TOKENS,
+    STUDENT_SIZE,
+    TEACHER_SIZE,
+    sample_prompts,
+    write_model,
+)
+from lopd.stages.demo.arithmetic import write_prompts as write_arithmetic
 from lopd.stages.demo.driver import Demo, DemoStage, Task
 from lopd.stages.demo.figure import Titles
 from lopd.stages.demo.report import (
@@ -75,7 +82,7 @@ TASK = Task(
     sft=SFT_SETTINGS,
     opd=OPD_SETTINGS,
     sampling={
-        "max_new_tokens": arithmetic.MAX_NEW_TOKENS,
+        "max_new_tokens": MAX_NEW_TOKENS,
         "batch_size": 512,
         "dtype": "float32",
         "device": "cpu",
@@ -98,9 +105,9 @@ class ToyDemo(Demo):
         """Prompts of all sets, which do not overlap."""
         seen: set[str] = set()
         return {
-            name: arithmetic.write_prompts(
+            name: write_arithmetic(
                 self.out / "prompts" / f"{name}.jsonl",
-                arithmetic.sample_prompts(count, 1000 * self.seed + number, exclude=seen),
+                sample_prompts(count, 1000 * self.seed + number, exclude=seen),
                 completions=name == "demonstrations",
             )
             for number, (name, count) in enumerate(self.task.sets.items())
@@ -108,10 +115,10 @@ class ToyDemo(Demo):
 
     def write_models(self) -> None:
         """Two random models."""
-        sizes = {"teacher-init": arithmetic.TEACHER_SIZE, "student-init": arithmetic.STUDENT_SIZE}
+        sizes = {"teacher-init": TEACHER_SIZE, "student-init": STUDENT_SIZE}
         for number, (name, size) in enumerate(sizes.items()):
             if not (self.out / name).exists():
-                arithmetic.write_model(self.out / name, size, seed=10 * self.seed + number)
+                write_model(self.out / name, size, seed=10 * self.seed + number)
 
     def stages(self, online: bool) -> list[DemoStage]:
         """The teacher first, then its student, then what becomes of that."""
