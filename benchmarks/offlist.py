@@ -51,7 +51,7 @@ def row_masses(
     logprobs: Tensor,  # [N, K], the teacher's
     teacher_tail: Tensor,  # [N], log
 ) -> dict[str, Tensor]:
-    """Masses [N] of each row: `on`, `off` and the four `FIELDS`."""
+    """Values [N] of each row: its masses `on` and `off`, its loss and the four `FIELDS`."""
     student, places = logits.log_softmax(1), ids.clamp(min=0)
     listed = student.gather(1, places).masked_fill(ids < 0, -torch.inf)
     outside = torch.ones_like(student, dtype=torch.bool)
@@ -66,6 +66,7 @@ def row_masses(
     return {
         "on": (mass * (ratio - loss[:, None]).abs()).sum(1),
         "off": tail_mass * (tail_ratio - loss).abs(),
+        "loss": loss,
         "student_tail": tail_mass,
         "teacher_tail": teacher_tail.exp(),
         "first": within.amax(1),
@@ -110,6 +111,7 @@ def summary(rows: dict[str, Tensor]) -> dict[str, Any]:
         "share": float(off.sum() / (on + off).sum()),
         "dense": {f"{x:g}": dense_share(on, off, x) for x in TOLERANCES},
         "mean_tail": float(rows["student_tail"].mean()),
+        "kl": float(rows["loss"].mean()),
         "quantiles": QUANTILES,
         "tail": _short(rows["student_tail"].quantile(where)),
         "off": _short(off.quantile(where)),
@@ -159,15 +161,16 @@ def rows_of(
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: the distribution of the tail, and what lies outside the lists."""
     lines = [
-        "| model | k | tail: mean | median | 90 % | 99 % | gradient outside | dense rows at 1e-2 "
-        "| at 1e-3 |",
-        f"| --- |{' ---: |' * 8}",
+        "| model | k | KL | tail: mean | median | 90 % | 99 % | gradient outside "
+        "| dense rows at 1e-2 | at 1e-3 |",
+        f"| --- |{' ---: |' * 9}",
     ]
     for row in rows:
         tail = dict(zip(row["quantiles"], row["tail"], strict=True))
         cells = [
             f"{row['model']}, {row['at']}",
             f"{row['k']}",
+            f"{row['kl']:.2g}",
             f"{row['mean_tail']:.1%}",
             *(f"{tail[q]:.2g}" for q in (0.5, 0.9, 0.99)),
             f"{row['share']:.1%}",
