@@ -230,7 +230,10 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         models, cache = {"start": args.start, "end": args.end}, args.cache
         models = {at: folder for at, folder in models.items() if folder is not None}
-        lists, command = args.k or LISTS, f"python -m benchmarks.offlist --name {args.name} ..."
+        lists, command = (
+            args.k or LISTS,
+            f"python -m benchmarks.offlist --name {args.name!r} --start STUDENT --cache CACHE",
+        )
     new = list(rows_of(args.name, models, cache, list(lists), args.rows, command))
     path = args.out / NAME
     kept = [row for row in read(path) if row["model"] != args.name]
