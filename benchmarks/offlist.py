@@ -185,7 +185,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.9), layout="constrained")
     tails, left = figure.subplots(1, 2)
     names = list(dict.fromkeys((row["model"], row["k"]) for row in rows))
     for row in rows:
@@ -200,7 +200,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         yscale="log", ylim=(1e-4, 1), xlabel="share of rows kept dense",
         ylabel="off-list gradient left out",
     )  # fmt: skip
-    tails.legend(fontsize=6, title="solid: start; dotted: end", title_fontsize=6)
+    figure.legend(
+        loc="outside lower center", ncols=4, fontsize=7, title="solid: start; dotted: end",
+        title_fontsize=7,
+    )  # fmt: skip
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "offlist"}):
         figure.savefig(path, metadata={"Date": None})
 
