@@ -227,7 +227,7 @@ FORM_NAMES = ["reverse_kl:bucket", "forward_kl:bucket", "jsd:bucket", "reverse_k
               "reverse_kl:unbiased", "policy", "cross-entropy"]  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     name=st.sampled_from(FORM_NAMES),
     sharpness=st.sampled_from([0.0, 1.0, 6.0, 30.0]),
