@@ -238,4 +238,5 @@ def allocated(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> int:
     if in_forward(sizes, needs, workspace_bytes):
         stored = stores_dlogits(sizes, needs, workspace_bytes)
         return sizes.chunked(chunk_rows(sizes, needs, stored, workspace_bytes), needs, stored)
-    return sizes.panelled(panel_columns(sizes, needs, workspace_bytes), needs)
+    passes = Needs(), needs  # the forward, the backward
+    return max(sizes.panelled(panel_columns(sizes, x, workspace_bytes), x) for x in passes)
