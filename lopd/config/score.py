@@ -8,6 +8,7 @@ from lopd.config.eos import EosOptions, parse_eos_class
 from lopd.config.fields import setting, setting_of
 from lopd.config.inference import EngineOptions, SamplingOptions, ScoringOptions
 from lopd.config.prompts import PromptOptions
+from lopd.config.teachers import TeacherOptions
 from lopd.errors import ConfigError
 
 Codec = Literal["exact", "packed", "compact"]
@@ -15,12 +16,18 @@ _cache = partial(setting, group="Cache")
 
 
 @dataclass(kw_only=True)
-class ScoreConfig(EngineOptions, ScoringOptions):
+class ScoreConfig(TeacherOptions, EngineOptions, ScoringOptions):
     """Score rollouts with the teacher (`lopd score`)."""
 
-    teacher: str = setting(identity=False, help="Folder or hub id of the teacher model.")
     rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
     out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
+    prompts: str | None = setting(
+        None,
+        group="Model and data",
+        identity=False,
+        help="For teacher_field: file of the prompts, by id; by default the one that the rollouts "
+        "were sampled from.",
+    )
     k: int = _cache(64, within="[1, inf)", help="Maximum number of teacher tokens per position.")
     top_p: float = _cache(
         0.999,
@@ -63,6 +70,11 @@ class ScoreConfig(EngineOptions, ScoringOptions):
             raise ConfigError(
                 f"extra_ids: found {self.extra_ids} with student {self.student!r}; expected a "
                 "positive number and the student that made the rollouts, or neither"
+            )
+        if self.prompts is not None and self.teacher_field is None:
+            raise ConfigError(
+                f"prompts: found '{self.prompts}' without teacher_field; only the field that names "
+                "the teacher is read from it; leave it out"
             )
         parse_eos_class(self.eos_class)
         if self.engine == "vllm" and (self.temperature != 1 or self.extra_ids or self.eos_class):

@@ -84,10 +84,11 @@ def open_cache(path: str | Path, model: str | Path, student: TransformersEngine)
             "them is lost; a KL needs it: leave --cache out, or score the rollouts again"
         )
     cache.verify()
-    if tokenizer_digest(model) != cache.manifest.model.tokenizer:
-        check_same_tokens(
-            student.tokenizer.get_vocab(), load_vocab(path), cache.used_ids(), "cache"
-        )
+    ours = tokenizer_digest(model)
+    for name, teacher in cache.manifest.models.items():
+        if teacher.tokenizer != ours:
+            theirs, used = load_vocab(path, teacher.tokenizer), cache.used_ids(name)
+            check_same_tokens(student.tokenizer.get_vocab(), theirs, used, "cache")
     return cache
 
 

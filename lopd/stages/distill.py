@@ -21,6 +21,7 @@ from lopd.provenance import (
     vocab_size_of,
 )
 from lopd.provenance.manifest import Override
+from lopd.provenance.teachers import described
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.sft import finish_checkpoint
@@ -86,7 +87,8 @@ def describe_inputs(config: DistillConfig) -> dict[str, Any]:
     """Describe the cache and the teacher of a refresh for the manifest."""
     cache = TeacherCache.open(config.cache, allow_incomplete=True)
     scorer = cache.manifest.model
-    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), "model": scorer}}
+    made_by = described(cache.manifest.models)
+    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), **made_by}}
     if config.teacher is not None:
         dtype, engine = str(scorer.dtype), str(scorer.engine)
         inputs["teacher"] = describe_model(config.teacher, dtype=dtype, engine=engine)

@@ -34,6 +34,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt, seal
 from lopd.provenance.io import parse_json, pretty_json, storing, write_atomic
+from lopd.provenance.teachers import described
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
@@ -158,7 +159,7 @@ def describe_inputs(config: EvalConfig) -> dict[str, Any]:
         inputs["prompts"] = describe_data(config.prompts)
     if config.cache is not None:
         cache = TeacherCache.open(config.cache)
-        inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest.model}
+        inputs["cache"] = {"digest": cache.digest(), **described(cache.manifest.models)}
     if config.teacher is not None:
         teacher = describe_model(config.teacher, dtype=config.dtype, engine=TransformersEngine.name)
         inputs["teacher"] = teacher
