@@ -52,6 +52,19 @@ def test_the_library_example_runs(capsys):
     assert loss > 0 and entropy > 0
 
 
+BLOCKS = [
+    (name, n, block)
+    for name, text in TEXTS.items()
+    for n, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    if name != "docs/python.md"  # needs a pipeline: tests/test_python_api.py
+]
+
+
+@pytest.mark.parametrize(("name", "n", "block"), BLOCKS, ids=lambda part: str(part)[:20])
+def test_examples_in_python_run(name, n, block):
+    exec(compile(block, f"{name}, block {n}", "exec"), {})
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:linear|sparse)_\w+)`", GUIDE))))
 def test_functions_in_the_documents_exist(name):
     assert callable(getattr(lopd_kernels, name))

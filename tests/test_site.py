@@ -42,7 +42,7 @@ def test_cells_of_the_reference_hold_no_bars():
         ("benchmarks.md", "NOTES.md", "speed.md"),
         ("speed.md", "README.md", "benchmarks.md"),
         ("how-to/extend.md", "../../CONTRIBUTING.md", "../contributing.md"),
-        ("how-to/extend.md", "../design.md#codecs", "../design.md#codecs"),
+        ("how-to/extend.md", "../formats.md#codecs", "../formats.md#codecs"),
         ("contributing.md", "README.md", "index.md"),
         ("index.md", "https://arxiv.org/abs/2604.13010", "https://arxiv.org/abs/2604.13010"),
     ],

@@ -7,18 +7,16 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
 
 from lopd import __version__
-from lopd.cli.commands import COMMANDS
+from lopd.cli.commands import COMMANDS, NOTHING
 from lopd.cli.flags import CONTEXT, SettingsCommand, map_of_the_pipeline
+from lopd.cli.signals import ending_in_order
 from lopd.config.parse import build_config, check_keys
 from lopd.config.strict_yaml import load_yaml
 from lopd.config.values import pairs
@@ -150,23 +148,6 @@ class Messages(logging.Handler):
             print(self.format(record), file=sys.stderr)
 
 
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM, which schedulers send, ends a command as SIGINT does: in order, with a message."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread can handle signals
-        return
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
-
-
 def _leave_process_group() -> None:
     """Destroy the process group that accelerate opened for training under torchrun.
 
@@ -184,9 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv == ["help"]:
         argv = ["--help"]
-    prog = f"lopd {argv[0]}" if argv[0].replace("_", "-") in COMMANDS else "lopd"
+    name = argv[0].replace("_", "-")
+    prog = f"lopd {name}" if name in COMMANDS else "lopd"
     try:
-        with _sigterm_raises():
+        with ending_in_order():
             job = group.main(argv, prog_name="lopd", standalone_mode=False)
             if callable(job):
                 job()
@@ -203,10 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort) as error:
         if isinstance(error, Interrupted) and error.orderly:
             _leave_process_group()
-        kept = str(error) or (
-            "what was finished (shards, checkpoints, stages) is kept; rerun the same command to "
-            "continue"
-        )
+        kept = str(error) or (COMMANDS[name].kept if name in COMMANDS else NOTHING)
         print(f"{prog}: interrupted; {kept}", file=sys.stderr)
         return getattr(error, "exit_code", 128 + signal.SIGINT)
     return 0

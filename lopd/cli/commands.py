@@ -9,6 +9,11 @@ from lopd.config.run import RECIPE
 PIPELINE = "The pipeline, in order"
 WHOLE = "The whole pipeline in one command"
 OTHER = "Around it"
+# What a signal leaves of a command.
+NOTHING = "nothing was written; rerun the same command to start over"
+SHARDS = "finished shards are kept; rerun the same command to continue"
+CHECKPOINT = "the last checkpoint, if one was saved, is kept; rerun the same command to continue"
+STAGES = "finished stages, shards and checkpoints are kept; rerun the same command to continue"
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Command:
     positional: str | None = None  # the setting that may be given without its flag
     many: bool = False  # it may be given several times, and is then joined by commas
     recipe: str = ""  # a file that it reads, which its help shows
+    kept: str = NOTHING  # printed when a signal stops it
 
     def config_class(self) -> Any:
         """The dataclass of the command's settings; imports neither torch nor transformers."""
@@ -38,6 +44,7 @@ COMMANDS = {
         "Sample the teacher's answers to prompts.",
         "teacher/ + prompts -> answers/",
         ("--teacher teacher/ --prompts sft.jsonl --out answers/ --max-new-tokens 2048",),
+        kept=SHARDS,
     ),
     "sft": Command(
         "sft",
@@ -49,6 +56,7 @@ COMMANDS = {
             "--model base/ --data answers/ --out student/ --num-epochs 2",
             "--model base/ --data answers/ --out student/ --lora-rank 32",
         ),
+        kept=CHECKPOINT,
     ),
     "rollout": Command(
         "rollout",
@@ -60,6 +68,7 @@ COMMANDS = {
             "--student student/ --prompts opd.jsonl --out rollouts/ --num-samples 4",
             "--student student/ --prompts opd.jsonl --out rollouts/ --engine vllm --worker 0/2",
         ),
+        kept=SHARDS,
     ),
     "score": Command(
         "score",
@@ -71,6 +80,7 @@ COMMANDS = {
             "--teacher teacher/ --rollouts rollouts/ --out cache/ --plan",
             "--teacher teacher/ --rollouts rollouts/ --out cache/ --k 128 --codec compact",
         ),
+        kept=SHARDS,
     ),
     "distill": Command(
         "distill",
@@ -83,6 +93,7 @@ COMMANDS = {
             "--student student/ --cache cache/ --out result/ --holdout 0.05 --keep-best",
             "--config distill.yaml --learning-rate 1e-6",
         ),
+        kept=CHECKPOINT,
     ),
     "eval": Command(
         "evaluate",
@@ -105,6 +116,7 @@ COMMANDS = {
         ("recipe.yaml",),
         positional="recipe",
         recipe=RECIPE,
+        kept=STAGES,
     ),
     "demo": Command(
         "demo",
@@ -113,6 +125,7 @@ COMMANDS = {
         "Run the pipeline at toy scale, on a CPU.",
         "nothing -> models, data and results",
         ("--out runs/demo", "--out runs/demo --online"),
+        kept=STAGES,
     ),
     "import": Command(
         "import_scores",
@@ -121,6 +134,7 @@ COMMANDS = {
         "Make a cache from another tool's scores.",
         "scores in parquet or JSONL -> cache/",
         ("--source scores.jsonl --format topk --teacher teacher/ --student student/ --out cache/",),
+        kept=SHARDS,
     ),
     "declare": Command(
         "declare",

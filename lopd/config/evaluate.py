@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from lopd.config.device import check_device
+from lopd.config.eos import parse_eos_class
 from lopd.config.fields import setting, setting_of
 from lopd.config.inference import GenerationOptions, ScoringOptions
 from lopd.config.training import refuse_unused
@@ -14,7 +15,16 @@ from lopd.errors import ConfigError
 
 ANSWER_REGEX = r"#+\s*(\S[^#\n]*)"
 # Settings that nothing reads without prompts, except those that a recipe shares between its stages.
-OF_PROMPTS = ("teacher", "kl_k", "limit", "columns", "num_samples", "judge", "answer_regex")
+OF_PROMPTS = (
+    "teacher",
+    "kl_k",
+    "eos_class",
+    "limit",
+    "columns",
+    "num_samples",
+    "judge",
+    "answer_regex",
+)
 _data = partial(setting, group="Model and data", identity=False)
 _evaluation = partial(setting, group="Evaluation")
 
@@ -34,6 +44,11 @@ class EvalConfig(GenerationOptions, ScoringOptions):
     teacher: str | None = _data(None, help="Folder or hub id of the teacher, for the KL.")
     cache: str | None = _data(None, help="Teacher cache of held-out rollouts, for the KL on them.")
     kl_k: int = _evaluation(64, within="[1, inf)", help="Teacher tokens per position of the KL.")
+    eos_class: str | None = _evaluation(
+        None,
+        help="Ids that end an answer, such as 1,27, which the KL to the teacher takes as one "
+        "token; by default those of the cache or of the model's distillation.",
+    )
     num_samples: int = setting(
         4, within="[1, inf)", group="Sampling", help="Number of sampled answers to each prompt."
     )
@@ -64,7 +79,8 @@ class EvalConfig(GenerationOptions, ScoringOptions):
                 )
             refuse_unused(self, OF_PROMPTS, "it is about answers to prompts; set prompts")
         elif self.teacher is None:
-            refuse_unused(self, ("kl_k",), "no KL is measured; set teacher")
+            refuse_unused(self, ("kl_k", "eos_class"), "no KL is measured; set teacher")
+        parse_eos_class(self.eos_class)
         try:
             groups = re.compile(self.answer_regex).groups
         except re.error as error:

@@ -1,13 +1,13 @@
 """Settings of `lopd import`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lopd.config.fields import setting, setting_of
 from lopd.config.inference import SamplingOptions
 from lopd.config.model_code import CodeOptions
 from lopd.config.prompts import PromptOptions
-from lopd.config.score import Codec, ScoreConfig
+from lopd.config.score import Codec, ListOf, ScoreConfig
 from lopd.errors import ConfigError
 
 Format = Literal["lightning-opd", "topk", "rollouts"]
@@ -39,6 +39,12 @@ class ImportConfig(CodeOptions):
     temperature: float = setting_of(
         ScoreConfig, "temperature", help="Temperature at which the log-probs were computed."
     )
+    support: ListOf = setting_of(
+        ScoreConfig,
+        "support",
+        help="topk: whose most probable tokens the lists hold: the teacher's, the student's (with "
+        "the teacher's log-probs), or those of both.",
+    )
     shard_size: int = setting_of(SamplingOptions, "shard_size")
     skip_bad_records: bool = setting_of(PromptOptions, "skip_bad_records")
     retokenize: bool = setting(
@@ -61,7 +67,11 @@ class ImportConfig(CodeOptions):
                 f"teacher: found {self.teacher} with format {self.format}; expected {what}"
             )
         of_scores = {"codec": "exact", "temperature": 1.0, "allow_renormalized": False}
-        unused = of_scores if self.format == "rollouts" else {"retokenize": False}
+        unused: dict[str, Any] = {"retokenize": False}
+        if self.format == "rollouts":
+            unused = dict(of_scores)
+        if self.format != "topk":
+            unused["support"] = "teacher"
         for name, default in unused.items():
             if getattr(self, name) != default:
                 raise ConfigError(f"{name}: has no meaning for format {self.format}; leave it out")

@@ -166,9 +166,28 @@ class Objective(Settings):
         """
         if self.name in SAMPLED or self.tail == "unbiased":
             return Objective(
-                "reverse_kl", temperature=self.temperature, workspace_bytes=self.workspace_bytes
+                "reverse_kl",
+                temperature=self.temperature,
+                workspace_bytes=self.workspace_bytes,
+                eos_class=self.eos_class,
             )
         return self
+
+    @property
+    def needs_teachers_list(self) -> str | None:
+        """Why the teacher's most probable ids must be listed; None if any list will do.
+
+        The reverse KL weighs each id with the student's probability, so the student's list holds
+        what matters, and the tail's bucket counts the teacher's mass outside it. Terms that are
+        weighted with the teacher's probability need the ids at which it is large: in the tail's
+        bucket their gradient raises what the student has there already, and `truncate` drops them.
+        A renormalised teacher has forgotten how little of its mass the list holds.
+        """
+        if self.name in ("forward_kl", "jsd"):
+            return f"{self.name} weighs ids with the teacher's probability"
+        if self.name == "reverse_kl" and self.tail == "renormalize":
+            return "renormalize ignores the teacher's probability outside the list"
+        return None
 
     @property
     def needs_rollout_logprobs(self) -> bool:

@@ -9,9 +9,11 @@ from lopd.config.fields import setting, setting_of
 from lopd.config.inference import EngineOptions, SamplingOptions, ScoringOptions
 from lopd.config.prompts import PromptOptions
 from lopd.config.teachers import TeacherOptions
+from lopd.config.training import refuse_unused
 from lopd.errors import ConfigError
 
 Codec = Literal["exact", "packed", "compact"]
+ListOf = Literal["teacher", "student", "union"]
 _cache = partial(setting, group="Cache")
 
 
@@ -28,11 +30,17 @@ class ScoreConfig(TeacherOptions, EngineOptions, ScoringOptions):
         help="For teacher_field: file of the prompts, by id; by default the one that the rollouts "
         "were sampled from.",
     )
-    k: int = _cache(64, within="[1, inf)", help="Maximum number of teacher tokens per position.")
+    k: int = _cache(64, within="[1, inf)", help="Maximum number of listed tokens per position.")
+    support: ListOf = setting(
+        "teacher",
+        group="Cache",
+        help="Whose k most probable tokens are listed: the teacher's, the student's, or k of each.",
+    )
     top_p: float = _cache(
         0.999,
         within="(0, 1]",
-        help="Cut each list where its mass reaches this; 1 keeps all k tokens.",
+        help="Cut each list where the mass that its model has there reaches this; 1 keeps all k "
+        "tokens.",
     )
     codec: Codec = setting(
         "exact",
@@ -45,7 +53,10 @@ class ScoreConfig(TeacherOptions, EngineOptions, ScoringOptions):
         help="Divides the teacher's logits; distillation uses the same temperature.",
     )
     student: str | None = _cache(
-        None, identity=False, help="Folder or hub id of the student that rolled out, for extra_ids."
+        None,
+        identity=False,
+        help="Folder or hub id of the student that rolled out, for support and extra_ids; by "
+        "default the one that the rollouts name.",
     )
     extra_ids: int = _cache(0, within="[0, inf)", help="Add the student's top N ids to every list.")
     eos_class: str | None = _cache(
@@ -66,11 +77,12 @@ class ScoreConfig(TeacherOptions, EngineOptions, ScoringOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.extra_ids > 0) != (self.student is not None):
-            raise ConfigError(
-                f"extra_ids: found {self.extra_ids} with student {self.student!r}; expected a "
-                "positive number and the student that made the rollouts, or neither"
+        if self.support != "teacher":
+            refuse_unused(
+                self, ("extra_ids",), f"support {self.support} lists the student's top k; set k"
             )
+        elif not self.extra_ids and self.teacher_field is None:
+            refuse_unused(self, ("student",), "only support and extra_ids list the student's ids")
         if self.prompts is not None and self.teacher_field is None:
             raise ConfigError(
                 f"prompts: found '{self.prompts}' without teacher_field; only the field that names "

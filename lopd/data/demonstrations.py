@@ -93,6 +93,11 @@ def _answer_text(fields: Mapping[str, Any], where: str) -> str:
         answer = value[-1:] if isinstance(value, list) else None
     if isinstance(answer, list):  # TRL's conversational completion, or the last message
         answer = _assistant_text(answer, where)
+    if isinstance(answer, str) and answer and not answer.strip():
+        raise DataError(
+            f"{where}: the answer is blank ({answer[:20]!r}); expected a text; training on it "
+            "would teach the model to say nothing"
+        )
     if not isinstance(answer, str) or not answer:
         others = {key: value for key, value in fields.items() if key != "completion"}
         flag = columns_for(others, "prompt", "completion")

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from lopd.config.import_scores import Format
+from lopd.config.score import ListOf
 from lopd.data.external_fields import (
     finish_reason,
     floats,
@@ -80,6 +81,7 @@ def read_dump(
     tokenizer: Any | None,
     eos_ids: Sequence[int] = (),
     *,
+    list_of: ListOf = "teacher",
     vocab_size: int | None = None,
     skipped: Skipped | None = None,
 ) -> Iterator[Dumped]:
@@ -89,6 +91,7 @@ def read_dump(
         tokenizer: of the student; encodes the prompts of `lightning-opd`.
         eos_ids: of the student; a response that ends with one has finish reason "stop" where the
             record has no `finish_reason`.
+        list_of: whose most probable ids the lists hold.
         vocab_size: rows of the teacher's head, which bound the ids; None for no bound.
         skipped: takes the records that cannot be used; by default they are errors.
 
@@ -104,7 +107,7 @@ def read_dump(
             items = [_lightning(where, record, tokenizer)]
         else:
             items = shaped(where, record)
-        found = [_assemble(where, item, eos_ids, seen) for item in items]
+        found = [_assemble(where, item, eos_ids, seen, list_of) for item in items]
         for item in found:
             _check_ids(item, limits)
         return found
@@ -139,7 +142,9 @@ def _lightning(where: str, record: dict[str, Any], tokenizer: Any) -> Shaped:
     )
 
 
-def _assemble(where: str, item: Shaped, eos_ids: Sequence[int], seen: Counter[str]) -> Dumped:
+def _assemble(
+    where: str, item: Shaped, eos_ids: Sequence[int], seen: Counter[str], list_of: ListOf
+) -> Dumped:
     prompt = integers(where, "prompt token ids", item.prompt)
     response = integers(where, "response token ids", item.response)
     if not len(prompt) or not len(response):
@@ -165,7 +170,7 @@ def _assemble(where: str, item: Shaped, eos_ids: Sequence[int], seen: Counter[st
         lists = _without_rows(lists, unscored)
         logprobs = np.where(unscored, 0.0, logprobs)
     lists, mass = _scaled(where, lists)
-    check_sampled(where, response, logprobs, lists, mask)
+    check_sampled(where, response, logprobs, lists, mask, list_of)
     rollout_logprobs = np.full(count, np.nan, np.float32)
     if item.rollout is not None:
         rollout_logprobs = floats(where, "rollout_logprobs", item.rollout).astype(np.float32)
@@ -273,12 +278,17 @@ def _is_rounded(values: np.ndarray) -> bool:
 
 
 def check_sampled(
-    where: str, response: np.ndarray, logprobs: np.ndarray, lists: TopKLists, mask: np.ndarray
+    where: str,
+    response: np.ndarray,
+    logprobs: np.ndarray,
+    lists: TopKLists,
+    mask: np.ndarray,
+    list_of: ListOf = "teacher",
 ) -> None:
     """Refuse log-probs of sampled tokens that contradict their lists, or that are all the same.
 
     A token in its list has the log-prob that it has there. One outside has at most the smallest
-    log-prob of the list, and at most the mass that the list leaves.
+    log-prob of the list, if that is the teacher's top k, and at most the mass that the list leaves.
 
     Raises:
         DataError: names the response token and the contradiction.
@@ -291,7 +301,8 @@ def check_sampled(
     checks = {
         "its entry in the list": listed & (np.abs(entry - logprobs) > AGREEMENT_NATS),
         "the smallest of its list, which lacks it": ~listed
-        & (logprobs > smallest + AGREEMENT_NATS),
+        & (logprobs > smallest + AGREEMENT_NATS)
+        & (list_of == "teacher"),
         "the mass that its list leaves": ~listed & (np.exp(logprobs) > left + MASS_TOLERANCE),
     }
     bounds = dict(zip(checks, (entry, smallest, np.log(np.maximum(left, 1e-45))), strict=True))

@@ -15,6 +15,7 @@ import numpy as np
 
 from lopd.config.inference import Sampling
 from lopd.data.prompts import Prompt
+from lopd.engines.support import Support
 from lopd.errors import DataError, ModelError
 from lopd.models.limits import ModelLimits
 from lopd.store import Rollout, TeacherScores
@@ -122,21 +123,17 @@ def check_sequences(
 def score_rollouts(
     teacher: Engine,
     rollouts: Sequence[Rollout],
-    k: int,
+    support: Support,
     *,
     temperature: float = 1.0,
     student: Engine | None = None,
-    extra_ids: int = 0,
-    eos_class: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> list[TeacherScores]:
     """The teacher's scores of rollouts.
 
     Args:
-        student: the model whose top `extra_ids` ids are scored at every token besides the
-            teacher's top k. Ids beyond the teacher's vocabulary (padding rows of the student's
-            head) are left out.
-        eos_class: ids that are scored at every token too.
+        support: which ids are listed.
+        student: the model that sampled them; needed if `support` lists the student's ids.
 
     Raises:
         DataError, ConfigError: as `Engine.score`.
@@ -144,25 +141,25 @@ def score_rollouts(
     """
     sequences = [rollout.tokens for rollout in rollouts]
     prompt_lengths = [rollout.prompt_length for rollout in rollouts]
-    ids = None
-    if student is not None and extra_ids:
-        scored = student.score(sequences, prompt_lengths, extra_ids, temperature=temperature)
-        ids = [np.where(s.topk_ids < teacher.vocab_size, s.topk_ids, -1) for s in scored]
-    if eos_class:
-        chosen = ids or [np.empty((len(r.tokens) - r.prompt_length, 0), int) for r in rollouts]
-        ids = [_with_class(part, eos_class) for part in chosen]
+    own: Sequence[TeacherScores | None] = [None] * len(rollouts)
+    if support.student_k:
+        assert student is not None, support
+        own = student.score(sequences, prompt_lengths, support.student_k, temperature=temperature)
+    ids = [
+        support.chosen_ids(scores, len(rollout.rollout_logprobs), teacher.vocab_size)
+        for scores, rollout in zip(own, rollouts, strict=True)
+    ]
     scores = teacher.score(
-        sequences, prompt_lengths, k, temperature=temperature, extra_ids=ids, progress=progress
+        sequences,
+        prompt_lengths,
+        support.teacher_k,
+        temperature=temperature,
+        extra_ids=ids if support.has_chosen_ids else None,
+        progress=progress,
     )
     if len(scores) != len(rollouts):
         raise ModelError(
             f"engine: {teacher.name} scored {len(scores)} of {len(rollouts)} sequences; nothing is "
             "written"
         )
-    return scores
-
-
-def _with_class(ids: np.ndarray, eos_class: Sequence[int]) -> np.ndarray:
-    """Extra ids [R, E] with the ids of a class in every row, each id once."""
-    members = np.broadcast_to(np.asarray(eos_class), (len(ids), len(eos_class)))
-    return np.concatenate([np.where(np.isin(ids, members), -1, ids), members], axis=1)
+    return [support.listed(each) for each in scores]

@@ -155,19 +155,24 @@ def by_teacher(cache: TeacherCache) -> dict[str, str]:
 
 
 def low_coverage(cache: TeacherCache, found: Agreement | None) -> str | None:
-    """A warning if the lists lack much of the teacher's or of the student's probability."""
+    """A warning if the lists lack much of the probability that they are there to hold.
+
+    A list of the student's ids lacks what the teacher knows better, which the tail counts.
+    """
     if found is None or found.covered is None or found.sampled_listed is None:
         return None
-    teacher, student = found.covered.value, found.sampled_listed.value
-    if min(teacher, student) >= LOW_COVERAGE:
-        return None
     manifest = cache.manifest
+    shares = {"the sampled tokens": found.sampled_listed.value}
+    if manifest.scoring.list_of != "student":
+        shares = {"the teacher's probability": found.covered.value, **shares}
+    if min(shares.values()) >= LOW_COVERAGE:
+        return None
+    held = " and ".join(f"{share:.1%} of {what}" for what, share in shares.items())
     larger = f"a larger --k than {manifest.k}"
     if manifest.top_p < 1:
         larger += f" or --top-p than {manifest.top_p:g}"
     return (
-        f"{cache.path}: the lists hold {teacher:.1%} of the teacher's probability and "
-        f"{student:.1%} of the sampled tokens; a loss over the lists sees all else as one outcome, "
+        f"{cache.path}: the lists hold {held}; a loss over the lists sees all else as one outcome, "
         f"and its KL is a lower bound that can be far too low; score with {larger}, or train with "
         "--tail unbiased"
     )

@@ -14,18 +14,26 @@ LOG = logging.getLogger(__name__)
 # Takes the text and the expected answer; returns the extracted answer (None if the text has
 # none) and whether it is correct.
 Grader = Callable[[str, str], tuple[str | None, bool]]
+# Takes a prompt whose expected answer no answer can equal, and why.
+Refuse = Callable[[Prompt, DataError], None]
 
 
-def exact_grader(pattern: str, prompts: Sequence[Prompt] = ()) -> Grader:
+def refuse_first(prompt: Prompt, error: DataError) -> None:
+    """The `Refuse` that raises the error."""
+    raise error
+
+
+def exact_grader(
+    pattern: str, prompts: Sequence[Prompt] = (), refuse: Refuse = refuse_first
+) -> Grader:
     """Compare as strings, ignoring surrounding white space.
 
     Args:
         pattern: regular expression with one group; the group of its last match is the answer.
         prompts: their expected answers are checked, and numbers with a second spelling counted
             on stderr.
-
-    Raises:
-        DataError: the group can never be the expected answer of a prompt.
+        refuse: is given the prompts whose expected answer the group can never be; raises by
+            default.
     """
     compiled = re.compile(pattern)
     group = _group_of(pattern)
@@ -33,20 +41,23 @@ def exact_grader(pattern: str, prompts: Sequence[Prompt] = ()) -> Grader:
         expected = str(prompt.answer).strip()
         boxed = last_boxed(expected)
         if boxed is not None and expected != f"{BOXED}{boxed}}}":
-            raise DataError(
+            error = DataError(
                 f"prompt '{prompt.id}': found a solution as answer, {_brief(expected)}, with "
                 f"\\boxed{{{boxed}}}; expected the final answer alone; write it so, or use "
                 "--judge math"
             )
+            refuse(prompt, error)
+            continue
         if group is None or _can_be(group, expected):
             continue
         found = compiled.findall(expected)
         instead = f", but {found[-1].strip()!r} inside it" if found else ""
-        raise DataError(
+        error = DataError(
             f"prompt '{prompt.id}': answer_regex never finds the answer {_brief(expected)}"
             f"{instead}, so every answer would count as wrong; expected what its group can match: "
             "write the final answer alone, change --answer-regex, or use --judge math"
         )
+        refuse(prompt, error)
     spelled = [prompt for prompt in prompts if _has_other_spelling(str(prompt.answer))]
     if spelled:
         LOG.warning(
@@ -63,7 +74,7 @@ def exact_grader(pattern: str, prompts: Sequence[Prompt] = ()) -> Grader:
     return grade
 
 
-def math_grader(prompts: Sequence[Prompt] = ()) -> Grader:
+def math_grader(prompts: Sequence[Prompt] = (), refuse: Refuse = refuse_first) -> Grader:
     r"""Compare as mathematics, with math-verify: 0.5 equals `\frac{1}{2}`, and 2 equals `x = 2`.
 
     The answer is the content of the last closed `\boxed{...}`. In a text without one,
@@ -72,10 +83,11 @@ def math_grader(prompts: Sequence[Prompt] = ()) -> Grader:
 
     Args:
         prompts: their expected answers are checked.
+        refuse: is given the prompts whose expected answer math-verify cannot parse; raises by
+            default.
 
     Raises:
         ConfigError: math-verify is not installed.
-        DataError: math-verify cannot parse the expected answer of a prompt.
     """
     try:
         from math_verify import parse, verify
@@ -91,13 +103,13 @@ def math_grader(prompts: Sequence[Prompt] = ()) -> Grader:
     for prompt in prompts:
         parsed = parse_expected(str(prompt.answer))
         if not parsed or not verify(parsed, parsed):
-            raise DataError(
-                f"prompt '{prompt.id}': found answer {_brief(str(prompt.answer))}, which does not "
-                "equal itself; expected a formula or a number; fix it, or use --judge exact"
+            found = (
+                f"{_brief(str(prompt.answer))}, which does not equal itself"
                 if parsed
-                else f"prompt '{prompt.id}': found answer {prompt.answer!r}; expected a formula or "
-                "a number; fix it, or use --judge exact"
+                else repr(prompt.answer)
             )
+            what = f"prompt '{prompt.id}': found answer {found}; expected a formula or a number"
+            refuse(prompt, DataError(f"{what}; fix it, or use --judge exact"))
 
     def grade(text: str, expected: str) -> tuple[str | None, bool]:
         boxed = last_boxed(text)

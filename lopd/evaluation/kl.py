@@ -13,7 +13,8 @@ import torch
 
 from lopd.config.objective import Objective
 from lopd.data.prompts import Prompt
-from lopd.engines.base import Generation, to_rollout
+from lopd.engines.base import Generation, score_rollouts, to_rollout
+from lopd.engines.support import Support
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError
 from lopd.provenance import load_vocab, tokenizer_digest
@@ -29,6 +30,7 @@ def on_policy_kl(
     prompts: list[Prompt],
     sampled: list[Generation],
     k: int,
+    eos_class: tuple[int, ...] = (),
 ) -> dict[str, float]:
     """KL(student || teacher) on the student's own samples.
 
@@ -36,6 +38,7 @@ def on_policy_kl(
         sampled: answers of the student at temperature 1 and top_p 1, the same number for each
             prompt, ordered by prompt.
         k: length of the teacher's lists; lowered to the size of the teacher's vocabulary.
+        eos_class: ids that count as one token; they are in every list besides.
 
     Returns:
         What `reverse_kl` returns, the `k` that was used, and whether the value is `exact`: all ids
@@ -48,9 +51,7 @@ def on_policy_kl(
     jobs = [(prompt, i) for prompt in prompts for i in range(repeats)]
     rollouts = [to_rollout(*job, answer) for job, answer in zip(jobs, sampled, strict=True)]
     k = min(k, teacher.vocab_size)
-    scores = teacher.score(
-        [rollout.tokens for rollout in rollouts], [rollout.prompt_length for rollout in rollouts], k
-    )
+    scores = score_rollouts(teacher, rollouts, Support(k, eos_class=eos_class))
     records = [
         scored_sequence(*pair, support="list", vocab_size=student.vocab_size)
         for pair in zip(rollouts, scores, strict=True)
@@ -63,7 +64,8 @@ def on_policy_kl(
     )
     size = student.batch_size
     batches = (records[i : i + size] for i in range(0, len(records), size))
-    return {**reverse_kl(student, batches), "k": k, "exact": k == teacher.vocab_size}
+    result = reverse_kl(student, batches, Objective("reverse_kl", eos_class=eos_class))
+    return {**result, "k": k, "exact": k == teacher.vocab_size}
 
 
 def open_cache(path: str | Path, model: str | Path, student: TransformersEngine) -> TeacherCache:

@@ -99,7 +99,8 @@ def measure_noise_floor(
     engine = load_engine("transformers", student, **settings)
     student_scores = _score(engine, "transformers", items, manifest)
     same_student = fingerprint_weights(student) == manifest.rollouts.model.weights
-    return _compare(items, teacher_scores, student_scores, engine.vocab_size, same_student)
+    merged = manifest.scoring.eos_class
+    return _compare(items, teacher_scores, student_scores, engine.vocab_size, same_student, merged)
 
 
 def _teachers(
@@ -154,11 +155,12 @@ def _compare(
     student_scores: Sequence[TeacherScores],
     student_vocab_size: int,
     same_student: bool,
+    merged: Sequence[int] = (),
 ) -> NoiseFloor:
     """Both KLs over the stored ids that teacher and student can score, and one bucket for others.
 
     A stored id without a score, or beyond the student's vocabulary, joins the bucket of the
-    others in all three distributions.
+    others in all three distributions. The ids of `merged` share a bucket of their own.
     """
     noise: list[np.ndarray] = []
     signal: list[np.ndarray] = []
@@ -167,10 +169,19 @@ def _compare(
     for item, teacher, student in zip(items, teacher_scores, student_scores, strict=True):
         teacher_lists = _with_extra_ids(teacher)
         has_bucket = _is_in(item.topk_ids, teacher_lists[0]) & (item.topk_ids < student_vocab_size)
-        buckets = np.where(has_bucket, item.topk_ids, -1)
-        stored = _to_buckets(buckets, item.topk_ids, item.topk_logprobs, item.tail_logprobs)
-        noise.append(_bucket_kl(_to_buckets(buckets, *teacher_lists), stored))
-        signal.append(_bucket_kl(_to_buckets(buckets, *_with_extra_ids(student)), stored))
+        buckets = _as_one(np.where(has_bucket, item.topk_ids, -1), merged)
+        members = np.isin(buckets, merged)
+        buckets = np.where(members & (np.cumsum(members, axis=1) > 1), -1, buckets)
+        stored, q, p = (
+            _to_buckets(buckets, _as_one(ids, merged), logprobs, tail)
+            for ids, logprobs, tail in (
+                (item.topk_ids, item.topk_logprobs, item.tail_logprobs),
+                teacher_lists,
+                _with_extra_ids(student),
+            )
+        )
+        noise.append(_bucket_kl(q, stored))
+        signal.append(_bucket_kl(p, stored))
         gaps.append(np.abs(teacher.teacher_logprobs - item.teacher_logprobs))
         num_buckets += int(has_bucket.sum())
         num_listed += int((item.topk_ids >= 0).sum())
@@ -204,6 +215,11 @@ def _with_extra_ids(scores: TeacherScores) -> _Lists:
     )
 
 
+def _as_one(ids: np.ndarray, merged: Sequence[int]) -> np.ndarray:
+    """The ids, with the first of `merged` in place of each of them."""
+    return np.where(np.isin(ids, merged), merged[0], ids) if merged else ids
+
+
 def _is_in(ids: np.ndarray, lists: np.ndarray) -> np.ndarray:  # [R, K], [R, C] -> [R, K] bool
     """Whether each id is in the list of its row; False at pads."""
     listed = np.zeros(ids.shape, bool)
@@ -224,7 +240,8 @@ def _to_buckets(
     for column in range(ids.shape[1]):
         match = (buckets == ids[:, column, None]) & (buckets >= 0)
         logprob = logprobs[:, column].astype(np.float64)
-        result[:, :-1] = np.where(match, logprob[:, None], result[:, :-1])
+        added = np.logaddexp(result[:, :-1], logprob[:, None])  # ids can share a bucket
+        result[:, :-1] = np.where(match, added, result[:, :-1])
         outside = (ids[:, column] >= 0) & ~match.any(axis=1)
         others = np.where(outside, np.logaddexp(others, logprob), others)
     result[:, -1] = others

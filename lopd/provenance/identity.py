@@ -12,7 +12,7 @@ from lopd.provenance.typed_json import plain
 # How and when a stage was called; everything else in a manifest is the recipe.
 NOT_RECIPE = frozenset({"config", "created", "environment", "seconds"})
 # What older artefacts do not record about their models. Unknown equals anything.
-MAYBE_UNKNOWN = frozenset({"behaviour", "eos_ids", "hub", "end_of_turn"})
+MAYBE_UNKNOWN = frozenset({"behaviour", "eos_ids", "hub", "end_of_turn", "list_of"})
 
 
 def settings_identity(config: Any, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:

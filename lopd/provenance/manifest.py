@@ -164,6 +164,18 @@ class CacheManifest(Manifest):
     temperature: float
     rollouts: ScoredRollouts = field(metadata={"at": "inputs.rollouts"})
 
+    @property
+    def teacher_k(self) -> int:
+        """How many of the teacher's most probable ids a list begins with, before `top_p`."""
+        return 0 if self.scoring.list_of == "student" else self.k
+
+    @property
+    def most_listed(self) -> int:
+        """Entries of the longest list that can be, without the sampled token."""
+        support = self.scoring.support
+        extra = 0 if support is None else support.extra_ids + len(support.eos_class)
+        return min(self.k + extra, self.vocab_size)
+
 
 @overload
 def build_manifest(

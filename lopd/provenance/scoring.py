@@ -12,6 +12,8 @@ SCORING = {
     "entropy": ("computed", "derived", "absent"),
     "rollout_logprobs": ("computed", "absent"),
 }
+# Whose most probable ids a list holds.
+LISTS = ("teacher", "student", "union")
 # Older caches use other words, some of them as keys of the manifest itself.
 OLD_WORDS = {
     "tail": {
@@ -29,7 +31,8 @@ class ListSupport:
     """Which ids a cache's lists hold."""
 
     ids: str  # in words
-    extra_ids: int = 0  # number of the student's top ids added to every list
+    list_of: str = "teacher"  # one of LISTS; older caches, which do not say, are the teacher's
+    extra_ids: int = 0  # number of the student's top ids added to the teacher's
     eos_class: tuple[int, ...] = ()  # ids in every list, which count as one token
     raw: Mapping[str, Any] = field(repr=False)
 
@@ -48,6 +51,11 @@ class Scoring:
     rollout_logprobs: str = "computed"
     support: ListSupport | None = None
     raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def list_of(self) -> str:
+        """Whose most probable ids the lists hold, one of `LISTS`."""
+        return "teacher" if self.support is None else self.support.list_of
 
     @property
     def eos_class(self) -> tuple[int, ...]:
@@ -83,4 +91,9 @@ def parse_scoring(
             raise error(
                 f"{source} has scoring.{name} {word!r}, expected one of {', '.join(SCORING[name])}"
             )
+    if scoring.list_of not in LISTS:
+        raise error(
+            f"{source} has scoring.support.list_of {scoring.list_of!r}, expected one of "
+            f"{', '.join(LISTS)}"
+        )
     return scoring

@@ -68,7 +68,7 @@ def main(config: DistillConfig) -> Path:
         objective,
         model_path=config.student,
         checkpoint=checkpoint,
-        k=cache.manifest.k,
+        k=cache.manifest.most_listed,
         refresh=refresh,
     )
     return finish_checkpoint(
@@ -108,11 +108,18 @@ def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> Any:
 
 
 def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
-    """Check that an imported cache has the lists that the objective needs.
+    """Check that a cache has the lists that the objective needs.
 
     Raises:
-        ConfigError: it has none, or they were renormalised before they were imported.
+        ConfigError: it has none, they were renormalised before they were imported, or they are the
+            student's and the objective needs the teacher's.
     """
+    reason = config.objective_at(cache.manifest.temperature).needs_teachers_list
+    if reason and cache.manifest.scoring.list_of == "student":
+        raise ConfigError(
+            f"{config.cache}: its lists hold the student's most probable ids; {reason}: score with "
+            "--support union, or use --objective reverse_kl with --tail bucket"
+        )
     if config.objective in SPARSE and config.lists == "list" and cache.has_no_lists:
         raise ConfigError(
             f"{config.cache}: has no lists, only the log-probs of the sampled tokens; found "

@@ -13,22 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from lopd.config.dtype import with_dtype
+from lopd.config.eos import parse_eos_class
 from lopd.config.evaluate import EvalConfig
 from lopd.config.inference import Sampling
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
 from lopd.data.records import describe_data
 from lopd.data.rendering import PromptEncoder
+from lopd.data.skipped import Skipped
+from lopd.engines.base import Engine
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import DataError, ShardError
 from lopd.evaluation.accuracy import generate_answers, measure_accuracy
 from lopd.evaluation.grading import Grader, exact_grader, math_grader
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
+from lopd.models.limits import ModelLimits
 from lopd.provenance import (
     MANIFEST_NAME,
     build_manifest,
     describe_model,
     digests_of,
+    eos_ids_of,
     read_manifest,
+    vocab_size_of,
     warn_if_edited,
     write_manifest,
 )
@@ -78,9 +84,11 @@ def main(config: EvalConfig) -> Path:
         encoder = PromptEncoder(engine.tokenizer, config)
         prompts = _prompts(config.prompts, config, engine, encoder)
         inputs["prompts"] = describe_prompts(config.prompts, encoder)
-        grader = _grader(config, prompts)
+        grader, prompts = _grader(config, prompts)
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
+    if config.teacher is not None:
+        merged = _merged_ids(config, config.teacher, engine)
     with locked(out):
         results: dict[str, Any] = {"prompts": 0, "samples": 0}
         answers: list[dict[str, Any]] = []
@@ -101,7 +109,7 @@ def main(config: EvalConfig) -> Path:
             if not config.sampling().is_raw:
                 sampling = Sampling(config.max_new_tokens)
                 sampled = generate_answers(engine, prompts, sampling, 1, config.seed)
-            results["kl"] = on_policy_kl(engine, teacher, prompts, sampled, config.kl_k)
+            results["kl"] = on_policy_kl(engine, teacher, prompts, sampled, config.kl_k, merged)
         manifest = build_manifest(
             "evaluation",
             stage="eval",
@@ -176,10 +184,28 @@ def _load(config: EvalConfig, path: str) -> TransformersEngine:
     )
 
 
-def _grader(config: EvalConfig, prompts: list[Prompt]) -> Grader:
+def _grader(config: EvalConfig, prompts: list[Prompt]) -> tuple[Grader, list[Prompt]]:
+    """The grader, and the prompts without those whose answer it cannot grade.
+
+    Raises:
+        DataError: it cannot grade an answer, and `skip_bad_records` is not set, or any.
+    """
+    skipped = Skipped(str(config.prompts), config.skip_bad_records, kept=len(prompts))
+    bad: set[int] = set()
+
+    def refuse(prompt: Prompt, error: DataError) -> None:
+        skipped.kept -= 1
+        skipped.handle(error)
+        bad.add(id(prompt))
+
     if config.judge == "math":
-        return math_grader(prompts)
-    return exact_grader(config.answer_regex, prompts)
+        grader = math_grader(prompts, refuse)
+    else:
+        grader = exact_grader(config.answer_regex, prompts, refuse)
+    skipped.report()
+    if not skipped.kept:
+        raise DataError(f"{config.prompts}: no prompt is left; {skipped.errors[0]}")
+    return grader, [prompt for prompt in prompts if id(prompt) not in bad]
 
 
 def _prompts(
@@ -202,6 +228,33 @@ def _trained_on(model: str, digest: str) -> bool:
     if not (Path(model) / MANIFEST_NAME).is_file():
         return False
     return digests_of(read_manifest(model).inputs).get("cache") == digest
+
+
+def _merged_ids(config: EvalConfig, teacher: str, model: Engine) -> tuple[int, ...]:
+    """The ids that the KL takes as one token: of the flag, the cache, or the distillation.
+
+    Warns if model and teacher end answers with different ids that do not count as one.
+
+    Raises:
+        ConfigError: an id is beyond a vocabulary.
+    """
+    merged = parse_eos_class(config.eos_class)
+    if not merged and config.cache is not None:
+        merged = TeacherCache.open(config.cache).manifest.scoring.eos_class
+    if not merged and (Path(config.model) / MANIFEST_NAME).is_file():
+        trained = read_manifest(config.model).raw.get("objective")
+        merged = tuple(trained.get("eos_class") or ()) if isinstance(trained, dict) else ()
+    for name, rows in (("the model", model.vocab_size), ("the teacher", vocab_size_of(teacher))):
+        ModelLimits(name, rows).check_ids("eos_class", merged)
+    ours = set(model.eos_ids)
+    theirs = set(eos_ids_of(teacher) or ours)
+    if ours != theirs and not ours | theirs <= set(merged):
+        flag = ",".join(map(str, sorted(ours | theirs)))
+        LOG.warning(
+            f"the model ends answers with id {sorted(ours)}, the teacher with {sorted(theirs)}, "
+            f"which the KL counts as different tokens; --eos-class {flag} counts them as one"
+        )
+    return merged
 
 
 def _accuracy(results: dict[str, Any]) -> dict[str, str]:

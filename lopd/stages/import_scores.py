@@ -94,6 +94,7 @@ def import_cache(config: ImportConfig) -> Path:
             config.format,
             tokenizer,
             eos_ids,
+            list_of=config.support,
             vocab_size=teacher.vocab_size,
             skipped=skipped,
         )
@@ -123,7 +124,7 @@ def import_cache(config: ImportConfig) -> Path:
             },
         },
         plan={"shards": [config.shard_size] * full + [rest] * bool(rest)},
-        k=survey.shortest,
+        k=survey.longest if config.support == "student" else survey.shortest,
         top_p=1.0,
         codec=config.codec,
         temperature=config.temperature,
@@ -132,7 +133,7 @@ def import_cache(config: ImportConfig) -> Path:
             "tail": "renormalized" if survey.renormalized else "derived",
             "entropy": "derived",
             "rollout_logprobs": "computed" if survey.known_rollouts else "absent",
-            "support": {"ids": "as imported", "extra_ids": 0},
+            "support": {"ids": "as imported", "list_of": config.support, "extra_ids": 0},
         },
     )
     with CacheWriter.create(config.out, manifest) as writer:
@@ -142,11 +143,12 @@ def import_cache(config: ImportConfig) -> Path:
         elif Path(config.teacher).is_dir():
             save_vocab(config.teacher, config.out)
         records = read(Skipped(config.source, config.skip_bad_records))
-        width = survey.longest - survey.shortest
+        k = manifest.teacher_k
+        width = survey.longest - k
         for shard, size in enumerate(manifest.shards):
             dumped = list(islice(records, size))
             if shard in missing:
-                scored = _scores(dumped, survey.shortest, width, teacher.vocab_size)
+                scored = _scores(dumped, k, width, teacher.vocab_size)
                 writer.write(shard, list(scored))
         writer.finish()
     return Path(config.out)

@@ -96,7 +96,7 @@ def _describe_turn(end: Any) -> str:
     """The id that ends a turn in the template, or in that of each of several models."""
     if not isinstance(end, dict):
         return f"id {end}"
-    return ", ".join(f"id {found} ({name})" for name, found in end.items())
+    return ", ".join(f"id {found} ({name})" for name, found in end.items() if found is not None)
 
 
 def _verify_shards(store: RolloutStore | TeacherCache) -> str:
@@ -140,6 +140,7 @@ def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
     rows["scoring"] = ", ".join(f"{name} {word}" for name, word in words.items())
     if manifest.scoring.support is not None:
         rows["lists"] = manifest.scoring.support.ids
+        rows["lists of"] = manifest.scoring.list_of
     if manifest.scoring.eos_class:
         rows["one token"] = "ids " + ", ".join(map(str, manifest.scoring.eos_class))
     for name, size in details["bytes_per_token_by_array"].items():

@@ -45,6 +45,8 @@ from lopd.store.workers import Worker, this_worker
 
 LOG = logging.getLogger(__name__)
 
+MANY_CUT = 0.1  # a larger share of answers that were cut off is a warning
+
 
 @loads_models
 def main(config: RolloutConfig) -> Path:
@@ -123,7 +125,7 @@ def sample_to_store(
         if not writer.finish():
             LOG.info(f"{config.out}: {worker} is done, others are still writing")
             return Path(config.out)
-    LOG.info(_describe_answers(config, kind))
+    _print_answers(config, kind)
     return Path(config.out)
 
 
@@ -164,17 +166,19 @@ def _shards(prompts: Sequence[Prompt], config: SamplingOptions) -> list[list[tup
     return [jobs[i : i + config.shard_size] for i in range(0, len(jobs), config.shard_size)]
 
 
-def _describe_answers(config: SamplingOptions, kind: str) -> str:
-    """The answers of a finished folder in one line, truncated ones included."""
+def _print_answers(config: SamplingOptions, kind: str) -> None:
+    """Print the answers of a finished folder in one line; a warning if many were cut off."""
     totals = RolloutStore.open(config.out, kind=kind).summary()
     answers, cut = totals["sequences"], totals["finish_reasons"]["length"]
     text = f"{config.out}: {answers} answers, {totals['response_tokens']} tokens"
-    if not cut:
-        return f"{text}, none cut off"
-    return (
-        f"{text}; {cut} answers ({cut / answers:.0%}) were cut off at max_new_tokens "
-        f"{config.max_new_tokens}: a larger one lets them end"
-    )
+    if cut:
+        text += (
+            f"; {cut} answers ({cut / answers:.0%}) were cut off at max_new_tokens "
+            f"{config.max_new_tokens}: a larger one lets them end"
+        )
+    else:
+        text += ", none cut off"
+    LOG.log(logging.WARNING if cut > MANY_CUT * answers else logging.INFO, text)
 
 
 def recorded_date(out: str) -> date | None:

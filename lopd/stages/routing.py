@@ -24,6 +24,7 @@ from lopd.errors import DataError, MissingFileError
 from lopd.models.load import load_tokenizer
 from lopd.provenance import Manifest
 from lopd.provenance.io import json_digest
+from lopd.stages.rollout_student import find_student
 from lopd.store import Rollout, RolloutStore
 from lopd.store.types import name_of
 
@@ -98,7 +99,9 @@ def _teachers_of_prompts(config: ScoreConfig, rollouts: RolloutStore) -> tuple[d
     found = _by_given_id(path, Routes(config.teacher_field, names), options, used)
     if found is None:
         today = date.fromisoformat(reading["date"]) if "date" in reading else None
-        encoder = PromptEncoder(load_tokenizer(_student_of(manifest)), options, today)
+        encoder = PromptEncoder(
+            load_tokenizer(find_student(config.student, manifest.model)), options, today
+        )
         routes = Routes(config.teacher_field, names)
         limit = manifest.config.get("limit")
         prompts = load_prompts(path, encoder, limit=limit, routes=routes)
@@ -156,18 +159,6 @@ def _by_given_id(
                 f"'{found[name]}'; give all records of an id one teacher"
             )
     return found
-
-
-def _student_of(manifest: Manifest) -> str:
-    """The folder of the model that made the rollouts, whose template decides the ids of prompts."""
-    path = manifest.model.path
-    if path is None or not Path(path).is_dir():
-        raise MissingFileError(
-            f"the rollouts were made by {path or 'an unknown folder'}, which is not there, and the "
-            "prompts have no 'id', so that its tokenizer is needed to find them again; restore it, "
-            "or write an 'id' into each record before you roll out"
-        )
-    return path
 
 
 def without(parts: Sequence[Part], left_out: Mapping[int, frozenset[str]]) -> tuple[Part, ...]:

@@ -2,11 +2,11 @@
 
 `lopd.config.run.RECIPE`, which `lopd run --help` prints, shows the keys. The output, model and data
 of a stage follow from the other stages and can be set by hand. Without `sft`, `student` must be
-fine-tuned already. With `extra_ids`, `score` uses the student that rolls out. With `distill`,
-`eval` also measures the student before, in `eval-student`, unless it names its `model`; the run
-ends with the results. `eval` on a cache without prompts needs no teacher. Finished stages are
-skipped; if the settings or inputs of a finished stage have changed, the run stops with an error,
-and nothing is reused or overwritten.
+fine-tuned already. If lists hold the student's ids, `score` uses the student that rolls out. With
+`distill`, `eval` also measures the student before, in `eval-student`, unless it names its `model`;
+the run ends with the results. `eval` on a cache without prompts needs no teacher. Finished stages
+are skipped; if the settings or inputs of a finished stage have changed, the run stops with an
+error, and nothing is reused or overwritten.
 """
 
 import logging
@@ -194,7 +194,10 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
     student = out("sft") if "sft" in recipe["stages"] else recipe["student"]
     has_prompts = (recipe["stages"].get("eval") or {}).get("prompts") is not None
-    extra_ids = typed((int,), (recipe["stages"].get("score") or {}).get("extra_ids"))
+    scoring = recipe["stages"].get("score") or {}
+    lists_student = typed((int,), scoring.get("extra_ids")) or (
+        scoring.get("support", "teacher") != "teacher"
+    )
     return {"out": out(name)} | {
         "sft-data": {"teacher": recipe["teacher"]},
         "sft": {"model": recipe["student"], "data": out("sft-data")},
@@ -202,7 +205,7 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
         "score": {
             "teacher": recipe["teacher"],
             "rollouts": out("rollout"),
-            "student": student if extra_ids else None,
+            "student": student if lists_student else None,
         },
         "distill": {"student": student, "cache": out("score")},
         "eval": {

@@ -23,7 +23,8 @@ from lopd.data.skipped import Skipped
 from lopd.engines import ENGINES, free_memory, load_engine
 from lopd.engines.base import score_rollouts
 from lopd.engines.progress import Progress
-from lopd.errors import DataError, ProvenanceError
+from lopd.engines.support import Support
+from lopd.errors import DataError
 from lopd.evaluation.agreement import by_teacher, low_coverage, measure
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
@@ -40,6 +41,7 @@ from lopd.provenance.gate import check_eos
 from lopd.provenance.teachers import described
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
+from lopd.stages.rollout_student import describe_support, find_student
 from lopd.stages.routing import Part, Routing, Selection, routing_of, without
 from lopd.stages.table import print_fields
 from lopd.store import CacheWriter, RolloutStore, TeacherCache, TeacherScores
@@ -98,7 +100,7 @@ def main(config: ScoreConfig) -> Path | None:
         missing = writer.missing()
         if missing:
             for teacher in config.teachers.values():
-                save_vocab(teacher, config.out, one_of_several=len(config.teachers) > 1)
+                save_vocab(teacher, config.out, one_of_several=config.teacher_field is not None)
             _fill(writer, replace(work, missing=missing), worker)
         else:
             say_finished(config.out)
@@ -195,29 +197,15 @@ def _manifest(
         scoring={
             **ENGINES[config.engine],
             "rollout_logprobs": source.scoring.rollout_logprobs,
-            "support": _describe_support(config, source.model)
-            | ({"eos_class": merged} if merged else {}),
+            "support": describe_support(config, _support(config), source.model),
         },
     )
 
 
-def _describe_support(config: ScoreConfig, policy: ModelIdentity) -> dict[str, Any]:
-    """The ids that the lists hold and, with extra ids, the student that chose them."""
-    if config.student is None:
-        return {"ids": "teacher's top k", "extra_ids": 0}
-    student = describe_model(config.student, dtype=config.dtype, engine="transformers")
-    if student.weights != policy.weights:
-        raise ProvenanceError(
-            f"student: {config.student} has weights {student.weights[:12]}, the rollouts were "
-            f"made by {policy.weights[:12]}; name the student that made them"
-        )
-    assert student.vocab_size is not None
-    ModelLimits("the student", student.vocab_size).check_k(config.extra_ids, "extra_ids")
-    return {
-        "ids": "teacher's top k and student's top extra_ids",
-        "extra_ids": config.extra_ids,
-        "student": student,
-    }
+def _support(config: ScoreConfig) -> Support:
+    return Support(
+        config.k, config.support, config.top_p, config.extra_ids, parse_eos_class(config.eos_class)
+    )
 
 
 def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
@@ -281,8 +269,10 @@ def _limits(config: ScoreConfig, teacher: str, policy: ModelIdentity) -> ModelLi
     return ModelLimits("the teacher", vocab_size_of(teacher), context, id_remedy=remedy)
 
 
-def _load_scorer(config: ScoreConfig, name: str | None, worker: Worker) -> Scorer:
-    """Load a teacher and, for extra ids, the student; return the function that scores with them.
+def _load_scorer(
+    config: ScoreConfig, name: str | None, policy: ModelIdentity, worker: Worker
+) -> Scorer:
+    """Load a teacher and, for its ids, the student; return the function that scores with them.
 
     The function takes rollouts and, optionally, `progress`.
     """
@@ -293,23 +283,23 @@ def _load_scorer(config: ScoreConfig, name: str | None, worker: Worker) -> Score
         "options": config.options(),
         "tokens_per_batch": config.tokens_per_batch,
     }
+    support, student = _support(config), None
+    if support.student_k:  # first, so that vLLM sees the memory that it takes
+        folder = find_student(config.student, policy)
+        own = common if config.engine == "transformers" else common | {"options": {}}
+        student = load_engine("transformers", folder, **own)
     teacher = load_engine(config.engine, config.teachers[name], **common)
-    student = None
-    if config.student is not None:
-        student = load_engine("transformers", config.student, **common)
     return partial(
         score_rollouts,
         teacher,
-        k=config.k,
+        support=support,
         temperature=config.temperature,
         student=student,
-        extra_ids=config.extra_ids,
-        eos_class=parse_eos_class(config.eos_class),
     )
 
 
 def _fill(writer: CacheWriter, work: _Remaining, worker: Worker) -> None:
-    config, sizes = work.config, writer.manifest.shards
+    config, sizes, policy = work.config, writer.manifest.shards, work.rollouts.manifest.model
     # If the longest lists do not fit, a sample says whether the teacher's do.
     may_not_fit = work.bounds[1].of(work.of()) > free_bytes(config.out)
     done = sum(sizes) - sum(sizes[shard] for shard in work.missing)
@@ -320,7 +310,7 @@ def _fill(writer: CacheWriter, work: _Remaining, worker: Worker) -> None:
             if part.teacher not in loaded:
                 loaded.clear()
                 free_memory()
-                loaded[part.teacher] = scorer = _load_scorer(config, part.teacher, worker)
+                loaded[part.teacher] = scorer = _load_scorer(config, part.teacher, policy, worker)
                 if may_not_fit:
                     timed = work.try_out(part.teacher, scorer)
                     needed = timed.size.of(work.of(part.teacher))
@@ -336,10 +326,11 @@ def _print_plan(work: _Remaining, worker: Worker) -> None:
     Raises:
         ConfigError: the disk has no room for the cache.
     """
-    config, timed = work.config, dict[str | None, TimedSample]()
+    config, policy = work.config, work.rollouts.manifest.model
+    timed: dict[str | None, TimedSample] = {}
     for name in config.teachers:
         free_memory()
-        timed[name] = work.try_out(name, _load_scorer(config, name, worker))
+        timed[name] = work.try_out(name, _load_scorer(config, name, policy, worker))
     sizes = [sum(each.size.of(work.of(name)) for name, each in timed.items())]
     sizes += [size.of(work.of()) for size in work.bounds]
     _print_forecast(work, timed, sizes, free_bytes(config.out), worker)

@@ -80,14 +80,18 @@ def sample(
 
 
 def size_bounds(manifest: CacheManifest, sequences: Sequence[Rollout]) -> tuple[Size, Size]:
-    """Sizes with the shortest and with the longest lists that k and top_p allow."""
+    """Sizes with the shortest and with the longest lists that the cache can have."""
     k, top_p = manifest.k, manifest.top_p
-    first = [(1 + top_p) / 2 if top_p < 1 else 1 / (k + 1), 0.9 * min(top_p, 1.0) / k]
-    shortest, longest = (
-        measure_size(manifest, [(s, _synthetic_scores(s, manifest, mass)) for s in sequences])
-        for mass in first
+    shortest = 1 if top_p < 1 and not manifest.teacher_k else k
+    bounds = (
+        ((1 + top_p) / 2 if top_p < 1 else 1 / (k + 1), shortest),
+        (0.9 * min(top_p, 1.0) / k, manifest.most_listed),
     )
-    return shortest, longest
+    shorter, longer = (
+        measure_size(manifest, [(s, _synthetic_scores(s, manifest, *bound)) for s in sequences])
+        for bound in bounds
+    )
+    return shorter, longer
 
 
 def measure_size(manifest: CacheManifest, records: Sequence[tuple[Rollout, TeacherScores]]) -> Size:
@@ -145,22 +149,35 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _synthetic_scores(rollout: Rollout, manifest: CacheManifest, first: float) -> TeacherScores:
+def _synthetic_scores(
+    rollout: Rollout, manifest: CacheManifest, first: float, width: int
+) -> TeacherScores:
     """Scores of the right shape, with ids spread over the vocabulary.
 
     Args:
         first: probability of the first id, and the largest of any other id.
+        width: ids that are scored: the teacher's own, then others.
     """
-    k, rows, length = manifest.k, manifest.vocab_size, len(rollout.rollout_logprobs)
+    k, rows, length = manifest.teacher_k, manifest.vocab_size, len(rollout.rollout_logprobs)
     start = np.random.default_rng(0).integers(rows, size=(length, 1))
-    ids = ((start + np.arange(k) * (rows // k)) % rows).astype(np.int32)
-    rest = min(first, (1 - first) / (k + 1))
-    probabilities = np.full(k, rest)
+    ids = ((start + np.arange(width) * (rows // width)) % rows).astype(np.int32)
+    probabilities = np.full(width, min(first, (1 - first) / (width + 1)))
     probabilities[0] = first
-    logprobs = np.broadcast_to(np.log(probabilities), (length, k)).astype(np.float32)
-    tail = np.full(length, math.log1p(-probabilities.sum()), np.float32)
+    logprobs = np.broadcast_to(np.log(probabilities), (length, width)).astype(np.float32)
+    tail, rest = (
+        np.full(length, math.log1p(-probabilities[:n].sum()), np.float32) for n in (k, width)
+    )
     matches = ids == rollout.tokens[rollout.prompt_length :, None]
-    sampled = np.where(matches.any(1), np.where(matches, logprobs, 0).sum(1), tail)
+    sampled = np.where(matches.any(1), np.where(matches, logprobs, 0).sum(1), rest)
     has_entropy = manifest.scoring.entropy != "absent"
     entropy = np.full(length, 0.0 if has_entropy else np.nan, np.float32)
-    return TeacherScores(sampled.astype(np.float32), entropy, ids, logprobs, tail)
+    return TeacherScores(
+        sampled.astype(np.float32),
+        entropy,
+        ids[:, :k],
+        logprobs[:, :k],
+        tail,
+        extra_ids=ids[:, k:],
+        extra_logprobs=logprobs[:, k:],
+        extra_tail_logprobs=rest,
+    )

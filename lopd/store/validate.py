@@ -95,20 +95,35 @@ def check_scores(
 
 
 def _check_distribution(rollout: Rollout, scores: TeacherScores) -> None:
-    """Check that list and tail sum to 1, that the list descends and agrees with the token."""
+    """Check that list and tail sum to 1, that the list descends and agrees with the token.
+
+    Extra ids and the tail outside them are checked like the list, except for their order.
+    """
     listed = scores.topk_logprobs.astype(np.float64)
     rising = np.asarray((np.diff(listed, axis=1) > 0).any(axis=1))
     _refuse(rollout, rising, "topk_logprobs", None, "descending log-probs")
     mass = np.exp(listed).sum(axis=1) + np.exp(scores.tail_logprobs.astype(np.float64))
     wrong, expected = np.abs(mass - 1) > MASS_TOLERANCE, f"1 within {MASS_TOLERANCE}"
     _refuse(rollout, np.asarray(wrong), "mass of list and tail", mass, expected)
-    matches = scores.topk_ids == rollout.tokens[rollout.prompt_length :, None]
+    ids, tail = scores.topk_ids, scores.tail_logprobs
+    if scores.extra_ids is not None and scores.extra_logprobs is not None:
+        twice = (scores.extra_ids[:, :, None] == ids[:, None, :]).any(axis=2)
+        more = (scores.extra_ids != -1) & ~twice
+        ids = np.concatenate([ids, np.where(more, scores.extra_ids, -1)], axis=1)
+        extra = np.where(more, scores.extra_logprobs, -np.inf).astype(np.float64)
+        listed = np.concatenate([listed, extra], axis=1)
+        if (rest := scores.extra_tail_logprobs) is not None:
+            tail = rest
+            mass = np.exp(listed).sum(axis=1) + np.exp(rest.astype(np.float64))
+            wrong, what = np.abs(mass - 1) > MASS_TOLERANCE, "mass of list, extra ids and tail"
+            _refuse(rollout, np.asarray(wrong), what, mass, expected)
+    matches = ids == rollout.tokens[rollout.prompt_length :, None]
     in_list = matches.any(axis=1)
     field, logprobs = "teacher_logprobs", scores.teacher_logprobs.astype(np.float64)
     entry = np.where(matches, listed, 0.0).sum(axis=1)
     differs = in_list & (np.abs(entry - logprobs) > AGREEMENT_NATS)
-    _refuse(rollout, differs, field, logprobs, "the token's entry in topk_logprobs")
-    above = ~in_list & (logprobs > scores.tail_logprobs + AGREEMENT_NATS)
+    _refuse(rollout, differs, field, logprobs, "the token's entry in its list")
+    above = ~in_list & (logprobs > tail + AGREEMENT_NATS)
     _refuse(rollout, above, field, logprobs, "at most the tail, which holds the token")
 
 

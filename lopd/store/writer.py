@@ -281,7 +281,7 @@ def encode_records(
     has_entropy = manifest.scoring.entropy != "absent"
     columns = []
     for rollout, scores in records:
-        check_scores(rollout, scores, rows, manifest.k, has_entropy=has_entropy)
+        check_scores(rollout, scores, rows, manifest.teacher_k, has_entropy=has_entropy)
         columns.append(to_columns(scores, manifest.top_p))
         logprobs = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
         check_storable(name_of(rollout), codec, columns[-1], *logprobs)

@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM in training: the first stops after the step, the second at once."""
+"""SIGINT and SIGTERM in training: the first stops after the step, the second at once.
+
+A signal that arrives in an evaluation of held-out sequences stops after it, without another step.
+"""
 
 import os
 import signal
@@ -61,6 +64,15 @@ class StopSignals(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop once any process has received a signal."""
-        self.agreed = max(self._gather(self.received))
-        if self.agreed:
+        if self.agree():
             control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As after a step, unless no step was made."""
+        if state.global_step:
+            self.on_step_end(args, state, control)
+
+    def agree(self) -> int:
+        """The number of the signal that stops all processes, 0 for none; all must call this."""
+        self.agreed = self.agreed or max(self._gather(self.received))
+        return self.agreed

@@ -17,6 +17,7 @@ import numpy as np
 
 from lopd.data.prompts import Prompt, check_prompts
 from lopd.engines.base import Sampling, score_rollouts, sequence_seed, to_rollout
+from lopd.engines.support import Support
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, ProvenanceError, ShardError
 from lopd.models.head import eval_mode
@@ -64,12 +65,6 @@ class Refresh:
                 "--refresh-every"
             )
         return Sampling(*values)
-
-    @property
-    def extra_ids(self) -> int:
-        """How many of the student's top ids every list of the cache gained."""
-        support = self.cache.manifest.scoring.support
-        return 0 if support is None else support.extra_ids
 
 
 def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> None:
@@ -218,17 +213,16 @@ class RefreshTrainer(LopdTrainer):
         scores = score_rollouts(
             self.teacher,
             rollouts,
-            manifest.k,
+            Support.of(manifest),
             temperature=manifest.temperature,
             student=self.student,
-            extra_ids=self.refresh.extra_ids,
-            eos_class=manifest.scoring.eos_class,
         )
         if self.teacher_vocab is not None:
             tokens = [rollout.tokens for rollout in rollouts]
-            used = np.unique(np.concatenate([*tokens, *(s.topk_ids.ravel() for s in scores)]))
+            listed = [ids for s in scores for ids in (s.topk_ids, s.extra_ids) if ids is not None]
+            used = np.unique(np.concatenate([*tokens, *map(np.ravel, listed)]))
             check_same_tokens(
-                self.student.tokenizer.get_vocab(), self.teacher_vocab, used, "teacher"
+                self.student.tokenizer.get_vocab(), self.teacher_vocab, used[used >= 0], "teacher"
             )
         return scores
 

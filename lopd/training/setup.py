@@ -61,8 +61,9 @@ def build_trainer(
     )
     if dataset.truncated and not config.drop_truncated and this_worker(None).index == 0:
         LOG.warning(
-            f"training data: {dataset.truncated} of {len(source)} answers were cut off at their "
-            "length limit; --drop-truncated leaves them out"
+            f"training data: {dataset.truncated} of {len(source)} answers "
+            f"({dataset.truncated / len(source):.0%}) were cut off at their length limit; "
+            "--drop-truncated leaves them out"
         )
     training_set: SequenceDataset | Subset = dataset
     holdout, monitored = None, isinstance(config, MonitoringOptions)

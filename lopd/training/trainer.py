@@ -316,15 +316,24 @@ class LopdTrainer(Trainer):
         if self.args.should_save:  # a run killed before it rotated may have nothing left to train
             with saving(self.args.output_dir):
                 self._rotate()
-        if signum := self.signals.agreed:
-            step, folder = self.state.global_step, self.args.output_dir
-            raise Interrupted(
-                signum,
-                f"{folder}: checkpoint-{step} is kept, step {step} of {self.state.max_steps}; "
-                "rerun the same command to continue",
-                orderly=True,
-            )
+        if signum := self.signals.agree():
+            self._stop(signum)
         return result
+
+    def _stop(self, signum: int) -> None:
+        """Raise Interrupted, unless the last step is done and only the result would keep it."""
+        out, step, steps = self.args.output_dir, self.state.global_step, self.state.max_steps
+        patience = 0 if self.holdout is None else self.holdout.patience
+        done, left = f"step {step} of {steps}", "continue"
+        if step >= steps or exhausted(self.state.log_history, patience):
+            if not (Path(out) / f"checkpoint-{step}").exists():
+                return
+            done, left = f"training is complete after {step} steps", "write the result"
+        raise Interrupted(
+            signum,
+            f"{out}: checkpoint-{step} is kept, {done}; rerun the same command to {left}",
+            orderly=True,
+        )
 
     def _check_weights(self) -> None:
         """Refuse weights that are not finite; all processes must call this."""

@@ -12,6 +12,7 @@ from lopd.config.device import resolve_device
 from lopd.config.inference import EngineOptions, parse_options
 from lopd.engines import load_engine
 from lopd.engines.base import Sampling, score_rollouts, sequence_seed
+from lopd.engines.support import Support
 from lopd.engines.transformers import TransformersEngine
 from lopd.engines.vllm import gpus_of
 from lopd.engines.vllm_output import (
@@ -230,12 +231,13 @@ class FixedIds:
 def test_the_students_ids_beyond_the_teachers_vocabulary_are_left_out():
     rollouts = make_rollouts(3)
     teacher, student = FixedIds(6), FixedIds(40)
-    scores = score_rollouts(teacher, rollouts, 2, temperature=0.5, student=student, extra_ids=8)
+    support = Support(2, extra_ids=8)
+    scores = score_rollouts(teacher, rollouts, support, temperature=0.5, student=student)
     assert len(scores) == 3 and student.asked == [(8, 0.5, None)]
     ((k, temperature, extra),) = teacher.asked
     assert (k, temperature) == (2, 0.5)
     assert all((ids == [0, 1, 2, 3, 4, 5, -1, -1]).all() for ids in extra)
-    score_rollouts(teacher, rollouts, 2, student=student)
+    score_rollouts(teacher, rollouts, Support(2), student=student)
     assert teacher.asked[-1] == (2, 1.0, None) and len(student.asked) == 1
 
 

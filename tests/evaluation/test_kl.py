@@ -10,10 +10,12 @@ from helpers_stages import COMMON, make_rollouts, one_line, score_argv
 
 from lopd.cli import main
 from lopd.config.evaluate import EvalConfig
-from lopd.data.prompts import Prompt
+from lopd.data.prompts import Prompt, load_prompts
+from lopd.data.rendering import PromptEncoder
 from lopd.engines.base import Sampling
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
+from lopd.evaluation.accuracy import generate_answers
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
 from lopd.provenance import declare
 from lopd.stages.evaluate import headline
@@ -238,3 +240,72 @@ def test_model_has_no_kl_to_itself(teacher_folder):
     prompts = [Prompt("a", [5, 6], None)]
     sampled = engine.generate([[5, 6]], Sampling(9), [1])
     assert abs(on_policy_kl(engine, engine, prompts, sampled, 8)["nats_per_token"]) < 1e-6
+
+
+def test_on_policy_kl_takes_a_class_of_ids_as_one_token(teacher_folder, student_folder):
+    teacher, student, merged = load(teacher_folder), load(student_folder), [3, 17, 40]
+    prompts = [Prompt(str(i), [5 + i, 6], None) for i in range(2)]
+    sampled = student.generate([p.tokens for p in prompts], Sampling(9), [1, 2])
+    result = on_policy_kl(student, teacher, prompts, sampled, teacher.vocab_size, (3, 17, 40))
+    apart = on_policy_kl(student, teacher, prompts, sampled, teacher.vocab_size)
+    others = [i for i in range(teacher.vocab_size) if i not in merged]
+    total, tokens = 0.0, 0
+    for prompt, answer in zip(prompts, sampled, strict=True):
+        ids = torch.tensor([[*prompt.tokens, *answer.tokens.tolist()]])
+        with torch.no_grad():
+            p, q = (
+                torch.softmax(engine.model(ids).logits[0, 1:-1].double(), -1)
+                for engine in (student, teacher)
+            )
+        p, q = (torch.cat([x[:, others], x[:, merged].sum(1, keepdim=True)], 1) for x in (p, q))
+        total += float((p * (p / q).log()).sum())
+        tokens += len(answer.tokens)
+    assert result["nats_per_token"] == pytest.approx(total / tokens, rel=1e-4)
+    assert result["exact"] and apart["nats_per_token"] > result["nats_per_token"] + 1e-4
+
+
+@pytest.mark.parametrize("source", ["flag", "cache", "model", "nowhere"])
+def test_eval_finds_the_class_of_ids_that_end_answers(
+    teacher_folder, student_folder, prompt_file, tmp_path, capsys, source
+):
+    """The value depends only on the class, not on where it comes from."""
+    teacher, model, cache = tmp_path / "teacher", student_folder, tmp_path / "cache"
+    shutil.copytree(teacher_folder, teacher)
+    config = json.loads((teacher / "generation_config.json").read_text())
+    (teacher / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [7]}))
+    argv = ["eval", "--teacher", teacher, "--prompts", prompt_file, "--out", tmp_path / "out"]
+    if source == "flag":
+        argv += ["--eos-class", "7,1"]
+    elif source != "nowhere":
+        (tmp_path / "more").mkdir()
+        rollouts = make_rollouts(student_folder, tmp_path / "more")
+        assert main(score_argv(teacher, rollouts, cache, "--eos-class", "1,7")) == 0
+    if source == "cache":
+        argv += ["--cache", cache]
+    elif source == "model":
+        model = tmp_path / "model"
+        train = ["distill", "--student", student_folder, "--cache", cache, "--out", model]
+        train += ["--learning-rate", 1e-12, "--max-steps", 1, "--save-every", 0, *COMMON]
+        assert main(list(map(str, train))) == 0
+    argv += ["--max-new-tokens", 4, "--num-samples", 1, "--model", model, *COMMON]
+    capsys.readouterr()
+    assert main(list(map(str, argv))) == 0
+    assert ("--eos-class 1,7 counts them as one" in capsys.readouterr().err) == (
+        source == "nowhere"
+    )
+    value = json.loads((tmp_path / "out/results.json").read_text())["kl"]["nats_per_token"]
+    engine = load(student_folder)
+    prompts = load_prompts(prompt_file, PromptEncoder(engine.tokenizer))
+    sampled = generate_answers(engine, prompts, Sampling(4), 1, 0)
+    merged = () if source == "nowhere" else (1, 7)
+    result = on_policy_kl(engine, load(teacher), prompts, sampled, 64, merged)
+    assert value == pytest.approx(result["nats_per_token"], rel=1e-5)
+
+
+def test_a_class_beyond_the_vocabulary_is_refused(
+    teacher_folder, student_folder, prompt_file, tmp_path, capsys
+):
+    argv = ["eval", "--teacher", teacher_folder, "--prompts", prompt_file, "--eos-class", "1,999"]
+    argv += ["--model", student_folder, "--out", tmp_path / "out", "--max-new-tokens", 4, *COMMON]
+    assert main(list(map(str, argv))) == 2
+    assert "eos_class: found 999; expected ids in" in one_line(capsys)

@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 from conftest import save_qwen3
 from helpers_stages import make_rollouts, score_argv
+from helpers_training import make_rollouts as tiny_rollouts
 
 from lopd.cli import main
 from lopd.config.inference import EngineOptions
 from lopd.engines.transformers import TransformersEngine
 from lopd.evaluation.noise_floor import (
     _bucket_kl,
+    _compare,
     _to_buckets,
     _with_extra_ids,
     measure_noise_floor,
 )
-from lopd.store import TeacherCache
+from lopd.store import TeacherCache, TeacherScores, scored_sequence
 
 
 def dense_signal(cache, student_folder):
@@ -88,3 +90,22 @@ def test_extra_ids_are_merged_without_duplicates(teacher_folder):
     ids, logprobs, tail = _with_extra_ids(score)
     mass = np.where(ids >= 0, np.exp(logprobs.astype(float)), 0).sum(1) + np.exp(tail.astype(float))
     np.testing.assert_allclose(mass, 1, atol=1e-5)
+
+
+def test_ids_of_a_class_share_a_bucket():
+    """In which stored, rescored and the student's distribution are the same."""
+    rollout = tiny_rollouts(1, vocab=9)[0]
+    rows = len(rollout.rollout_logprobs)
+
+    def scores(p):
+        ids, logprobs = np.tile([3, 5, 7], (rows, 1)), np.tile(np.log(p), (rows, 1))
+        tail, column = np.full(rows, np.log(1 - sum(p))), np.zeros(rows)
+        return TeacherScores(column, column, ids, logprobs, tail)
+
+    item = scored_sequence(rollout, scores([0.4, 0.2, 0.3]), support="list")
+    teacher, student = [scores([0.4, 0.3, 0.2])], [scores([0.4, 0.1, 0.4])]
+    apart = _compare([item], teacher, student, 9, True)
+    assert apart.noise > 0.01 and apart.signal > 0.01
+    assert apart.coverage == 1
+    merged = _compare([item], teacher, student, 9, True, (5, 7))
+    assert abs(merged.noise) < 1e-7 and abs(merged.signal) < 1e-7

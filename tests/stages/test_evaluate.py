@@ -160,3 +160,22 @@ def test_a_full_disk_is_named_with_the_folder(student_folder, prompt_file, tmp_p
     monkeypatch.setattr(evaluate, "write_atomic", full)
     with pytest.raises(ShardError, match=f"{out}: not written .No space left on device.; fix this"):
         main(settings(model=str(student_folder), prompts=str(prompt_file), out=str(out)))
+
+
+@pytest.mark.parametrize("judge", ["exact", "math"])
+def test_answers_that_cannot_be_graded_are_left_out_on_request(
+    student_folder, write_jsonl, tmp_path, capsys, judge
+):
+    bad = "" if judge == "math" else "5 # 6"
+    records = [{"prompt": "the cat", "answer": answer} for answer in ("1", bad, "2")]
+    path = write_jsonl([{**record, "id": str(i)} for i, record in enumerate(records)])
+    changes = {"model": str(student_folder), "prompts": str(path), "judge": judge}
+    with pytest.raises(DataError, match="prompt '1': .*--skip-bad-records leaves such records out"):
+        main(settings(**changes, out=str(tmp_path / "e")))
+    out = main(settings(**changes, out=str(tmp_path / "e"), skip_bad_records=True))
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert {answer["id"] for answer in answers} == {"0", "2"}
+    assert "left out 1 of 3 records\n  prompt '1'" in capsys.readouterr().err
+    path = write_jsonl([records[1]])
+    with pytest.raises(DataError, match="no prompt is left; prompt '"):
+        main(settings(**changes | {"prompts": str(path)}, skip_bad_records=True))

@@ -95,7 +95,7 @@ def test_an_imported_cache_trains_and_says_what_it_does_not_know(
         "tail": "derived",
         "entropy": "derived",
         "rollout_logprobs": "absent",
-        "support": {"ids": "as imported", "extra_ids": 0},
+        "support": {"ids": "as imported", "list_of": "teacher", "extra_ids": 0},
     }
     assert manifest["plan"]["shards"] == [2, 1]
     assert distill(student, cache, tmp_path / "kl") == 0
@@ -409,3 +409,31 @@ def test_rollouts_are_not_mistaken_for_a_store(student, teacher_folder, dumped, 
     assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
     with pytest.raises(ConfigError, match="holds 'cache', expected 'rollouts'"):
         RolloutStore.open(tmp_path / "cache")
+
+
+def test_lists_of_the_students_ids_are_imported_as_such(
+    student, teacher_folder, dumped, tmp_path, capsys
+):
+    """The sampled token is more probable to the teacher than ids that the student listed."""
+    records = []
+    for prompt, answer, scores in dumped:
+        full = scores.topk_ids, scores.topk_logprobs, answer
+        lists = [
+            {str(i): float(lp) for i, lp in zip(*row, strict=True) if i != token}
+            for *row, token in zip(*full, strict=True)
+        ]
+        record = {"prompt_token_ids": prompt, "response_token_ids": answer, "logprobs": lists}
+        records.append(record | {"teacher_logprobs": scores.teacher_logprobs.tolist()})
+    lists = records[0]["logprobs"]
+    token = min(lists[0], key=lists[0].get)
+    lists[0] = {token: lists[0][token] - 20}
+    source, cache = write(tmp_path / "dump.jsonl", records), tmp_path / "cache"
+    assert run(source, "topk", student, teacher_folder, cache) == 2
+    assert "the smallest of its list, which lacks it" in capsys.readouterr().err
+    assert run(source, "topk", student, teacher_folder, cache, "--support", "student") == 0
+    manifest = read_manifest(cache, kind="cache")
+    assert manifest.scoring.list_of == "student" and manifest.teacher_k == 0
+    first = next(iter(TeacherCache.open(cache, support="list")))
+    assert first.topk_ids[0][first.topk_ids[0] >= 0].tolist() == [int(token)]
+    assert distill(student, cache, tmp_path / "kl") == 0
+    assert distill(student, cache, tmp_path / "fkl", "--objective", "forward_kl") == 2

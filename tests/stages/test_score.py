@@ -93,7 +93,8 @@ def test_one_worker_of_two_writes_all_shards_if_the_other_is_absent(
 def test_the_manifest_says_where_tail_entropy_and_list_come_from(cache):
     manifest = TeacherCache.open(cache).manifest
     scoring = dict(manifest.raw["scoring"])
-    assert scoring.pop("support") == {"ids": "teacher's top k", "extra_ids": 0}
+    support = {"ids": "teacher's top k", "list_of": "teacher", "extra_ids": 0}
+    assert scoring.pop("support") == support
     assert scoring == {"tail": "computed", "entropy": "computed", "rollout_logprobs": "computed"}
 
 
@@ -198,8 +199,9 @@ def test_extra_ids_of_another_student_are_refused(teacher_folder, rollouts, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"extra_ids": 3}, "expected a positive number and the student"),
-        ({"student": "s"}, "expected a positive number and the student"),
+        ({"student": "s"}, "student: found 's', which has no effect"),
+        ({"extra_ids": 3, "support": "student"}, "extra_ids: found 3, which has no effect"),
+        ({"support": "both"}, "expected one of teacher, student, union"),
         ({"engine": "vllm", "temperature": 0.5}, "vllm scores at temperature 1"),
         ({"engine": "vllm", "extra_ids": 2, "student": "s"}, "without extra_ids"),
     ],

@@ -116,13 +116,18 @@ def test_sampling_elsewhere_than_at_temperature_1_keeps_both_logprobs(tuned, pro
     assert np.abs(item.rollout_logprobs - item.rollout_logprobs_raw).max() > 1e-3
 
 
-def test_lost_shards_are_made_again_byte_for_byte(tuned, prompts, rollouts, tmp_path):
+def test_lost_shards_are_made_again_byte_for_byte(tuned, prompts, rollouts, tmp_path, capsys):
     copy = tmp_path / "rollouts"
     shutil.copytree(rollouts, copy)
     (copy / "shard-00001.json").unlink()
     (copy / "shard-00003.safetensors").write_bytes(b"torn")
-    assert roll_out(tuned, prompts, copy) == 0
+    capsys.readouterr()
+    assert roll_out(tuned, prompts, copy, "--quiet") == 0
     assert shard_bytes(copy) == shard_bytes(rollouts)
+    cut = RolloutStore.open(copy).summary()["finish_reasons"]["length"]
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "cut off" in line)
+    assert cut > 2  # a share that --quiet does not hide
+    assert f"{cut} answers ({cut / 20:.0%}) were cut off at max_new_tokens 8" in line
 
 
 def test_another_recipe_is_not_mixed_in(tuned, prompts, rollouts, tmp_path, capsys):

@@ -80,6 +80,21 @@ def rising(rollout, scores):
     return rollout, dataclasses.replace(scores, **flipped)
 
 
+def as_extra(rollout, scores):
+    """A list that is not the teacher's own: its ids are extra ids, in any order."""
+    rollout.tokens[3:] = scores.topk_ids[:, 0]
+    return rollout, dataclasses.replace(
+        scores,
+        teacher_logprobs=scores.topk_logprobs[:, 0],
+        topk_ids=scores.topk_ids[:, :0],
+        topk_logprobs=scores.topk_logprobs[:, :0],
+        tail_logprobs=np.zeros_like(scores.tail_logprobs),
+        extra_ids=scores.topk_ids[:, ::-1],
+        extra_logprobs=scores.topk_logprobs[:, ::-1],
+        extra_tail_logprobs=scores.tail_logprobs,
+    )
+
+
 BAD_SCORES = {
     "nan list": (
         spoil("topk_logprobs", (2, 5), np.nan),
@@ -98,7 +113,7 @@ BAD_SCORES = {
     "token beyond": (out_of_vocabulary, r"token 5 has id 40"),
     "mass above one": (overfull, r"mass of list and tail .*expected 1"),
     "mass below one": (lost_mass, r"mass of list and tail"),
-    "off by one": (shifted, r"teacher_logprobs of response token .*entry in topk_logprobs"),
+    "off by one": (shifted, r"teacher_logprobs of response token .*entry in its list"),
     "above the tail": (above_tail, r"teacher_logprobs of .* at most the tail"),
     "lengths": (one_row_short, r"topk_ids is int32 \[5, 8\], expected integers \[6, 8\]"),
     "rising": (rising, r"topk_logprobs of response token 0 .*descending"),
@@ -205,3 +220,22 @@ def test_a_folder_that_cannot_be_written_is_refused_and_unlocked(tmp_path, monke
         with pytest.raises(LopdError, match=r"cannot be made or written \(Permission denied\)"):
             RolloutWriter.create(tmp_path, make_manifest("rollouts"))
     RolloutWriter.create(tmp_path, make_manifest("rollouts")).close()
+
+
+STUDENTS = {"ids": "student's top k", "list_of": "student"}
+BAD_LISTS = {
+    "off by one": ({"teacher_logprobs": (1, 0)}, r"teacher_logprobs of .*entry in its list"),
+    "lost mass": ({"extra_tail_logprobs": (0, -0.5)}, r"mass of list, extra ids and tail"),
+}
+
+
+@pytest.mark.parametrize("shift, message", BAD_LISTS.values(), ids=BAD_LISTS)
+def test_a_students_list_is_checked_as_the_teachers_is(tmp_path, shift, message):
+    manifest = make_manifest(plan=[1], scoring={"support": STUDENTS})
+    rollout, scores = as_extra(*make_pair(1)[:2])
+    ((field, (places, offset)),) = shift.items()
+    wrong = np.minimum(np.roll(getattr(scores, field), places) + offset, 0)
+    with CacheWriter.create(tmp_path, manifest) as writer:
+        with pytest.raises(DataError, match=message):
+            writer.write(0, [(rollout, dataclasses.replace(scores, **{field: wrong}))])
+        writer.write(0, [(rollout, scores)])

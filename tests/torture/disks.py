@@ -19,9 +19,9 @@ class Disks:
     """Attacks on the disk under a stage's output folder."""
 
     def __init__(self, pipeline: Pipeline, table: Table, seed: int) -> None:
-        self.pipeline, self.table, self.rng = pipeline, table, random.Random(seed)
+        self.pipeline, self.table, self.seed = pipeline, table, seed
         self.mount = pipeline.root / "disk"
-        self.stages = list(pipeline.stages.values())
+        self.stages = [stage for stage in pipeline.order if not stage.in_place]
         self.expected = {stage.name: contents(stage.out) for stage in self.stages}
         self.may_mount = self._may_mount()
         if not self.may_mount:
@@ -33,7 +33,7 @@ class Disks:
         if not self.may_mount:
             return
         stage = self.stages[number % len(self.stages)]
-        size = self.rng.randrange(4096, max(8192, _bytes(stage.out)))
+        size = self._rng(FULL, number).randrange(4096, max(8192, _bytes(stage.out)))
         self._mount(f"size={size}")
         try:
             end = harness.run(stage.argv(self.mount / "out"))
@@ -47,7 +47,7 @@ class Disks:
         """No file may grow beyond a random size, then any may."""
         stage = self.stages[number % len(self.stages)]
         largest = max(path.stat().st_size for path in stage.out.rglob("*") if path.is_file())
-        size = int(2 ** self.rng.uniform(5, largest.bit_length()))
+        size = int(2 ** self._rng(QUOTA, number).uniform(5, largest.bit_length()))
         out = self.pipeline.root / "attacked"
         clear(out)
         end = harness.run(stage.argv(out), harness.file_size_limit(size))
@@ -61,7 +61,8 @@ class Disks:
         self._mount("size=64m")
         try:
             out = self.mount / "out"
-            seconds = self.rng.uniform(0, self.pipeline.seconds[stage.name])
+            latest = self.pipeline.seconds[stage.name]
+            seconds = self._rng(READ_ONLY, number).uniform(0, latest)
             harness.run(stage.argv(out), harness.Fault("kill", seconds=seconds))
             self._mount("remount,ro")
             end = harness.run(stage.argv(out))
@@ -70,6 +71,9 @@ class Disks:
             self._finish(READ_ONLY, stage, unexpected(end, REFUSED), detail, out)
         finally:
             self._unmount()
+
+    def _rng(self, fault: str, number: int) -> random.Random:
+        return random.Random(f"{self.seed} {fault} {number}")
 
     def _finish(self, fault: str, stage: Stage, problem: str, detail: str, out: Path) -> None:
         end = harness.run(stage.argv(out))

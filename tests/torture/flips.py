@@ -25,19 +25,20 @@ class Flips:
     """One flipped bit; then the next stage and `lopd verify` run."""
 
     def __init__(self, pipeline: Pipeline, table: Table, seed: int) -> None:
-        self.pipeline, self.table, self.rng = pipeline, table, random.Random(seed)
+        self.pipeline, self.table, self.seed = pipeline, table, seed
         self.copy, self.out = pipeline.root / "damaged", pipeline.root / "attacked"
         self.expected = {name: contents(stage.out) for name, stage in pipeline.stages.items()}
 
     def flip_artefact(self, number: int) -> None:
         """A bit of an artefact: the next stage or `lopd verify` refuses, or nothing changes."""
+        rng = random.Random(f"{self.seed} flip_artefact {number}")
         name = list(READERS)[number % len(READERS)]
         source = self.pipeline.stages[name].out
         clear(self.copy)
         shutil.copytree(source, self.copy, ignore=shutil.ignore_patterns("checkpoint-*"))
         files = [p for p in sorted(self.copy.rglob("*")) if p.is_file() and p.name not in SKIPPED]
-        file = self.rng.choice(files)
-        detail = self._flip(file)
+        file = rng.choice(files)
+        detail = _flip(rng, file)
         checked = harness.run(["verify", "--path", self.copy])
         reader, flag = READERS[name]
         clear(self.out)
@@ -50,6 +51,7 @@ class Flips:
 
     def flip_checkpoint(self, number: int) -> None:
         """A bit of a killed run's checkpoint: the run goes on as if uninterrupted, or refuses."""
+        rng = random.Random(f"{self.seed} flip_checkpoint {number}")
         name = ("sft", "distill", "distill LoRA", "distill keep_best")[number % 4]
         stage = self.pipeline.stages[name]
         clear(self.out)
@@ -64,8 +66,8 @@ class Flips:
         # everything that it holds is used.
         shutil.rmtree(self.out / f"checkpoint-{last}")
         files = [p for p in files if p.exists()]
-        file = self.rng.choice(files)
-        detail = self._flip(file)
+        file = rng.choice(files)
+        detail = _flip(rng, file)
         end = harness.run(stage.argv(self.out))
         problem = unexpected(end, CODES)
         if not problem and end.code == 0:
@@ -80,15 +82,6 @@ class Flips:
         argv[argv.index(flag) + 1] = folder
         return argv
 
-    def _flip(self, file: Path) -> str:
-        data = bytearray(file.read_bytes())
-        if not data:
-            return f"{file.name} is empty"
-        place, bit = self.rng.randrange(len(data)), self.rng.randrange(8)
-        data[place] ^= 1 << bit
-        file.write_bytes(data)
-        return f"{file.name} byte {place} bit {bit}"
-
 
 def _kind(file: Path) -> str:
     if file.name.startswith("shard-"):
@@ -96,3 +89,13 @@ def _kind(file: Path) -> str:
     if file.suffix == ".safetensors":
         return "weights"
     return file.name
+
+
+def _flip(rng: random.Random, file: Path) -> str:
+    data = bytearray(file.read_bytes())
+    if not data:
+        return f"{file.name} is empty"
+    place, bit = rng.randrange(len(data)), rng.randrange(8)
+    data[place] ^= 1 << bit
+    file.write_bytes(data)
+    return f"{file.name} byte {place} bit {bit}"

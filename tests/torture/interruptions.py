@@ -7,29 +7,33 @@ from pathlib import Path
 from torture import harness
 from torture.harness import Fault, Outcome
 from torture.pipeline import Pipeline, Stage, clear, contents, differences
+from torture.rows import KILL
 from torture.table import Table
 
 WORKERS = ("sft-data", "rollout", "score", "score compact")  # stages that several processes share
 
 
 class Interruptions:
-    """Attacks on the stages of a pipeline, chosen by a seeded generator."""
+    """Attacks on the commands of a pipeline. Each is chosen by its seed and number alone."""
 
     def __init__(self, pipeline: Pipeline, table: Table, seed: int) -> None:
-        self.pipeline, self.table, self.rng = pipeline, table, random.Random(seed)
+        self.pipeline, self.table, self.seed = pipeline, table, seed
+        self.rng = random.Random(seed)
         self.out = pipeline.root / "attacked"
-        self.stages = list(pipeline.stages.values())
+        self.stages = pipeline.order
         self.expected = {stage.name: contents(stage.out) for stage in self.stages}
         self._changes: dict[str, int] = {}
 
     def kill(self, number: int) -> None:
         """Kill a stage once, or twice in a row, and run it again."""
+        self._begin("kill", number)
         stage = self.stages[number % len(self.stages)]
         faults = [self._any_kill(stage) for _ in range(self.rng.choice((1, 1, 2)))]
-        self._interrupt("SIGKILL at a random moment", stage, faults, codes={-9})
+        self._interrupt(KILL, stage, faults, codes={-9})
 
     def ask_to_stop(self, number: int) -> None:
         """SIGTERM or SIGINT in the middle of a stage."""
+        self._begin("ask_to_stop", number)
         stage = self.stages[number // 2 % len(self.stages)]
         name, number, codes = (
             ("SIGTERM", signal.SIGTERM, {143, -15}),
@@ -41,6 +45,7 @@ class Interruptions:
 
     def lose_workers(self, number: int) -> None:
         """Three workers on one folder, one or two of which are killed."""
+        self._begin("lose_workers", number)
         stage = self.pipeline.stages[WORKERS[number % len(WORKERS)]]
         doomed = self.rng.sample(range(3), self.rng.choice((1, 2)))
         faults = [self._any_kill(stage) if worker in doomed else None for worker in range(3)]
@@ -56,6 +61,7 @@ class Interruptions:
 
     def share_a_folder(self, number: int) -> None:
         """The same command twice at the same time: one works, the other is refused or done."""
+        self._begin("share_a_folder", number)
         stage = self.stages[number % len(self.stages)]
         clear(self.out)
         first = harness.start(stage.argv(self.out))
@@ -68,6 +74,9 @@ class Interruptions:
         if not problem and all(end.code for end in ends):
             problem = "neither finished"
         self._finish("two processes on one folder", stage, problem, f"{delay:.3f} s apart")
+
+    def _begin(self, attack: str, number: int) -> None:
+        self.rng = random.Random(f"{self.seed} {attack} {number}")
 
     def _any_kill(self, stage: Stage) -> Fault:
         if self.rng.random() < 0.5:

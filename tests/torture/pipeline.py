@@ -1,9 +1,9 @@
-"""The stages under attack, at toy scale: their commands, inputs, and uninterrupted results."""
+"""The commands under attack, at toy scale: their inputs, and uninterrupted results."""
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,39 +19,57 @@ from lopd.store import TeacherCache
 
 COMMON = ("--dtype", "float32", "--device", "cpu")
 TRAIN = ("--max-steps", 6, "--batch-size", 2, "--learning-rate", "1e-3", "--save-every", 2)
+UNSEEN = ("checkpoint-", "torn-", ".lock", ".start.lock")  # not part of a result
 # What differs between two runs of the same command: when and where they ran, and how fast.
 TIMED = {"tokens_per_second", "seconds", "created", "environment", "path", "config", "mfu"}
 
 
+# A recipe for `lopd run`; JSON is YAML.
+RECIPE: dict[str, dict[str, object]] = {
+    "sft-data": {"max_new_tokens": 8, "shard_size": 6},
+    "sft": {"max_steps": 2, "batch_size": 2, "save_every": 1},
+    "rollout": {"max_new_tokens": 8, "shard_size": 6},
+    "score": {"k": 6},
+    "distill": {"max_steps": 2, "batch_size": 2, "save_every": 1},
+    "eval": {"max_new_tokens": 6, "num_samples": 1},
+}
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One command; `argv(out)` writes into `out`."""
+    """One command; `argv(out)` writes into `out`, or makes what the command changes there."""
 
     name: str
-    words: tuple[object, ...]
+    argv: Callable[[Path], list[object]]
     out: Path  # the uninterrupted result
-
-    def argv(self, out: Path) -> list[object]:
-        return [*self.words, "--out", out]
+    share: int = 4  # of the attacks; less for what takes long
+    in_place: bool = False  # the command adds to a folder that is there
 
 
 class Pipeline:
-    """Models, prompts and one uninterrupted run of every stage, below `root`."""
+    """Models, prompts and one uninterrupted run of every command, below `root`.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        whole: include `lopd run` and `lopd demo`, which take as long as all others.
+    """
+
+    def __init__(self, root: Path, *, whole: bool = True) -> None:
         self.root = root
         self.seconds: dict[str, float] = {}
         self._make_inputs()
         self.stages = {stage.name: stage for stage in self._stages()}
+        if whole:
+            self.stages |= {stage.name: stage for stage in self._whole()}
         for stage in self.stages.values():
             if stage.name == "import":
                 _dump(root / "score", root / "dump.jsonl")
             done = harness.run(stage.argv(stage.out))
             assert done.code == 0, done.text
             self.seconds[stage.name] = done.seconds
-
-    def reference(self, name: str) -> dict[str, str]:
-        return contents(self.stages[name].out)
+        most = max(stage.share for stage in self.stages.values())
+        self.order = [
+            stage for turn in range(most) for stage in self.stages.values() if stage.share > turn
+        ]
 
     def _make_inputs(self) -> None:
         teacher, student = self.root / "teacher", self.root / "student"
@@ -70,24 +88,75 @@ class Pipeline:
         score = ("score", *teacher, "--rollouts", root / "rollout", "--k", 6, *COMMON)
         distill = ("distill", "--student", sft, "--cache", root / "score", *TRAIN, *COMMON)
         model = ("--model", root / "student", "--data", root / "sft-data")
-        dump = ("--source", root / "dump.jsonl", "--format", "topk", "--shard-size", 3)
+        dump = ("--source", root / "dump.jsonl", "--shard-size", 3, "--student", sft)
         evaluate = ("eval", "--model", root / "distill", *prompts, "--max-new-tokens", 6)
+        best = (*distill, "--holdout", 0.3, "--eval-steps", 2, "--keep-best")
+        commands: dict[str, tuple[object, ...]] = {
+            "sft-data": ("sft-data", *teacher, *sample),
+            "sft": ("sft", *model, *TRAIN, *COMMON),
+            "rollout": ("rollout", "--student", sft, *sample),
+            "score": score,
+            "score compact": (*score, "--codec", "compact"),
+            "import": ("import", *dump, "--format", "topk", *teacher),
+            "import rollouts": ("import", *dump, "--format", "rollouts"),
+            "distill": distill,
+            "distill keep_best": best,
+            "distill LoRA": (*distill, "--lora-rank", 2),
+            "eval": (*evaluate, *teacher, "--num-samples", 2, *COMMON),
+        }
         return [
-            Stage("sft-data", ("sft-data", *teacher, *sample), root / "sft-data"),
-            Stage("sft", ("sft", *model, *TRAIN, *COMMON), sft),
-            Stage("rollout", ("rollout", "--student", sft, *sample), root / "rollout"),
-            Stage("score", score, root / "score"),
-            Stage("score compact", (*score, "--codec", "compact"), root / "score-compact"),
-            Stage("import", ("import", *dump, *teacher, "--student", sft), root / "import"),
-            Stage("distill", distill, root / "distill"),
-            Stage(
-                "distill keep_best",
-                (*distill, "--holdout", 0.3, "--eval-steps", 2, "--keep-best"),
-                root / "distill-best",
+            *(
+                Stage(name, _out(*words), root / name.replace(" ", "-"))
+                for name, words in commands.items()
             ),
-            Stage("distill LoRA", (*distill, "--lora-rank", 2), root / "distill-lora"),
-            Stage("eval", (*evaluate, *teacher, "--num-samples", 2, *COMMON), root / "eval"),
+            Stage("declare", self._declare, root / "declare", 2, in_place=True),
+            Stage("report", self._report, root / "report", 2),
         ]
+
+    def _whole(self) -> list[Stage]:
+        _shrink_demo()
+        return [
+            Stage("run", self._run, self.root / "run", 2),
+            Stage("demo", _out("demo"), self.root / "demo", 1),
+        ]
+
+    def _declare(self, out: Path) -> list[object]:
+        if not out.exists():
+            shutil.copytree(self.root / "student", out)
+        return ["declare", "--model", out, "--teacher", self.root / "teacher"]
+
+    def _report(self, out: Path) -> list[object]:
+        page, evaluation = out / "report.html", self.root / "eval"
+        return ["report", self.root / "distill", "--evals", evaluation, "--out", page, *COMMON]
+
+    def _run(self, out: Path) -> list[object]:
+        root, prompts = self.root, {"prompts": str(self.root / "prompts.jsonl")}
+        stages = {
+            name: settings | (prompts if name in ("sft-data", "rollout", "eval") else {})
+            for name, settings in RECIPE.items()
+        }
+        recipe = {
+            **{"out": str(out), "teacher": str(root / "teacher"), "device": "cpu"},
+            **{"student": str(root / "student"), "dtype": "float32", "stages": stages},
+        }
+        file = root / f"run-{out.name}.yaml"
+        file.write_text(json.dumps(recipe))
+        return ["run", file]
+
+
+def _out(*words: object) -> Callable[[Path], list[object]]:
+    return lambda out: [*words, "--out", out]
+
+
+def _shrink_demo() -> None:
+    """Give the demo a few prompts and steps, in this process and its forks."""
+    from lopd.stages import demo
+
+    demo.PROMPTS.update(eval=6, demonstrations=8, sft=6, opd=6)
+    demo.SFT_STEPS.update(teacher=2, student=2)
+    demo.OPD_SETTINGS.update(max_steps=2)
+    for settings in (demo.SFT_SETTINGS, demo.OPD_SETTINGS):
+        settings.update(batch_size=4, warmup_steps=0)
 
 
 def _dump(cache: Path, file: Path) -> None:
@@ -123,19 +192,14 @@ def _in_fork(make) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a result, by name, without what differs between equal runs.
-
-    Checkpoints and locks are left out: they serve the run and are not part of its result.
-    """
+    """sha256 of every file of a result, by name, without what differs between equal runs."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_dir() or name.parts[0].startswith(
-            ("checkpoint-", "torn-", ".lock", ".start.lock")
-        ):
+        if path.is_dir() or any(part.startswith(UNSEEN) for part in name.parts):
             continue
         data = path.read_bytes()
-        if name.name in ("manifest.json", "recipe.json", "results.json"):
+        if name.name in ("manifest.json", "recipe.json", "results.json", "progress.json"):
             value = json.loads(data)
             value.pop(DIGEST, None)  # of a manifest, times included
             data = _canonical(without_keys(value, TIMED | NOT_RECIPE))

@@ -9,6 +9,7 @@ import torch
 from helpers_cache import make_manifest, write_cache
 from helpers_training import make_rollouts, make_scored
 
+from lopd.config.prompts import PromptOptions
 from lopd.data.demonstrations import load_demonstrations
 from lopd.data.rendering import PromptEncoder
 from lopd.errors import ConfigError, DataError, MissingFileError, ModelError
@@ -229,6 +230,17 @@ def test_a_line_without_an_answer_is_named(tmp_path, record):
     path = write(tmp_path / "sft.jsonl", {"prompt": "1+1=", "completion": "2"}, record)
     with pytest.raises(DataError, match=r"sft\.jsonl:2: found no answer"):
         load_demonstrations(path, PromptEncoder(toy.build_tokenizer()))
+
+
+def test_a_blank_answer_is_refused_or_left_out(tmp_path, capsys):
+    blank = [{"prompt": "1+1=", "completion": text} for text in (" ", "\n\t")]
+    path = write(tmp_path / "sft.jsonl", {"prompt": "1+1=", "completion": "2"}, *blank)
+    with pytest.raises(DataError, match=r"sft\.jsonl:2: the answer is blank.*--skip-bad-records"):
+        load_demonstrations(path, PromptEncoder(toy.build_tokenizer()))
+    options = PromptOptions(skip_bad_records=True)
+    (found,) = load_demonstrations(path, PromptEncoder(toy.build_tokenizer(), options))
+    assert found.prompt_id == f"{path}:1"
+    assert "left out 2 of 3 records" in capsys.readouterr().err
 
 
 def test_jsonl_errors(tmp_path):

@@ -187,7 +187,7 @@ def fake_kl(monkeypatch, values):
     """Evaluations at steps 1, 2, ... return these values."""
 
     def fake(model, holdout, collate, batch_size, step_number, **processes):
-        return values[step_number - 1]
+        return {"holdout_kl": values[step_number - 1]}
 
     monkeypatch.setattr("lopd.training.trainer.holdout_kl", fake)
 

@@ -1,7 +1,6 @@
 """SIGINT and SIGTERM in training: what is kept, exit codes, and the continued run."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -89,11 +88,57 @@ def test_a_signal_in_the_last_step_leaves_only_the_export(pipeline, tmp_path, mo
     with monkeypatch.context() as patch:
         signalled(patch, signal.SIGTERM, at=5)
         assert main(["distill", *flags(pipeline, tmp_path)]) == 143
-    assert "checkpoint-5 is kept, step 5 of 5" in capfd.readouterr().err
+    errors = capfd.readouterr().err
+    assert "checkpoint-5 is kept, training is complete after 5 steps; rerun the same" in errors
+    assert "to write the result" in errors
     steps = []
     monkeypatch.setattr(LopdTrainer, "training_step", lambda *args: steps.append(args))
     assert main(["distill", *flags(pipeline, tmp_path)]) == 0
     assert not steps
+
+
+def evaluating_at(monkeypatch, step, number):
+    """Send a signal to this process within the evaluation after a step."""
+    evaluate = LopdTrainer.evaluate
+
+    def terminated(self, *args, **kwargs):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), number)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(LopdTrainer, "evaluate", terminated)
+
+
+HELD_OUT = {"holdout": 3, "eval_steps": 2}
+
+
+def test_a_signal_in_an_evaluation_stops_without_another_step(
+    pipeline, tmp_path, monkeypatch, capfd
+):
+    evaluating_at(monkeypatch, 2, signal.SIGTERM)
+    assert main(["distill", *flags(pipeline, tmp_path, **HELD_OUT)]) == 143
+    assert "checkpoint-2 is kept, step 2 of 5; rerun" in capfd.readouterr().err
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(("save_every", "code"), [(3, 143), (0, 0)])
+def test_a_signal_after_the_last_step_loses_nothing(
+    pipeline, tmp_path, monkeypatch, capfd, save_every, code
+):
+    # Without checkpoints only the result keeps the steps, so it is written.
+    from lopd.training import trainer
+
+    check = LopdTrainer._check_weights
+
+    def terminated(self):
+        if self.state.global_step == 5 and not self.signals.received:
+            self.signals._handle(signal.SIGTERM, None)
+        check(self)
+
+    monkeypatch.setattr(trainer.LopdTrainer, "_check_weights", terminated)
+    assert main(["distill", *flags(pipeline, tmp_path, save_every=save_every)]) == code
+    assert ("training is complete" in capfd.readouterr().err) == (code == 143)
+    assert (tmp_path / "manifest.json").exists() == (code == 0)
 
 
 def test_sigterm_elsewhere_says_that_finished_parts_are_kept(
@@ -104,7 +149,8 @@ def test_sigterm_elsewhere_says_that_finished_parts_are_kept(
 
     monkeypatch.setattr(distill, "open_cache", terminated)
     assert main(["distill", *flags(pipeline, tmp_path)]) == 143
-    assert re.search("interrupted; what was finished .* is kept; rerun", capsys.readouterr().err)
+    kept = "interrupted; the last checkpoint, if one was saved, is kept; rerun"
+    assert kept in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -81,6 +81,8 @@ SAMPLING: dict[str, Any] = {
 }
 TOP_K = 8
 EVAL_PROMPTS = 1024
+PROMPTS = {"eval": EVAL_PROMPTS, "demonstrations": 38400, "sft": 4000, "opd": 8000}
+SFT_STEPS = {"teacher": 600, "student": 430}
 # Seconds of each stage in benchmarks/results/demo_seeds.jsonl, for the time that is left.
 COSTS = {
     "teacher": 29,
@@ -184,9 +186,7 @@ class Demo:
                 toy.sample_prompts(count, 1000 * seed + number, exclude=seen),
                 completions=name == "demonstrations",
             )
-            for number, (name, count) in enumerate(
-                {"eval": EVAL_PROMPTS, "demonstrations": 38400, "sft": 4000, "opd": 8000}.items()
-            )
+            for number, (name, count) in enumerate(PROMPTS.items())
         }
         for number, (name, size) in enumerate(
             {"teacher-init": toy.TEACHER_SIZE, "student-init": toy.STUDENT_SIZE}.items()
@@ -202,13 +202,17 @@ class Demo:
         """All stages, in order."""
         demonstrations = str(self.prompts["demonstrations"])
         sampled: dict[str, Any] = {"objective": "policy_gradient"}
-        teacher = {"model": self.path("teacher-init"), "data": demonstrations, "max_steps": 600}
+        teacher = {"model": self.path("teacher-init"), "data": demonstrations}
         student = {"model": self.path("student-init"), "data": self.path("sft-data")}
         more = {"model": self.path("sft"), "data": self.path("more-data")}
         stages = [
-            self._training("teacher", "teacher", **teacher, **SFT_SETTINGS),
+            self._training(
+                "teacher", "teacher", **teacher, max_steps=SFT_STEPS["teacher"], **SFT_SETTINGS
+            ),
             self._answers("teacher's answers", "sft-data", "sft"),
-            self._training(FINE_TUNED, "sft", **student, max_steps=430, **SFT_SETTINGS),
+            self._training(
+                FINE_TUNED, "sft", **student, max_steps=SFT_STEPS["student"], **SFT_SETTINGS
+            ),
             self._rollouts("student's rollouts", "rollouts"),
             self._scores("teacher's scores", "cache"),
             self._distillation(DISTILLED, "distill"),
