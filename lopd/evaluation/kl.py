@@ -21,6 +21,7 @@ from lopd.provenance import load_vocab, tokenizer_digest
 from lopd.provenance.gate import check_same_tokens
 from lopd.store import TeacherCache, scored_sequence
 from lopd.training.batch import Collator, SequenceDataset, to_device
+from lopd.training.metrics import OF_TEACHER
 from lopd.training.step import step
 
 
@@ -31,7 +32,7 @@ def on_policy_kl(
     sampled: list[Generation],
     k: int,
     eos_class: tuple[int, ...] = (),
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """KL(student || teacher) on the student's own samples.
 
     Args:
@@ -94,7 +95,7 @@ def open_cache(path: str | Path, model: str | Path, student: TransformersEngine)
     return cache
 
 
-def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, float]:
+def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, Any]:
     """KL(student || stored teacher) over all loss tokens of a cache, at the cache's temperature.
 
     The buckets are those of training: the stored list with the sampled token, and all other ids.
@@ -122,14 +123,15 @@ def reverse_kl(
     student: TransformersEngine,
     batches: Iterable[Sequence[Any]],
     objective: Objective = Objective("reverse_kl"),  # noqa: B008 (it is frozen)
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Mean reverse KL over the loss tokens of batches of scored sequences.
 
     Returns:
         `nats_per_token`, `tokens`, and `outside_lists`, the mean share of the model's probability
-        outside the lists. These ids count as one, so the value is at most the KL over all ids.
+        outside the lists. These ids count as one, so the value is at most the KL over all ids. With
+        several teachers also `by_teacher`, the mean over the tokens of each.
     """
-    collate = Collator()
+    collate, by_teacher = Collator(), dict[str, Any]()
     total, outside, tokens = 0.0, 0.0, 0
     for items in batches:
         batch = to_device(collate(items), student.device)
@@ -137,4 +139,9 @@ def reverse_kl(
         total += float(loss)
         outside += float(stats["student_tail"])
         tokens += len(batch["labels"])
-    return {"nats_per_token": total / tokens, "tokens": tokens, "outside_lists": outside / tokens}
+        for name in batch.get("teacher_names", ()):
+            pair = stats[f"{OF_TEACHER}{name}"].double().cpu()
+            by_teacher[name] = by_teacher.get(name, 0) + pair
+    means = {name: float(value / weight) for name, (value, weight) in sorted(by_teacher.items())}
+    found = {"nats_per_token": total / tokens, "tokens": tokens, "outside_lists": outside / tokens}
+    return found | ({"by_teacher": means} if means else {})

@@ -286,6 +286,8 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         fields["KL to the cached teacher"] = (
             f"{_bound(kl, exact=False)} ({kl['sequences']} sequences{trained})"
         )
+        for name, value in kl.get("by_teacher", {}).items():
+            fields[f"KL to the cached {name}"] = f"at least {value:.4f} nat/token"
     return fields
 
 

@@ -37,12 +37,12 @@ def with_local_models(config: Any) -> Any:
     named = {name: getattr(config, name) for name in names}
     may_be_nowhere = isinstance(config, ImportConfig) and config.format != "rollouts"
     find = _folder_or_name if may_be_nowhere else local_folder
-    local = {name: _local(value, find) for name, value in named.items() if value is not None}
+    local = {n: local_models(value, find) for n, value in named.items() if value is not None}
     changed = {name: value for name, value in local.items() if value != named[name]}
     return replace(config, **changed) if changed else config
 
 
-def _local(value: Any, find: Callable[[str], str]) -> Any:
+def local_models(value: Any, find: Callable[[str], str] = local_folder) -> Any:
     """The folder of a model, or of each of several by name."""
     if isinstance(value, Mapping):
         return {name: find(item) for name, item in value.items()}

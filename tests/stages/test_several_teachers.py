@@ -121,6 +121,17 @@ def test_the_log_splits_by_teacher(world, tmp_path):
         parts = [record[f"holdout_kl/{name}"] for name in NAMES]
         assert min(parts) < record["holdout_kl"] < max(parts)
     assert len(held_out) >= 2
+    argv = ["report", out, "--answers", "0", "--out", tmp_path / "report.html"]
+    assert main([*map(str, argv), "--device", "cpu"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Divergence on held-out sequences of math" in page
+    assert "cache, records of code scored by" in page
+    argv = ["eval", "--model", out, "--cache", world / "cache", "--out", tmp_path / "eval"]
+    assert main([*map(str, argv), "--device", "cpu"]) == 0
+    kl = json.loads((tmp_path / "eval" / "results.json").read_text())["cache_kl"]
+    counts = {"math": 48, "code": 112}
+    whole = sum(count * kl["by_teacher"][name] for name, count in counts.items()) / 160
+    assert whole == pytest.approx(kl["nats_per_token"], rel=1e-5)
 
 
 def test_a_killed_run_continues_at_the_next_teacher(world, tmp_path, monkeypatch):
