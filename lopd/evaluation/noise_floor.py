@@ -123,7 +123,7 @@ def _teachers(
             raise ProvenanceError(
                 f"teacher: {folder} has weights {found[:12]}, {records_of(known) or 'the cache '}"
                 f"{'were' if known else 'was'} scored by {expected[known].weights[:12]}; name the "
-                "model that scored"
+                f"model that scored {'them' if known else 'it'}"
             )
     return named
 
