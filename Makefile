@@ -7,6 +7,7 @@
 # make test-vllm  run the tests of the vLLM engine in .venv-vllm with a CPU build of vLLM (2.5 GB)
 # make torture    attack the stages for hours: kills, full disks, flipped bits, load, mistakes;
 #                 writes the tables of docs/reliability.md
+# make compat     run a slice of the tests with the oldest and newest packages and Pythons (10 GB)
 # make lint       run ruff and mypy
 # make docs       build the documentation site in build/site, with warnings as errors
 # make demo-seeds, make bench-cpu, make bench-cache, make bench-live
@@ -22,7 +23,7 @@ KERNELS := tests/kernels
 LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
 VLLM := .venv-vllm/bin/python
 
-.PHONY: demo test test-ci test-all test-ptx test-gpu test-vllm torture lint docs demo-seeds bench-cpu \
+.PHONY: demo test test-ci test-all test-ptx test-gpu test-vllm torture compat lint docs demo-seeds bench-cpu \
 	bench-cache bench-live
 
 $(READY): pyproject.toml constraints/cpu.txt
@@ -73,10 +74,16 @@ test-vllm: .venv-vllm/.ready
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 \
 		$(VLLM) -m pytest -m vllm tests/engines/test_vllm.py
 
-# KILLS=100 makes it ten times shorter.
+# KILLS=100 makes it ten times shorter. A campaign that was stopped goes on; to begin again, remove
+# the rows.
 KILLS ?= 1000
+ATTACKS := benchmarks/results/torture.jsonl
 torture: $(READY)
-	PYTHONPATH=tests nice $(BIN)/python -m torture --kills $(KILLS) --write
+	PYTHONPATH=tests nice $(BIN)/python -m torture --kills $(KILLS) --rows $(ATTACKS) --write
+
+# Environments in build/compat; python3.10, python3.12 and python3.13 are found on PATH.
+compat:
+	PYTHONPATH=tests $(PYTHON) -m torture.compat --write
 
 .venv/.docs: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e ".[docs]"

@@ -1,179 +1,100 @@
-"""How biased and how noisy is the gradient of each form of the reverse KL? By enumeration.
+"""Which form of the reverse KL trains best? A grid of runs on the demo's task.
 
-    python -m benchmarks.objectives --out benchmarks/results
+    python -m benchmarks.objectives [--plan] [--only PATTERN ...] [--work DIR] [--out DIR]
 
-A student and a teacher over a small vocabulary are made from seeds. The rollout policy is the
-student, or a student that has drifted from it. For each form, the gradient with respect to the
-logits is computed for every token that could have been sampled, so expectation and variance are
-exact. Bias is |E g - G| / |G| and noise sqrt(E |g - E g|^2) / |G|, with G the gradient of the KL
-over the whole vocabulary.
+For each seed, the demo's teacher and fine-tuned student are trained, the student is rolled out
+once, and the teacher scores these rollouts at every length of list. A cell distils the student with
+one form, one length and one learning rate, and evaluates it on prompts that no stage has seen:
+sampled pass@1, and the exact KL to the teacher over the whole vocabulary, on the model's own
+answers. Other cells measure bias and noise of each form's gradient with respect to the weights.
+
+Each cell is one JSON line, appended to `objectives.jsonl` when it is measured. Run again, the
+command continues with the cells that have no line. `--only` selects cells by name, such as
+`unbiased/k4/*` or `*/seed0`; `--plan` lists the missing cells and their minutes on one quiet core.
 """
 
 import argparse
+import fnmatch
 import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
 
+from benchmarks.objective_cells import FORMS, LISTS, STEPS, Cell, Gradients, Run, Shared, Start
 from benchmarks.recorder import identity
-from lopd_kernels import sparse_divergence
 
 NAME = "objectives.jsonl"
-VOCAB = 300
-LISTS = (8, 16, 64)
-SEEDS = range(20)
-SPREAD, DISTANCE = 2.5, 1.0  # of the student's logits, and of the teacher's from them
-DRIFTS = (0.0, 0.5)  # of the rollout policy's logits from the student's
+SEEDS = (0, 1, 2, 3, 4)
+FACTORS = (1.0, 0.5, 2.0)  # of the demo's learning rate
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Distributions over the vocabulary [V] in fp64; the list is the teacher's top k."""
-
-    logits: Tensor
-    teacher: Tensor  # log-probs
-    rollout: Tensor  # log-probs
-    ids: Tensor  # [K]
-
-    @classmethod
-    def make(cls, seed: int, k: int, drift: float) -> "Problem":
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(3, VOCAB, generator=generator, dtype=torch.float64)
-        logits = SPREAD * noise[0]
-        teacher = (logits + DISTANCE * noise[1]).log_softmax(0)
-        rollout = (logits + drift * noise[2]).log_softmax(0)
-        return cls(logits, teacher, rollout, teacher.topk(k).indices)
-
-    @property
-    def student(self) -> Tensor:
-        return self.logits.log_softmax(0)
-
-    @property
-    def listed(self) -> Tensor:
-        return torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, self.ids, True)
-
-    @property
-    def full(self) -> Tensor:
-        """The gradient [V] of the KL over the whole vocabulary."""
-        p, ratio = self.student.exp(), self.student - self.teacher
-        return p * (ratio - (p * ratio).sum())
-
-    def every_sample(self, with_sampled: bool = False, **options: Any) -> Tensor:
-        """Gradients [V, V] of `sparse_divergence`, row A if A was sampled."""
-        ids, tokens = self.ids.expand(VOCAB, -1), torch.arange(VOCAB)
-        if with_sampled:
-            ids = torch.cat([ids, torch.where(self.listed, -1, tokens)[:, None]], 1)
-        logprobs = self.teacher[ids.clamp(min=0)]
-        outside = torch.ones(VOCAB, VOCAB, dtype=torch.bool).scatter(1, ids.clamp(min=0), False)
-        outside[self.listed] = ~self.listed  # a pad has listed id 0
-        tail = self.teacher.expand(VOCAB, -1).masked_fill(~outside, -math.inf).logsumexp(1)
-        logits = self.logits.repeat(VOCAB, 1).requires_grad_()
-        loss = sparse_divergence(
-            logits, ids, logprobs, tail_logprobs=tail, reduction="sum", **options
-        )
-        return torch.autograd.grad(loss, logits)[0]
-
-    def sample(self) -> dict[str, Any]:
-        return {
-            "tail": "unbiased",
-            "sampled_ids": torch.arange(VOCAB),
-            "sampled_logprobs": self.teacher,
-            "rollout_logprobs": self.rollout,
-        }
+def cells() -> list[Cell]:
+    """All cells; those at the demo's learning rate come first."""
+    grid = [
+        [Run(form, k, factor, seed) for seed in SEEDS for k in LISTS for form in FORMS]
+        for factor in FACTORS
+    ]
+    starts = [Start(seed) for seed in SEEDS]
+    gradients = [Gradients(at, seed) for seed in SEEDS for at in ("start", "end")]
+    return [*starts, *grid[0], *gradients, *grid[1], *grid[2]]
 
 
-def sampled_token(problem: Problem) -> Tensor:
-    """w r_A grad log p_A: the policy gradient, weighted by the ratio to the rollout policy."""
-    p = problem.student
-    slopes = torch.eye(VOCAB, dtype=torch.float64) - p.exp()
-    return ((p - problem.rollout).exp() * (p - problem.teacher))[:, None] * slopes
+def planned(todo: list[Cell]) -> float:
+    """Minutes of these cells and of what they share."""
+    seeds = {cell.seed for cell in todo}
+    return sum(cell.minutes for cell in todo) + Shared.minutes * len(seeds)
 
 
-def published(problem: Problem) -> Tensor:
-    """The bucket plus w (r_A grad log p_A - r_tail grad log p_tail)."""
-    p, listed = problem.student, problem.listed
-    tails = [x.masked_fill(listed, -math.inf).logsumexp(0) for x in (p, problem.teacher)]
-    slopes = torch.eye(VOCAB, dtype=torch.float64) - p.exp()
-    tail_slope = (p - tails[0]).exp().masked_fill(listed, 0.0) - p.exp()
-    weight = (p - problem.rollout).exp().masked_fill(listed, 0.0)[:, None]
-    correction = (p - problem.teacher)[:, None] * slopes - (tails[0] - tails[1]) * tail_slope
-    return problem.every_sample() + weight * correction
+def run(todo: list[Cell], work: Path, path: Path) -> None:
+    """Measure cells and append their rows to a file."""
+    torch.set_num_threads(1)  # as the demo sets it
+    environment = {"transformers": transformers.__version__, **identity(torch.device("cpu"), None)}
+    shared: dict[int, Shared] = {}
+    for number, cell in enumerate(todo, start=1):
+        if cell.seed not in shared:
+            shared[cell.seed] = Shared(work, cell.seed)
+        began = time.process_time()
+        measured = cell.measure(shared[cell.seed])
+        row = {"cell": cell.name, "seed": cell.seed, "steps": STEPS, **measured}
+        row["minutes"] = round((time.process_time() - began) / 60, 3)
+        row["command"] = f"python -m benchmarks.objectives --only '{cell.name}'"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, **environment}) + "\n")
+        print(f"[{number}/{len(todo)}] {cell.name}: {row['minutes']:.2f} minutes", flush=True)
 
 
-FORMS: dict[str, Callable[[Problem], Tensor]] = {
-    "bucket, the list alone": lambda problem: problem.every_sample(),
-    "bucket, list and sampled token": lambda problem: problem.every_sample(with_sampled=True),
-    "generalized": lambda problem: problem.every_sample(tail="generalized"),
-    "truncate": lambda problem: problem.every_sample(tail="truncate"),
-    "sampled token": sampled_token,
-    "published correction": published,
-    "unbiased": lambda problem: problem.every_sample(**problem.sample()),
-    "unbiased, weights at most 1": lambda problem: problem.every_sample(
-        **problem.sample(), importance_cap=1.0
-    ),
-}
+def read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def measure(form: str, k: int, drift: float) -> dict[str, float]:
-    """Means over the seeds of bias, noise and the student's mass outside the list."""
-    sums = {"bias": 0.0, "noise": 0.0, "outside": 0.0}
-    for seed in SEEDS:
-        problem = Problem.make(seed, k, drift)
-        gradients, shares, size = FORMS[form](problem), problem.rollout.exp(), problem.full.norm()
-        mean = shares @ gradients
-        variance = shares @ (gradients - mean).square().sum(1)
-        sums["bias"] += float((mean - problem.full).norm() / size)
-        sums["noise"] += float(variance.sqrt() / size)
-        sums["outside"] += float(problem.student.exp()[~problem.listed].sum())
-    return {name: total / len(SEEDS) for name, total in sums.items()}
-
-
-def rows() -> Iterator[dict[str, Any]]:
-    environment = identity(torch.device("cpu"), None)
-    for drift in DRIFTS:
-        for k in LISTS:
-            for form in FORMS:
-                setting = {"form": form, "k": k, "drift": drift, "vocab": VOCAB}
-                command = "python -m benchmarks.objectives"
-                yield {**setting, **measure(form, k, drift), "command": command, **environment}
-
-
-def table(measured: list[dict[str, Any]]) -> str:
-    """Markdown: bias and noise of each form, by length of the list, for each drift."""
-    by_key = {(row["form"], row["k"], row["drift"]): row for row in measured}
-    lists = sorted({row["k"] for row in measured})
-    blocks = []
-    for drift in sorted({row["drift"] for row in measured}):
-        outside = ", ".join(
-            f"{by_key[next(iter(FORMS)), k, drift]['outside']:.0%} at k = {k}" for k in lists
-        )
-        policy = f"drifted by {drift:g} per logit" if drift else "the student itself"
-        lines = [
-            f"Rollout policy: {policy}. The student's mass outside the list is {outside}.",
-            "",
-            f"| form | {' | '.join(f'bias, k = {k} | noise' for k in lists)} |",
-            f"| --- |{' ---: |' * (2 * len(lists))}",
-        ]
-        for form in FORMS:
-            cells = [
-                f"{by_key[form, k, drift][name]:.2f}" for k in lists for name in ("bias", "noise")
-            ]
-            lines.append(f"| {form} | {' | '.join(cells)} |")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names of cells")
+    parser.add_argument("--plan", action="store_true", help="list the cells, and run none")
+    parser.add_argument("--work", type=Path, default=Path("build/objectives"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args(arguments)
+    path = args.out / NAME
+    done = {row["cell"] for row in read(path)}
+    todo = [
+        cell
+        for cell in cells()
+        if any(fnmatch.fnmatch(cell.name, pattern) for pattern in args.only)
+        and cell.name not in done
+    ]
+    if args.plan:
+        for cell in todo:
+            print(f"{cell.minutes:5.2f}  {cell.name}")
+    print(f"{len(todo)} cells, {planned(todo):.0f} minutes on one quiet core")
+    if not args.plan:
+        args.out.mkdir(parents=True, exist_ok=True)
+        run(todo, args.work, path)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    results = list(rows())
-    text = "".join(json.dumps(row) + "\n" for row in results)
-    (arguments.out / NAME).write_text(text, encoding="utf-8")
-    print(table(results))
+    main()

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import demo_seeds, fused_loss, gpu_suite, objectives, offline_live, roofline
+from benchmarks import (
+    demo_seeds,
+    fused_loss,
+    gpu_suite,
+    gradients,
+    offline_live,
+    offlist,
+    roofline,
+)
 from lopd.stages.demo import OPD_STEPS
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 
@@ -204,7 +212,8 @@ def rendered(text: str) -> str:
         "roofline": roofline.table,
         "parts": parts_block,
         "offline live": live_block,
-        "objectives": lambda: objectives.table(read_rows(objectives.NAME)),
+        "gradients": lambda: gradients.table(read_rows(gradients.NAME)),
+        "offlist": lambda: offlist.table(read_rows(offlist.NAME)),
     }
     for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
         if name == "end":

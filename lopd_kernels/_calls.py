@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +10,25 @@ from torch import Tensor
 from lopd_kernels import _checks
 from lopd_kernels._core.gemm import compute_dtype
 from lopd_kernels._core.rules import RowLoss
+from lopd_kernels._core.types import SKIP_STATS, Skip
 from lopd_kernels._core.workspace import Sizes, in_forward, stores_dlogits
 from lopd_kernels._ops import losses as ops
 from lopd_kernels._ops.schema import HeadArgs, LossArgs
 
 Reduction = Literal["sum", "mean", "none"]
+# A larger dense_share costs more than forming every row's gradient; benchmarks/NOTES.md.
+LARGEST_SHARE = 0.65
+
+
+class SkippingStats(NamedTuple):
+    """What `dense_share` or `tolerance` left out; L1 norms of dL/dz, with the rows' weights."""
+
+    share: Tensor  # [] of the rows, whose gradient outside the list was formed
+    variance_bound: Tensor  # [] sum_n m_n^2 (1 / pi_n - 1) of a sample; 0 with `tolerance`
+    dropped_l1: Tensor  # [] outside the lists, of the other rows
+    kept_l1: Tensor  # [] of the rest of the gradient, before the division by pi_n
+    listed_l1: Tensor  # [N] on the list
+    unlisted_l1: Tensor  # [N] m_n, outside it
 
 
 def checked_head(
@@ -67,13 +81,62 @@ def reduced_loss(
     sizes = Sizes.of(head.hidden, head.weight, loss.ids.shape[1])
     if weight_grad_buffer is not None and torch.is_grad_enabled():
         losses, stats = ops.losses_into_buffer(head, args, want_entropy, weight_grad_buffer)
-    elif loss.rule.ignores_unlisted or reduction == "none" or not in_forward(sizes, needs, bound):
+    elif (
+        loss.rule.ignores_unlisted
+        or reduction == "none"
+        or loss.skip is not None
+        or not in_forward(sizes, needs, bound)
+    ):
         losses, stats, *_ = ops.row_losses(*head, *args, want_entropy)
     elif stores_dlogits(sizes, needs, bound):
         losses, stats, *_ = ops.stored_loss(*head, *args, want_entropy)
     else:
         losses, stats, *_ = ops.fused_loss(*head, *args, want_entropy)
     return losses if reduction == "none" else losses.sum(), stats
+
+
+def make_skip(
+    head: HeadArgs,
+    dense_share: float | None,
+    tolerance: float,
+    seed: int | Tensor | None,
+    reduction: str,
+    tail: str | None = None,
+) -> Skip | None:
+    """Which rows form their gradient outside the list; None: all of them, exactly.
+
+    Raises:
+        ValueError: an invalid argument; the message names it.
+    """
+    _checks.check_skipping(dense_share, tolerance, reduction, tail)
+    _checks.check_seed(seed, dense_share, head.hidden)
+    if dense_share is None:
+        return Skip(None, tolerance, None) if tolerance > 0.0 else None
+    if dense_share > LARGEST_SHARE:
+        return None
+    if not isinstance(seed, Tensor):
+        assert seed is not None
+        seed = torch.full((), seed, dtype=torch.int64, device=head.hidden.device)
+    return Skip(dense_share, 0.0, seed)
+
+
+def skipping_stats(leading: torch.Size, loss: RowLoss, stats: Tensor) -> SkippingStats | None:
+    """The sums of the last columns of the operators' stats."""
+    if loss.skip is None:
+        return None
+    listed, unlisted, probability, kept = stats[:, -len(SKIP_STATS) :].unbind(1)
+    wide, is_kept = unlisted.double(), kept > 0.0
+    bound = torch.where(wide > 0.0, wide.square() * (1.0 / probability.double() - 1.0), 0.0).sum()
+    dropped = torch.where(is_kept, 0.0, wide).sum()
+    kept_l1 = listed.double().sum() + wide.sum() - dropped
+    if loss.skip.dense_share is None:
+        bound = torch.zeros_like(bound)
+    share = kept.double().mean() if len(kept) else torch.zeros_like(bound)
+    dtype = stats.dtype
+    return SkippingStats(
+        share.to(dtype), bound.to(dtype), dropped.to(dtype), kept_l1.to(dtype),
+        in_shape(leading, listed), in_shape(leading, unlisted),
+    )  # fmt: skip
 
 
 def in_shape(leading: torch.Size, rows: Tensor) -> Tensor:

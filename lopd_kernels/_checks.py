@@ -244,6 +244,61 @@ def check_sample(tail: str, given: Mapping[str, object]) -> None:
                 raise ValueError(f"{name} is set, but tail is {tail!r}; only 'unbiased' uses it")
 
 
+def check_skipping(
+    dense_share: float | None, tolerance: float, reduction: str, tail: str | None
+) -> None:
+    """The settings that leave out some of the gradient outside the lists."""
+    check_number("tolerance", tolerance)
+    if not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"tolerance is {tolerance}, expected at least 0 and below 1")
+    if dense_share is not None:
+        check_number("dense_share", dense_share)
+        if not 0.0 < dense_share <= 1.0:
+            raise ValueError(
+                f"dense_share is {dense_share}, expected above 0 and at most 1; "
+                "None forms the gradient of every row"
+            )
+        if tolerance > 0.0:
+            raise ValueError(
+                f"dense_share is {dense_share} and tolerance is {tolerance}; a sample of the rows "
+                "is unbiased, a tolerance bounds an error: pass one of them"
+            )
+    if dense_share is None and tolerance == 0.0:
+        return
+    name = "tolerance" if dense_share is None else "dense_share"
+    if reduction == "none":
+        raise ValueError(
+            f"{name} is set and reduction is 'none'; which rows matter depends on their weights: "
+            "pass them as row_weights, with reduction='sum' or 'mean'"
+        )
+    if tail == "renormalize":
+        raise ValueError(
+            f"{name} is set and tail is 'renormalize', which has no gradient outside the list and "
+            f"already runs no GEMM over the vocabulary; drop {name}"
+        )
+
+
+def check_seed(seed: int | Tensor | None, dense_share: float | None, like: Tensor) -> None:
+    if dense_share is None:
+        if seed is not None:
+            raise ValueError("seed is set, but without dense_share no rows are drawn; drop it")
+        return
+    if seed is None:
+        raise ValueError(
+            f"seed is None, but dense_share {dense_share} draws rows; pass a number that changes "
+            "from call to call, such as that of the step"
+        )
+    if not isinstance(seed, Tensor):
+        check_count("seed", seed, 0, 2**63 - 1, "an integer from 0 to 2^63 - 1")
+        return
+    if seed.dim() or seed.dtype != torch.int64:
+        raise DtypeError(
+            f"seed is {seed.dtype} {list(seed.shape)}, expected a Python int or a torch.int64 "
+            "tensor without dimensions"
+        )
+    check_device("seed", seed, like)
+
+
 def check_workspace(workspace_bytes: int | None) -> None:
     if workspace_bytes is not None:
         what = "None or a number of bytes above 0"

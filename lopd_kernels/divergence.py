@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from lopd_kernels import _checks, _values
-from lopd_kernels._calls import Reduction, checked_head, in_shape, mean_weights, reduced_loss
+from lopd_kernels._calls import (
+    Reduction,
+    SkippingStats,
+    checked_head,
+    in_shape,
+    make_skip,
+    mean_weights,
+    reduced_loss,
+    skipping_stats,
+)
 from lopd_kernels._core.gemm import compute_dtype
 from lopd_kernels._core.rules import (
     DivergenceRule,
@@ -18,6 +27,7 @@ from lopd_kernels._core.rules import (
     UnbiasedRule,
     teacher_buckets,
 )
+from lopd_kernels._core.types import STATS
 from lopd_kernels._ops.logits import logits_losses
 from lopd_kernels._ops.schema import LossArgs
 
@@ -40,6 +50,7 @@ class SparseStats(NamedTuple):
     # of tail "unbiased", 0 in rows whose list holds the sampled id; None otherwise
     correction: Tensor | None = None  # c_n, the part of the loss that was sampled
     importance: Tensor | None = None  # w_n = p_A / p_rollout(A), capped
+    skipping: SkippingStats | None = None  # None where the gradient of every row is formed
 
 
 SAMPLE = {  # the arguments of tail "unbiased", and what those that it requires are
@@ -163,7 +174,9 @@ def _with_sample(
 def _sparse_stats(
     leading: torch.Size, stats: Tensor, loss: RowLoss, teacher: TeacherBuckets
 ) -> SparseStats:
-    losses, lse, tail, entropy, *extras = stats.unbind(1)
+    skipping = skipping_stats(leading, loss, stats)
+    width = len(STATS) + len(loss.rule.extras)
+    losses, lse, tail, entropy, *extras = stats[:, :width].unbind(1)
     active = (loss.ids != -1).any(1)
     if loss.row_weights is not None:
         active = active & (loss.row_weights != 0)
@@ -174,12 +187,16 @@ def _sparse_stats(
             in_shape(leading, losses), None, None, in_shape(leading, teacher_tail), None,
             in_shape(leading, floored),
         )  # fmt: skip
-    fields = [losses, lse, tail, teacher_tail, entropy, floored]
+    correction = importance = None
     if extras:
         sampled, correction, importance = extras
-        fields[2] = torch.where(active, torch.logaddexp(tail, sampled), 0.0)
-        fields += [correction, importance]
-    return SparseStats(*(in_shape(leading, x) for x in fields))
+        tail = torch.where(active, torch.logaddexp(tail, sampled), 0.0)
+        correction, importance = in_shape(leading, correction), in_shape(leading, importance)
+    return SparseStats(
+        in_shape(leading, losses), in_shape(leading, lse), in_shape(leading, tail),
+        in_shape(leading, teacher_tail), in_shape(leading, entropy), in_shape(leading, floored),
+        correction, importance, skipping,
+    )  # fmt: skip
 
 
 @overload
@@ -203,6 +220,9 @@ def linear_sparse_divergence(
     logit_scale: float = ...,
     softcap: float | None = ...,
     temperature: float = ...,
+    dense_share: float | None = ...,
+    tolerance: float = ...,
+    seed: int | Tensor | None = ...,
     workspace_bytes: int | None = ...,
     weight_grad_buffer: Tensor | None = ...,
     validate: bool | None = ...,
@@ -231,6 +251,9 @@ def linear_sparse_divergence(
     logit_scale: float = ...,
     softcap: float | None = ...,
     temperature: float = ...,
+    dense_share: float | None = ...,
+    tolerance: float = ...,
+    seed: int | Tensor | None = ...,
     workspace_bytes: int | None = ...,
     weight_grad_buffer: Tensor | None = ...,
     validate: bool | None = ...,
@@ -258,6 +281,9 @@ def linear_sparse_divergence(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    dense_share: float | None = None,
+    tolerance: float = 0.0,
+    seed: int | Tensor | None = None,
     workspace_bytes: int | None = None,
     weight_grad_buffer: Tensor | None = None,
     validate: bool | None = None,
@@ -313,6 +339,14 @@ def linear_sparse_divergence(
         bias: [V], added before the scale.
         logit_scale, softcap, temperature: of the student's logits, as above. There is no factor
             temperature^2.
+        dense_share: form the gradient outside the lists for this share of the rows, above 0 and at
+            most 1: a sample in proportion to the L1 norm m_n of that part, divided by the
+            probability. The gradient at listed ids is exact; the expectation of all of it is
+            exact. The loss is exact. A share above 0.65 forms every row's, which costs less.
+        tolerance: leave out the gradient outside the lists of the rows where it is smallest, as
+            many as add up to at most this share of the L1 norm of all other dL/dz. 0 is exact.
+        seed: of `dense_share`, an integer or an int64 tensor []; equal seeds draw equally. Pass
+            another one at every call. A CUDA graph reads it from a tensor.
         workspace_bytes: bound on what the call allocates beyond inputs and outputs.
         weight_grad_buffer: [V, D] float32. The backward adds dW to it and `weight` gets no
             gradient. The logits are then computed a second time in the backward, as for "none"
@@ -351,6 +385,7 @@ def linear_sparse_divergence(
         hidden, weight.shape[0], topk_ids, topk_logprobs, tail_logprobs,
         _rule(divergence, tail, beta, sample), sample, row_weights, reduction, validate,
     )  # fmt: skip
+    loss = loss._replace(skip=make_skip(head, dense_share, tolerance, seed, reduction, tail))
     value, stats = reduced_loss(head, loss, reduction, return_stats, weight_grad_buffer)
     leading = hidden.shape[:-1]
     value = in_shape(leading, value) if reduction == "none" else value

@@ -31,6 +31,10 @@ class _Loss(nn.Module):
             _checks.check_positive(name, settings.get(name, 1.0))
         _checks.check_optional_positive("softcap", settings.get("softcap"))
         _checks.check_workspace(settings.get("workspace_bytes"))
+        _checks.check_skipping(
+            settings.get("dense_share"), settings.get("tolerance", 0.0), settings["reduction"],
+            settings.get("tail"),
+        )  # fmt: skip
         self.settings = settings
 
     def extra_repr(self) -> str:
@@ -64,6 +68,8 @@ class LinearSparseDivergence(_Loss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         temperature: float = 1.0,
+        dense_share: float | None = None,
+        tolerance: float = 0.0,
         workspace_bytes: int | None = None,
         validate: bool | None = None,
     ) -> None:
@@ -79,6 +85,8 @@ class LinearSparseDivergence(_Loss):
             logit_scale=logit_scale,
             softcap=softcap,
             temperature=temperature,
+            dense_share=dense_share,
+            tolerance=tolerance,
             workspace_bytes=workspace_bytes,
             validate=validate,
         )
@@ -96,6 +104,7 @@ class LinearSparseDivergence(_Loss):
         rollout_logprobs: Tensor | None = None,
         row_weights: Tensor | None = None,
         bias: Tensor | None = None,
+        seed: int | Tensor | None = None,
         weight_grad_buffer: Tensor | None = None,
     ) -> Tensor:
         """The loss [], or [N] with reduction "none", of hidden [N, D] and lists [N, K]."""
@@ -110,6 +119,7 @@ class LinearSparseDivergence(_Loss):
             rollout_logprobs=rollout_logprobs,
             row_weights=row_weights,
             bias=bias,
+            seed=seed,
             weight_grad_buffer=weight_grad_buffer,
             **self.settings,
         )
@@ -206,6 +216,8 @@ class LinearPolicyGradient(_Loss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         temperature: float = 1.0,
+        dense_share: float | None = None,
+        tolerance: float = 0.0,
         workspace_bytes: int | None = None,
         validate: bool | None = None,
     ) -> None:
@@ -220,6 +232,8 @@ class LinearPolicyGradient(_Loss):
             logit_scale=logit_scale,
             softcap=softcap,
             temperature=temperature,
+            dense_share=dense_share,
+            tolerance=tolerance,
             workspace_bytes=workspace_bytes,
             validate=validate,
         )
@@ -235,6 +249,7 @@ class LinearPolicyGradient(_Loss):
         rollout_logprobs: Tensor | None = None,
         row_weights: Tensor | None = None,
         bias: Tensor | None = None,
+        seed: int | Tensor | None = None,
         weight_grad_buffer: Tensor | None = None,
     ) -> Tensor:
         """The loss [], or [N] with reduction "none", of hidden [N, D] and sampled ids [N]."""
@@ -247,6 +262,7 @@ class LinearPolicyGradient(_Loss):
             rollout_logprobs=rollout_logprobs,
             row_weights=row_weights,
             bias=bias,
+            seed=seed,
             weight_grad_buffer=weight_grad_buffer,
             **self.settings,
         )
@@ -274,6 +290,8 @@ class LinearCrossEntropy(_Loss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         temperature: float = 1.0,
+        dense_share: float | None = None,
+        tolerance: float = 0.0,
         workspace_bytes: int | None = None,
         validate: bool | None = None,
     ) -> None:
@@ -283,6 +301,8 @@ class LinearCrossEntropy(_Loss):
             logit_scale=logit_scale,
             softcap=softcap,
             temperature=temperature,
+            dense_share=dense_share,
+            tolerance=tolerance,
             workspace_bytes=workspace_bytes,
             validate=validate,
         )
@@ -295,6 +315,7 @@ class LinearCrossEntropy(_Loss):
         *,
         row_weights: Tensor | None = None,
         bias: Tensor | None = None,
+        seed: int | Tensor | None = None,
         weight_grad_buffer: Tensor | None = None,
     ) -> Tensor:
         """The loss [], or [N] with reduction "none", of hidden [N, D] and labels [N]."""
@@ -304,6 +325,7 @@ class LinearCrossEntropy(_Loss):
             labels,
             row_weights=row_weights,
             bias=bias,
+            seed=seed,
             weight_grad_buffer=weight_grad_buffer,
             **self.settings,
         )

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from lopd_kernels import _checks, _values
-from lopd_kernels._calls import Reduction, checked_head, in_shape, reduced_loss
+from lopd_kernels._calls import (
+    Reduction,
+    SkippingStats,
+    checked_head,
+    in_shape,
+    make_skip,
+    reduced_loss,
+    skipping_stats,
+)
 from lopd_kernels._core.rules import CrossEntropyRule, PolicyGradientRule, RowLoss
 
 Importance = Literal["none", "token", "token_truncated"]
@@ -24,6 +32,7 @@ class PolicyStats(NamedTuple):
     importance: Tensor  # the ratio as used in the loss; 1 without importance sampling
     student_lse: Tensor
     student_entropy: Tensor  # nat
+    skipping: SkippingStats | None = None  # None where the gradient of every row is formed
 
 
 class _Rows(NamedTuple):
@@ -104,6 +113,9 @@ def linear_policy_gradient(
     logit_scale: float = ...,
     softcap: float | None = ...,
     temperature: float = ...,
+    dense_share: float | None = ...,
+    tolerance: float = ...,
+    seed: int | Tensor | None = ...,
     workspace_bytes: int | None = ...,
     weight_grad_buffer: Tensor | None = ...,
     validate: bool | None = ...,
@@ -131,6 +143,9 @@ def linear_policy_gradient(
     logit_scale: float = ...,
     softcap: float | None = ...,
     temperature: float = ...,
+    dense_share: float | None = ...,
+    tolerance: float = ...,
+    seed: int | Tensor | None = ...,
     workspace_bytes: int | None = ...,
     weight_grad_buffer: Tensor | None = ...,
     validate: bool | None = ...,
@@ -157,6 +172,9 @@ def linear_policy_gradient(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    dense_share: float | None = None,
+    tolerance: float = 0.0,
+    seed: int | Tensor | None = None,
     workspace_bytes: int | None = None,
     weight_grad_buffer: Tensor | None = None,
     validate: bool | None = None,
@@ -189,7 +207,8 @@ def linear_policy_gradient(
         clip_range: use PPO's loss, with rho_n = p_n / p_rollout and `importance="none"`.
         ignore_index: a sampled id; its rows have weight 0.
 
-    The other arguments are those of `linear_sparse_divergence`.
+    The other arguments are those of `linear_sparse_divergence`; for `dense_share` and `tolerance`
+    the sampled id is the list.
 
     Returns:
         The loss, [] or [N], in float32 (float64 for float64 inputs); with `return_stats` the pair
@@ -233,14 +252,17 @@ def linear_policy_gradient(
         importance_cap=importance_cap or math.inf,
         clip_range=clip_range or 0.0,
     )
-    loss = RowLoss(rows.ids, torch.stack([score, rollout], 1), rows.weights, rule)
+    skip = make_skip(head, dense_share, tolerance, seed, reduction)
+    loss = RowLoss(rows.ids, torch.stack([score, rollout], 1), rows.weights, rule, skip)
     value, stats = reduced_loss(head, loss, reduction, return_stats, weight_grad_buffer)
     leading = hidden.shape[:-1]
     value = in_shape(leading, value) if reduction == "none" else value
     if not return_stats:
         return value
-    losses, lse, _, entropy, logprobs, used, ratio = (in_shape(leading, x) for x in stats.unbind(1))
-    return value, PolicyStats(losses, logprobs, used, ratio, lse, entropy)
+    fields = (in_shape(leading, x) for x in stats[:, :7].unbind(1))
+    losses, lse, _, entropy, logprobs, used, ratio = fields
+    skipping = skipping_stats(leading, loss, stats)
+    return value, PolicyStats(losses, logprobs, used, ratio, lse, entropy, skipping)
 
 
 def linear_cross_entropy(
@@ -255,6 +277,9 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    dense_share: float | None = None,
+    tolerance: float = 0.0,
+    seed: int | Tensor | None = None,
     workspace_bytes: int | None = None,
     weight_grad_buffer: Tensor | None = None,
     validate: bool | None = None,
@@ -272,7 +297,8 @@ def linear_cross_entropy(
         reduction: as in `linear_sparse_divergence`; "mean" divides by the sum of the weights of
             the rows that are not ignored.
 
-    The other arguments are those of `linear_sparse_divergence`.
+    The other arguments are those of `linear_sparse_divergence`; for `dense_share` and `tolerance`
+    the label is the list.
 
     Returns:
         The loss, [] or [N], in float32 (float64 for float64 inputs).
@@ -298,6 +324,7 @@ def linear_cross_entropy(
         "labels", labels, ignore_index, hidden, weight.shape[0], row_weights, reduction, validate
     )
     target = head.hidden.new_zeros((head.rows, 1))
-    loss = RowLoss(rows.ids, target, rows.weights, CrossEntropyRule())
+    skip = make_skip(head, dense_share, tolerance, seed, reduction)
+    loss = RowLoss(rows.ids, target, rows.weights, CrossEntropyRule(), skip)
     value = reduced_loss(head, loss, reduction, False, weight_grad_buffer)[0]
     return in_shape(hidden.shape[:-1], value) if reduction == "none" else value

@@ -43,8 +43,9 @@ def write_sequences(folder, model, kind="rollouts", seed=0, truncated=(), vocab=
 
 
 def write_cache(
-    folder, teacher, rollouts, temperature=1.0, shards=(0, 1), vocab=VOCAB, has_logprobs=True
-):
+    folder, teacher, rollouts, temperature=1.0, shards=(0, 1), vocab=VOCAB, has_logprobs=True,
+    has_entropy=True,
+):  # fmt: skip
     """Scores of a random teacher, as if `teacher` had given them."""
     store = RolloutStore.open(rollouts)
     source = {key: getattr(store.manifest, key) for key in ("model", "lineage", "sampling")}
@@ -59,7 +60,8 @@ def write_cache(
         top_p=1.0,
         codec="exact",
         temperature=temperature,
-        scoring={} if has_logprobs else {"rollout_logprobs": "absent"},
+        scoring=({} if has_logprobs else {"rollout_logprobs": "absent"})
+        | ({} if has_entropy else {"entropy": "absent"}),
     )
     rng = np.random.default_rng(5)
     with CacheWriter.create(folder, manifest) as writer:
@@ -68,7 +70,11 @@ def write_cache(
             sequences = store.shard(shard)
             if not has_logprobs:
                 sequences = [without_logprobs(rollout) for rollout in sequences]
-            writer.write(shard, [(rollout, score(rollout, rng, vocab)) for rollout in sequences])
+            pairs = [(rollout, score(rollout, rng, vocab)) for rollout in sequences]
+            if not has_entropy:
+                for _, scores in pairs:
+                    scores.teacher_entropy[:] = np.nan
+            writer.write(shard, pairs)
     return folder
 
 

@@ -52,11 +52,15 @@ def test_the_library_example_runs(capsys):
     assert loss > 0 and entropy > 0
 
 
+NEED_A_PIPELINE = {  # page: where its examples run
+    "docs/python.md": "tests/test_python_api.py",
+    "docs/how-to/trl.md": "tests/integrations/test_trl_trainer.py",
+}
 BLOCKS = [
     (name, n, block)
     for name, text in TEXTS.items()
     for n, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    if name != "docs/python.md"  # needs a pipeline: tests/test_python_api.py
+    if name not in NEED_A_PIPELINE
 ]
 
 

@@ -21,6 +21,7 @@ PACKAGES = [
     "training",
     "evaluation",
     "stages",
+    "integrations",
     "cli",
 ]
 USES_KERNELS = {"models", "engines", "training"}
@@ -28,17 +29,16 @@ USES_KERNELS = {"models", "engines", "training"}
 KERNEL_LAYERS = [
     {
         "_core.gemm",
-        "_core.rules",
         "_core.listed_ids",
         "_core.types",
         "_triton.kernels",
         "reference",
     },
+    {"_core.rules"},
     {"_core.workspace", "_core.backend", "_core.buckets", "_checks", "_values"},
-    {"_core.linear", "_torch", "_triton"},
-    {"_core.scaling"},
+    {"_core.linear", "_core.skipping", "_torch", "_triton"},
+    {"_core.scaling", "_core.listed"},
     {"_core.chunks", "_core.panels"},
-    {"_core.listed"},
     {"_core.logprobs", "_core.topk", "_core.dense_logits"},
     {"_ops"},
     {"_calls", "workspace"},

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lopd.config.eos import EosOptions
 from lopd.config.fields import setting, setting_of
-from lopd.config.objective import Importance, Objective, Tail
+from lopd.config.objective import Importance, Objective, Tail, TokenWeights
 from lopd.config.training import MemorySettings, MonitoringOptions, Schedule, refuse_unused
 from lopd.errors import ConfigError
 
@@ -42,6 +42,10 @@ class DistillConfig(MonitoringOptions):
     clip_range: float | None = setting_of(Objective, "clip_range")
     delta: float | None = setting_of(Objective, "delta")
     entropy_bonus: float | None = setting_of(Objective, "entropy_bonus")
+    token_weights: TokenWeights = setting_of(Objective, "token_weights")
+    weight_beta: float | None = setting_of(Objective, "weight_beta")
+    weight_share: float | None = setting_of(Objective, "weight_share")
+    weight_entropy: float | None = setting_of(Objective, "weight_entropy")
     temperature: float | None = setting_of(
         Objective,
         "temperature",
@@ -106,12 +110,19 @@ class DistillConfig(MonitoringOptions):
                 "replaces; leave one of the two out"
             )
 
+        if self.refresh_every and self.token_weights == "advantage":
+            raise ConfigError(
+                "token_weights: advantage needs the reward of each answer, and --refresh-every "
+                "replaces the answers; leave one of the two out"
+            )
+
     def objective_at(self, cache_temperature: float) -> Objective:
         """The objective; its temperature is the cache's unless one is set."""
         temperature = cache_temperature if self.temperature is None else self.temperature
         names = (
             "tail", "beta", "advantage_clip", "importance", "importance_cap", "clip_range",
-            "delta", "entropy_bonus",
+            "delta", "entropy_bonus", "token_weights", "weight_beta", "weight_share",
+            "weight_entropy",
         )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         return Objective(

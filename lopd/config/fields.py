@@ -28,7 +28,7 @@ GROUPS = (
     "Provenance overrides",
 )
 
-
+MOST = 2**53  # schedules, shares and estimates compute with floats, which hold no larger counts
 _UNITS = {"": 1, "b": 1} | {
     letter + unit: base**power
     for power, letter in enumerate("kmgt", 1)
@@ -133,6 +133,8 @@ class Settings:
             if (choices := choices_of(item)) and value not in choices:
                 expected = f"one of {', '.join(choices)}"
                 raise ConfigError(f"{item.name}: found '{value}'; expected {expected}{remedy}")
+            if type(value) is int and abs(value) > MOST:
+                raise ConfigError(f"{item.name}: beyond 2^53; expected a smaller number{remedy}")
             within = item.metadata.get("within")
             if within and value not in (allowed := parse_range(within)):
                 raise ConfigError(f"{item.name}: found {value}; expected {allowed.words}{remedy}")
@@ -144,16 +146,22 @@ def choices_of(item: Field[Any]) -> tuple[str, ...]:
     return get_args(item.type) if literal else item.metadata.get("choices", ())
 
 
+def defaults_of(config: Any) -> dict[str, Any]:
+    """The defaults of a config's settings, but for those that have to be given."""
+    return {item.name: item.default for item in fields(config) if item.default is not MISSING}
+
+
 def identity_of(config: Any, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings that belong to the identity of a run.
 
     Args:
         config: the run's config; its fields declare which settings these are.
         stored: settings of an earlier run of the same stage, such as the `config` of a manifest,
-            to return instead of the config's, unknown keys included.
+            to return instead of the config's, unknown keys included; those that it lacks, since it
+            is older, have their defaults.
     """
     excluded = {item.name for item in fields(config) if not item.metadata.get("identity", True)}
-    settings = asdict(config) if stored is None else stored
+    settings = asdict(config) if stored is None else {**defaults_of(config), **stored}
     return {name: value for name, value in settings.items() if name not in excluded}
 
 

@@ -1,6 +1,6 @@
 """Training objectives and their settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -13,6 +13,15 @@ OBJECTIVES = (*SPARSE, *SAMPLED, "cross_entropy")
 DELTA = 5.0  # nat; that of LSPD
 Tail = Literal["bucket", "renormalize", "truncate", "generalized", "unbiased"]
 Importance = Literal["none", "token", "token_truncated", "sequence"]
+TokenWeights = Literal["none", "advantage", "entropy", "divergence_rank", "prefix"]
+# The settings of each kind of token weights, with their defaults.
+WEIGHT_SETTINGS = {
+    "none": {},
+    "advantage": {"weight_beta": 1.0},
+    "entropy": {"weight_entropy": 0.8},
+    "divergence_rank": {"weight_share": 0.4, "weight_beta": 0.5},
+    "prefix": {"weight_share": 0.3},
+}
 _objective = partial(setting, group="Objective")
 
 
@@ -39,6 +48,10 @@ class Objective(Settings):
     The tail `unbiased` of `reverse_kl` corrects the bucket at the sampled token, weighted by
     p / p_rollout, at most `importance_cap`; on average it is the KL over the whole vocabulary.
 
+    `token_weights` multiplies the row weights, as `lopd.training.token_weights` says, but for
+    `entropy`: there tokens where the teacher is uncertain take the forward KL instead of the
+    reverse, and weigh as before.
+
     Args:
         name: one of `OBJECTIVES`.
         tail: how the mass outside the teacher's list is treated, as in
@@ -47,6 +60,8 @@ class Objective(Settings):
         advantage_clip, importance, clip_range: of the policy gradient, as above.
         delta, entropy_bonus: of log_ratio; 5 nat and 0 by default. A delta of 0 means no bound.
         importance_cap: of the policy gradient and of tail "unbiased".
+        token_weights: which tokens of an answer weigh more.
+        weight_beta, weight_share, weight_entropy: of `token_weights`, those in `WEIGHT_SETTINGS`.
         temperature: divides the student's logits; equals the temperature of the teacher's scores.
         workspace_bytes: limit on what the loss allocates; changes only rounding.
         eos_class: ids that a divergence takes as one token; every teacher's list must hold them.
@@ -104,6 +119,30 @@ class Objective(Settings):
     entropy_bonus: float | None = _objective(
         None, within="[0, inf)", help="log_ratio: weight of the student's entropy; 0 by default."
     )
+    token_weights: TokenWeights = setting(
+        "none",
+        group="Objective",
+        help="Weigh the tokens of an answer: advantage (by the teacher's preference and the "
+        "answer's reward), divergence_rank (the share where teacher and student differ most), "
+        "prefix (the first share), or entropy (forward KL where the teacher is uncertain).",
+    )
+    weight_beta: float | None = _objective(
+        None,
+        within="[0, inf)",
+        help="advantage: steepness, 1 by default; divergence_rank: exponent of the mean of the "
+        "two probabilities, 0.5 by default.",
+    )
+    weight_share: float | None = _objective(
+        None,
+        within="(0, 1]",
+        help="Share of an answer's tokens that are kept; divergence_rank 0.4, prefix 0.3 by "
+        "default.",
+    )
+    weight_entropy: float | None = _objective(
+        None,
+        within="[0, inf)",
+        help="entropy: nat from which the teacher counts as uncertain, 0.8 by default.",
+    )
     workspace_bytes: int | None = None
     eos_class: tuple[int, ...] = ()
 
@@ -136,6 +175,36 @@ class Objective(Settings):
                 f"--eos-class, which needs one of {', '.join(SPARSE)}"
             )
         self._check_importance()
+        self._check_token_weights()
+
+    def _check_token_weights(self) -> None:
+        kind, settings = self.token_weights, WEIGHT_SETTINGS[self.token_weights]
+        for name in ("weight_beta", "weight_share", "weight_entropy"):
+            if name not in settings and getattr(self, name) is not None:
+                kinds = [other for other, known in WEIGHT_SETTINGS.items() if name in known]
+                raise ConfigError(
+                    f"{name}: token_weights '{kind}' has none; expected {' or '.join(kinds)}"
+                )
+            if name in settings and getattr(self, name) is None:
+                object.__setattr__(self, name, settings[name])
+        if kind != "none" and not self.needs_teacher:
+            raise ConfigError(f"token_weights: {self.name} has no teacher to weigh tokens by")
+        if kind == "entropy" and (self.name != "reverse_kl" or self.tail == "unbiased"):
+            raise ConfigError(
+                "token_weights: entropy exchanges reverse for forward KL; found objective "
+                f"{self.name} with tail {self.tail}; expected reverse_kl with another tail than "
+                "unbiased"
+            )
+        if kind in ("advantage", "divergence_rank") and self.tail == "unbiased":
+            raise ConfigError(
+                f"token_weights: {kind} depends on the sampled token, over which the unbiased tail "
+                "is an average, and would bias it; use another tail, or prefix"
+            )
+        if kind in ("divergence_rank", "prefix") and self.importance == "sequence":
+            raise ConfigError(
+                f"token_weights: {kind} leaves tokens out, and importance 'sequence' is a product "
+                "over all of an answer; use importance 'token'"
+            )
 
     def _check_importance(self) -> None:
         is_corrected = self.importance != "none" or self.clip_range is not None
@@ -162,7 +231,8 @@ class Objective(Settings):
 
         The policy gradient is evaluated by the reverse KL, of which it is a one-sample estimate:
         its loss is not a divergence, and on stored tokens it has no minimum. So are `log_ratio` and
-        the unbiased tail, whose sampled tokens would be noise in a comparison of steps.
+        the unbiased tail, whose sampled tokens would be noise in a comparison of steps. Token
+        weights do not count, so that runs with different ones can be compared.
         """
         if self.name in SAMPLED or self.tail == "unbiased":
             return Objective(
@@ -171,7 +241,9 @@ class Objective(Settings):
                 workspace_bytes=self.workspace_bytes,
                 eos_class=self.eos_class,
             )
-        return self
+        return replace(
+            self, token_weights="none", weight_beta=None, weight_share=None, weight_entropy=None
+        )
 
     @property
     def needs_teachers_list(self) -> str | None:

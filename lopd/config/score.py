@@ -23,13 +23,6 @@ class ScoreConfig(TeacherOptions, EngineOptions, ScoringOptions):
 
     rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
     out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
-    prompts: str | None = setting(
-        None,
-        group="Model and data",
-        identity=False,
-        help="For teacher_field: file of the prompts, by id; by default the one that the rollouts "
-        "were sampled from.",
-    )
     k: int = _cache(64, within="[1, inf)", help="Maximum number of listed tokens per position.")
     support: ListOf = setting(
         "teacher",
@@ -59,6 +52,20 @@ class ScoreConfig(TeacherOptions, EngineOptions, ScoringOptions):
         "default the one that the rollouts name.",
     )
     extra_ids: int = _cache(0, within="[0, inf)", help="Add the student's top N ids to every list.")
+    teacher_template: str | None = setting(
+        None,
+        group="Model and data",
+        identity=False,  # its text is an input
+        help="Jinja file of the teacher's own prompt, from the fields of the prompts' records, "
+        "such as reference answers (docs/how-to/privileged-context.md).",
+    )
+    prompts: str | None = setting(
+        None,
+        group="Model and data",
+        identity=False,
+        help="File of the prompts' records; by default the one that the rollouts were sampled "
+        "from.",
+    )
     eos_class: str | None = _cache(
         None,
         identity=False,
@@ -81,12 +88,20 @@ class ScoreConfig(TeacherOptions, EngineOptions, ScoringOptions):
             refuse_unused(
                 self, ("extra_ids",), f"support {self.support} lists the student's top k; set k"
             )
-        elif not self.extra_ids and self.teacher_field is None:
-            refuse_unused(self, ("student",), "only support and extra_ids list the student's ids")
-        if self.prompts is not None and self.teacher_field is None:
+        elif not self.extra_ids and self.teacher_template is None and self.teacher_field is None:
+            refuse_unused(
+                self,
+                ("student",),
+                "only support, extra_ids, teacher_template and teacher_field read the student",
+            )
+        if self.teacher_template is None and self.teacher_field is None:
+            refuse_unused(
+                self, ("prompts",), "only teacher_template and teacher_field read their records"
+            )
+        if self.teacher_template is not None and self.teacher_field is not None:
             raise ConfigError(
-                f"prompts: found '{self.prompts}' without teacher_field; only the field that names "
-                "the teacher is read from it; leave it out"
+                "teacher_template: found with teacher_field; a template is for one teacher; leave "
+                "one of the two out"
             )
         parse_eos_class(self.eos_class)
         if self.engine == "vllm" and (self.temperature != 1 or self.extra_ids or self.eos_class):

@@ -164,7 +164,7 @@ class TrainOptions(MemoryOptions):
         -1, within="[1, inf) or -1", help="Number of optimizer steps; -1 trains for num_epochs."
     )
     num_epochs: float = _optimizer(
-        1.0, within="(0, inf)", help="Number of passes over the data, unless max_steps is set."
+        1.0, within="(0, 1000000]", help="Number of passes over the data, unless max_steps is set."
     )
     gradient_accumulation_steps: int = _memory(
         1, within="[1, inf)", identity=False, help="Micro-batches per optimizer step, per process."

@@ -1,6 +1,7 @@
 """Fields of records that other tools wrote: ids, masks, log-probs and stand-ins for them, names."""
 
 import hashlib
+import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -139,6 +140,18 @@ def floats(where: str, name: str, values: Any) -> np.ndarray:  # fp64, NaN for n
             f"{where}: {name} are {short(values)}; expected a list of numbers"
         ) from None
     return array.astype(np.float64)
+
+
+def number(where: str, name: str, value: Any) -> float | None:
+    """A field that holds one number, or null."""
+    if value is None:
+        return None
+    if type(value) not in (bool, int, float) or not math.isfinite(value):
+        raise DataError(
+            f"{where}: {name} is {short(value)}; expected a finite number; leave the field out if "
+            "it means something else"
+        )
+    return float(value)
 
 
 def logprob(value: Any) -> float:

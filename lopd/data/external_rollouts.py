@@ -18,13 +18,15 @@ response is the model's. `labels` is a mask by -100.
 The prompt of a stored rollout ends where the first token of the model begins, and the sequence ends
 with the model's last token; what follows is not needed to train on it. Log-probs of the policy that
 sampled (`rollout_logprobs`, `rollout_log_probs`, `old_log_probs`, or `logprobs` as numbers) are
-optional.
+optional. So are, for `lopd distill`: `weight`, a positive number for the sequence; `token_weights`,
+numbers from 0, as a mask; and `reward`, what a verifier gave the answer. A choice or an output may
+have its own.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from lopd.data.external_fields import (
     integers,
     is_stand_in,
     loss_mask,
+    number,
     read_sequences,
     refuse_same,
     refuse_stand_ins,
@@ -49,6 +52,7 @@ from lopd.data.skipped import Skipped
 from lopd.errors import DataError
 from lopd.models.limits import ModelLimits
 from lopd.store import Rollout
+from lopd.store.validate import check_weights
 
 WHOLE_KEYS = ("input_ids", "tokens")
 MASK_KEYS = ("loss_mask", "response_mask", "completion_mask", "assistant_masks")
@@ -67,6 +71,8 @@ class _Found:
     mask: Any = None
     logprobs: Any = None
     finish: Any = None
+    weights: Any = None  # of tokens, as the mask
+    own: Mapping[str, Any] = field(default_factory=dict)  # of several: what is not the record's
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,18 @@ def read_rollouts(
         items = _sequences(where, record)
         if is_text := not items:
             items = [_rendered(where, record, encoder, retokenize)]
+            if record.get("token_weights") is not None:
+                raise DataError(
+                    f"{where}: has token_weights and messages, which are tokenised again; dump "
+                    "token ids, which the weights belong to"
+                )
         rollouts = [_assemble(where, record, item, eos_ids, seen) for item in items]
         for rollout in rollouts:
             limits.check(where, rollout.tokens)
+            try:
+                check_weights(rollout)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
         return [Imported(rollout, retokenized=is_text) for rollout in rollouts]
 
     return read_sequences(path, skipped, parse, lambda item: item.rollout)
@@ -116,22 +131,28 @@ def _sequences(where: str, record: Mapping[str, Any]) -> list[_Found]:
     """The sequences of a record that has token ids; none if it has messages only."""
     prompt, response = _first(record, PROMPT_KEYS), _first(record, RESPONSE_KEYS)
     if "choices" in record:
-        return [_of_choice(where, record, choice) for choice in record["choices"]]
+        return [
+            _with_own(record, _of_choice(where, record, choice), choice)
+            for choice in record["choices"]
+        ]
     if "outputs" in record:
-        return [_of_output(where, prompt, output) for output in record["outputs"]]
+        return [
+            _with_own(record, _of_output(where, prompt, output), output)
+            for output in record["outputs"]
+        ]
     if "meta_info" in record:
-        return [_of_sglang(where, record, response)]
+        return [_with_own(record, _of_sglang(where, record, response), {})]
     mask, logprobs = _mask(where, record), _first(record, LOGPROB_KEYS)
     listed = record.get("logprobs")
     if logprobs is None and listed and all(isinstance(x, int | float | None) for x in listed):
         logprobs = listed
-    finish = record.get("finish_reason")
+    finish, weights = record.get("finish_reason"), record.get("token_weights")
     if prompt is not None and response is not None:
         if (kept := record.get("prompt_mask")) is not None:
             prompt = _where(where, prompt, kept, "prompt_mask")
-        return [_Found("prompt and response", prompt, response, mask, logprobs, finish)]
+        return [_Found("prompt and response", prompt, response, mask, logprobs, finish, weights)]
     if "prompts" in record and "responses" in record:
-        return [_of_verl(where, record, mask, logprobs, finish)]
+        return [replace(_of_verl(where, record, mask, logprobs, finish), weights=weights)]
     whole = _first(record, WHOLE_KEYS)
     if whole is not None:
         if mask is None:
@@ -142,8 +163,9 @@ def _sequences(where: str, record: Mapping[str, Any]) -> list[_Found]:
         if (kept := record.get("attention_mask")) is not None:
             mask = _where(where, mask, kept, "attention_mask")
             logprobs = None if logprobs is None else _where(where, logprobs, kept, "logprobs")
+            weights = None if weights is None else _where(where, weights, kept, "token_weights")
             whole = _where(where, whole, kept, "attention_mask")
-        return [_Found("whole sequence", [], whole, mask, logprobs, finish)]
+        return [_Found("whole sequence", [], whole, mask, logprobs, finish, weights)]
     if "messages" in record or {"prompt", "completion"} <= record.keys():
         return []
     text = ""
@@ -153,6 +175,11 @@ def _sequences(where: str, record: Mapping[str, Any]) -> list[_Found]:
         f"{where}: found {sorted(record)}; expected token ids ('prompt_token_ids' and "
         f"'response_token_ids', or 'input_ids' with a mask), or 'messages' with --retokenize{text}"
     )
+
+
+def _with_own(record: Mapping[str, Any], found: _Found, own: Mapping[str, Any]) -> _Found:
+    """One of a record's sequences with the weights of its tokens, its own or the record's."""
+    return replace(found, weights={**record, **own}.get("token_weights"), own=own)
 
 
 def _of_choice(where: str, record: Mapping[str, Any], choice: Mapping[str, Any]) -> _Found:
@@ -337,6 +364,12 @@ def _assemble(
     named = prompt if len(prompt) else tokens[:length]
     prompt_id, sample = sequence_name(where, record.get("id"), record.get("sample"), named, seen)
     kept = logprobs[start:stop].astype(np.float32)
+    given, weights = {**record, **item.own}, None
+    weight = number(where, "weight", given.get("weight"))
+    if item.weights is not None:
+        weights = floats(where, "token_weights", item.weights)
+        weights = _of_response(where, "token_weights", weights, len(prompt), count)
+        weights = np.where(mask, weights, 0.0)[start:stop].astype(np.float32)
     return Rollout(
         prompt_id=prompt_id,
         sample=sample,
@@ -346,6 +379,9 @@ def _assemble(
         loss_mask=np.concatenate([np.zeros(length, bool), mask[start:stop]]),
         rollout_logprobs=kept,
         rollout_logprobs_raw=kept,
+        weight=1.0 if weight is None else weight,
+        reward=number(where, "reward", given.get("reward")),
+        token_weights=weights,
     )
 
 

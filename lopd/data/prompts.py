@@ -45,6 +45,7 @@ class Prompt:
     id: str
     tokens: list[int]
     answer: str | None
+    place: str = ""  # of its record
     teacher: str | None = None  # the name of the teacher that its record is routed to
 
 
@@ -54,7 +55,7 @@ class Routes:
 
     field: str
     teachers: Sequence[str]  # their names
-    encoders: Mapping[str, PromptEncoder] | None = None  # of each; None: prompts are found again
+    encoders: Mapping[str, PromptEncoder] | None = None  # of each; None: nothing is encoded
 
     def teacher_of(self, value: Any, where: str) -> str:
         """The name of the teacher for the value of the field.
@@ -228,8 +229,8 @@ def load_prompts(
 
     Args:
         answers: whether to read `answer` too, which every record must have then.
-        routes: which teacher a record goes to. If it has encoders, that of the teacher encodes the
-            prompt, and `encoder` only says how records are read.
+        routes: which teacher a record goes to, whose encoder encodes the prompt; `encoder` then
+            only says how records are read.
 
     Raises:
         DataError: there are no prompts, two records have the same `id`, or a record is unusable
@@ -240,14 +241,14 @@ def load_prompts(
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
     repeats: Counter[str] = Counter()
-    encoders: Mapping[Any, PromptEncoder] = (routes and routes.encoders) or {}
-    found_again = routes is not None and routes.encoders is None
-    skipped = Skipped(str(path), encoder.options.skip_bad_records, offered=not found_again)
+    skipped = Skipped(str(path), encoder.options.skip_bad_records)
     reads, also = ["answer"] if answers else [], [] if routes is None else [routes.field]
     for where, fields in read_shaped(path, encoder, skipped, *reads, also=also):
         try:
             teacher = None if routes is None else routes.teacher_of(fields.get(routes.field), where)
-            tokens, own = encode_record(encoders.get(teacher, encoder), fields, where)
+            if routes is not None and routes.encoders is not None:
+                encoder = routes.encoders[str(teacher)]
+            tokens, own = encode_record(encoder, fields, where)
             name = _given_id(fields, where, places)
             answer = _answer(fields, where) if answers else None
         except DataError as error:
@@ -259,7 +260,7 @@ def load_prompts(
             repeats[digest] += 1
         else:
             places[name] = where
-        prompts.append(Prompt(name, tokens, answer, teacher))
+        prompts.append(Prompt(name, tokens, answer, where, teacher))
         skipped.kept += 1
         if limit is not None and len(prompts) == limit:
             break

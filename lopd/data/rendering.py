@@ -9,7 +9,7 @@ from datetime import date, datetime, time
 from typing import Any
 
 from lopd.config.prompts import PromptOptions
-from lopd.data.messages import Message
+from lopd.data.messages import Message, check_messages
 from lopd.errors import ConfigError, DataError
 
 LOG = logging.getLogger(__name__)
@@ -176,15 +176,7 @@ class PromptEncoder:
     ) -> list[int]:
         if self.has_template:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            self._check_unrendered(messages, where)
-            try:
-                text = self._render(messages, kwargs)
-            except Exception as error:
-                found = " ".join(str(error).split())
-                raise DataError(
-                    f"{where}: the tokenizer's chat template refuses it ({found})"
-                ) from error
-            self._check_roles(messages, where)
+            text = self._chat(messages, kwargs, where)
             tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return self._once(tokens, [self.tokenizer.bos_token_id], [], where)
         if not isinstance(prompt, str):
@@ -203,6 +195,29 @@ class PromptEncoder:
                 "puts before other texts"
             )
         return tokens
+
+    def chat(self, messages: Any, kwargs: Mapping[str, Any], where: str) -> str:
+        """What the chat template writes for messages, up to the start of the answer.
+
+        Raises:
+            DataError: there is no chat template, it refuses them, or does not read a variable.
+        """
+        if not self.has_template:
+            raise DataError(f"{where}: {self._no_template()}; write the text of the prompt itself")
+        self._check_kwargs(kwargs, where, DataError)
+        return self._chat(check_messages(messages, where, "messages"), kwargs, where)
+
+    def _chat(self, messages: list[Message], kwargs: Mapping[str, Any], where: str) -> str:
+        self._check_unrendered(messages, where)
+        try:
+            text = self._render(messages, kwargs)
+        except Exception as error:
+            found = " ".join(str(error).split())
+            raise DataError(
+                f"{where}: the tokenizer's chat template refuses it ({found})"
+            ) from error
+        self._check_roles(messages, where)
+        return text
 
     def _no_template(self) -> str:
         if self._as_text:

@@ -127,6 +127,7 @@ def score_rollouts(
     *,
     temperature: float = 1.0,
     student: Engine | None = None,
+    seen_by_teacher: Callable[[Rollout], Rollout] = lambda rollout: rollout,
     progress: Progress | None = None,
 ) -> list[TeacherScores]:
     """The teacher's scores of rollouts.
@@ -134,6 +135,8 @@ def score_rollouts(
     Args:
         support: which ids are listed.
         student: the model that sampled them; needed if `support` lists the student's ids.
+        seen_by_teacher: the sequence that the teacher reads for a rollout: the same answer, perhaps
+            after another prompt.
 
     Raises:
         DataError, ConfigError: as `Engine.score`.
@@ -149,9 +152,10 @@ def score_rollouts(
         support.chosen_ids(scores, len(rollout.rollout_logprobs), teacher.vocab_size)
         for scores, rollout in zip(own, rollouts, strict=True)
     ]
+    seen = [seen_by_teacher(rollout) for rollout in rollouts]
     scores = teacher.score(
-        sequences,
-        prompt_lengths,
+        [rollout.tokens for rollout in seen],
+        [rollout.prompt_length for rollout in seen],
         support.teacher_k,
         temperature=temperature,
         extra_ids=ids if support.has_chosen_ids else None,

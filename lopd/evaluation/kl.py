@@ -131,7 +131,7 @@ def reverse_kl(
         outside the lists. These ids count as one, so the value is at most the KL over all ids. With
         several teachers also `by_teacher`, the mean over the tokens of each.
     """
-    collate, by_teacher = Collator(), dict[str, Any]()
+    collate, by_teacher = Collator(weighted=False), dict[str, Any]()
     total, outside, tokens = 0.0, 0.0, 0
     for items in batches:
         batch = to_device(collate(items), student.device)

@@ -7,7 +7,7 @@ same tokens and buckets is the signal. In a cache without lists, which has only 
 the sampled tokens, the sampled token takes the place of the list.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lopd.engines.base import Engine
 from lopd.errors import ConfigError, ModelError, ProvenanceError
 from lopd.provenance import CacheManifest, fingerprint_weights
 from lopd.provenance.teachers import records_of
-from lopd.store import TeacherCache, TeacherScores, TeacherSequence
+from lopd.store import Rollout, TeacherCache, TeacherScores, TeacherSequence
 from lopd.store.codec import kl_terms
 
 
@@ -51,6 +51,7 @@ def measure_noise_floor(
     student: str | Path,
     options: EngineOptions,
     tokens_per_batch: int,
+    seen_by_teacher: Callable[[Rollout], Rollout] = lambda rollout: rollout,
     seed: int,
 ) -> NoiseFloor:
     """Rescore sequences of a cache with the teacher and with the student.
@@ -60,6 +61,7 @@ def measure_noise_floor(
         teacher: the model that scored the cache; by name if there are several.
         options: engine of the teacher. The student runs in transformers and shares only its
             dtype and device.
+        seen_by_teacher: the sequence that the teacher reads for a rollout.
         seed: of the choice of sequences.
 
     Raises:
@@ -91,13 +93,14 @@ def measure_noise_floor(
         own = [i for i, item in enumerate(items) if item.teacher_id == name]
         if own:
             engine = load_engine(options.engine, folder, options=options.options(), **settings)
-            found = _score(engine, options.engine, [items[i] for i in own], manifest)
+            mine = [items[i] for i in own]
+            found = _score(engine, options.engine, mine, manifest, seen_by_teacher)
             scores.update(zip(own, found, strict=True))
             del engine  # before the next model takes its memory
             free_memory()
     teacher_scores = [scores[i] for i in range(len(items))]
     engine = load_engine("transformers", student, **settings)
-    student_scores = _score(engine, "transformers", items, manifest)
+    student_scores = _score(engine, "transformers", items, manifest, lambda rollout: rollout)
     same_student = fingerprint_weights(student) == manifest.rollouts.model.weights
     merged = manifest.scoring.eos_class
     return _compare(items, teacher_scores, student_scores, engine.vocab_size, same_student, merged)
@@ -129,7 +132,11 @@ def _teachers(
 
 
 def _score(
-    engine: Engine, name: str, items: Sequence[TeacherSequence], manifest: CacheManifest
+    engine: Engine,
+    name: str,
+    items: Sequence[TeacherSequence],
+    manifest: CacheManifest,
+    seen: Callable[[Rollout], Rollout],
 ) -> list[TeacherScores]:
     """Score the stored ids if the engine can, else the model's own top k."""
     vocab_size = engine.vocab_size
@@ -137,9 +144,10 @@ def _score(
     if name == "transformers":
         k = 1
         stored_ids = [np.where(item.topk_ids < vocab_size, item.topk_ids, -1) for item in items]
+    rollouts = [seen(item.rollout) for item in items]
     scores = engine.score(
-        [item.rollout.tokens for item in items],
-        [item.rollout.prompt_length for item in items],
+        [rollout.tokens for rollout in rollouts],
+        [rollout.prompt_length for rollout in rollouts],
         k,
         temperature=manifest.temperature,
         extra_ids=stored_ids,

@@ -27,6 +27,7 @@ from lopd.provenance.io import (
     parse_json,
     read_json_object,
     read_optional_json,
+    remove_dead_writers,
     sha256_file,
     storing,
     without_keys,
@@ -74,6 +75,7 @@ def fingerprint_weights(path: str | Path, *, rehash: bool = False) -> str:
         memo = {**_read_memo(), key: {"files": state, "weights": weights}}
         with contextlib.suppress(OSError):
             _memo_path().parent.mkdir(parents=True, exist_ok=True)
+            remove_dead_writers(_memo_path())
             write_atomic(_memo_path(), canonical_json(memo))
     return weights
 

@@ -34,11 +34,12 @@ def check_distill(
     """Refuse artefacts that do not belong together.
 
     Five checks, in this order: the cache is complete; the teacher that scored it is the one whose
-    answers the student was fine-tuned on; the student made the rollouts; every id in the data
-    means the same token to teacher and student, and the student's head has a row for it; the same
-    ids end an answer. Teacher and student are compared by their weights and by what else decides
-    what they compute (`behaviour_of`), as far as the manifests record it. Of several teachers,
-    each is compared with the one of its name. No model is loaded.
+    answers the student was fine-tuned on, or the student itself with prompts that tell it more;
+    the student made the rollouts; every id in the data means the same token to teacher and student,
+    and the student's head has a row for it; the same ids end an answer. Teacher and student are
+    compared by their weights and by what else decides what they compute (`behaviour_of`), as far
+    as the manifests record it. Of several teachers, each is compared with the one of its name. No
+    model is loaded.
 
     Args:
         used_ids: the distinct ids of the cache, or a function that returns them, those of one
@@ -67,7 +68,9 @@ def check_distill(
 
     mismatches: tuple[list[_Mismatch | None], ...] = (
         [_check_complete(faults)],
-        [_check_teacher(student, model, name) for name, model in scorers],
+        []
+        if is_own_teacher(cache_manifest)
+        else [_check_teacher(student, model, name) for name, model in scorers],
         [_check_rollouts(student, policy)],
         [
             _check_tokenizer(student, model.tokenizer, used_by(name), cache_path)
@@ -148,6 +151,19 @@ def _other_teacher(found: str, teacher: ModelIdentity, scorer: ModelIdentity) ->
         f"{teacher}, whose answers the student was fine-tuned on",
         "another teacher costs accuracy at a finite budget: score with that teacher "
         "('lopd score'), or fine-tune on this one's answers",
+    )
+
+
+def is_own_teacher(manifest: CacheManifest) -> bool:
+    """Whether the student scored its own rollouts with prompts that tell it more.
+
+    It needs no fine-tuning on a teacher's answers: the answers that it was fitted to are its own.
+    """
+    scorer, policy = manifest.model, manifest.rollouts.model
+    return (
+        manifest.teacher_template is not None
+        and scorer.weights == policy.weights
+        and _edited(policy.behaviour, scorer.behaviour, ("config", "code")) is None
     )
 
 

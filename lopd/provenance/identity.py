@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lopd.config.fields import identity_of
+from lopd.config.fields import defaults_of, identity_of
 from lopd.provenance.io import json_digest, without_keys
 from lopd.provenance.manifest import Manifest
 from lopd.provenance.typed_json import plain
@@ -21,7 +21,7 @@ def settings_identity(config: Any, stored: Mapping[str, Any] | None = None) -> d
     Args:
         config, stored: as in `identity_of`; `stored` is the `config` of a finished run's manifest.
     """
-    values = asdict(config) if stored is None else stored
+    values = asdict(config) if stored is None else {**defaults_of(config), **stored}
     identity = identity_of(config, stored)
     if "gradient_accumulation_steps" in values:  # micro-batches count by their product only
         micro_batches = values["gradient_accumulation_steps"]

@@ -1,6 +1,8 @@
 """JSON, read strictly and written canonically; digests and atomic writes."""
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -153,7 +155,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader or a crash sees all of it or none of it.
 
     Temporary file in the same folder, fsync, rename over `path`, fsync of the folder.
-    The temporary file is removed if that fails.
+    The temporary file is removed if that fails, and locked while its writer lives.
 
     Raises:
         OSError: the file cannot be written, e.g. on a full disk; `path` is unchanged.
@@ -162,6 +164,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     try:
         descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             view = memoryview(data)
             while view:
                 view = view[os.write(descriptor, view) :]
@@ -174,6 +178,14 @@ def write_atomic(path: Path, data: bytes) -> None:
             temp.unlink()
         raise
     sync_folder(path.parent)
+
+
+def remove_dead_writers(path: Path) -> None:
+    """Remove what killed processes left of `write_atomic(path)`; for folders without a lock."""
+    for temp in path.parent.glob(f".{glob.escape(path.name)}.*{TEMP_SUFFIX}"):
+        with contextlib.suppress(OSError), temp.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temp.unlink()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from lopd.provenance.behaviour import behaviour_of
 from lopd.provenance.fingerprint import describe_model, fingerprint_weights
 from lopd.provenance.folder import read_config
 from lopd.provenance.identity import difference
+from lopd.provenance.io import remove_dead_writers
 from lopd.provenance.manifest import (
     MANIFEST_NAME,
     Lineage,
@@ -93,6 +94,7 @@ def declare(model: str | Path, *, teacher: str | Path | Mapping[str, str]) -> Ma
         model=describe_model(model, dtype=str(dtype), engine="unspecified"),
         lineage={**_UNKNOWN, **lineage_entries(_identify(teacher)), "declared": True},
     )
+    remove_dead_writers(Path(model) / MANIFEST_NAME)
     write_manifest(model, manifest)
     return manifest
 

@@ -36,6 +36,7 @@ REQUIRED = {
     "checkpoint": (),
     "evaluation": ("inputs.prompts.sha256 or inputs.cache.digest",),
 }
+_COUNT, _MASS = {"within": "[1, inf)"}, {"within": "(0, 1]"}  # metadata of fields
 _PACKAGES = ("lopd", "torch", "transformers", "numpy", "safetensors")
 
 
@@ -51,7 +52,7 @@ class ModelIdentity:
     behaviour: Mapping[str, Any] | None = None  # `behaviour_of`; None: unknown, an older artefact
     eos_ids: tuple[int, ...] | None = None  # that end an answer; None: unknown
     hub: str | None = None  # org/name@revision
-    vocab_size: int | None = None
+    vocab_size: int | None = field(default=None, metadata=_COUNT)
     dtype: str | None = None
     engine: str | None = None
     raw: Mapping[str, Any] = field(repr=False)
@@ -74,11 +75,11 @@ class ModelIdentity:
 class SamplingSettings:
     """How answers were sampled; None for unknown values."""
 
-    max_new_tokens: int | None = None
-    num_samples: int | None = None
+    max_new_tokens: int | None = field(default=None, metadata=_COUNT)
+    num_samples: int | None = field(default=None, metadata=_COUNT)
     seed: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: float | None = field(default=None, metadata={"within": "[0, inf)"})
+    top_p: float | None = field(default=None, metadata=_MASS)
     raw: Mapping[str, Any] = field(repr=False)
 
 
@@ -158,11 +159,14 @@ class Manifest:
 class CacheManifest(Manifest):
     """The manifest of a teacher cache; `model` is the teacher."""
 
-    k: int
-    top_p: float
+    k: int = field(metadata={"within": "[0, inf)"})  # 0: only the sampled tokens are scored
+    top_p: float = field(metadata=_MASS)
     codec: str
-    temperature: float
+    temperature: float = field(metadata={"within": "(0, inf)"})
     rollouts: ScoredRollouts = field(metadata={"at": "inputs.rollouts"})
+    teacher_template: str | None = field(  # sha256: the teacher read prompts of its own
+        default=None, metadata={"at": "inputs.teacher_prompts.template.sha256"}
+    )
 
     @property
     def teacher_k(self) -> int:
@@ -317,8 +321,6 @@ def parse_manifest(
         raise unfit("plan.teachers")
     if unknown := sorted({*manifest.shard_teachers} - (named or set())):
         raise unfit(f"teachers.{unknown[0]}")
-    if manifest.model.vocab_size is not None and manifest.model.vocab_size < 1:
-        raise unfit("model.vocab_size")
     return manifest
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from lopd.config.fields import parse_range
+
 T = TypeVar("T")
 Unfit = Callable[[str], Exception]  # the error for a field, by its dotted name
 
@@ -13,11 +15,12 @@ def parse(cls: type[T], value: Any, at: str, unfit: Unfit, **known: Any) -> T:
     """An instance of a dataclass from a JSON object, by the types of the dataclass's fields.
 
     A field without a default is required. A field `raw` receives the object itself, unknown keys
-    included. The metadata `at` of a field is the dotted name of its value.
+    included. The metadata `at` of a field is the dotted name of its value, `within` the range of
+    its number.
 
     Args:
         at: the object's name in messages, followed by a dot; empty for the outermost.
-        unfit: makes the error for a field that is missing or has another type.
+        unfit: makes the error for a field that is missing, has another type or is out of range.
         known: fields that are already parsed.
     """
     items = [item for item in dataclasses.fields(cls) if item.name not in known]  # type: ignore[arg-type]
@@ -32,6 +35,9 @@ def parse(cls: type[T], value: Any, at: str, unfit: Unfit, **known: Any) -> T:
             known["raw"] = value
         elif (found := value_at(value, name)) is not None:
             known[item.name] = _convert(hints[item.name], found, at + name, unfit)
+            within = item.metadata.get("within")
+            if within and found not in (allowed := parse_range(within)):
+                raise unfit(f"{at}{name} that is {allowed.words} (found {found})")
         elif item.default is dataclasses.MISSING:
             raise unfit(at + name)
     return cls(**known)

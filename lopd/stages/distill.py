@@ -4,9 +4,12 @@ First the manifests are checked: teacher, cache, rollouts and student must belon
 model is loaded before that. The manifest of the checkpoint records the checks that flags override.
 """
 
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lopd.config.distill import DistillConfig
 from lopd.config.objective import SPARSE, Objective
@@ -20,13 +23,16 @@ from lopd.provenance import (
     lineage_of,
     vocab_size_of,
 )
-from lopd.provenance.manifest import Override
+from lopd.provenance.gate import is_own_teacher
+from lopd.provenance.manifest import Override, short
 from lopd.provenance.teachers import described
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.sft import finish_checkpoint
 from lopd.store import TeacherCache
 from lopd.training import run as runs
+
+LOG = logging.getLogger(__name__)
 
 
 @loads_models
@@ -46,18 +52,8 @@ def main(config: DistillConfig) -> Path:
     if is_finished(config, "distill", config.student, describe_inputs):
         return say_finished(config.out)
     cache, overrides = open_cache(config)
-    check_lists(config, cache)
-    temperature = cache.manifest.temperature
-    objective = config.objective_at(temperature)
-    if merged := cache.manifest.scoring.eos_class:
-        objective = replace(objective, eos_class=merged)
-    check_importance(config, objective, cache.manifest)
-    check_sampling(config, objective, cache.manifest)
-    if objective.temperature != temperature:
-        raise ConfigError(
-            f"temperature: found {objective.temperature}, but {config.cache} was scored at "
-            f"{temperature}; leave it out, or score the rollouts again at that temperature"
-        )
+    _say_privileged(cache.manifest)
+    objective = objective_of(config, cache)
     base = describe_model(config.student, dtype=config.dtype, engine="transformers")
     refresh = _refresh(config, cache, base.weights)
     inputs = describe_inputs(config)
@@ -89,10 +85,21 @@ def describe_inputs(config: DistillConfig) -> dict[str, Any]:
     scorer = cache.manifest.model
     made_by = described(cache.manifest.models)
     inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), **made_by}}
+    if (template := cache.manifest.teacher_template) is not None:
+        inputs["cache"]["teacher_template"] = template
     if config.teacher is not None:
         dtype, engine = str(scorer.dtype), str(scorer.engine)
         inputs["teacher"] = describe_model(config.teacher, dtype=dtype, engine=engine)
     return inputs
+
+
+def _say_privileged(manifest: CacheManifest) -> None:
+    """Say that the teacher read other prompts than the student's."""
+    if manifest.teacher_template is not None:
+        who = "the student itself" if is_own_teacher(manifest) else "the teacher"
+        LOG.info(
+            f"scored by {who} with prompts of its own (template {short(manifest.teacher_template)})"
+        )
 
 
 def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> Any:
@@ -105,6 +112,28 @@ def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> Any:
     refresh = Refresh(*settings, cache, base)
     check_refresh(refresh, config.student, config.max_tokens_per_batch)
     return refresh
+
+
+def objective_of(config: DistillConfig, cache: TeacherCache) -> Objective:
+    """The objective, checked against the cache that it is minimised on.
+
+    Raises:
+        ConfigError: the cache lacks what the objective needs, or was scored at another temperature.
+    """
+    check_lists(config, cache)
+    temperature = cache.manifest.temperature
+    objective = config.objective_at(temperature)
+    if merged := cache.manifest.scoring.eos_class:
+        objective = replace(objective, eos_class=merged)
+    check_importance(config, objective, cache.manifest)
+    check_sampling(config, objective, cache.manifest)
+    check_token_weights(config, cache)
+    if objective.temperature != temperature:
+        raise ConfigError(
+            f"temperature: found {objective.temperature}, but {config.cache} was scored at "
+            f"{temperature}; leave it out, or score the rollouts again at that temperature"
+        )
+    return objective
 
 
 def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
@@ -175,6 +204,31 @@ def check_sampling(config: DistillConfig, objective: Objective, manifest: CacheM
         f"{needed:g}, at which the teacher scored, and top_p 1; use --tail bucket, or roll out at "
         "these and score again"
     )
+
+
+def check_token_weights(config: DistillConfig, cache: TeacherCache) -> None:
+    """Check that the cache has what `token_weights` reads, and weights that are not lost.
+
+    Raises:
+        ConfigError: a reward or the teacher's entropy is unknown, or `refresh_every` would replace
+            answers that have weights of their own.
+    """
+    if config.token_weights == "advantage" and (unknown := np.isnan(cache.rewards()).sum()):
+        raise ConfigError(
+            f"token_weights: advantage reads the reward of each answer, and {config.cache} has "
+            f"none for {unknown} of {len(cache)}; write 'reward' into every record and import the "
+            "rollouts again ('lopd import --format rollouts'), or use divergence_rank or prefix"
+        )
+    if config.token_weights == "entropy" and cache.manifest.scoring.entropy == "absent":
+        raise ConfigError(
+            f"token_weights: entropy reads the teacher's entropy, which {config.cache} lacks; "
+            "score with --engine transformers, or use divergence_rank or prefix"
+        )
+    if config.refresh_every and (cache.has_token_weights or (cache.weights() != 1).any()):
+        raise ConfigError(
+            f"refresh_every: the answers of {config.cache} have weights, and refreshed ones would "
+            "have none; leave --refresh-every out, or import the rollouts without weights"
+        )
 
 
 def missing_ratios(manifest: CacheManifest) -> str | None:

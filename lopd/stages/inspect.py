@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.evaluation.agreement import by_teacher, low_coverage, measure
@@ -16,10 +18,11 @@ from lopd.provenance import (
     read_manifest,
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
-from lopd.provenance.manifest import check_digest
+from lopd.provenance.manifest import check_digest, short
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
+MOST_FAULTS = 5
 LOG = logging.getLogger(__name__)
 
 
@@ -41,6 +44,9 @@ def main(config: InspectConfig) -> None:
         rows[f"{role} ends answers with"] = _describe_eos(model)
     if isinstance(manifest, CacheManifest):
         rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
+        if (template := manifest.teacher_template) is not None:
+            file = manifest.inputs["teacher_prompts"]["template"]["path"]
+            rows["teacher's own prompts"] = f"template {file} ({short(template)})"
     if manifest.raw.get("end_of_turn") is not None:
         rows["chat template ends a turn with"] = _describe_turn(manifest.raw["end_of_turn"])
     if manifest.sampling is not None:
@@ -50,7 +56,9 @@ def main(config: InspectConfig) -> None:
         rows["overrides"] = ", ".join(override.name for override in manifest.overrides)
     if kind == "cache":
         cache = TeacherCache.open(config.path, support="list", allow_incomplete=True)
+        _warn_of_faults(cache)
         rows.update(cache.summary())
+        rows.update(_describe_weights(cache))
         rows.update(_describe_cache(cache))
         if (found := measure(cache)) is not None:
             rows.update(found.rows() | by_teacher(cache))
@@ -60,7 +68,9 @@ def main(config: InspectConfig) -> None:
             rows["verified"] = _verify_shards(cache)
     elif kind in ("rollouts", "sft_data"):
         store = RolloutStore.open(config.path, kind=kind, allow_incomplete=True)
+        _warn_of_faults(store)
         rows.update(store.summary())
+        rows.update(_describe_weights(store))
         if config.verify:
             rows["verified"] = _verify_shards(store)
     elif config.verify:
@@ -87,6 +97,22 @@ def _models(manifest: Manifest) -> dict[str, ModelIdentity]:
     return found
 
 
+def _warn_of_faults(folder: RolloutStore | TeacherCache) -> None:
+    """Say which shards cannot be used, why, and which command writes them."""
+    if not folder.faults:
+        return
+    more = len(folder.faults) - MOST_FAULTS
+    LOG.warning(
+        f"{folder.path}: {len(folder.faults)} of {folder.num_shards} shards are unfinished or "
+        f"damaged; 'lopd {folder.manifest.stage} --out {folder.path}' with its other flags as "
+        "before writes them"
+    )
+    for fault in folder.faults[:MOST_FAULTS]:
+        LOG.warning(f"  {fault.removeprefix(f'{folder.path}/')}")
+    if more > 0:
+        LOG.warning(f"  and {more} more")
+
+
 def _describe_eos(model: ModelIdentity) -> str:
     """The ids that end an answer of a model."""
     return "unknown" if model.eos_ids is None else "id " + " or ".join(map(str, model.eos_ids))
@@ -97,6 +123,22 @@ def _describe_turn(end: Any) -> str:
     if not isinstance(end, dict):
         return f"id {end}"
     return ", ".join(f"id {found} ({name})" for name, found in end.items() if found is not None)
+
+
+def _describe_weights(store: RolloutStore | TeacherCache) -> dict[str, str]:
+    """The rewards and weights that came with the rollouts, if any did."""
+    rewards, weights, rows = store.rewards(), store.weights(), {}
+    known = rewards[~np.isnan(rewards)]
+    if len(known):
+        above = (known > 0).mean()
+        rows["rewards"] = (
+            f"known of {len(known)}, mean {known.mean(dtype=np.float64):.4g}, {above:.1%} above 0"
+        )
+    if (weights != 1).any():
+        rows["sequence weights"] = f"{weights.min():.4g} to {weights.max():.4g}"
+    if store.has_token_weights:
+        rows["token weights"] = "yes"
+    return rows
 
 
 def _verify_shards(store: RolloutStore | TeacherCache) -> str:

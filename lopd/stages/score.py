@@ -41,6 +41,7 @@ from lopd.provenance.gate import check_eos
 from lopd.provenance.teachers import described
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
+from lopd.stages.privileged import TeacherView, teacher_view
 from lopd.stages.rollout_student import describe_support, find_student
 from lopd.stages.routing import Part, Routing, Selection, routing_of, without
 from lopd.stages.table import print_fields
@@ -84,14 +85,15 @@ def main(config: ScoreConfig) -> Path | None:
         check_model_folder(teacher)
     rollouts = RolloutStore.open(config.rollouts, kind="rollouts")
     rollouts.verify()
+    view = teacher_view(config, rollouts)
     routing = routing_of(config, rollouts)
-    left_out = _left_out(config, rollouts, routing.parts)
+    left_out = _left_out(config, rollouts, routing.parts, view)
     parts = without(routing.parts, left_out)
-    manifest = _manifest(config, rollouts, replace(routing, parts=parts), left_out)
+    manifest = _manifest(config, rollouts, replace(routing, parts=parts), left_out, view)
     left = _missing(config, manifest)
     if not config.skip_bad_records:
-        _bad_sequences(config, rollouts, {i: parts[i] for i in left})
-    work = _Remaining(config, manifest, rollouts, parts, left)
+        _bad_sequences(config, rollouts, {i: parts[i] for i in left}, view)
+    work = _Remaining(config, manifest, rollouts, view, parts, left)
     check_fits(config.out, work.bounds[0].of(work.of()), "with the shortest lists")
     if config.plan:
         _print_plan(work, worker)
@@ -119,6 +121,7 @@ class _Remaining:
     config: ScoreConfig
     manifest: CacheManifest
     rollouts: RolloutStore
+    view: TeacherView
     parts: Sequence[Part]
     missing: Sequence[int]
 
@@ -151,6 +154,7 @@ def _manifest(
     rollouts: RolloutStore,
     routing: Routing,
     left_out: Mapping[int, frozenset[str]],
+    view: TeacherView,
 ) -> CacheManifest:
     source, parts = rollouts.manifest, routing.parts
     models = {
@@ -181,6 +185,8 @@ def _manifest(
     if routing.described is not None:
         plan["teachers"] = [part.teacher for part in parts]
         inputs["routing"] = routing.described
+    if view.described is not None:
+        inputs["teacher_prompts"] = view.described
     return build_manifest(
         "cache",
         stage="score",
@@ -216,12 +222,12 @@ def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
 
 
 def _left_out(
-    config: ScoreConfig, rollouts: RolloutStore, parts: Sequence[Part]
+    config: ScoreConfig, rollouts: RolloutStore, parts: Sequence[Part], view: TeacherView
 ) -> dict[int, frozenset[str]]:
     """The names of the sequences that their teacher cannot read, by part; none without the flag."""
     if not config.skip_bad_records:
         return {}
-    found = _bad_sequences(config, rollouts, dict(enumerate(parts)))
+    found = _bad_sequences(config, rollouts, dict(enumerate(parts)), view)
     for number, names in found.items():
         if names == parts[number].names:
             raise DataError(
@@ -232,7 +238,7 @@ def _left_out(
 
 
 def _bad_sequences(
-    config: ScoreConfig, rollouts: RolloutStore, parts: Mapping[int, Part]
+    config: ScoreConfig, rollouts: RolloutStore, parts: Mapping[int, Part], view: TeacherView
 ) -> dict[int, frozenset[str]]:
     """Check the sequences of some parts; the names of those that their teacher cannot read.
 
@@ -240,7 +246,7 @@ def _bad_sequences(
         DataError: there is one, and `skip_bad_records` is not set.
     """
     limits = {
-        name: _limits(config, path, rollouts.manifest.model)
+        name: _limits(config, path, rollouts.manifest.model, view)
         for name, path in config.teachers.items()
     }
     skipped = Skipped(config.rollouts, config.skip_bad_records)
@@ -248,7 +254,7 @@ def _bad_sequences(
     for number, part in parts.items():
         for rollout in part.read(rollouts):
             try:
-                limits[part.teacher].check(name_of(rollout), rollout.tokens)
+                view.check(limits[part.teacher], rollout)
                 skipped.kept += 1
             except DataError as error:
                 skipped.handle(error)
@@ -257,7 +263,9 @@ def _bad_sequences(
     return {number: frozenset(names) for number, names in found.items()}
 
 
-def _limits(config: ScoreConfig, teacher: str, policy: ModelIdentity) -> ModelLimits:
+def _limits(
+    config: ScoreConfig, teacher: str, policy: ModelIdentity, view: TeacherView
+) -> ModelLimits:
     """What a teacher can read."""
     remedy = "use models that share a tokenizer"
     if tokenizer_digest(teacher) == policy.tokenizer:
@@ -266,16 +274,15 @@ def _limits(config: ScoreConfig, teacher: str, policy: ModelIdentity) -> ModelLi
             "sequence out"
         )
     context = context_of(teacher, config.engine)
-    return ModelLimits("the teacher", vocab_size_of(teacher), context, id_remedy=remedy)
+    return ModelLimits("the teacher", vocab_size_of(teacher), context, view.length_remedy, remedy)
 
 
-def _load_scorer(
-    config: ScoreConfig, name: str | None, policy: ModelIdentity, worker: Worker
-) -> Scorer:
+def _load_scorer(work: _Remaining, name: str | None, worker: Worker) -> Scorer:
     """Load a teacher and, for its ids, the student; return the function that scores with them.
 
     The function takes rollouts and, optionally, `progress`.
     """
+    config = work.config
     common: dict[str, Any] = {
         "dtype": config.dtype,
         "device": config.device,
@@ -285,7 +292,7 @@ def _load_scorer(
     }
     support, student = _support(config), None
     if support.student_k:  # first, so that vLLM sees the memory that it takes
-        folder = find_student(config.student, policy)
+        folder = find_student(config.student, work.rollouts.manifest.model)
         own = common if config.engine == "transformers" else common | {"options": {}}
         student = load_engine("transformers", folder, **own)
     teacher = load_engine(config.engine, config.teachers[name], **common)
@@ -295,11 +302,12 @@ def _load_scorer(
         support=support,
         temperature=config.temperature,
         student=student,
+        seen_by_teacher=work.view.of,
     )
 
 
 def _fill(writer: CacheWriter, work: _Remaining, worker: Worker) -> None:
-    config, sizes, policy = work.config, writer.manifest.shards, work.rollouts.manifest.model
+    config, sizes = work.config, writer.manifest.shards
     # If the longest lists do not fit, a sample says whether the teacher's do.
     may_not_fit = work.bounds[1].of(work.of()) > free_bytes(config.out)
     done = sum(sizes) - sum(sizes[shard] for shard in work.missing)
@@ -310,7 +318,7 @@ def _fill(writer: CacheWriter, work: _Remaining, worker: Worker) -> None:
             if part.teacher not in loaded:
                 loaded.clear()
                 free_memory()
-                loaded[part.teacher] = scorer = _load_scorer(config, part.teacher, policy, worker)
+                loaded[part.teacher] = scorer = _load_scorer(work, part.teacher, worker)
                 if may_not_fit:
                     timed = work.try_out(part.teacher, scorer)
                     needed = timed.size.of(work.of(part.teacher))
@@ -326,11 +334,11 @@ def _print_plan(work: _Remaining, worker: Worker) -> None:
     Raises:
         ConfigError: the disk has no room for the cache.
     """
-    config, policy = work.config, work.rollouts.manifest.model
+    config = work.config
     timed: dict[str | None, TimedSample] = {}
     for name in config.teachers:
         free_memory()
-        timed[name] = work.try_out(name, _load_scorer(config, name, policy, worker))
+        timed[name] = work.try_out(name, _load_scorer(work, name, worker))
     sizes = [sum(each.size.of(work.of(name)) for name, each in timed.items())]
     sizes += [size.of(work.of()) for size in work.bounds]
     _print_forecast(work, timed, sizes, free_bytes(config.out), worker)

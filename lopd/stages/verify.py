@@ -32,11 +32,15 @@ from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.provenance.io import json_digest, parse_json
 from lopd.provenance.manifest import check_digest
 from lopd.stages.model_access import loads_models
+from lopd.stages.privileged import view_of_cache
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, TeacherSequence
-from lopd.store.validate import MASS_TOLERANCE, check_rollout, check_scored_sequence
-
-LOSSY_MASS_TOLERANCE = 5e-3  # of list and tail, for codecs that round log-probs
+from lopd.store.validate import (
+    LOSSY_MASS_TOLERANCE,
+    MASS_TOLERANCE,
+    check_rollout,
+    check_scored_sequence,
+)
 
 
 @loads_models
@@ -56,6 +60,11 @@ def main(config: VerifyConfig) -> None:
             config = replace(config, dtype=manifest.model.dtype)  # the cache's own
         config = with_dtype(config)
         assert config.teacher is not None and config.student is not None
+        cache = TeacherCache.open(config.path, support="list")
+        tokenizer = cache.manifest.rollouts.model.path
+        if tokenizer is None or not Path(tokenizer).is_dir():
+            tokenizer = config.student
+        view = view_of_cache(cache, str(config.teacher), tokenizer)
         floor = measure_noise_floor(
             config.path,
             config.rescore,
@@ -63,6 +72,7 @@ def main(config: VerifyConfig) -> None:
             student=config.student,
             options=config,
             tokens_per_batch=config.tokens_per_batch,
+            seen_by_teacher=view.of,
             seed=config.seed,
         )
         settings = f"{config.engine}, {config.dtype}, tokens_per_batch {config.tokens_per_batch}"

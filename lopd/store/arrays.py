@@ -25,6 +25,8 @@ ROLLOUT_ARRAYS = {
     "rollout_logprobs": np.float32,
 }
 RAW = "rollout_logprobs_raw"  # stored only where it differs from rollout_logprobs
+# Stored only in shards where a sequence has them.
+GIVEN_ARRAYS = {"weight": np.float32, "reward": np.float32, "token_weights": np.float32}
 # None stands for any unsigned integer.
 SCORE_ARRAYS: dict[str, Any] = {
     "teacher_logprobs": np.float32,
@@ -93,12 +95,33 @@ def rollout_arrays(
     arrays = {name: values.astype(ROLLOUT_ARRAYS[name]) for name, values in arrays.items()}
     if not np.array_equal(raw, arrays["rollout_logprobs"], equal_nan=True):
         arrays[RAW] = raw
+    arrays |= _given_arrays(rollouts)
     if codec == "compact":
         arrays["tokens"] = pack_bits(arrays["tokens"], id_bits(vocab_size))
         arrays["loss_mask"] = pack_bits(arrays["loss_mask"], 1)
         for name in {"rollout_logprobs", RAW} & arrays.keys():
             arrays[name] = arrays[name].astype(np.float16)
     return arrays
+
+
+def _given_arrays(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
+    """Weights and rewards, where a sequence has them."""
+    arrays = {
+        "weight": np.array([r.weight for r in rollouts], np.float32),
+        "reward": np.array([math.nan if r.reward is None else r.reward for r in rollouts], "f4"),
+    }
+    absent = {
+        "weight": (arrays["weight"] == 1).all(),
+        "reward": np.isnan(arrays["reward"]).all(),
+    }
+    given = {name: values for name, values in arrays.items() if not absent[name]}
+    if any(r.token_weights is not None for r in rollouts):
+        weights = [
+            np.ones(len(r.rollout_logprobs)) if r.token_weights is None else r.token_weights
+            for r in rollouts
+        ]
+        given["token_weights"] = np.concatenate(weights).astype(np.float32)
+    return given
 
 
 def rollout_counts(rollouts: Sequence[Rollout]) -> dict[str, Any]:

@@ -142,6 +142,23 @@ class _ShardReader(Generic[Record]):
         sizes = [self._receipts[shard].sequences for shard in self._present]
         return np.flatnonzero(np.repeat([name in (None, found) for found in names], sizes))
 
+    def rewards(self) -> np.ndarray:  # [len(self)] fp32
+        """The reward of every sequence, NaN where it is unknown; decodes nothing."""
+        return self._given("reward", math.nan)
+
+    def weights(self) -> np.ndarray:  # [len(self)] fp32
+        """The weight of every sequence, as it was given; decodes nothing."""
+        return self._given("weight", 1.0)
+
+    @property
+    def has_token_weights(self) -> bool:
+        """Whether a sequence has weights for its tokens."""
+        return any("token_weights" in self._view(shard).arrays for shard in self._present)
+
+    def _given(self, name: str, absent: float) -> np.ndarray:
+        parts = [self._view(shard).given(name, absent) for shard in self._present]
+        return np.concatenate([np.zeros(0, np.float32), *parts])
+
     def _view(self, shard: int) -> ShardView:
         """The view of a shard; those that were used last stay mapped."""
         view = self._views.get(shard)

@@ -27,6 +27,9 @@ class Rollout:
     loss_mask: np.ndarray  # [T] bool, False on the prompt
     rollout_logprobs: np.ndarray  # [R] fp32, nat
     rollout_logprobs_raw: np.ndarray  # [R] fp32, nat
+    weight: float = 1.0  # of the sequence in a loss, above 0
+    reward: float | None = None  # what a verifier gave the answer; None: unknown
+    token_weights: np.ndarray | None = None  # [R] fp32, in a loss, at least 0; None: all are 1
 
 
 @dataclass(frozen=True)

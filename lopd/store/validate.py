@@ -8,8 +8,13 @@ from lopd.store.types import FINISH_REASONS, Rollout, TeacherScores, TeacherSequ
 
 # Tolerance for an engine's rounding: probabilities sum to 1 within this.
 MASS_TOLERANCE = 1e-3
+# The same of list and tail, for codecs that round log-probs.
+LOSSY_MASS_TOLERANCE = 5e-3
 # The log-prob of a sampled token and its entry in the list may differ by this many nat.
 AGREEMENT_NATS = 0.05
+# Of weights, which are stored as fp32.
+_SMALLEST = float(np.finfo(np.float32).tiny)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = True) -> None:
@@ -40,6 +45,7 @@ def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = Tru
         raise DataError(
             f"{name}: loss_mask is {_form(rollout.loss_mask)}, expected bool [{len(tokens)}]"
         )
+    check_weights(rollout)
     marked = np.flatnonzero(rollout.loss_mask[: rollout.prompt_length])
     if len(marked):
         raise DataError(
@@ -53,6 +59,32 @@ def check_rollout(rollout: Rollout, vocab_size: int, *, has_logprobs: bool = Tru
         else:
             _check_shape(rollout, field, values, (length,))
             _refuse(rollout, ~np.isnan(values), field, values, "NaN, as declared")
+
+
+def check_weights(rollout: Rollout) -> None:
+    """Refuse weights that no mean can be taken with, and an infinite reward.
+
+    Raises:
+        DataError: names the sequence and the value.
+    """
+    name, weights = name_of(rollout), rollout.token_weights
+    if not _SMALLEST <= rollout.weight <= _LARGEST:
+        raise DataError(
+            f"{name}: its weight is {rollout.weight:g}; expected a positive number, since losses "
+            "are means; drop sequences that shall not count"
+        )
+    if rollout.reward is not None and not -_LARGEST <= rollout.reward <= _LARGEST:
+        raise DataError(f"{name}: its reward is {rollout.reward:g}; expected a finite number")
+    if weights is None:
+        return
+    length = len(rollout.tokens) - rollout.prompt_length
+    _check_shape(rollout, "token_weights", weights, (length,))
+    bad = ~((weights >= 0) & (weights <= _LARGEST))
+    _refuse(rollout, bad, "token_weights", weights, "a finite number, at least 0")
+    if not (weights * rollout.loss_mask[rollout.prompt_length :]).any():
+        raise DataError(
+            f"{name}: the token_weights of all tokens with loss are 0; drop the sequence"
+        )
 
 
 def check_scores(

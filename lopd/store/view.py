@@ -1,12 +1,20 @@
 """One open shard: its arrays checked, and its sequences read from the mapped file."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from lopd.errors import DataError
-from lopd.store.arrays import LOSSY_ARRAYS, RAW, ROLLOUT_ARRAYS, SCORE_ARRAYS, index_digest
+from lopd.store.arrays import (
+    GIVEN_ARRAYS,
+    LOSSY_ARRAYS,
+    RAW,
+    ROLLOUT_ARRAYS,
+    SCORE_ARRAYS,
+    index_digest,
+)
 from lopd.store.bits import id_bits, packed_bytes, unpack_bits
 from lopd.store.codec import Codec, decode
 from lopd.store.mapped import MappedFile
@@ -49,7 +57,8 @@ class ShardView:
                 "loss_mask": packed_bytes(tokens, 1) if compact else tokens,
                 "sample": n,
                 "finish_reason": n,
-                **({RAW: response} if RAW in arrays else {}),
+                **self._present({RAW: response, "weight": n, "reward": n}),
+                **self._present({"token_weights": response}),
             }
         )
         if tokens != receipt.tokens or response != receipt.response_tokens:
@@ -82,6 +91,10 @@ class ShardView:
         raw = sampled
         if RAW in arrays:
             raw = np.array(responses.take(arrays[RAW]), np.float32)
+        weight, reward = self.given("weight", 1.0), self.given("reward", math.nan)
+        token_weights = None
+        if "token_weights" in arrays:
+            token_weights = np.array(responses.take(arrays["token_weights"]))
         at = offsets_of(spans.lengths).tolist()
         row = offsets_of(responses.lengths).tolist()
         rollouts = []
@@ -98,6 +111,9 @@ class ShardView:
                     loss_mask=mask[part],
                     rollout_logprobs=sampled[response],
                     rollout_logprobs_raw=raw[response],
+                    weight=float(weight[index]),
+                    reward=None if np.isnan(reward[index]) else float(reward[index]),
+                    token_weights=None if token_weights is None else token_weights[response],
                 )
             )
         return rollouts
@@ -141,6 +157,15 @@ class ShardView:
         which = (np.cumsum(self.response_lengths) - 1) // tokens
         yield from np.split(np.arange(self.sequences), np.flatnonzero(np.diff(which)) + 1)
 
+    def given(self, name: str, absent: float) -> np.ndarray:  # [n] fp32
+        """An array of `GIVEN_ARRAYS` with one value for each sequence; `absent` where it is not."""
+        values = self.arrays.get(name)
+        return np.full(self.sequences, absent, np.float32) if values is None else np.array(values)
+
+    def _present(self, names: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the names that the shard has an array of."""
+        return {name: value for name, value in names.items() if name in self.arrays}
+
     def _prompt_id(self, index: int) -> str:
         first, last = self.arrays["prompt_id_offsets"][index : index + 2]
         try:
@@ -171,8 +196,7 @@ class ShardView:
         expected: dict[str, Any] = dict(ROLLOUT_ARRAYS)
         if self._codec is not None:
             expected |= SCORE_ARRAYS | LOSSY_ARRAYS[self._codec]
-        if RAW in self.arrays:
-            expected[RAW] = expected["rollout_logprobs"]
+        expected |= self._present({RAW: expected["rollout_logprobs"], **GIVEN_ARRAYS})
         if self.arrays.keys() != expected.keys():
             name = sorted(self.arrays.keys() ^ expected.keys())[0]
             raise altered(self.path, f"array '{name}' is missing or unknown")

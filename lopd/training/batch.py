@@ -9,7 +9,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from lopd.data.demonstrations import Demonstration
 from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
-from lopd.store import Rollout, RolloutStore, TeacherCache, TeacherSequence, TopKLists
+from lopd.store import Rollout, TeacherSequence, TopKLists
+from lopd.store.validate import check_weights
 from lopd.training.metrics import POSITIONS
 from lopd.training.topk_overlap import is_overlap_position
 
@@ -39,6 +40,19 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+@runtime_checkable
+class BatchedSource(Source, Protocol):
+    """A source that reads several items at once, and sequences without their scores."""
+
+    def read(self, indices: Sequence[int], /) -> list[Any]:
+        """The items at these positions."""
+        ...
+
+    def rollouts(self) -> Iterator[Rollout]:
+        """Every sequence in order."""
+        ...
+
+
 def sequence_of(item: Item) -> Rollout | Demonstration:
     """The sequence of an item, scored or not."""
     return item.rollout if isinstance(item, TeacherSequence) else item
@@ -48,6 +62,31 @@ def sequence_name(item: Item) -> str:
     """The name of an item in messages."""
     sequence = sequence_of(item)
     return f"{sequence.prompt_id}/{sequence.sample}"
+
+
+class WeightShare:
+    """The effective share of the tokens with loss, by the weights that came with the rollouts.
+
+    (sum w)^2 / (N sum w^2) with w the weight of the sequence times that of the token.
+    """
+
+    def __init__(self) -> None:
+        self.given = False  # whether any weight is not 1
+        self._moments = np.zeros(3)
+
+    def add(self, rollout: Rollout) -> None:
+        """Count a sequence."""
+        weights = np.full(int(rollout.loss_mask.sum()), rollout.weight)
+        if rollout.token_weights is not None:
+            weights = weights * rollout.token_weights[rollout.loss_mask[rollout.prompt_length :]]
+        self.given = self.given or bool((weights != 1).any())
+        self._moments += [len(weights), weights.sum(), np.square(weights).sum()]
+
+    @property
+    def value(self) -> float:
+        """The share; 1 where all weights are equal."""
+        count, total, squares = self._moments.tolist()
+        return total**2 / (count * squares) if squares else 1.0
 
 
 class SequenceDataset(torch.utils.data.Dataset):
@@ -79,7 +118,7 @@ class SequenceDataset(torch.utils.data.Dataset):
         self.names: list[str] = []
         self.lengths: list[int] = []  # tokens
         sequences: Iterator[Rollout | Demonstration]
-        if isinstance(source, RolloutStore | TeacherCache):
+        if isinstance(source, BatchedSource):
             sequences = source.rollouts()
         else:
             sequences = (sequence_of(source[index]) for index in range(len(source)))
@@ -99,6 +138,7 @@ class SequenceDataset(torch.utils.data.Dataset):
         )
         skipped = Skipped("training data", bool(skip_bad), offered=skip_bad is not None)
         self.truncated = 0  # sequences that were cut off, dropped or not
+        self.weight_share = WeightShare()
         for index, sequence in enumerate(sequences):
             self.truncated += sequence.finish_reason == "length"
             if drop_truncated and sequence.finish_reason == "length":
@@ -110,6 +150,9 @@ class SequenceDataset(torch.utils.data.Dataset):
                     raise DataError(
                         f"sequence {name}: its loss mask is empty; expected at least one loss token"
                     )
+                if isinstance(sequence, Rollout):
+                    check_weights(sequence)
+                    self.weight_share.add(sequence)
             except DataError as error:
                 skipped.handle(error)
                 continue
@@ -140,7 +183,7 @@ class SequenceDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
         """The items of a batch, for a DataLoader; a store reads them together."""
         wanted = [self.indices[index] for index in indices]
-        if isinstance(self.source, RolloutStore | TeacherCache):
+        if isinstance(self.source, BatchedSource):
             return [*self.source.read(wanted)]
         return [self.source[index] for index in wanted]
 
@@ -196,6 +239,7 @@ class Collator:
         overlap_rows, rows on which topk_overlap is computed        [P] int64, with a teacher
         unlisted, rows without a list                               [U] int64, with a teacher
         row_weights                                                 [N] fp32
+        rewards (where every sequence has one)                      [N] fp32
         rollout_logprobs (where every sequence has them)            [N] fp32
         topk_ids [N, K] int32, topk_logprobs [N, K] fp32            with a teacher
         tail_logprobs, teacher_logprobs                             [N] fp32, with a teacher
@@ -207,11 +251,22 @@ class Collator:
     `row_weights` are 1 (`token_mean`) or one over the sequence's loss tokens (`sequence_mean`);
     a loss is `sum_n row_weights[n] * L[n] / num_items`, with `num_items` the sum of `row_weights`
     over the whole optimizer step.
+
+    With weights that came with the rollouts, s of the sequence and t_n of its tokens, they are
+    `s * t_n` or `s * t_n / sum_n t_n`: either way a loss is a weighted mean. Tokens of weight 0 are
+    left out, as those outside the loss mask are.
+
+    Args:
+        loss_aggregation: `token_mean` or `sequence_mean`.
+        pad_token_id: in padded batches.
+        packed: whether a batch is one row of sequences end to end.
+        weighted: whether the weights that came with the rollouts count.
     """
 
     loss_aggregation: str = "token_mean"
     pad_token_id: int = 0
     packed: bool = False
+    weighted: bool = True
 
     def __post_init__(self) -> None:
         if self.loss_aggregation not in LOSS_AGGREGATIONS:
@@ -232,18 +287,23 @@ class Collator:
         }
         offsets = []
         for row, sequence in enumerate(sequences):
-            positions = np.flatnonzero(sequence.loss_mask)
+            positions, weights = self._weights(sequence)
             offsets.append(positions - sequence.prompt_length)
-            weight = 1.0 if self.loss_aggregation == "token_mean" else 1.0 / len(positions)
             columns["loss_index"].append(predicting_rows(positions, starts[row]))
             columns["labels"].append(sequence.tokens[positions].astype(np.int64))
-            columns["row_weights"].append(np.full(len(positions), weight, dtype=np.float32))
+            columns["row_weights"].append(weights.astype(np.float32))
             columns["sequence_index"].append(np.full(len(positions), row, dtype=np.int64))
             columns["parts"].append(np.searchsorted(POSITIONS, offsets[-1], side="right") - 1)
         if all(map(_has_rollout_logprobs, sequences)):
             columns["rollout_logprobs"] = [
                 sequence.rollout_logprobs[offset]  # type: ignore[union-attr]
                 for sequence, offset in zip(sequences, offsets, strict=True)
+            ]
+        rewards = [getattr(sequence, "reward", None) for sequence in sequences]
+        if None not in rewards:
+            columns["rewards"] = [
+                np.full(len(offset), reward, np.float32)
+                for reward, offset in zip(rewards, offsets, strict=True)
             ]
         arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
         if isinstance(items[0], TeacherSequence):
@@ -256,6 +316,20 @@ class Collator:
             places = torch.tensor([names.index(str(name)) for name in teachers])
             batch["teacher_index"] = places[batch["sequence_index"]]
         return batch
+
+    def _weights(self, sequence: Rollout | Demonstration) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of a sequence's tokens with loss, and their row weights [N] fp64."""
+        positions = np.flatnonzero(sequence.loss_mask)
+        given = getattr(sequence, "token_weights", None) if self.weighted else None
+        weights = np.ones(len(positions))
+        if given is not None:
+            weights = given[positions - sequence.prompt_length].astype(np.float64)
+            positions, weights = positions[weights > 0], weights[weights > 0]
+        if self.loss_aggregation == "sequence_mean":
+            weights = weights / weights.sum()
+        if self.weighted:
+            weights = weights * getattr(sequence, "weight", 1.0)
+        return positions, weights
 
     def _inputs(self, tokens: list[np.ndarray], lengths: list[int]) -> Batch:
         if self.packed:

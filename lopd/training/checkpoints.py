@@ -39,7 +39,8 @@ STATE_FILES = ("scheduler.pt", METRICS_NAME)
 OPTIMIZER = "optimizer.pt"
 FSDP_FILES = ("pytorch_model_fsdp.bin", "optimizer.bin")  # both unsharded; accelerate gathers them
 RANDOM_STATES = "rng_state*.pth"  # one per process
-ZIP_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory")  # in torch's messages
+# In torch's messages about a file that cannot be written.
+ZIP_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory", "iostream error")
 
 
 @contextlib.contextmanager

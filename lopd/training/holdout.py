@@ -5,7 +5,7 @@ resumed run continues with them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ def holdout_kl(
 ) -> dict[str, float]:
     """Means of the objective over the held-out sequences, without dropout or random numbers.
 
+    Weights that came with the rollouts do not count, so that runs can be compared.
     The processes take the micro-batches in turn. All make the same number of forward passes, as a
     sharded model needs; repeated micro-batches are not counted.
 
@@ -65,7 +66,7 @@ def holdout_kl(
     Raises:
         DataError: the mean is not finite; the message names the sequences.
     """
-    device = next(model.parameters()).device
+    device, collate = next(model.parameters()).device, replace(collate, weighted=False)
     micro_batches = split(lengths_of(holdout.dataset), batch_size, max_tokens)
     count, world_size = len(micro_batches), len(gather(None))
     sums: dict[str, Any] = {HOLDOUT: torch.zeros(2)}  # of values and of their weights

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 # Name of the three sums: name of the ESS computed from them.
-ESS = {"token_moments": "ess_tokens", "sequence_moments": "ess_sequences"}
+ESS = {
+    "token_moments": "ess_tokens",
+    "sequence_moments": "ess_sequences",
+    "weight_moments": "ess_weights",  # with l the log of the factor of `--token-weights`
+}
 # Pairs of sums whose ratio is logged, [2] or [2, len(POSITIONS)].
 RATIOS = ("topk_overlap", "divergence_from")
 OF_TEACHER = (

@@ -82,6 +82,11 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
         DataError: a prompt leaves no room for the longest answer in a model's context.
     """
     cache, scorer = refresh.cache, refresh.cache.manifest.model
+    if cache.manifest.teacher_template is not None:
+        raise ConfigError(
+            f"refresh_every: {cache.path} was scored with --teacher-template, and the run has no "
+            "records to render it for; omit --refresh-every"
+        )
     if not (worker := this_worker(None)).is_single:
         raise ConfigError(
             f"refresh_every: found {worker.count} processes; expected one: start without torchrun, "

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from lopd.config.objective import Objective
 from lopd.training.batch import Batch
 from lopd.training.metrics import sequence_sums
+from lopd.training.token_weights import select_rows
 from lopd_kernels import (
     linear_cross_entropy,
     linear_logprobs,
@@ -50,6 +52,8 @@ def loss_of_rows(
         return _policy_gradient(rows, weight, batch, objective, options)
     if objective.name == "log_ratio":
         return _log_ratio(rows, weight, batch, objective, options)
+    if objective.token_weights == "entropy":
+        return _gated(rows, weight, batch, objective, options)
     return _sparse_divergence(rows, weight, batch, objective, options)
 
 
@@ -94,6 +98,30 @@ def _sparse_divergence(
         sampled = _sampled_logprobs(rows, weight, batch, stats.student_lse, options)
         reported["log_ratio_to_rollout"] = sampled - batch["rollout_logprobs"]
     return loss, reported
+
+
+def _gated(
+    rows: Tensor, weight: Tensor, batch: Batch, objective: Objective, options: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Forward KL in rows where the teacher's entropy is above the bound, reverse KL elsewhere.
+
+    Each row takes part in one of the two calls, so that the products with the LM head cost what
+    they cost without a gate.
+
+    Source: arXiv:2603.07079.
+    """
+    uncertain = batch["teacher_entropy"] > objective.weight_entropy
+    losses, by_row = [], {"share_forward": uncertain.float()}
+    for name, chosen in (("reverse_kl", ~uncertain), ("forward_kl", uncertain)):
+        one = replace(objective, name=name, token_weights="none", weight_entropy=None)
+        loss, stats = _sparse_divergence(
+            rows[chosen], weight, select_rows(batch, chosen), one, options
+        )
+        losses.append(loss)
+        stats.pop("reverse_kl", None)  # known in some rows only
+        for key, values in stats.items():
+            by_row.setdefault(key, values.new_zeros(len(chosen)))[chosen] = values
+    return losses[0] + losses[1], by_row
 
 
 def _correction_statistics(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.config.device import resolve_device
+from lopd.config.fields import identity_of
 from lopd.config.objective import Objective
 from lopd.config.training import PATIENCE_S, MonitoringOptions
 from lopd.errors import ConfigError, DataError
@@ -87,7 +88,7 @@ def _claim(
         out,
         final=MANIFEST_NAME,
         record=RECIPE_NAME,
-        differs=lambda: difference(read_recipe(out / RECIPE_NAME), recipe),
+        differs=lambda: difference(recorded_recipe(out, config), recipe),
         has_results=lambda: checkpoint is not None,
         kind="checkpoint",
     ).require_writable()
@@ -95,6 +96,11 @@ def _claim(
         if found.state == "new":  # otherwise it stays: checkpoints name its digest
             write_atomic(out / RECIPE_NAME, pretty_json(recipe))
     return checkpoint
+
+
+def recorded_recipe(out: Path, config: Any) -> dict[str, Any]:
+    """The recipe of the run in a folder; settings that an older version lacked by default."""
+    return {**identity_of(config, {}), **read_recipe(out / RECIPE_NAME)}
 
 
 def read_recipe(file: Path) -> dict[str, Any]:

@@ -65,6 +65,11 @@ def build_trainer(
             f"({dataset.truncated / len(source):.0%}) were cut off at their length limit; "
             "--drop-truncated leaves them out"
         )
+    if (share := dataset.weight_share).given and this_worker(None).index == 0:
+        LOG.info(
+            f"training data: weighted as its rollouts say; effective share of tokens "
+            f"{share.value:.1%}"
+        )
     training_set: SequenceDataset | Subset = dataset
     holdout, monitored = None, isinstance(config, MonitoringOptions)
     if monitored and config.holdout:

@@ -17,6 +17,7 @@ from lopd.models.packing import pack_kwargs
 from lopd.training.batch import Batch
 from lopd.training.metrics import by_position, by_teacher, drift_moments
 from lopd.training.row_losses import loss_of_rows
+from lopd.training.token_weights import RULES, weigh_tokens
 from lopd.training.topk_overlap import topk_overlap
 
 
@@ -62,7 +63,7 @@ def step(
 
     def loss_fn(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         rows = hidden.flatten(0, 1)[batch["loss_index"]]
         options = {
             "bias": bias,
@@ -71,23 +72,28 @@ def step(
             "workspace_bytes": objective.workspace_bytes,
             **head.kwargs(),
         }
-        loss, by_row = loss_of_rows(rows, weight, batch, objective, options)
-        if not objective.needs_teacher or not torch.is_grad_enabled():
-            return loss, by_row, None
-        part = batch["overlap_rows"]
-        ids, weights = batch["topk_ids"][part], batch["row_weights"][part]
-        return loss, by_row, topk_overlap(rows.detach()[part], weight, ids, weights, options)
+        part, weighing = batch, dict[str, Tensor]()
+        if objective.token_weights in RULES:
+            kept, part, weighing = weigh_tokens(rows.detach(), weight, batch, objective, options)
+            rows = rows[kept]
+        loss, by_row = loss_of_rows(rows, weight, part, objective, options)
+        stats = _statistics(by_row, part, num_items)
+        if weighing:
+            stats["kept_share"] = weighing["kept_share"] / num_items
+            stats["weight_moments"] = weighing["weight_moments"]
+        if objective.needs_teacher and torch.is_grad_enabled():
+            some = part["overlap_rows"]
+            ids, weights = part["topk_ids"][some], part["row_weights"][some]
+            stats["topk_overlap"] = topk_overlap(rows.detach()[some], weight, ids, weights, options)
+        return loss, stats
 
     inputs = model_inputs(batch)
     router: Tensor | None = None
     if torch.is_grad_enabled():
-        (loss, by_row, overlap), router = run_with_loss_and_router(model, inputs, loss_fn)
+        (loss, stats), router = run_with_loss_and_router(model, inputs, loss_fn)
     else:  # the router's loss belongs to training only
-        loss, by_row, overlap = run_with_loss(model, inputs, loss_fn)
+        loss, stats = run_with_loss(model, inputs, loss_fn)
     loss = loss / num_items
-    stats = _statistics(by_row, batch, num_items)
-    if overlap is not None:
-        stats["topk_overlap"] = overlap
     if router is not None:
         router = router * batch["row_weights"].sum() / num_items
         stats["router_loss"] = router.detach()
@@ -106,6 +112,15 @@ def _check_batch(batch: Batch, objective: Objective, num_items: float) -> None:
         raise DataError(
             f"objective {objective.name}: the batch has no teacher scores; train on a TeacherCache"
         )
+    for column, rule, what in (
+        ("rewards", "advantage", "rewards"),
+        ("teacher_entropy", "entropy", "the teacher's entropies"),
+    ):
+        if objective.token_weights == rule and column not in batch:
+            raise DataError(
+                f"sequences {names}: {what} are not all known, and token_weights '{rule}' needs "
+                "them; train with other --token-weights"
+            )
     if objective.needs_rollout_logprobs and "rollout_logprobs" not in batch:
         raise DataError(
             f"sequences {names}: their rollout log-probs are not all known, and importance "

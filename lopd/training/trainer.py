@@ -48,7 +48,12 @@ def local_tensor(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _check_parallelism(args: TrainingArguments) -> None:
+def check_parallelism(args: TrainingArguments) -> None:
+    """Refuse ways to use several GPUs in which the loss cannot be run inside the model.
+
+    Raises:
+        ConfigError: DataParallel, DeepSpeed, or FSDP set up by accelerate.
+    """
     for name, used in (
         ("DataParallel", args.n_gpu > 1),
         ("DeepSpeed", args.deepspeed),
@@ -133,7 +138,7 @@ class LopdTrainer(Trainer):
         run_id: str = "",
         **kwargs: Any,
     ) -> None:
-        _check_parallelism(args)
+        check_parallelism(args)
         args = copy.copy(args)  # for Trainer a step is one batch
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
         # `rotate` removes checkpoints; Trainer would go by their names and modification times.

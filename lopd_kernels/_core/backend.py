@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from lopd_kernels._core.listed_ids import Entries
 from lopd_kernels._core.rules import Rule
 from lopd_kernels._core.types import ListedIds, LogitGrads, LogitOptions, RowState
 
@@ -72,13 +73,15 @@ class ListedFunctions(Protocol):
     def dots(self, hidden: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
         """hidden[n] . weight[ids[n, k]] in the compute dtype, [N, K]."""
 
-    def hidden_grad(self, grad: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
-        """sum_k grad[n, k] weight[ids[n, k]] in the weight's dtype, [N, D]."""
+    def hidden_grad(
+        self, grad: Tensor, weight: Tensor, ids: Tensor, rows: int, dtype: torch.dtype
+    ) -> Tensor:
+        """sum_k grad[n, k] weight[ids[n, k]] in `dtype`, [N, D]."""
 
     def weight_grad(
-        self, grad: Tensor, hidden: Tensor, ids: Tensor, rows: int, out: Tensor, add: bool
+        self, entries: Entries, hidden: Tensor, rows: int, first: int, out: Tensor, add: bool
     ) -> None:
-        """out[v] (+)= the sum of grad[n, k] hidden[n] over the entries with ids[n, k] = v."""
+        """out[v - first] (+)= the sum of grad[n, k] hidden[n] over the entries with the id v."""
 
 
 def uses_triton(like: Tensor) -> bool:

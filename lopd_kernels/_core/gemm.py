@@ -7,7 +7,7 @@ logits are never rounded to 16 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -104,25 +104,37 @@ def weight_grad(
     if scale is None:
         _addmm(total, dlogits.t(), hidden)
     else:
-        total.addcmul_(_wide_weight_grad(dlogits, hidden), scale)
+        wide = _wide(dlogits, hidden)
+        _mm(dlogits.t(), hidden, wide)
+        total.addcmul_(wide, scale)
 
 
 def new_weight_grad(
-    dlogits: Tensor, hidden: Tensor, out: Tensor, scale: Tensor | None = None
+    dlogits: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    scale: Tensor | None = None,
+    add: Callable[[Tensor], None] = lambda wide: None,
 ) -> None:
-    """out [P, D] = scale dlogits^T [P, R] hidden [R, D], rounded once."""
-    if scale is None and out.dtype == dlogits.dtype:
-        torch.mm(dlogits.t(), hidden, out=out)
-    elif scale is None:
-        out.copy_(_wide_weight_grad(dlogits, hidden))
-    elif out.is_cuda:
-        torch.mul(_wide_weight_grad(dlogits, hidden), scale, out=out)  # scaled and cast in one pass
-    else:  # a CPU would need a temporary as large as `wide` for that
-        out.copy_(_wide_weight_grad(dlogits, hidden).mul_(scale))
+    """out [P, D] = scale dlogits^T [P, R] hidden [R, D], rounded once.
 
-
-def _wide_weight_grad(dlogits: Tensor, hidden: Tensor) -> Tensor:
-    shape = dlogits.shape[1], hidden.shape[1]
-    wide = dlogits.new_empty(shape, dtype=compute_dtype(dlogits.dtype))
+    `add` adds more to the product in the compute dtype.
+    """
+    in_place = scale is None and out.dtype == dlogits.dtype
+    wide = out if in_place else _wide(dlogits, hidden)
     _mm(dlogits.t(), hidden, wide)
-    return wide
+    add(wide)
+    if in_place:
+        return
+    if scale is None:
+        out.copy_(wide)
+    elif out.is_cuda:
+        torch.mul(wide, scale, out=out)  # scaled and cast in one pass
+    else:  # a CPU would need a temporary as large as `wide` for that
+        out.copy_(wide.mul_(scale))
+
+
+def _wide(dlogits: Tensor, hidden: Tensor) -> Tensor:
+    """[P, D] in the compute dtype."""
+    shape = dlogits.shape[1], hidden.shape[1]
+    return dlogits.new_empty(shape, dtype=compute_dtype(dlogits.dtype))

@@ -16,13 +16,16 @@ from torch import Tensor
 from lopd_kernels._core.backend import listed_functions, uses_triton
 from lopd_kernels._core.buckets import center
 from lopd_kernels._core.linear import Linear
-from lopd_kernels._core.listed_ids import SafeListedIds, add_at, locate
+from lopd_kernels._core.listed_ids import (
+    Entries,
+    SafeListedIds,
+    add_at,
+    locate,
+    sort_entries,
+)
 from lopd_kernels._core.rules import RowLoss, Rule
 from lopd_kernels._core.types import STATS, LogitOptions, Needs, RowState
-from lopd_kernels._core.workspace import BOOKKEEPING
-
-GATHER_BYTES = 32 << 20
-SORT_WORDS = 12  # words per entry that sorting by id takes
+from lopd_kernels._core.workspace import BOOKKEEPING, SORT_WORDS, gather_rows
 
 
 def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int | None) -> int:
@@ -35,12 +38,12 @@ def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int
     gathers = not uses_triton(linear.hidden)
     per_row = size * width * (3 * d + 16) * gathers + 1
     if workspace_bytes is None:
-        return max(1, GATHER_BYTES // per_row)
+        return gather_rows(n, width, d)
     narrow = gathers and linear.hidden.dtype != linear.dtype
     fixed = size * (
         narrow * (n * d * needs.hidden + v * d * needs.weight)
-        + 2 * v
-        + (BOOKKEEPING["torch"] + SORT_WORDS * (not gathers)) * n * (width + 2)
+        + 6 * v
+        + (BOOKKEEPING["torch"] + SORT_WORDS) * n * (width + 2)
     )
     smallest = fixed + per_row
     if workspace_bytes < smallest:
@@ -123,12 +126,53 @@ def listed_grads(
     dhidden, dweight = hidden.new_empty(0), weight.new_empty(0)
     dbias = hidden.new_zeros(weight.shape[0] if needs.bias else 0, dtype=linear.dtype)
     if needs.hidden:
-        dhidden = functions.hidden_grad(grad, weight, listed_ids.ids, rows)
+        dhidden = functions.hidden_grad(grad, weight, listed_ids.ids, rows, weight.dtype)
+        dhidden.masked_fill_(~listed_ids.active.unsqueeze(1), 0.0)
+    if needs.weight or accumulator is not None:
+        entries = sort_entries(grad, listed_ids.ids, weight.shape[0])
     if needs.weight:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        functions.weight_grad(grad, hidden, listed_ids.ids, rows, dweight, add=False)
+        functions.weight_grad(entries, hidden, rows, 0, dweight, add=False)
     if accumulator is not None:
-        functions.weight_grad(grad, hidden, listed_ids.ids, rows, accumulator, add=True)
+        functions.weight_grad(entries, hidden, rows, 0, accumulator, add=True)
     if needs.bias:
         add_at(dbias, listed_ids.ids.flatten(), grad.flatten())
     return dhidden, dweight, dbias
+
+
+class ListedGrads:
+    """The part of the gradients that comes from dL/dz at the listed ids of every row."""
+
+    def __init__(
+        self,
+        linear: Linear,
+        ids: Tensor,  # [N, K]
+        row_weights: Tensor | None,
+        grad: Tensor,  # [N, K] dL/dz
+        listed: Tensor,  # [N, K] z
+    ) -> None:
+        self.linear, self.functions = linear, listed_functions(linear.hidden)
+        listed_ids = locate(ids, row_weights, linear.weight.shape[0])
+        self.ids, self.active = listed_ids.ids, listed_ids.active.unsqueeze(1)
+        if linear.logit_options.softcap is not None:
+            grad = grad * (1.0 - (listed / linear.logit_options.cap).square())
+        self.grad = torch.where(self.active & listed_ids.listed, grad, 0.0)
+        self.rows = gather_rows(len(ids), ids.shape[1], linear.weight.shape[1])
+        self.entries: Entries | None = None
+
+    def hidden_grad(self) -> Tensor:
+        """[N, D] in the compute dtype."""
+        dtype = self.linear.dtype
+        grad = self.functions.hidden_grad(self.grad, self.linear.weight, self.ids, self.rows, dtype)
+        return grad.masked_fill_(~self.active, 0.0)
+
+    def add_weight_grad(self, first: int, out: Tensor, scale: Tensor | None = None) -> None:
+        """Add to the rows of dW [P, D] from `first` on, in the compute dtype."""
+        if self.entries is None:
+            grad = self.grad if scale is None else self.grad * scale
+            self.entries = sort_entries(grad, self.ids, self.linear.weight.shape[0])
+        self.functions.weight_grad(self.entries, self.linear.hidden, self.rows, first, out, True)
+
+    def add_bias_grad(self, out: Tensor) -> None:
+        """Add to dbias [V] in the compute dtype."""
+        add_at(out, self.ids.flatten(), self.grad.flatten())

@@ -46,6 +46,22 @@ def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> SafeListedIds
     return SafeListedIds(safe, listed, anchor, active, invalid)
 
 
+class Entries(NamedTuple):
+    """The gradients at listed ids, to be added up by id."""
+
+    grad: Tensor  # [N, K]
+    ids: Tensor  # [E = N K] in ascending order; V where the gradient is 0
+    order: Tensor  # [E] int64, which entry of `grad` it is, in order of the rows within an id
+    starts: Tensor  # [V + 1] int64, where each id begins
+
+
+def sort_entries(grad: Tensor, ids: Tensor, vocab: int) -> Entries:
+    used = ids.masked_fill(grad == 0.0, vocab)
+    ordered, order = used.flatten().sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(vocab + 1, device=ids.device))
+    return Entries(grad.contiguous(), ordered, order, starts)
+
+
 def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
     """(ids with repetitions replaced by -1, the column that holds each id), [N, K] each.
 

@@ -21,6 +21,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lopd_kernels._core.types import SKIP_STATS, STATS, Skip
+
 TAILS = ("bucket", "renormalize", "truncate", "generalized", "unbiased")
 IMPORTANCE = ("none", "token", "token_truncated")
 TAIL_FLOOR = -23 * math.log(2.0)
@@ -201,6 +203,12 @@ class RowLoss(NamedTuple):
     target: Tensor  # [N, M], see the rule
     row_weights: Tensor | None  # [N]
     rule: Rule
+    skip: Skip | None = None  # None: the gradient of every row is formed
+
+    @property
+    def stats_width(self) -> int:
+        """Columns of the stats: STATS, the rule's extras and, with `skip`, SKIP_STATS."""
+        return len(STATS) + len(self.rule.extras) + len(SKIP_STATS) * (self.skip is not None)
 
 
 def encode(rule: Rule) -> tuple[str, list[float]]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 STATS = ("loss", "lse", "tail_logprobs", "entropy")
+# after the extras of a rule, where a call has a `Skip`
+SKIP_STATS = ("listed_l1", "unlisted_l1", "probability", "kept")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,20 @@ class Needs(NamedTuple):
     hidden: bool = False
     weight: bool = False
     bias: bool = False
+
+
+class Skip(NamedTuple):
+    """Which rows form their gradient outside the list; one of the two settings is used."""
+
+    dense_share: float | None  # a sample of this share of the rows
+    tolerance: float  # all but rows whose parts add up to at most this share of the gradient
+    seed: Tensor | None  # [] int64, of the sample
+
+    def capacity(self, rows: int) -> int:
+        """How many of `rows` rows are kept at most."""
+        if self.dense_share is None:
+            return rows
+        return min(rows, math.ceil(self.dense_share * rows - 1e-9))
 
 
 class ListedIds(Protocol):

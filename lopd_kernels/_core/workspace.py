@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lopd_kernels._core.gemm import buffer_rows, compute_dtype, is_mixed, widened_rows
-from lopd_kernels._core.types import Needs
+from lopd_kernels._core.types import Needs, Skip
 
 ALIGNMENT = 16  # columns: keeps rows of logits on vector boundaries
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}  # of logits in a chunk without a bound
@@ -28,6 +28,8 @@ PANEL_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
 WEIGHT_GRAD_BYTES = 64 << 20  # of dW in the compute dtype, where dlogits are stored
 BLOCK_BYTES = 8 << 20  # of the rows that the row functions in torch process at a time
 FEWEST_ROWS = 128  # with fewer rows to a chunk, the GEMMs are bound by reading the weight
+GATHER_BYTES = 2 << 20  # of listed rows of the weight that are gathered at a time, on a CPU
+SORT_WORDS = 12  # words per listed id that sorting by id takes
 READ_WORDS = 4  # words per row that reading log-probs takes in addition
 # Words per row and bucket: ids, targets, statistics and, in torch, the rule. Measured on a CPU.
 BOOKKEEPING = {"torch": 14, "fused": 6}
@@ -50,6 +52,7 @@ class Sizes(NamedTuple):
     mixed: bool
     device: str
     logits: int = 1  # buffers of [rows, columns] logits
+    kept: int | None = None  # rows whose gradient outside the list is formed; None: all, exactly
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, width: int) -> Sizes:
@@ -66,6 +69,9 @@ class Sizes(NamedTuple):
         compute = compute_dtype(dtype).itemsize
         widened = 0 if mixed or dtype.itemsize == compute else buffer_rows(v, d)
         return cls(n, v, d, width, dtype.itemsize, compute, widened, mixed, device)
+
+    def keeping(self, skip: Skip | None) -> Sizes:
+        return self if skip is None else self._replace(kept=skip.capacity(self.n))
 
     def common(self, rows: int, columns: int, rule: str) -> int:
         """What every schedule needs: logits, blocks of rows, operands, bookkeeping."""
@@ -101,7 +107,27 @@ class Sizes(NamedTuple):
         """Panels, with the gradients that `needs` names in the backward."""
         narrow = self.element < self.compute
         dweight = columns * self.d * self.compute * (self.mixed or (narrow and needs.weight))
-        return self.wide_hidden_grad(needs) + dweight + self.common(self.n, columns, "torch")
+        if self.kept is None or not any(needs):
+            return self.wide_hidden_grad(needs) + dweight + self.common(self.n, columns, "torch")
+        kept = self.kept * self.d * (2 * self.compute + self.element)  # hidden, its operand, dH
+        wide = self.n * self.d * self.compute * needs.hidden
+        common = self.common(self.kept, columns, "torch")
+        return self.listed_bytes() + kept + wide + dweight + common
+
+    def listed_bytes(self) -> int:
+        """What the gradients at the listed ids take: sorted entries, and gathered rows on a CPU."""
+        entries = self.n * (self.width + 2)
+        sort = SORT_WORDS * self.compute * entries + 8 * self.v
+        gathered = 0
+        if self.device == "cpu":
+            rows = gather_rows(self.n, self.width, self.d)
+            gathered = self.compute * self.width * 3 * self.d * rows
+        return sort + gathered
+
+
+def gather_rows(n: int, width: int, d: int) -> int:
+    """Rows whose K rows of the weight are gathered at a time, if no bound says otherwise."""
+    return max(1, min(n, GATHER_BYTES // (4 * width * d)))
 
 
 def weight_grad_rows(d: int, compute: int) -> int:
@@ -174,7 +200,8 @@ def chunk_rows(sizes: Sizes, needs: Needs, stored: bool, workspace_bytes: int | 
 def panel_columns(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> int:
     """Columns of a panel: as many as the bound admits, or about PANEL_BYTES of logits."""
     if workspace_bytes is None:
-        columns = PANEL_BYTES[sizes.device] // (max(1, sizes.n) * sizes.compute)
+        rows = sizes.n if sizes.kept is None or not any(needs) else sizes.kept
+        columns = PANEL_BYTES[sizes.device] // (max(1, rows) * sizes.compute)
         columns = max(1, min(columns, sizes.v))
     else:
         columns = _largest(workspace_bytes, sizes.v, lambda columns: sizes.panelled(columns, needs))

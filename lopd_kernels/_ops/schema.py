@@ -15,7 +15,7 @@ from lopd_kernels._core.gemm import compute_dtype
 from lopd_kernels._core.linear import Linear, make_linear
 from lopd_kernels._core.rules import RowLoss, decode, encode
 from lopd_kernels._core.scaling import weigh
-from lopd_kernels._core.types import STATS, Needs
+from lopd_kernels._core.types import Needs, Skip
 
 
 class HeadArgs(NamedTuple):
@@ -62,25 +62,32 @@ class HeadArgs(NamedTuple):
 
 
 class LossArgs(NamedTuple):
-    """A `RowLoss` with its rule encoded."""
+    """A `RowLoss` with its rule encoded; exact with a dense_share of None and a tolerance of 0."""
 
     ids: Tensor  # [N, K]
     target: Tensor  # [N, M]
     row_weights: Tensor | None  # [N]
     rule: str
     options: list[float]
+    dense_share: float | None
+    tolerance: float
+    seed: Tensor | None  # []
 
     @classmethod
     def of(cls, loss: RowLoss) -> "LossArgs":
-        return cls(loss.ids, loss.target, loss.row_weights, *encode(loss.rule))
+        share, tolerance, seed = loss.skip or Skip(None, 0.0, None)
+        inputs = loss.ids, loss.target, loss.row_weights
+        return cls(*inputs, *encode(loss.rule), share, tolerance, seed)
 
     @property
     def loss(self) -> RowLoss:
-        return RowLoss(*self[:3], decode(self.rule, self.options))
+        exact = self.dense_share is None and self.tolerance == 0.0
+        skip = None if exact else Skip(self.dense_share, self.tolerance, self.seed)
+        return RowLoss(*self[:3], decode(self.rule, self.options), skip)
 
     @property
     def stats_width(self) -> int:
-        return len(STATS) + len(self.loss.rule.extras)
+        return self.loss.stats_width
 
 
 def grads_fake(head: HeadArgs, *_: Any) -> Any:

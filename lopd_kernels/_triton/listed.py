@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from lopd_kernels._core.gemm import compute_dtype
+from lopd_kernels._core.listed_ids import Entries
 from lopd_kernels._triton.kernels import listed
 from lopd_kernels._triton.rows import on_device
 
@@ -31,9 +32,9 @@ def dots(hidden: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
     return out
 
 
-def hidden_grad(grad: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
+def hidden_grad(grad: Tensor, weight: Tensor, ids: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     (n, k), d = ids.shape, weight.shape[1]
-    out = weight.new_empty((n, d))
+    out = weight.new_empty((n, d), dtype=dtype)
     weight = _rows_contiguous(weight)
     if n:
         with on_device(weight.device):
@@ -45,15 +46,13 @@ def hidden_grad(grad: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
 
 
 def weight_grad(
-    grad: Tensor, hidden: Tensor, ids: Tensor, rows: int, out: Tensor, add: bool
+    entries: Entries, hidden: Tensor, rows: int, first: int, out: Tensor, add: bool
 ) -> None:
-    k, (v, d) = ids.shape[1], out.shape
+    k, (v, d) = entries.grad.shape[1], out.shape
     hidden = _rows_contiguous(hidden)
-    used = ids.masked_fill(grad == 0.0, v)  # v is no id: no program visits these entries
-    ordered, order = used.flatten().sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(v + 1, device=ids.device))
     with on_device(hidden.device):
         listed.segment_sum_kernel[(v, triton.cdiv(d, BLOCKS["DBLOCK"]))](
-            grad.contiguous(), hidden, order, starts, out, hidden.stride(0), out.stride(0), d, k,
+            entries.grad, hidden, entries.order, entries.starts, out,
+            hidden.stride(0), out.stride(0), first, d, k,
             ADD=add, DBLOCK=BLOCKS["DBLOCK"], EBLOCK=BLOCKS["KBLOCK"], num_warps=WARPS,
         )  # fmt: skip

@@ -1,36 +1,57 @@
-"""The enumeration of `benchmarks.objectives` at a small size, and its committed rows."""
+"""The grid of `benchmarks.objectives`: its plan, how it continues, and what its cells compute."""
 
-import math
+import json
+from dataclasses import dataclass
 
 import pytest
+import torch
 
-from benchmarks import objectives, readme
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(objectives, "VOCAB", 30)
-    monkeypatch.setattr(objectives, "SEEDS", range(3))
+from benchmarks import objective_cells, objectives
 
 
-UNBIASED = ("sampled token", "published correction", "unbiased")
+def test_the_grid_has_every_combination_once():
+    names = [cell.name for cell in objectives.cells()]
+    assert len(names) == len(set(names)) == 5 + 5 * 3 * 4 * 3 + 5 * 2
+    assert {"unbiased/k2/lr0.5/seed4", "gradients/end/seed0", "start/seed3"} <= set(names)
 
 
-@pytest.mark.parametrize("drift", [0.0, 0.5])
-def test_the_bias_and_the_noise_of_each_form(small, drift):
-    found = {form: objectives.measure(form, 4, drift) for form in objectives.FORMS}
-    for form, row in found.items():
-        assert (row["bias"] < 1e-12) == (
-            form in UNBIASED or (drift == 0.0 and form.startswith("unbiased"))
-        ), form
-    noise = {form: row["noise"] for form, row in found.items()}
-    assert noise["bucket, the list alone"] < 1e-12
-    assert noise["unbiased"] < noise["published correction"] < noise["sampled token"]
+@dataclass(frozen=True)
+class Counted:
+    seed: int
+    name: str
+    minutes = 1.0
+
+    def measure(self, shared):
+        return {"work": shared}
 
 
-def test_the_committed_rows_are_those_of_this_code():
-    rows = readme.read_rows(objectives.NAME)
-    assert len(rows) == len(objectives.FORMS) * len(objectives.LISTS) * len(objectives.DRIFTS)
-    row = next(r for r in rows if r["form"] == "bucket, the list alone" and r["k"] == 64)
-    again = objectives.measure(row["form"], row["k"], row["drift"])
-    assert all(math.isclose(row[key], again[key], rel_tol=1e-6, abs_tol=1e-9) for key in again)
+def test_a_second_call_continues_with_the_missing_cells(tmp_path, monkeypatch, capsys):
+    shared: list[int] = []
+    monkeypatch.setattr(objectives, "Shared", lambda work, seed: shared.append(seed) or seed)
+    objectives.Shared.minutes = 2.0
+    monkeypatch.setattr(
+        objectives, "cells", lambda: [Counted(seed, f"a/{seed}") for seed in (0, 1, 2)]
+    )
+    common = ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
+    objectives.main([*common, "--plan"])
+    assert "3 cells, 9 minutes" in capsys.readouterr().out and not shared
+    objectives.main([*common, "--only", "*/1"])
+    objectives.main(common)
+    rows = [json.loads(x) for x in (tmp_path / objectives.NAME).read_text().splitlines()]
+    assert [row["cell"] for row in rows] == ["a/1", "a/0", "a/2"]
+    assert rows[0]["command"] == "python -m benchmarks.objectives --only 'a/1'"
+    assert shared == [1, 0, 2] and rows[0]["work"] == 1 and rows[0]["commit"]
+
+
+def test_bias_and_noise_of_a_shifted_and_of_a_noisy_gradient():
+    torch.manual_seed(0)
+    whole = torch.ones(40, 4)
+    assert objective_cells._compared(2.0 * whole, whole) == {
+        "bias": pytest.approx(1.0),
+        "error": 0.0,
+        "noise": 0.0,
+    }
+    errors = [objective_cells._compared(whole + torch.randn(40, 4), whole) for _ in range(200)]
+    squares = {key: sum(e[key] ** 2 for e in errors) / 200 for key in errors[0]}
+    assert squares["bias"] == pytest.approx(squares["error"], rel=0.2)
+    assert squares["noise"] == pytest.approx(1.0, rel=0.1)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Literal, get_args
 
 import pytest
@@ -20,7 +20,8 @@ from lopd.config.fields import (
 )
 from lopd.config.sft import SftConfig
 from lopd.errors import ConfigError
-from lopd.provenance.identity import settings_identity
+from lopd.provenance.identity import difference, settings_identity
+from lopd.training import run as runs
 
 CONFIGS = [command.config_class() for command in COMMANDS.values()]
 SETTINGS = [
@@ -109,6 +110,7 @@ class Example(Settings):
         ({"count": -1}, "count: found -1; expected 0 or a positive number; use 0"),
         ({"count": "3"}, "count: found 3; expected 0 or a positive number; use 0"),
         ({"count": None}, "count: found None; expected 0 or a positive number; use 0"),
+        ({"count": 10**5000}, "count: beyond 2^53; expected a smaller number; use 0"),
         ({"limit": -2}, "limit: found -2; expected 0 or a positive number"),
         ({"kind": "c"}, "kind: found 'c'; expected one of a, b"),
         ({"engine": "z"}, "engine: found 'z'; expected one of x, y"),
@@ -141,7 +143,8 @@ def test_identity_excludes_declared_settings_and_keeps_unknown_keys():
     config = Example(path="p", count=2)
     assert identity_of(config) == {"count": 2, "limit": None, "kind": "a"}
     stored = {"path": "elsewhere", "count": 1, "engine": "y", "of_another_version": 3}
-    assert identity_of(config, stored) == {"count": 1, "of_another_version": 3}
+    older = {"limit": None, "kind": "a"}  # settings that it lacks have their defaults
+    assert identity_of(config, stored) == {"count": 1, "of_another_version": 3, **older}
 
 
 TRAINING = {
@@ -202,7 +205,11 @@ DISTILL_RECIPE = TRAINING | {
     "support": "list+sampled",
     "tail": "bucket",
     "temperature": None,
+    "token_weights": "none",  # newer too, as are its settings: a missing key counts as the default
+    "weight_beta": None,
     "weight_decay": 0.1,
+    "weight_entropy": None,
+    "weight_share": None,
 }
 
 
@@ -225,6 +232,19 @@ def test_recipes_of_training_runs_are_stable(config, changes, recipe):
     )
     stored = json.loads(json.dumps(vars(built))) | {"of_another_version": 1}
     assert settings_identity(built, stored) == recipe | {"of_another_version": 1}
+
+
+def test_runs_of_a_version_without_a_setting_can_be_continued(tmp_path):
+    built = build(DistillConfig)
+    new, older = settings_identity(built), asdict(built)
+    del older["token_weights"]
+    assert settings_identity(built, older) == new
+    recorded = {key: value for key, value in new.items() if key != "token_weights"}
+    (tmp_path / runs.RECIPE_NAME).write_text(json.dumps(recorded))
+    assert not difference(runs.recorded_recipe(tmp_path, built), new)
+    changed = settings_identity(build(DistillConfig, token_weights="prefix"))
+    words = difference(runs.recorded_recipe(tmp_path, built), changed)
+    assert words.startswith("token_weights was 'none', is 'prefix'")
 
 
 def test_identity_of_evaluations_is_stable():

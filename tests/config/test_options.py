@@ -87,6 +87,13 @@ def test_options_refuse_numbers_out_of_range(name, value):
         TrainOptions(**{name: value})
 
 
+def test_no_run_has_more_epochs_than_it_could_ever_make():
+    with pytest.raises(
+        ConfigError, match=r"num_epochs: found 1e\+300; expected a number in \(0, 1"
+    ):
+        TrainOptions(num_epochs=1e300)
+
+
 def test_options_accept_the_ends_of_their_ranges():
     zero = {"weight_decay": 0, "max_grad_norm": 0, "adam_beta1": 0.0, "warmup_steps": 0}
     assert TrainOptions(**zero, seed=2**32 - 1).seed == 2**32 - 1

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from lopd_kernels._core.listed_ids import sort_entries
 from lopd_kernels._core.rules import (
     CrossEntropyRule,
     DivergenceRule,
@@ -121,9 +122,10 @@ def listed():
         hidden, weight = (meta(size, d, dtype=torch.bfloat16) for size in (8192, 151936))
         ids, grad = meta(8192, 64, dtype=torch.int64), meta(8192, 64)
         yield f"dots D={d}", triton_listed.dots, (hidden, weight, ids, 1)
-        yield f"hidden_grad D={d}", triton_listed.hidden_grad, (grad, weight, ids, 1)
+        arguments = (grad, weight, ids, 1, weight.dtype)
+        yield f"hidden_grad D={d}", triton_listed.hidden_grad, arguments
         for add, out in ((False, weight), (True, meta(151936, d))):
-            arguments = (grad, hidden, ids, 1, out, add)
+            arguments = (sort_entries(grad, ids, 151936), hidden, 1, 0, out, add)
             yield f"weight_grad D={d} add={add}", triton_listed.weight_grad, arguments
 
 

@@ -40,6 +40,7 @@ from lopd_kernels import (
     sparse_divergence,
 )
 from lopd_kernels._core.buckets import student_buckets
+from lopd_kernels._core.listed_ids import sort_entries
 from lopd_kernels._core.rules import (
     DIVERGENCES,
     DivergenceRule,
@@ -252,12 +253,14 @@ def test_products_with_listed_rows(case, device):
     exact = torch_listed.dots(wide[0], wide[1], ids, 3)
     used = slice(1 if case["unused"] else 0, None)
     assert (n == 1 and case["unused"]) or relative_error(u[used], exact[used]) < 1e-6
-    dhidden = triton_listed.hidden_grad(grad, weight, ids, 1)
-    assert relative_error(dhidden, torch_listed.hidden_grad(wide[2], wide[1], ids, 3)) < 1e-6
-    for add in (False, True):
-        out, expected = torch.ones(v, d), torch.ones(v, d, dtype=torch.float64)
-        triton_listed.weight_grad(grad, hidden, ids, 1, out, add)
-        torch_listed.weight_grad(wide[2], wide[0], ids, 3, expected, add)
+    dhidden = triton_listed.hidden_grad(grad, weight, ids, 1, torch.float32)
+    exact = torch_listed.hidden_grad(wide[2], wide[1], ids, 3, torch.float64)
+    assert relative_error(dhidden, exact) < 1e-6
+    entries, wide_entries = sort_entries(grad, ids, v), sort_entries(wide[2], ids, v)
+    for add, first in ((False, 0), (True, 0), (True, 9)):
+        out, expected = torch.ones(v - first, d), torch.ones(v - first, d, dtype=torch.float64)
+        triton_listed.weight_grad(entries, hidden, 1, first, out, add)
+        torch_listed.weight_grad(wide_entries, wide[0], 3, first, expected, add)
         assert relative_error(out, expected) < 1e-6
 
 

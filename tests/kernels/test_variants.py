@@ -6,6 +6,7 @@ import torch
 from kernel_cases import INTERPRETED
 from triton.backends.compiler import GPUTarget
 
+from lopd_kernels._core.listed_ids import sort_entries
 from lopd_kernels._core.rules import DivergenceRule
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
 from lopd_kernels._triton import listed as triton_listed
@@ -58,8 +59,9 @@ def launch_all(k, first):
     triton_rows.write(u, 0, listed_ids, head, grads, state.listed, u)
     hidden, weight = torch.zeros(n, 32), torch.zeros(100, 32)
     triton_listed.dots(hidden, weight, ids[chunk], 1)
-    triton_listed.hidden_grad(torch.zeros(n, k), weight, ids[chunk], 1)
-    triton_listed.weight_grad(torch.zeros(n, k), hidden, ids[chunk], 1, weight, True)
+    triton_listed.hidden_grad(torch.zeros(n, k), weight, ids[chunk], 1, torch.float32)
+    entries = sort_entries(torch.zeros(n, k), ids[chunk], 100)
+    triton_listed.weight_grad(entries, hidden, 1, first, weight, True)
 
 
 def test_50_widths_of_lists_compile_one_variant_per_block(variants):

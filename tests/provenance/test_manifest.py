@@ -124,6 +124,26 @@ def test_fields_of_another_type_are_refused(tmp_path, key, change):
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "key, changes",
+    [
+        ("k that is 0 or a positive number (found -1)", {"k": -1}),
+        ("top_p that is a number in (0, 1] (found 0)", {"top_p": 0}),
+        ("temperature that is a positive number (found -1.0)", {"temperature": -1.0}),
+        ("sampling.num_samples that is at least 1 (found 0)", {"sampling": {"num_samples": 0}}),
+        ("model.vocab_size that is at least 1 (found 0)", {"model": {"vocab_size": 0}}),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, key, changes):
+    file = write_manifest(tmp_path, make_manifest())
+    raw = json.loads(file.read_text())
+    for name, value in changes.items():
+        raw[name] = {**raw[name], **value} if isinstance(raw.get(name), dict) else value
+    file.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match=re.escape(f"manifest.json has no {key}, which")):
+        read_manifest(tmp_path)
+
+
 def test_keys_of_a_newer_version_survive(tmp_path):
     """Digests are of the JSON on disk, so they do not depend on the version that reads it."""
     newer = damaged(make_manifest(), model={**make_manifest().model.raw, "quantised": "no"}, new=1)

@@ -17,6 +17,7 @@ from row_cases import (
 )
 
 from lopd_kernels._core.buckets import student_buckets
+from lopd_kernels._core.listed_ids import sort_entries
 from lopd_kernels._core.rules import DivergenceRule
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
 from lopd_kernels._torch import listed as torch_listed
@@ -147,12 +148,16 @@ def test_products_with_listed_rows(dtype, capability, schedule, monkeypatch):
     dots = triton_listed.dots(hidden, weight, ids, 1)
     assert relative_error(dots, torch_listed.dots(wide[0], wide[1], ids, 3)) < 1e-6
     bound = 1e-6 if dtype == torch.float32 else BOUNDS[dtype]
-    dhidden = triton_listed.hidden_grad(grad, weight, ids, 1)
-    assert relative_error(dhidden, torch_listed.hidden_grad(wide[2], wide[1], ids, 3)) < bound
-    out, expected = torch.ones(v, d, dtype=dtype), torch.ones(v, d, dtype=torch.float64)
-    triton_listed.weight_grad(grad, hidden, ids, 1, out, True)
-    torch_listed.weight_grad(wide[2], wide[0], ids, 3, expected, True)
-    assert relative_error(out, expected) < bound
+    dhidden = triton_listed.hidden_grad(grad, weight, ids, 1, dtype)
+    exact = torch_listed.hidden_grad(wide[2], wide[1], ids, 3, torch.float64)
+    assert relative_error(dhidden, exact) < bound
+    entries, wide_entries = sort_entries(grad, ids, v), sort_entries(wide[2], ids, v)
+    for first in (0, 7):
+        out = torch.ones(v - first, d, dtype=dtype)
+        expected = torch.ones(v - first, d, dtype=torch.float64)
+        triton_listed.weight_grad(entries, hidden, 1, first, out, True)
+        torch_listed.weight_grad(wide_entries, wide[0], 3, first, expected, True)
+        assert relative_error(out, expected) < bound
 
 
 @pytest.mark.parametrize("capability", [90])

@@ -66,7 +66,11 @@ def test_an_unfinished_folder_is_described_and_verify_says_what_is_missing(tmp_p
     write(tmp_path, make_manifest(kind, plan=(1, 2, 1)))
     (tmp_path / "shard-00001.json").unlink()
     assert main(["inspect", "--path", str(tmp_path)]) == 0
-    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    printed = capsys.readouterr()
+    rows = dict(line.split(maxsplit=1) for line in printed.out.splitlines())
     assert (rows["shards"], rows["missing_shards"], rows["sequences"]) == ("3", "1", "2")
+    stage = make_manifest(kind).stage
+    assert f"1 of 3 shards are unfinished or damaged; 'lopd {stage} --out" in printed.err
+    assert "\n  shard-00001.json: the receipt is missing; run the stage again" in printed.err
     assert main(["inspect", "--path", str(tmp_path), "--verify"]) == 2
     assert "1 of 3 shards are unfinished or damaged; the first is " in capsys.readouterr().err

@@ -233,7 +233,7 @@ def test_teachers_that_do_not_fit_the_records_are_refused(world, tmp_path, capsy
     assert main([*one, "--teacher-field", "domain"]) == 2
     assert "expected NAME=PATH" in one_line(capsys)
     assert main([*one, "--prompts", "p.jsonl"]) == 2
-    assert "without teacher_field" in one_line(capsys)
+    assert "only teacher_template and teacher_field read" in one_line(capsys)
 
 
 def test_prompts_that_were_altered_or_moved_are_refused(world, tmp_path, capsys):
@@ -244,7 +244,7 @@ def test_prompts_that_were_altered_or_moved_are_refused(world, tmp_path, capsys)
         assert main(several_argv(world, tmp_path / "c")) == 2
         assert "altered since" in one_line(capsys)
         assert main([*several_argv(world, tmp_path / "c"), "--prompts", str(prompts)]) == 2
-        assert "has no record with the id" in one_line(capsys)
+        assert "has no record of the rollouts' prompt" in one_line(capsys)
         prompts.unlink()
         assert main(several_argv(world, tmp_path / "c")) == 2
         assert "which is not there" in one_line(capsys)

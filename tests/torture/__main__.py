@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import re
 import sys
 import tempfile
 import time
@@ -18,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torture import harness
+from torture.document import write_blocks
 from torture.rows import Rows, commit
 from torture.table import Table
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
 PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
 
@@ -50,7 +49,7 @@ def main() -> int:
     print(f"{len(table.entries)} attacks in {time.monotonic() - began:.0f} s")
     print(table.markdown())
     if options.write:
-        _write(blocks)
+        write_blocks(blocks)
     return 1 if table.lost else 0
 
 
@@ -126,16 +125,6 @@ def _attack_stages(pipeline, table: Table, rows: Rows, options: argparse.Namespa
 def _versions() -> str:
     packages = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return f"Python {platform.python_version()}, {', '.join(packages)}"
-
-
-def _write(blocks: dict[str, str]) -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, block in blocks.items():
-        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
-        assert pattern.search(text), name
-        text = pattern.sub(lambda _, s=start, b=block, e=end: f"{s}\n\n{b}\n\n{e}", text)
-    DOCUMENT.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

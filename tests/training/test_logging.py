@@ -13,6 +13,7 @@ from lopd.training.trainer import LopdTrainer
 DISK = [
     OSError(28, "No space left on device"),
     RuntimeError("PytorchStreamWriter failed\nenforce fail"),
+    RuntimeError("basic_ios::clear: iostream error"),
     SafetensorError("I/O error"),
 ]
 

@@ -8,7 +8,7 @@ from lopd.config.dtype import with_dtype
 from lopd.config.report import ReportConfig
 from lopd.engines.transformers import TransformersEngine
 from lopd.evaluation.tokens import compare_tokens
-from lopd.provenance.io import make_folder, storing, write_atomic
+from lopd.provenance.io import make_folder, remove_dead_writers, storing, write_atomic
 from lopd.stages.model_access import loads_models
 from lopd.stages.report.facts import Run, read_evaluation, read_run
 from lopd.stages.report.page import render
@@ -37,6 +37,7 @@ def main(config: ReportConfig) -> Path:
     out = Path(config.out or Path(config.folders[0]) / "report.html")
     with storing(out):
         make_folder(out.parent)
+        remove_dead_writers(out)
         write_atomic(out, page.encode())
     return out
 

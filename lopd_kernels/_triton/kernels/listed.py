@@ -7,7 +7,7 @@ of dW to one id, whose entries are visited in a fixed order.
 import triton
 import triton.language as tl
 
-PER_BATCH = ("ids_ptr", "K")  # change with the batch's longest list, see kernels/rows.py
+PER_BATCH = ("ids_ptr", "K", "first")  # change with the batch or a panel, see kernels/rows.py
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -58,12 +58,13 @@ def segment_sum_kernel(
     hidden_ptr,  # [N, D]
     order_ptr,  # [N * K] int64, entries sorted by id, in order of n within an id
     starts_ptr,  # [V + 1] int64, where the entries of each id begin
-    out_ptr,  # [V, D]: sum over the entries of an id of grad[n, k] hidden[n]
-    hidden_stride, out_stride, D, K, ADD: tl.constexpr, DBLOCK: tl.constexpr, EBLOCK: tl.constexpr,
+    out_ptr,  # [P, D], from id `first`: sum over the entries of an id of grad[n, k] hidden[n]
+    hidden_stride, out_stride, first, D, K,
+    ADD: tl.constexpr, DBLOCK: tl.constexpr, EBLOCK: tl.constexpr,
 ):  # fmt: skip
     v = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * DBLOCK + tl.arange(0, DBLOCK)
-    begin, end = tl.load(starts_ptr + v), tl.load(starts_ptr + v + 1)
+    begin, end = tl.load(starts_ptr + first + v), tl.load(starts_ptr + first + v + 1)
     total = tl.zeros([DBLOCK], tl.float32)
     for start in range(begin, end, EBLOCK):
         e = start + tl.arange(0, EBLOCK)

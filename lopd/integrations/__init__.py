@@ -1,0 +1,1 @@
+"""lopd inside other libraries: datasets, TRL and Ray; each module needs the library of its name."""

@@ -1,0 +1,115 @@
+"""The teacher's own prompts, from `--teacher-template`: made for scoring, and again to verify."""
+
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from lopd.config.score import ScoreConfig
+from lopd.data.prompt_records import RecordSource
+from lopd.data.rendering import parse_date
+from lopd.data.teacher_prompts import TeacherPrompts, prompts_of
+from lopd.data.teacher_template import read_template, template_digest
+from lopd.errors import DataError, MissingFileError
+from lopd.models.limits import ModelLimits
+from lopd.provenance import MANIFEST_NAME
+from lopd.stages.rollout_student import find_student
+from lopd.store import Rollout, RolloutStore, TeacherCache
+from lopd.store.types import name_of
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What the teacher reads: the rollouts as they are, or their answers after its own prompts."""
+
+    prompts: TeacherPrompts | None = None
+    described: dict[str, Any] | None = None  # for the manifest
+
+    def of(self, rollout: Rollout) -> Rollout:
+        """The sequence that the teacher scores in place of a rollout."""
+        return rollout if self.prompts is None else self.prompts.seen_by_teacher(rollout)
+
+    def check(self, limits: ModelLimits, rollout: Rollout) -> None:
+        """Refuse a sequence that the teacher cannot read.
+
+        Raises:
+            DataError: it is too long, or has an id beyond the vocabulary.
+        """
+        name = name_of(rollout)
+        if self.prompts is not None:
+            name += f" after the teacher's prompt for {self.prompts.places[rollout.prompt_id]}"
+        limits.check(name, self.of(rollout).tokens)
+
+    @property
+    def length_remedy(self) -> str:
+        """What to do about a sequence that is too long."""
+        remedy = "roll out with fewer --max-new-tokens"
+        return remedy if self.prompts is None else f"shorten --teacher-template, or {remedy}"
+
+
+def teacher_view(config: ScoreConfig, rollouts: RolloutStore) -> TeacherView:
+    """Render the template, if there is one, for every prompt of the rollouts.
+
+    Raises:
+        MissingFileError: the template, the records or the student are not there.
+        ConfigError, DataError: the template or a record cannot be used; names file and line.
+    """
+    if config.teacher_template is None:
+        return TeacherView()
+    manifest = rollouts.manifest
+    text, path = read_template(config.teacher_template), config.teacher_template
+    records = RecordSource.of(manifest, config.prompts)
+    today = records.date or date.fromisoformat(str(manifest.raw["created"])[:10])
+    prompts = TeacherPrompts.render(
+        text,
+        path,
+        str(config.teacher),
+        records,
+        prompts_of(rollouts.rollouts()),
+        find_student(config.student, manifest.model),
+        today,
+    )
+    described = {
+        "digest": prompts.digest(),
+        "date": today.isoformat(),
+        "template": {"sha256": template_digest(text), "text": text, "path": path},
+        "records": asdict(records),
+    }
+    return TeacherView(prompts, described)
+
+
+def view_of_cache(cache: TeacherCache, teacher: str, student: str) -> TeacherView:
+    """What the teacher read when it scored a cache, rendered again.
+
+    Args:
+        student: a folder with the tokenizer of the model that made the rollouts.
+
+    Raises:
+        MissingFileError: the records are not there any more.
+        DataError: they, or the tokenizers, give other prompts now.
+    """
+    manifest = cache.manifest
+    if manifest.teacher_template is None:
+        return TeacherView()
+    described = manifest.inputs["teacher_prompts"]
+    records, template = RecordSource(**described["records"]), described["template"]
+    if not Path(records.path).exists():
+        raise MissingFileError(
+            f"{cache.path}: the teacher read prompts from the records of {records.path}, which is "
+            "not there; restore it, or leave --rescore out"
+        )
+    prompts = TeacherPrompts.render(
+        template["text"],
+        template["path"],
+        teacher,
+        records,
+        prompts_of(cache.rollouts()),
+        student,
+        parse_date(described["date"], f"{cache.path}: {MANIFEST_NAME}"),
+    )
+    if prompts.digest() != described["digest"]:
+        raise DataError(
+            f"{cache.path}: {records.path} gives the teacher other prompts than when it scored; "
+            "restore the file, or leave --rescore out"
+        )
+    return TeacherView(prompts, described)

@@ -1,0 +1,273 @@
+"""The TRL trainer trains as `lopd distill` does, and takes caches and datasets alike."""
+
+import json
+import math
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_artefacts import write_cache, write_pipeline
+from helpers_training import SAME_UPDATE, update_error, weights
+
+from lopd import DistillConfig, Objective, distill
+from lopd.errors import ConfigError, DataError, ShardError
+from lopd.models.load import load_model, load_tokenizer
+from lopd.store import TeacherCache
+from lopd.training.batch import Collator
+from lopd.training.step import step
+
+pytest.importorskip("trl", reason="part of the extra `trl`")
+
+from transformers import HfArgumentParser
+from trl import SFTConfig
+
+from lopd.integrations.datasets import from_dataset, to_dataset
+from lopd.integrations.trl import OfflineDistillationConfig, OfflineDistillationTrainer
+
+QUIET = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def cache(pipeline):
+    return TeacherCache.open(pipeline / "cache")
+
+
+def make_trainer(pipeline, out, data, eval_dataset=None, peft_config=None, **settings):
+    settings = {"save_strategy": "no", "per_device_train_batch_size": 4, **QUIET, **settings}
+    return OfflineDistillationTrainer(
+        load_model(pipeline / "student", dtype="float32", device="cpu"),
+        OfflineDistillationConfig(str(out), **settings),
+        data,
+        eval_dataset,
+        processing_class=load_tokenizer(pipeline / "student"),
+        peft_config=peft_config,
+    )
+
+
+SETTINGS = [
+    {},
+    {"objective": "jsd", "beta": 0.3, "loss_aggregation": "sequence_mean"},
+    {"objective": "policy_gradient", "advantage_clip": 1.0, "support": "list"},
+    {"tail": "unbiased", "importance_cap": 4.0},
+    {"objective": "forward_kl", "tail": "renormalize", "workspace_bytes": "64MiB"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.get("objective", "reverse_kl"))
+def test_it_takes_the_steps_of_lopd_distill(pipeline, tmp_path, cache, settings):
+    """Whole epochs in one step each, so that the order of the data does not matter."""
+    common = {
+        "learning_rate": 3e-3, "max_steps": 3, "weight_decay": 0.1, "adam_beta1": 0.9,
+        "adam_beta2": 0.98, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, **settings,
+    }  # fmt: skip
+    trainer = make_trainer(
+        pipeline,
+        tmp_path / "trl",
+        cache,
+        gradient_accumulation_steps=3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        **common,
+    )
+    start = weights(trainer.model)
+    trainer.train()
+    distill(
+        DistillConfig(
+            student=str(pipeline / "student"),
+            cache=str(pipeline / "cache"),
+            out=str(tmp_path / "lopd"),
+            batch_size=4,
+            gradient_accumulation_steps=3,
+            device="cpu",
+            log_every=1,
+            **common,
+        )
+    )
+    expected = weights(load_model(tmp_path / "lopd", dtype="float32", device="cpu"))
+    assert update_error(weights(trainer.model), expected, start) < SAME_UPDATE
+    theirs = logged(trainer)
+    lines = (tmp_path / "lopd/train_log.jsonl").read_text().splitlines()
+    ours = [entry for entry in map(json.loads, lines) if "loss" in entry]
+    assert len(theirs) == len(ours) == 3
+    for left, right in zip(theirs, ours, strict=True):
+        statistics = {*right} - {"epoch", "learning_rate", "step", "tokens_per_second"}
+        assert {"loss", "grad_norm", "teacher_tail"} <= statistics
+        for name in statistics:
+            assert left[name] == pytest.approx(right[name], rel=1e-3, abs=1e-5), name
+
+
+def logged(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_caches_datasets_and_lists_train_alike(pipeline, tmp_path, cache):
+    found = []
+    dataset = to_dataset(cache)
+    for number, data in enumerate((cache, dataset, from_dataset(dataset), [*cache])):
+        settings = {"max_steps": 4, "learning_rate": 3e-3, "seed": 5}
+        trainer = make_trainer(pipeline, tmp_path / str(number), data, **settings)
+        trainer.train()
+        found.append(weights(trainer.model))
+    for other in found[1:]:
+        assert all((other[name] == value).all() for name, value in found[0].items())
+
+
+def test_a_cache_is_read_for_the_vocabulary_of_the_student(pipeline, tmp_path, cache):
+    """So that the mass of listed ids which its head lacks moves to the tail."""
+    trainer = make_trainer(pipeline, tmp_path, cache, support="list")
+    source = trainer._collate.sources["train"].source
+    assert source.vocab_size == trainer.model.get_input_embeddings().weight.shape[0]
+    assert source.support == "list"
+
+
+@pytest.mark.parametrize("objective", ["forward_kl", "policy_gradient"])
+def test_evaluation_is_the_held_out_divergence(pipeline, tmp_path, cache, objective):
+    data = [*cache]
+    parts = {"short": data[:4], "long": data[4:10]}
+    trainer = make_trainer(
+        pipeline, tmp_path, data[4:], parts, objective=objective, per_device_eval_batch_size=8
+    )
+    held_out = "reverse_kl" if objective == "policy_gradient" else objective
+    metrics = trainer.evaluate()
+    for name, items in parts.items():
+        batch = Collator(pad_token_id=trainer.processing_class.pad_token_id)(items)
+        with torch.no_grad():
+            expected, _ = step(trainer.model, batch, Objective(held_out), len(batch["labels"]))
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    given = trainer.evaluate(parts["long"])
+    assert given["eval_loss"] == pytest.approx(metrics["eval_long_loss"])
+    assert trainer.evaluate(to_dataset(cache))["eval_loss"] > 0
+
+
+def test_it_evaluates_saves_and_resumes(pipeline, tmp_path, cache):
+    settings = {
+        "max_steps": 4, "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 2,
+        "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1,
+    }  # fmt: skip
+    whole = make_trainer(pipeline, tmp_path / "out", cache, cache, **settings)
+    whole.train()
+    assert len([entry for entry in whole.state.log_history if "eval_loss" in entry]) == 2
+    again = make_trainer(pipeline, tmp_path / "out", cache, cache, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    expected = weights(whole.model)
+    assert all((expected[name] == value).all() for name, value in weights(again.model).items())
+    whole.save_model(tmp_path / "saved")
+    saved = weights(load_model(tmp_path / "saved", dtype="float32", device="cpu"))
+    assert all((expected[name] == value).all() for name, value in saved.items())
+    assert "lopd" in (tmp_path / "out/README.md").read_text()
+
+
+def test_adapters_are_trained_and_the_base_is_not(pipeline, tmp_path, cache):
+    peft = pytest.importorskip("peft", reason="part of the extra `peft`")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(pipeline, tmp_path, cache, peft_config=config, max_steps=2)
+    start = weights(trainer.model)
+    trainer.train()
+    moved = {name for name, value in weights(trainer.model).items() if (value != start[name]).any()}
+    assert moved and all("lora_" in name for name in moved)
+
+
+def test_mixed_precision_reaches_the_backbone(pipeline, tmp_path, cache):
+    trainer = make_trainer(pipeline, tmp_path, cache, bf16=True, max_steps=1)
+    seen = []
+    projection = trainer.model.model.layers[0].self_attn.q_proj
+    projection.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.train()
+    assert {*seen} == {torch.bfloat16} and math.isfinite(
+        trainer.state.log_history[-1]["train_loss"]
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pipeline, tmp_path, cache):
+    trainer = make_trainer(pipeline, tmp_path, cache, max_steps=2)
+    with torch.no_grad():
+        trainer.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(DataError, match=r"step 1: the loss is nan; sequences: p\d"):
+        trainer.train()
+
+
+def test_every_setting_of_the_loss_is_a_setting_here(tmp_path):
+    ours = {each.name for each in fields(OfflineDistillationConfig)}
+    settings = {each.name for each in fields(Objective)} - {"name", "eos_class"}
+    assert settings <= ours
+    (args,) = HfArgumentParser(OfflineDistillationConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--objective", "jsd", "--beta", "0.3", "--bf16", "False"]
+    )
+    assert (args.objective, args.beta, args.tail) == ("jsd", 0.3, "bucket")
+    assert args.learning_rate == DistillConfig(student="s", cache="c", out="o").learning_rate
+    json.loads(args.to_json_string())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 1024}, "max_length: found 1024, which has no effect: sequences stay"),
+        ({"packing": True}, "packing: found True, which has no effect"),
+        ({"loss_type": "dft"}, "loss_type: found 'dft', which has no effect: objective is the"),
+        ({"completion_only_loss": True}, "completion_only_loss: found True, which"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: found True"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices: found False"),
+        ({"objective": "kl"}, "objective: found 'kl'"),
+        ({"beta": 0.5}, "beta: reverse_kl has no mixture"),
+        ({"objective": "jsd", "beta": 1.0}, "beta: found 1.0"),
+        ({"workspace_bytes": "much"}, "workspace_bytes"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        OfflineDistillationConfig(str(tmp_path), **{**QUIET, **settings})
+
+
+def test_data_that_the_objective_cannot_use_are_refused(pipeline, tmp_path, cache):
+    other = write_cache(
+        tmp_path / "cache", pipeline / "teacher", pipeline / "rollouts", temperature=2.0
+    )
+    warm = TeacherCache.open(other)
+    with pytest.raises(ConfigError, match=r"temperature: found 1.0, but .* scored at 2.0"):
+        make_trainer(pipeline, tmp_path / "out", warm, temperature=1.0)
+    with pytest.raises(ConfigError, match="eval: .* was scored for .*temperature=2.0"):
+        make_trainer(pipeline, tmp_path / "out", cache, warm)
+    with pytest.raises(ConfigError, match="unbiased needs temperature 2"):
+        make_trainer(pipeline, tmp_path / "out", warm, tail="unbiased")
+    unfinished = write_cache(
+        tmp_path / "part", pipeline / "teacher", pipeline / "rollouts", shards=(0,)
+    )
+    with pytest.raises(ShardError, match="1 of 2 shards are unfinished"):
+        part = TeacherCache.open(unfinished, allow_incomplete=True)
+        make_trainer(pipeline, tmp_path / "out", part)
+    with pytest.raises(DataError, match="no column 'prompt_token_ids'"):
+        make_trainer(pipeline, tmp_path / "out", to_dataset(cache).select_columns(["id"]))
+    with pytest.raises(ConfigError, match="expected an OfflineDistillationConfig"):
+        model = load_model(pipeline / "student", dtype="float32", device="cpu")
+        OfflineDistillationTrainer(model, SFTConfig(str(tmp_path), **QUIET), cache)
+
+
+def test_outputs_are_refused(pipeline, tmp_path, cache):
+    trainer = make_trainer(pipeline, tmp_path, cache)
+    with pytest.raises(ConfigError, match="no logits are made"):
+        trainer.compute_loss(trainer.model, {}, return_outputs=True)
+
+
+def test_the_how_to_page_runs(pipeline, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/how-to/trl.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+    class OnCpu(OfflineDistillationConfig):
+        def __init__(self, *args, **settings):
+            settings |= {"max_steps": 1, "save_strategy": "no"}
+            super().__init__(*args, **{**QUIET, **settings})
+
+    monkeypatch.setattr("lopd.integrations.trl.OfflineDistillationConfig", OnCpu)
+    for name in ("student", "cache"):
+        (tmp_path / name).symlink_to(pipeline / name)
+    monkeypatch.chdir(tmp_path)
+    for example in examples:
+        exec(compile(example, "trl.md", "exec"), {})
+    assert len(examples) == 2 and (tmp_path / "scores.arrow").exists()
