@@ -78,7 +78,7 @@ def routing_of(config: ScoreConfig, rollouts: RolloutStore) -> Routing:
     for shard in shards:
         for rollout in rollouts.shard(shard):
             key = (teachers[rollout.prompt_id], shard)
-            names.setdefault(at_part, set()).add(name_of(rollout))
+            names.setdefault(key, set()).add(name_of(rollout))
     parts = tuple(Part(*key, frozenset(names[key])) for key in sorted(names))
     described = {"field": config.teacher_field, "digest": json_digest(teachers), "path": path}
     return Routing(parts, described)
