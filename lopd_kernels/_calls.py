@@ -10,14 +10,12 @@ from torch import Tensor
 from lopd_kernels import _checks
 from lopd_kernels._core.gemm import compute_dtype
 from lopd_kernels._core.rules import RowLoss
-from lopd_kernels._core.types import SKIP_STATS, Skip
+from lopd_kernels._core.types import LARGEST_SHARE, SKIP_STATS, Skip
 from lopd_kernels._core.workspace import Sizes, in_forward, stores_dlogits
 from lopd_kernels._ops import losses as ops
 from lopd_kernels._ops.schema import HeadArgs, LossArgs
 
 Reduction = Literal["sum", "mean", "none"]
-# A larger dense_share costs more than forming every row's gradient; benchmarks/NOTES.md.
-LARGEST_SHARE = 0.65
 
 
 class SkippingStats(NamedTuple):

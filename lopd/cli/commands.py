@@ -122,9 +122,9 @@ COMMANDS = {
         "demo",
         "DemoConfig",
         WHOLE,
-        "Run the pipeline at toy scale, on a CPU.",
+        "Run the whole pipeline on a CPU, with toy models or a small chat model.",
         "nothing -> models, data and results",
-        ("--out runs/demo", "--out runs/demo --online"),
+        ("--out runs/demo", "--out runs/demo --online", "--task smollm2 --out runs/demo-real"),
         kept=STAGES,
     ),
     "import": Command(

@@ -91,7 +91,8 @@ def uses_triton(like: Tensor) -> bool:
 
 
 def _package(like: Tensor) -> str:
-    return "lopd_kernels._triton" if uses_triton(like) else "lopd_kernels._torch"
+    root = __name__.removesuffix("._core.backend")  # another name if loaded from the Hub
+    return f"{root}._triton" if uses_triton(like) else f"{root}._torch"
 
 
 def row_functions(like: Tensor) -> RowFunctions:

@@ -47,6 +47,10 @@ class Needs(NamedTuple):
     bias: bool = False
 
 
+# A larger dense_share costs more than forming every row's gradient; benchmarks/NOTES.md.
+LARGEST_SHARE = 0.65
+
+
 class Skip(NamedTuple):
     """Which rows form their gradient outside the list; one of the two settings is used."""
 

@@ -218,6 +218,9 @@ def allocated(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> int:
     Raises:
         ValueError: no schedule fits.
     """
+    if sizes.kept is not None:  # panels: the statistics of all rows, then the gradients of some
+        parts = (Needs(), needs)
+        return max(sizes.panelled(panel_columns(sizes, x, workspace_bytes), x) for x in parts)
     if in_forward(sizes, needs, workspace_bytes):
         stored = stores_dlogits(sizes, needs, workspace_bytes)
         return sizes.chunked(chunk_rows(sizes, needs, stored, workspace_bytes), needs, stored)

@@ -17,6 +17,8 @@ from lopd_kernels._core.rules import RowLoss, decode, encode
 from lopd_kernels._core.scaling import weigh
 from lopd_kernels._core.types import Needs, Skip
 
+NAMESPACE = "lopd"  # of torch.ops; `hub/assemble.py` gives each build its own
+
 
 class HeadArgs(NamedTuple):
     """The LM head of a call, the gradients that its backward computes, and its workspace."""
@@ -130,7 +132,9 @@ def operator(
 
         signature = inspect.Signature(parameters, return_annotation=hints["return"])
         implementation.__signature__ = signature  # type: ignore[attr-defined]
-        definition = torch.library.custom_op(f"lopd::{name}", implementation, mutates_args=mutates)
+        definition = torch.library.custom_op(
+            f"{NAMESPACE}::{name}", implementation, mutates_args=mutates
+        )
         definition.register_fake(lambda *flat: fake(*grouped(flat)))
         return definition
 

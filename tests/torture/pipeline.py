@@ -149,8 +149,8 @@ def _out(*words: object) -> Callable[[Path], list[object]]:
 
 
 def _shrink_demo() -> None:
-    """Give the demo a few prompts and steps, in this process and its forks."""
-    from lopd.stages import demo
+    """Give the toy demo a few prompts and steps, in this process and its forks."""
+    from lopd.stages.demo import toy as demo
 
     demo.PROMPTS.update(eval=6, demonstrations=8, sft=6, opd=6)
     demo.SFT_STEPS.update(teacher=2, student=2)

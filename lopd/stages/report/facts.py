@@ -19,6 +19,7 @@ CURVES = {
     "teacher_tail": ("Teacher's mass outside the lists", "share"),
     "topk_overlap": ("Overlap of the two top-k lists", "share"),
     "student_entropy": ("Student's entropy", "nat"),
+    "share_dense": ("Tokens whose gradient outside the lists was formed", "share"),
     "ess_tokens": ("Tokens that still count as the student's own (ESS)", "share"),
     "grad_norm": ("Norm of the gradient", ""),
     "learning_rate": ("Learning rate", ""),
