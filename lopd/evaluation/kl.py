@@ -80,7 +80,8 @@ def open_cache(path: str | Path, model: str | Path, student: TransformersEngine)
         model: folder of the student, for its tokenizer.
 
     Raises:
-        ConfigError: the lists were renormalised, so the mass outside them is unknown.
+        ConfigError: the lists were renormalised, so the mass outside them is unknown, or the
+            log-probs are calibrated.
         ProvenanceError: an id that occurs stands for different tokens in the two tokenizers.
         ShardError: a shard is missing or altered.
     """
@@ -89,6 +90,11 @@ def open_cache(path: str | Path, model: str | Path, student: TransformersEngine)
         raise ConfigError(
             f"{path}: its lists were renormalised before they were imported, so the mass outside "
             "them is lost; a KL needs it: leave --cache out, or score the rollouts again"
+        )
+    if cache.manifest.scoring.is_calibrated:
+        raise ConfigError(
+            f"{path}: its log-probs are calibrated, and a KL needs those of the teacher; name the "
+            "cache that was calibrated"
         )
     cache.verify()
     ours = tokenizer_digest(model)

@@ -1,6 +1,7 @@
 """The gate before distillation: whether teacher, cache, rollouts and student belong together."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def check_distill(
     cache_path: str | Path | None = None,
     faults: Sequence[str] = (),
     allow: Collection[str] = frozenset(),
+    sampled_only: bool = False,
 ) -> list[Override]:
     """Refuse artefacts that do not belong together.
 
@@ -41,6 +43,9 @@ def check_distill(
     as the manifests record it. Of several teachers, each is compared with the one of its name. No
     model is loaded.
 
+    A cache whose log-probs were calibrated (`lopd calibrate`) may be of another teacher, and the
+    difference is among the overrides that are returned.
+
     Args:
         used_ids: the distinct ids of the cache, or a function that returns them, those of one
             teacher's records if it is given a name; called only if the tokenizers differ or the
@@ -48,9 +53,11 @@ def check_distill(
         cache_path: folder of the cache and its copy of the teacher's vocabulary.
         faults: what is wrong with each shard that cannot be read, and the remedy.
         allow: names from `OVERRIDES`, one for each flag `--allow-<name>`.
+        sampled_only: whether the objective reads the sampled tokens' log-probs only, so that
+            `lopd calibrate` is a remedy for another teacher.
 
     Returns:
-        The overrides that were needed.
+        The overrides that were needed, and the difference that a calibration admits.
 
     Raises:
         ProvenanceError: a check fails that `allow` does not name.
@@ -63,6 +70,8 @@ def check_distill(
     policy, scorers = cache_manifest.rollouts.model, cache_manifest.models.items()
     merged = cache_manifest.scoring.eos_class
 
+    calibration = _Calibration(cache_manifest.scoring.is_calibrated, sampled_only)
+
     def used_by(name: str | None) -> Callable[[], np.ndarray] | np.ndarray | None:
         return used_ids if name is None or not callable(used_ids) else partial(used_ids, name)
 
@@ -70,7 +79,7 @@ def check_distill(
         [_check_complete(faults)],
         []
         if is_own_teacher(cache_manifest)
-        else [_check_teacher(student, model, name) for name, model in scorers],
+        else [_check_teacher(student, model, name, calibration) for name, model in scorers],
         [_check_rollouts(student, policy)],
         [
             _check_tokenizer(student, model.tokenizer, used_by(name), cache_path)
@@ -87,7 +96,7 @@ def check_distill(
             if mismatch is None:
                 continue
             found, expected, remedy = mismatch
-            if name not in allow:
+            if name not in allow and remedy is not None:
                 raise ProvenanceError(
                     f"{name}: found {found}, expected {expected}; {remedy}, or pass --allow-{name}"
                 )
@@ -95,7 +104,15 @@ def check_distill(
     return overrides
 
 
-_Mismatch = tuple[str, str, str]  # found, expected, remedy
+_Mismatch = tuple[str, str, str | None]  # found, expected, remedy; without one it is admitted
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What `lopd calibrate` has to do with a cache of another teacher."""
+
+    done: bool  # the difference was taken out of it, as far as that goes
+    possible: bool  # the objective could be trained on such a cache
 
 
 def _check_complete(faults: Sequence[str]) -> _Mismatch | None:
@@ -106,7 +123,7 @@ def _check_complete(faults: Sequence[str]) -> _Mismatch | None:
 
 
 def _check_teacher(
-    student: str | Path, scorer: ModelIdentity, name: str | None
+    student: str | Path, scorer: ModelIdentity, name: str | None, calibration: _Calibration
 ) -> _Mismatch | None:
     found = f"{records_of(name) or 'a cache '}scored by {scorer}"
     try:
@@ -132,10 +149,13 @@ def _check_teacher(
             f"one of the teachers whose answers the student was fine-tuned on, {', '.join(named)}",
             "fine-tune on that teacher's answers too, or leave its records out",
         )
-    return next((m for teacher in teachers if (m := _other_teacher(found, teacher, scorer))), None)
+    differences = (_other_teacher(found, each, scorer, calibration) for each in teachers)
+    return next((mismatch for mismatch in differences if mismatch is not None), None)
 
 
-def _other_teacher(found: str, teacher: ModelIdentity, scorer: ModelIdentity) -> _Mismatch | None:
+def _other_teacher(
+    found: str, teacher: ModelIdentity, scorer: ModelIdentity, calibration: _Calibration
+) -> _Mismatch | None:
     """How the scorer differs from the teacher whose answers the student was fine-tuned on."""
     if teacher.weights == scorer.weights:
         edited = _edited(teacher.behaviour, scorer.behaviour, ("config", "code"))
@@ -146,12 +166,16 @@ def _other_teacher(found: str, teacher: ModelIdentity, scorer: ModelIdentity) ->
             f"{teacher} as the student's answers were sampled from it",
             "restore that setting and score again ('lopd score'), or sample and fine-tune again",
         )
-    return (
-        found,
-        f"{teacher}, whose answers the student was fine-tuned on",
+    expected = f"{teacher}, whose answers the student was fine-tuned on"
+    if calibration.done:
+        return f"{found}, calibrated", expected, None
+    remedy = (
         "another teacher costs accuracy at a finite budget: score with that teacher "
-        "('lopd score'), or fine-tune on this one's answers",
+        "('lopd score'), or fine-tune on this one's answers"
     )
+    if calibration.possible:
+        remedy += ", or take the teachers' mean difference out of the cache ('lopd calibrate')"
+    return found, expected, remedy
 
 
 def is_own_teacher(manifest: CacheManifest) -> bool:

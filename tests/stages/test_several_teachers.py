@@ -255,7 +255,10 @@ def test_prompts_that_were_altered_or_moved_are_refused(world, tmp_path, capsys)
     assert main([*several_argv(world, world / "cache"), "--prompts", str(moved)]) == 0
 
 
-def test_live_rollouts_need_one_teacher(world, tmp_path, capsys):
+def test_live_rollouts_and_calibration_need_one_teacher(world, tmp_path, capsys):
+    argv = ["calibrate", "--cache", world / "cache", "--out", tmp_path / "calibrated"]
+    assert main(list(map(str, argv))) == 2
+    assert "was scored by 2 teachers, each of which differs" in one_line(capsys)
     flags = ("--refresh-every", "1", "--teacher", str(world / "math"))
     assert main(distill_argv(world, world / "cache", tmp_path / "r", *flags)) == 2
     assert "was scored by 2 teachers; expected one" in one_line(capsys)
