@@ -73,9 +73,8 @@ def _check(config: CalibrateConfig, manifest: CacheManifest) -> str:
         )
     if manifest.teachers is not None:
         raise ConfigError(
-            f"{config.cache}: was scored by {len(manifest.teachers)} teachers, each of which differs "
-            "from the student's in its own way; expected one: score the records of each into a cache "
-            "of its own"
+            f"{config.cache}: was scored by {len(manifest.teachers)} teachers, each of which "
+            "differs from another in its own way; expected one: score each one's records separately"
         )
     source, reason = logprob_source(manifest)
     if source is None:
