@@ -91,14 +91,16 @@ def _teachers_of_prompts(config: ScoreConfig, rollouts: RolloutStore) -> tuple[d
     source = RecordSource.of(rollouts.manifest, config.prompts)
     student = find_student(config.student, rollouts.manifest.model)
     found: dict[str, str] = {}
-    for name, records in source.find(prompts_of(rollouts.rollouts()), student).items():
-        for where, fields in records:
-            teacher = routes.teacher_of(at(fields, routes.field), where)
-            if found.setdefault(name, teacher) != teacher:
-                raise DataError(
-                    f"{where}: id '{name}' has {routes.field} '{teacher}', and before "
-                    f"'{found[name]}'; give all records of an id one teacher"
-                )
+    for record in source.find(prompts_of(rollouts.rollouts()), student):
+        name, teacher = (
+            record.name,
+            routes.teacher_of(at(record.fields, routes.field), record.place),
+        )
+        if found.setdefault(name, teacher) != teacher:
+            raise DataError(
+                f"{record.place}: id '{name}' has {routes.field} '{teacher}', and before "
+                f"'{found[name]}'; give all records of an id one teacher"
+            )
     routes.check_used({*found.values()}, source.path)
     return found, str(Path(source.path).resolve())
 
