@@ -232,7 +232,13 @@ def rendered(text: str) -> str:
 
 DOCUMENTS = [
     ROOT / name
-    for name in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md", "docs/losses.md")
+    for name in (
+        "README.md",
+        "benchmarks/README.md",
+        "benchmarks/NOTES.md",
+        "docs/losses.md",
+        "docs/training.md",
+    )
 ]
 
 if __name__ == "__main__":
