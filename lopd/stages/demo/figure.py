@@ -35,8 +35,8 @@ def draw(
     from matplotlib.figure import Figure
 
     measured = {row["stage"]: row for row in rows if row.get("sampled") is not None}
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.04)
+    figure = Figure(figsize=(15, 4.8))
+    figure.set_layout_engine("constrained", wspace=0.04)
     accuracy, distance, training = figure.subplots(1, 3)
     before_after(
         accuracy, measured, "sampled", titles.accuracy,
