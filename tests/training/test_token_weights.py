@@ -148,6 +148,19 @@ def test_a_gate_that_all_or_no_tokens_pass_is_one_divergence(bound):
     assert (stats["share_forward"].item() > 0) == (bound == 0)
 
 
+@pytest.mark.parametrize("saving", [{"dense_share": 0.5}, {"tolerance": 0.1}], ids=str)
+@pytest.mark.parametrize("name", ["entropy", "divergence_rank"])
+def test_rules_go_with_what_saves_work_in_the_backward(name, saving):
+    model, batch = tiny_model(spread=3.0), Collator()(rewarded())
+    torch.manual_seed(0)
+    loss, stats = step(model, batch, dataclasses.replace(WEIGHTED[name], **saving), 7.0)
+    expected, _ = step(model, batch, WEIGHTED[name], 7.0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(value.isfinite().all() for value in stats.values())
+
+
 def test_a_rule_sees_no_nan_as_a_reason_to_leave_a_token_out():
     batch = Collator()(rewarded())
     batch["teacher_logprobs"][3] = torch.nan
