@@ -92,8 +92,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
             lines.append(f"| {stage} | {' | '.join(cells)} |")
     about = (
-        f"Means over seeds {', '.join(map(str, seeds))}; that of a seed with the farther end of its "
-        "95 % interval over new\nprompts."
+        f"Means over seeds {', '.join(map(str, seeds))}; that of a seed with the farther end of "
+        "its 95 % interval over new\nprompts."
     )
     return "\n".join([*lines, "", about])
 
