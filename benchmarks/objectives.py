@@ -6,7 +6,8 @@ For each seed, the demo's teacher and fine-tuned student are trained, the studen
 once, and the teacher scores these rollouts at every length of list. A cell distils the student with
 one form, one length and one learning rate, and evaluates it on prompts that no stage has seen:
 sampled pass@1, and the exact KL to the teacher over the whole vocabulary, on the model's own
-answers. Other cells measure bias and noise of each form's gradient with respect to the weights.
+answers. Other cells leave out gradients outside the lists, or measure bias and noise of each form's
+gradient with respect to the weights.
 
 Each cell is one JSON line, appended to `objectives.jsonl` when it is measured. Run again, the
 command continues with the cells that have no line. `--only` selects cells by name, such as
@@ -23,12 +24,22 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.objective_cells import FORMS, LISTS, STEPS, Cell, Gradients, Run, Shared, Start
+from benchmarks.objective_cells import (
+    FACTORS,
+    FORMS,
+    LEFT_OUT,
+    LISTS,
+    SEEDS,
+    STEPS,
+    Cell,
+    Gradients,
+    Run,
+    Shared,
+    Start,
+)
 from benchmarks.recorder import identity
 
 NAME = "objectives.jsonl"
-SEEDS = (0, 1, 2, 3, 4)
-FACTORS = (1.0, 0.5, 2.0)  # of the demo's learning rate
 
 
 def cells() -> list[Cell]:
@@ -38,8 +49,9 @@ def cells() -> list[Cell]:
         for factor in FACTORS
     ]
     starts = [Start(seed) for seed in SEEDS]
+    left_out = [Run(form, LISTS[-1], 1.0, seed) for form in LEFT_OUT for seed in SEEDS]
     gradients = [Gradients(at, seed) for seed in SEEDS for at in ("start", "end")]
-    return [*starts, *grid[0], *gradients, *grid[1], *grid[2]]
+    return [*starts, *grid[0], *left_out, *gradients, *grid[1], *grid[2]]
 
 
 def planned(todo: list[Cell]) -> float:

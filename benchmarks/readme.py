@@ -12,15 +12,18 @@ import numpy as np
 
 from benchmarks import (
     demo_seeds,
+    evidence,
     fused_loss,
     gpu_suite,
     gradients,
+    objective_tables,
+    objectives,
     offline_live,
     offlist,
     roofline,
 )
-from lopd.stages.demo import OPD_STEPS
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
+from lopd.stages.demo.toy import OPD_STEPS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -213,6 +216,11 @@ def rendered(text: str) -> str:
         "parts": parts_block,
         "offline live": live_block,
         "gradients": lambda: gradients.table(read_rows(gradients.NAME)),
+        "claims": lambda: evidence.table(read_rows),
+        "forms": lambda: objective_tables.training_table(read_rows(objectives.NAME)),
+        "verdict": lambda: objective_tables.verdict(read_rows(objectives.NAME)),
+        "gradient noise": lambda: objective_tables.gradient_table(read_rows(objectives.NAME)),
+        "left out": lambda: objective_tables.left_out_table(read_rows(objectives.NAME)),
         "offlist": lambda: offlist.table(read_rows(offlist.NAME)),
     }
     for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
@@ -224,7 +232,17 @@ def rendered(text: str) -> str:
     return text
 
 
-DOCUMENTS = [ROOT / name for name in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md")]
+DOCUMENTS = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "benchmarks/README.md",
+        "benchmarks/NOTES.md",
+        "docs/evidence.md",
+        "docs/losses.md",
+        "docs/training.md",
+    )
+]
 
 if __name__ == "__main__":
     for path in DOCUMENTS:

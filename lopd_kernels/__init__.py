@@ -1,5 +1,6 @@
 """Distillation losses fused into the LM head: the [N, V] logits never exist in memory."""
 
+from lopd_kernels._calls import SkippingStats
 from lopd_kernels.divergence import SparseStats, linear_sparse_divergence, sparse_divergence
 from lopd_kernels.logprobs import TopK, linear_logprobs, linear_topk
 from lopd_kernels.modules import (
@@ -15,6 +16,7 @@ __all__ = [
     "LinearPolicyGradient",
     "LinearSparseDivergence",
     "PolicyStats",
+    "SkippingStats",
     "SparseDivergence",
     "SparseStats",
     "TopK",

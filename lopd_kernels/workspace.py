@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lopd_kernels import _checks
+from lopd_kernels._core.types import LARGEST_SHARE, Skip
 from lopd_kernels._core.workspace import Needs, Sizes, allocated
 
 
@@ -18,6 +20,8 @@ def workspace_needed(
     hidden_grad: bool = True,
     weight_grad: bool = True,
     bias_grad: bool = False,
+    dense_share: float | None = None,
+    tolerance: float = 0.0,
     workspace_bytes: int | None = None,
 ) -> int:
     """Bytes that a loss with reduction "sum" or "mean" allocates beyond inputs and outputs.
@@ -33,6 +37,7 @@ def workspace_needed(
         dtype: of hidden and weight.
         device: "cuda" or "cpu".
         hidden_grad, weight_grad, bias_grad: which gradients the backward computes.
+        dense_share, tolerance: those that the call would get.
         workspace_bytes: the bound that the call would get.
 
     Returns:
@@ -40,9 +45,14 @@ def workspace_needed(
 
     Raises:
         ValueError: no schedule fits in `workspace_bytes`; the message names the smallest bound.
+            Or an invalid argument.
 
     >>> workspace_needed(8192, 151936, 4096, 64, dtype=torch.bfloat16) >> 20
     3415
     """
     sizes = Sizes.of_shapes(rows, vocab, hidden_size, k, dtype, device)
-    return allocated(sizes, Needs(hidden_grad, weight_grad, bias_grad), workspace_bytes)
+    needs = Needs(hidden_grad, weight_grad, bias_grad)
+    _checks.check_skipping(dense_share, tolerance, "sum", None)
+    if tolerance > 0.0 or (dense_share is not None and dense_share <= LARGEST_SHARE):
+        sizes = sizes.keeping(Skip(dense_share, tolerance, None))
+    return allocated(sizes, needs, workspace_bytes)

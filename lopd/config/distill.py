@@ -42,6 +42,8 @@ class DistillConfig(MonitoringOptions):
     clip_range: float | None = setting_of(Objective, "clip_range")
     delta: float | None = setting_of(Objective, "delta")
     entropy_bonus: float | None = setting_of(Objective, "entropy_bonus")
+    dense_share: float | None = setting_of(Objective, "dense_share")
+    tolerance: float | None = setting_of(Objective, "tolerance")
     token_weights: TokenWeights = setting_of(Objective, "token_weights")
     weight_beta: float | None = setting_of(Objective, "weight_beta")
     weight_share: float | None = setting_of(Objective, "weight_share")
@@ -122,7 +124,7 @@ class DistillConfig(MonitoringOptions):
         names = (
             "tail", "beta", "advantage_clip", "importance", "importance_cap", "clip_range",
             "delta", "entropy_bonus", "token_weights", "weight_beta", "weight_share",
-            "weight_entropy",
+            "weight_entropy", "dense_share", "tolerance",
         )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         return Objective(

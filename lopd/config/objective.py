@@ -52,6 +52,10 @@ class Objective(Settings):
     `entropy`: there tokens where the teacher is uncertain take the forward KL instead of the
     reverse, and weigh as before.
 
+    `dense_share` and `tolerance` save work in the backward, as in
+    `lopd_kernels.linear_sparse_divergence`: outside the lists the gradient is formed for some
+    tokens only, either a sample, without bias, or all but the least important ones.
+
     Args:
         name: one of `OBJECTIVES`.
         tail: how the mass outside the teacher's list is treated, as in
@@ -64,6 +68,8 @@ class Objective(Settings):
         weight_beta, weight_share, weight_entropy: of `token_weights`, those in `WEIGHT_SETTINGS`.
         temperature: divides the student's logits; equals the temperature of the teacher's scores.
         workspace_bytes: limit on what the loss allocates; changes only rounding.
+        calibrated: whether the teacher's log-probs are calibrated and thus of no distribution; a
+            divergence refuses them, and held-out sequences are evaluated by log_ratio.
         eos_class: ids that a divergence takes as one token; every teacher's list must hold them.
 
     Raises:
@@ -143,8 +149,21 @@ class Objective(Settings):
         within="[0, inf)",
         help="entropy: nat from which the teacher counts as uncertain, 0.8 by default.",
     )
+    dense_share: float | None = _objective(
+        None,
+        within="(0, 1]",
+        help="Share of the tokens whose gradient outside the list is formed: a sample, without "
+        "bias; all by default.",
+    )
+    tolerance: float | None = _objective(
+        None,
+        within="(0, 1)",
+        help="Leave out the smallest gradients outside the lists, up to this share of the rest of "
+        "the gradient; none by default.",
+    )
     workspace_bytes: int | None = None
     eos_class: tuple[int, ...] = ()
+    calibrated: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -174,8 +193,34 @@ class Objective(Settings):
                 f"eos_class: {self.name} has no lists to merge ids in; the cache was scored with "
                 f"--eos-class, which needs one of {', '.join(SPARSE)}"
             )
+        if self.calibrated and self.name not in SAMPLED:
+            raise ConfigError(
+                f"calibrated: {self.name} needs a distribution of the teacher, and calibrated "
+                f"log-probs are of none; use {' or '.join(SAMPLED)}"
+            )
         self._check_importance()
         self._check_token_weights()
+        self._check_skipping()
+
+    def _check_skipping(self) -> None:
+        for setting_name in ("dense_share", "tolerance"):
+            if getattr(self, setting_name) is None:
+                continue
+            if self.name not in (*SPARSE, "policy_gradient"):
+                raise ConfigError(
+                    f"{setting_name}: {self.name} forms every gradient; only "
+                    f"{', '.join(SPARSE)} and policy_gradient can leave some out"
+                )
+            if self.tail == "renormalize":
+                raise ConfigError(
+                    f"{setting_name}: tail renormalize has no gradient outside the lists and does "
+                    "less already; leave one of the two out"
+                )
+        if self.dense_share is not None and self.tolerance is not None:
+            raise ConfigError(
+                f"dense_share: found {self.dense_share} with tolerance {self.tolerance}; a sample "
+                "is unbiased, a tolerance bounds an error: set one of them"
+            )
 
     def _check_token_weights(self) -> None:
         kind, settings = self.token_weights, WEIGHT_SETTINGS[self.token_weights]
@@ -232,8 +277,16 @@ class Objective(Settings):
         The policy gradient is evaluated by the reverse KL, of which it is a one-sample estimate:
         its loss is not a divergence, and on stored tokens it has no minimum. So are `log_ratio` and
         the unbiased tail, whose sampled tokens would be noise in a comparison of steps. Token
-        weights do not count, so that runs with different ones can be compared.
+        weights do not count, so that runs with different ones can be compared. Nor does what is
+        left out of gradients.
         """
+        if self.calibrated:
+            return Objective(
+                "log_ratio",
+                temperature=self.temperature,
+                workspace_bytes=self.workspace_bytes,
+                calibrated=True,
+            )
         if self.name in SAMPLED or self.tail == "unbiased":
             return Objective(
                 "reverse_kl",
@@ -242,7 +295,13 @@ class Objective(Settings):
                 eos_class=self.eos_class,
             )
         return replace(
-            self, token_weights="none", weight_beta=None, weight_share=None, weight_entropy=None
+            self,
+            token_weights="none",
+            weight_beta=None,
+            weight_share=None,
+            weight_entropy=None,
+            dense_share=None,
+            tolerance=None,
         )
 
     @property
@@ -257,6 +316,10 @@ class Objective(Settings):
         """
         if self.name in ("forward_kl", "jsd"):
             return f"{self.name} weighs ids with the teacher's probability"
+        if self.token_weights == "entropy":
+            return (
+                "forward KL, which uncertain tokens take, weighs ids with the teacher's probability"
+            )
         if self.name == "reverse_kl" and self.tail == "renormalize":
             return "renormalize ignores the teacher's probability outside the list"
         return None

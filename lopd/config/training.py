@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lopd.config.device import check_device, resolve_device
-from lopd.config.fields import Settings, parse_bytes, setting
+from lopd.config.fields import Settings, parse_bytes, setting, setting_of
 from lopd.config.model_code import CodeOptions
+from lopd.config.objective import Objective
 from lopd.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -134,12 +135,15 @@ class MemorySettings(MemoryOptions):
     objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient", "log_ratio"] = setting(
         "reverse_kl", group="Objective", help="Loss that is minimised at every response token."
     )
+    dense_share: float | None = setting_of(Objective, "dense_share")
+    tolerance: float | None = setting_of(Objective, "tolerance")
     k: int = setting(
         64, within="[1, inf)", group="Cache", help="Teacher tokens per position in the cache."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Objective(self.objective, dense_share=self.dense_share, tolerance=self.tolerance)
         if self.max_tokens_per_batch is not None and (
             self.max_tokens_per_batch < self.sequence_length
         ):

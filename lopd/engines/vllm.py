@@ -17,7 +17,16 @@ import numpy as np
 
 from lopd.data.alignment import predicting_rows, response_positions
 from lopd.engines.base import Generation, Progress, Sampling, check_sequences
-from lopd.engines.vllm_output import by_entries, read_prompt_logprobs, to_scores
+from lopd.engines.vllm_output import (
+    by_entries,
+    check_readable,
+    ids_to_ask,
+    look_up,
+    read_chosen,
+    read_prompt_logprobs,
+    to_scores,
+    with_extra,
+)
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of, load_tokenizer
@@ -144,27 +153,51 @@ class VllmEngine:
     ) -> list[TeacherScores]:
         """See `Engine.score`; the entropy is NaN, and the tail is `lists.derived_tail`.
 
+        Extra ids are scored by `prompt_logprob_token_ids`. A vLLM without it returns the whole
+        vocabulary, from which they are read, if that is not too much.
+
         Raises:
-            ConfigError: a temperature other than 1, or extra ids.
+            ConfigError: a temperature other than 1, or extra ids that this vLLM cannot score.
         """
         if temperature != 1.0:
             raise ConfigError(
                 f"temperature: found {temperature}; vllm scores only at 1; use --engine "
                 "transformers"
             )
-        if extra_ids is not None:
-            raise ConfigError("extra_ids: vllm scores only its top-k; use --engine transformers")
         self._limits.check_k(k)
-        check_sequences(sequences, prompt_lengths, self._limits)
+        check_sequences(sequences, prompt_lengths, self._limits, extra_ids)
+        by_ids = extra_ids is not None and self.scores_chosen_ids
+        read = k if extra_ids is None or by_ids else self.vocab_size
+        if read > k:
+            check_readable(sequences, read)
         scores: list[TeacherScores] = []
-        for part in by_entries(sequences, k + 1):
-            for i, output in zip(part, self._read_prompts(sequences, part, k), strict=True):
-                ids, logprobs = read_prompt_logprobs(i, output, sequences[i], k)
+        for part in by_entries(sequences, read + 1):
+            asked = [extra_ids[i] for i in part] if extra_ids is not None and by_ids else None
+            outputs = self._read_prompts(sequences, part, read, asked)
+            for i, output in zip(part, outputs, strict=True):
+                listed = read_prompt_logprobs(i, output.prompt_logprobs, sequences[i], read)
                 rows = predicting_rows(response_positions(prompt_lengths[i], len(sequences[i])))
-                scores.append(to_scores(i, ids[rows], logprobs[rows], self.vocab_size))
+                ids, logprobs = (array[rows] for array in listed)
+                top = to_scores(i, ids[:, : k + 1], logprobs[:, : k + 1], self.vocab_size)
+                if extra_ids is not None:
+                    found = (
+                        read_chosen(i, output.prompt_token_id_logprobs, ids, logprobs, extra_ids[i])
+                        if by_ids
+                        else look_up(ids, logprobs, extra_ids[i])
+                    )
+                    top = with_extra(i, top, ids[:, 0], extra_ids[i], found, self.vocab_size)
+                scores.append(top)
             if progress is not None:
                 progress(len(part))
         return scores
+
+    @property
+    def scores_chosen_ids(self) -> bool:
+        """Whether vLLM can score ids that are chosen for each token of a prompt."""
+        from vllm import SamplingParams
+
+        known = "prompt_logprob_token_ids" in SamplingParams.__struct_fields__
+        return known and bool(self.llm.llm_engine.vllm_config.use_v2_model_runner)
 
     def _check_room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         remedy = "lower --max-new-tokens or raise max_model_len"
@@ -219,19 +252,38 @@ class VllmEngine:
         raw = []
         for part in by_entries(sequences, 1):
             for i, output in zip(part, self._read_prompts(sequences, part, 0), strict=True):
-                _, logprobs = read_prompt_logprobs(i, output, sequences[i], 0)
+                _, logprobs = read_prompt_logprobs(i, output.prompt_logprobs, sequences[i], 0)
                 positions = response_positions(len(prompts[i]), len(sequences[i]))
                 raw.append(logprobs[predicting_rows(positions), 0])
         return raw
 
-    def _read_prompts(self, sequences: Sequence[np.ndarray], part: range, k: int) -> list[Any]:
+    def _read_prompts(
+        self,
+        sequences: Sequence[np.ndarray],
+        part: range,
+        k: int,
+        asked: Sequence[np.ndarray] | None = None,  # ids of the last tokens of each sequence
+    ) -> list[Any]:
         from vllm import SamplingParams
 
-        parameters = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=k, flat_logprobs=True, detokenize=False
-        )
-        outputs = self._run([sequences[i].tolist() for i in part], parameters)
-        return [output.prompt_logprobs for output in outputs]
+        settings: dict[str, Any] = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": k,
+            "flat_logprobs": True,
+            "detokenize": False,
+        }
+        parameters: Any = SamplingParams(**settings)
+        if asked is not None:
+            parameters = [
+                SamplingParams(
+                    **settings,
+                    prompt_logprob_token_ids=ids_to_ask(sequences[i], ids),
+                    prompt_logprob_start=len(sequences[i]) - 1 - len(ids),
+                )
+                for i, ids in zip(part, asked, strict=True)
+            ]
+        return self._run([sequences[i].tolist() for i in part], parameters)
 
 
 def _start(folder: Path, dtype: str, device: str, vocab_size: int, options: dict[str, Any]) -> Any:

@@ -1,14 +1,15 @@
 """vLLM's output as arrays: log-probs, checked, and the tail derived from them."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from lopd.errors import DataError, ModelError
+from lopd.errors import ConfigError, DataError, ModelError
 from lopd.store import TeacherScores
 from lopd.store.lists import derived_tail
-from lopd.store.validate import MASS_TOLERANCE
+from lopd.store.validate import AGREEMENT_NATS, MASS_TOLERANCE
 
 # Log-probs are returned as Python lists; this many are held at a time.
 _ENTRIES_AT_ONCE = 1 << 23
@@ -68,6 +69,91 @@ def to_scores(
         raise DataError(f"vllm: sequence {i}: {error}; nothing is written") from None
     entropy = np.full(len(sampled), np.nan, np.float32)
     return TeacherScores(sampled.copy(), entropy, ids[:, 1:].copy(), listed.copy(), tail)
+
+
+def ids_to_ask(tokens: np.ndarray, ids: np.ndarray) -> np.ndarray:  # [R, 1 + E] int32
+    """The ids [R, E] to score at the last R tokens, each after the token itself."""
+    return np.column_stack([tokens[len(tokens) - len(ids) :], ids]).astype(np.int32)
+
+
+def read_chosen(
+    i: int,
+    found: Any,  # [R, 1 + E] of `ids_to_ask`, or None
+    ids: np.ndarray,  # [R, 1 + k], the token and the top k
+    logprobs: np.ndarray,  # [R, 1 + k]
+    asked: np.ndarray,  # [R, E], -1 pads
+) -> np.ndarray:  # [R, E] fp32
+    """The log-probs of chosen ids of sequence i; what they are at pads is undefined.
+
+    Raises:
+        ModelError: they are missing, not finite, or those of other tokens.
+    """
+    shape = (len(asked), 1 + asked.shape[1])
+    if found is None or np.shape(found) != shape:
+        raise ModelError(
+            f"vllm: sequence {i}: its chosen ids came back as {np.shape(found)}, expected {shape}; "
+            "nothing is written, check vllm's version and log"
+        )
+    apart = np.flatnonzero(~(np.abs(found[:, 0] - logprobs[:, 0]) <= AGREEMENT_NATS))
+    if len(apart):
+        t = int(apart[0])
+        raise ModelError(
+            f"vllm: sequence {i}: response token {t} (id {ids[t, 0]}) has log-prob "
+            f"{logprobs[t, 0]:.4g} and {found[t, 0]:.4g} among the chosen ids, which are not "
+            "aligned with the tokens; nothing is written"
+        )
+    chosen = np.asarray(found[:, 1:], np.float32)
+    if not np.isfinite(chosen[asked >= 0]).all():
+        raise ModelError(f"vllm: sequence {i}: a chosen id has no finite log-prob; check the model")
+    return chosen
+
+
+def look_up(
+    ids: np.ndarray,  # [R, 1 + V]: the token, then every id
+    logprobs: np.ndarray,  # [R, 1 + V]
+    asked: np.ndarray,  # [R, E], -1 pads
+) -> np.ndarray:  # [R, E] fp32
+    """The log-probs of chosen ids, from those of the whole vocabulary."""
+    by_id = np.empty((len(ids), ids.shape[1] - 1), np.float32)
+    np.put_along_axis(by_id, ids[:, 1:], logprobs[:, 1:], axis=1)
+    return np.take_along_axis(by_id, np.maximum(asked, 0), axis=1)
+
+
+def with_extra(
+    i: int,
+    scores: TeacherScores,
+    sampled: np.ndarray,  # [R] the tokens
+    asked: np.ndarray,  # [R, E], -1 pads
+    logprobs: np.ndarray,  # [R, E] fp32
+    vocab_size: int,
+) -> TeacherScores:
+    """The scores of sequence i with extra ids, and the tail outside them and the list."""
+    ids = asked.astype(np.int32)
+    more = (ids >= 0) & ~(ids[:, :, None] == scores.topk_ids[:, None, :]).any(axis=2)
+    listed = np.concatenate([scores.topk_logprobs, np.where(more, logprobs, -np.inf)], axis=1)
+    inside = (np.concatenate([scores.topk_ids, ids], axis=1) == sampled[:, None]).any(axis=1)
+    outside = np.where(inside, -np.inf, scores.teacher_logprobs)
+    full = scores.topk_ids.shape[1] + more.sum(axis=1) == vocab_size
+    try:
+        tail = derived_tail(listed, outside, full)
+    except DataError as error:
+        raise DataError(f"vllm: sequence {i}: {error}; nothing is written") from None
+    return replace(scores, extra_ids=ids, extra_logprobs=logprobs.copy(), extra_tail_logprobs=tail)
+
+
+def check_readable(sequences: Sequence[np.ndarray], vocab_size: int) -> None:
+    """Refuse to read the whole vocabulary at every token of sequences that are too long for it.
+
+    Raises:
+        ConfigError: says which vLLM can score chosen ids.
+    """
+    longest = max(map(len, sequences), default=0)
+    if longest * (vocab_size + 1) > _ENTRIES_AT_ONCE:
+        raise ConfigError(
+            f"support, extra_ids, eos_class: this vllm cannot score chosen ids, and {vocab_size} "
+            f"log-probs of each of {longest} tokens are too many to read; use vllm 0.32 or newer "
+            "with its V2 model runner (a GPU), or --engine transformers"
+        )
 
 
 def by_entries(sequences: Sequence[np.ndarray], width: int) -> Iterator[range]:

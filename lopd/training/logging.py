@@ -93,6 +93,8 @@ def line(step: int, steps: int, logs: Mapping[str, float], before: str = "") -> 
     words = [f"step {step}/{steps}", f"loss {before}{logs['loss']:.4g}"]
     for name, form in (
         ("student_tail", "outside lists {:.1%}"),
+        ("share_dense", "dense {:.0%}"),
+        ("left_out", "left out {:.2g}"),
         ("grad_norm", "grad {:.3g}"),
         ("learning_rate", "lr {:.3g}"),
         ("tokens_per_second", "{:,.0f} tok/s"),

@@ -121,6 +121,8 @@ def loss_bytes(model: Any, config: MemorySettings) -> int:
             hidden_grad=True,
             weight_grad=weight.requires_grad,
             bias_grad=head.bias is not None and head.bias.requires_grad,
+            dense_share=config.dense_share,
+            tolerance=config.tolerance or 0.0,
             workspace_bytes=config.workspace,
         )
     except ValueError as error:
@@ -233,6 +235,8 @@ def planned_peak(config: Any, trainer: Any, model_path: str, k: int) -> int | No
             sequence_length=max(lengths_of(trainer.train_dataset)),
             objective=objective,
             k=max(k, 1),
+            dense_share=trainer.objective.dense_share,
+            tolerance=trainer.objective.tolerance,
             **shared,
         )
         planner = MemoryPlanner(meta_model(model_path, config.dtype, config))

@@ -13,6 +13,7 @@ from lopd.training.batch import Batch
 from lopd.training.metrics import sequence_sums
 from lopd.training.token_weights import select_rows
 from lopd_kernels import (
+    SkippingStats,
     linear_cross_entropy,
     linear_logprobs,
     linear_policy_gradient,
@@ -80,9 +81,11 @@ def _sparse_divergence(
         reduction="sum",
         return_stats=True,
         **form,
+        **_skipping(objective),
         **options,
     )
     reported = {"divergence": stats.loss, **_teacher_statistics(batch)}
+    reported |= _skipping_statistics(stats.skipping, batch)
     if objective.name == "reverse_kl":
         reported["reverse_kl"] = stats.loss
     if stats.correction is not None and stats.importance is not None:
@@ -122,6 +125,30 @@ def _gated(
         for key, values in stats.items():
             by_row.setdefault(key, values.new_zeros(len(chosen)))[chosen] = values
     return losses[0] + losses[1], by_row
+
+
+def _skipping(objective: Objective) -> dict[str, Any]:
+    """Which gradients outside the lists may be left out; none without a backward.
+
+    The draws of `dense_share` come from torch's generator, whose state a checkpoint keeps.
+    """
+    if not torch.is_grad_enabled():
+        return {}
+    if objective.tolerance is not None:
+        return {"tolerance": objective.tolerance}
+    if objective.dense_share is not None:
+        seed = int(torch.randint(2**62, ()))
+        return {"dense_share": objective.dense_share, "seed": seed}
+    return {}
+
+
+def _skipping_statistics(skipping: SkippingStats | None, batch: Batch) -> dict[str, Tensor]:
+    """What was left out in this call, the same for each of its rows [N]."""
+    if skipping is None:
+        return {}
+    left_out = skipping.dropped_l1 / skipping.kept_l1.clamp(min=torch.finfo(torch.float32).tiny)
+    rows = len(batch["labels"])
+    return {"share_dense": skipping.share.expand(rows), "left_out": left_out.expand(rows)}
 
 
 def _correction_statistics(
@@ -225,6 +252,7 @@ def _policy_gradient(
         reduction="sum",
         return_stats=True,
         **correction,
+        **_skipping(objective),
         **options,
     )
     if not by_sequence:  # the loss has no statistics of rows whose sequence ratio is 0
@@ -236,6 +264,7 @@ def _policy_gradient(
         "advantage_squared": advantages.square(),
         "student_entropy": entropy,
         **_teacher_statistics(batch),
+        **_skipping_statistics(stats.skipping, batch),
     }
     if "rollout_logprobs" in batch:
         reported["log_ratio_to_rollout"] = logprobs - batch["rollout_logprobs"]

@@ -15,7 +15,7 @@ from lopd.errors import DataError
 from lopd.models.head import HeadOptions, run_with_loss, run_with_loss_and_router
 from lopd.models.packing import pack_kwargs
 from lopd.training.batch import Batch
-from lopd.training.metrics import by_position, drift_moments
+from lopd.training.metrics import by_position, by_teacher, drift_moments
 from lopd.training.row_losses import loss_of_rows
 from lopd.training.token_weights import RULES, weigh_tokens
 from lopd.training.topk_overlap import topk_overlap
@@ -64,14 +64,7 @@ def step(
     def loss_fn(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = hidden.flatten(0, 1)[batch["loss_index"]]
-        options = {
-            "bias": bias,
-            "temperature": objective.temperature,
-            "validate": False,
-            "workspace_bytes": objective.workspace_bytes,
-            **head.kwargs(),
-        }
+        rows, options = head_arguments(batch, objective, hidden, bias, head)
         part, weighing = batch, dict[str, Tensor]()
         if objective.token_weights in RULES:
             kept, part, weighing = weigh_tokens(rows.detach(), weight, batch, objective, options)
@@ -99,6 +92,20 @@ def step(
         stats["router_loss"] = router.detach()
         loss = loss + router
     return loss, stats
+
+
+def head_arguments(
+    batch: Batch, objective: Objective, hidden: Tensor, bias: Tensor | None, head: HeadOptions
+) -> tuple[Tensor, dict[str, Any]]:
+    """Rows with a loss [N, D], and the options of the loss, from what a head is called with."""
+    options = {
+        "bias": bias,
+        "temperature": objective.temperature,
+        "validate": False,
+        "workspace_bytes": objective.workspace_bytes,
+        **head.kwargs(),
+    }
+    return hidden.flatten(0, 1)[batch["loss_index"]], options
 
 
 def _check_batch(batch: Batch, objective: Objective, num_items: float) -> None:
@@ -140,6 +147,9 @@ def _statistics(by_row: dict[str, Tensor], batch: Batch, num_items: float) -> di
         stats |= drift_moments(log_ratio, weights, batch["sequence_index"], count)
     if divergence is not None:
         stats["divergence_from"] = by_position(divergence, weights, batch["parts"])
+        if "teacher_index" in batch:
+            which = (batch["teacher_index"], batch["teacher_names"])
+            stats |= by_teacher(divergence, weights, *which)
     return stats
 
 

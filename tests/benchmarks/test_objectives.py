@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from benchmarks import objective_cells, objectives
+from benchmarks import objective_cells, objective_tables, objectives, readme
 
 
 def test_the_grid_has_every_combination_once():
     names = [cell.name for cell in objectives.cells()]
-    assert len(names) == len(set(names)) == 5 + 5 * 3 * 4 * 3 + 5 * 2
+    assert len(names) == len(set(names)) == 5 + 5 * 3 * 4 * 3 + 5 * 2 + 5 * 2
     assert {"unbiased/k2/lr0.5/seed4", "gradients/end/seed0", "start/seed3"} <= set(names)
 
 
@@ -55,3 +55,39 @@ def test_bias_and_noise_of_a_shifted_and_of_a_noisy_gradient():
     squares = {key: sum(e[key] ** 2 for e in errors) / 200 for key in errors[0]}
     assert squares["bias"] == pytest.approx(squares["error"], rel=0.2)
     assert squares["noise"] == pytest.approx(1.0, rel=0.1)
+
+
+def run(form, seed, kl, factor=1.0, k=8):
+    cell = f"{form}/k{k}/lr{factor:g}/seed{seed}"
+    setting = {"form": form, "k": k, "factor": factor, "seed": seed}
+    return {"cell": cell, **setting, "kl": kl, "sampled": 1.0 - kl}
+
+
+def test_a_form_is_compared_at_its_best_rate_on_the_same_seeds():
+    kls = {0: 0.01, 1: 0.04, 2: 0.16}
+    rows = [run("bucket", seed, kl) for seed, kl in kls.items()]
+    rows += [run("unbiased", seed, 2.0 * kl) for seed, kl in kls.items()]
+    rows += [run("unbiased", seed, 0.5 * kl, factor=2.0) for seed, kl in kls.items()]
+    rows += [run("generalized", seed, 3.0 * kls[seed]) for seed in (0, 1)]
+    runs = objective_tables.Runs(rows)
+    found = runs.against(runs.best("unbiased", 8), runs.best("bucket", 8))
+    assert found["kl"] == pytest.approx((0.5, 0.5, 0.5))
+    assert found["points"][0] == pytest.approx(3.5)
+    assert objective_tables.judgement(runs, "unbiased") == {8: "better"}
+    assert runs.best("generalized", 8) is None  # a seed is missing
+    assert "bucket stays the default" not in objective_tables.verdict(rows)
+    assert "higher mean KL than the bucket at k = 8" in objective_tables.verdict(rows[:6])
+
+
+def test_intervals_are_those_of_students_t():
+    """scipy.stats.t.interval(0.95, 4, loc=3, scale=stdev / sqrt(5)) of 1 to 5."""
+    found = objective_tables.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found == pytest.approx((3.0, 1.03676, 4.96324), abs=1e-3)
+
+
+def test_every_committed_run_is_a_cell_of_the_grid():
+    rows = readme.read_rows(objectives.NAME)
+    names = [row["cell"] for row in rows]
+    assert len(set(names)) == len(names)
+    assert set(names) <= {cell.name for cell in objectives.cells()}
+    assert all(row["steps"] == objective_cells.STEPS for row in rows)

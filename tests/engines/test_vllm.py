@@ -154,8 +154,6 @@ def test_what_this_engine_cannot_do_is_refused(vllm):
     one = ([np.array([5, 6])], [1], 2)
     with pytest.raises(ConfigError, match="vllm scores only at 1"):
         vllm.score(*one, temperature=0.7)
-    with pytest.raises(ConfigError, match="only its top-k"):
-        vllm.score(*one, extra_ids=[np.array([[1]])])
     with pytest.raises(ConfigError, match=r"would raise it to 0\.01"):
         vllm.generate([[5]], Sampling(4, temperature=0.001), [0])
     with pytest.raises(DataError, match="expected at most 64, the context of vllm"):
@@ -210,3 +208,42 @@ def test_a_cache_of_transformers_is_verified_with_vllm(folder, vllm, tmp_path, m
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert float(rows["teacher"].split()[0]) < 1e-5
     assert float(rows["noise share"]) < 1e-3
+
+
+@pytest.mark.parametrize("list_of", ["student", "union"])
+def test_lists_of_the_students_ids_are_those_of_transformers(
+    folder, vllm, hf, tmp_path, monkeypatch, list_of
+):
+    """A CPU build scores no chosen ids: they are read from the whole vocabulary."""
+    assert not vllm.scores_chosen_ids
+    student = save_qwen3(tmp_path / "student", seed=2)
+    rollouts = make_rollouts(student, tmp_path)
+    flags = ["--support", list_of, "--top-p", "1", "--eos-class", "1,7"]
+    assert main(score_argv(folder, rollouts, tmp_path / "hf", *flags)) == 0
+    monkeypatch.setattr(VllmEngine, "load", lambda *args, **settings: vllm)
+    flags += ["--engine", "vllm", "--engine-options", json.dumps(OPTIONS)]
+    assert main(score_argv(folder, rollouts, tmp_path / "vllm", *flags)) == 0
+    theirs, ours = (TeacherCache.open(tmp_path / name, support="list") for name in ("hf", "vllm"))
+    for a, b in zip(theirs, ours, strict=True):
+        same = [set(x) == set(y) for x, y in zip(a.topk_ids, b.topk_ids, strict=True)]
+        assert np.mean(same) > 0.99
+        for row in np.flatnonzero(same):
+            order = [np.argsort(item.topk_ids[row]) for item in (a, b)]
+            p, q = (item.topk_logprobs[row][o] for item, o in zip((a, b), order, strict=True))
+            np.testing.assert_allclose(p, q, atol=2e-5)
+        np.testing.assert_allclose(a.tail_logprobs[same], b.tail_logprobs[same], atol=1e-3)
+
+
+def test_a_vocabulary_that_is_too_much_to_read_is_refused(vllm, monkeypatch):
+    monkeypatch.setattr("lopd.engines.vllm_output._ENTRIES_AT_ONCE", 2 * vllm.vocab_size)
+    with pytest.raises(ConfigError, match="this vllm cannot score chosen ids, and 309 log-probs"):
+        vllm.score([np.array([5, 6])], [1], 2, extra_ids=[np.array([[1]])])
+
+
+def test_chosen_ids_are_asked_for_in_the_form_that_vllm_accepts(vllm, monkeypatch):
+    """Only the runner that a CPU build has cannot score them."""
+    monkeypatch.setattr(VllmEngine, "scores_chosen_ids", True)
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="requires the V2 model runner"):
+        vllm.score([np.array([5, 6, 7])], [1], 2, extra_ids=[np.array([[1, 2], [3, -1]])])

@@ -203,7 +203,6 @@ def test_extra_ids_of_another_student_are_refused(teacher_folder, rollouts, tmp_
         ({"extra_ids": 3, "support": "student"}, "extra_ids: found 3, which has no effect"),
         ({"support": "both"}, "expected one of teacher, student, union"),
         ({"engine": "vllm", "temperature": 0.5}, "vllm scores at temperature 1"),
-        ({"engine": "vllm", "extra_ids": 2, "student": "s"}, "without extra_ids"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, message):

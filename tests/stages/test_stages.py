@@ -397,7 +397,7 @@ def test_an_interrupted_command_says_so(tuned, prompts, tmp_path, capsys, monkey
 
     monkeypatch.setattr(TransformersEngine, "generate", interrupt)
     assert roll_out(tuned, prompts, tmp_path / "out") == 130
-    assert "is kept; rerun the same command to continue" in capsys.readouterr().err
+    assert "finished shards are kept; rerun the same command to continue" in capsys.readouterr().err
 
 
 def test_a_chat_model_goes_through_its_template(tmp_path, write_jsonl, teacher_folder):

@@ -99,6 +99,7 @@ class Pipeline:
             "score compact": (*score, "--codec", "compact"),
             "import": ("import", *dump, "--format", "topk", *teacher),
             "import rollouts": ("import", *dump, "--format", "rollouts"),
+            "calibrate": ("calibrate", "--cache", root / "score"),
             "distill": distill,
             "distill keep_best": best,
             "distill LoRA": (*distill, "--lora-rank", 2),
@@ -149,8 +150,8 @@ def _out(*words: object) -> Callable[[Path], list[object]]:
 
 
 def _shrink_demo() -> None:
-    """Give the demo a few prompts and steps, in this process and its forks."""
-    from lopd.stages import demo
+    """Give the toy demo a few prompts and steps, in this process and its forks."""
+    from lopd.stages.demo import toy as demo
 
     demo.PROMPTS.update(eval=6, demonstrations=8, sft=6, opd=6)
     demo.SFT_STEPS.update(teacher=2, student=2)

@@ -130,6 +130,7 @@ RESUMED = {
     "accumulated": {"batch_size": 2, "gradient_accumulation_steps": 3},
     "packed": {"batch_size": 5, "max_tokens_per_batch": 30},
     "checkpointed": {"batch_size": 5, "gradient_checkpointing": True},
+    "sampled": {"batch_size": 5, "objective": Objective("reverse_kl", dense_share=0.4)},
 }
 
 
@@ -269,7 +270,7 @@ def test_mixed_precision_keeps_float32_weights(tmp_path):
 
 # Methods that LopdTrainer adds; all others must exist in Trainer, or nothing would call them.
 OWN = {"_check_sharding", "unsharded_state", "gather", "step_dataset", "_out_of_memory"}
-OWN |= {"_check_weights", "_rotate"}
+OWN |= {"_check_weights", "_rotate", "_stop"}
 
 
 def test_every_override_is_a_method_of_the_installed_trainer():

@@ -1,0 +1,195 @@
+"""Tables and the verdict of `benchmarks.objectives`, from its rows."""
+
+import math
+from collections.abc import Callable
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.objective_cells import (
+    EXACT,
+    FACTORS,
+    FORMS,
+    LEFT_OUT,
+    LISTS,
+    SAMPLED,
+    SEEDS,
+    STEPS,
+    WHOLE,
+)
+
+Row = dict[str, Any]
+Values = dict[int, Row]  # by seed
+Interval = tuple[float, float, float]  # mean, low, high
+BASE = "bucket"
+# Student's t, 0.975, by degrees of freedom
+QUANTILES = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Runs:
+    """The measured cells of the grid; a setting counts only if every seed has it."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = [row for row in rows if "factor" in row]
+        self.seeds = sorted({row["seed"] for row in self.rows})
+        self.factors = sorted({row["factor"] for row in self.rows})
+        self._found: dict[tuple[str, int, float], Values] = {}
+        for row in self.rows:
+            setting = row["form"], row["k"], row["factor"]
+            self._found.setdefault(setting, {})[row["seed"]] = row
+
+    def complete(self, form: str, k: int, factor: float) -> Values | None:
+        found = self._found.get((form, k, factor), {})
+        return found if len(found) == len(self.seeds) else None
+
+    def best(self, form: str, k: int) -> Values | None:
+        """The rows of the learning rate with the lowest KL."""
+        found = [self.complete(form, k, factor) for factor in self.factors]
+        return min((rows for rows in found if rows is not None), key=_mean_log_kl, default=None)
+
+    def against(self, ours: Values | None, base: Values | None) -> dict[str, Interval] | None:
+        """KL / the base's, and pass@1 minus the base's in points; paired over seeds."""
+        if ours is None or base is None:
+            return None
+        kl = interval([math.log(ours[s]["kl"] / base[s]["kl"]) for s in self.seeds])
+        points = [100 * (ours[s]["sampled"] - base[s]["sampled"]) for s in self.seeds]
+        return {"kl": tuple(map(math.exp, kl)), "points": interval(points)}  # type: ignore[dict-item]
+
+
+def _mean_log_kl(rows: Values) -> float:
+    return mean(math.log(row["kl"]) for row in rows.values())
+
+
+def interval(values: list[float]) -> Interval:
+    """The mean and its 95 % interval, by Student's t."""
+    middle, half = mean(values), QUANTILES[len(values) - 1] * stdev(values) / len(values) ** 0.5
+    return middle, middle - half, middle + half
+
+
+def _compared(comparison: dict[str, Interval] | None, rows: Values | None) -> list[str]:
+    """Cells: KL / the base's, pass@1, and the difference in points."""
+    if comparison is None or rows is None:
+        return ["", "", ""]
+    return [
+        "{:.2f} [{:.2f}, {:.2f}]".format(*comparison["kl"]),
+        f"{mean(row['sampled'] for row in rows.values()):.3f}",
+        "{:+.1f} [{:+.1f}, {:+.1f}]".format(*comparison["points"]),
+    ]
+
+
+def training_table(rows: list[Row]) -> str:
+    """Markdown: KL by learning rate, and the comparison with the bucket at the best one."""
+    runs = Runs(rows)
+    lines = [
+        f"| k | form | {' | '.join(f'KL, {x:g} x rate' for x in runs.factors)} "
+        "| KL / the bucket's | pass@1 | minus the bucket's, points |",
+        f"| ---: | --- |{' ---: |' * (len(runs.factors) + 3)}",
+    ]
+    for k in LISTS:
+        base = runs.best(BASE, k)
+        for form in FORMS:
+            found = [runs.complete(form, k, factor) for factor in runs.factors]
+            kls = [f"{math.exp(_mean_log_kl(x)):.4f}" if x else "" for x in found]
+            best = runs.best(form, k)
+            compared = _compared(runs.against(best, base), best)
+            if form == BASE:
+                compared = ["1", compared[1], "0"]
+            lines.append(f"| {' | '.join([str(k), f'`{form}`', *kls, *compared])} |")
+    starts = [row for row in rows if row["cell"].startswith("start/")]
+    kl = math.exp(mean(math.log(row["kl"]) for row in starts))
+    sampled = mean(row["sampled"] for row in starts)
+    whole = len(FORMS) * len(LISTS) * len(FACTORS) * len(SEEDS)
+    measured = sum(row["form"] in FORMS for row in runs.rows)
+    seeds = ", ".join(map(str, runs.seeds))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{STEPS} steps, seeds {seeds}; {measured} of {whole} runs were made, and a cell is",
+            "empty if a seed is missing. KL in nat per token, geometric mean over seeds. The last",
+            "three columns take each form at the best rate of its row, with 95 % intervals over",
+            f"seeds, paired. Before training the KL is {kl:.3f} and pass@1 {sampled:.3f}.",
+        ]
+    )
+
+
+def left_out_table(rows: list[Row]) -> str:
+    """Markdown: runs that left out gradients outside the lists, against the exact run."""
+    runs, k = Runs(rows), LISTS[-1]
+    exact = runs.complete(EXACT, k, 1.0)
+    lines = [
+        "| run | KL | KL / the exact run's | pass@1 | difference, points |",
+        f"| --- |{' ---: |' * 4}",
+    ]
+    for form in (EXACT, *LEFT_OUT):
+        found = runs.complete(form, k, 1.0)
+        if found is None:
+            continue
+        settings = LEFT_OUT.get(form, {}).items()
+        name = ", ".join(f"`{key}={value:g}`" for key, value in settings) or "exact"
+        compared = _compared(runs.against(found, exact), found)
+        if form == EXACT:
+            compared = ["1", compared[1], "0"]
+        lines.append(f"| {name} | {math.exp(_mean_log_kl(found)):.4f} | {' | '.join(compared)} |")
+    return "\n".join(lines)
+
+
+def judgement(runs: Runs, form: str) -> dict[int, str]:
+    """By list length, whether a form's KL is better or worse than the bucket's, or neither."""
+    words = {}
+    for k in LISTS:
+        if (found := runs.against(runs.best(form, k), runs.best(BASE, k))) is not None:
+            _, low, high = found["kl"]
+            words[k] = "worse" if low > 1 else "better" if high < 1 else "no clear difference"
+    return words
+
+
+def verdict(rows: list[Row]) -> str:
+    """Markdown: each form against the bucket, and whether `unbiased` should be the default.
+
+    It should if its mean KL is at no list length above the bucket's.
+    """
+    runs, lines = Runs(rows), []
+    for form in FORMS:
+        if form != BASE:
+            found = judgement(runs, form)
+            words = [
+                f"{word} at k = {', '.join(str(k) for k in found if found[k] == word)}"
+                for word in dict.fromkeys(found.values())
+            ]
+            lines.append(f"* `{form}` against the bucket: {'; '.join(words)}.")
+    ratios = {k: runs.against(runs.best("unbiased", k), runs.best(BASE, k)) for k in LISTS}
+    above = [str(k) for k, item in ratios.items() if item is not None and item["kl"][0] > 1]
+    if above:
+        words = f"a higher mean KL than the bucket at k = {', '.join(above)}"
+        lines += ["", f"`unbiased` has {words}: the bucket stays the default."]
+    else:
+        lines += ["", "`unbiased` has at no list length a higher mean KL than the bucket."]
+    return "\n".join(lines)
+
+
+def gradient_table(rows: list[Row]) -> str:
+    """Markdown: bias and noise of each form's gradient on the demo's student."""
+    measured = [row for row in rows if "gradients" in row]
+    blocks = []
+    for at, name in (("start", "Before training"), ("end", "After training with the bucket")):
+        chosen = [row["gradients"] for row in measured if row["at"] == at]
+        if not chosen:
+            continue
+
+        def cells(key: str, chosen: list[Row] = chosen) -> list[str]:
+            value: Callable[[str], float] = lambda x: mean(row[key][x] for row in chosen)  # noqa: E731
+            return [f"{value('bias'):.2f} ({value('error'):.2f})", f"{value('noise'):.2f}"]
+
+        lines = [
+            f"{name}, mean of {len(chosen)} seeds:",
+            "",
+            f"| form | {' | '.join(f'bias, k = {k} | noise' for k in LISTS)} |",
+            f"| --- |{' ---: |' * (2 * len(LISTS))}",
+        ]
+        for form in FORMS:
+            each = [cell for k in LISTS for cell in cells(f"{form}/k{k}")]
+            lines.append(f"| `{form}` | {' | '.join(each)} |")
+        for form in (SAMPLED, WHOLE):
+            lines.append(f"| {form} | {' | '.join(cells(form) * len(LISTS))} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
