@@ -127,7 +127,7 @@ ANSWERED = [
     {"messages": [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4"}]},
 ]
 TABLES: dict[str, list[dict[str, Any]]] = {
-    "prompts": [{"prompt": "3 + 4 =", "id": "a", "answer": "7"}] * 3,
+    "prompts": [{"prompt": "3 + 4 =", "id": name, "answer": "7"} for name in "abc"],
     "scores": [SCORES[1]] * 3,
 }
 LOG = [
@@ -160,6 +160,7 @@ TEMPLATE = (
 LINES = (mutations.of_lines, mutations.of_bytes)
 JSON = (mutations.of_json, mutations.of_json, mutations.of_bytes)
 YAML = (mutations.of_yaml, mutations.of_bytes)
+PARQUET = (mutations.of_rows, mutations.of_bytes)
 TENSORS = (mutations.of_header, mutations.of_bytes)
 
 
@@ -224,13 +225,13 @@ def targets(root: Path) -> list[Target]:
             "prompts (parquet)",
             tables["prompts"],
             lambda: load_prompts(tables["prompts"], encoder),
-            (mutations.of_bytes,),
+            PARQUET,
         ),
         Target(
             "score dump (parquet)",
             tables["scores"],
             lambda: list(read_dump(tables["scores"], "topk", None)),
-            (mutations.of_bytes,),
+            PARQUET,
         ),
         Target("training log", log, page, LINES),
         Target("run manifest", student / MANIFEST_NAME, page, JSON),

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopd.errors import ConfigError
+from lopd.config.fields import MOST
+from lopd.errors import ConfigError, DataError
+from lopd.evaluation.results import read_results
 from lopd.provenance import MANIFEST_NAME, ModelIdentity, read_manifest
-from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.provenance.io import parse_json
 from lopd.training.logging import LOG_NAME
 
@@ -116,13 +117,30 @@ def _model(model: ModelIdentity) -> str:
 
 def _curves(log: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in (*CURVES, PLANNED)}
-    for line in log.read_bytes().splitlines():
-        record = parse_json(line)
+    for number, line in enumerate(log.read_bytes().splitlines(), 1):
+        step, record = _record(line, f"{log}:{number}")
         for name in curves:
             value = record.get(name)
-            if isinstance(value, (int, float)):
-                curves[name].append((int(record["step"]), float(value)))
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                curves[name].append((step, float(value)))
     return {name: points for name, points in curves.items() if points}
+
+
+def _record(line: bytes, where: str) -> tuple[int, dict[str, Any]]:
+    """The step and the metrics of one line of a log."""
+    try:
+        record = parse_json(line)
+        step = record["step"]
+        if type(step) is not int or not 0 <= step <= MOST:
+            raise ValueError(f"step {step!r}")
+        if any(type(value) is int and abs(value) > MOST for value in record.values()):
+            raise ValueError("a number beyond 2^53")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{where}: torn or altered ({error or type(error).__name__}); restore the log, or "
+            "leave the run out"
+        ) from error
+    return step, record
 
 
 def read_evaluation(folder: str) -> Evaluation:
@@ -130,13 +148,9 @@ def read_evaluation(folder: str) -> Evaluation:
 
     Raises:
         ConfigError: the folder holds none.
-        ShardError: its files do not match its receipt.
+        DataError: its results are torn, or altered.
     """
     path = Path(folder)
     if not (path / MANIFEST_NAME).is_file() or read_manifest(path).kind != "evaluation":
         raise ConfigError(f"{folder}: expected a folder that lopd eval wrote")
-    manifest = read_manifest(path)
-    if (path / RECEIPT_NAME).exists():
-        check_receipt(path)
-    results = parse_json((path / "results.json").read_bytes())
-    return Evaluation(folder, manifest.model.weights, results)
+    return Evaluation(folder, read_manifest(path).model.weights, read_results(path))

@@ -6,6 +6,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from lopd.evaluation.results import accuracies
 from lopd.stages.report.charts import histogram, line_chart
 from lopd.stages.report.facts import CURVES, PLANNED, Evaluation, Run
 
@@ -137,9 +138,9 @@ def _evaluations(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
     for evaluation in evaluations:
         for name, value in evaluation.results.items():
             words = None
-            if isinstance(value, Mapping) and "mean" in value:
+            if name in accuracies(evaluation.results):
                 words = f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-            elif isinstance(value, Mapping) and "nats_per_token" in value:
+            elif name in ("kl", "cache_kl"):
                 bound = "" if value.get("exact") else "at least "
                 words = f"{bound}{value['nats_per_token']:.4f} nat per token"
             elif isinstance(value, (int, float)):
