@@ -41,6 +41,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, seal
 from lopd.provenance.io import pretty_json, storing, write_atomic
+from lopd.stages.batch_size import with_batch_size
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
@@ -91,6 +92,9 @@ def main(config: EvalConfig) -> Path:
         prompts = _prompts(config.prompts, config, engine, encoder)
         inputs["prompts"] = describe_prompts(config.prompts, encoder)
         grader, prompts = _grader(config, prompts)
+        tokens = [prompt.tokens for prompt in prompts]
+        config = with_batch_size(config, config.model, tokens, loaded=True)
+        engine.batch_size = config.batch_size or engine.batch_size
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
     if config.teacher is not None:

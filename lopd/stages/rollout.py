@@ -36,6 +36,7 @@ from lopd.provenance import (
     vocab_size_of,
     warn_if_edited,
 )
+from lopd.stages.batch_size import with_batch_size
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
 from lopd.store import RolloutStore, RolloutWriter
@@ -75,6 +76,7 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
         max_new_tokens=config.max_new_tokens,
         skip=config.skip_bad_records,
     )
+    config = with_batch_size(config, model, [prompt.tokens for prompt in prompts])
     jobs = [(prompt, sample) for prompt in prompts for sample in range(config.num_samples)]
     shards = [jobs[i : i + config.shard_size] for i in range(0, len(jobs), config.shard_size)]
     manifest = build_manifest(
