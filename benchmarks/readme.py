@@ -21,8 +21,8 @@ from benchmarks import (
     offlist,
     roofline,
 )
-from lopd.stages.demo import OPD_STEPS
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
+from lopd.stages.demo.toy import OPD_STEPS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -232,7 +232,13 @@ def rendered(text: str) -> str:
 
 DOCUMENTS = [
     ROOT / name
-    for name in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md", "docs/losses.md")
+    for name in (
+        "README.md",
+        "benchmarks/README.md",
+        "benchmarks/NOTES.md",
+        "docs/losses.md",
+        "docs/training.md",
+    )
 ]
 
 if __name__ == "__main__":

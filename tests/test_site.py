@@ -14,6 +14,7 @@ pages = load("pages")
 COMMANDS_PAGE = pages.commands_page()
 OF_OTHERS = {  # flags of other tools
     "docs/design.md": {"update"},
+    "docs/how-to/many-nodes.md": {"parsable", "dependency", "gpus"},
     "docs/moving-from/lightning-opd.md": {"compute-teacher-logprobs"},
 }
 

@@ -122,9 +122,9 @@ COMMANDS = {
         "demo",
         "DemoConfig",
         WHOLE,
-        "Run the pipeline at toy scale, on a CPU.",
+        "Run the whole pipeline on a CPU, with toy models or a small chat model.",
         "nothing -> models, data and results",
-        ("--out runs/demo", "--out runs/demo --online"),
+        ("--out runs/demo", "--out runs/demo --online", "--task smollm2 --out runs/demo-real"),
         kept=STAGES,
     ),
     "import": Command(
@@ -135,6 +135,14 @@ COMMANDS = {
         "scores in parquet or JSONL -> cache/",
         ("--source scores.jsonl --format topk --teacher teacher/ --student student/ --out cache/",),
         kept=SHARDS,
+    ),
+    "calibrate": Command(
+        "calibrate",
+        "CalibrateConfig",
+        OTHER,
+        "Take the mean difference of another teacher out of a cache.",
+        "cache/ -> calibrated/, for --objective policy_gradient or log_ratio",
+        ("--cache cache/ --out calibrated/",),
     ),
     "declare": Command(
         "declare",

@@ -106,7 +106,7 @@ def measure(cache: TeacherCache) -> Agreement | None:
     if not len(cache):
         return None
     manifest = cache.manifest
-    source, unknown = _source(manifest)
+    source, unknown = logprob_source(manifest)
     has_lists, extra_ids = not cache.has_no_lists, _extra_ids(manifest)
     chosen = np.unique(np.linspace(0, len(cache) - 1, MOST_SEQUENCES).round().astype(np.int64))
     values: dict[str, list[np.ndarray]] = {}
@@ -161,11 +161,13 @@ def low_coverage(cache: TeacherCache, found: Agreement | None) -> str | None:
     )
 
 
-def _source(manifest: CacheManifest) -> tuple[str | None, str]:
+def logprob_source(manifest: CacheManifest) -> tuple[str | None, str]:
     """The column of log p to compare with log q, and why no KL follows from it (empty: it does)."""
     sampling, temperature = manifest.rollouts.sampling, manifest.temperature
     if manifest.scoring.rollout_logprobs == "absent":
         return None, "the log-probs of the rollouts are unknown"
+    if manifest.scoring.is_calibrated:
+        return None, "the log-probs of the teacher are calibrated"
     if manifest.scoring.eos_class:
         return None, "ids that end an answer count as one, and log-probs of the sampled id do not"
     raw = "rollout_logprobs_raw" if temperature == 1 else None

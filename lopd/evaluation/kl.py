@@ -5,11 +5,13 @@ all others. `lopd distill` minimises the same quantity with the same code.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lopd.config.objective import Objective
 from lopd.data.prompts import Prompt
@@ -17,11 +19,14 @@ from lopd.engines.base import Generation, score_rollouts, to_rollout
 from lopd.engines.support import Support
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError
+from lopd.models.head import HeadOptions, run_with_loss
 from lopd.provenance import load_vocab, tokenizer_digest
 from lopd.provenance.gate import check_same_tokens
 from lopd.store import TeacherCache, scored_sequence
-from lopd.training.batch import Collator, SequenceDataset, to_device
-from lopd.training.step import step
+from lopd.training.batch import Batch, Collator, SequenceDataset, to_device
+from lopd.training.metrics import sequence_sums
+from lopd.training.row_losses import loss_of_rows
+from lopd.training.step import head_arguments, model_inputs
 
 
 def on_policy_kl(
@@ -75,7 +80,8 @@ def open_cache(path: str | Path, model: str | Path, student: TransformersEngine)
         model: folder of the student, for its tokenizer.
 
     Raises:
-        ConfigError: the lists were renormalised, so the mass outside them is unknown.
+        ConfigError: the lists were renormalised, so the mass outside them is unknown, or the
+            log-probs are calibrated.
         ProvenanceError: an id that occurs stands for different tokens in the two tokenizers.
         ShardError: a shard is missing or altered.
     """
@@ -84,6 +90,11 @@ def open_cache(path: str | Path, model: str | Path, student: TransformersEngine)
         raise ConfigError(
             f"{path}: its lists were renormalised before they were imported, so the mass outside "
             "them is lost; a KL needs it: leave --cache out, or score the rollouts again"
+        )
+    if cache.manifest.scoring.is_calibrated:
+        raise ConfigError(
+            f"{path}: its log-probs are calibrated, and a KL needs those of the teacher; name the "
+            "cache that was calibrated"
         )
     cache.verify()
     if tokenizer_digest(model) != cache.manifest.model.tokenizer:
@@ -125,15 +136,59 @@ def reverse_kl(
     """Mean reverse KL over the loss tokens of batches of scored sequences.
 
     Returns:
-        `nats_per_token`, `tokens`, and `outside_lists`, the mean share of the model's probability
+        `nats_per_token`, `standard_error` (of a mean over tokens that come in sequences; absent for
+        one sequence), `tokens`, and `outside_lists`, the mean share of the model's probability
         outside the lists. These ids count as one, so the value is at most the KL over all ids.
     """
     collate = Collator(weighted=False)
-    total, outside, tokens = 0.0, 0.0, 0
+    by_sequence = []  # [S, 3]: sums of KL, probability outside the list, and tokens
     for items in batches:
         batch = to_device(collate(items), student.device)
-        loss, stats = step(student.model, batch, objective, num_items=1.0)
-        total += float(loss)
-        outside += float(stats["student_tail"])
-        tokens += len(batch["labels"])
-    return {"nats_per_token": total / tokens, "tokens": tokens, "outside_lists": outside / tokens}
+        loss_fn = partial(_row_values, batch, objective)
+        values = run_with_loss(student.model, model_inputs(batch), loss_fn)
+        count = len(batch["sequence_names"])
+        sums = [sequence_sums(rows.double(), batch["sequence_index"], count) for rows in values]
+        by_sequence.append(torch.stack(sums, 1).cpu().numpy())
+    sums_of = np.concatenate(by_sequence)
+    total, outside, tokens = sums_of.sum(0)
+    result = {"nats_per_token": float(total / tokens)}
+    if len(sums_of) > 1:
+        result["standard_error"] = standard_error(sums_of[:, 0], sums_of[:, 2])
+    return {**result, "tokens": int(tokens), "outside_lists": float(outside / tokens)}
+
+
+def _row_values(
+    batch: Batch,
+    objective: Objective,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL, probability outside the list, and 1, for each row."""
+    rows, options = head_arguments(batch, objective, hidden, bias, head)
+    _, by_row = loss_of_rows(rows, weight, batch, objective, options)
+    return by_row["reverse_kl"], by_row["student_tail"], torch.ones_like(by_row["reverse_kl"])
+
+
+def standard_error(
+    totals: np.ndarray,  # [S] sum over the tokens of each sequence
+    counts: np.ndarray,  # [S] tokens
+) -> float:
+    """Standard error of `totals.sum() / counts.sum()`, for independent sequences.
+
+        sqrt(S / (S - 1) sum_s (total_s - mean count_s)^2) / sum_s count_s
+
+    Tokens of one sequence depend on each other; taking them as independent would give too small
+    a value.
+
+    Source: the ratio estimator, Cochran, Sampling Techniques, 1977, section 6.4.
+
+    >>> standard_error(np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0]))
+    0.0
+    >>> round(standard_error(np.array([0.0, 2.0]), np.array([1.0, 1.0])), 3)
+    1.0
+    """
+    size, tokens = len(totals), counts.sum()
+    residuals = totals - totals.sum() / tokens * counts
+    return float(np.sqrt(size / (size - 1) * (residuals**2).sum()) / tokens)

@@ -64,7 +64,8 @@ def measure_noise_floor(
 
     Raises:
         ProvenanceError: `teacher` is not the model that scored the cache.
-        ConfigError: the lists were renormalised, so the mass outside them is unknown.
+        ConfigError: the lists were renormalised, so the mass outside them is unknown, or the
+            log-probs are calibrated.
         ModelError: the engine did not score all sequences.
     """
     cache = TeacherCache.open(path, support="list")
@@ -75,6 +76,11 @@ def measure_noise_floor(
         raise ConfigError(
             f"{path}: its lists were renormalised before they were imported, so the teacher's own "
             "distribution is lost and there is nothing to compare with; score the rollouts again"
+        )
+    if manifest.scoring.is_calibrated:
+        raise ConfigError(
+            f"{path}: its log-probs are calibrated, so they differ from the teacher's on purpose; "
+            "rescore the cache that was calibrated"
         )
     found, expected = fingerprint_weights(teacher), manifest.model.weights
     if found != expected:

@@ -40,6 +40,7 @@ class _Divergence:
     """A KL on the model's own answers; what only some versions or kinds have is None."""
 
     nats_per_token: float
+    standard_error: float | None = None
     k: int | None = None
     exact: bool | None = None
     outside_lists: float | None = None
@@ -90,7 +91,7 @@ def read_results(out: Path) -> dict[str, Any]:
     parse(_Results, found, "", unfit)
     for name in accuracies(found):
         parse(_Mean, found[name], f"{name}.", unfit)
-    return dict(found)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def accuracies(results: Mapping[str, Any]) -> list[str]:

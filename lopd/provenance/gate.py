@@ -28,6 +28,7 @@ def check_distill(
     cache_path: str | Path | None = None,
     faults: Sequence[str] = (),
     allow: Collection[str] = frozenset(),
+    sampled_only: bool = False,
 ) -> list[Override]:
     """Refuse artefacts that do not belong together.
 
@@ -38,15 +39,20 @@ def check_distill(
     compared by their weights and by what else decides what they compute (`behaviour_of`), as far
     as the manifests record it. No model is loaded.
 
+    A cache whose log-probs were calibrated (`lopd calibrate`) may be of another teacher, and the
+    difference is among the overrides that are returned.
+
     Args:
         used_ids: the distinct ids of the cache, or a function that returns them; called only
             if the tokenizers differ or the student's head is short.
         cache_path: folder of the cache and its copy of the teacher's vocabulary.
         faults: what is wrong with each shard that cannot be read, and the remedy.
         allow: names from `OVERRIDES`, one for each flag `--allow-<name>`.
+        sampled_only: whether the objective reads the sampled tokens' log-probs only, so that
+            `lopd calibrate` is a remedy for another teacher.
 
     Returns:
-        The overrides that were needed.
+        The overrides that were needed, and the difference that a calibration admits.
 
     Raises:
         ProvenanceError: a check fails that `allow` does not name.
@@ -58,7 +64,9 @@ def check_distill(
         raise ConfigError(f"override '{unknown[0]}' is unknown; use one of {', '.join(OVERRIDES)}")
     mismatches = (
         _check_complete(faults),
-        None if is_own_teacher(cache_manifest) else _check_teacher(student, cache_manifest.model),
+        None
+        if is_own_teacher(cache_manifest)
+        else _check_teacher(student, cache_manifest, sampled_only),
         _check_rollouts(student, cache_manifest.rollouts.model),
         _check_tokenizer(student, cache_manifest.model.tokenizer, used_ids, cache_path),
         eos_mismatch(
@@ -73,7 +81,7 @@ def check_distill(
         if mismatch is None:
             continue
         found, expected, remedy = mismatch
-        if name not in allow:
+        if name not in allow and remedy is not None:
             raise ProvenanceError(
                 f"{name}: found {found}, expected {expected}; {remedy}, or pass --allow-{name}"
             )
@@ -81,7 +89,7 @@ def check_distill(
     return overrides
 
 
-_Mismatch = tuple[str, str, str]  # found, expected, remedy
+_Mismatch = tuple[str, str, str | None]  # found, expected, remedy; without one it is admitted
 
 
 def _check_complete(faults: Sequence[str]) -> _Mismatch | None:
@@ -91,8 +99,10 @@ def _check_complete(faults: Sequence[str]) -> _Mismatch | None:
     return found, "every shard of the plan", f"the first is {faults[0]}"
 
 
-def _check_teacher(student: str | Path, scorer: ModelIdentity) -> _Mismatch | None:
-    found = f"a cache scored by {scorer}"
+def _check_teacher(
+    student: str | Path, cache: CacheManifest, sampled_only: bool
+) -> _Mismatch | None:
+    scorer, found = cache.model, f"a cache scored by {cache.model}"
     try:
         teacher = lineage_of(student).sft_teacher
     except ProvenanceError as error:
@@ -112,12 +122,16 @@ def _check_teacher(student: str | Path, scorer: ModelIdentity) -> _Mismatch | No
             f"{teacher} as the student's answers were sampled from it",
             "restore that setting and score again ('lopd score'), or sample and fine-tune again",
         )
-    return (
-        found,
-        f"{teacher}, whose answers the student was fine-tuned on",
+    expected = f"{teacher}, whose answers the student was fine-tuned on"
+    if cache.scoring.is_calibrated:
+        return f"{found}, calibrated", expected, None
+    remedy = (
         "another teacher costs accuracy at a finite budget: score with that teacher "
-        "('lopd score'), or fine-tune on this one's answers",
+        "('lopd score'), or fine-tune on this one's answers"
     )
+    if sampled_only:
+        remedy += ", or take the teachers' mean difference out of the cache ('lopd calibrate')"
+    return found, expected, remedy
 
 
 def is_own_teacher(manifest: CacheManifest) -> bool:

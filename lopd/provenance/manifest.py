@@ -96,7 +96,7 @@ class Lineage:
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """A mismatch that a flag allowed."""
+    """A mismatch that a flag, or a calibration of the cache, allowed."""
 
     name: str
     found: str

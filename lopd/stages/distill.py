@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lopd.config.distill import DistillConfig
-from lopd.config.objective import SPARSE, Objective
+from lopd.config.objective import SAMPLED, SPARSE, Objective
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.models.load import check_model_folder
 from lopd.provenance import (
@@ -83,6 +83,8 @@ def describe_inputs(config: DistillConfig) -> dict[str, Any]:
     cache = TeacherCache.open(config.cache, allow_incomplete=True)
     scorer = cache.manifest.model
     inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), "model": scorer}}
+    if cache.manifest.scoring.is_calibrated:
+        inputs["cache"]["calibration"] = cache.manifest.raw["calibration"]
     if (template := cache.manifest.teacher_template) is not None:
         inputs["cache"]["teacher_template"] = template
     if config.teacher is not None:
@@ -123,6 +125,8 @@ def objective_of(config: DistillConfig, cache: TeacherCache) -> Objective:
     objective = config.objective_at(temperature)
     if merged := cache.manifest.scoring.eos_class:
         objective = replace(objective, eos_class=merged)
+    if cache.manifest.scoring.is_calibrated:
+        objective = replace(objective, calibrated=True)
     check_importance(config, objective, cache.manifest)
     check_sampling(config, objective, cache.manifest)
     check_token_weights(config, cache)
@@ -141,6 +145,18 @@ def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
         ConfigError: it has none, they were renormalised before they were imported, or they are the
             student's and the objective needs the teacher's.
     """
+    if cache.manifest.scoring.is_calibrated:
+        if config.objective in SPARSE:
+            raise ConfigError(
+                f"{config.cache}: its log-probs are calibrated and it has no lists; found "
+                f"objective {config.objective}; expected {' or '.join(SAMPLED)}, or the cache that "
+                "was calibrated"
+            )
+        if config.refresh_every:
+            raise ConfigError(
+                f"refresh_every: the log-probs of {config.cache} are calibrated, and those of "
+                "refreshed answers would not be; leave --refresh-every out"
+            )
     reason = config.objective_at(cache.manifest.temperature).needs_teachers_list
     if reason and cache.manifest.scoring.list_of == "student":
         raise ConfigError(
@@ -254,6 +270,7 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
         cache_path=config.cache,
         faults=cache.faults,
         allow=config.allowed(),
+        sampled_only=config.objective in SAMPLED,
     )
     if config.verify and runs.is_first():  # the other processes wait for it when the run begins
         cache.verify()

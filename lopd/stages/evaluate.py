@@ -23,7 +23,7 @@ from lopd.data.skipped import Skipped
 from lopd.engines.base import Engine
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import DataError
-from lopd.evaluation.accuracy import generate_answers, measure_accuracy
+from lopd.evaluation.accuracy import Z95, generate_answers, measure_accuracy
 from lopd.evaluation.grading import Grader, exact_grader, math_grader
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
 from lopd.evaluation.results import RESULTS_NAME, accuracies, read_results
@@ -294,7 +294,8 @@ def headline(out: Path) -> str:
 
 def _bound(kl: dict[str, Any], exact: bool) -> str:
     """A KL in words; one over lists and one bucket is at most the KL over all ids."""
-    value = f"{kl['nats_per_token']:.4f} nat/token"
+    spread = f" ± {Z95 * kl['standard_error']:.4f}" if "standard_error" in kl else ""
+    value = f"{kl['nats_per_token']:.4f}{spread} nat/token"
     if exact or "outside_lists" not in kl:
         return value
     return f"at least {value}, {kl['outside_lists']:.1%} of the model outside the lists"

@@ -184,7 +184,7 @@ def _check_store(folder: Path, manifest: Manifest) -> dict[str, str]:
         check_rollout(rollout, rows, has_logprobs=has_logprobs)
         names.add((rollout.prompt_id, rollout.sample))
         if isinstance(item, TeacherSequence):
-            check_scored_sequence(item, tolerance)
+            check_scored_sequence(item, tolerance, calibrated=manifest.scoring.is_calibrated)
     if len(names) != len(store):
         raise DataError(f"{folder}: {len(store) - len(names)} sequences occur twice")
     return {

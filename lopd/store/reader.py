@@ -240,7 +240,8 @@ class TeacherCache(_ShardReader[TeacherSequence]):
             raise ConfigError(f"support is {support!r}, expected one of {', '.join(SUPPORTS)}")
         if vocab_size is not None and vocab_size < 1:
             raise ConfigError(f"vocab_size is {vocab_size}, expected at least 1")
-        self.support: Support = support
+        # No token is added to the lists of calibrated log-probs, which are of no distribution.
+        self.support: Support = "list" if manifest.scoring.is_calibrated else support
         self.vocab_size = vocab_size
         super().__init__(path, manifest, allow_incomplete=allow_incomplete)
 

@@ -277,10 +277,13 @@ def encode_records(
     """
     codec, rows = _check_settings(manifest), manifest.vocab_size
     rollouts = [rollout for rollout, _ in records]
-    has_entropy = manifest.scoring.entropy != "absent"
+    expected: dict[str, bool] = {
+        "has_entropy": manifest.scoring.entropy != "absent",
+        "calibrated": manifest.scoring.is_calibrated,
+    }
     columns = []
     for rollout, scores in records:
-        check_scores(rollout, scores, rows, manifest.teacher_k, has_entropy=has_entropy)
+        check_scores(rollout, scores, rows, manifest.teacher_k, **expected)
         columns.append(to_columns(scores, manifest.top_p))
         logprobs = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
         check_storable(name_of(rollout), codec, columns[-1], *logprobs)

@@ -64,14 +64,7 @@ def step(
     def loss_fn(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = hidden.flatten(0, 1)[batch["loss_index"]]
-        options = {
-            "bias": bias,
-            "temperature": objective.temperature,
-            "validate": False,
-            "workspace_bytes": objective.workspace_bytes,
-            **head.kwargs(),
-        }
+        rows, options = head_arguments(batch, objective, hidden, bias, head)
         part, weighing = batch, dict[str, Tensor]()
         if objective.token_weights in RULES:
             kept, part, weighing = weigh_tokens(rows.detach(), weight, batch, objective, options)
@@ -99,6 +92,20 @@ def step(
         stats["router_loss"] = router.detach()
         loss = loss + router
     return loss, stats
+
+
+def head_arguments(
+    batch: Batch, objective: Objective, hidden: Tensor, bias: Tensor | None, head: HeadOptions
+) -> tuple[Tensor, dict[str, Any]]:
+    """Rows with a loss [N, D], and the options of the loss, from what a head is called with."""
+    options = {
+        "bias": bias,
+        "temperature": objective.temperature,
+        "validate": False,
+        "workspace_bytes": objective.workspace_bytes,
+        **head.kwargs(),
+    }
+    return hidden.flatten(0, 1)[batch["loss_index"]], options
 
 
 def _check_batch(batch: Batch, objective: Objective, num_items: float) -> None:

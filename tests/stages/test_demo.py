@@ -8,7 +8,6 @@ import pytest
 from helpers_stages import one_line
 
 from lopd.cli import main
-from lopd.stages.demo import Demo
 from lopd.stages.demo import arithmetic as toy
 from lopd.stages.demo.figure import before_after, draw
 from lopd.stages.demo.report import (
@@ -19,6 +18,7 @@ from lopd.stages.demo.report import (
     SAMPLED,
     format_table,
 )
+from lopd.stages.demo.toy import TASK, ToyDemo
 from lopd.training.logging import LOG_NAME
 
 
@@ -49,7 +49,7 @@ def test_curves_skip_log_records_without_the_metric(tmp_path):
     ]
     log = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "online" / LOG_NAME).write_text(log)
-    draw(tmp_path, [])
+    draw(tmp_path, [], TASK.titles, TASK.curves, TASK.live)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
@@ -68,7 +68,7 @@ def test_the_picture_shows_each_model_before_and_after(key):
 
     axes = Figure().subplots()
     measured = {row["stage"]: row for row in ROWS if "sampled" in row}
-    before_after(axes, measured, key, "title", "label")
+    before_after(axes, measured, key, "title", "label", TASK.live)
     assert [label.get_text() for label in axes.get_yticklabels()] == [DISTILLED, MORE_SFT]
     drawn = [tuple(line.get_xdata()) for line in axes.lines]
     start, end = measured[FINE_TUNED][key], measured[DISTILLED][key]
@@ -85,7 +85,7 @@ def test_the_table_has_intervals():
 
 def test_online_run_refreshes_at_every_step(tmp_path):
     """Its other settings are those of the offline run, so that the two can be compared."""
-    demo = Demo(tmp_path / "demo", seed=0)
+    demo = ToyDemo(tmp_path / "demo", seed=0)
     stages = {stage.folder: stage.config for stage in demo.stages(online=True)}
     offline, online = asdict(stages["distill"]), asdict(stages["online"])
     live = {"out": str(demo.out / "online"), "refresh_every": 1, "teacher": demo.path("teacher")}

@@ -262,6 +262,21 @@ MISTAKES = [
         "requires a cache",
     ),
     Mistake(
+        "template with a syntax error",
+        _after(
+            _write("bad.jinja", "{{ prompt }"), _stage("score", "--teacher-template", "@bad.jinja")
+        ),
+        r"bad\.jinja:1: ",
+    ),
+    Mistake(
+        "template of a field that no record has",
+        _after(
+            _write("more.jinja", "{{ prompt }} {{ nothing }}"),
+            _stage("score", "--teacher-template", "@more.jinja"),
+        ),
+        r"jsonl:1: .*'nothing' is undefined",
+    ),
+    Mistake(
         "memory without a unit",
         _words("plan", "--model", "@student", "--gpu-memory", "lots"),
         "gpu_memory",

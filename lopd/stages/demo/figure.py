@@ -1,24 +1,37 @@
 """The picture of the demo: accuracy and KL before and after, and how the KL falls in training."""
 
 import json
+from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
+from lopd.provenance.io import write_atomic
+from lopd.stages.demo.report import FINE_TUNED, TEACHER
 from lopd.training.logging import LOG_NAME
 
 NAME = "curves.png"
-TEACHER = "teacher"
 BEFORE, AFTER, LIVE = "#8c8c8c", "#0b6e4f", "#9a6324"
-FOLDERS = {DISTILLED: "distill", ONLINE: "online"}  # whose objective is the reverse KL
 
 
-def draw(out: Path, rows: list[dict[str, Any]]) -> None:
+class Titles(NamedTuple):
+    """What the panels of the picture say."""
+
+    accuracy: str
+    distance: str
+
+
+def draw(
+    out: Path, rows: list[dict[str, Any]], titles: Titles, curves: Mapping[str, str], live: str
+) -> None:
     """Draw `curves.png` from the rows of the demo and the logs of its runs.
 
     Args:
         out: the demo's folder.
         rows: of `results.json`; those without an evaluation are left out.
+        titles: of the first two panels.
+        curves: stages whose objective is the reverse KL, and their folders.
+        live: the stage with a live teacher.
     """
     from matplotlib.figure import Figure
 
@@ -26,28 +39,30 @@ def draw(out: Path, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(14, 4.4), layout="constrained")
     accuracy, distance, training = figure.subplots(1, 3)
     before_after(
-        accuracy, measured, "sampled", "Accuracy rises to the teacher's",
-        "share of right answers, sampled (95 % interval)",
+        accuracy, measured, "sampled", titles.accuracy,
+        "share of right answers, sampled (95 % interval)", live,
     )  # fmt: skip
     before_after(
-        distance, measured, "kl", "The KL to the teacher falls",
-        "nat/token, on the model's own new answers",
+        distance, measured, "kl", titles.distance,
+        "nat/token, on the model's own new answers (95 % interval)", live,
     )  # fmt: skip
     distance.set_yticklabels([])
     distance.set_xscale("log")
-    training_curves(training, out)
-    figure.savefig(out / NAME, dpi=120)
+    training_curves(training, out, curves, live)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=120)
+    write_atomic(out / NAME, drawn.getvalue())
 
 
 def before_after(
-    axes: Any, measured: dict[str, dict[str, Any]], key: str, title: str, label: str
+    axes: Any, measured: dict[str, dict[str, Any]], key: str, title: str, label: str, live: str
 ) -> None:
     """A line for each model, from the fine-tuned student to what became of it."""
     trained = [name for name in measured if name not in (TEACHER, FINE_TUNED)]
     start = measured[FINE_TUNED][key] if FINE_TUNED in measured else None
     for place, name in enumerate(trained):
         value = measured[name][key]
-        colour = LIVE if name == ONLINE else AFTER
+        colour = LIVE if name == live else AFTER
         if start is not None:
             axes.plot([start, value], [place, place], color=colour, alpha=0.35, linewidth=3)
         axes.plot(value, place, "o", color=colour)
@@ -67,22 +82,19 @@ def before_after(
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
 
-def training_curves(axes: Any, out: Path) -> None:
+def training_curves(axes: Any, out: Path, curves: Mapping[str, str], live: str) -> None:
     """The loss of the runs whose objective is the reverse KL.
 
     On stored answers it ends higher than the KL on new ones: the student no longer gives them.
     """
-    names = {
-        DISTILLED: "on its stored answers, teacher not loaded",
-        ONLINE: "on new answers at each step, live teacher",
-    }
-    for name, folder in FOLDERS.items():
+    for name, folder in curves.items():
+        how = "on new answers" if name == live else "on stored answers, no teacher in memory"
         file = out / folder / LOG_NAME
         if file.is_file():
             lines = file.read_text(encoding="utf-8").splitlines()
             log = [record for line in lines if "loss" in (record := json.loads(line))]
             steps, losses = [r["step"] for r in log], [r["loss"] for r in log]
-            axes.plot(steps, losses, color=LIVE if name == ONLINE else AFTER, label=names[name])
+            axes.plot(steps, losses, color=LIVE if name == live else AFTER, label=f"{name}: {how}")
     if axes.lines:
         axes.set_yscale("log")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)

@@ -1,24 +1,36 @@
-"""The report of the demo: a table and a conclusion."""
+"""The report of a demo: its table, some answers, and a conclusion."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lopd.stages.table import align
 
+TEACHER = "teacher"
 FINE_TUNED = "student, fine-tuned"
 DISTILLED = "distilled, top-8 + tail"
 SAMPLED = "distilled, sampled token"
 CLIPPED = "distilled, sampled token, clip 1"
 MORE_SFT = "control: more fine-tuning"
 ONLINE = "online, live teacher, top-8"
+COLUMNS = (  # key of a row, header, format
+    ("greedy", "pass@1 greedy", ".3f"),
+    ("sampled", "pass@1 sampled", ".3f"),
+    ("kl", "KL to teacher", ".4f"),
+    ("held_out_kl", "held-out KL", ".4f"),
+    ("seconds", "seconds", ".0f"),
+    ("eval_seconds", "evaluation", ".0f"),
+    ("peak_mib", "peak MiB", ".0f"),
+)
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of the demo as an aligned Markdown table, accuracies with 95 % intervals."""
-    header = ["stage", "pass@1 greedy", "pass@1 sampled", "KL to teacher", "seconds"]
-    formats = {"greedy": ".3f", "sampled": ".3f", "kl": ".4f", "seconds": ".0f"}
-    cells = [
-        [row["stage"], *(_cell(row, key, form) for key, form in formats.items())] for row in rows
-    ]
+    """The rows of a demo as an aligned Markdown table, with 95 % intervals.
+
+    Columns that no row has a value for are left out.
+    """
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    header = ["stage", *(name for _, name, _ in columns)]
+    cells = [[row["stage"], *(_cell(row, key, form) for key, _, form in columns)] for row in rows]
     padded = align([header, *cells], right=range(1, len(header)))
     first, *others = map(len, padded[0])
     rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
@@ -31,10 +43,10 @@ def _cell(row: dict[str, Any], key: str, form: str) -> str:
         return ""
     if (interval := row.get(f"{key}_interval")) is None:
         return format(value, form)
-    return f"{value:{form}} ± {max(value - interval[0], interval[1] - value):.3f}"
+    return f"{value:{form}} ± {max(value - interval[0], interval[1] - value):{form}}"
 
 
-def conclusion(rows: list[dict[str, Any]], steps: int) -> str:
+def toy_conclusion(rows: list[dict[str, Any]], steps: int) -> str:
     """The result in words, with the numbers of this run; `steps` is the control's."""
     by_name = {row["stage"]: row for row in rows}
     start, end = by_name[FINE_TUNED], by_name[DISTILLED]
@@ -48,3 +60,44 @@ def conclusion(rows: list[dict[str, Any]], steps: int) -> str:
         f"dominate: {plain['sampled']:.3f} plain, {clipped['sampled']:.3f} with its advantage "
         "clipped."
     )
+
+
+def real_conclusion(rows: list[dict[str, Any]], steps: int) -> str:
+    """The KLs of a demo on a real model, and whether distillation beat more fine-tuning."""
+    by_name = {row["stage"]: row for row in rows if "kl" in row}
+    start, control = by_name[FINE_TUNED], by_name[MORE_SFT]
+    others = [name for name in by_name if name not in (TEACHER, FINE_TUNED, MORE_SFT)]
+    best = min(others, key=lambda name: by_name[name]["kl"])
+    low, high = by_name[best]["kl_interval"], control["kl_interval"]
+    if low[1] < high[0]:
+        verdict = "below"
+    elif high[1] < low[0]:
+        verdict = "above"
+    else:
+        verdict = "not distinguishable from"
+    return (
+        f"{steps} steps took the KL to the teacher from {start['kl']:.3f} nat per token to "
+        f"{by_name[best]['kl']:.3f} ({best}), which is {verdict} the {control['kl']:.3f} of as "
+        f"many steps of more fine-tuning. Right answers, sampled: {start['sampled']:.3f} before, "
+        f"{by_name[best]['sampled']:.3f} after, {control['sampled']:.3f} for the control."
+    )
+
+
+def format_examples(
+    asked: Sequence[str], answers: Mapping[str, Sequence[Mapping[str, Any]]], count: int
+) -> str:
+    """The first questions, each with the answers of some models; a tick marks right ones.
+
+    Args:
+        answers: records of `answers.jsonl` by model, in the order of the questions.
+    """
+    width = max(map(len, answers))
+    blocks = []
+    for number, question in enumerate(asked[:count]):
+        lines = [question]
+        for name, records in answers.items():
+            record = records[number]
+            mark = "+" if record["correct"] else "-"
+            lines.append(f"  {mark} {name:<{width}}  {' '.join(record['text'].split())}")
+        blocks.append("\n".join(lines))
+    return "Greedy answers (+ right, - wrong or cut off)\n\n" + "\n".join(blocks)

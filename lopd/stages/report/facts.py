@@ -1,7 +1,7 @@
 """What the folders of a run and of an evaluation hold, as a report needs it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from lopd.errors import ConfigError, DataError
 from lopd.evaluation.results import read_results
 from lopd.provenance import MANIFEST_NAME, ModelIdentity, read_manifest
 from lopd.provenance.io import parse_json
+from lopd.provenance.typed_json import parse
 from lopd.training.logging import LOG_NAME
 
 # column of the log: (title, unit)
@@ -28,6 +29,23 @@ CURVES = {
     "peak_mib": ("Peak memory, and that of the plan", "MiB"),
 }
 PLANNED = "planned_mib"  # drawn beside the peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Best:
+    """The best evaluation of held-out sequences."""
+
+    kl: float
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reports:
+    """What is read of the entries for people in a manifest."""
+
+    environment: Mapping[str, Any] | None = None
+    best: _Best | None = field(default=None, metadata={"at": "holdout.best"})
+    start: float | None = field(default=None, metadata={"at": "holdout.start"})
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,7 @@ def read_run(folder: str) -> Run:
             "expected the folder of a run of lopd distill or lopd sft"
         )
     raw = manifest.raw
+    parse(_Reports, raw, "", lambda name: _altered(path / MANIFEST_NAME, f"no valid {name}"))
     cache = manifest.config.get("cache")
     return Run(
         name=path.resolve().name,
@@ -86,7 +105,7 @@ def read_run(folder: str) -> Run:
         cache=None if cache is None else str(cache),
         steps=_pipeline(manifest),
         settings=manifest.config,
-        environment=raw.get("environment", {}),
+        environment=raw.get("environment") or {},
         reports={k: raw[k] for k in ("objective", "holdout", "stale", "training") if k in raw},
         curves=_curves(path / LOG_NAME),
     )
@@ -115,6 +134,10 @@ def _model(model: ModelIdentity) -> str:
     return f"{model.hub or model.path or 'a model'} ({model.weights[:12]})"
 
 
+def _altered(where: object, what: str) -> DataError:
+    return DataError(f"{where}: {what}: torn or altered; restore it, or leave the run out")
+
+
 def _curves(log: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in (*CURVES, PLANNED)}
     for number, line in enumerate(log.read_bytes().splitlines(), 1):
@@ -136,10 +159,7 @@ def _record(line: bytes, where: str) -> tuple[int, dict[str, Any]]:
         if any(type(value) is int and abs(value) > MOST for value in record.values()):
             raise ValueError("a number beyond 2^53")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{where}: torn or altered ({error or type(error).__name__}); restore the log, or "
-            "leave the run out"
-        ) from error
+        raise _altered(where, str(error) or type(error).__name__) from error
     return step, record
 
 

@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from lopd.evaluation.results import accuracies
+from lopd.provenance.typed_json import value_at
 from lopd.stages.report.charts import histogram, line_chart
 from lopd.stages.report.facts import CURVES, PLANNED, Evaluation, Run
 
@@ -81,8 +82,8 @@ def _headline(runs: Sequence[Run]) -> str:
 
 def headline(run: Run) -> str:
     """The start and the end of the held-out divergence, or of the objective."""
-    holdout = run.reports.get("holdout") or {}
-    if isinstance(holdout.get("best"), Mapping):
+    if isinstance(value_at(run.reports, "holdout.best"), Mapping):
+        holdout = run.reports["holdout"]
         start = holdout.get("start")
         began = f"from {start:.4g} " if isinstance(start, float) else ""
         best = holdout["best"]
