@@ -46,6 +46,7 @@ class _Divergence:
     outside_lists: float | None = None
     sequences: int | None = None
     held_out: bool | None = None
+    by_teacher: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,10 @@ def read_results(out: Path) -> dict[str, Any]:
             f"{file}: has no {name}, or one of another type: altered; restore it, or remove {out}"
         )
 
-    parse(_Results, found, "", unfit)
+    known = parse(_Results, found, "", unfit)
+    by_teacher = (known.cache_kl and known.cache_kl.by_teacher) or {}
+    if any(type(value) is not float for value in by_teacher.values()):
+        raise unfit("cache_kl.by_teacher")
     for name in accuracies(found):
         parse(_Mean, found[name], f"{name}.", unfit)
     return {name: value for name, value in found.items() if value is not None}

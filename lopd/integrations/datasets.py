@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from lopd.errors import DataError, ShardError
+from lopd.errors import ConfigError, DataError, ShardError
 from lopd.store import Rollout, TeacherCache, TeacherSequence, TopKLists
 from lopd.store.ragged import offsets_of
 from lopd.store.sequences import Support, join_sequences
@@ -84,11 +84,17 @@ def to_dataset(cache: TeacherCache, file: str | Path | None = None) -> Dataset:
         `rollout_logprobs` are left out where the cache does not have them.
 
     Raises:
+        ConfigError: the cache is calibrated.
         ShardError: a shard is altered, or the file cannot be written.
 
     >>> cache = TeacherCache.open("cache")  # doctest: +SKIP
     >>> to_dataset(cache).to_parquet("scores.parquet")  # doctest: +SKIP
     """
+    if cache.manifest.scoring.is_calibrated:
+        raise ConfigError(
+            f"{cache.path}: its log-probs are calibrated, which a dataset cannot say, so that a "
+            "loss over lists would take them for the teacher's; use the cache itself"
+        )
     absent = _absent_columns(cache)
     schema = pa.schema({name: kind for name, kind in COLUMNS.items() if name not in absent})
     if file is None:

@@ -5,7 +5,7 @@ memory is free then, so that it ends with the same bytes on a CPU.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,15 +30,19 @@ Config = TypeVar("Config", bound=GenerationOptions)
 
 
 def with_batch_size(
-    config: Config, model: str, prompts: Sequence[Sequence[int]], *, loaded: bool = False
+    config: Config,
+    models: Collection[str],
+    prompts: Sequence[Sequence[int]],
+    *,
+    loaded: bool = False,
 ) -> Config:
     """The settings of a stage with its batch size resolved, so that its manifest names one.
 
     Args:
         config: settings with `out`.
-        model: folder of the model that generates.
+        models: folders of the models that generate, one at a time.
         prompts: tokens of each.
-        loaded: whether the model's weights are in memory already.
+        loaded: whether the weights are in memory already.
     """
     settings: Any = config
     if settings.batch_size is not None or getattr(settings, "engine", "") == "vllm":
@@ -50,7 +54,8 @@ def with_batch_size(
             devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
         free = sum(map(free_bytes, devices))
         length = max(map(len, prompts), default=1) + settings.max_new_tokens
-        size = _fitting(model, settings.dtype, length, free, MOST[device.type], loaded)
+        most, dtype = MOST[device.type], settings.dtype
+        size = min(_fitting(model, dtype, length, free, most, loaded) for model in models)
     return replace(config, batch_size=size)
 
 

@@ -71,6 +71,11 @@ def _check(config: CalibrateConfig, manifest: CacheManifest) -> str:
             f"{config.cache}: its lists were renormalised before they were imported, so the "
             "teacher's log-probs are lost; score the rollouts again"
         )
+    if manifest.teachers is not None:
+        raise ConfigError(
+            f"{config.cache}: was scored by {len(manifest.teachers)} teachers, each of which "
+            "differs from another in its own way; expected one: score each one's records separately"
+        )
     source, reason = logprob_source(manifest)
     if source is None:
         raise ConfigError(

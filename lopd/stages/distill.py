@@ -25,6 +25,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.gate import is_own_teacher
 from lopd.provenance.manifest import Override, short
+from lopd.provenance.teachers import described
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.sft import finish_checkpoint
@@ -82,7 +83,8 @@ def describe_inputs(config: DistillConfig) -> dict[str, Any]:
     """Describe the cache and the teacher of a refresh for the manifest."""
     cache = TeacherCache.open(config.cache, allow_incomplete=True)
     scorer = cache.manifest.model
-    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), "model": scorer}}
+    made_by = described(cache.manifest.models)
+    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), **made_by}}
     if cache.manifest.scoring.is_calibrated:
         inputs["cache"]["calibration"] = cache.manifest.raw["calibration"]
     if (template := cache.manifest.teacher_template) is not None:

@@ -41,6 +41,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, seal
 from lopd.provenance.io import pretty_json, storing, write_atomic
+from lopd.provenance.teachers import described
 from lopd.stages.batch_size import with_batch_size
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
@@ -93,7 +94,7 @@ def main(config: EvalConfig) -> Path:
         inputs["prompts"] = describe_prompts(config.prompts, encoder)
         grader, prompts = _grader(config, prompts)
         tokens = [prompt.tokens for prompt in prompts]
-        config = with_batch_size(config, config.model, tokens, loaded=True)
+        config = with_batch_size(config, [config.model], tokens, loaded=True)
         engine.batch_size = config.batch_size or engine.batch_size
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
@@ -159,7 +160,7 @@ def describe_inputs(config: EvalConfig) -> dict[str, Any]:
         inputs["prompts"] = describe_data(config.prompts)
     if config.cache is not None:
         cache = TeacherCache.open(config.cache)
-        inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest.model}
+        inputs["cache"] = {"digest": cache.digest(), **described(cache.manifest.models)}
     if config.teacher is not None:
         teacher = describe_model(config.teacher, dtype=config.dtype, engine=TransformersEngine.name)
         inputs["teacher"] = teacher
@@ -278,6 +279,8 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         fields["KL to the cached teacher"] = (
             f"{_bound(kl, exact=False)} ({kl.get('sequences')} sequences{trained})"
         )
+        for name, value in kl.get("by_teacher", {}).items():
+            fields[f"KL to the cached {name}"] = f"at least {value:.4f} nat/token"
     return fields
 
 

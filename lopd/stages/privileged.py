@@ -63,7 +63,7 @@ def teacher_view(config: ScoreConfig, rollouts: RolloutStore) -> TeacherView:
     prompts = TeacherPrompts.render(
         text,
         path,
-        config.teacher,
+        str(config.teacher),
         records,
         prompts_of(rollouts.rollouts()),
         find_student(config.student, manifest.model),

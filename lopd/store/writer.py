@@ -9,7 +9,7 @@ import numpy as np
 
 from lopd.errors import ConfigError, DataError, ShardError
 from lopd.provenance import (
-    VOCAB_NAME,
+    VOCAB_FILES,
     CacheManifest,
     Manifest,
     manifest_digest,
@@ -100,7 +100,8 @@ class _ShardWriter:
         found = examine_shard_folder(folder, manifest, in_use=not lock.is_exclusive)
         if found.state == "unfinished":
             return read_manifest(folder)
-        (folder / VOCAB_NAME).unlink(missing_ok=True)  # of a recipe that is replaced
+        for file in folder.glob(VOCAB_FILES):  # of a recipe that is replaced
+            file.unlink(missing_ok=True)
         write_manifest(folder, manifest)
         return manifest
 

@@ -77,8 +77,8 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
 
     Raises:
         ProvenanceError: the teacher is not the one that scored the cache.
-        ConfigError: there are several processes, the cache was scored by another engine or its
-            sampling is unknown, or packs are too small for the longest answer.
+        ConfigError: there are several processes or teachers, the cache was scored by another engine
+            or its sampling is unknown, or packs are too small for the longest answer.
         DataError: a prompt leaves no room for the longest answer in a model's context.
     """
     cache, scorer = refresh.cache, refresh.cache.manifest.model
@@ -91,6 +91,12 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
         raise ConfigError(
             f"refresh_every: found {worker.count} processes; expected one: start without torchrun, "
             "or omit --refresh-every"
+        )
+    if cache.manifest.teachers is not None:
+        raise ConfigError(
+            f"refresh_every: {cache.path} was scored by {len(cache.manifest.teachers)} teachers; "
+            "expected one, which training keeps in memory: omit --refresh-every, or roll out and "
+            "score again between two runs"
         )
     if scorer.engine != TransformersEngine.name:
         raise ConfigError(

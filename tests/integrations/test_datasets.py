@@ -9,7 +9,7 @@ from helpers_artefacts import write_cache, write_model, write_sequences
 from helpers_cache import make_manifest, make_pair
 
 from lopd.config.import_scores import ImportConfig
-from lopd.errors import DataError, ShardError
+from lopd.errors import ConfigError, DataError, ShardError
 from lopd.provenance import declare
 from lopd.stages.import_scores import main as import_scores
 from lopd.store import CacheWriter, TeacherCache
@@ -273,3 +273,15 @@ def test_damage_in_the_cache_leaves_no_file(tmp_path):
     with pytest.raises(ShardError, match="shard-00002"):
         to_dataset(cache, tmp_path / "scores.arrow")
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_calibrated_cache_is_refused(tmp_path):
+    rollout, scores, _ = make_pair(0)
+    none = {"topk_ids": np.zeros((6, 0), np.int32), "topk_logprobs": np.zeros((6, 0), np.float32)}
+    scores = dataclasses.replace(scores, **none, tail_logprobs=np.zeros(6, np.float32))
+    manifest = make_manifest(plan=(1,), k=0, scoring={"teacher_logprobs": "calibrated"})
+    with CacheWriter.create(tmp_path, manifest) as writer:
+        writer.write(0, [(rollout, scores)])
+        writer.finish()
+    with pytest.raises(ConfigError, match="calibrated, which a dataset cannot say"):
+        to_dataset(TeacherCache.open(tmp_path))

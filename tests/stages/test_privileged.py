@@ -333,4 +333,4 @@ def test_prompts_without_a_template_have_no_use(world, tmp_path, capsys):
     flags = ["--prompts", str(world / "prompts.jsonl")]
     argv = score_argv(world / "teacher", world / "rollouts", tmp_path / "cache", *flags)
     assert main(argv) == 2
-    assert "which has no effect: only teacher_template reads their records" in one_line(capsys)
+    assert "which has no effect: only teacher_template and teacher_field read" in one_line(capsys)

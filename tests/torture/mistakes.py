@@ -158,6 +158,16 @@ MISTAKES = [
         "k was 6, is 5",
     ),
     Mistake(
+        "advantages without rewards",
+        _stage("distill", "--token-weights", "advantage"),
+        "reads the reward of each answer",
+    ),
+    Mistake(
+        "a divergence on calibrated log-probs",
+        _stage("distill", "--cache", "@calibrate"),
+        "its log-probs are calibrated",
+    ),
+    Mistake(
         "a folder with other files",
         _after(lambda root: _other_files(root), _stage("rollout")),
         "holds notes.txt",
