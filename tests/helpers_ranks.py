@@ -28,8 +28,20 @@ MODELS = {
     "lora-tied": ("qwen3-tied", "q_proj,v_proj"),
     "lora-head": ("qwen3", "q_proj,lm_head"),
     "moe": ("moe", None),
+    "left-out": ("qwen3", None),
+    "weighted": ("qwen3", None),
+}
+# The objective of a model; the reverse KL of others.
+OBJECTIVES = {
+    # the gradient is computed in the backward
+    "left-out": Objective("reverse_kl", tolerance=0.05),
+    "weighted": Objective("reverse_kl", token_weights="divergence_rank"),
 }
 WRAPPERS = ("ddp", "fsdp2", "fsdp2-head-alone")
+
+
+def objective_of(name):
+    return OBJECTIVES.get(name, Objective("reverse_kl"))
 
 
 def build(name):
@@ -86,7 +98,7 @@ def one_process(name):
     """Loss and gradients of the whole step without any wrapper."""
     model, (made, tokens), total = build(name), batches(), 0.0
     for batch in made:
-        loss, _ = step(model, batch, Objective("reverse_kl"), tokens)
+        loss, _ = step(model, batch, objective_of(name), tokens)
         loss.backward()
         total += loss.item()
     return total, gradients(model)
@@ -102,7 +114,7 @@ def rank_main(rank, folder, cases):
             model = wrap(build(name), wrapper)
             check_trainable(model)
             check_head(model)
-            loss, _ = step(model, made[rank], Objective("reverse_kl"), tokens)
+            loss, _ = step(model, made[rank], objective_of(name), tokens)
             (WORLD * loss).backward()  # processes' gradients are averaged
             total = loss.detach().clone()
             dist.all_reduce(total)

@@ -8,11 +8,12 @@ import torch
 from lopd.config.device import resolve_device
 from lopd.errors import ConfigError, MissingFileError, ModelError
 from lopd.models.architecture import attention_softcap_of, context_of_config
+from lopd.models.memory import limit_threads
 from lopd.provenance.folder import (
     GENERATION_NAME,
     SPECIAL_TOKENS,
     TOKENIZER_SETTINGS,
-    gguf_remedy,
+    refuse_gguf,
 )
 from lopd.provenance.io import read_optional_json
 from lopd.provenance.remote_code import loading_code
@@ -50,9 +51,7 @@ def check_model_folder(path: str | Path) -> Path:
             "then save_pretrained)"
         )
     if not (folder / "config.json").is_file():
-        gguf = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
-        if gguf and gguf[0].suffix == ".gguf":
-            raise MissingFileError(gguf_remedy(gguf[0]))
+        refuse_gguf(folder)
         found = "a folder without config.json" if folder.is_dir() else "no such folder"
         raise MissingFileError(
             f"{folder}: {found}; expected a local Hugging Face model folder, or a hub id org/name"
@@ -121,6 +120,8 @@ def load_model(
 
     folder, torch_dtype = check_model_folder(path), resolve_dtype(dtype)
     where = None if device_map is not None else resolve_device(device, local_rank)
+    if where is not None and where.type == "cpu":
+        limit_threads()
     with loading_code(
         folder,
         "not loadable as a causal language model; expected config.json and *.safetensors of such "

@@ -22,7 +22,7 @@ from lopd.errors import ConfigError, DataError
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.loop import train_loop
 from lopd.training.step import step
-from lopd.training.token_weights import Answers
+from lopd.training.token_weights import Answers, select_rows
 from lopd_kernels import reference
 
 WEIGHTED = {
@@ -168,6 +168,27 @@ def test_a_rule_sees_no_nan_as_a_reason_to_leave_a_token_out():
         objective = dataclasses.replace(WEIGHTED[name], name="policy_gradient")
         loss, _ = step(tiny_model(), batch, objective, 1.0)
         assert math.isnan(loss.item()), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_left_out_of_every_column_that_has_them(packed):
+    items = [dataclasses.replace(item, teacher_id="ab"[n % 2]) for n, item in enumerate(rewarded())]
+    batch = Collator(packed=packed)(items)
+    count = len(batch["labels"])
+    kept = torch.arange(count) % 3 != 0
+    selected = select_rows(batch, kept)
+    assert selected.keys() == batch.keys()
+    of_rows = {name for name, x in batch.items() if isinstance(x, torch.Tensor) and len(x) == count}
+    assert {"teacher_index", "rewards", "topk_ids", "parts", "row_weights"} <= of_rows
+    for name in of_rows:
+        assert torch.equal(selected[name], batch[name][kept]), name
+    for name in ("overlap_rows", "unlisted"):
+        place = {row: n for n, row in enumerate(kept.nonzero()[:, 0].tolist())}
+        expected = [place[row] for row in batch[name].tolist() if row in place]
+        assert selected[name].tolist() == expected
+    for name in WEIGHTED:
+        _, stats = step(tiny_model(), batch, WEIGHTED[name], 7.0)
+        assert {"divergence/a", "divergence/b"} <= stats.keys()
 
 
 def test_answers_as_a_grid():
