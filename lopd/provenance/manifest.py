@@ -22,6 +22,7 @@ from lopd.provenance.scoring import Scoring, parse_scoring
 from lopd.provenance.typed_json import Unfit, parse, plain, value_at
 
 MANIFEST_NAME = "manifest.json"
+RECIPE_NAME = "recipe.json"  # what a training run has from its beginning
 SCHEMA = 1
 DIGEST = "sha256"
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")

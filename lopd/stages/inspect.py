@@ -11,6 +11,7 @@ from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.evaluation.agreement import by_teacher, low_coverage, measure
 from lopd.provenance import (
+    MANIFEST_NAME,
     CacheManifest,
     Manifest,
     ModelIdentity,
@@ -18,7 +19,7 @@ from lopd.provenance import (
     read_manifest,
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
-from lopd.provenance.manifest import check_digest, short
+from lopd.provenance.manifest import RECIPE_NAME, check_digest, short
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
@@ -34,7 +35,15 @@ def main(config: InspectConfig) -> None:
         ProvenanceError: the weights are not those that the manifest describes.
         ShardError: a shard or file is unfinished or altered.
     """
-    manifest = read_manifest(Path(config.path))
+    folder = Path(config.path)
+    if not (folder / MANIFEST_NAME).exists() and (folder / RECIPE_NAME).is_file():
+        if config.verify:
+            raise ConfigError(f"{folder}: is unfinished, and has no hashes; leave --verify out")
+        from lopd.stages.unfinished import describe_run  # imports transformers
+
+        _print(describe_run(folder), config.json)
+        return
+    manifest = read_manifest(folder)
     if config.verify:
         check_digest(manifest, config.path)
     kind = manifest.kind
@@ -75,7 +84,15 @@ def main(config: InspectConfig) -> None:
             rows["verified"] = _verify_shards(store)
     elif config.verify:
         rows["verified"] = _verify_weights(config.path, manifest)
-    if config.json:
+    if kind == "evaluation":
+        from lopd.stages.evaluate import results_of  # imports torch and transformers
+
+        rows.update(results_of(folder))
+    _print(rows, config.json)
+
+
+def _print(rows: dict[str, Any], as_json: bool) -> None:
+    if as_json:
         print(json.dumps(rows, indent=1, default=str))
     else:
         print_fields(rows)
