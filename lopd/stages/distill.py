@@ -28,6 +28,7 @@ from lopd.provenance.manifest import Override, short
 from lopd.provenance.teachers import described
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
+from lopd.stages.privileged import view_of_cache
 from lopd.stages.sft import finish_checkpoint
 from lopd.store import TeacherCache
 from lopd.training import run as runs
@@ -110,8 +111,9 @@ def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> Any:
         return None
     from lopd.training.refresh import Refresh, check_refresh
 
+    view = view_of_cache(cache, config.teacher, config.student, "--refresh-every")
     settings = (config.teacher, config.refresh_every, config.refresh_batch_size)
-    refresh = Refresh(*settings, cache, base)
+    refresh = Refresh(*settings, cache, base, view.of)
     check_refresh(refresh, config.student, config.max_tokens_per_batch)
     return refresh
 

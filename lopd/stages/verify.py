@@ -64,7 +64,7 @@ def main(config: VerifyConfig) -> None:
         tokenizer = cache.manifest.rollouts.model.path
         if tokenizer is None or not Path(tokenizer).is_dir():
             tokenizer = config.student
-        view = view_of_cache(cache, str(config.teacher), tokenizer)
+        view = view_of_cache(cache, str(config.teacher), tokenizer, "--rescore")
         floor = measure_noise_floor(
             config.path,
             config.rescore,

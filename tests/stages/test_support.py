@@ -208,6 +208,6 @@ def test_overlap_and_sizes_are_those_of_lists_of_both(teacher_folder, student, r
     assert 0 < np.mean(shared) < 1
     assert measure(cache).student_top_listed.value == pytest.approx(np.mean(shared), abs=1e-9)
     store = RolloutStore.open(rollouts)
-    work = work_left(store, list(range(store.num_shards)))
+    work = work_left(store, store.manifest.shards)
     low, high = (size.of(work) for size in size_bounds(cache.manifest, list(store)))
     assert low < cache.summary()["bytes"] <= high < 1.6 * low
