@@ -31,7 +31,8 @@ def test_totals_of_a_cache(tmp_path, capsys, codec):
     assert rows["codec_error"] == f"{error:.3g} nat"
     assert {"mean_covered_mass", "mean_entropy"} <= rows.keys()
     assert rows["temperature"] == "1"
-    assert rows["scoring"] == "tail computed, entropy computed, rollout_logprobs computed"
+    columns = ("tail", "entropy", "rollout_logprobs", "teacher_logprobs")
+    assert rows["scoring"] == ", ".join(f"{name} computed" for name in columns)
 
 
 def test_json_has_the_rows_of_the_table(tmp_path, capsys):
