@@ -19,6 +19,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.provenance.manifest import check_digest, short
+from lopd.provenance.typed_json import value_at
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
@@ -44,9 +45,10 @@ def main(config: InspectConfig) -> None:
         rows[f"{role} ends answers with"] = _describe_eos(model)
     if isinstance(manifest, CacheManifest):
         rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
-        if (template := manifest.teacher_template) is not None:
-            file = manifest.inputs["teacher_prompts"]["template"]["path"]
-            rows["teacher's own prompts"] = f"template {file} ({short(template)})"
+        if (own := manifest.teacher_prompts) is not None:
+            rows["teacher's own prompts"] = f"template {own.file} ({short(own.template)})"
+    elif template := value_at(manifest.inputs, "cache.teacher_template"):
+        rows["teacher's own prompts"] = f"template {short(template)}"
     if manifest.raw.get("end_of_turn") is not None:
         rows["chat template ends a turn with"] = _describe_turn(manifest.raw["end_of_turn"])
     if manifest.sampling is not None:
