@@ -21,6 +21,7 @@ from benchmarks import (
     offline_live,
     offlist,
     roofline,
+    skipping,
 )
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 from lopd.stages.demo.toy import OPD_STEPS
@@ -220,6 +221,7 @@ def rendered(text: str) -> str:
         "forms": lambda: objective_tables.training_table(read_rows(objectives.NAME)),
         "verdict": lambda: objective_tables.verdict(read_rows(objectives.NAME)),
         "gradient noise": lambda: objective_tables.gradient_table(read_rows(objectives.NAME)),
+        "skipping": lambda: skipping.table(read_rows(skipping.NAME)),
         "left out": lambda: objective_tables.left_out_table(read_rows(objectives.NAME)),
         "offlist": lambda: offlist.table(read_rows(offlist.NAME)),
     }
