@@ -21,8 +21,10 @@ import transformers
 
 from benchmarks.recorder import identity
 from lopd.config.demo import DemoConfig
+from lopd.evaluation.accuracy import mean_with_interval
 from lopd.stages.demo import main
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
+from lopd.stages.demo.toy import EVAL_PROMPTS
 
 NAME = "demo_seeds.jsonl"
 
@@ -68,26 +70,42 @@ def missed(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: means over seeds, and the sampled accuracy of each seed."""
+    """Markdown: means over seeds, the sampled accuracy of each seed, and the range of the KLs."""
     seeds = sorted({row["seed"] for row in rows})
     lines = [
-        "| model | pass@1 greedy | pass@1 sampled | of each seed | KL to teacher, nat/token |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| model | pass@1 greedy | pass@1 sampled | of each seed | KL to teacher, nat/token "
+        "| range of seeds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for stage, results in by_stage(rows).items():
         if "sampled" in results[0]:
             means = {
                 key: np.mean([row[key] for row in results]) for key in ("greedy", "sampled", "kl")
             }
-            each = " / ".join(f"{row['sampled']:.3f}" for row in results)
+            distances = [row["kl"] for row in results]
             cells = [
                 f"{means['greedy']:.3f}",
                 f"{means['sampled']:.3f}",
-                each,
+                " / ".join(map(_with_interval, results)),
                 f"{means['kl']:.4f}",
+                f"{min(distances):.4f} to {max(distances):.4f}",
             ]
             lines.append(f"| {stage} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Means over seeds {', '.join(map(str, seeds))}."])
+    about = (
+        f"Means over seeds {', '.join(map(str, seeds))}; that of a seed with the farther end of "
+        "its 95 % interval over new\nprompts."
+    )
+    return "\n".join([*lines, "", about])
+
+
+def _with_interval(row: dict[str, Any]) -> str:
+    """The sampled accuracy of a seed, and how far the farther end of its interval is."""
+    value = row["sampled"]
+    if (interval := row.get("sampled_interval")) is None:  # rows of earlier versions
+        right = np.arange(EVAL_PROMPTS) < round(value * EVAL_PROMPTS)
+        found = mean_with_interval(right.astype(np.float64))
+        interval = [found["low"], found["high"]]
+    return f"{value:.3f} ± {max(value - interval[0], interval[1] - value):.3f}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from lopd.store import TeacherCache
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.step import step
 
+SEEDS = (0, 1, 2, 3, 4)
 LISTS = (2, 4, 8)
+FACTORS = (1.0, 0.5, 2.0)  # of the demo's learning rate, in the order of the runs
 STEPS = 200  # half of the demo's, so that the grid takes half an hour
 FORMS: dict[str, dict[str, Any]] = {
     "bucket": {"support": "list"},

@@ -5,7 +5,17 @@ from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.objective_cells import EXACT, FORMS, LEFT_OUT, LISTS, SAMPLED, STEPS, WHOLE
+from benchmarks.objective_cells import (
+    EXACT,
+    FACTORS,
+    FORMS,
+    LEFT_OUT,
+    LISTS,
+    SAMPLED,
+    SEEDS,
+    STEPS,
+    WHOLE,
+)
 
 Row = dict[str, Any]
 Values = dict[int, Row]  # by seed
@@ -87,7 +97,7 @@ def training_table(rows: list[Row]) -> str:
     starts = [row for row in rows if row["cell"].startswith("start/")]
     kl = math.exp(mean(math.log(row["kl"]) for row in starts))
     sampled = mean(row["sampled"] for row in starts)
-    whole = len(FORMS) * len(LISTS) * len(runs.factors) * len(runs.seeds)
+    whole = len(FORMS) * len(LISTS) * len(FACTORS) * len(SEEDS)
     measured = sum(row["form"] in FORMS for row in runs.rows)
     seeds = ", ".join(map(str, runs.seeds))
     return "\n".join(

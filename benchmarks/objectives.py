@@ -25,9 +25,11 @@ import torch
 import transformers
 
 from benchmarks.objective_cells import (
+    FACTORS,
     FORMS,
     LEFT_OUT,
     LISTS,
+    SEEDS,
     STEPS,
     Cell,
     Gradients,
@@ -38,8 +40,6 @@ from benchmarks.objective_cells import (
 from benchmarks.recorder import identity
 
 NAME = "objectives.jsonl"
-SEEDS = (0, 1, 2, 3, 4)
-FACTORS = (1.0, 0.5, 2.0)  # of the demo's learning rate
 
 
 def cells() -> list[Cell]:

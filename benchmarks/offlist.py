@@ -51,7 +51,7 @@ def row_masses(
     logprobs: Tensor,  # [N, K], the teacher's
     teacher_tail: Tensor,  # [N], log
 ) -> dict[str, Tensor]:
-    """Masses [N] of each row: `on`, `off` and the four `FIELDS`."""
+    """Values [N] of each row: its masses `on` and `off`, its loss and the four `FIELDS`."""
     student, places = logits.log_softmax(1), ids.clamp(min=0)
     listed = student.gather(1, places).masked_fill(ids < 0, -torch.inf)
     outside = torch.ones_like(student, dtype=torch.bool)
@@ -66,6 +66,7 @@ def row_masses(
     return {
         "on": (mass * (ratio - loss[:, None]).abs()).sum(1),
         "off": tail_mass * (tail_ratio - loss).abs(),
+        "loss": loss,
         "student_tail": tail_mass,
         "teacher_tail": teacher_tail.exp(),
         "first": within.amax(1),
@@ -110,6 +111,7 @@ def summary(rows: dict[str, Tensor]) -> dict[str, Any]:
         "share": float(off.sum() / (on + off).sum()),
         "dense": {f"{x:g}": dense_share(on, off, x) for x in TOLERANCES},
         "mean_tail": float(rows["student_tail"].mean()),
+        "kl": float(rows["loss"].mean()),
         "quantiles": QUANTILES,
         "tail": _short(rows["student_tail"].quantile(where)),
         "off": _short(off.quantile(where)),
@@ -159,15 +161,16 @@ def rows_of(
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: the distribution of the tail, and what lies outside the lists."""
     lines = [
-        "| model | k | tail: mean | median | 90 % | 99 % | gradient outside | dense rows at 1e-2 "
-        "| at 1e-3 |",
-        f"| --- |{' ---: |' * 8}",
+        "| model | k | KL | tail: mean | median | 90 % | 99 % | gradient outside "
+        "| dense rows at 1e-2 | at 1e-3 |",
+        f"| --- |{' ---: |' * 9}",
     ]
     for row in rows:
         tail = dict(zip(row["quantiles"], row["tail"], strict=True))
         cells = [
             f"{row['model']}, {row['at']}",
             f"{row['k']}",
+            f"{row['kl']:.2g}",
             f"{row['mean_tail']:.1%}",
             *(f"{tail[q]:.2g}" for q in (0.5, 0.9, 0.99)),
             f"{row['share']:.1%}",
@@ -182,7 +185,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.9), layout="constrained")
     tails, left = figure.subplots(1, 2)
     names = list(dict.fromkeys((row["model"], row["k"]) for row in rows))
     for row in rows:
@@ -197,7 +200,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         yscale="log", ylim=(1e-4, 1), xlabel="share of rows kept dense",
         ylabel="off-list gradient left out",
     )  # fmt: skip
-    tails.legend(fontsize=6, title="solid: start; dotted: end", title_fontsize=6)
+    figure.legend(
+        loc="outside lower center", ncols=4, fontsize=7, title="solid: start; dotted: end",
+        title_fontsize=7,
+    )  # fmt: skip
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "offlist"}):
         figure.savefig(path, metadata={"Date": None})
 
@@ -227,7 +233,10 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         models, cache = {"start": args.start, "end": args.end}, args.cache
         models = {at: folder for at, folder in models.items() if folder is not None}
-        lists, command = args.k or LISTS, f"python -m benchmarks.offlist --name {args.name} ..."
+        lists, command = (
+            args.k or LISTS,
+            f"python -m benchmarks.offlist --name {args.name!r} --start STUDENT --cache CACHE",
+        )
     new = list(rows_of(args.name, models, cache, list(lists), args.rows, command))
     path = args.out / NAME
     kept = [row for row in read(path) if row["model"] != args.name]

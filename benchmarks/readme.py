@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks import (
     demo_seeds,
+    evidence,
     fused_loss,
     gpu_suite,
     gradients,
@@ -215,6 +216,7 @@ def rendered(text: str) -> str:
         "parts": parts_block,
         "offline live": live_block,
         "gradients": lambda: gradients.table(read_rows(gradients.NAME)),
+        "claims": lambda: evidence.table(read_rows),
         "forms": lambda: objective_tables.training_table(read_rows(objectives.NAME)),
         "verdict": lambda: objective_tables.verdict(read_rows(objectives.NAME)),
         "gradient noise": lambda: objective_tables.gradient_table(read_rows(objectives.NAME)),
@@ -232,7 +234,14 @@ def rendered(text: str) -> str:
 
 DOCUMENTS = [
     ROOT / name
-    for name in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md", "docs/losses.md")
+    for name in (
+        "README.md",
+        "benchmarks/README.md",
+        "benchmarks/NOTES.md",
+        "docs/evidence.md",
+        "docs/losses.md",
+        "docs/training.md",
+    )
 ]
 
 if __name__ == "__main__":

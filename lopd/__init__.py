@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lopd import errors
 
 if TYPE_CHECKING:
+    from lopd.config.calibrate import CalibrateConfig
     from lopd.config.declare import DeclareConfig
     from lopd.config.demo import DemoConfig
     from lopd.config.distill import DistillConfig
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from lopd.config.sft_data import SftDataConfig
     from lopd.config.verify import VerifyConfig
     from lopd.models.head import run_with_loss
+    from lopd.stages.calibrate import main as calibrate
     from lopd.stages.declare import main as declare
     from lopd.stages.demo import main as demo
     from lopd.stages.distill import main as distill
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CalibrateConfig",
     "DeclareConfig",
     "DemoConfig",
     "DistillConfig",
@@ -80,6 +83,7 @@ __all__ = [
     "SftDataConfig",
     "TeacherCache",
     "VerifyConfig",
+    "calibrate",
     "declare",
     "demo",
     "distill",
@@ -101,6 +105,7 @@ __all__ = [
     "verify",
 ]
 _MODULES = {
+    "CalibrateConfig": "lopd.config.calibrate",
     "DeclareConfig": "lopd.config.declare",
     "DemoConfig": "lopd.config.demo",
     "DistillConfig": "lopd.config.distill",
@@ -126,6 +131,7 @@ _MODULES = {
 }
 # Functions that are the `main` of the module of that name in lopd.stages.
 _STAGES = [
+    "calibrate",
     "declare",
     "demo",
     "distill",

@@ -76,15 +76,10 @@ def reduced_loss(
     if reduction == "mean":
         loss = loss._replace(row_weights=mean_weights(loss.row_weights, head.hidden))
     args, needs, bound = LossArgs.of(loss), head.needs, head.workspace_bytes
-    sizes = Sizes.of(head.hidden, head.weight, loss.ids.shape[1])
+    sizes = Sizes.of(head.hidden, head.weight, loss.ids.shape[1]).keeping(loss.skip)
     if weight_grad_buffer is not None and torch.is_grad_enabled():
         losses, stats = ops.losses_into_buffer(head, args, want_entropy, weight_grad_buffer)
-    elif (
-        loss.rule.ignores_unlisted
-        or reduction == "none"
-        or loss.skip is not None
-        or not in_forward(sizes, needs, bound)
-    ):
+    elif loss.rule.ignores_unlisted or reduction == "none" or not in_forward(sizes, needs, bound):
         losses, stats, *_ = ops.row_losses(*head, *args, want_entropy)
     elif stores_dlogits(sizes, needs, bound):
         losses, stats, *_ = ops.stored_loss(*head, *args, want_entropy)

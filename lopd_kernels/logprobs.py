@@ -21,7 +21,7 @@ class TopK(NamedTuple):
     entropy: Tensor  # [N] nat
     extra_logprobs: Tensor | None  # [N, E] at extra_ids, -inf at pads
     extra_tail_logprobs: Tensor | None  # [N] log of the mass outside the k ids and extra_ids
-    sampled_logprobs: Tensor | None  # [N] at sampled_ids
+    sampled_logprobs: Tensor | None  # [N] at sampled_ids, -inf at -1
 
 
 @overload
@@ -145,7 +145,8 @@ def linear_topk(
         extra_ids: [N, E] int32 or int64, -1 pads: ids whose log-probs are returned, and that
             `extra_tail_logprobs` excludes. They may be repeated or among the top k.
         sampled_ids: [N] int32 or int64: ids whose log-probs are returned, and that no tail
-            excludes.
+            excludes. -1 marks rows without one, such as padding: their log-prob is -inf, and a
+            loss with weight 0 in these rows ignores it.
         bias, logit_scale, softcap, temperature: of the logits, as in `linear_sparse_divergence`.
         workspace_bytes: bound on what the call allocates beyond inputs and outputs.
         validate: whether to check values. None checks them except while compiling or capturing a
@@ -177,7 +178,7 @@ def linear_topk(
     if _values.checks_values(validate, hidden):
         checks = _values.ValueChecks()
         checks.ids("extra_ids", extra, vocab, distinct=False)
-        checks.ids("sampled_ids", sampled, vocab, pads=False, distinct=False)
+        checks.ids("sampled_ids", sampled, vocab, distinct=False)
         checks.finish()
     results = ops.topk(*head, k, extra, sampled)
     ids, logprobs, tail, entropy, at_extra, extra_tail, at_sampled = (

@@ -54,6 +54,7 @@ def test_the_library_example_runs(capsys):
 
 NEED_A_PIPELINE = {  # page: where its examples run
     "docs/python.md": "tests/test_python_api.py",
+    "docs/how-to/many-nodes.md": "tests/integrations/test_ray.py",
     "docs/how-to/trl.md": "tests/integrations/test_trl_trainer.py",
 }
 BLOCKS = [

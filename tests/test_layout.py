@@ -39,7 +39,7 @@ KERNEL_LAYERS = [
     {"_core.linear", "_core.skipping", "_torch", "_triton"},
     {"_core.scaling", "_core.listed"},
     {"_core.chunks", "_core.panels"},
-    {"_core.logprobs", "_core.topk", "_core.dense_logits"},
+    {"_core.kept_rows", "_core.logprobs", "_core.topk", "_core.dense_logits"},
     {"_ops"},
     {"_calls", "workspace"},
     {"divergence", "policy", "logprobs"},

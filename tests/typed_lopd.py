@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lopd import (
+    CalibrateConfig,
     DeclareConfig,
     DemoConfig,
     DistillConfig,
@@ -26,6 +27,7 @@ from lopd import (
     SftDataConfig,
     TeacherCache,
     VerifyConfig,
+    calibrate,
     declare,
     demo,
     distill,
@@ -70,6 +72,7 @@ def around(path: Path) -> Path:
     import_scores(
         ImportConfig(source="s.jsonl", format="topk", teacher="t", student="s", out="cache")
     )
+    calibrate(CalibrateConfig(cache="cache", out="calibrated"))
     return declare(DeclareConfig(model="m", teacher="t"))
 
 

@@ -19,6 +19,7 @@ from lopd.cli.flags import CONTEXT, SettingsCommand, map_of_the_pipeline
 from lopd.cli.signals import ending_in_order
 from lopd.config.parse import build_config, check_keys
 from lopd.config.strict_yaml import load_yaml
+from lopd.config.values import pairs
 from lopd.errors import Interrupted, LopdError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -97,6 +98,11 @@ def prepare(
         if command.about.many:
             given = ",".join(given) or None
         flags[positional] = flags[positional] if given is None else given
+    flags |= {
+        name: pairs(name, texts) if texts else None
+        for name, texts in flags.items()
+        if isinstance(texts, tuple)
+    }
     settings = {} if config is None else load_yaml(config)
     built = build_config(command.config_class, settings, flags, config or prog, prog)
 

@@ -136,6 +136,14 @@ COMMANDS = {
         ("--source scores.jsonl --format topk --teacher teacher/ --student student/ --out cache/",),
         kept=SHARDS,
     ),
+    "calibrate": Command(
+        "calibrate",
+        "CalibrateConfig",
+        OTHER,
+        "Take the mean difference of another teacher out of a cache.",
+        "cache/ -> calibrated/, for --objective policy_gradient or log_ratio",
+        ("--cache cache/ --out calibrated/",),
+    ),
     "declare": Command(
         "declare",
         "DeclareConfig",

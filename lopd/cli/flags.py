@@ -147,7 +147,8 @@ def option(item: Field[Any]) -> click.Option:
     if bool in kinds_of(item):
         names = f"{flag(item.name)}/{flag('no_' + item.name)}"
         return click.Option([item.name, names], default=None, is_flag=True)
-    return click.Option([item.name, flag(item.name)], type=Value(item), default=None)
+    many = item.metadata["many"]
+    return click.Option([item.name, flag(item.name)], type=Value(item), default=None, multiple=many)
 
 
 def general_options() -> list[click.Option]:

@@ -1,6 +1,7 @@
 """Settings of `lopd declare`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from lopd.config.fields import setting
 from lopd.config.model_code import CodeOptions
@@ -14,4 +15,8 @@ class DeclareConfig(CodeOptions):
     """
 
     model: str = setting(help="Folder or hub id of the fine-tuned checkpoint.")
-    teacher: str = setting(help="The teacher's folder or hub id, or the digest of its weights.")
+    teacher: dict[str, Any] | str = setting(
+        many=True,
+        help="The teacher's folder or hub id, or the digest of its weights; NAME=TEACHER for each "
+        "of several.",
+    )

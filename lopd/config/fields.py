@@ -81,6 +81,7 @@ def setting(
     remedy: str = "",
     off: str = "",
     identity: bool = True,
+    many: bool = False,
 ) -> Any:
     """A dataclass field that declares one setting: its help, group, range and identity.
 
@@ -94,6 +95,7 @@ def setting(
         off: text of `--help` for the flag `--no-NAME` of a switch that is on by default.
         identity: whether the setting belongs to the identity of a run, that is, whether it changes
             the result by more than rounding. Paths do not: inputs are identified by digests.
+        many: whether its flag may be given several times, each NAME=VALUE of a mapping.
     """
     assert group in GROUPS, group
     assert within is None or parse_range(within)
@@ -106,6 +108,7 @@ def setting(
         "remedy": remedy,
         "off": off,
         "identity": identity,
+        "many": many,
     }
     return field(default=default, metadata=about)
 

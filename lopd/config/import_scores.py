@@ -27,7 +27,8 @@ class ImportConfig(CodeOptions):
         None,
         group="Model and data",
         identity=False,
-        help="Teacher that scored: a folder, a digest of weights, or a name; not for rollouts.",
+        help="Teacher that scored: a folder or hub id, a digest of weights, or a name; not for "
+        "rollouts.",
     )
     student: str = setting(
         identity=False,

@@ -68,6 +68,8 @@ class Objective(Settings):
         weight_beta, weight_share, weight_entropy: of `token_weights`, those in `WEIGHT_SETTINGS`.
         temperature: divides the student's logits; equals the temperature of the teacher's scores.
         workspace_bytes: limit on what the loss allocates; changes only rounding.
+        calibrated: whether the teacher's log-probs are calibrated and thus of no distribution; a
+            divergence refuses them, and held-out sequences are evaluated by log_ratio.
         eos_class: ids that a divergence takes as one token; every teacher's list must hold them.
 
     Raises:
@@ -161,6 +163,7 @@ class Objective(Settings):
     )
     workspace_bytes: int | None = None
     eos_class: tuple[int, ...] = ()
+    calibrated: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -189,6 +192,11 @@ class Objective(Settings):
             raise ConfigError(
                 f"eos_class: {self.name} has no lists to merge ids in; the cache was scored with "
                 f"--eos-class, which needs one of {', '.join(SPARSE)}"
+            )
+        if self.calibrated and self.name not in SAMPLED:
+            raise ConfigError(
+                f"calibrated: {self.name} needs a distribution of the teacher, and calibrated "
+                f"log-probs are of none; use {' or '.join(SAMPLED)}"
             )
         self._check_importance()
         self._check_token_weights()
@@ -272,6 +280,13 @@ class Objective(Settings):
         weights do not count, so that runs with different ones can be compared. Nor does what is
         left out of gradients.
         """
+        if self.calibrated:
+            return Objective(
+                "log_ratio",
+                temperature=self.temperature,
+                workspace_bytes=self.workspace_bytes,
+                calibrated=True,
+            )
         if self.name in SAMPLED or self.tail == "unbiased":
             return Objective(
                 "reverse_kl",
@@ -301,6 +316,10 @@ class Objective(Settings):
         """
         if self.name in ("forward_kl", "jsd"):
             return f"{self.name} weighs ids with the teacher's probability"
+        if self.token_weights == "entropy":
+            return (
+                "forward KL, which uncertain tokens take, weighs ids with the teacher's probability"
+            )
         if self.name == "reverse_kl" and self.tail == "renormalize":
             return "renormalize ignores the teacher's probability outside the list"
         return None

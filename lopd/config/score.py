@@ -8,6 +8,7 @@ from lopd.config.eos import EosOptions, parse_eos_class
 from lopd.config.fields import setting, setting_of
 from lopd.config.inference import EngineOptions, SamplingOptions, ScoringOptions
 from lopd.config.prompts import PromptOptions
+from lopd.config.teachers import TeacherOptions
 from lopd.config.training import refuse_unused
 from lopd.errors import ConfigError
 
@@ -17,10 +18,9 @@ _cache = partial(setting, group="Cache")
 
 
 @dataclass(kw_only=True)
-class ScoreConfig(EngineOptions, ScoringOptions):
+class ScoreConfig(TeacherOptions, EngineOptions, ScoringOptions):
     """Score rollouts with the teacher (`lopd score`)."""
 
-    teacher: str = setting(identity=False, help="Folder or hub id of the teacher model.")
     rollouts: str = setting(identity=False, help="Folder that `lopd rollout` wrote.")
     out: str = setting(identity=False, help="Cache folder; an interrupted run is continued.")
     k: int = _cache(64, within="[1, inf)", help="Maximum number of listed tokens per position.")
@@ -88,12 +88,21 @@ class ScoreConfig(EngineOptions, ScoringOptions):
             refuse_unused(
                 self, ("extra_ids",), f"support {self.support} lists the student's top k; set k"
             )
-        elif not self.extra_ids and self.teacher_template is None:
+        elif not self.extra_ids and self.teacher_template is None and self.teacher_field is None:
             refuse_unused(
-                self, ("student",), "only support, extra_ids and teacher_template read the student"
+                self,
+                ("student",),
+                "only support, extra_ids, teacher_template and teacher_field read the student",
             )
-        if self.teacher_template is None:
-            refuse_unused(self, ("prompts",), "only teacher_template reads their records")
+        if self.teacher_template is None and self.teacher_field is None:
+            refuse_unused(
+                self, ("prompts",), "only teacher_template and teacher_field read their records"
+            )
+        if self.teacher_template is not None and self.teacher_field is not None:
+            raise ConfigError(
+                "teacher_template: found with teacher_field; a template is for one teacher; leave "
+                "one of the two out"
+            )
         parse_eos_class(self.eos_class)
         if self.engine == "vllm" and self.temperature != 1:
             raise ConfigError("engine: vllm scores at temperature 1; use transformers")

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
-from lopd.config.fields import setting
 from lopd.config.inference import SamplingOptions
+from lopd.config.teachers import TeacherOptions
 
 
 @dataclass(kw_only=True)
-class SftDataConfig(SamplingOptions):
+class SftDataConfig(TeacherOptions, SamplingOptions):
     """Sample the teacher's answers to prompts (`lopd sft-data`)."""
-
-    teacher: str = setting(identity=False, help="Folder or hub id of the teacher model.")

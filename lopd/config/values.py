@@ -52,6 +52,31 @@ def convert(item: Field[Any], value: Any) -> Any:
     return found
 
 
+def pairs(name: str, texts: Sequence[str]) -> str | dict[str, str]:
+    """The value of a flag that may be given several times: its one text, or pairs as a mapping.
+
+    Raises:
+        ConfigError: one of several is no NAME=VALUE, or a name is given twice.
+
+    >>> pairs("teacher", ["runs/lr=1"]), pairs("teacher", ["math=a", "code=b"])
+    ('runs/lr=1', {'math': 'a', 'code': 'b'})
+    """
+    if len(texts) == 1:
+        return texts[0]
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{name}: found '{text}' beside others; expected NAME=VALUE of each")
+        if key in found:
+            raise ConfigError(
+                f"{name}: the name '{key}' is given twice, for '{found[key]}' and '{value}'; give "
+                "each name once"
+            )
+        found[key] = value
+    return found
+
+
 def typed(kinds: Sequence[type], value: Any) -> Any:
     """The value as the first of these types that it can be; None if it can be none of them.
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from lopd.config.fields import setting
 from lopd.config.inference import EngineOptions, ScoringOptions
@@ -18,7 +19,12 @@ class VerifyConfig(EngineOptions, ScoringOptions):
     rescore: int = _evaluation(
         0, within="[0, inf)", help="Score N sequences of a cache again; 0 checks files only."
     )
-    teacher: str | None = _evaluation(None, help="Folder of the teacher that scored the cache.")
+    teacher: dict[str, Any] | str | None = setting(
+        None,
+        group="Evaluation",
+        many=True,
+        help="Folder of the teacher that scored the cache; NAME=PATH for each of several.",
+    )
     student: str | None = _evaluation(
         None, help="Folder of the student; its KL on the same tokens is the signal."
     )

@@ -1,6 +1,6 @@
 """The records of prompts, found again by the prompt ids of the sequences that came from them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -10,14 +10,21 @@ import numpy as np
 
 from lopd.config.prompts import PromptOptions
 from lopd.data.prompts import MAX_LINE, load_prompts, prompt_of
-from lopd.data.records import describe_data, read_records
+from lopd.data.records import MAX_RECORD, describe_data, read_records
 from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.data.shapes import shaped
 from lopd.errors import DataError, MissingFileError
 from lopd.models.load import load_tokenizer
 from lopd.provenance import Manifest
 
-Record = tuple[str, dict[str, Any]]  # its place, and its fields, under lopd's names too
+
+@dataclass(frozen=True)
+class Record:
+    """The record of a prompt."""
+
+    name: str  # id of the prompt
+    place: str
+    fields: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,46 +65,47 @@ class RecordSource:
             )
         return cls(path, *settings)
 
-    def find(self, prompts: Mapping[str, np.ndarray], student: str) -> dict[str, list[Record]]:
-        """The records of prompts by id: one each, several of imported ones that share an id.
+    def find(self, prompts: Mapping[str, np.ndarray], student: str) -> Iterator[Record]:
+        """Yield the records of prompts: one each, several of imported ones that share an id.
 
         Args:
-            prompts: token ids of each prompt, as they are in its sequences.
+            prompts: token ids of each prompt by its id, as they are in its sequences.
             student: folder of the model that made the rollouts, whose tokenizer decides the ids.
 
         Raises:
             DataError: a prompt has no record, or its record holds another prompt.
         """
-        found: dict[str, list[str]] = {}  # places
-        records = dict(self._records())
-        if self.imported:
-            for where, record in records.items():
-                if (name := str(record.get("id"))) in prompts:
-                    found.setdefault(name, []).append(where)
-        else:
-            for prompt in load_prompts(self.path, self._encoder(student), limit=self.limit):
-                if prompt.id in prompts:
-                    found[prompt.id] = [prompt.place]
-                    if prompt.tokens != prompts[prompt.id].tolist():
-                        raise DataError(
-                            f"{prompt.place}: prompt '{prompt.id}' is another than that of the "
-                            "rollouts; name the file that they were sampled from with --prompts"
-                        )
-        if absent := sorted(prompts.keys() - found.keys()):
+        names = None if self.imported else self._names(prompts, student)
+        absent = set(prompts)
+        skip = _ignore if self.imported or self.reading.get("skip_bad_records") else None
+        longest = MAX_RECORD if self.imported else MAX_LINE
+        for where, record in read_records(self.path, max_bytes=longest, skip=skip):
+            given = record.get("id") if names is None else names.get(where)
+            if given is None or (name := str(given)) not in prompts:
+                continue
+            absent.discard(name)
+            yield Record(name, where, self._fields(record, where))
+        if absent:
             more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
             raise DataError(
-                f"{self.path}: has no record of the rollouts' prompt '{absent[0]}'{more}; name the "
-                f"file {'with these ids' if self.imported else 'they were sampled from'} with "
+                f"{self.path}: has no record of the rollouts' prompt '{min(absent)}'{more}; name "
+                f"the file {'with these ids' if self.imported else 'they were sampled from'} with "
                 "--prompts"
             )
-        return {
-            name: [(where, self._fields(records[where], where)) for where in places]
-            for name, places in found.items()
-        }
 
-    def _records(self) -> list[Record]:
-        skip = (lambda error: None) if self.reading.get("skip_bad_records") else None
-        return list(read_records(self.path, max_bytes=MAX_LINE, skip=skip))
+    def _names(self, prompts: Mapping[str, np.ndarray], student: str) -> dict[str, str]:
+        """The ids of prompts by the places of their records."""
+        names: dict[str, str] = {}
+        for prompt in load_prompts(self.path, self._encoder(student), limit=self.limit):
+            if prompt.id not in prompts:
+                continue
+            if prompt.tokens != prompts[prompt.id].tolist():
+                raise DataError(
+                    f"{prompt.place}: prompt '{prompt.id}' is another than that of the rollouts; "
+                    "name the file that they were sampled from with --prompts"
+                )
+            names[prompt.place] = prompt.id
+        return names
 
     def _encoder(self, student: str) -> PromptEncoder:
         options = {name: value for name, value in self.reading.items() if name != "date"}
@@ -122,3 +130,7 @@ class RecordSource:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         return record | named | {"messages": prompt}
+
+
+def _ignore(error: DataError) -> None:
+    """A record that cannot be read was left out, and named, when the rollouts were made."""

@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lopd.config.prompts import chosen_options
 from lopd.data.messages import Message, check_messages
 from lopd.data.records import describe_data, read_records
 from lopd.data.rendering import PromptEncoder
-from lopd.data.shapes import after_marker, columns_for, keys_of, shaped
+from lopd.data.shapes import after_marker, at, columns_for, keys_of, shaped
 from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
@@ -46,15 +46,57 @@ class Prompt:
     tokens: list[int]
     answer: str | None
     place: str = ""  # of its record
+    teacher: str | None = None  # the name of the teacher that its record is routed to
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which teacher a record goes to: the one whose name is the value of a field."""
+
+    field: str
+    teachers: Sequence[str]  # their names
+    encoders: Mapping[str, PromptEncoder] | None = None  # of each; None: nothing is encoded
+
+    def teacher_of(self, value: Any, where: str) -> str:
+        """The name of the teacher for the value of the field.
+
+        Raises:
+            DataError: the record has no such field, or it names no teacher.
+        """
+        if value is None or not isinstance(value, str | int):
+            found = "no such field" if value is None else f"{value!r:.60}"
+            raise DataError(
+                f"{where}: {self.field}: found {found}; expected the name of a teacher, one of "
+                f"{', '.join(self.teachers)}"
+            )
+        if str(value) not in self.teachers:
+            raise DataError(
+                f"{where}: {self.field}: found '{value}', which names no teacher; expected one of "
+                f"{', '.join(self.teachers)}, or add --teacher '{value}=PATH'"
+            )
+        return str(value)
+
+    def check_used(self, names: Collection[str | None], path: str | Path) -> None:
+        """Raise ConfigError for a teacher that no record goes to."""
+        if unused := [name for name in self.teachers if name not in names]:
+            raise ConfigError(
+                f"teacher: no record of {path} has {self.field} '{unused[0]}'; leave that teacher "
+                "out, or correct its name"
+            )
 
 
 def read_shaped(
-    path: str | Path, encoder: PromptEncoder, skipped: Skipped, *reads: str
+    path: str | Path,
+    encoder: PromptEncoder,
+    skipped: Skipped,
+    *reads: str,
+    also: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `(place, fields)` of each record, under lopd's names; prints the shapes it recognised.
 
     Args:
         reads: the fields that the caller reads beside the prompt.
+        also: columns, or fields inside one (`column.field`), that it reads under their own names.
     """
     columns, shapes = encoder.options.column_map(), set()
     found: set[str] = set()
@@ -62,8 +104,11 @@ def read_shaped(
     for where, record in read_records(path, max_bytes=MAX_LINE, skip=skip):
         try:
             known = shaped(record, where, columns)
+            for name in also:
+                if (value := at(record, name)) is not None:
+                    known.fields[name] = value
             if not columns:
-                _check_names(known.fields, where, [*reads, *encoder.fields])
+                _check_names(known.fields, where, [*reads, *also, *encoder.fields])
                 _check_whole(known.fields, where, encoder.fields)
         except DataError as error:
             skipped.handle(error)
@@ -170,7 +215,12 @@ def encode_record(
 
 
 def load_prompts(
-    path: str | Path, encoder: PromptEncoder, *, limit: int | None = None, answers: bool = False
+    path: str | Path,
+    encoder: PromptEncoder,
+    *,
+    limit: int | None = None,
+    answers: bool = False,
+    routes: Routes | None = None,
 ) -> list[Prompt]:
     """Read and tokenise the prompts of a file or folder.
 
@@ -179,6 +229,8 @@ def load_prompts(
 
     Args:
         answers: whether to read `answer` too, which every record must have then.
+        routes: which teacher a record goes to, whose encoder encodes the prompt; `encoder` then
+            only says how records are read.
 
     Raises:
         DataError: there are no prompts, two records have the same `id`, or a record is unusable
@@ -190,8 +242,12 @@ def load_prompts(
     places: dict[str, str] = {}
     repeats: Counter[str] = Counter()
     skipped = Skipped(str(path), encoder.options.skip_bad_records)
-    for where, fields in read_shaped(path, encoder, skipped, *(["answer"] if answers else [])):
+    reads, also = ["answer"] if answers else [], [] if routes is None else [routes.field]
+    for where, fields in read_shaped(path, encoder, skipped, *reads, also=also):
         try:
+            teacher = None if routes is None else routes.teacher_of(fields.get(routes.field), where)
+            if routes is not None and routes.encoders is not None:
+                encoder = routes.encoders[str(teacher)]
             tokens, own = encode_record(encoder, fields, where)
             name = _given_id(fields, where, places)
             answer = _answer(fields, where) if answers else None
@@ -204,7 +260,7 @@ def load_prompts(
             repeats[digest] += 1
         else:
             places[name] = where
-        prompts.append(Prompt(name, tokens, answer, where))
+        prompts.append(Prompt(name, tokens, answer, where, teacher))
         skipped.kept += 1
         if limit is not None and len(prompts) == limit:
             break

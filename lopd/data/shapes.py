@@ -107,6 +107,16 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def at(record: Any, column: str) -> Any:
+    """The value of a column, or of a field inside one, `column.field`."""
+    if isinstance(record, Mapping):
+        if column in record:
+            return record[column]
+        head, dot, rest = column.partition(".")
+        return at(record.get(head), rest) if dot else None
+    return None
+
+
 def _sharegpt(record: Mapping[str, Any], where: str) -> Shaped | None:
     for name in ("conversations", "conversation"):
         if name in record:
@@ -162,7 +172,7 @@ def _without(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
 def _named(record: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> dict[str, Any]:
     fields = {}
     for name, column in columns.items():
-        value = _at(record, column)
+        value = at(record, column)
         if value is None and name in ("prompt", "messages", "completion", "answer"):
             near = difflib.get_close_matches(column, map(str, record), n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"found {keys_of(record)}"
@@ -182,16 +192,6 @@ def _named(record: Mapping[str, Any], where: str, columns: Mapping[str, str]) ->
         if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]:
             fields[key] = sharegpt_messages(turns, where, columns[key])
     return fields
-
-
-def _at(record: Any, column: str) -> Any:
-    """The value of a column, or of a field inside one, `column.field`."""
-    if isinstance(record, Mapping):
-        if column in record:
-            return record[column]
-        head, dot, rest = column.partition(".")
-        return _at(record.get(head), rest) if dot else None
-    return None
 
 
 def _advice(record: Mapping[str, Any]) -> str:

@@ -47,15 +47,15 @@ class TeacherPrompts:
         rendered = TeacherTemplate(template, source, load_tokenizer(teacher), today)
         tokens: dict[str, np.ndarray] = {}
         places: dict[str, str] = {}
-        for name, found in records.find(prompts, student).items():
-            for where, fields in found:
-                ids = np.array(rendered.tokens(fields, where), np.int32)
-                if name in tokens and not np.array_equal(ids, tokens[name]):
-                    raise DataError(
-                        f"{where}: {source} renders another prompt for '{name}' than at "
-                        f"{places[name]}; give the records different ids, or the same fields"
-                    )
-                tokens[name], places[name] = ids, places.get(name, where)
+        for record in records.find(prompts, student):
+            name, where = record.name, record.place
+            ids = np.array(rendered.tokens(record.fields, where), np.int32)
+            if name in tokens and not np.array_equal(ids, tokens[name]):
+                raise DataError(
+                    f"{where}: {source} renders another prompt for '{name}' than at "
+                    f"{places[name]}; give the records different ids, or the same fields"
+                )
+            tokens[name], places[name] = ids, places.get(name, where)
         return cls(tokens, places)
 
     def digest(self) -> str:

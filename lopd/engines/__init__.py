@@ -1,5 +1,6 @@
 """Inference engines behind one protocol; `load_engine` loads one by name."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,12 @@ def load_engine(
     from lopd.engines.transformers import TransformersEngine
 
     return TransformersEngine.load(path, **(shared | limits))
+
+
+def free_memory() -> None:
+    """Return the memory of engines that are no longer referred to, before another is loaded."""
+    import torch
+
+    gc.collect()  # a model has cycles, and a vLLM engine ends its process when it is collected
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -47,9 +47,8 @@ class Agreement:
     truncated: float  # share of the answers of the whole cache
     lengths: np.ndarray  # of the answers that were read, in tokens
 
-    def rows(self) -> dict[str, Any]:
-        """The known values by name, and what follows from them in words."""
-        rows: dict[str, Any] = {"sequences_compared": self.sequences}
+    def means(self) -> dict[str, Mean]:
+        """The known means by name."""
         name = "kl_to_teacher" if self.is_kl else "log_ratio_to_teacher"
         means = {
             name: self.log_ratio,
@@ -58,10 +57,14 @@ class Agreement:
             "sampled_in_lists": self.sampled_listed,
             "student_top_in_teachers": self.student_top_listed,
         }
-        for name, mean in means.items():
-            if mean is not None:
-                rows[name] = mean.value
-                rows[f"{name}_error"] = mean.error
+        return {name: mean for name, mean in means.items() if mean is not None}
+
+    def rows(self) -> dict[str, Any]:
+        """The known values by name, and what follows from them in words."""
+        rows: dict[str, Any] = {"sequences_compared": self.sequences}
+        for name, mean in self.means().items():
+            rows[name] = mean.value
+            rows[f"{name}_error"] = mean.error
         if self.ess is not None:
             rows["ess_as_teacher"] = self.ess
         rows["truncated"] = self.truncated
@@ -93,22 +96,24 @@ class Agreement:
         )
 
 
-def measure(cache: TeacherCache) -> Agreement | None:
+def measure(cache: TeacherCache, teacher: str | None = None) -> Agreement | None:
     """Compare student and teacher over the loss tokens of a cache, or of a part of a large one.
 
     Args:
         cache: opened with `support="list"`.
+        teacher: the name of one of several teachers, to compare on its sequences only.
 
     Returns:
         None if no shard is finished, or no token of the answers bears loss.
     """
     assert cache.support == "list", cache.support
-    if not len(cache):
+    own = cache.of_teacher(teacher)
+    if not len(own):
         return None
     manifest = cache.manifest
-    source, unknown = _source(manifest)
+    source, unknown = logprob_source(manifest)
     has_lists, extra_ids = not cache.has_no_lists, _extra_ids(manifest)
-    chosen = np.unique(np.linspace(0, len(cache) - 1, MOST_SEQUENCES).round().astype(np.int64))
+    chosen = own[np.unique(np.linspace(0, len(own) - 1, MOST_SEQUENCES).round().astype(np.int64))]
     values: dict[str, list[np.ndarray]] = {}
     prompts, lengths = [], []
     for index in chosen.tolist():
@@ -132,9 +137,21 @@ def measure(cache: TeacherCache) -> Agreement | None:
         covered=means.get("covered"),
         sampled_listed=means.get("sampled_listed"),
         student_top_listed=means.get("student_top_listed"),
-        truncated=cache.summary()["finish_reasons"]["length"] / len(cache),
+        truncated=cache.totals(teacher)["finish_reasons"]["length"] / len(own),
         lengths=np.array(lengths),
     )
+
+
+def by_teacher(cache: TeacherCache) -> dict[str, str]:
+    """One line about the sequences of each of several teachers; empty if there is one."""
+    lines = {}
+    for name in cache.manifest.teachers or ():
+        totals = cache.totals(name)
+        words = [f"{totals['sequences']} sequences, {totals['response_tokens']} response tokens"]
+        if (found := measure(cache, name)) is not None:
+            words += [f"{what} {mean.value:.4g}" for what, mean in found.means().items()]
+        lines[f"teacher {name}"] = ", ".join(words)
+    return lines
 
 
 def low_coverage(cache: TeacherCache, found: Agreement | None) -> str | None:
@@ -161,11 +178,13 @@ def low_coverage(cache: TeacherCache, found: Agreement | None) -> str | None:
     )
 
 
-def _source(manifest: CacheManifest) -> tuple[str | None, str]:
+def logprob_source(manifest: CacheManifest) -> tuple[str | None, str]:
     """The column of log p to compare with log q, and why no KL follows from it (empty: it does)."""
     sampling, temperature = manifest.rollouts.sampling, manifest.temperature
     if manifest.scoring.rollout_logprobs == "absent":
         return None, "the log-probs of the rollouts are unknown"
+    if manifest.scoring.is_calibrated:
+        return None, "the log-probs of the teacher are calibrated"
     if manifest.scoring.eos_class:
         return None, "ids that end an answer count as one, and log-probs of the sampled id do not"
     raw = "rollout_logprobs_raw" if temperature == 1 else None

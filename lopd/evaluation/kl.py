@@ -36,7 +36,7 @@ def on_policy_kl(
     sampled: list[Generation],
     k: int,
     eos_class: tuple[int, ...] = (),
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """KL(student || teacher) on the student's own samples.
 
     Args:
@@ -80,7 +80,8 @@ def open_cache(path: str | Path, model: str | Path, student: TransformersEngine)
         model: folder of the student, for its tokenizer.
 
     Raises:
-        ConfigError: the lists were renormalised, so the mass outside them is unknown.
+        ConfigError: the lists were renormalised, so the mass outside them is unknown, or the
+            log-probs are calibrated.
         ProvenanceError: an id that occurs stands for different tokens in the two tokenizers.
         ShardError: a shard is missing or altered.
     """
@@ -90,15 +91,21 @@ def open_cache(path: str | Path, model: str | Path, student: TransformersEngine)
             f"{path}: its lists were renormalised before they were imported, so the mass outside "
             "them is lost; a KL needs it: leave --cache out, or score the rollouts again"
         )
-    cache.verify()
-    if tokenizer_digest(model) != cache.manifest.model.tokenizer:
-        check_same_tokens(
-            student.tokenizer.get_vocab(), load_vocab(path), cache.used_ids(), "cache"
+    if cache.manifest.scoring.is_calibrated:
+        raise ConfigError(
+            f"{path}: its log-probs are calibrated, and a KL needs those of the teacher; name the "
+            "cache that was calibrated"
         )
+    cache.verify()
+    ours = tokenizer_digest(model)
+    for name, teacher in cache.manifest.models.items():
+        if teacher.tokenizer != ours:
+            theirs, used = load_vocab(path, teacher.tokenizer), cache.used_ids(name)
+            check_same_tokens(student.tokenizer.get_vocab(), theirs, used, "cache")
     return cache
 
 
-def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, float]:
+def cache_kl(student: TransformersEngine, cache: TeacherCache) -> dict[str, Any]:
     """KL(student || stored teacher) over all loss tokens of a cache, at the cache's temperature.
 
     The buckets are those of training: the stored list with the sampled token, and all other ids.
@@ -126,17 +133,20 @@ def reverse_kl(
     student: TransformersEngine,
     batches: Iterable[Sequence[Any]],
     objective: Objective = Objective("reverse_kl"),  # noqa: B008 (it is frozen)
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Mean reverse KL over the loss tokens of batches of scored sequences.
 
     Returns:
         `nats_per_token`, `standard_error` (of a mean over tokens that come in sequences; absent for
         one sequence), `tokens`, and `outside_lists`, the mean share of the model's probability
-        outside the lists. These ids count as one, so the value is at most the KL over all ids.
+        outside the lists. These ids count as one, so the value is at most the KL over all ids. With
+        several teachers also `by_teacher`, the mean over the tokens of each.
     """
     collate = Collator(weighted=False)
     by_sequence = []  # [S, 3]: sums of KL, probability outside the list, and tokens
+    teachers: list[str | None] = []  # [S]
     for items in batches:
+        teachers += [item.teacher_id for item in items]
         batch = to_device(collate(items), student.device)
         loss_fn = partial(_row_values, batch, objective)
         values = run_with_loss(student.model, model_inputs(batch), loss_fn)
@@ -145,9 +155,12 @@ def reverse_kl(
         by_sequence.append(torch.stack(sums, 1).cpu().numpy())
     sums_of = np.concatenate(by_sequence)
     total, outside, tokens = sums_of.sum(0)
-    result = {"nats_per_token": float(total / tokens)}
+    result: dict[str, Any] = {"nats_per_token": float(total / tokens)}
     if len(sums_of) > 1:
         result["standard_error"] = standard_error(sums_of[:, 0], sums_of[:, 2])
+    if names := sorted({name for name in teachers if name is not None}):
+        sums_by = {name: sums_of[[name == each for each in teachers]].sum(0) for name in names}
+        result["by_teacher"] = {name: float(kl / count) for name, (kl, _, count) in sums_by.items()}
     return {**result, "tokens": int(tokens), "outside_lists": float(outside / tokens)}
 
 

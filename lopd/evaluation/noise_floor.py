@@ -7,7 +7,7 @@ same tokens and buckets is the signal. In a cache without lists, which has only 
 the sampled tokens, the sampled token takes the place of the list.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from lopd.config.inference import EngineOptions
-from lopd.engines import load_engine
+from lopd.engines import free_memory, load_engine
 from lopd.engines.base import Engine
 from lopd.errors import ConfigError, ModelError, ProvenanceError
 from lopd.provenance import CacheManifest, fingerprint_weights
+from lopd.provenance.teachers import records_of
 from lopd.store import Rollout, TeacherCache, TeacherScores, TeacherSequence
 from lopd.store.codec import kl_terms
 
@@ -46,7 +47,7 @@ def measure_noise_floor(
     path: str | Path,
     count: int,
     *,
-    teacher: str | Path,
+    teacher: str | Path | Mapping[str, str],
     student: str | Path,
     options: EngineOptions,
     tokens_per_batch: int,
@@ -57,6 +58,7 @@ def measure_noise_floor(
 
     Args:
         count: number of sequences; at most all of them.
+        teacher: the model that scored the cache; by name if there are several.
         options: engine of the teacher. The student runs in transformers and shares only its
             dtype and device.
         seen_by_teacher: the sequence that the teacher reads for a rollout.
@@ -64,7 +66,8 @@ def measure_noise_floor(
 
     Raises:
         ProvenanceError: `teacher` is not the model that scored the cache.
-        ConfigError: the lists were renormalised, so the mass outside them is unknown.
+        ConfigError: the lists were renormalised, so the mass outside them is unknown; the log-probs
+            are calibrated; or the names of the teachers are not those of the cache.
         ModelError: the engine did not score all sequences.
     """
     cache = TeacherCache.open(path, support="list")
@@ -76,12 +79,12 @@ def measure_noise_floor(
             f"{path}: its lists were renormalised before they were imported, so the teacher's own "
             "distribution is lost and there is nothing to compare with; score the rollouts again"
         )
-    found, expected = fingerprint_weights(teacher), manifest.model.weights
-    if found != expected:
-        raise ProvenanceError(
-            f"teacher: {teacher} has weights {found[:12]}, the cache was scored by "
-            f"{expected[:12]}; name the model that scored it"
+    if manifest.scoring.is_calibrated:
+        raise ConfigError(
+            f"{path}: its log-probs are calibrated, so they differ from the teacher's on purpose; "
+            "rescore the cache that was calibrated"
         )
+    teachers = _teachers(path, teacher, manifest)
     count = min(count, len(cache))
     chosen = np.sort(np.random.default_rng(seed).choice(len(cache), count, replace=False))
     items = [cache[int(i)] for i in chosen]
@@ -90,14 +93,47 @@ def measure_noise_floor(
         "device": options.device,
         "tokens_per_batch": tokens_per_batch,
     }
-    engine = load_engine(options.engine, teacher, options=options.options(), **settings)
-    teacher_scores = _score(engine, options.engine, items, manifest, seen_by_teacher)
-    del engine  # before the student takes its memory
+    scores: dict[int, TeacherScores] = {}
+    for name, folder in teachers.items():
+        own = [i for i, item in enumerate(items) if item.teacher_id == name]
+        if own:
+            engine = load_engine(options.engine, folder, options=options.options(), **settings)
+            mine = [items[i] for i in own]
+            found = _score(engine, options.engine, mine, manifest, seen_by_teacher)
+            scores.update(zip(own, found, strict=True))
+            del engine  # before the next model takes its memory
+            free_memory()
+    teacher_scores = [scores[i] for i in range(len(items))]
     engine = load_engine("transformers", student, **settings)
     student_scores = _score(engine, "transformers", items, manifest, lambda rollout: rollout)
     same_student = fingerprint_weights(student) == manifest.rollouts.model.weights
     merged = manifest.scoring.eos_class
     return _compare(items, teacher_scores, student_scores, engine.vocab_size, same_student, merged)
+
+
+def _teachers(
+    path: str | Path, teacher: str | Path | Mapping[str, str], manifest: CacheManifest
+) -> dict[str | None, str | Path]:
+    """The folders of the models that scored a cache: by name, or one under None."""
+    expected = manifest.models
+    named: dict[str | None, str | Path] = {None: teacher} if isinstance(teacher, str | Path) else {}
+    if isinstance(teacher, Mapping):
+        named.update(teacher.items())
+    elif None not in expected:
+        name, _, one = str(teacher).partition("=")
+        named = {name: one}
+    if named.keys() != expected.keys():
+        names = [name for name in expected if name is not None]
+        wanted = " ".join(f"--teacher {name}=PATH" for name in names) or "one --teacher PATH"
+        raise ConfigError(f"teacher: {path} was scored by {manifest.model.path}; expected {wanted}")
+    for known, folder in named.items():
+        if (found := fingerprint_weights(folder)) != expected[known].weights:
+            raise ProvenanceError(
+                f"teacher: {folder} has weights {found[:12]}, {records_of(known) or 'the cache '}"
+                f"{'were' if known else 'was'} scored by {expected[known].weights[:12]}; name the "
+                f"model that scored {'them' if known else 'it'}"
+            )
+    return named
 
 
 def _score(

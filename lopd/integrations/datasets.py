@@ -1,7 +1,7 @@
 """Teacher caches as `datasets.Dataset`, and back, without loss.
 
-A row is a sequence. Its columns are those of `lopd import --format topk`, and three more, so that
-the scores are exactly those of the cache:
+A row is a sequence. Its columns are those of `lopd import --format topk`, and more, so that the
+scores are exactly those of the cache:
 
     id, sample            string and int: the prompt's id and the number of its answer
     prompt_token_ids      list of ids
@@ -15,8 +15,11 @@ the scores are exactly those of the cache:
     teacher_entropy       list of R entropies, nat, if known; not read by `lopd import`
     rollout_logprobs      list of R log-probs of the sampling distribution, if known
     rollout_logprobs_raw  the same at temperature 1, if known; not read by `lopd import`
+    weight, reward        floats, if the rollouts came with them; a reward of NaN is unknown
+    token_weights         list of R floats, if the rollouts came with them
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -27,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from lopd.errors import DataError, ShardError
+from lopd.errors import ConfigError, DataError, ShardError
 from lopd.store import Rollout, TeacherCache, TeacherSequence, TopKLists
 from lopd.store.ragged import offsets_of
 from lopd.store.sequences import Support, join_sequences
@@ -37,6 +40,7 @@ from lopd.store.validate import (
     MASS_TOLERANCE,
     check_rollout,
     check_scored_sequence,
+    check_weights,
 )
 
 __all__ = ["ScoredDataset", "from_dataset", "to_dataset"]
@@ -58,6 +62,9 @@ OPTIONAL = {
     "teacher_entropy": _FLOATS,
     "rollout_logprobs": _FLOATS,
     "rollout_logprobs_raw": _FLOATS,
+    "weight": pa.float32(),
+    "reward": pa.float32(),
+    "token_weights": _FLOATS,
 }
 COLUMNS = {**REQUIRED, **OPTIONAL}
 # Columns that only the teacher's scores need.
@@ -77,15 +84,18 @@ def to_dataset(cache: TeacherCache, file: str | Path | None = None) -> Dataset:
         `rollout_logprobs` are left out where the cache does not have them.
 
     Raises:
+        ConfigError: the cache is calibrated.
         ShardError: a shard is altered, or the file cannot be written.
 
     >>> cache = TeacherCache.open("cache")  # doctest: +SKIP
     >>> to_dataset(cache).to_parquet("scores.parquet")  # doctest: +SKIP
     """
-    scoring = cache.manifest.scoring
-    absent = {"teacher_entropy"} if scoring.entropy == "absent" else set()
-    if scoring.rollout_logprobs == "absent":
-        absent |= {"rollout_logprobs", "rollout_logprobs_raw"}
+    if cache.manifest.scoring.is_calibrated:
+        raise ConfigError(
+            f"{cache.path}: its log-probs are calibrated, which a dataset cannot say, so that a "
+            "loss over lists would take them for the teacher's; use the cache itself"
+        )
+    absent = _absent_columns(cache)
     schema = pa.schema({name: kind for name, kind in COLUMNS.items() if name not in absent})
     if file is None:
         return Dataset(pa.Table.from_batches(_batches(cache, schema), schema))
@@ -103,6 +113,19 @@ def to_dataset(cache: TeacherCache, file: str | Path | None = None) -> Dataset:
     finally:
         part.unlink(missing_ok=True)
     return Dataset.from_file(str(path))
+
+
+def _absent_columns(cache: TeacherCache) -> set[str]:
+    scoring = cache.manifest.scoring
+    absent = {
+        "teacher_entropy": scoring.entropy == "absent",
+        "rollout_logprobs": scoring.rollout_logprobs == "absent",
+        "rollout_logprobs_raw": scoring.rollout_logprobs == "absent",
+        "weight": bool((cache.weights() == 1).all()),
+        "reward": bool(np.isnan(cache.rewards()).all()),
+        "token_weights": not cache.has_token_weights,
+    }
+    return {name for name, is_absent in absent.items() if is_absent}
 
 
 def _batches(cache: TeacherCache, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -138,8 +161,20 @@ def _batch(items: Sequence[TeacherSequence], schema: pa.Schema) -> pa.RecordBatc
             name: _ragged([getattr(rollout, name) for rollout in rollouts])
             for name in ("rollout_logprobs", "rollout_logprobs_raw")
         },
+        "weight": pa.array([rollout.weight for rollout in rollouts], pa.float32()),
+        "reward": pa.array(
+            [math.nan if rollout.reward is None else rollout.reward for rollout in rollouts],
+            pa.float32(),
+        ),
+        "token_weights": _ragged([_token_weights(rollout) for rollout in rollouts]),
     }
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
+
+
+def _token_weights(rollout: Rollout) -> np.ndarray:  # [R] fp32
+    if rollout.token_weights is None:
+        return np.ones(len(rollout.rollout_logprobs), np.float32)
+    return rollout.token_weights
 
 
 def _list(offsets: np.ndarray, values: pa.Array) -> pa.Array:
@@ -157,8 +192,9 @@ def from_dataset(
 
     Args:
         dataset: with the columns that `to_dataset` writes. Of `OPTIONAL`, a missing `id` is the
-            row's number, `sample` 0, `loss_mask` all True, `finish_reason` "stop"; log-probs and
-            entropies that are missing are unknown. Other columns are ignored.
+            row's number, `sample` 0, `loss_mask` all True, `finish_reason` "stop", a weight 1;
+            log-probs, entropies and rewards that are missing are unknown. Other columns are
+            ignored.
         support, vocab_size: as in `TeacherCache.open`.
 
     Returns:
@@ -338,6 +374,11 @@ def _rollouts(rows: _Rows) -> list[Rollout]:
     raw = logprobs
     if "rollout_logprobs_raw" in rows.columns:
         raw = rows.parts("rollout_logprobs_raw", lengths)
+    weights = rows.values("weight", [1.0] * count)
+    rewards = rows.values("reward", [math.nan] * count)
+    token_weights: list[Any] = [None] * count
+    if "token_weights" in rows.columns:
+        token_weights = [part.copy() for part in rows.parts("token_weights", lengths)]
     found = []
     for place, number in enumerate(rows.numbers):
         prompt = prompts[place]
@@ -350,9 +391,13 @@ def _rollouts(rows: _Rows) -> list[Rollout]:
             loss_mask=np.concatenate([np.zeros(len(prompt), bool), masks[place]]),
             rollout_logprobs=logprobs[place].copy(),
             rollout_logprobs_raw=raw[place].copy(),
+            weight=weights[place],
+            reward=None if math.isnan(rewards[place]) else rewards[place],
+            token_weights=token_weights[place],
         )
         try:
             check_rollout(rollout, 2**31, has_logprobs=known)
+            check_weights(rollout)
         except DataError as error:
             raise DataError(f"row {number}: {error}") from None
         found.append(rollout)

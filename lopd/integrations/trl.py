@@ -81,6 +81,8 @@ class OfflineDistillationConfig(SFTConfig):
     weight_beta: float | None = _of_distill("weight_beta")
     weight_share: float | None = _of_distill("weight_share")
     weight_entropy: float | None = _of_distill("weight_entropy")
+    dense_share: float | None = _of_distill("dense_share")
+    tolerance: float | None = _of_distill("tolerance")
     temperature: float | None = _of_distill("temperature")
     support: str = _of_distill("support")
     loss_aggregation: str = _of_distill("loss_aggregation")

@@ -12,7 +12,7 @@ from lopd.provenance.folder import (
     GENERATION_NAME,
     SPECIAL_TOKENS,
     TOKENIZER_SETTINGS,
-    gguf_remedy,
+    refuse_gguf,
 )
 from lopd.provenance.io import read_optional_json
 from lopd.provenance.remote_code import loading_code
@@ -50,9 +50,7 @@ def check_model_folder(path: str | Path) -> Path:
             "then save_pretrained)"
         )
     if not (folder / "config.json").is_file():
-        gguf = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
-        if gguf and gguf[0].suffix == ".gguf":
-            raise MissingFileError(gguf_remedy(gguf[0]))
+        refuse_gguf(folder)
         found = "a folder without config.json" if folder.is_dir() else "no such folder"
         raise MissingFileError(
             f"{folder}: {found}; expected a local Hugging Face model folder, or a hub id org/name"

@@ -7,6 +7,7 @@ Every artefact folder (`sft_data`, `checkpoint`, `rollouts`, `cache`, `evaluatio
 
 from lopd.provenance.behaviour import behaviour_of, chat_template_digest
 from lopd.provenance.fingerprint import (
+    VOCAB_FILES,
     VOCAB_NAME,
     config_digest,
     describe_file,
@@ -16,6 +17,7 @@ from lopd.provenance.fingerprint import (
     load_vocab,
     save_vocab,
     tokenizer_digest,
+    vocab_file,
 )
 from lopd.provenance.folder import eos_ids_of, vocab_size_of
 from lopd.provenance.gate import OVERRIDES, check_distill, differing_token
@@ -40,6 +42,7 @@ from lopd.provenance.manifest import (
 __all__ = [
     "MANIFEST_NAME",
     "OVERRIDES",
+    "VOCAB_FILES",
     "VOCAB_NAME",
     "CacheManifest",
     "Manifest",
@@ -66,6 +69,7 @@ __all__ = [
     "save_vocab",
     "settings_identity",
     "tokenizer_digest",
+    "vocab_file",
     "vocab_size_of",
     "warn_if_edited",
     "write_manifest",

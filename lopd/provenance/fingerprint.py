@@ -38,6 +38,8 @@ from lopd.provenance.manifest import ModelIdentity
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 VOCAB_NAME = "teacher_vocab.json"
+VOCAB_NAMES = "teacher_vocab-{}.json"  # of each tokenizer, where there are several teachers
+VOCAB_FILES = "teacher_vocab*.json"  # all of them
 # A file modified this recently can change again without a new time stamp.
 _RACY_NS = 2_000_000_000
 
@@ -147,22 +149,33 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     return {"path": str(file.resolve()), "bytes": size, "sha256": sha256_file(file)}
 
 
-def save_vocab(model_path: str | Path, folder: str | Path) -> Path:
+def save_vocab(model_path: str | Path, folder: str | Path, *, one_of_several: bool = False) -> Path:
     """Store a model's token -> id map beside its answers or scores, for later comparisons.
+
+    Args:
+        one_of_several: whether the folder has several teachers; the file's name then has a part of
+            the tokenizer's digest.
 
     Raises:
         ShardError: the file cannot be written, e.g. on a full disk.
     """
-    file = Path(folder) / VOCAB_NAME
+    named = VOCAB_NAMES.format(tokenizer_digest(model_path)[:12])
+    file = Path(folder) / (named if one_of_several else VOCAB_NAME)
     vocab = canonical_json(read_vocab(model_path)) + b"\n"
     with storing(file):
         write_atomic(file, vocab)
     return file
 
 
-def load_vocab(folder: str | Path) -> dict[str, int]:
-    """The map that `save_vocab` stored."""
-    file = Path(folder) / VOCAB_NAME
+def vocab_file(folder: str | Path, tokenizer: str | None = None) -> Path:
+    """Where `save_vocab` stored the map of the tokenizer with this digest."""
+    named = Path(folder) / VOCAB_NAMES.format((tokenizer or "")[:12])
+    return named if named.exists() else Path(folder) / VOCAB_NAME
+
+
+def load_vocab(folder: str | Path, tokenizer: str | None = None) -> dict[str, int]:
+    """The map that `save_vocab` stored, of the tokenizer with this digest if there are several."""
+    file = vocab_file(folder, tokenizer)
     if not file.exists():
         raise MissingFileError(f"{file} does not exist; run 'lopd score' again to write it")
     vocab = read_json_object(file)

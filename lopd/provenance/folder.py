@@ -26,8 +26,7 @@ def model_folder(path: str | Path) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        if folder.suffix == ".gguf" and folder.is_file():
-            raise MissingFileError(gguf_remedy(folder))
+        refuse_gguf(folder)
         raise MissingFileError(
             f"{folder} is not a folder; name a local Hugging Face model folder or a hub id "
             "such as org/name"
@@ -35,9 +34,13 @@ def model_folder(path: str | Path) -> Path:
     return folder
 
 
-def gguf_remedy(file: Path) -> str:
-    """The message for a GGUF file: how to convert it."""
-    return (
+def refuse_gguf(path: Path) -> None:
+    """Raise MissingFileError for a GGUF file, or a folder of them: how to convert it."""
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    file = next((file for file in files if file.suffix == ".gguf"), None)
+    if file is None:
+        return
+    raise MissingFileError(
         f"{file}: is a GGUF file, whose weights are quantised and which has no config.json; "
         "convert it once with transformers (pip install gguf): "
         f"AutoModelForCausalLM.from_pretrained('{file.parent}', gguf_file='{file.name}')"
@@ -49,6 +52,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """config.json of a model folder."""
     file = model_folder(path) / CONFIG_NAME
     if not file.exists():
+        refuse_gguf(file.parent)
         raise MissingFileError(f"{file} does not exist; name the folder of a Hugging Face model")
     return read_json_object(file)
 

@@ -1,6 +1,8 @@
 """The gate before distillation: whether teacher, cache, rollouts and student belong together."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,18 @@ from lopd.provenance.folder import read_vocab, vocab_size_of
 from lopd.provenance.identity import difference
 from lopd.provenance.lineage import lineage_of
 from lopd.provenance.manifest import CacheManifest, ModelIdentity, Override, short
+from lopd.provenance.teachers import records_of
 
 
 def check_distill(
     student: str | Path,
     cache_manifest: CacheManifest,
     *,
-    used_ids: Callable[[], np.ndarray] | np.ndarray | None = None,
+    used_ids: Callable[..., np.ndarray] | np.ndarray | None = None,
     cache_path: str | Path | None = None,
     faults: Sequence[str] = (),
     allow: Collection[str] = frozenset(),
+    sampled_only: bool = False,
 ) -> list[Override]:
     """Refuse artefacts that do not belong together.
 
@@ -36,17 +40,24 @@ def check_distill(
     the student made the rollouts; every id in the data means the same token to teacher and student,
     and the student's head has a row for it; the same ids end an answer. Teacher and student are
     compared by their weights and by what else decides what they compute (`behaviour_of`), as far
-    as the manifests record it. No model is loaded.
+    as the manifests record it. Of several teachers, each is compared with the one of its name. No
+    model is loaded.
+
+    A cache whose log-probs were calibrated (`lopd calibrate`) may be of another teacher, and the
+    difference is among the overrides that are returned.
 
     Args:
-        used_ids: the distinct ids of the cache, or a function that returns them; called only
-            if the tokenizers differ or the student's head is short.
+        used_ids: the distinct ids of the cache, or a function that returns them, those of one
+            teacher's records if it is given a name; called only if the tokenizers differ or the
+            student's head is short.
         cache_path: folder of the cache and its copy of the teacher's vocabulary.
         faults: what is wrong with each shard that cannot be read, and the remedy.
         allow: names from `OVERRIDES`, one for each flag `--allow-<name>`.
+        sampled_only: whether the objective reads the sampled tokens' log-probs only, so that
+            `lopd calibrate` is a remedy for another teacher.
 
     Returns:
-        The overrides that were needed.
+        The overrides that were needed, and the difference that a calibration admits.
 
     Raises:
         ProvenanceError: a check fails that `allow` does not name.
@@ -56,32 +67,52 @@ def check_distill(
     unknown = sorted(set(allow) - set(OVERRIDES))
     if unknown:
         raise ConfigError(f"override '{unknown[0]}' is unknown; use one of {', '.join(OVERRIDES)}")
-    mismatches = (
-        _check_complete(faults),
-        None if is_own_teacher(cache_manifest) else _check_teacher(student, cache_manifest.model),
-        _check_rollouts(student, cache_manifest.rollouts.model),
-        _check_tokenizer(student, cache_manifest.model.tokenizer, used_ids, cache_path),
-        eos_mismatch(
-            cache_manifest.model,
-            cache_manifest.rollouts.model,
-            "the student's rollouts",
-            cache_manifest.scoring.eos_class,
-        ),
+    policy, scorers = cache_manifest.rollouts.model, cache_manifest.models.items()
+    merged = cache_manifest.scoring.eos_class
+
+    calibration = _Calibration(cache_manifest.scoring.is_calibrated, sampled_only)
+
+    def used_by(name: str | None) -> Callable[[], np.ndarray] | np.ndarray | None:
+        return used_ids if name is None or not callable(used_ids) else partial(used_ids, name)
+
+    mismatches: tuple[list[_Mismatch | None], ...] = (
+        [_check_complete(faults)],
+        []
+        if is_own_teacher(cache_manifest)
+        else [_check_teacher(student, model, name, calibration) for name, model in scorers],
+        [_check_rollouts(student, policy)],
+        [
+            _check_tokenizer(student, model.tokenizer, used_by(name), cache_path)
+            for name, model in scorers
+        ],
+        [
+            eos_mismatch(model, policy, "the student's rollouts", merged, name)
+            for name, model in scorers
+        ],
     )
     overrides = []
-    for name, mismatch in zip(OVERRIDES, mismatches, strict=True):
-        if mismatch is None:
-            continue
-        found, expected, remedy = mismatch
-        if name not in allow:
-            raise ProvenanceError(
-                f"{name}: found {found}, expected {expected}; {remedy}, or pass --allow-{name}"
-            )
-        overrides.append(Override(name=name, found=found, expected=expected))
+    for name, found_ones in zip(OVERRIDES, mismatches, strict=True):
+        for mismatch in found_ones:
+            if mismatch is None:
+                continue
+            found, expected, remedy = mismatch
+            if name not in allow and remedy is not None:
+                raise ProvenanceError(
+                    f"{name}: found {found}, expected {expected}; {remedy}, or pass --allow-{name}"
+                )
+            overrides.append(Override(name=name, found=found, expected=expected))
     return overrides
 
 
-_Mismatch = tuple[str, str, str]  # found, expected, remedy
+_Mismatch = tuple[str, str, str | None]  # found, expected, remedy; without one it is admitted
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What `lopd calibrate` has to do with a cache of another teacher."""
+
+    done: bool  # the difference was taken out of it, as far as that goes
+    possible: bool  # the objective could be trained on such a cache
 
 
 def _check_complete(faults: Sequence[str]) -> _Mismatch | None:
@@ -91,18 +122,41 @@ def _check_complete(faults: Sequence[str]) -> _Mismatch | None:
     return found, "every shard of the plan", f"the first is {faults[0]}"
 
 
-def _check_teacher(student: str | Path, scorer: ModelIdentity) -> _Mismatch | None:
-    found = f"a cache scored by {scorer}"
+def _check_teacher(
+    student: str | Path, scorer: ModelIdentity, name: str | None, calibration: _Calibration
+) -> _Mismatch | None:
+    found = f"{records_of(name) or 'a cache '}scored by {scorer}"
     try:
-        teacher = lineage_of(student).sft_teacher
+        lineage = lineage_of(student)
     except ProvenanceError as error:
         return found, "a student of known origin", str(error)
-    if teacher is None:
+    if lineage.sft_teacher is None:
         return (
             f"{found} and a student ({student}) whose SFT teacher is not recorded",
             "a student fine-tuned on that teacher's answers",
             "name its teacher with 'lopd declare'",
         )
+    named = lineage.sft_teachers
+    if named is None:
+        teachers = [lineage.sft_teacher]
+    elif name is None:  # any of its records may be any teacher's
+        teachers = [*named.values()]
+    elif name in named:
+        teachers = [named[name]]
+    else:
+        return (
+            found,
+            f"one of the teachers whose answers the student was fine-tuned on, {', '.join(named)}",
+            "fine-tune on that teacher's answers too, or leave its records out",
+        )
+    differences = (_other_teacher(found, each, scorer, calibration) for each in teachers)
+    return next((mismatch for mismatch in differences if mismatch is not None), None)
+
+
+def _other_teacher(
+    found: str, teacher: ModelIdentity, scorer: ModelIdentity, calibration: _Calibration
+) -> _Mismatch | None:
+    """How the scorer differs from the teacher whose answers the student was fine-tuned on."""
     if teacher.weights == scorer.weights:
         edited = _edited(teacher.behaviour, scorer.behaviour, ("config", "code"))
         if edited is None:
@@ -112,12 +166,16 @@ def _check_teacher(student: str | Path, scorer: ModelIdentity) -> _Mismatch | No
             f"{teacher} as the student's answers were sampled from it",
             "restore that setting and score again ('lopd score'), or sample and fine-tune again",
         )
-    return (
-        found,
-        f"{teacher}, whose answers the student was fine-tuned on",
+    expected = f"{teacher}, whose answers the student was fine-tuned on"
+    if calibration.done:
+        return f"{found}, calibrated", expected, None
+    remedy = (
         "another teacher costs accuracy at a finite budget: score with that teacher "
-        "('lopd score'), or fine-tune on this one's answers",
+        "('lopd score'), or fine-tune on this one's answers"
     )
+    if calibration.possible:
+        remedy += ", or take the teachers' mean difference out of the cache ('lopd calibrate')"
+    return found, expected, remedy
 
 
 def is_own_teacher(manifest: CacheManifest) -> bool:
@@ -184,7 +242,8 @@ def _check_tokenizer(
     if same and rows > max(student_vocab.values(), default=-1):
         return None
     try:
-        teacher_vocab = student_vocab if same or cache_path is None else load_vocab(cache_path)
+        known = same or cache_path is None
+        teacher_vocab = student_vocab if known else load_vocab(str(cache_path), teacher_tokenizer)
     except MissingFileError as error:
         return str(error), "the teacher's vocabulary", remedy
     if (not same and cache_path is None) or used_ids is None:
@@ -202,7 +261,11 @@ def _check_tokenizer(
 
 
 def eos_mismatch(
-    teacher: ModelIdentity, student: ModelIdentity, what: str, merged: Collection[int] = ()
+    teacher: ModelIdentity,
+    student: ModelIdentity,
+    what: str,
+    merged: Collection[int] = (),
+    name: str | None = None,
 ) -> _Mismatch | None:
     """How the ids that end an answer differ between two models; None if they do not.
 
@@ -211,6 +274,7 @@ def eos_mismatch(
     Args:
         what: what ends with the student's ids.
         merged: ids that count as one token.
+        name: of the teacher, if it has one.
     """
     ours, theirs = student.eos_ids, teacher.eos_ids
     if ours is None or theirs is None or set(ours) == set(theirs):
@@ -218,8 +282,9 @@ def eos_mismatch(
     union = sorted({*ours, *theirs})
     if {*union} <= {*merged}:
         return None
+    whose = "the teacher's" if name is None else f"teacher {name}'s"
     return (
-        f"{what} end with id {_words(ours)}, the teacher's answers with {_words(theirs)}",
+        f"{what} end with id {_words(ours)}, {whose} answers with {_words(theirs)}",
         "one set of end-of-sequence ids, or the probability of ending is trained away",
         f"set eos_token_id to {union} in generation_config.json of both models before sampling, or "
         f"score with --eos-class {','.join(map(str, union))}",
@@ -232,11 +297,12 @@ def check_eos(
     what: str,
     allow: bool,
     merged: Collection[int] = (),
+    name: str | None = None,
 ) -> list[Override]:
     """Refuse a teacher and a student whose answers end with different ids.
 
     Args:
-        what, merged: as in `eos_mismatch`.
+        what, merged, name: as in `eos_mismatch`.
         allow: whether `--allow-eos-mismatch` is set.
 
     Returns:
@@ -245,7 +311,7 @@ def check_eos(
     Raises:
         ProvenanceError: they differ and `allow` is not set.
     """
-    mismatch = eos_mismatch(teacher, student, what, merged)
+    mismatch = eos_mismatch(teacher, student, what, merged, name)
     if mismatch is None:
         return []
     found, expected, remedy = mismatch

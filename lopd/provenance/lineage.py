@@ -2,8 +2,8 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lopd.errors import ProvenanceError
 from lopd.provenance.behaviour import behaviour_of
@@ -15,11 +15,13 @@ from lopd.provenance.manifest import (
     MANIFEST_NAME,
     Lineage,
     Manifest,
+    ModelIdentity,
     build_manifest,
     read_manifest,
     short,
     write_manifest,
 )
+from lopd.provenance.teachers import lineage_entries
 
 LOG = logging.getLogger(__name__)
 
@@ -60,12 +62,12 @@ def warn_if_edited(checkpoint: str | Path) -> None:
         )
 
 
-def declare(model: str | Path, *, teacher: str | Path) -> Manifest:
+def declare(model: str | Path, *, teacher: str | Path | Mapping[str, str]) -> Manifest:
     """Write the manifest of a checkpoint that was fine-tuned elsewhere.
 
     Args:
         teacher: folder of the model whose answers it was fine-tuned on, or the 64 hex digits of
-            that model's weights fingerprint.
+            that model's weights fingerprint; a mapping of names to such, for several teachers.
 
     Returns:
         The manifest. Its lineage is marked as declared, as is that of every later manifest.
@@ -85,16 +87,21 @@ def declare(model: str | Path, *, teacher: str | Path) -> Manifest:
     manifest = build_manifest(
         "checkpoint",
         stage="declare",
-        config={"model": str(model), "teacher": str(teacher)},
+        config={
+            "model": str(model),
+            "teacher": teacher if isinstance(teacher, Mapping) else str(teacher),
+        },
         model=describe_model(model, dtype=str(dtype), engine="unspecified"),
-        lineage={**_UNKNOWN, "sft_teacher": _describe_teacher(teacher), "declared": True},
+        lineage={**_UNKNOWN, **lineage_entries(_identify(teacher)), "declared": True},
     )
     remove_dead_writers(Path(model) / MANIFEST_NAME)
     write_manifest(model, manifest)
     return manifest
 
 
-def _describe_teacher(teacher: str | Path) -> dict[str, Any]:
+def _identify(teacher: str | Path | Mapping[str, str]) -> dict[str | None, ModelIdentity]:
+    if isinstance(teacher, Mapping):
+        return {name: _identify(item)[None] for name, item in teacher.items()}
     if _DIGEST.fullmatch(str(teacher)):
-        return {"weights": str(teacher), "tokenizer": None, "path": None}
-    return describe_model(teacher, dtype="unspecified", engine="unspecified").as_teacher()
+        return {None: ModelIdentity.from_json({"weights": str(teacher)})}
+    return {None: describe_model(teacher, dtype="unspecified", engine="unspecified")}

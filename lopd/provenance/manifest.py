@@ -88,6 +88,7 @@ class Lineage:
     """Whose answers a checkpoint was fine-tuned on."""
 
     sft_teacher: ModelIdentity | None = None  # None: unknown
+    sft_teachers: Mapping[str, ModelIdentity] | None = None  # by name, where there are several
     declared: bool = False  # stated by a person with `lopd declare`, not recorded by a stage
     initial_student: str | None = None  # weights that a distillation began from
     raw: Mapping[str, Any] = field(repr=False)
@@ -95,7 +96,7 @@ class Lineage:
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """A mismatch that a flag allowed."""
+    """A mismatch that a flag, or a calibration of the cache, allowed."""
 
     name: str
     found: str
@@ -132,6 +133,8 @@ class Manifest:
     overrides: tuple[Override, ...] = ()
     declared: bool = False  # the models that scored and rolled out are not verified
     shards: tuple[int, ...] = field(default=(), metadata={"at": "plan.shards"})  # sequences of each
+    teachers: Mapping[str, ModelIdentity] | None = None  # by name; `model` stands for all of them
+    shard_teachers: tuple[str, ...] = field(default=(), metadata={"at": "plan.teachers"})
     scoring: Scoring
     digest: str | None = field(default=None, compare=False)  # of `raw`, as its file says
     raw: Mapping[str, Any] = field(repr=False)
@@ -141,6 +144,15 @@ class Manifest:
         """Rows of the model's head; always known for folders of sequences."""
         assert self.model.vocab_size is not None
         return self.model.vocab_size
+
+    @property
+    def models(self) -> dict[str | None, ModelIdentity]:
+        """The models that sampled or scored the sequences: by name, or one under None."""
+        return {None: self.model} if self.teachers is None else dict(self.teachers.items())
+
+    def teacher_of(self, shard: int) -> str | None:
+        """The name of the teacher of a shard's sequences; None if it has none."""
+        return self.shard_teachers[shard] if self.shard_teachers else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +316,11 @@ def parse_manifest(
             f"{source} has plan.shards {list(manifest.shards)}; expected 1 or more sequences in "
             "each of one or more shards"
         )
+    named = None if manifest.teachers is None else {*manifest.teachers}
+    if named is not None and len(manifest.shard_teachers) != len(manifest.shards):
+        raise unfit("plan.teachers")
+    if unknown := sorted({*manifest.shard_teachers} - (named or set())):
+        raise unfit(f"teachers.{unknown[0]}")
     return manifest
 
 

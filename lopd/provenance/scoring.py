@@ -11,6 +11,7 @@ SCORING = {
     "tail": ("computed", "derived", "renormalized"),
     "entropy": ("computed", "derived", "absent"),
     "rollout_logprobs": ("computed", "absent"),
+    "teacher_logprobs": ("computed", "calibrated"),
 }
 # Whose most probable ids a list holds.
 LISTS = ("teacher", "student", "union")
@@ -43,14 +44,22 @@ class Scoring:
 
     `computed`: by a model from all of its logits. `derived`: from the list only, the tail as 1 less
     the listed mass, the entropy as that of list and tail, a lower bound. `absent`: NaN in the
-    shards. `renormalized`: the tail was lost before the scores were imported.
+    shards. `renormalized`: the tail was lost before the scores were imported. `calibrated`: changed
+    by `lopd calibrate`, so that they are the log-probs of no distribution and may exceed 0; such a
+    cache has no lists.
     """
 
     tail: str = "computed"
     entropy: str = "computed"
     rollout_logprobs: str = "computed"
+    teacher_logprobs: str = "computed"
     support: ListSupport | None = None
     raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the log-probs of the sampled tokens are calibrated."""
+        return self.teacher_logprobs == "calibrated"
 
     @property
     def list_of(self) -> str:

@@ -53,6 +53,13 @@ def _convert(hint: Any, value: Any, at: str, unfit: Unfit) -> Any:
         if not isinstance(value, list):
             raise unfit(at)
         return tuple(_convert(get_args(kind)[0], item, at, unfit) for item in value)
+    if get_origin(kind) is Mapping and dataclasses.is_dataclass(get_args(kind)[1]):
+        if not isinstance(value, dict):
+            raise unfit(at)
+        return {
+            name: parse(get_args(kind)[1], item, f"{at}.{name}.", unfit)
+            for name, item in value.items()
+        }
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not (dict if get_origin(kind) is Mapping else kind):

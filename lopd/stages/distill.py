@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lopd.config.distill import DistillConfig
-from lopd.config.objective import SPARSE, Objective
+from lopd.config.objective import SAMPLED, SPARSE, Objective
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.models.load import check_model_folder
 from lopd.provenance import (
@@ -25,8 +25,10 @@ from lopd.provenance import (
 )
 from lopd.provenance.gate import is_own_teacher
 from lopd.provenance.manifest import Override, short
+from lopd.provenance.teachers import described
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
+from lopd.stages.privileged import view_of_cache
 from lopd.stages.sft import finish_checkpoint
 from lopd.store import TeacherCache
 from lopd.training import run as runs
@@ -82,7 +84,10 @@ def describe_inputs(config: DistillConfig) -> dict[str, Any]:
     """Describe the cache and the teacher of a refresh for the manifest."""
     cache = TeacherCache.open(config.cache, allow_incomplete=True)
     scorer = cache.manifest.model
-    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), "model": scorer}}
+    made_by = described(cache.manifest.models)
+    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), **made_by}}
+    if cache.manifest.scoring.is_calibrated:
+        inputs["cache"]["calibration"] = cache.manifest.raw["calibration"]
     if (template := cache.manifest.teacher_template) is not None:
         inputs["cache"]["teacher_template"] = template
     if config.teacher is not None:
@@ -106,8 +111,9 @@ def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> Any:
         return None
     from lopd.training.refresh import Refresh, check_refresh
 
+    view = view_of_cache(cache, config.teacher, config.student, "--refresh-every")
     settings = (config.teacher, config.refresh_every, config.refresh_batch_size)
-    refresh = Refresh(*settings, cache, base)
+    refresh = Refresh(*settings, cache, base, view.of)
     check_refresh(refresh, config.student, config.max_tokens_per_batch)
     return refresh
 
@@ -123,6 +129,8 @@ def objective_of(config: DistillConfig, cache: TeacherCache) -> Objective:
     objective = config.objective_at(temperature)
     if merged := cache.manifest.scoring.eos_class:
         objective = replace(objective, eos_class=merged)
+    if cache.manifest.scoring.is_calibrated:
+        objective = replace(objective, calibrated=True)
     check_importance(config, objective, cache.manifest)
     check_sampling(config, objective, cache.manifest)
     check_token_weights(config, cache)
@@ -141,6 +149,18 @@ def check_lists(config: DistillConfig, cache: TeacherCache) -> None:
         ConfigError: it has none, they were renormalised before they were imported, or they are the
             student's and the objective needs the teacher's.
     """
+    if cache.manifest.scoring.is_calibrated:
+        if config.objective in SPARSE:
+            raise ConfigError(
+                f"{config.cache}: its log-probs are calibrated and it has no lists; found "
+                f"objective {config.objective}; expected {' or '.join(SAMPLED)}, or the cache that "
+                "was calibrated"
+            )
+        if config.refresh_every:
+            raise ConfigError(
+                f"refresh_every: the log-probs of {config.cache} are calibrated, and those of "
+                "refreshed answers would not be; leave --refresh-every out"
+            )
     reason = config.objective_at(cache.manifest.temperature).needs_teachers_list
     if reason and cache.manifest.scoring.list_of == "student":
         raise ConfigError(
@@ -254,6 +274,7 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
         cache_path=config.cache,
         faults=cache.faults,
         allow=config.allowed(),
+        sampled_only=config.objective in SAMPLED,
     )
     if config.verify and runs.is_first():  # the other processes wait for it when the run begins
         cache.verify()

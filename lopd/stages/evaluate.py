@@ -40,6 +40,7 @@ from lopd.provenance import (
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt, seal
 from lopd.provenance.io import parse_json, pretty_json, storing, write_atomic
+from lopd.provenance.teachers import described
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
@@ -166,7 +167,7 @@ def describe_inputs(config: EvalConfig) -> dict[str, Any]:
         inputs["prompts"] = describe_data(config.prompts)
     if config.cache is not None:
         cache = TeacherCache.open(config.cache)
-        inputs["cache"] = {"digest": cache.digest(), "model": cache.manifest.model}
+        inputs["cache"] = {"digest": cache.digest(), **described(cache.manifest.models)}
     if config.teacher is not None:
         teacher = describe_model(config.teacher, dtype=config.dtype, engine=TransformersEngine.name)
         inputs["teacher"] = teacher
@@ -285,6 +286,8 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         fields["KL to the cached teacher"] = (
             f"{_bound(kl, exact=False)} ({kl['sequences']} sequences{trained})"
         )
+        for name, value in kl.get("by_teacher", {}).items():
+            fields[f"KL to the cached {name}"] = f"at least {value:.4f} nat/token"
     return fields
 
 

@@ -33,6 +33,7 @@ from lopd.provenance import (
     save_vocab,
     vocab_size_of,
 )
+from lopd.provenance.folder import refuse_gguf
 from lopd.stages.finished import say_finished
 from lopd.stages.import_rollouts import import_rollouts
 from lopd.stages.model_access import loads_models
@@ -156,6 +157,8 @@ def import_cache(config: ImportConfig) -> Path:
 
 def _describe_models(*names: str) -> list[ModelIdentity]:
     """Models by their folders, or as far as a digest or another name identifies them."""
+    for name in names:
+        refuse_gguf(Path(name))
     sizes = [vocab_size_of(name) for name in names if Path(name).is_dir()]
     if not sizes:
         raise ConfigError(

@@ -9,7 +9,7 @@ import numpy as np
 
 from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError
-from lopd.evaluation.agreement import low_coverage, measure
+from lopd.evaluation.agreement import by_teacher, low_coverage, measure
 from lopd.provenance import (
     CacheManifest,
     Manifest,
@@ -39,19 +39,16 @@ def main(config: InspectConfig) -> None:
         check_digest(manifest, config.path)
     kind = manifest.kind
     rows: dict[str, Any] = {"kind": kind, "stage": manifest.stage}
-    models = {"model": manifest.model, "base": manifest.base}
-    models["fine-tuned on"] = None if manifest.lineage is None else manifest.lineage.sft_teacher
-    for role, model in models.items():
-        if model is not None:
-            rows[role] = f"{model.hub or model.path} ({model.weights[:12]})"
-            rows[f"{role} ends answers with"] = _describe_eos(model)
+    for role, model in _models(manifest).items():
+        rows[role] = f"{model.hub or model.path} ({model.weights[:12]})"
+        rows[f"{role} ends answers with"] = _describe_eos(model)
     if isinstance(manifest, CacheManifest):
         rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
         if (template := manifest.teacher_template) is not None:
             file = manifest.inputs["teacher_prompts"]["template"]["path"]
             rows["teacher's own prompts"] = f"template {file} ({short(template)})"
     if manifest.raw.get("end_of_turn") is not None:
-        rows["chat template ends a turn with"] = f"id {manifest.raw['end_of_turn']}"
+        rows["chat template ends a turn with"] = _describe_turn(manifest.raw["end_of_turn"])
     if manifest.sampling is not None:
         settings = manifest.sampling.raw.items()
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in settings)
@@ -64,7 +61,7 @@ def main(config: InspectConfig) -> None:
         rows.update(_describe_weights(cache))
         rows.update(_describe_cache(cache))
         if (found := measure(cache)) is not None:
-            rows.update(found.rows())
+            rows.update(found.rows() | by_teacher(cache))
         if (warning := low_coverage(cache, found)) is not None:
             LOG.warning(warning)
         if config.verify:
@@ -82,6 +79,22 @@ def main(config: InspectConfig) -> None:
         print(json.dumps(rows, indent=1, default=str))
     else:
         print_fields(rows)
+
+
+def _models(manifest: Manifest) -> dict[str, ModelIdentity]:
+    """The models that a manifest names, by their role in words."""
+    found = {
+        "model" if name is None else f"model of {name}": model
+        for name, model in manifest.models.items()
+    }
+    if manifest.base is not None:
+        found["base"] = manifest.base
+    lineage = manifest.lineage
+    if lineage is not None and lineage.sft_teachers is not None:
+        found |= {f"fine-tuned on {name}": each for name, each in lineage.sft_teachers.items()}
+    elif lineage is not None and lineage.sft_teacher is not None:
+        found["fine-tuned on"] = lineage.sft_teacher
+    return found
 
 
 def _warn_of_faults(folder: RolloutStore | TeacherCache) -> None:
@@ -103,6 +116,13 @@ def _warn_of_faults(folder: RolloutStore | TeacherCache) -> None:
 def _describe_eos(model: ModelIdentity) -> str:
     """The ids that end an answer of a model."""
     return "unknown" if model.eos_ids is None else "id " + " or ".join(map(str, model.eos_ids))
+
+
+def _describe_turn(end: Any) -> str:
+    """The id that ends a turn in the template, or in that of each of several models."""
+    if not isinstance(end, dict):
+        return f"id {end}"
+    return ", ".join(f"id {found} ({name})" for name, found in end.items() if found is not None)
 
 
 def _describe_weights(store: RolloutStore | TeacherCache) -> dict[str, str]:

@@ -63,7 +63,7 @@ def teacher_view(config: ScoreConfig, rollouts: RolloutStore) -> TeacherView:
     prompts = TeacherPrompts.render(
         text,
         path,
-        config.teacher,
+        str(config.teacher),
         records,
         prompts_of(rollouts.rollouts()),
         find_student(config.student, manifest.model),
@@ -78,11 +78,12 @@ def teacher_view(config: ScoreConfig, rollouts: RolloutStore) -> TeacherView:
     return TeacherView(prompts, described)
 
 
-def view_of_cache(cache: TeacherCache, teacher: str, student: str) -> TeacherView:
+def view_of_cache(cache: TeacherCache, teacher: str, student: str, flag: str) -> TeacherView:
     """What the teacher read when it scored a cache, rendered again.
 
     Args:
         student: a folder with the tokenizer of the model that made the rollouts.
+        flag: what needs it.
 
     Raises:
         MissingFileError: the records are not there any more.
@@ -96,7 +97,7 @@ def view_of_cache(cache: TeacherCache, teacher: str, student: str) -> TeacherVie
     if not Path(records.path).exists():
         raise MissingFileError(
             f"{cache.path}: the teacher read prompts from the records of {records.path}, which is "
-            "not there; restore it, or leave --rescore out"
+            f"not there; restore it, or leave {flag} out"
         )
     prompts = TeacherPrompts.render(
         template["text"],
@@ -110,6 +111,6 @@ def view_of_cache(cache: TeacherCache, teacher: str, student: str) -> TeacherVie
     if prompts.digest() != described["digest"]:
         raise DataError(
             f"{cache.path}: {records.path} gives the teacher other prompts than when it scored; "
-            "restore the file, or leave --rescore out"
+            f"restore the file, or leave {flag} out"
         )
     return TeacherView(prompts, described)

@@ -8,19 +8,20 @@ stored beside them where the two differ. Several processes may sample into one f
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from lopd.config.dtype import with_dtype
 from lopd.config.inference import SamplingOptions
 from lopd.config.rollout import RolloutConfig
-from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
+from lopd.data.prompts import Prompt, Routes, check_prompts, describe_prompts, load_prompts
 from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.data.turns import end_of_turn, turn_warnings
-from lopd.engines import load_engine
+from lopd.engines import free_memory, load_engine
 from lopd.engines.base import Engine, sequence_seed, to_rollout
 from lopd.engines.progress import Progress
 from lopd.errors import ModelError
@@ -36,6 +37,7 @@ from lopd.provenance import (
     vocab_size_of,
     warn_if_edited,
 )
+from lopd.provenance.teachers import described
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
 from lopd.store import RolloutStore, RolloutWriter
@@ -53,47 +55,71 @@ def main(config: RolloutConfig) -> Path:
     Raises:
         LopdError: the model, the prompts or the folder cannot be used.
     """
-    return sample_to_store(config, model=config.student, kind="rollouts", stage="rollout")
+    return sample_to_store(config, {None: config.student}, kind="rollouts", stage="rollout")
 
 
-def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: str) -> Path:
+def sample_to_store(
+    config: SamplingOptions,
+    models: Mapping[str | None, str],
+    *,
+    kind: str,
+    stage: str,
+    field: str | None = None,
+) -> Path:
     """Sample the missing shards of a store of answers; returns its folder.
 
-    Sequences are numbered prompt by prompt, sample by sample. Shard i holds the i-th run of
-    `shard_size` sequences, so an interrupted run continues with the missing shards.
+    Sequences are numbered prompt by prompt, sample by sample, those of one model after those of
+    another. Shard i holds the i-th run of up to `shard_size` sequences of one model, so an
+    interrupted run continues with the missing shards.
+
+    Args:
+        models: folders of the models by name, or of one under None.
+        field: of the records, which names the model that answers.
     """
     config, worker = with_dtype(config), this_worker(config.worker)
-    check_model_folder(model)
-    warn_if_edited(model)
-    tokenizer = load_tokenizer(model)
-    encoder = PromptEncoder(tokenizer, config, recorded_date(config.out))
-    prompts = check_prompts(
-        load_prompts(config.prompts, encoder, limit=config.limit),
-        config.prompts,
-        context=context_of(model, config.engine),
-        vocab_size=vocab_size_of(model),
-        max_new_tokens=config.max_new_tokens,
-        skip=config.skip_bad_records,
-    )
-    jobs = [(prompt, sample) for prompt in prompts for sample in range(config.num_samples)]
-    shards = [jobs[i : i + config.shard_size] for i in range(0, len(jobs), config.shard_size)]
+    for model in models.values():
+        check_model_folder(model)
+        warn_if_edited(model)
+    today = recorded_date(config.out)
+    encoders = {
+        name: PromptEncoder(load_tokenizer(model), config, today) for name, model in models.items()
+    }
+    prompts, reading = _prompts(config, models, encoders, field)
+    shards = [
+        (name, part)
+        for name in models
+        for part in _shards([prompt for prompt in prompts if prompt.teacher == name], config)
+    ]
+    plan: dict[str, Any] = {"shards": [len(jobs) for _, jobs in shards]}
+    described_models = {
+        name: describe_model(model, dtype=config.dtype, engine=config.engine)
+        for name, model in models.items()
+    }
+    if field is not None:
+        plan["teachers"] = [name for name, _ in shards]
+        lineage: Any = None
+        ends: Any = {name: end_of_turn(each.tokenizer) for name, each in encoders.items()}
+    else:
+        (lineage,) = map(lineage_of, models.values())
+        (ends,) = (end_of_turn(each.tokenizer) for each in encoders.values())
     manifest = build_manifest(
         kind,
         stage=stage,
         config=asdict(config),
-        model=describe_model(model, dtype=config.dtype, engine=config.engine),
+        **described(described_models),
         sampling=asdict(config.sampling())
         | {"seed": config.seed, "num_samples": config.num_samples},
-        inputs={"prompts": describe_prompts(config.prompts, encoder)},
-        lineage=lineage_of(model),
-        plan={"shards": [len(shard) for shard in shards]},
-        end_of_turn=end_of_turn(tokenizer),
+        inputs={"prompts": reading},
+        lineage=lineage,
+        plan=plan,
+        end_of_turn=ends,
     )
     with RolloutWriter.create(config.out, manifest, worker=worker) as writer:
         missing = writer.missing()
         if missing:
-            save_vocab(model, config.out)
-            _fill(writer, missing, shards, config, model, worker)
+            for model in models.values():
+                save_vocab(model, config.out, one_of_several=field is not None)
+            _fill(writer, missing, shards, config, models, worker)
         else:
             say_finished(config.out)
         if not writer.finish():
@@ -101,6 +127,43 @@ def sample_to_store(config: SamplingOptions, *, model: str, kind: str, stage: st
             return Path(config.out)
     _print_answers(config, kind)
     return Path(config.out)
+
+
+def _prompts(
+    config: SamplingOptions,
+    models: Mapping[str | None, str],
+    encoders: Mapping[str | None, PromptEncoder],
+    field: str | None,
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """The prompts, each for the model that answers it, and how they were read."""
+    first, *_ = encoders.values()
+    routes = None
+    if field is not None:
+        by_name = {str(name): encoder for name, encoder in encoders.items()}
+        routes = Routes(field, [*by_name], by_name)
+    prompts = load_prompts(config.prompts, first, limit=config.limit, routes=routes)
+    usable: list[Prompt] = []
+    for name, model in models.items():
+        if own := [prompt for prompt in prompts if prompt.teacher == name]:
+            usable += check_prompts(
+                own,
+                config.prompts,
+                context=context_of(model, config.engine),
+                vocab_size=vocab_size_of(model),
+                max_new_tokens=config.max_new_tokens,
+                skip=config.skip_bad_records,
+            )
+    if routes is not None:
+        routes.check_used({prompt.teacher for prompt in prompts}, config.prompts)
+    wrote_date = next((encoder for encoder in encoders.values() if encoder.wrote_date), first)
+    described = describe_prompts(config.prompts, wrote_date)
+    return usable, described if field is None else described | {"teacher_field": field}
+
+
+def _shards(prompts: Sequence[Prompt], config: SamplingOptions) -> list[list[tuple[Prompt, int]]]:
+    """The prompts and the numbers of their samples, by shard."""
+    jobs = [(prompt, sample) for prompt in prompts for sample in range(config.num_samples)]
+    return [jobs[i : i + config.shard_size] for i in range(0, len(jobs), config.shard_size)]
 
 
 def _print_answers(config: SamplingOptions, kind: str) -> None:
@@ -145,30 +208,22 @@ def _check_student(engine: Engine, path: str) -> None:
 def _fill(
     writer: RolloutWriter,
     missing: list[int],
-    shards: list[list[tuple[Prompt, int]]],
+    shards: Sequence[tuple[str | None, list[tuple[Prompt, int]]]],
     config: SamplingOptions,
-    model: str,
+    models: Mapping[str | None, str],
     worker: Worker,
 ) -> None:
-    engine = load_engine(
-        config.engine,
-        model,
-        dtype=config.dtype,
-        device=config.device,
-        local_rank=worker.local_rank,
-        options=config.options(),
-        batch_size=config.batch_size,
-    )
-    _check_eos(engine, writer.manifest.model)
-    for warning in turn_warnings(engine.tokenizer, engine.eos_ids):
-        LOG.warning(f"{model}: {warning}")
-    if isinstance(config, RolloutConfig):
-        _check_student(engine, model)
-    total, todo = sum(map(len, shards)), sum(len(shards[i]) for i in missing)
-    with Progress(total=total, initial=total - todo, unit="seq", desc="sampling") as bar:
+    sizes = writer.manifest.shards
+    todo = sum(sizes[i] for i in missing)
+    loaded: dict[str | None, Engine] = {}  # one at a time
+    with Progress(total=sum(sizes), initial=sum(sizes) - todo, unit="seq", desc="sampling") as bar:
         for index in writer.claims():
-            jobs = shards[index]
-            generations = engine.generate(
+            name, jobs = shards[index]
+            if name not in loaded:
+                loaded.clear()
+                free_memory()
+                loaded[name] = _load(config, models[name], writer.manifest.models[name], worker)
+            generations = loaded[name].generate(
                 [prompt.tokens for prompt, _ in jobs],
                 config.sampling(),
                 [sequence_seed(config.seed, prompt.id, sample) for prompt, sample in jobs],
@@ -181,6 +236,25 @@ def _fill(
                 )
             pairs = zip(jobs, generations, strict=True)
             writer.write(index, [to_rollout(*job, generation) for job, generation in pairs])
+
+
+def _load(config: SamplingOptions, model: str, recorded: ModelIdentity, worker: Worker) -> Engine:
+    """The engine of a model, checked."""
+    engine = load_engine(
+        config.engine,
+        model,
+        dtype=config.dtype,
+        device=config.device,
+        local_rank=worker.local_rank,
+        options=config.options(),
+        batch_size=config.batch_size,
+    )
+    _check_eos(engine, recorded)
+    for warning in turn_warnings(engine.tokenizer, engine.eos_ids):
+        LOG.warning(f"{model}: {warning}")
+    if isinstance(config, RolloutConfig):
+        _check_student(engine, model)
+    return engine
 
 
 def _check_eos(engine: Engine, recorded: ModelIdentity) -> None:

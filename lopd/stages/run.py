@@ -28,10 +28,10 @@ from lopd.config.strict_yaml import load_yaml
 from lopd.config.values import typed
 from lopd.engines.progress import duration
 from lopd.errors import ConfigError
-from lopd.models.hub import local_folder
 from lopd.provenance import MANIFEST_NAME, read_manifest
 from lopd.provenance.remote_code import trusting_code
 from lopd.stages import distill, evaluate, finished, rollout, score, sft, sft_data
+from lopd.stages.model_access import local_models
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 from lopd.store.workers import this_worker
@@ -117,7 +117,7 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
     """
     recipe = _respelled(recipe, source)
     _check_recipe(recipe, source)
-    recipe = recipe | {name: local_folder(recipe[name]) for name in ("teacher", "student")}
+    recipe = recipe | {name: local_models(recipe[name]) for name in ("teacher", "student")}
     configs: dict[str, Any] = {}
     for name, (_, config_class) in STAGES.items():
         if name not in recipe["stages"]:
@@ -160,11 +160,14 @@ def _respelled(recipe: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_recipe(recipe: dict[str, Any], source: str) -> None:
-    check_keys(recipe, ["out", "teacher", "student", *SHARED, "stages"], source)
+    known = ["out", "teacher", "teacher_field", "student", *SHARED, "stages"]
+    check_keys(recipe, known, source)
     for key in ("out", "teacher", "student", "stages"):
         if key not in recipe:
             raise ConfigError(f"{source}: '{key}' is missing; lopd run --help shows a recipe")
     for key in ("out", "teacher", "student"):
+        if key == "teacher" and isinstance(recipe[key], dict):
+            continue  # the stages check names and paths
         if not isinstance(recipe[key], str) or not recipe[key]:
             raise ConfigError(f"{source}: '{key}' is {recipe[key]!r}; expected a folder")
     stages = recipe["stages"]
@@ -193,24 +196,26 @@ def implied_settings(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
         return str((recipe["stages"].get(stage) or {}).get("out", Path(recipe["out"]) / stage))
 
     student = out("sft") if "sft" in recipe["stages"] else recipe["student"]
+    teachers = {name: recipe.get(name) for name in ("teacher", "teacher_field")}
+    alone = recipe["teacher"] if isinstance(recipe["teacher"], str) else None
     has_prompts = (recipe["stages"].get("eval") or {}).get("prompts") is not None
     scoring = recipe["stages"].get("score") or {}
     lists_student = typed((int,), scoring.get("extra_ids")) or (
         scoring.get("support", "teacher") != "teacher"
     )
     return {"out": out(name)} | {
-        "sft-data": {"teacher": recipe["teacher"]},
+        "sft-data": teachers,
         "sft": {"model": recipe["student"], "data": out("sft-data")},
         "rollout": {"student": student},
         "score": {
-            "teacher": recipe["teacher"],
+            **teachers,
             "rollouts": out("rollout"),
             "student": student if lists_student else None,
         },
         "distill": {"student": student, "cache": out("score")},
         "eval": {
             "model": out("distill") if "distill" in recipe["stages"] else student,
-            "teacher": recipe["teacher"] if has_prompts else None,
+            "teacher": alone if has_prompts else None,
         },
     }[name]
 

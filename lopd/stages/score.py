@@ -1,17 +1,18 @@
 """Score stored rollouts with the teacher, once, into the sparse cache (`lopd score`).
 
-Shard i of the cache holds the sequences of shard i of the rollouts, tokens included, so that
-training needs only the cache. The teacher and the student must share a tokenizer: the teacher's
-vocabulary is stored beside the shards, and `lopd distill` compares the two.
+A shard of the cache holds sequences of one shard of the rollouts, tokens included, so that training
+needs only the cache; with several teachers, those of one teacher (`lopd.stages.routing`). Teacher
+and student must share a tokenizer: the teacher's vocabulary is stored beside the shards, and
+`lopd distill` compares the two.
 
 Several processes may score into one folder (`--worker i/n`, or torchrun); a shard does not depend
 on the process that writes it.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ from lopd.config.dtype import with_dtype
 from lopd.config.eos import parse_eos_class
 from lopd.config.score import ScoreConfig
 from lopd.data.skipped import Skipped
-from lopd.engines import ENGINES, load_engine
+from lopd.engines import ENGINES, free_memory, load_engine
 from lopd.engines.base import score_rollouts
 from lopd.engines.progress import Progress
 from lopd.engines.support import Support
 from lopd.errors import DataError
-from lopd.evaluation.agreement import low_coverage, measure
+from lopd.evaluation.agreement import by_teacher, low_coverage, measure
 from lopd.models.limits import ModelLimits
 from lopd.models.load import check_model_folder, context_of
 from lopd.provenance import (
     CacheManifest,
+    ModelIdentity,
     build_manifest,
     describe_model,
     save_vocab,
@@ -36,14 +38,17 @@ from lopd.provenance import (
     vocab_size_of,
 )
 from lopd.provenance.gate import check_eos
+from lopd.provenance.teachers import described
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.privileged import TeacherView, teacher_view
 from lopd.stages.rollout_student import describe_support, find_student
+from lopd.stages.routing import Part, Routing, Selection, routing_of, without
 from lopd.stages.table import print_fields
-from lopd.store import CacheWriter, Rollout, RolloutStore, TeacherCache, TeacherScores
+from lopd.store import CacheWriter, RolloutStore, TeacherCache, TeacherScores
 from lopd.store.folders import examine_shard_folder
 from lopd.store.size import (
+    Size,
     TimedSample,
     Work,
     check_fits,
@@ -59,6 +64,7 @@ from lopd.store.types import name_of
 from lopd.store.workers import Worker, this_worker
 
 LOG = logging.getLogger(__name__)
+Scorer = Callable[..., list[TeacherScores]]  # of rollouts
 
 
 @loads_models
@@ -75,34 +81,29 @@ def main(config: ScoreConfig) -> Path | None:
         DataError: a sequence exceeds the teacher's context or vocabulary.
     """
     config, worker = with_dtype(config), this_worker(config.worker)
-    check_model_folder(config.teacher)
+    for teacher in config.teachers.values():
+        check_model_folder(teacher)
     rollouts = RolloutStore.open(config.rollouts, kind="rollouts")
     rollouts.verify()
     view = teacher_view(config, rollouts)
-    left_out = _left_out(config, rollouts, view)
-    manifest = _manifest(config, rollouts, left_out, view)
+    routing = routing_of(config, rollouts)
+    left_out = _left_out(config, rollouts, routing.parts, view)
+    parts = without(routing.parts, left_out)
+    manifest = _manifest(config, rollouts, replace(routing, parts=parts), left_out, view)
     left = _missing(config, manifest)
     if not config.skip_bad_records:
-        _bad_sequences(config, rollouts, left, view)
-    names = frozenset[str]().union(*left_out.values())
-    some = _usable(sample(rollouts), names) or _usable(rollouts.shard(0), names)
-    bounds = size_bounds(manifest, some)
-    work = work_left(rollouts, left)
-    check_fits(config.out, bounds[0].of(work), "with the shortest lists")
+        _bad_sequences(config, rollouts, {i: parts[i] for i in left}, view)
+    work = _Remaining(config, manifest, rollouts, view, parts, left)
+    check_fits(config.out, work.bounds[0].of(work.of()), "with the shortest lists")
     if config.plan:
-        timed = time_sample(manifest, some, _load_scorer(config, rollouts, view, worker))
-        sizes = [timed.size.of(work), *(size.of(work) for size in bounds)]
-        _print_forecast(rollouts, work, timed, sizes, free_bytes(config.out), worker)
-        check_fits(config.out, sizes[0], f"by {timed.sequences} scored sequences")
+        _print_plan(work, worker)
         return None
     with CacheWriter.create(config.out, manifest, worker=worker) as writer:
         missing = writer.missing()
         if missing:
-            save_vocab(config.teacher, config.out)
-            may_not_fit = bounds[1].of(work) > free_bytes(config.out)
-            check_size = some if may_not_fit else None
-            scorer = _load_scorer(config, rollouts, view, worker)
-            _fill(writer, missing, rollouts, left_out, scorer, check_size=check_size)
+            for teacher in config.teachers.values():
+                save_vocab(teacher, config.out, one_of_several=config.teacher_field is not None)
+            _fill(writer, replace(work, missing=missing), worker)
         else:
             say_finished(config.out)
         finished = writer.finish()
@@ -113,10 +114,37 @@ def main(config: ScoreConfig) -> Path | None:
     return Path(config.out)
 
 
+@dataclass(frozen=True)
+class _Remaining:
+    """The shards that are not scored yet, as a whole and of each teacher."""
+
+    config: ScoreConfig
+    manifest: CacheManifest
+    rollouts: RolloutStore
+    view: TeacherView
+    parts: Sequence[Part]
+    missing: Sequence[int]
+
+    @cached_property
+    def bounds(self) -> tuple[Size, Size]:
+        """Sizes with the shortest and the longest lists."""
+        return size_bounds(self.manifest, sample(Selection(self.rollouts, self.parts)))
+
+    def of(self, *teachers: str | None) -> Work:
+        """The work that these teachers have, all by default."""
+        chosen = [i for i in self.missing if not teachers or self.parts[i].teacher in teachers]
+        return work_left(self.rollouts, [len(self.parts[i].names) for i in chosen])
+
+    def try_out(self, teacher: str | None, scorer: Scorer) -> TimedSample:
+        """Score a sample of a teacher's sequences, to know the time and the size of all."""
+        own = [part for part in self.parts if part.teacher == teacher]
+        return time_sample(self.manifest, sample(Selection(self.rollouts, own)), scorer)
+
+
 def _print_agreement(cache: TeacherCache) -> None:
     """Print how near the student is to the teacher, and warn if the lists hold too little."""
     if (found := measure(cache)) is not None:
-        print_fields(found.rows())
+        print_fields(found.rows() | by_teacher(cache))
     if (warning := low_coverage(cache, found)) is not None:
         LOG.warning(warning)
 
@@ -124,37 +152,49 @@ def _print_agreement(cache: TeacherCache) -> None:
 def _manifest(
     config: ScoreConfig,
     rollouts: RolloutStore,
+    routing: Routing,
     left_out: Mapping[int, frozenset[str]],
     view: TeacherView,
 ) -> CacheManifest:
-    source = rollouts.manifest
-    model = describe_model(config.teacher, dtype=config.dtype, engine=config.engine)
-    assert model.vocab_size is not None
-    ModelLimits("the teacher", model.vocab_size).check_k(config.k)
+    source, parts = rollouts.manifest, routing.parts
+    models = {
+        name: describe_model(path, dtype=config.dtype, engine=config.engine)
+        for name, path in config.teachers.items()
+    }
     merged = parse_eos_class(config.eos_class)
-    for limits in (
-        ModelLimits("the teacher", model.vocab_size),
-        ModelLimits("the student", source.vocab_size),
-    ):
+    ModelLimits("the student", source.vocab_size).check_ids("eos_class", merged)
+    overrides = []
+    for name, model in models.items():
+        assert model.vocab_size is not None
+        limits = ModelLimits("the teacher", model.vocab_size)
+        limits.check_k(config.k)
         limits.check_ids("eos_class", merged)
-    overrides = check_eos(model, source.model, "the rollouts", config.allow_eos_mismatch, merged)
+        overrides += check_eos(
+            model, source.model, "the rollouts", config.allow_eos_mismatch, merged, name
+        )
+    plan: dict[str, Any] = {"shards": [len(part.names) for part in parts]}
+    inputs: dict[str, Any] = {
+        "rollouts": {
+            "digest": rollouts.digest(),
+            "model": source.model,
+            "lineage": source.lineage,
+            "sampling": source.sampling,
+            **({"left_out": sum(map(len, left_out.values()))} if left_out else {}),
+        }
+    }
+    if routing.described is not None:
+        plan["teachers"] = [part.teacher for part in parts]
+        inputs["routing"] = routing.described
+    if view.described is not None:
+        inputs["teacher_prompts"] = view.described
     return build_manifest(
         "cache",
         stage="score",
         config=asdict(config),
-        model=model,
-        inputs={
-            "rollouts": {
-                "digest": rollouts.digest(),
-                "model": source.model,
-                "lineage": source.lineage,
-                "sampling": source.sampling,
-                **({"left_out": sum(map(len, left_out.values()))} if left_out else {}),
-            },
-            **({"teacher_prompts": view.described} if view.described else {}),
-        },
+        **described(models),
+        inputs=inputs,
         overrides=overrides,
-        plan={"shards": [n - len(left_out.get(i, ())) for i, n in enumerate(source.shards)]},
+        plan=plan,
         k=config.k,
         top_p=config.top_p,
         codec=config.codec,
@@ -182,62 +222,67 @@ def _missing(config: ScoreConfig, manifest: CacheManifest) -> list[int]:
 
 
 def _left_out(
-    config: ScoreConfig, rollouts: RolloutStore, view: TeacherView
+    config: ScoreConfig, rollouts: RolloutStore, parts: Sequence[Part], view: TeacherView
 ) -> dict[int, frozenset[str]]:
-    """The names of the sequences that the teacher cannot read, by shard; none without the flag."""
+    """The names of the sequences that their teacher cannot read, by part; none without the flag."""
     if not config.skip_bad_records:
         return {}
-    found = _bad_sequences(config, rollouts, range(rollouts.num_shards), view)
-    for shard, names in found.items():
-        if len(names) == rollouts.manifest.shards[shard]:
+    found = _bad_sequences(config, rollouts, dict(enumerate(parts)), view)
+    for number, names in found.items():
+        if names == parts[number].names:
             raise DataError(
-                f"{config.rollouts}: the teacher can read no sequence of shard {shard}; use models "
-                "that share a tokenizer, or roll out again"
+                f"{config.rollouts}: the teacher can read no sequence of shard "
+                f"{parts[number].shard}; use models that share a tokenizer, or roll out again"
             )
     return found
 
 
 def _bad_sequences(
-    config: ScoreConfig, rollouts: RolloutStore, shards: Iterable[int], view: TeacherView
+    config: ScoreConfig, rollouts: RolloutStore, parts: Mapping[int, Part], view: TeacherView
 ) -> dict[int, frozenset[str]]:
-    """Check the sequences of some shards; the names of those that the teacher cannot read.
+    """Check the sequences of some parts; the names of those that their teacher cannot read.
 
     Raises:
         DataError: there is one, and `skip_bad_records` is not set.
     """
+    limits = {
+        name: _limits(config, path, rollouts.manifest.model, view)
+        for name, path in config.teachers.items()
+    }
+    skipped = Skipped(config.rollouts, config.skip_bad_records)
+    found: dict[int, set[str]] = {}
+    for number, part in parts.items():
+        for rollout in part.read(rollouts):
+            try:
+                view.check(limits[part.teacher], rollout)
+                skipped.kept += 1
+            except DataError as error:
+                skipped.handle(error)
+                found.setdefault(number, set()).add(name_of(rollout))
+    skipped.report()
+    return {number: frozenset(names) for number, names in found.items()}
+
+
+def _limits(
+    config: ScoreConfig, teacher: str, policy: ModelIdentity, view: TeacherView
+) -> ModelLimits:
+    """What a teacher can read."""
     remedy = "use models that share a tokenizer"
-    if tokenizer_digest(config.teacher) == rollouts.manifest.model.tokenizer:
+    if tokenizer_digest(teacher) == policy.tokenizer:
         remedy = (
             "the tokenizers are the same, so it is a padding row of the student's head: leave the "
             "sequence out"
         )
-    teacher, context = config.teacher, context_of(config.teacher, config.engine)
-    limits = ModelLimits("the teacher", vocab_size_of(teacher), context, view.length_remedy, remedy)
-    skipped = Skipped(config.rollouts, config.skip_bad_records)
-    found: dict[int, set[str]] = {}
-    for shard in shards:
-        for rollout in rollouts.shard(shard):
-            try:
-                view.check(limits, rollout)
-                skipped.kept += 1
-            except DataError as error:
-                skipped.handle(error)
-                found.setdefault(shard, set()).add(name_of(rollout))
-    skipped.report()
-    return {shard: frozenset(names) for shard, names in found.items()}
+    context = context_of(teacher, config.engine)
+    return ModelLimits("the teacher", vocab_size_of(teacher), context, view.length_remedy, remedy)
 
 
-def _usable(sequences: Sequence[Rollout], left_out: frozenset[str]) -> list[Rollout]:
-    return [rollout for rollout in sequences if name_of(rollout) not in left_out]
-
-
-def _load_scorer(
-    config: ScoreConfig, rollouts: RolloutStore, view: TeacherView, worker: Worker
-) -> Callable[..., list[TeacherScores]]:
-    """Load the teacher and, for its ids, the student; return the function that scores with them.
+def _load_scorer(work: _Remaining, name: str | None, worker: Worker) -> Scorer:
+    """Load a teacher and, for its ids, the student; return the function that scores with them.
 
     The function takes rollouts and, optionally, `progress`.
     """
+    config = work.config
     common: dict[str, Any] = {
         "dtype": config.dtype,
         "device": config.device,
@@ -247,61 +292,89 @@ def _load_scorer(
     }
     support, student = _support(config), None
     if support.student_k:  # first, so that vLLM sees the memory that it takes
-        folder = find_student(config.student, rollouts.manifest.model)
+        folder = find_student(config.student, work.rollouts.manifest.model)
         own = common if config.engine == "transformers" else common | {"options": {}}
         student = load_engine("transformers", folder, **own)
-    teacher = load_engine(config.engine, config.teacher, **common)
+    teacher = load_engine(config.engine, config.teachers[name], **common)
     return partial(
         score_rollouts,
         teacher,
         support=support,
         temperature=config.temperature,
         student=student,
-        seen_by_teacher=view.of,
+        seen_by_teacher=work.view.of,
     )
 
 
-def _fill(
-    writer: CacheWriter,
-    missing: list[int],
-    rollouts: RolloutStore,
-    left_out: Mapping[int, frozenset[str]],
-    scorer: Callable[..., list[TeacherScores]],
-    *,
-    check_size: list[Rollout] | None,  # score these first, to check that the rest fits on the disk
-) -> None:
-    sizes = writer.manifest.shards
-    work = work_left(rollouts, missing)
-    if check_size is not None:
-        timed = time_sample(writer.manifest, check_size, scorer)
-        check_fits(writer.path, timed.size.of(work), f"by {timed.sequences} scored sequences")
-    done = sum(sizes) - sum(sizes[shard] for shard in missing)
+def _fill(writer: CacheWriter, work: _Remaining, worker: Worker) -> None:
+    config, sizes = work.config, writer.manifest.shards
+    # If the longest lists do not fit, a sample says whether the teacher's do.
+    may_not_fit = work.bounds[1].of(work.of()) > free_bytes(config.out)
+    done = sum(sizes) - sum(sizes[shard] for shard in work.missing)
+    loaded: dict[str | None, Scorer] = {}  # one at a time
     with Progress(total=sum(sizes), initial=done, unit="seq", desc="scoring") as bar:
         for index in writer.claims():
-            sequences = _usable(rollouts.shard(index), left_out.get(index, frozenset()))
-            scores = scorer(sequences, progress=bar.update)
+            part = work.parts[index]
+            if part.teacher not in loaded:
+                loaded.clear()
+                free_memory()
+                loaded[part.teacher] = scorer = _load_scorer(work, part.teacher, worker)
+                if may_not_fit:
+                    timed = work.try_out(part.teacher, scorer)
+                    needed = timed.size.of(work.of(part.teacher))
+                    check_fits(config.out, needed, f"by {timed.sequences} scored sequences")
+            sequences = part.read(work.rollouts)
+            scores = loaded[part.teacher](sequences, progress=bar.update)
             writer.write(index, list(zip(sequences, scores, strict=True)))
 
 
+def _print_plan(work: _Remaining, worker: Worker) -> None:
+    """Print what scoring will take, by a sample of each teacher's sequences.
+
+    Raises:
+        ConfigError: the disk has no room for the cache.
+    """
+    config = work.config
+    timed: dict[str | None, TimedSample] = {}
+    for name in config.teachers:
+        free_memory()
+        timed[name] = work.try_out(name, _load_scorer(work, name, worker))
+    sizes = [sum(each.size.of(work.of(name)) for name, each in timed.items())]
+    sizes += [size.of(work.of()) for size in work.bounds]
+    _print_forecast(work, timed, sizes, free_bytes(config.out), worker)
+    sampled = sum(each.sequences for each in timed.values())
+    check_fits(config.out, sizes[0], f"by {sampled} scored sequences")
+
+
 def _print_forecast(
-    rollouts: RolloutStore,
-    work: Work,
-    timed: TimedSample,
+    work: _Remaining,
+    timed: Mapping[str | None, TimedSample],
     sizes: list[int],  # measured, lower bound, upper bound
     free: int,
     worker: Worker,
 ) -> None:
-    totals = rollouts.summary()
+    totals, left = work.rollouts.summary(), work.of()
     needed, low, high = map(format_bytes, sizes)
     share = f", each of {worker.count} workers" if not worker.is_single else ""
+    seconds = {name: each.seconds_for(work.of(name)) for name, each in timed.items()}
+    sampled, tokens = (
+        sum(getattr(each, count) for each in timed.values()) for count in ("sequences", "tokens")
+    )
+    speed = tokens / sum(each.seconds for each in timed.values())
     rows = {
-        "sequences": f"{totals['sequences']}, {work.sequences} to score",
+        "sequences": f"{totals['sequences']}, {left.sequences} to score",
         "tokens": f"{totals['tokens']}, {totals['response_tokens']} of them responses",
-        "shards": f"{totals['shards']}, {work.shards} to write",
+        "shards": f"{len(work.parts)}, {left.shards} to write",
         "bytes": f"{needed} by the sample; {low} with the shortest lists, {high} with the longest",
         "free disk": format_bytes(free),
-        "sample": f"{timed.sequences} sequences, {timed.tokens} tokens, "
-        f"{timed.tokens / timed.seconds:.0f} tokens/s",
-        "time": f"{format_seconds(timed.seconds_for(work) / worker.count)}{share}",
+        "sample": f"{sampled} sequences, {tokens} tokens, {speed:.0f} tokens/s",
+        "time": f"{format_seconds(sum(seconds.values()) / worker.count)}{share}",
     }
+    for name in work.config.teachers:
+        if name is not None:
+            own = work.of(name)
+            rows[f"teacher {name}"] = (
+                f"{own.sequences} sequences in {own.shards} shards, "
+                f"{format_seconds(seconds[name] / worker.count)}"
+            )
     print_fields(rows)

@@ -29,6 +29,7 @@ from lopd.provenance import (
     write_manifest,
 )
 from lopd.provenance.gate import check_eos
+from lopd.provenance.teachers import described, lineage_entries
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.store import RolloutStore
@@ -51,13 +52,12 @@ def main(config: SftConfig) -> Path:
     if is_finished(config, "sft", config.model, describe_inputs):
         return say_finished(config.out)
     base = describe_model(config.model, dtype=config.dtype, engine="transformers")
-    source, teacher, written = open_data(config)
+    source, teachers, written = open_data(config)
     inputs = describe_inputs(config)
-    overrides = []
-    if teacher is not None:
-        what = f"answers of {config.model}"
-        overrides = check_eos(inputs["sft_data"]["model"], base, what, config.allow_eos_mismatch)
-        _warn_of_template(inputs["sft_data"]["model"], base)
+    overrides, what = [], f"answers of {config.model}"
+    for name, teacher in teachers.items():
+        overrides += check_eos(teacher, base, what, config.allow_eos_mismatch, name=name)
+        _warn_of_template(teacher, base)
     (data,) = digests_of(inputs).values()
     if written is not None:
         inputs["demonstrations"]["reading"] = {"date": written}
@@ -65,7 +65,8 @@ def main(config: SftConfig) -> Path:
     checkpoint = runs.begin(config, data=data, prompt_date_written=written, **skips, base=base)
     objective = Objective("cross_entropy", workspace_bytes=config.workspace)
     trained = runs.train(config, source, objective, model_path=config.model, checkpoint=checkpoint)
-    lineage = {"sft_teacher": teacher, "declared": False, "initial_student": None}
+    taught = lineage_entries(teachers) if teachers else {"sft_teacher": None}
+    lineage = {**taught, "declared": False, "initial_student": None}
     parts = {"base": base, "inputs": inputs, "lineage": lineage, "overrides": overrides}
     return finish_checkpoint(config, "sft", **parts, **trained)
 
@@ -97,15 +98,17 @@ def describe_inputs(config: SftConfig) -> dict[str, Any]:
     if not _is_store(config.data):
         return {"demonstrations": describe_data(config.data)}
     store = RolloutStore.open(config.data, kind="sft_data")
-    return {"sft_data": {"digest": store.digest(), "model": store.manifest.model}}
+    return {"sft_data": {"digest": store.digest(), **described(store.manifest.models)}}
 
 
-def open_data(config: SftConfig) -> tuple[Source, dict[str, Any] | None, str | None]:
+def open_data(
+    config: SftConfig,
+) -> tuple[Source, dict[str | None, ModelIdentity], str | None]:
     """Open the answers.
 
     Returns:
-        The sequences; the description of the teacher that sampled them, None if unknown; the date
-        that the chat template wrote into prompts, if it wrote one.
+        The sequences; the teachers that sampled them by name, or one under None, none if unknown;
+        the date that the chat template wrote into prompts, if it wrote one.
 
     Raises:
         ConfigError: a setting about prompts, for answers that are tokens already.
@@ -115,7 +118,7 @@ def open_data(config: SftConfig) -> tuple[Source, dict[str, Any] | None, str | N
     tokenizer = load_tokenizer(config.model)
     if not _is_store(config.data):
         encoder = PromptEncoder(tokenizer, config, _recorded_date(config.out))
-        return load_demonstrations(config.data, encoder), None, encoder.date
+        return load_demonstrations(config.data, encoder), {}, encoder.date
     for name in ("columns", "chat_template_kwargs", "special_tokens", "prompt_date"):
         if getattr(config, name) is not None:
             spelt = name.replace("_", "-")
@@ -127,7 +130,7 @@ def open_data(config: SftConfig) -> tuple[Source, dict[str, Any] | None, str | N
     if runs.is_first():  # the other processes wait for it when the run begins
         store.verify()
     check_tokenizer(store, tokenizer, config.model)
-    return store, store.manifest.model.as_teacher(), None
+    return store, store.manifest.models, None
 
 
 def _is_store(data: str) -> bool:
@@ -151,17 +154,22 @@ def check_tokenizer(store: RolloutStore, tokenizer: Any, model: str) -> None:
         ProvenanceError: an id stands for different tokens, or the tokenizers differ and the
             teacher's vocabulary was not stored with the answers.
     """
-    if tokenizer_digest(model) == store.manifest.model.tokenizer:
-        return
+    ours = tokenizer_digest(model)
+    for name, teacher in store.manifest.models.items():
+        if teacher.tokenizer != ours:
+            _check_tokens(store, tokenizer, model, name)
+
+
+def _check_tokens(store: RolloutStore, tokenizer: Any, model: str, name: str | None) -> None:
     remedy = "fine-tune a model with the teacher's tokenizer"
     try:
-        teacher_vocab = load_vocab(store.path)
+        teacher_vocab = load_vocab(store.path, store.manifest.models[name].tokenizer)
     except MissingFileError:
         raise ProvenanceError(
             f"{store.path}: its answers were sampled with another tokenizer than that of {model}, "
             f"and the teacher's vocabulary, needed to compare them, is missing; {remedy}"
         ) from None
-    if found := differing_token(tokenizer.get_vocab(), teacher_vocab, store.used_ids()):
+    if found := differing_token(tokenizer.get_vocab(), teacher_vocab, store.used_ids(name)):
         index, student_token, teacher_token = found
         raise ProvenanceError(
             f"{store.path}: id {index} is {teacher_token!r} to the teacher and {student_token!r} "

@@ -13,9 +13,11 @@ from lopd.stages.rollout import sample_to_store
 
 @loads_models
 def main(config: SftDataConfig) -> Path:
-    """Sample the missing shards of the teacher's answers; returns their folder.
+    """Sample the missing shards of the teachers' answers; returns their folder.
 
     Raises:
         LopdError: the model, the prompts or the folder cannot be used.
     """
-    return sample_to_store(config, model=config.teacher, kind="sft_data", stage="sft-data")
+    return sample_to_store(
+        config, config.teachers, kind="sft_data", stage="sft-data", field=config.teacher_field
+    )

@@ -16,7 +16,6 @@ from lopd.config.verify import VerifyConfig
 from lopd.errors import ConfigError, DataError, NoiseError, ProvenanceError
 from lopd.evaluation.noise_floor import NoiseFloor, measure_noise_floor
 from lopd.provenance import (
-    VOCAB_NAME,
     CacheManifest,
     Manifest,
     ModelIdentity,
@@ -27,6 +26,7 @@ from lopd.provenance import (
     load_vocab,
     read_manifest,
     tokenizer_digest,
+    vocab_file,
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.provenance.io import json_digest, parse_json
@@ -64,7 +64,7 @@ def main(config: VerifyConfig) -> None:
         tokenizer = cache.manifest.rollouts.model.path
         if tokenizer is None or not Path(tokenizer).is_dir():
             tokenizer = config.student
-        view = view_of_cache(cache, config.teacher, tokenizer)
+        view = view_of_cache(cache, str(config.teacher), tokenizer, "--rescore")
         floor = measure_noise_floor(
             config.path,
             config.rescore,
@@ -118,7 +118,8 @@ def check_artefact(folder: Path, manifest: Manifest) -> dict[str, str]:
     else:
         rows = _check_store(folder, manifest)
     if kind != "checkpoint":
-        rows["model"] = _describe_source(manifest.model)
+        for name, model in manifest.models.items():
+            rows["model" if name is None else f"teacher {name}"] = _describe_source(model)
     if manifest.base is not None:
         rows["base"] = _describe_source(manifest.base)
     return rows
@@ -184,7 +185,7 @@ def _check_store(folder: Path, manifest: Manifest) -> dict[str, str]:
         check_rollout(rollout, rows, has_logprobs=has_logprobs)
         names.add((rollout.prompt_id, rollout.sample))
         if isinstance(item, TeacherSequence):
-            check_scored_sequence(item, tolerance)
+            check_scored_sequence(item, tolerance, calibrated=manifest.scoring.is_calibrated)
     if len(names) != len(store):
         raise DataError(f"{folder}: {len(store) - len(names)} sequences occur twice")
     return {
@@ -195,13 +196,14 @@ def _check_store(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _check_vocabulary(folder: Path, manifest: Manifest) -> str:
-    if not (folder / VOCAB_NAME).exists():
-        return "not stored"
-    if json_digest(load_vocab(folder)) != manifest.model.tokenizer:
-        raise ProvenanceError(
-            f"{folder / VOCAB_NAME}: is not the tokenizer that the manifest describes; "
-            "restore the file"
-        )
+    for model in manifest.models.values():
+        file = vocab_file(folder, model.tokenizer)
+        if not file.exists():
+            return "not stored"
+        if json_digest(load_vocab(folder, model.tokenizer)) != model.tokenizer:
+            raise ProvenanceError(
+                f"{file}: is not the tokenizer that the manifest describes; restore the file"
+            )
     return "matches the manifest"
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from lopd.errors import ConfigError, LopdError, ShardError
 from lopd.provenance import (
     MANIFEST_NAME,
-    VOCAB_NAME,
+    VOCAB_FILES,
     Manifest,
     difference,
     read_manifest,
@@ -128,7 +128,7 @@ def examine_shard_folder(
         record=MANIFEST_NAME,
         differs=differs,
         has_results=has_results,
-        allowed_files={VOCAB_NAME},
+        allowed_files={file.name for file in folder.glob(VOCAB_FILES)},
         kind=manifest.kind,
     ).require_writable(ShardError)
 

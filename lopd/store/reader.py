@@ -98,31 +98,49 @@ class _ShardReader(Generic[Record]):
         shards = [self._receipts[shard].sha256 for shard in self._present]
         return json_digest({"recipe": manifest_digest(self.manifest), "shards": shards})
 
-    def used_ids(self) -> np.ndarray:  # [n] int64, ascending
-        """The distinct token ids of the data, list entries included; reads everything."""
+    def used_ids(self, teacher: str | None = None) -> np.ndarray:  # [n] int64, ascending
+        """The distinct token ids of the data, list entries included; reads everything.
+
+        Args:
+            teacher: the name of a teacher, to read only its sequences.
+        """
         used = np.zeros(self._vocab_size, bool)
-        for view, positions in self._chunks():
+        for view, positions in self._chunks(teacher):
             for ids in self._ids(view, positions):
                 used[ids] = True
         return np.flatnonzero(used)
 
     def summary(self) -> dict[str, Any]:
         """Totals from the receipts, without opening a shard."""
-        receipts = list(self._receipts.values())
-        totals = {
-            key: sum(getattr(r, key) for r in receipts)
-            for key in ("sequences", "tokens", "response_tokens", "bytes")
-        }
+        totals = self.totals()
         return {
             "kind": self.manifest.kind,
             "shards": self.num_shards,
             "missing_shards": len(self.missing_shards),
-            **totals,
+            **{name: value for name, value in totals.items() if name != "finish_reasons"},
             "bytes_per_response_token": _ratio(totals["bytes"], totals["response_tokens"]),
+            "finish_reasons": totals["finish_reasons"],
+        }
+
+    def totals(self, teacher: str | None = None) -> dict[str, Any]:
+        """Sums of the receipts: of all shards, or of those of one of several teachers."""
+        receipts = [
+            receipt
+            for shard, receipt in self._receipts.items()
+            if teacher in (None, self.manifest.teacher_of(shard))
+        ]
+        keys = ("sequences", "tokens", "response_tokens", "bytes")
+        return {key: sum(getattr(r, key) for r in receipts) for key in keys} | {
             "finish_reasons": {
                 reason: sum(r.finish_reasons[reason] for r in receipts) for reason in FINISH_REASONS
             },
         }
+
+    def of_teacher(self, name: str | None) -> np.ndarray:  # [n] int64, ascending
+        """The indices of the sequences of one of several teachers; of all if the name is None."""
+        names = [self.manifest.teacher_of(shard) for shard in self._present]
+        sizes = [self._receipts[shard].sequences for shard in self._present]
+        return np.flatnonzero(np.repeat([name in (None, found) for found in names], sizes))
 
     def rewards(self) -> np.ndarray:  # [len(self)] fp32
         """The reward of every sequence, NaN where it is unknown; decodes nothing."""
@@ -177,9 +195,11 @@ class _ShardReader(Generic[Record]):
                 records[place] = record
         return records
 
-    def _chunks(self) -> Iterator[tuple[ShardView, np.ndarray]]:
+    def _chunks(self, teacher: str | None = None) -> Iterator[tuple[ShardView, np.ndarray]]:
         """All positions in order; no shard stays mapped that is read through."""
         for shard in self._present:
+            if teacher not in (None, self.manifest.teacher_of(shard)):
+                continue
             view = self._view(shard)
             for positions in view.chunks(_TOKENS_TOGETHER):
                 yield view, positions
@@ -240,7 +260,8 @@ class TeacherCache(_ShardReader[TeacherSequence]):
             raise ConfigError(f"support is {support!r}, expected one of {', '.join(SUPPORTS)}")
         if vocab_size is not None and vocab_size < 1:
             raise ConfigError(f"vocab_size is {vocab_size}, expected at least 1")
-        self.support: Support = support
+        # No token is added to the lists of calibrated log-probs, which are of no distribution.
+        self.support: Support = "list" if manifest.scoring.is_calibrated else support
         self.vocab_size = vocab_size
         super().__init__(path, manifest, allow_incomplete=allow_incomplete)
 
@@ -351,6 +372,7 @@ class TeacherCache(_ShardReader[TeacherSequence]):
             support="list" if joined else self.support,
             vocab_size=self.vocab_size,
             source=self.path,
+            teacher_id=self.manifest.teacher_of(view.shard),
         )
 
     def _ids(self, view: ShardView, positions: np.ndarray) -> list[np.ndarray]:

@@ -44,6 +44,7 @@ def join_sequences(
     support: Support,
     vocab_size: int | None,
     source: Path | str,
+    teacher_id: str | None = None,
 ) -> list[TeacherSequence]:
     """Rollouts and their scores as records that own their arrays, with the lists of `support`."""
     lists, tail = columns.lists, columns.tail_logprobs
@@ -72,6 +73,7 @@ def join_sequences(
             teacher_entropy=entropy[start:stop],
             lists=part,
             tail_logprobs=tail[start:stop],
+            teacher_id=teacher_id,
         )
         for rollout, part, start, stop in zip(
             rollouts, lists.split(rows), rows[:-1], rows[1:], strict=True

@@ -59,19 +59,24 @@ class TimedSample:
         return self.seconds / self.tokens * work.tokens
 
 
-def work_left(rollouts: RolloutStore, missing: Sequence[int]) -> Work:
-    """The work that the missing shards hold."""
-    totals, sizes = rollouts.summary(), rollouts.manifest.shards
-    sequences = sum(sizes[shard] for shard in missing)
+def work_left(rollouts: RolloutStore, sizes: Sequence[int]) -> Work:
+    """The work that some shards of a cache are.
+
+    Args:
+        sizes: how many of the rollouts each of the shards holds.
+    """
+    totals, sequences = rollouts.summary(), sum(sizes)
     share = sequences / totals["sequences"]
     tokens, responses = share * totals["tokens"], share * totals["response_tokens"]
-    return Work(len(missing), sequences, tokens, responses)
+    return Work(len(sizes), sequences, tokens, responses)
 
 
-def sample(rollouts: RolloutStore, count: int = SAMPLE_SEQUENCES) -> list[Rollout]:
-    """Evenly spaced sequences of the store."""
-    positions = np.linspace(0, len(rollouts) - 1, min(count, len(rollouts)))
-    return [rollouts[int(i)] for i in positions]
+def sample(
+    source: Sequence[Rollout] | RolloutStore, count: int = SAMPLE_SEQUENCES
+) -> list[Rollout]:
+    """Evenly spaced sequences of a store, or of a part of one."""
+    positions = np.linspace(0, len(source) - 1, min(count, len(source)))
+    return [source[int(i)] for i in positions]
 
 
 def size_bounds(manifest: CacheManifest, sequences: Sequence[Rollout]) -> tuple[Size, Size]:

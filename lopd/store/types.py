@@ -70,6 +70,7 @@ class TeacherSequence(TeacherColumns):
     """
 
     rollout: Rollout
+    teacher_id: str | None = None  # the name of the teacher; None if it has none
 
     @property
     def topk_ids(self) -> np.ndarray:  # [R, K] int32, -1 pads; K = the longest of the R lists

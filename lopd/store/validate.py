@@ -88,17 +88,27 @@ def check_weights(rollout: Rollout) -> None:
 
 
 def check_scores(
-    rollout: Rollout, scores: TeacherScores, vocab_size: int, k: int, *, has_entropy: bool = True
+    rollout: Rollout,
+    scores: TeacherScores,
+    vocab_size: int,
+    k: int,
+    *,
+    has_entropy: bool = True,
+    calibrated: bool = False,
 ) -> None:
     """Refuse scores that are not a distribution over `vocab_size` ids for every token.
 
-    Without `has_entropy`, for engines that do not compute it, the entropy must be NaN.
+    Without `has_entropy`, for engines that do not compute it, the entropy must be NaN. Log-probs of
+    sampled tokens that are `calibrated` have to be finite only.
 
     Raises:
         DataError: names the sequence, the response token and the fault.
     """
     length = len(rollout.tokens) - rollout.prompt_length
-    _check_logprobs(rollout, "teacher_logprobs", scores.teacher_logprobs, (length,))
+    if calibrated:
+        _check_finite(rollout, scores.teacher_logprobs, length)
+    else:
+        _check_logprobs(rollout, "teacher_logprobs", scores.teacher_logprobs, (length,))
     _check_logprobs(rollout, "topk_logprobs", scores.topk_logprobs, (length, k))
     _check_logprobs(rollout, "tail_logprobs", scores.tail_logprobs, (length,), tail=True)
     field, entropy = "teacher_entropy", scores.teacher_entropy
@@ -123,7 +133,14 @@ def check_scores(
         _check_logprobs(rollout, "extra_logprobs", filled, shape)
         if (rest := scores.extra_tail_logprobs) is not None:
             _check_logprobs(rollout, "extra_tail_logprobs", rest, (length,), tail=True)
-    _check_distribution(rollout, scores)
+    if not calibrated:
+        _check_distribution(rollout, scores)
+
+
+def _check_finite(rollout: Rollout, logprobs: np.ndarray, length: int) -> None:
+    _check_shape(rollout, "teacher_logprobs", logprobs, (length,))
+    bad = ~np.isfinite(logprobs)
+    _refuse(rollout, bad, "teacher_logprobs", logprobs, "a finite number of nat")
 
 
 def _check_distribution(rollout: Rollout, scores: TeacherScores) -> None:
@@ -219,12 +236,19 @@ def _form(values: np.ndarray) -> str:
     return f"{values.dtype} {list(values.shape)}"
 
 
-def check_scored_sequence(item: TeacherSequence, tolerance: float) -> None:
+def check_scored_sequence(
+    item: TeacherSequence, tolerance: float, *, calibrated: bool = False
+) -> None:
     """Check that every token has a distribution that agrees with its teacher_logprobs.
+
+    Those that are `calibrated` have to be finite only.
 
     Raises:
         DataError: names the sequence, the response token and what it lacks.
     """
+    if calibrated:
+        _check_finite(item.rollout, item.teacher_logprobs, len(item.rollout.rollout_logprobs))
+        return
     name, rollout, lists = name_of(item.rollout), item.rollout, item.lists
     tail = item.tail_logprobs.astype(np.float64)
     logprobs = item.teacher_logprobs.astype(np.float64)

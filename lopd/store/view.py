@@ -40,7 +40,7 @@ class ShardView:
     ) -> None:
         self.path = path = file.path
         self.file = file
-        self.sequences = receipt.sequences
+        self.shard, self.sequences = receipt.shard, receipt.sequences
         self._codec, self._vocab_size = codec, vocab_size
         self._check_types()
         arrays = self.arrays

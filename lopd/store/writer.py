@@ -9,7 +9,7 @@ import numpy as np
 
 from lopd.errors import ConfigError, DataError, ShardError
 from lopd.provenance import (
-    VOCAB_NAME,
+    VOCAB_FILES,
     CacheManifest,
     Manifest,
     manifest_digest,
@@ -100,7 +100,8 @@ class _ShardWriter:
         found = examine_shard_folder(folder, manifest, in_use=not lock.is_exclusive)
         if found.state == "unfinished":
             return read_manifest(folder)
-        (folder / VOCAB_NAME).unlink(missing_ok=True)  # of a recipe that is replaced
+        for file in folder.glob(VOCAB_FILES):  # of a recipe that is replaced
+            file.unlink(missing_ok=True)
         write_manifest(folder, manifest)
         return manifest
 
@@ -277,10 +278,13 @@ def encode_records(
     """
     codec, rows = _check_settings(manifest), manifest.vocab_size
     rollouts = [rollout for rollout, _ in records]
-    has_entropy = manifest.scoring.entropy != "absent"
+    expected: dict[str, bool] = {
+        "has_entropy": manifest.scoring.entropy != "absent",
+        "calibrated": manifest.scoring.is_calibrated,
+    }
     columns = []
     for rollout, scores in records:
-        check_scores(rollout, scores, rows, manifest.teacher_k, has_entropy=has_entropy)
+        check_scores(rollout, scores, rows, manifest.teacher_k, **expected)
         columns.append(to_columns(scores, manifest.top_p))
         logprobs = (rollout.rollout_logprobs, rollout.rollout_logprobs_raw)
         check_storable(name_of(rollout), codec, columns[-1], *logprobs)

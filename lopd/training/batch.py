@@ -245,6 +245,8 @@ class Collator:
         tail_logprobs, teacher_logprobs                             [N] fp32, with a teacher
         teacher_entropy                                             [N] fp32, where it is known
         sequence_names                                              list of B strings
+        teacher_index, of teacher_names                             [N] int64, of named teachers
+        teacher_names                                               list of strings, with them
 
     `row_weights` are 1 (`token_mean`) or one over the sequence's loss tokens (`sequence_mean`);
     a loss is `sum_n row_weights[n] * L[n] / num_items`, with `num_items` the sum of `row_weights`
@@ -308,6 +310,11 @@ class Collator:
             arrays.update(_teacher_columns(items, offsets))
         batch |= {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch["sequence_names"] = [sequence_name(item) for item in items]
+        teachers = [getattr(item, "teacher_id", None) for item in items]
+        if None not in teachers:
+            batch["teacher_names"] = names = sorted({*map(str, teachers)})
+            places = torch.tensor([names.index(str(name)) for name in teachers])
+            batch["teacher_index"] = places[batch["sequence_index"]]
         return batch
 
     def _weights(self, sequence: Rollout | Demonstration) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,11 @@ import torch
 from lopd.config.objective import SPARSE, Objective
 from lopd.models.head import eval_mode
 from lopd.training.batch import Collator, Subset, lengths_of, to_device
-from lopd.training.metrics import Gather, gather_single
+from lopd.training.metrics import OF_TEACHER, Gather, gather_single
 from lopd.training.sampler import split
 from lopd.training.step import check_finite, step
 
+HOLDOUT = "holdout_kl"
 History = Sequence[dict[str, Any]]
 
 
@@ -42,8 +43,8 @@ def holdout_kl(
     max_tokens: int | None = None,
     rank: int = 0,
     gather: Gather = gather_single,
-) -> float:
-    """Mean of the objective over the held-out sequences, without dropout or random numbers.
+) -> dict[str, float]:
+    """Means of the objective over the held-out sequences, without dropout or random numbers.
 
     Weights that came with the rollouts do not count, so that runs can be compared.
     The processes take the micro-batches in turn. All make the same number of forward passes, as a
@@ -59,24 +60,37 @@ def holdout_kl(
         rank: number of this process.
         gather: as in `MetricsAccumulator`.
 
+    Returns:
+        `holdout_kl`, and with several teachers `holdout_kl/NAME` over the sequences of each.
+
     Raises:
         DataError: the mean is not finite; the message names the sequences.
     """
     device, collate = next(model.parameters()).device, replace(collate, weighted=False)
     micro_batches = split(lengths_of(holdout.dataset), batch_size, max_tokens)
     count, world_size = len(micro_batches), len(gather(None))
-    total, weight = 0.0, 0.0
+    sums: dict[str, Any] = {HOLDOUT: torch.zeros(2)}  # of values and of their weights
     with eval_mode(model):
         for number in range(rank, rank + -(-count // world_size) * world_size, world_size):
             items: Any = holdout.dataset.__getitems__([*micro_batches[number % count]])
             batch = to_device(collate(items), device)
-            loss, _ = step(model, batch, holdout.objective, 1.0)
+            loss, stats = step(model, batch, holdout.objective, 1.0)
             check_finite("held-out loss", loss, [batch], step_number)
             if number < count:
-                total += loss.item()
-                weight += batch["row_weights"].sum().item()
-    totals, weights = zip(*gather((total, weight)), strict=True)
-    return sum(totals) / sum(weights)
+                found = {HOLDOUT: torch.stack([loss, batch["row_weights"].sum().to(loss)])}
+                found |= {
+                    name.replace(OF_TEACHER, f"{HOLDOUT}/"): pair
+                    for name, pair in stats.items()
+                    if name.startswith(OF_TEACHER)
+                }
+                for name, pair in found.items():
+                    sums[name] = sums.get(name, 0) + pair.double().cpu()
+    every = gather(sums)
+    return {
+        name: (total / weight).item()
+        for name in sorted({name for process in every for name in process})
+        for total, weight in [sum(process[name] for process in every if name in process)]
+    }
 
 
 def evaluations(history: History) -> list[tuple[float, int]]:

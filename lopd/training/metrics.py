@@ -11,7 +11,7 @@ sums are accumulated, in log space: the exponential of a long sequence's l would
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ ESS = {
 }
 # Pairs of sums whose ratio is logged, [2] or [2, len(POSITIONS)].
 RATIOS = ("topk_overlap", "divergence_from")
+OF_TEACHER = (
+    "divergence/"  # and a name: such a pair [2] over the records of one of several teachers
+)
 POSITIONS = (0, 16, 64, 256, 1024, 4096, 16384)  # first positions of the parts of an answer
 
 Gather = Callable[[Any], list[Any]]
@@ -52,6 +55,18 @@ def by_position(
     """Weighted sums of the rows and sums of their weights, for each part of the answers."""
     pair = torch.stack([row_weights * rows, row_weights])
     return pair.new_zeros(2, len(POSITIONS)).index_add_(1, parts, pair)
+
+
+def by_teacher(
+    rows: Tensor,  # [N]
+    row_weights: Tensor,  # [N]
+    index: Tensor,  # [N] int64, indices into names
+    names: Sequence[str],
+) -> dict[str, Tensor]:  # [2] each
+    """Weighted sum of the rows, and sum of their weights, for the records of each teacher."""
+    pair = torch.stack([row_weights * rows, row_weights])
+    sums = pair.new_zeros(2, len(names)).index_add_(1, index, pair)
+    return {f"{OF_TEACHER}{name}": sums[:, i] for i, name in enumerate(names)}
 
 
 def drift_moments(
@@ -169,7 +184,7 @@ class MetricsAccumulator:
         for name, value in sums.items():
             if name in ESS:
                 means[ESS[name]] = _ess(value)
-            elif name in RATIOS:
+            elif name in RATIOS or name.startswith(OF_TEACHER):
                 means |= _ratios(name, value)
             else:
                 means[name] = value.item() / self._steps

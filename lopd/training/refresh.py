@@ -8,7 +8,7 @@ Lightning OPD on the same prompts in the same order.
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Refresh:
     batch_size: int  # sequences decoded together
     cache: TeacherCache
     base: str  # digest of the weights that training starts from
+    seen_by_teacher: Callable[[Rollout], Rollout] = lambda rollout: rollout  # to score
 
     @property
     def sampling(self) -> Sampling:
@@ -77,20 +78,21 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
 
     Raises:
         ProvenanceError: the teacher is not the one that scored the cache.
-        ConfigError: there are several processes, the cache was scored by another engine or its
-            sampling is unknown, or packs are too small for the longest answer.
+        ConfigError: there are several processes or teachers, the cache was scored by another engine
+            or its sampling is unknown, or packs are too small for the longest answer.
         DataError: a prompt leaves no room for the longest answer in a model's context.
     """
     cache, scorer = refresh.cache, refresh.cache.manifest.model
-    if cache.manifest.teacher_template is not None:
-        raise ConfigError(
-            f"refresh_every: {cache.path} was scored with --teacher-template, and the run has no "
-            "records to render it for; omit --refresh-every"
-        )
     if not (worker := this_worker(None)).is_single:
         raise ConfigError(
             f"refresh_every: found {worker.count} processes; expected one: start without torchrun, "
             "or omit --refresh-every"
+        )
+    if cache.manifest.teachers is not None:
+        raise ConfigError(
+            f"refresh_every: {cache.path} was scored by {len(cache.manifest.teachers)} teachers; "
+            "expected one, which training keeps in memory: omit --refresh-every, or roll out and "
+            "score again between two runs"
         )
     if scorer.engine != TransformersEngine.name:
         raise ConfigError(
@@ -116,9 +118,10 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
                 f"scored with {short(expected)}; use that teacher, or score with this one"
             )
     prompts = [_prompt(rollout) for rollout in cache.rollouts()]
-    for model in (student, refresh.teacher):
+    seen = [_prompt(refresh.seen_by_teacher(rollout)) for rollout in cache.rollouts()]
+    for model, read in ((student, prompts), (refresh.teacher, seen)):
         check_prompts(
-            prompts,
+            read,
             str(cache.path),
             context=context_of(model),
             vocab_size=vocab_size_of(model),
@@ -215,6 +218,7 @@ class RefreshTrainer(LopdTrainer):
             Support.of(manifest),
             temperature=manifest.temperature,
             student=self.student,
+            seen_by_teacher=self.refresh.seen_by_teacher,
         )
         if self.teacher_vocab is not None:
             tokens = [rollout.tokens for rollout in rollouts]
@@ -306,7 +310,8 @@ class WindowDataset(StepDataset):
                     "model": maker,
                     "sampling": source.rollouts.sampling,
                     "lineage": source.rollouts.lineage,
-                }
+                },
+                **{k: v for k, v in source.inputs.items() if k == "teacher_prompts"},
             },
             plan={"shards": [sequences]},
             k=source.k,

@@ -15,7 +15,7 @@ from lopd.errors import DataError
 from lopd.models.head import HeadOptions, run_with_loss, run_with_loss_and_router
 from lopd.models.packing import pack_kwargs
 from lopd.training.batch import Batch
-from lopd.training.metrics import by_position, drift_moments
+from lopd.training.metrics import by_position, by_teacher, drift_moments
 from lopd.training.row_losses import loss_of_rows
 from lopd.training.token_weights import RULES, weigh_tokens
 from lopd.training.topk_overlap import topk_overlap
@@ -147,6 +147,9 @@ def _statistics(by_row: dict[str, Tensor], batch: Batch, num_items: float) -> di
         stats |= drift_moments(log_ratio, weights, batch["sequence_index"], count)
     if divergence is not None:
         stats["divergence_from"] = by_position(divergence, weights, batch["parts"])
+        if "teacher_index" in batch:
+            which = (batch["teacher_index"], batch["teacher_names"])
+            stats |= by_teacher(divergence, weights, *which)
     return stats
 
 

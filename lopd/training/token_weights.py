@@ -25,13 +25,9 @@ from lopd.config.objective import Objective
 from lopd.training.batch import Batch
 from lopd_kernels import linear_logprobs
 
-# Columns of a batch with one value per row.
-ROWS = (
-    "loss_index", "labels", "row_weights", "rewards", "sequence_index", "parts",
-    "rollout_logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "teacher_logprobs",
-    "teacher_entropy",
-)  # fmt: skip
-NUMBERS_OF_ROWS = ("overlap_rows", "unlisted")  # columns that hold numbers of rows
+# Tensors of a batch that do not have one entry per row: the model's inputs, and numbers of rows.
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+NUMBERS_OF_ROWS = ("overlap_rows", "unlisted")
 
 
 @dataclass(frozen=True)
@@ -205,7 +201,11 @@ def weigh_tokens(
 
 def select_rows(batch: Batch, kept: Tensor) -> Batch:
     """The batch without the rows [N] where `kept` is False."""
-    selected = {**batch, **{name: batch[name][kept] for name in ROWS if name in batch}}
+    others = (*INPUTS, *NUMBERS_OF_ROWS)
+    selected = {
+        name: value[kept] if isinstance(value, Tensor) and name not in others else value
+        for name, value in batch.items()
+    }
     number = kept.cumsum(0) - 1
     for name in NUMBERS_OF_ROWS:
         if name in batch:

@@ -37,7 +37,7 @@ def topk_overlap(
         row_weights: weights of the rows.
         options: keyword arguments of `linear_topk`.
     """
-    if not len(rows):
+    if not topk_ids.numel():
         return row_weights.new_zeros(2)
     listed = topk_ids >= 0
     lengths = listed.sum(1)

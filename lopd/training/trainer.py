@@ -373,7 +373,7 @@ class LopdTrainer(Trainer):
             raise ConfigError("evaluate: nothing was held out; pass holdout to LopdTrainer")
         began = time.perf_counter()
         with self.accelerator.autocast():
-            kl = holdout_kl(
+            metrics = holdout_kl(
                 self.model,
                 self.holdout,
                 self.data_collator,
@@ -384,7 +384,6 @@ class LopdTrainer(Trainer):
                 gather=self.gather,
             )
         self.metrics.exclude_time(time.perf_counter() - began)
-        metrics = {"holdout_kl": kl}
         self.log({**metrics})
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

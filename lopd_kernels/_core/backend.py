@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lopd_kernels._core.listed_ids import Entries
 from lopd_kernels._core.rules import Rule
-from lopd_kernels._core.types import ListedIds, LogitGrads, LogitOptions, RowState
+from lopd_kernels._core.types import ListedIds, LogitGrads, LogitOptions, RowState, SplitGrads
 
 
 class RowFunctions(Protocol):
@@ -40,8 +40,20 @@ class RowFunctions(Protocol):
         stats: Tensor,  # [R, 4 + extras] output, see STATS; left as it is in inactive rows
         out: Tensor | None,  # [R, V] w dL/dz (1 - tanh^2); may share the storage of u
         inf_masks: bool = False,  # -inf in u marks an id without mass
+        split: SplitGrads | None = None,  # output in place of `out`; rows start at zero
     ) -> None:
         """Whole rows to losses and gradients."""
+
+    def write_unlisted(
+        self,
+        u: Tensor,  # [R, V] as `row_pass` with `split` has left it
+        rows: Tensor,  # [C] int64
+        unlisted_max: Tensor,  # [C]
+        factor: Tensor,  # [C]
+        logit_options: LogitOptions,
+        out: Tensor,  # [C, V] with storage of its own
+    ) -> None:
+        """The gradient of the given rows, 0 at their listed ids."""
 
     def reduce(
         self,

@@ -148,14 +148,11 @@ class ListedGrads:
         linear: Linear,
         ids: Tensor,  # [N, K]
         row_weights: Tensor | None,
-        grad: Tensor,  # [N, K] dL/dz
-        listed: Tensor,  # [N, K] z
+        grad: Tensor,  # [N, K] times the slope of the logit options
     ) -> None:
         self.linear, self.functions = linear, listed_functions(linear.hidden)
         listed_ids = locate(ids, row_weights, linear.weight.shape[0])
         self.ids, self.active = listed_ids.ids, listed_ids.active.unsqueeze(1)
-        if linear.logit_options.softcap is not None:
-            grad = grad * (1.0 - (listed / linear.logit_options.cap).square())
         self.grad = torch.where(self.active & listed_ids.listed, grad, 0.0)
         self.rows = gather_rows(len(ids), ids.shape[1], linear.weight.shape[1])
         self.entries: Entries | None = None

@@ -175,7 +175,10 @@ def _kept_row_grads(
     rows, factor, *_ = skipping.select(loss.skip, *norms)
     weights, scale = panel_weights(linear, loss.row_weights, dlogits_bound(target))
     grads = logit_grads(state, g, p, weights)
-    at_lists = ListedGrads(linear, loss.ids, loss.row_weights, grads.listed, state.listed)
+    at_ids = grads.listed
+    if linear.logit_options.softcap is not None:
+        at_ids = at_ids * (1.0 - (state.listed / linear.logit_options.cap).square())
+    at_lists = ListedGrads(linear, loss.ids, loss.row_weights, at_ids)
     kept = linear._replace(hidden=linear.hidden[rows])
     kept_weights = None if loss.row_weights is None else loss.row_weights[rows]
     kept_ids = linear.functions.locate(loss.ids[rows], kept_weights, vocab)

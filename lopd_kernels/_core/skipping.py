@@ -91,14 +91,18 @@ def sample(unlisted: Tensor, count: int, offset: Tensor) -> Selection:
 
 
 def certify(listed: Tensor, unlisted: Tensor, tolerance: float) -> Selection:
-    """All rows but the smallest; their number is read by the host."""
+    """All rows but the smallest. The host reads how many; a CUDA graph keeps all."""
     listed, mass = listed.double(), unlisted.double()
     ordered, order = mass.sort(stable=True)
     total = listed.sum() + mass.sum()
     budget = (1.0 - ROUNDING) * tolerance / (1.0 + tolerance) * total
     dropped = ordered.cumsum(0) <= budget  # nothing, where a norm is not finite
     kept = torch.empty_like(dropped).scatter_(0, order, ~dropped)
-    rows = kept.nonzero()[:, 0]
+    if mass.is_cuda and torch.cuda.is_current_stream_capturing():
+        kept.fill_(True)  # a graph has fixed sizes
+        rows = torch.arange(len(kept), device=mass.device)
+    else:
+        rows = kept.nonzero()[:, 0]
     return Selection(rows, unlisted.new_ones(len(rows)), kept.to(unlisted.dtype), kept)
 
 

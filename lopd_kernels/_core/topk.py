@@ -36,7 +36,7 @@ def topk(
     linear: Linear,
     k: int,
     extra_ids: Tensor,  # [N, E], -1 pads
-    sampled_ids: Tensor,  # [N, S]
+    sampled_ids: Tensor,  # [N, S], -1 pads
     workspace_bytes: int | None,
 ) -> TopRows:
     """One reduction, with the top k and the extra ids listed, gives both tails.
@@ -48,7 +48,7 @@ def topk(
     n, vocab, e = like.shape[0], linear.weight.shape[0], extra_ids.shape[1]
     extra_ids, sampled_ids = extra_ids.long(), sampled_ids.long()
     invalid_extra = _invalid(extra_ids, -1, vocab)
-    invalid_sampled = _invalid(sampled_ids, 0, vocab)
+    invalid_sampled, pads = _invalid(sampled_ids, -1, vocab), sampled_ids == -1
     extra_ids = extra_ids.masked_fill(invalid_extra, -1)
     sampled_ids = sampled_ids.clamp(0, vocab - 1)
     shapes = (n, k), n, n, (n, e), n, sampled_ids.shape
@@ -86,5 +86,6 @@ def topk(
     visit_chunks(linear, rows, linear.operand(None), WeightRows(linear.weight), visit)
     out.extra_logprobs.masked_fill_(invalid_extra, math.nan)
     out.extra_tail_logprobs.masked_fill_(invalid_extra[:, 0], math.nan)
+    out.sampled_logprobs.masked_fill_(pads & ~out.sampled_logprobs.isnan(), -math.inf)
     out.sampled_logprobs.masked_fill_(invalid_sampled, math.nan)
     return out

@@ -48,7 +48,7 @@ class Needs(NamedTuple):
 
 
 # A larger dense_share costs more than forming every row's gradient; benchmarks/NOTES.md.
-LARGEST_SHARE = 0.65
+LARGEST_SHARE = 0.9
 
 
 class Skip(NamedTuple):
@@ -106,3 +106,33 @@ class LogitGrads(NamedTuple):
         return LogitGrads(
             self.unlisted_max[part], self.factor[part], entropy_factor, self.listed[part]
         )
+
+
+class SplitGrads(NamedTuple):
+    """w dL/dz of rows: at the ids, elsewhere exp(z - unlisted_max) factor; and their L1 norms."""
+
+    listed: Tensor  # [N, K] times 1 - tanh^2
+    unlisted: Tensor  # [N, 4]: the fields below, all 0 in inactive rows
+
+    @classmethod
+    def zeros(cls, like: Tensor, rows: int, width: int, dtype: torch.dtype) -> SplitGrads:
+        return cls(*(like.new_zeros((rows, columns), dtype=dtype) for columns in (width, 4)))
+
+    def rows(self, part: slice) -> SplitGrads:
+        return SplitGrads(self.listed[part], self.unlisted[part])
+
+    @property
+    def unlisted_max(self) -> Tensor:
+        return self.unlisted[:, 0]
+
+    @property
+    def factor(self) -> Tensor:
+        return self.unlisted[:, 1]
+
+    @property
+    def listed_l1(self) -> Tensor:
+        return self.unlisted[:, 2]
+
+    @property
+    def unlisted_l1(self) -> Tensor:
+        return self.unlisted[:, 3]

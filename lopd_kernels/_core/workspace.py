@@ -93,11 +93,26 @@ class Sizes(NamedTuple):
         forward = self.common(rows, self.v, "fused" if self.device == "cuda" else "torch")
         if not stored:
             grads = self.n * self.d * needs.hidden + self.v * self.d * needs.weight
-            return forward + (grads + self.v * needs.bias) * self.compute
+            grads = (grads + self.v * needs.bias) * self.compute
+            return forward + grads + self.kept_bytes(rows, needs)
         dlogits = self.n * padded(self.v) * self.element
         dweight = min(self.v, weight_grad_rows(self.d, self.compute)) * self.d * self.compute
         backward = self.common(0, 0, "fused") + max(self.wide_hidden_grad(needs), dweight)
         return dlogits + max(forward, backward)
+
+    def places(self, rows: int) -> int:
+        """Rows of the buffer for dlogits of kept rows, with chunks of `rows` rows."""
+        fills = -(-(self.kept or 0) // max(1, rows))
+        return -(-(self.kept or 0) // max(1, fills))  # equally full
+
+    def kept_bytes(self, rows: int, needs: Needs) -> int:
+        """What row chunks need in addition, if only some rows are kept."""
+        if self.kept is None or not any(needs):
+            return 0
+        operand = self.element if self.mixed else self.compute
+        each = padded(self.v) * operand + self.d * (operand + self.compute)
+        dhidden = self.n * self.d * self.compute * needs.hidden
+        return self.places(rows) * each + dhidden + self.listed_bytes()
 
     def wide_hidden_grad(self, needs: Needs) -> int:
         """What dH in the compute dtype takes beyond the dH that is returned."""
@@ -137,6 +152,8 @@ def weight_grad_rows(d: int, compute: int) -> int:
 
 def stores_dlogits(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> bool:
     """Whether dlogits of all rows are stored: if they are smaller than an fp32 dW."""
+    if sizes.kept is not None:
+        return False
     if not (sizes.mixed and needs.weight) or sizes.n * sizes.element > sizes.d * sizes.compute:
         return False
     least = sizes.chunked(min(sizes.n, FEWEST_ROWS), needs, True)
@@ -218,10 +235,8 @@ def allocated(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> int:
     Raises:
         ValueError: no schedule fits.
     """
-    if sizes.kept is not None:  # panels: the statistics of all rows, then the gradients of some
-        parts = (Needs(), needs)
-        return max(sizes.panelled(panel_columns(sizes, x, workspace_bytes), x) for x in parts)
     if in_forward(sizes, needs, workspace_bytes):
         stored = stores_dlogits(sizes, needs, workspace_bytes)
         return sizes.chunked(chunk_rows(sizes, needs, stored, workspace_bytes), needs, stored)
-    return sizes.panelled(panel_columns(sizes, needs, workspace_bytes), needs)
+    passes = Needs(), needs  # the forward, the backward
+    return max(sizes.panelled(panel_columns(sizes, x, workspace_bytes), x) for x in passes)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopd_kernels._core import chunks, listed, panels
+from lopd_kernels._core import chunks, kept_rows, listed, panels
 from lopd_kernels._core.gemm import operand_dtype
 from lopd_kernels._core.scaling import weigh
 from lopd_kernels._core.types import RowState
@@ -52,7 +52,9 @@ def fused_loss(
     head: HeadArgs, args: LossArgs, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum_n w_n L_n, stats, dhidden, dweight, dbias, scale); the gradients lack `scale`."""
-    return chunks.fused_loss(head.linear, args.loss, head.needs, want_entropy, head.workspace_bytes)
+    loss = args.loss
+    schedule = chunks if loss.skip is None else kept_rows
+    return schedule.fused_loss(head.linear, loss, head.needs, want_entropy, head.workspace_bytes)
 
 
 def _fused_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

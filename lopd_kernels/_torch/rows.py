@@ -12,7 +12,7 @@ from lopd_kernels._core.buckets import center, student_buckets
 from lopd_kernels._core.listed_ids import SafeListedIds
 from lopd_kernels._core.listed_ids import locate as locate
 from lopd_kernels._core.rules import Rule
-from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
+from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState, SplitGrads
 from lopd_kernels._core.workspace import BLOCK_BYTES
 
 
@@ -61,6 +61,7 @@ def row_pass(
     stats: Tensor,
     out: Tensor | None,
     inf_masks: bool = False,
+    split: SplitGrads | None = None,
 ) -> None:
     for part in _blocks(u):
         block, here = u[part], listed_ids.rows(part)
@@ -68,8 +69,9 @@ def row_pass(
             block.masked_fill_(~here.active.unsqueeze(1), 0.0)
         factor = None if weights is None else weights[part]
         _row_block(
-            block, here, target[part], factor, rule, logit_options, want_entropy, stats[part]
-        )
+            block, here, target[part], factor, rule, logit_options, want_entropy, stats[part],
+            None if split is None else split.rows(part),
+        )  # fmt: skip
         if out is not None and out.data_ptr() != u.data_ptr():
             out[part].copy_(block)
 
@@ -83,9 +85,11 @@ def _row_block(
     logit_options: LogitOptions,
     want_entropy: bool,
     stats: Tensor,
+    split: SplitGrads | None,
 ) -> None:
     """The exponentials of the reduction are reused as the unscaled softmax of the gradient."""
-    slope = _apply_logit_options(x, logit_options, 0, want_slope=weights is not None)
+    writes = weights is not None and split is None
+    slope = _apply_logit_options(x, logit_options, 0, want_slope=writes)
     listed = x.gather(1, listed_ids.ids).masked_fill(~listed_ids.listed, -math.inf)
     x.scatter_(1, listed_ids.ids, -math.inf)
     top, total, spread = _exponentials(x, want_entropy)
@@ -101,13 +105,37 @@ def _row_block(
     grad = center(g, student.logprobs.exp()) * weights.unsqueeze(1)
     grad = torch.where(listed_ids.active.unsqueeze(1), grad, 0.0)
     factor = torch.where(total == 0.0, 0.0, grad[:, -1] / total)
-    x.mul_(factor.unsqueeze(1))
     listed_grad = grad[:, :-1]
+    if split is not None:
+        norms = listed_grad.abs().sum(1), factor.abs() * total
+        split.unlisted.copy_(torch.stack([top, factor, *norms], 1))
+        if logit_options.softcap is not None:
+            slopes = 1.0 - (listed / logit_options.cap).square()
+            listed_grad = torch.where(listed_ids.listed, listed_grad * slopes, 0.0)
+        split.listed.copy_(listed_grad)
+        return
+    x.mul_(factor.unsqueeze(1))
     if slope is not None:
         x.mul_(slope)
         listed_grad = listed_grad * slope.gather(1, listed_ids.ids)
     at_anchor = listed_grad.gather(1, listed_ids.anchor)
     x.scatter_(1, listed_ids.ids, torch.where(listed_ids.listed, listed_grad, at_anchor))
+
+
+def write_unlisted(
+    u: Tensor,  # exp(z - unlisted_max)
+    rows: Tensor,
+    unlisted_max: Tensor,
+    factor: Tensor,
+    logit_options: LogitOptions,
+    out: Tensor,
+) -> None:
+    for part in _blocks(out):
+        e = u[rows[part]]
+        torch.mul(e, factor[part].unsqueeze(1), out=out[part])
+        if logit_options.softcap is not None:  # tanh from z = log e + unlisted_max
+            t = e.log_().add_(unlisted_max[part].unsqueeze(1)).div_(logit_options.cap)
+            out[part].mul_(t.clamp_(-1.0, 1.0).square_().neg_().add_(1.0))
 
 
 def _exponentials(z: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:

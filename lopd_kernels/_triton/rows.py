@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from lopd_kernels._core.rules import DivergenceRule, PolicyGradientRule, Rule, UnbiasedRule
-from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
+from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState, SplitGrads
 from lopd_kernels._triton.kernels import rows, rules
 
 WIDEST_LIST_BLOCK = 1024
@@ -128,6 +128,7 @@ def row_pass(
     stats: Tensor,
     out: Tensor | None,
     inf_masks: bool = False,
+    split: SplitGrads | None = None,
 ) -> None:
     (count, vocab), k = u.shape, listed_ids.ids.shape[1]
     if not count:
@@ -138,11 +139,13 @@ def row_pass(
         rows.row_kernel[(count,)](
             u, out, listed_ids.ids, u.new_full((count, k), float("-inf")), target.contiguous(),
             listed_ids.active, u if weights is None else weights, stats,
+            *((u, u) if split is None else (split.unlisted, split.listed)),
             u if logit_options.bias is None else logit_options.bias,
             u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), vocab, k,
             target.shape[1], stats.stride(0),
             **_logit_arguments(logit_options), **rule_arguments(rule),
-            INF_MASKS=inf_masks, ENTROPY=want_entropy, GRAD=weights is not None, **options,
+            INF_MASKS=inf_masks, ENTROPY=want_entropy, GRAD=weights is not None,
+            SPLIT=split is not None, **options,
         )  # fmt: skip
 
 
@@ -184,9 +187,33 @@ def write(
     last = torch.zeros_like(factor) if entropy_factor is None else entropy_factor
     with on_device(u.device):
         rows.write_kernel[(count,)](
-            u, out, listed_ids.ids, listed_grad.contiguous(), listed_ids.active,
+            u, u, out, listed_ids.ids, listed_grad.contiguous(), listed_ids.active,
             torch.stack([unlisted_max, factor, last], 1), listed,
             u if logit_options.bias is None else logit_options.bias,
             u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), first, width, k,
-            **_logit_arguments(logit_options), ENTROPY=entropy_factor is not None, **options,
+            **_logit_arguments(logit_options), ENTROPY=entropy_factor is not None, PICK=False,
+            **options,
+        )  # fmt: skip
+
+
+def write_unlisted(
+    u: Tensor,
+    rows_of_u: Tensor,
+    unlisted_max: Tensor,
+    factor: Tensor,
+    logit_options: LogitOptions,
+    out: Tensor,
+) -> None:
+    count, vocab = out.shape
+    if not count:
+        return
+    options = launch(vocab, list_block(0), u.device)
+    no_list = rows_of_u
+    with on_device(u.device):
+        rows.write_kernel[(count,)](
+            u, rows_of_u, out, no_list, factor, torch.ones_like(rows_of_u, dtype=torch.bool),
+            torch.stack([unlisted_max, factor, torch.zeros_like(factor)], 1), factor,
+            u if logit_options.bias is None else logit_options.bias,
+            u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), 0, vocab, 0,
+            **_logit_arguments(logit_options), ENTROPY=False, PICK=True, **options,
         )  # fmt: skip

@@ -55,7 +55,7 @@ def test_what_a_command_reads_another_one_writes(capsys):
 
 
 def test_the_recipe_of_the_help_is_one(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "local_folder", lambda name: name)
+    monkeypatch.setattr(run, "local_models", lambda name: name)
     _, printed = shown(capsys, "run", "--help").split("A recipe:\n")
     (tmp_path / "recipe.yaml").write_text(printed)  # indented, as a reader copies it
     recipe = load_yaml(tmp_path / "recipe.yaml")

@@ -243,5 +243,7 @@ def test_a_vocabulary_that_is_too_much_to_read_is_refused(vllm, monkeypatch):
 def test_chosen_ids_are_asked_for_in_the_form_that_vllm_accepts(vllm, monkeypatch):
     """Only the runner that a CPU build has cannot score them."""
     monkeypatch.setattr(VllmEngine, "scores_chosen_ids", True)
-    with pytest.raises(ValueError, match="requires the V2 model runner"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="requires the V2 model runner"):
         vllm.score([np.array([5, 6, 7])], [1], 2, extra_ids=[np.array([[1, 2], [3, -1]])])

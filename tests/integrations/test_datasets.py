@@ -1,5 +1,6 @@
 """Caches as `datasets.Dataset` and back: exact, and clear about what cannot be read."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from helpers_artefacts import write_cache, write_model, write_sequences
 from helpers_cache import make_manifest, make_pair
 
 from lopd.config.import_scores import ImportConfig
-from lopd.errors import DataError, ShardError
+from lopd.errors import ConfigError, DataError, ShardError
 from lopd.provenance import declare
 from lopd.stages.import_scores import main as import_scores
 from lopd.store import CacheWriter, TeacherCache
@@ -18,6 +19,7 @@ datasets = pytest.importorskip("datasets", reason="part of the extra `trl`")
 
 from lopd.integrations.datasets import COLUMNS, REQUIRED, from_dataset, to_dataset  # noqa: E402
 
+GIVEN = {"weight", "reward", "token_weights"}
 FIELDS = ("teacher_logprobs", "teacher_entropy", "tail_logprobs")
 
 
@@ -25,8 +27,10 @@ def assert_same(first, second):
     assert len(first) == len(second) > 0
     for one, other in zip(first, second, strict=True):
         a, b = one.rollout, other.rollout
-        for name in ("prompt_id", "sample", "prompt_length", "finish_reason"):
-            assert getattr(a, name) == getattr(b, name) and type(getattr(a, name)) in (str, int)
+        for name in ("prompt_id", "sample", "prompt_length", "finish_reason", "weight", "reward"):
+            assert getattr(a, name) == getattr(b, name)
+            assert type(getattr(a, name)) is type(getattr(b, name))
+        assert (a.token_weights is None) == (b.token_weights is None)
         pairs = [(getattr(one, name), getattr(other, name)) for name in FIELDS]
         pairs += [
             (getattr(a, name), getattr(b, name))
@@ -74,7 +78,7 @@ def test_a_round_trip_is_exact(tmp_path, codec, support, vocab_size):
     folder = cache_of(tmp_path / "cache", codec)
     cache = TeacherCache.open(folder, support=support, vocab_size=vocab_size)
     dataset = to_dataset(cache)
-    assert dataset.column_names == [*COLUMNS]
+    assert {*dataset.column_names} == {*COLUMNS} - GIVEN
     listed = [ids for row in dataset["topk_ids"] for ids in row]
     assert len({*map(len, listed)}) > 2  # ragged
     assert (max(map(max, listed)) < 30) == (vocab_size is not None)
@@ -120,6 +124,27 @@ def test_what_a_cache_does_not_know_is_left_out(tmp_path):
     dataset = to_dataset(cache)
     assert not {"rollout_logprobs", "rollout_logprobs_raw"} & {*dataset.column_names}
     assert_same([*from_dataset(dataset)], [*cache])
+
+
+def test_weights_and_rewards_are_kept(tmp_path):
+    """Where one sequence of a shard has them; the others get what their absence means."""
+    records = [make_record(index) for index in range(5)]
+    weights = np.linspace(0, 2, len(records[0][0].rollout_logprobs), dtype=np.float32)
+    changed = {"weight": 0.1, "reward": -1.5, "token_weights": weights}
+    records[0] = (dataclasses.replace(records[0][0], **changed), records[0][1])
+    with CacheWriter.create(tmp_path / "cache", make_manifest(plan=(5,))) as writer:
+        writer.write(0, records)
+        writer.finish()
+    cache = TeacherCache.open(tmp_path / "cache")
+    dataset = to_dataset(cache)
+    assert {*dataset.column_names} == {*COLUMNS}
+    items = [*from_dataset(dataset)]
+    assert_same(items, [*cache])
+    assert items[0].rollout.reward == -1.5 and items[1].rollout.reward is None
+    np.testing.assert_array_equal(items[0].rollout.token_weights, weights)
+    bad = dataset.remove_columns("weight").add_column("weight", [1.0, 0.0, 1.0, 1.0, 1.0])
+    with pytest.raises(DataError, match=r"row 1: .*its weight is 0"):
+        from_dataset(bad)[1]
 
 
 def test_it_is_a_source_of_training(dataset):
@@ -248,3 +273,15 @@ def test_damage_in_the_cache_leaves_no_file(tmp_path):
     with pytest.raises(ShardError, match="shard-00002"):
         to_dataset(cache, tmp_path / "scores.arrow")
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_calibrated_cache_is_refused(tmp_path):
+    rollout, scores, _ = make_pair(0)
+    none = {"topk_ids": np.zeros((6, 0), np.int32), "topk_logprobs": np.zeros((6, 0), np.float32)}
+    scores = dataclasses.replace(scores, **none, tail_logprobs=np.zeros(6, np.float32))
+    manifest = make_manifest(plan=(1,), k=0, scoring={"teacher_logprobs": "calibrated"})
+    with CacheWriter.create(tmp_path, manifest) as writer:
+        writer.write(0, [(rollout, scores)])
+        writer.finish()
+    with pytest.raises(ConfigError, match="calibrated, which a dataset cannot say"):
+        to_dataset(TeacherCache.open(tmp_path))

@@ -55,7 +55,6 @@ SETTINGS = [
     {},
     {"objective": "jsd", "beta": 0.3, "loss_aggregation": "sequence_mean"},
     {"objective": "policy_gradient", "advantage_clip": 1.0, "support": "list"},
-    {"tail": "unbiased", "importance_cap": 4.0},
     {"objective": "forward_kl", "tail": "renormalize", "workspace_bytes": "64MiB"},
 ]
 

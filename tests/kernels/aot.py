@@ -30,7 +30,7 @@ from lopd_kernels._core.rules import (
     UnbiasedRule,
     encode,
 )
-from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
+from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState, SplitGrads
 from lopd_kernels._core.workspace import padded
 from lopd_kernels._triton import listed as triton_listed
 from lopd_kernels._triton import rows as triton_rows
@@ -98,6 +98,22 @@ def row_passes():
         yield f"{encode(rule)[0]} {head} V={vocab} K={k} {dtype}", triton_rows.row_pass, arguments
 
 
+def splits():
+    """The row kernel without a gradient outside the lists, and that gradient of some rows."""
+    vocab, k, rule = 151936, 64, DivergenceRule("reverse_kl", "bucket")
+    for name, head in heads(vocab):
+        u = meta(2048, padded(vocab))[:, :vocab]
+        listed_ids = triton_rows.locate(meta(2048, k, dtype=torch.int64), None, vocab)
+        split = SplitGrads(meta(2048, k), meta(2048, 4))
+        arguments = (u, listed_ids, meta(2048, k + 1), meta(2048), rule, head, True,
+                     meta(2048, 8)[:, :4], None, False, split)  # fmt: skip
+        yield f"split {name} K={k}", triton_rows.row_pass, arguments
+        out = meta(512, padded(vocab), dtype=torch.bfloat16)[:, :vocab]
+        rows = meta(512, dtype=torch.int64)
+        arguments = (u, rows, meta(512), meta(512), head, out)
+        yield f"picked {name}", triton_rows.write_unlisted, arguments
+
+
 def panels():
     for (name, head), vocab, k in ((h, 151936, k) for h in heads(151936) for k in (8, 64)):
         u = meta(8192, 2048)
@@ -141,7 +157,7 @@ def launches():
         name: value for m in (row_kernels, listed_kernels) for name, value in vars(m).items()
         if isinstance(value, Recorder)
     }  # fmt: skip
-    for label, function, arguments in (*row_passes(), *panels(), *listed()):
+    for label, function, arguments in (*row_passes(), *splits(), *panels(), *listed()):
         function(*arguments)
         for recorder in recorders.values():
             for launched, options in recorder.calls:

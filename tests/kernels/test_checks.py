@@ -148,8 +148,8 @@ def test_the_other_functions():
             linear_topk(HIDDEN, WEIGHT, k)
     with pytest.raises(ValueError, match="extra_ids has -2 in row 0"):
         linear_topk(HIDDEN, WEIGHT, 2, extra_ids=changed(IDS, (0, 0), -2))
-    with pytest.raises(ValueError, match="sampled_ids has -1 in row 0"):
-        linear_topk(HIDDEN, WEIGHT, 2, sampled_ids=changed(LABELS, 0, -1))
+    with pytest.raises(ValueError, match="sampled_ids has -2 in row 0"):
+        linear_topk(HIDDEN, WEIGHT, 2, sampled_ids=changed(LABELS, 0, -2))
 
 
 def test_validate_turns_checks_of_values_on_and_off():

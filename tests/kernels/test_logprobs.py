@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import GATES, HEAD, gradients, make_case, relative_error
 
-from lopd_kernels import linear_logprobs, linear_topk, reference
+from lopd_kernels import linear_logprobs, linear_sparse_divergence, linear_topk, reference
 from lopd_kernels._core import workspace
 
 
@@ -93,6 +93,37 @@ def test_nan_and_inf_in_a_row_make_only_that_row_nan(softcap, value):
     assert value[2].isnan().all()
     assert dhidden[2].isnan().all()
     assert dhidden[others].isfinite().all()
+
+
+def test_padded_rows_of_a_batch_can_be_scored_and_are_ignored_with_weight_0():
+    case = make_case()
+    padded = torch.arange(20) % 4 == 3
+    sampled = torch.randint(0, 211, (20,))
+    whole = linear_topk(case.hidden, case.weight, 4, sampled_ids=sampled)
+    top = linear_topk(case.hidden, case.weight, 4, sampled_ids=sampled.masked_fill(padded, -1))
+    assert (top.sampled_logprobs[padded] == -math.inf).all()
+    assert torch.equal(top.sampled_logprobs[~padded], whole.sampled_logprobs[~padded])
+    assert torch.equal(top.tail_logprobs, whole.tail_logprobs)
+    sample = {
+        "sampled_ids": sampled.masked_fill(padded, -1),
+        "sampled_logprobs": top.sampled_logprobs,
+        "rollout_logprobs": top.sampled_logprobs,
+        "tail": "unbiased",
+    }
+    lists = (top.ids, top.logprobs)
+    moved = case.hidden + 0.1
+    loss = linear_sparse_divergence(moved, case.weight, *lists, row_weights=~padded, **sample)
+    rows = {
+        key: value[~padded] if isinstance(value, torch.Tensor) else value
+        for key, value in sample.items()
+    }
+    kept = (part[~padded] for part in lists)
+    assert loss.item() != 0
+    torch.testing.assert_close(
+        loss, linear_sparse_divergence(moved[~padded], case.weight, *kept, **rows)
+    )
+    with pytest.raises(ValueError, match=r"sampled_ids has -100 in row 0.*-1 for padding"):
+        linear_topk(case.hidden, case.weight, 4, sampled_ids=torch.full((20,), -100))
 
 
 def test_the_gradient_at_confident_tokens_is_precise():

@@ -46,7 +46,7 @@ from lopd_kernels._core.rules import (
     DivergenceRule,
     UnbiasedRule,
 )
-from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
+from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState, SplitGrads
 from lopd_kernels._torch import listed as torch_listed
 from lopd_kernels._torch import rows as torch_rows
 
@@ -118,6 +118,39 @@ def test_the_row_kernel(case, triton_rows):
     assert relative_error(u, exact) < 1e-5
     error = (ours.double() - stats).abs()
     assert (error <= 1e-5 * (1.0 + stats.abs()))[stats.isfinite()].all()
+
+
+@pytest.mark.parametrize("case", PAIRS[::4], ids=label)
+def test_rows_split_into_list_and_rest(case, triton_rows):
+    """Put together again they are the gradient of `row_pass`, for any rows in any order."""
+    vocab, rule, rows = case["vocab"], RULES[case["rule"]], 5
+    k = min(case["k"], vocab) if isinstance(rule, DivergenceRule | UnbiasedRule) else 1
+    u, ids = padded_rows(rows, vocab), ragged_ids(rows, vocab, k)
+    ids[3] = -1
+    head, weights = make_head(case["head"], vocab), torch.tensor([0.5, -2.0, 0.0, 1.0, 3.0])
+    target = make_target(rule, ids, u)
+    _, exact = oracle_pass(u, ids, target, weights, rule, head)
+    listed_ids = triton_rows.locate(ids.to(case["ids"]), weights, vocab)
+    whole, stats = u.clone(), torch.zeros(2, rows, 4 + len(rule.extras))
+    triton_rows.row_pass(whole, listed_ids, target, weights, rule, head, True, stats[0], whole)
+    split = SplitGrads.zeros(u, rows, k, torch.float32)
+    triton_rows.row_pass(
+        u, listed_ids, target, weights, rule, head, True, stats[1], None, split=split
+    )
+    torch.testing.assert_close(stats[0], stats[1], rtol=1e-5, atol=1e-6)
+    picked = torch.tensor([4, 0, 1, 1])
+    out = padded_rows(4, vocab)
+    factor = 2.0 * split.factor[picked]
+    triton_rows.write_unlisted(u, picked, split.unlisted_max[picked], factor, head, out)
+    at = ids[picked]
+    listed = torch.zeros(4, vocab + 1).scatter_(1, at % (vocab + 1), split.listed[picked])
+    assert relative_error(out + 2.0 * listed[:, :-1], 2.0 * whole[picked]) < 1e-6
+    if head.softcap is None:
+        total = (split.listed_l1 + split.unlisted_l1).double()
+        torch.testing.assert_close(total, exact.abs().sum(1), rtol=1e-4, atol=1e-5)
+        at_list = exact.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0).abs().sum(1)
+        torch.testing.assert_close(split.listed_l1.double(), at_list, rtol=1e-4, atol=1e-5)
+    assert (split.unlisted[[2, 3]] == 0.0).all() and (split.listed[[2, 3]] == 0.0).all()
 
 
 @pytest.mark.parametrize("block", [128, 256])

@@ -82,7 +82,7 @@ def test_the_smallest_workspace_is_enough_for_the_backward(dtype, kind, buffered
 
 @pytest.mark.parametrize("width", [16, 700])
 @pytest.mark.parametrize("factor", [1.5, 3.0, 20.0])
-@pytest.mark.parametrize("kind", ["sum", "none", "logprobs", "topk", "no_grad", *SKIPPING])
+@pytest.mark.parametrize("kind", ["sum", "none", "logprobs", "topk", "no_grad", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_larger_workspaces_are_not_exceeded(dtype, kind, factor, width):
     case = make_case(dtype=dtype, rows=300, vocab=3000, width=width, k=6)

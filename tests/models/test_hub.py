@@ -1,5 +1,6 @@
 """Hub ids through a cache on disk, offline; GGUF folders; files that are damaged, not absent."""
 
+import json
 import shutil
 
 import pytest
@@ -57,6 +58,23 @@ def test_a_stage_takes_a_hub_id_and_pins_its_revision(cache, tmp_path, capsys):
     assert "offline" in one_line(capsys)
 
 
+def import_argv(folder, teacher, student):
+    lists = [{"7": -0.5, "9": -1.5}, {"8": -0.25, "9": -2.5}]
+    record = {"prompt_token_ids": [5, 6], "response_token_ids": [7, 8], "logprobs": lists}
+    source = folder / "dump.jsonl"
+    source.write_text(json.dumps(record) + "\n")
+    argv = ["import", "--source", source, "--format", "topk", "--out", folder / "imported"]
+    return [*map(str, argv), "--teacher", teacher, "--student", student]
+
+
+def test_an_import_takes_hub_ids_and_names_of_models_that_are_nowhere(cache, tmp_path, capsys):
+    assert main(import_argv(tmp_path, "org/other", "org/name")) == 0
+    manifest = read_manifest(tmp_path / "imported", kind="cache")
+    assert manifest.rollouts.model.hub == f"org/name@{REVISION}"
+    assert manifest.model.weights == "unidentified: org/other"
+    assert "'org/other' is taken as a name" in capsys.readouterr().err
+
+
 def test_gguf_is_refused_with_the_conversion(tmp_path, capsys):
     file = tmp_path / "model-q8.gguf"
     file.write_bytes(b"GGUF")
@@ -65,6 +83,11 @@ def test_gguf_is_refused_with_the_conversion(tmp_path, capsys):
             check_model_folder(path)
     assert main(rollout_argv(file, tmp_path / "p.jsonl", tmp_path / "out")) == 2
     assert "is a GGUF file" in one_line(capsys)
+    for path in (str(tmp_path), str(file)):
+        assert main(["declare", "--model", path, "--teacher", path]) == 2
+        assert "is a GGUF file" in one_line(capsys)
+        assert main(import_argv(tmp_path, path, path)) == 2
+        assert "is a GGUF file" in one_line(capsys)
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "special_tokens_map.json"])

@@ -14,6 +14,7 @@ from lopd.stages.demo.report import (
     CLIPPED,
     DISTILLED,
     FINE_TUNED,
+    IN_WORDS,
     MORE_SFT,
     SAMPLED,
     format_table,
@@ -68,8 +69,11 @@ def test_the_picture_shows_each_model_before_and_after(key):
 
     axes = Figure().subplots()
     measured = {row["stage"]: row for row in ROWS if "sampled" in row}
-    before_after(axes, measured, key, "title", "label", TASK.live)
-    assert [label.get_text() for label in axes.get_yticklabels()] == [DISTILLED, MORE_SFT]
+    before_after(axes, measured, key, "title", "label", TASK.live, TASK.titles.models)
+    names = [IN_WORDS[DISTILLED], IN_WORDS[MORE_SFT]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    levels = {"student,\nfine-tuned"} | ({"teacher"} if key == "sampled" else set())
+    assert levels <= {text.get_text() for text in axes.texts}
     drawn = [tuple(line.get_xdata()) for line in axes.lines]
     start, end = measured[FINE_TUNED][key], measured[DISTILLED][key]
     assert (start, end) in drawn and (start, start) in drawn

@@ -289,13 +289,27 @@ def test_rescoring_renders_the_same_prompts(world, tmp_path, capsys):
     assert "which is not there; restore it" in one_line(capsys)
 
 
-def test_refreshed_rollouts_are_refused(world, tmp_path, capsys):
-    cache = tmp_path / "cache"
-    assert main(privileged_argv(world, cache, teacher="student")) == 0
-    flags = ["--max-steps", "2", "--teacher", str(world / "student"), "--refresh-every", "1"]
+def test_refreshed_rollouts_are_scored_after_the_teachers_prompts(world, tmp_path, capsys):
+    cache, out, file = tmp_path / "cache", tmp_path / "out", tmp_path / "prompts.jsonl"
+    shutil.copy(world / "prompts.jsonl", file)
+    assert main(privileged_argv(world, cache, "--prompts", file, teacher="student")) == 0
+    flags = ["--max-steps", "2", "--teacher", world / "student", "--refresh-every", "2"]
+    argv = distill_argv(world, cache, out, *flags)
+    argv[argv.index("--save-every") + 1] = "1"
+    assert main(argv) == 0
+    (window,) = (out / "refresh").glob("step-*")
+    fresh, prompts = TeacherCache.open(window, support="list"), teachers_prompts(world)
+    assert fresh.manifest.teacher_template == read_manifest(cache, kind="cache").teacher_template
+    for item in [fresh[i] for i in range(0, len(fresh), 4)]:
+        own, answer = np.split(item.rollout.tokens, [item.rollout.prompt_length])
+        q = dense_logprobs(world / "student", prompts[tuple(own.tolist())], answer.tolist())
+        expected = q[np.arange(len(answer)), answer]
+        np.testing.assert_allclose(item.teacher_logprobs, expected, atol=2e-5)
+    file.unlink()
     capsys.readouterr()
-    assert main(distill_argv(world, cache, tmp_path / "out", *flags)) == 2
-    assert "was scored with --teacher-template" in one_line(capsys)
+    argv[argv.index("--out") + 1] = str(tmp_path / "other")
+    assert main(argv) == 2
+    assert "which is not there; restore it, or leave --refresh-every out" in one_line(capsys)
 
 
 def test_imported_rollouts_are_tied_to_records_by_their_ids(world, tmp_path, capsys):
@@ -333,4 +347,4 @@ def test_prompts_without_a_template_have_no_use(world, tmp_path, capsys):
     flags = ["--prompts", str(world / "prompts.jsonl")]
     argv = score_argv(world / "teacher", world / "rollouts", tmp_path / "cache", *flags)
     assert main(argv) == 2
-    assert "which has no effect: only teacher_template reads their records" in one_line(capsys)
+    assert "which has no effect: only teacher_template and teacher_field read" in one_line(capsys)

@@ -25,7 +25,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch):
-    monkeypatch.setattr(run, "local_folder", lambda name: name)
+    monkeypatch.setattr(run, "local_models", lambda name: name)
 
 
 def test_every_recipe_is_listed():

@@ -50,6 +50,15 @@ def test_stages_read_what_earlier_stages_wrote():
     assert configs["score"].k == 5 and configs["distill"].max_steps == 3
 
 
+def test_several_teachers_are_those_of_the_stages_that_route():
+    teachers = {"teacher": {"math": "M", "code": "C"}, "teacher_field": "domain"}
+    configs = recipe.stage_configs(BASE | teachers, "r.yaml")
+    for name in ("sft-data", "score"):
+        assert configs[name].teachers == {"math": "M", "code": "C"}
+        assert configs[name].teacher_field == "domain"
+    assert configs["eval"].teacher is None
+
+
 def test_settings_of_prompts_are_shared_by_the_stages_that_read_prompts():
     shared = {"chat_template_kwargs": {"enable_thinking": "false"}, "prompt_date": "2031-01-02"}
     configs = recipe.stage_configs(BASE | shared, "r.yaml")

@@ -11,8 +11,10 @@ from helpers_stages import COMMON, make_rollouts, one_line, score_argv
 
 from lopd.cli import main
 from lopd.engines.transformers import TransformersEngine
+from lopd.evaluation.agreement import measure
 from lopd.provenance import declare, read_manifest
-from lopd.store import TeacherCache
+from lopd.store import RolloutStore, TeacherCache
+from lopd.store.size import size_bounds, work_left
 
 K = 6
 
@@ -194,3 +196,18 @@ def test_the_student_must_be_the_one_that_rolled_out(
     assert ("have weights" in error or "has weights" in error) == named
     argv = score_argv(teacher_folder, rollouts, tmp_path / "cache", "--support", "student")
     assert main([*argv, "--student", str(student_folder)]) == 0
+
+
+def test_overlap_and_sizes_are_those_of_lists_of_both(teacher_folder, student, rollouts, tmp_path):
+    flags = ["--support", "union", "--top-p", "1"]
+    cache = score(teacher_folder, rollouts, tmp_path / "cache", *flags)
+    shared = []
+    for item in cache:
+        q, p = (dense_logprobs(folder, item.rollout) for folder in (teacher_folder, student))
+        shared += [len({*prefix(a, 1)} & {*prefix(b, 1)}) / K for a, b in zip(q, p, strict=True)]
+    assert 0 < np.mean(shared) < 1
+    assert measure(cache).student_top_listed.value == pytest.approx(np.mean(shared), abs=1e-9)
+    store = RolloutStore.open(rollouts)
+    work = work_left(store, store.manifest.shards)
+    low, high = (size.of(work) for size in size_bounds(cache.manifest, list(store)))
+    assert low < cache.summary()["bytes"] <= high < 1.6 * low

@@ -33,7 +33,7 @@ def test_the_predicted_size_is_that_of_the_cache(rollouts, tmp_path, codec):
     manifest = make_manifest(plan=PLAN, codec=codec, top_p=0.8)
     write_cache(tmp_path, manifest, length=40)
     size = measure_size(manifest, [make_pair(i, length=40)[:2] for i in range(8)])
-    work = work_left(rollouts, [0, 1, 2])
+    work = work_left(rollouts, PLAN)
     real = sum(map(len, files_of(tmp_path).values()))
     assert size.of(work) == pytest.approx(real, rel=0.05)
     low, high = size_bounds(manifest, sample(rollouts))
@@ -50,7 +50,7 @@ def test_bounds_exist_for_lists_as_long_as_the_vocabulary(rollouts):
 
 
 def test_work_is_what_is_missing(rollouts):
-    work = work_left(rollouts, [0, 2])
+    work = work_left(rollouts, [10, 5])
     assert (work.shards, work.sequences) == (2, 15)
     assert work.response_tokens == 15 * 40 and work.tokens == 15 * 43
     assert work_left(rollouts, []) == Work(0, 0, 0, 0)
@@ -71,7 +71,7 @@ def test_a_sample_is_timed_after_a_warm_up(rollouts):
     timed = time_sample(make_manifest(plan=PLAN), sample(rollouts, 4), score)
     assert calls == [1, 4]
     assert (timed.sequences, timed.tokens) == (4, 4 * 43)
-    work = work_left(rollouts, [0, 1, 2])
+    work = work_left(rollouts, PLAN)
     assert timed.seconds_for(work) == pytest.approx(timed.seconds * 25 / 4)
 
 

@@ -158,6 +158,16 @@ MISTAKES = [
         "k was 6, is 5",
     ),
     Mistake(
+        "advantages without rewards",
+        _stage("distill", "--token-weights", "advantage"),
+        "reads the reward of each answer",
+    ),
+    Mistake(
+        "a divergence on calibrated log-probs",
+        _stage("distill", "--cache", "@calibrate"),
+        "its log-probs are calibrated",
+    ),
+    Mistake(
         "a folder with other files",
         _after(lambda root: _other_files(root), _stage("rollout")),
         "holds notes.txt",
@@ -260,6 +270,21 @@ MISTAKES = [
             *COMMON,
         ),
         "requires a cache",
+    ),
+    Mistake(
+        "template with a syntax error",
+        _after(
+            _write("bad.jinja", "{{ prompt }"), _stage("score", "--teacher-template", "@bad.jinja")
+        ),
+        r"bad\.jinja:1: ",
+    ),
+    Mistake(
+        "template of a field that no record has",
+        _after(
+            _write("more.jinja", "{{ prompt }} {{ nothing }}"),
+            _stage("score", "--teacher-template", "@more.jinja"),
+        ),
+        r"jsonl:1: .*'nothing' is undefined",
     ),
     Mistake(
         "memory without a unit",

@@ -99,6 +99,7 @@ class Pipeline:
             "score compact": (*score, "--codec", "compact"),
             "import": ("import", *dump, "--format", "topk", *teacher),
             "import rollouts": ("import", *dump, "--format", "rollouts"),
+            "calibrate": ("calibrate", "--cache", root / "score"),
             "distill": distill,
             "distill keep_best": best,
             "distill LoRA": (*distill, "--lora-rank", 2),

@@ -35,7 +35,7 @@ def pipeline(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def fixed_kl():
     def fake(model, holdout, collate, batch_size, step_number, **processes):
-        return VALUES[step_number - 1]
+        return {"holdout_kl": VALUES[step_number - 1]}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lopd.training.trainer.holdout_kl", fake)

@@ -58,6 +58,7 @@ LEVELS = {
     "saving": ({}, {"save_every": 1, "save_total_limit": 1}, {"save_every": 0}),
     "staleness": ({}, {"stale_ess": 0.0}),
     "workspace": ({}, {"workspace_bytes": "64MiB"}),
+    "left_out": ({}, {"dense_share": 0.3}, {"tolerance": 0.01}),
     "refresh": ({}, {"refresh_every": 1}),
 }
 

@@ -130,7 +130,7 @@ def test_held_out_kl_is_the_divergence_over_all_held_out_sequences(name, aggrega
     state = torch.get_rng_state()
     for size in (1, 2, 5, 64):
         holdout = Holdout(held_out, evaluated, 1)
-        found = holdout_kl(model, holdout, collate, size, 3)
+        found = holdout_kl(model, holdout, collate, size, 3)["holdout_kl"]
         assert found == pytest.approx(expected, rel=1e-5)
     assert torch.equal(state, torch.get_rng_state()) and model.training
     held_out.dataset.source[held_out.indices[4]].tail_logprobs[0] = float("nan")
@@ -156,11 +156,11 @@ def test_evaluation_changes_no_weight_and_training_leaves_out_held_out_sequences
     assert largest_difference(weights(evaluated.model), weights(plain.model)) == 0.0
     found = evaluations(evaluated.state.log_history)
     assert [number for _, number in found] == [2, 4, 5]
-    now = holdout_kl(evaluated.model, evaluated.holdout, Collator(), 4, 5)
+    now = holdout_kl(evaluated.model, evaluated.holdout, Collator(), 4, 5)["holdout_kl"]
     assert found[-1][0] == now != found[0][0]
     lines = [json.loads(line) for line in (tmp_path / "a" / LOG_NAME).read_text().splitlines()]
     logged = [(line["holdout_kl"], line["step"]) for line in lines if "holdout_kl" in line]
-    fresh = holdout_kl(tiny_model(), evaluated.holdout, Collator(), 4, 0)
+    fresh = holdout_kl(tiny_model(), evaluated.holdout, Collator(), 4, 0)["holdout_kl"]
     assert logged == [(fresh, 0), *found]
 
 
@@ -187,7 +187,7 @@ def fake_kl(monkeypatch, values):
     """Evaluations at steps 1, 2, ... return these values."""
 
     def fake(model, holdout, collate, batch_size, step_number, **processes):
-        return values[step_number - 1]
+        return {"holdout_kl": values[step_number - 1]}
 
     monkeypatch.setattr("lopd.training.trainer.holdout_kl", fake)
 

@@ -126,7 +126,7 @@ def test_the_plan_counts_it(tmp_path):
     def needed(**changes):
         return loss_bytes(dry, PlanConfig(**common, **sizes, **changes))
 
-    assert needed(dense_share=0.1) != needed() == needed(dense_share=0.9)
+    assert needed(dense_share=0.1) != needed() == needed(dense_share=0.95)
     assert needed(tolerance=1e-3) >= needed(dense_share=0.1)
     with pytest.raises(ConfigError, match="tolerance: log_ratio forms every gradient"):
         needed(objective="log_ratio", tolerance=0.1)

@@ -22,7 +22,7 @@ from lopd.errors import ConfigError, DataError
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.loop import train_loop
 from lopd.training.step import step
-from lopd.training.token_weights import Answers
+from lopd.training.token_weights import Answers, select_rows
 from lopd_kernels import reference
 
 WEIGHTED = {
@@ -148,6 +148,19 @@ def test_a_gate_that_all_or_no_tokens_pass_is_one_divergence(bound):
     assert (stats["share_forward"].item() > 0) == (bound == 0)
 
 
+@pytest.mark.parametrize("saving", [{"dense_share": 0.5}, {"tolerance": 0.1}], ids=str)
+@pytest.mark.parametrize("name", ["entropy", "divergence_rank"])
+def test_rules_go_with_what_saves_work_in_the_backward(name, saving):
+    model, batch = tiny_model(spread=3.0), Collator()(rewarded())
+    torch.manual_seed(0)
+    loss, stats = step(model, batch, dataclasses.replace(WEIGHTED[name], **saving), 7.0)
+    expected, _ = step(model, batch, WEIGHTED[name], 7.0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(value.isfinite().all() for value in stats.values())
+
+
 def test_a_rule_sees_no_nan_as_a_reason_to_leave_a_token_out():
     batch = Collator()(rewarded())
     batch["teacher_logprobs"][3] = torch.nan
@@ -155,6 +168,27 @@ def test_a_rule_sees_no_nan_as_a_reason_to_leave_a_token_out():
         objective = dataclasses.replace(WEIGHTED[name], name="policy_gradient")
         loss, _ = step(tiny_model(), batch, objective, 1.0)
         assert math.isnan(loss.item()), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_left_out_of_every_column_that_has_them(packed):
+    items = [dataclasses.replace(item, teacher_id="ab"[n % 2]) for n, item in enumerate(rewarded())]
+    batch = Collator(packed=packed)(items)
+    count = len(batch["labels"])
+    kept = torch.arange(count) % 3 != 0
+    selected = select_rows(batch, kept)
+    assert selected.keys() == batch.keys()
+    of_rows = {name for name, x in batch.items() if isinstance(x, torch.Tensor) and len(x) == count}
+    assert {"teacher_index", "rewards", "topk_ids", "parts", "row_weights"} <= of_rows
+    for name in of_rows:
+        assert torch.equal(selected[name], batch[name][kept]), name
+    for name in ("overlap_rows", "unlisted"):
+        place = {row: n for n, row in enumerate(kept.nonzero()[:, 0].tolist())}
+        expected = [place[row] for row in batch[name].tolist() if row in place]
+        assert selected[name].tolist() == expected
+    for name in WEIGHTED:
+        _, stats = step(tiny_model(), batch, WEIGHTED[name], 7.0)
+        assert {"divergence/a", "divergence/b"} <= stats.keys()
 
 
 def test_answers_as_a_grid():

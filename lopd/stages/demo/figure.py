@@ -17,6 +17,7 @@ class Titles(NamedTuple):
 
     accuracy: str
     distance: str
+    models: Mapping[str, str]  # stages, in words for those who have not read the code
 
 
 def draw(
@@ -27,22 +28,24 @@ def draw(
     Args:
         out: the demo's folder.
         rows: of `results.json`; those without an evaluation are left out.
-        titles: of the first two panels.
+        titles: of the first two panels, and names of the models.
         curves: stages whose objective is the reverse KL, and their folders.
         live: the stage with a live teacher.
     """
     from matplotlib.figure import Figure
 
     measured = {row["stage"]: row for row in rows if row.get("sampled") is not None}
-    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    figure = Figure(figsize=(15, 4.8))
+    figure.set_layout_engine("constrained", wspace=0.04)
     accuracy, distance, training = figure.subplots(1, 3)
     before_after(
         accuracy, measured, "sampled", titles.accuracy,
-        "share of right answers, sampled (95 % interval)", live,
+        "share of right answers, sampled\n(line: 95 % interval)", live, titles.models,
     )  # fmt: skip
     before_after(
         distance, measured, "kl", titles.distance,
-        "nat/token, on the model's own new answers (95 % interval)", live,
+        "KL to the teacher on new answers, nat per token\n(logarithmic; further left is closer)",
+        live, titles.models,
     )  # fmt: skip
     distance.set_yticklabels([])
     distance.set_xscale("log")
@@ -51,7 +54,13 @@ def draw(
 
 
 def before_after(
-    axes: Any, measured: dict[str, dict[str, Any]], key: str, title: str, label: str, live: str
+    axes: Any,
+    measured: dict[str, dict[str, Any]],
+    key: str,
+    title: str,
+    label: str,
+    live: str,
+    names: Mapping[str, str],
 ) -> None:
     """A line for each model, from the fine-tuned student to what became of it."""
     trained = [name for name in measured if name not in (TEACHER, FINE_TUNED)]
@@ -66,16 +75,30 @@ def before_after(
             axes.plot(interval, [place, place], color=colour, linewidth=1.2)
         text, side = (f"{value:.3f}", "right") if key == "sampled" else (f"{value:.4f}", "left")
         axes.annotate(text, (value, place), (3, 8), textcoords="offset points", ha=side, fontsize=8)
-    axes.set_yticks(range(len(trained)), trained)
-    axes.set_ylim(len(trained) - 0.4, -0.9)
+    axes.set_yticks(range(len(trained)), [names.get(name, name) for name in trained])
+    axes.set_ylim(len(trained) - 0.4, -1.4)
     if start is not None:
-        axes.axvline(start, color=BEFORE, linestyle=":", label="fine-tuned student, before")
+        level(
+            axes,
+            start,
+            "student,\nfine-tuned",
+            BEFORE,
+            ":",
+            "left" if key == "sampled" else "right",
+        )
     if key == "sampled" and TEACHER in measured:
-        axes.axvline(measured[TEACHER][key], color="black", linestyle="--", label="teacher")
+        level(axes, measured[TEACHER][key], "teacher", "black", "--", "right")
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(label)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+
+
+def level(axes: Any, value: float, name: str, colour: str, style: str, side: str) -> None:
+    """A vertical line, with its name beside its upper end."""
+    axes.axvline(value, color=colour, linestyle=style)
+    axes.annotate(
+        name, (value, 1), (4 if side == "left" else -4, -4), xycoords=("data", "axes fraction"),
+        textcoords="offset points", ha=side, va="top", fontsize=9, color=colour,
+    )  # fmt: skip
 
 
 def training_curves(axes: Any, out: Path, curves: Mapping[str, str], live: str) -> None:
@@ -84,15 +107,15 @@ def training_curves(axes: Any, out: Path, curves: Mapping[str, str], live: str) 
     On stored answers it ends higher than the KL on new ones: the student no longer gives them.
     """
     for name, folder in curves.items():
-        how = "on new answers" if name == live else "on stored answers, no teacher in memory"
+        how = "teacher running, on new answers" if name == live else "no teacher, on stored answers"
         file = out / folder / LOG_NAME
         if file.is_file():
             lines = file.read_text(encoding="utf-8").splitlines()
             log = [record for line in lines if "loss" in (record := json.loads(line))]
             steps, losses = [r["step"] for r in log], [r["loss"] for r in log]
-            axes.plot(steps, losses, color=LIVE if name == live else AFTER, label=f"{name}: {how}")
+            axes.plot(steps, losses, color=LIVE if name == live else AFTER, label=how)
     if axes.lines:
         axes.set_yscale("log")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
-    axes.set_title("In training, without and with a teacher", fontsize=11)
-    axes.set(xlabel="step", ylabel="reverse KL in training, nat/token")
+        axes.legend(loc="upper right", frameon=False, fontsize=9)
+    axes.set_title("The distance falls during training", fontsize=11)
+    axes.set(xlabel="optimizer step", ylabel="KL to the teacher in training, nat per token")

@@ -11,6 +11,7 @@ from lopd.stages.demo.figure import Titles
 from lopd.stages.demo.questions import ANSWER_REGEX, split_questions, write_questions
 from lopd.stages.demo.report import (
     FINE_TUNED,
+    IN_WORDS,
     MORE_SFT,
     SAMPLED,
     format_examples,
@@ -53,7 +54,16 @@ TASK = Task(
         MORE_SFT: 190,
         ONLINE: 500,
     },
-    titles=Titles("Share of right answers", "KL to the teacher"),
+    titles=Titles(
+        "Share of right answers",
+        "KL to the teacher",
+        IN_WORDS
+        | {
+            DISTILLED: f"distilled on the teacher's\n{TOP_K} most probable tokens",
+            UNBIASED: "the same, all others\ncorrected without bias",
+            ONLINE: "distilled with the\nteacher running",
+        },
+    ),
     curves={DISTILLED: "distill", ONLINE: "online"},
     live=ONLINE,
     note="Right answers to new questions. KL to the teacher: nat per token, on the model's own new "

@@ -12,6 +12,14 @@ SAMPLED = "distilled, sampled token"
 CLIPPED = "distilled, sampled token, clip 1"
 MORE_SFT = "control: more fine-tuning"
 ONLINE = "online, live teacher, top-8"
+# The models for those who have not read the code.
+IN_WORDS = {
+    DISTILLED: "distilled on the teacher's\nmost probable tokens",
+    SAMPLED: "distilled on one\nlog-prob per token",
+    CLIPPED: "distilled on one log-prob\nper token, clipped",
+    MORE_SFT: "not distilled,\nfine-tuned for longer",
+    ONLINE: "distilled with the\nteacher running",
+}
 COLUMNS = (  # key of a row, header, format
     ("greedy", "pass@1 greedy", ".3f"),
     ("sampled", "pass@1 sampled", ".3f"),

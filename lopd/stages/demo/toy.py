@@ -17,6 +17,7 @@ from lopd.stages.demo.report import (
     CLIPPED,
     DISTILLED,
     FINE_TUNED,
+    IN_WORDS,
     MORE_SFT,
     ONLINE,
     SAMPLED,
@@ -71,7 +72,7 @@ TASK = Task(
         MORE_SFT: 14,
         ONLINE: 61,
     },
-    titles=Titles("Accuracy rises to the teacher's", "The KL to the teacher falls"),
+    titles=Titles("Accuracy rises to the teacher's", "The KL to the teacher falls", IN_WORDS),
     curves={DISTILLED: "distill", ONLINE: "online"},  # whose objective is the reverse KL
     live=ONLINE,
     note=f"Accuracies are over {EVAL_PROMPTS} new prompts. KL: nat per token, on the model's own "

@@ -73,6 +73,9 @@ def _answers(runs: list[Run], config: ReportConfig) -> list[dict[str, Any]]:
         if cache.manifest.scoring.tail == "renormalized":
             logger.warning("%s: its lists are renormalised; no answers are shown", run.cache)
             continue
+        if cache.manifest.scoring.is_calibrated:
+            logger.warning("%s: its log-probs are calibrated; no answers are shown", run.cache)
+            continue
         engine = TransformersEngine.load(
             run.folder,
             dtype=config.dtype,

@@ -1,6 +1,6 @@
 """What the folders of a run and of an evaluation hold, as a report needs it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,18 @@ CURVES = {
     "student_entropy": ("Student's entropy", "nat"),
     "share_dense": ("Tokens whose gradient outside the lists was formed", "share"),
     "ess_tokens": ("Tokens that still count as the student's own (ESS)", "share"),
+    "kept_share": ("Weight of the tokens that --token-weights kept", "share"),
+    "ess_weights": ("Effective share of the weighted tokens", "share"),
+    "share_forward": ("Tokens that took the forward KL", "share"),
     "grad_norm": ("Norm of the gradient", ""),
     "learning_rate": ("Learning rate", ""),
     "tokens_per_second": ("Speed", "tokens per second"),
     "peak_mib": ("Peak memory, and that of the plan", "MiB"),
+}
+# Beginnings of the columns of one of several teachers, whose name follows.
+OF_TEACHER = {
+    "divergence/": "Divergence on the records of {}",
+    "holdout_kl/": "Divergence on held-out sequences of {}",
 }
 PLANNED = "planned_mib"  # drawn beside the peak
 
@@ -96,13 +104,20 @@ def _pipeline(manifest: Any) -> list[tuple[str, str]]:
     lineage = manifest.lineage
     if lineage is not None and lineage.sft_teacher is not None:
         said = " (declared)" if lineage.declared else ""
-        steps.append(("teacher of the fine-tuning" + said, _model(lineage.sft_teacher)))
+        taught = lineage.sft_teachers or {None: lineage.sft_teacher}
+        for name, model in taught.items():
+            role = "teacher of the fine-tuning" + ("" if name is None else f" on {name}")
+            steps.append((role + said, _model(model)))
     if manifest.base is not None:
         steps.append(("student before", _model(manifest.base)))
     for name, value in manifest.inputs.items():
         if not isinstance(value, Mapping):
             continue
-        if isinstance(value.get("model"), Mapping):
+        if isinstance(value.get("teachers"), Mapping):
+            for teacher, each in value["teachers"].items():
+                model = _model(ModelIdentity.from_json(each))
+                steps.append((f"{name}, records of {teacher} scored by", model))
+        elif isinstance(value.get("model"), Mapping):
             steps.append((f"{name}, scored by", _model(ModelIdentity.from_json(value["model"]))))
         elif "digest" in value or "sha256" in value:
             steps.append((name, str(value.get("digest") or value["sha256"])[:12]))
@@ -115,14 +130,26 @@ def _model(model: ModelIdentity) -> str:
 
 
 def _curves(log: Path) -> dict[str, list[tuple[int, float]]]:
-    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in (*CURVES, PLANNED)}
+    curves: dict[str, list[tuple[int, float]]] = {}
     for line in log.read_bytes().splitlines():
         record = parse_json(line)
-        for name in curves:
-            value = record.get(name)
-            if isinstance(value, (int, float)):
-                curves[name].append((int(record["step"]), float(value)))
-    return {name: points for name, points in curves.items() if points}
+        for name, value in record.items():
+            drawn = name in (*CURVES, PLANNED) or name.startswith(tuple(OF_TEACHER))
+            if drawn and isinstance(value, (int, float)):
+                curves.setdefault(name, []).append((int(record["step"]), float(value)))
+    return curves
+
+
+def curves_of(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
+    """Title and unit of the curves of some runs by column; those of named teachers come last."""
+    columns = sorted({column for run in runs for column in run.curves})
+    named = {
+        column: (title.format(column.removeprefix(start)), "nat per token")
+        for start, title in OF_TEACHER.items()
+        for column in columns
+        if column.startswith(start)
+    }
+    return CURVES | named
 
 
 def read_evaluation(folder: str) -> Evaluation:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from lopd.stages.report.charts import histogram, line_chart
-from lopd.stages.report.facts import CURVES, PLANNED, Evaluation, Run
+from lopd.stages.report.facts import PLANNED, Evaluation, Run, curves_of
 
 WORST = 20
 
@@ -120,7 +120,7 @@ def _legend(runs: Sequence[Run]) -> str:
 
 def _curves(runs: Sequence[Run]) -> str:
     charts = []
-    for column, (title, unit) in CURVES.items():
+    for column, (title, unit) in curves_of(runs).items():
         series = [(run.name, run.curves.get(column, [])) for run in runs]
         if column == "peak_mib":
             series += [(f"plan of {run.name}", run.curves.get(PLANNED, [])) for run in runs]

@@ -35,7 +35,8 @@ THREAD_COLUMNS = tl.constexpr(8)  # neighbours that share a maximum: those of a 
 # begins. Triton would compile a kernel again for a 1, a multiple of 16 or an aligned pointer.
 PER_BATCH = (
     "ids_ptr", "listed_ptr", "target_ptr", "active_ptr", "weights_ptr", "stats_ptr",
-    "unlisted_ptr", "listed_grad_ptr", "coefficients_ptr", "K", "target_width", "stats_width",
+    "unlisted_ptr", "listed_grad_ptr", "coefficients_ptr", "split_ptr", "rows_ptr",
+    "K", "target_width", "stats_width",
 )  # fmt: skip
 
 
@@ -213,18 +214,21 @@ def row_kernel(
     active_ptr,  # [R] int8; the other rows get a gradient of zero
     weights_ptr,  # [R] fp32 factor of the gradient
     stats_ptr,  # [R, stats_width] fp32
+    split_ptr,  # [R, 4] fp32 (unlisted_max, factor, L1 norms), with SPLIT in place of out
+    listed_grad_ptr,  # [R, K] fp32 gradient at the ids, with SPLIT
     bias_ptr,  # [V]
     u_stride, out_stride, out_limit, V, K, target_width, stats_width,
     gain, cap, option_0, option_1, option_2,
     RULE: tl.constexpr, DIVERGENCE: tl.constexpr, SHIFT: tl.constexpr, TAIL: tl.constexpr,
     FROM_TEACHER: tl.constexpr, IMPORTANCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
-    ENTROPY: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, GRAD: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     u_row, out_row = u_ptr + row * u_stride, out_ptr + row * out_stride
     if tl.load(active_ptr + row) == 0:
-        if GRAD:
+        if GRAD and not SPLIT:
             _zero(out_row, V, out_limit, BLOCK)
     else:
         ids_row, listed_row = ids_ptr + row * K, listed_ptr + row * K
@@ -314,11 +318,13 @@ def row_kernel(
             largest_grad = g_largest * p_others - p_largest * g_others
             tail_grad = tl.where(largest == K, largest_grad, tail_g - tl.exp(tail) * sum_g)
             factor = tl.where(total == 0.0, 0.0, tail_grad / total) * weight
-            _write_unlisted(
-                u_row, out_row, bias_ptr, 0, V, u_stride, out_limit, gain, cap,
-                unlisted_max, factor, 0.0,
-                HAS_BIAS, SOFTCAP, INF_MASKS, False, BLOCK,
-            )  # fmt: skip
+            listed_l1 = 0.0
+            if not SPLIT:
+                _write_unlisted(
+                    u_row, out_row, bias_ptr, 0, V, u_stride, out_limit, gain, cap,
+                    unlisted_max, factor, 0.0,
+                    HAS_BIAS, SOFTCAP, INF_MASKS, False, BLOCK,
+                )  # fmt: skip
             for start in range(0, K, KBLOCK):
                 k = start + tl.arange(0, KBLOCK)
                 lp = _bucket_logprobs(listed_row, k, K, top, lse, tail)
@@ -327,12 +333,23 @@ def row_kernel(
                     RULE, DIVERGENCE, SHIFT, TAIL, FROM_TEACHER, IMPORTANCE,
                 )  # fmt: skip
                 grad = tl.where(k == largest, largest_grad, g - tl.exp(lp) * sum_g) * weight
+                ids = tl.load(ids_row + k, mask=k < K, other=-1).to(tl.int64)
+                inside = (ids >= 0) & (ids < V)
+                if SPLIT:
+                    listed_l1 += tl.sum(tl.where(inside, tl.abs(grad), 0.0), axis=0)
                 if SOFTCAP:
                     t = tl.load(listed_row + k, mask=k < K, other=0.0) / cap
                     grad = grad * (1.0 - t * t)
-                ids = tl.load(ids_row + k, mask=k < K, other=-1).to(tl.int64)
-                inside = (ids >= 0) & (ids < V)
-                tl.store(out_row + ids, grad.to(out_row.dtype.element_ty), mask=inside)
+                if SPLIT:
+                    tl.store(listed_grad_ptr + row * K + k, grad, mask=inside)
+                else:
+                    tl.store(out_row + ids, grad.to(out_row.dtype.element_ty), mask=inside)
+            if SPLIT:
+                split_row = split_ptr + row * 4
+                tl.store(split_row, tl.maximum(unlisted_max, LOWEST_MAX))
+                tl.store(split_row + 1, factor)
+                tl.store(split_row + 2, listed_l1)
+                tl.store(split_row + 3, tl.abs(factor) * total)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -376,7 +393,8 @@ def reduce_kernel(
 @triton.jit(do_not_specialize=PER_BATCH)
 def write_kernel(
     u_ptr,  # [R, width] fp32, rows of u_stride
-    out_ptr,  # [R, width] gradient, rows of out_stride; may share the storage of u
+    rows_ptr,  # [R] int64, with PICK: the row of u that each row of out belongs to
+    out_ptr,  # [R, width] gradient, rows of out_stride; may share the storage of u, without PICK
     ids_ptr,  # [R, K] int
     listed_grad_ptr,  # [R, K] fp32 gradient with respect to z at the ids
     active_ptr,  # [R] int8; the other rows get zeros
@@ -384,11 +402,12 @@ def write_kernel(
     listed_ptr,  # [R, K] fp32, z at the ids
     bias_ptr,  # [V]
     u_stride, out_stride, out_limit, first, width, K, gain, cap,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, PICK: tl.constexpr,
     BLOCK: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    u_row, out_row = u_ptr + row * u_stride, out_ptr + row * out_stride
+    source = tl.load(rows_ptr + row) if PICK else row
+    u_row, out_row = u_ptr + source * u_stride, out_ptr + row * out_stride
     if tl.load(active_ptr + row) == 0:
         _zero(out_row, width, out_limit, BLOCK)
     else:

@@ -1,0 +1,112 @@
+"""The claims of the Lightning OPD paper against the committed rows: `docs/evidence.md`.
+
+`python -m benchmarks.readme` writes the table. Each number comes from rows that a command beside it
+measures again; an interval is 95 % over seeds, paired, by Student's t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks import demo_seeds, objectives, offline_live
+from benchmarks.objective_tables import Interval, Runs, interval
+from lopd.stages.demo.report import CLIPPED, DISTILLED, FINE_TUNED, MORE_SFT, ONLINE, SAMPLED
+
+Read = Callable[[str], list[dict[str, Any]]]
+MARGIN = 4.0  # points of pass@1 within which two runs count as equal, as in benchmarks.demo_seeds
+REPRODUCED, IN_PART, NOT, UNKNOWN = "reproduced", "in part", "not reproduced", "not measured here"
+
+
+def compared(rows: list[dict[str, Any]], ours: str, base: str) -> dict[str, Interval]:
+    """A stage of the demo against another: ratio of the KLs, and difference of pass@1 in points."""
+    stages = demo_seeds.by_stage(rows)
+    pairs = list(zip(stages[ours], stages[base], strict=True))
+    kl = interval([math.log(one["kl"] / other["kl"]) for one, other in pairs])
+    points = interval([100 * (one["sampled"] - other["sampled"]) for one, other in pairs])
+    return {"kl": (math.exp(kl[0]), math.exp(kl[1]), math.exp(kl[2])), "points": points}
+
+
+def equal(found: dict[str, Interval]) -> str:
+    """Whether the whole interval lies within the margin; in part if it only contains 0."""
+    _, low, high = found["points"]
+    if low >= -MARGIN and high <= MARGIN:
+        return REPRODUCED
+    return IN_PART if low <= 0 <= high else NOT
+
+
+def better(found: dict[str, Interval]) -> str:
+    """Whether the KL is clearly lower, or pass@1 clearly higher."""
+    return REPRODUCED if found["kl"][2] < 1 or found["points"][1] > 0 else NOT
+
+
+def words(found: dict[str, Interval]) -> str:
+    points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found["points"])
+    return "KL x {:.2f} [{:.2f}, {:.2f}]".format(*found["kl"]) + f", pass@1 {points} points"
+
+
+def claims(read: Read) -> Iterable[tuple[str, str, str, str]]:
+    """(claim, verdict, what was found, command) of each claim."""
+    demo, live = read(demo_seeds.NAME), read(offline_live.NAME)
+    again = "python -m benchmarks.demo_seeds"
+    gap = compared(demo, DISTILLED, ONLINE)
+    yield (
+        "Offline training ends where training with a live teacher ends",
+        equal(gap),
+        f"lists of 8, against a live teacher: {words(gap)}",
+        again,
+    )
+    renewed = next(row for row in live if row["every"] == 1)
+    yield (
+        "It costs a fourth of the live run",
+        REPRODUCED if renewed["ratio"] >= 4 else IN_PART,
+        f"a live run takes {renewed['ratio']:.2f} times as long as all of the offline run, and "
+        f"{renewed['ratio_to_training']:.2f} times as long as its training alone; tiny models, "
+        "decoding on a CPU",
+        "python -m benchmarks.offline_live",
+    )
+    sampled = compared(demo, SAMPLED, ONLINE)
+    yield (
+        "The teacher's log-prob of the sampled token is enough",
+        NOT if sampled["kl"][1] > 1 else equal(sampled),
+        f"sampled token, against a live teacher with lists: {words(sampled)}; with the advantage "
+        f"clipped to 1: {words(compared(demo, CLIPPED, ONLINE))}",
+        again,
+    )
+    start = compared(demo, DISTILLED, FINE_TUNED)
+    yield (
+        "It improves on fine-tuning",
+        better(start),
+        f"lists of 8, against the start: {words(start)}",
+        again,
+    )
+    more = compared(demo, DISTILLED, MORE_SFT)
+    yield (
+        "It improves on as many steps of more fine-tuning (the fair control)",
+        better(more),
+        f"lists of 8, against the control: {words(more)}",
+        again,
+    )
+    yield (
+        "With another teacher than that of the fine-tuning, an irreducible error remains",
+        UNKNOWN,
+        "`lopd distill` refuses such a pair unless told otherwise",
+        "",
+    )
+    runs = Runs(read(objectives.NAME))
+    short, long = (runs.complete("list+sampled", k, 1.0) for k in (2, 8))
+    if (lists := runs.against(short, long)) is not None:
+        yield (
+            "(ours) A few ids of each list carry most of what the teacher says",
+            equal(lists),
+            f"lists of 2, against lists of 8: {words(lists)}",
+            "python -m benchmarks.objectives",
+        )
+
+
+def table(read: Read) -> str:
+    lines = ["| claim | here | found | measured by |", "| --- | --- | --- | --- |"]
+    for claim, verdict, found, command in claims(read):
+        lines.append(f"| {claim} | **{verdict}** | {found} | {f'`{command}`' if command else ''} |")
+    return "\n".join(lines)

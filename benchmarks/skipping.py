@@ -1,0 +1,191 @@
+"""What does a backward cost that forms the gradient outside the lists for some of the rows only?
+
+    python -m benchmarks.skipping [--quick] [--hidden D ...] [--turns N] [--out DIR]
+
+It measures one forward and backward of the reverse KL with a tail bucket in fp32 on a CPU:
+`dense_share` at several shares, two tolerances and the renormalised loss, each against the exact
+gradient of every row in the same run. The rows are drawn from those that `benchmarks.offlist`
+measured, which decides how many a tolerance keeps; the time of a share does not depend on the rows.
+
+First the gradients at a share of one half are compared with fp64 at the same seed on a small
+problem; a failed gate ends the run. Times are medians of the process's CPU time on one thread, in
+alternation, so that other processes disturb them little. One JSON row per hidden size is printed
+and, with --out, appended to DIR/skipping_cpu.jsonl, and the curve is drawn. The exit code is 1 if a
+limit is missed: 0.60 of the exact gradient's time at a share of 0.15, 0.68 at 0.25, and 0.2 for the
+renormalised loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.measured_rows import measured_problem, measured_sample
+from benchmarks.problems import RENORMALIZED, Problem, Shape, relative_error
+from benchmarks.recorder import identity
+from benchmarks.variants import ours, sparse
+
+NAME = "skipping_cpu.jsonl"
+SHARES = (0.05, 0.15, 0.25, 0.5, 0.75, 0.9)
+TOLERANCES = (1e-2, 1e-3)
+LIMITS = {"share 0.15": 0.60, "share 0.25": 0.68, "renormalised": 0.2}
+SAMPLE = ("demo", "start", 8)  # model, time and length of the list
+FULL = Shape(rows=2048, hidden=512, vocab=151936, topk=64)
+QUICK = Shape(rows=64, hidden=128, vocab=8192, topk=16)
+GATE = 1e-5
+
+
+def bound(share: float) -> float:
+    """Of the time of three GEMMs: the first on all rows, the others on a share of them."""
+    return (1.0 + 2.0 * share) / 3.0
+
+
+def variants(shares: tuple[float, ...]) -> dict[str, Any]:
+    return {
+        "exact": ours("exact"),
+        **{f"share {x}": ours(f"share {x}", dense_share=x, seed=0) for x in shares},
+        **{f"tolerance {x:g}": ours(f"tolerance {x:g}", tolerance=x) for x in TOLERANCES},
+        "renormalised": ours("renormalised", RENORMALIZED),
+    }
+
+
+def gradients(problem: Problem, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    fields = {
+        key: value.to(dtype)
+        for key, value in vars(problem).items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    wide = replace(problem, **fields)
+    leaves = wide.hidden.requires_grad_(), wide.weight.requires_grad_()
+    return list(torch.autograd.grad(sparse(wide, *leaves, **options), leaves))
+
+
+def gate_error() -> float:
+    """The largest relative error of dH and dW at a share of one half, against fp64."""
+    problem, options = problem_of(QUICK), {"dense_share": 0.5, "seed": 0}
+    sides = [gradients(problem, dtype, **options) for dtype in (torch.float32, torch.float64)]
+    return max(relative_error(a, b) for a, b in zip(*sides, strict=True))
+
+
+def problem_of(shape: Shape) -> Problem:
+    return measured_problem(shape, measured_sample(*SAMPLE))
+
+
+def cpu_times(steps: dict[str, Any], turns: int) -> dict[str, list[float]]:
+    """Seconds of CPU time of each step, in another order each turn."""
+    order, times = random.Random(0), {name: [] for name in steps}
+    for _ in range(turns):
+        for name, step in order.sample(sorted(steps.items()), len(steps)):
+            start = time.process_time()
+            step()
+            times[name].append(time.process_time() - start)
+    return times
+
+
+@torch.no_grad()
+def rows_kept(problem: Problem) -> dict[str, Any]:
+    """The share of rows that each tolerance keeps, and that of dL/dz outside the lists in L1."""
+    kept = {}
+    for tolerance in TOLERANCES:
+        _, stats = sparse(
+            problem, problem.hidden, problem.weight, tolerance=tolerance, return_stats=True
+        )
+        kept[f"{tolerance:g}"] = round(float(stats.skipping.share), 4)
+    listed, unlisted = (
+        float(stats.skipping.listed_l1.sum()),
+        float(stats.skipping.unlisted_l1.sum()),
+    )
+    return {"kept": kept, "off_list_share": round(unlisted / (listed + unlisted), 4)}
+
+
+def measure(shape: Shape, shares: tuple[float, ...], turns: int) -> dict[str, Any]:
+    problem = problem_of(shape)
+    steps = {name: variant.prepare(problem).step for name, variant in variants(shares).items()}
+    times = cpu_times(steps, turns)
+    exact = np.median(times["exact"])
+    ratios = {name: round(float(np.median(each) / exact), 4) for name, each in times.items()}
+    pairs = {
+        name: [round(a / b, 4) for a, b in zip(each, times["exact"], strict=True)]
+        for name, each in times.items()
+    }
+    return {
+        "question": "skipping_cpu", "dtype": "float32", **asdict(shape), "turns": turns,
+        "sample": list(SAMPLE), **rows_kept(problem),
+        "ratios": ratios, "pairs": pairs,
+        "shares": list(shares), "bounds": [round(bound(x), 4) for x in shares],
+        **identity(torch.device("cpu"), None),
+    }  # fmt: skip
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time over the share, with the bound of the GEMMs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
+    for row in rows:
+        curve = [(x, row["ratios"][f"share {x}"]) for x in row["shares"]]
+        axes.plot(*zip(*curve, strict=True), marker="o", label=f"D = {row['hidden']}")
+    ends = [0.0, 1.0]
+    axes.plot(ends, [bound(x) for x in ends], "k--", lw=1, label="(1 + 2 f) / 3")
+    axes.axhline(1.0, color="grey", lw=0.8)
+    axes.set(xlabel="f, share of the rows", ylabel="time / that of the exact gradient")
+    axes.set(xlim=(0, 1), ylim=(0, 1.15))
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a toy size without limits")
+    parser.add_argument("--hidden", nargs="+", type=int, default=[512, 1024])
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--out", type=Path, help=f"folder whose {NAME} gets the rows")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    torch.set_num_threads(1)
+    error = gate_error()
+    if not error < GATE:
+        print(f"the gradient's error is {error:.1e}, above {GATE:.0e}", file=sys.stderr)
+        return 1
+    shapes = [QUICK] if args.quick else [replace(FULL, hidden=d) for d in args.hidden]
+    rows = []
+    for shape in shapes:
+        size = "--quick" if args.quick else f"--hidden {shape.hidden}"
+        shares = " ".join(map(str, args.shares))
+        command = f"python -m benchmarks.skipping {size} --shares {shares} --turns {args.turns}"
+        row = {
+            **measure(shape, tuple(args.shares), args.turns),
+            "gradient_error": float(f"{error:.2e}"),
+        }
+        rows.append({**row, "command": command})
+        print(json.dumps(rows[-1]), flush=True)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            with (args.out / NAME).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    if args.out:
+        draw(rows, args.out / "skipping.svg")
+    missed = [n for row in rows for n, limit in LIMITS.items() if row["ratios"].get(n, 0.0) > limit]
+    return int(bool(missed) and not args.quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
