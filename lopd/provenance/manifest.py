@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -336,8 +337,10 @@ def _unfit(source: str, kind: str, error: type[LopdError]) -> Unfit:
 
 
 def environment() -> dict[str, str]:
-    """The versions of Python and of the packages that decide a result."""
+    """The versions of Python and of the packages that decide a result, and torch's threads."""
     versions = {"python": platform.python_version()}
+    if (torch := sys.modules.get("torch")) is not None:
+        versions["threads"] = str(torch.get_num_threads())
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
