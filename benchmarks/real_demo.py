@@ -78,7 +78,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _with_interval(row: dict[str, Any], key: str) -> str:
     low, high = row[f"{key}_interval"]
-    return f"{row[key]:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{row[key] + 0.0:.2f} [{low:.2f}, {high:.2f}]".replace("-0.00", "0.00")
 
 
 def parts(rows: list[dict[str, Any]]) -> str:
