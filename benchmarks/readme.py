@@ -23,6 +23,7 @@ from benchmarks import (
     prunings,
     real_demo,
     roofline,
+    skipping,
 )
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 from lopd.stages.demo.toy import OPD_STEPS
@@ -222,6 +223,7 @@ def rendered(text: str) -> str:
         "forms": lambda: objective_tables.training_table(read_rows(objectives.NAME)),
         "verdict": lambda: objective_tables.verdict(read_rows(objectives.NAME)),
         "gradient noise": lambda: objective_tables.gradient_table(read_rows(objectives.NAME)),
+        "skipping": lambda: skipping.table(read_rows(skipping.NAME)),
         "left out": lambda: objective_tables.left_out_table(read_rows(objectives.NAME)),
         "real demo": lambda: real_demo.table(read_rows(real_demo.NAME)),
         "real parts": lambda: real_demo.parts(read_rows(real_demo.NAME)),
