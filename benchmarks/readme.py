@@ -20,6 +20,8 @@ from benchmarks import (
     objectives,
     offline_live,
     offlist,
+    prunings,
+    real_demo,
     roofline,
     skipping,
 )
@@ -223,6 +225,10 @@ def rendered(text: str) -> str:
         "gradient noise": lambda: objective_tables.gradient_table(read_rows(objectives.NAME)),
         "skipping": lambda: skipping.table(read_rows(skipping.NAME)),
         "left out": lambda: objective_tables.left_out_table(read_rows(objectives.NAME)),
+        "real demo": lambda: real_demo.table(read_rows(real_demo.NAME)),
+        "real parts": lambda: real_demo.parts(read_rows(real_demo.NAME)),
+        "real answers": lambda: real_demo.answers(read_rows(real_demo.NAME)),
+        "prunings": lambda: prunings.table(read_rows(prunings.NAME)),
         "offlist": lambda: offlist.table(read_rows(offlist.NAME)),
     }
     for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
@@ -243,6 +249,7 @@ DOCUMENTS = [
         "docs/evidence.md",
         "docs/losses.md",
         "docs/training.md",
+        "docs/tutorial.md",
     )
 ]
 

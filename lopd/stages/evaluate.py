@@ -79,7 +79,7 @@ def main(config: EvalConfig) -> Path:
     """
     config, out = with_dtype(config), Path(config.out)
     if is_finished(config, "eval", config.model, describe_inputs):
-        print_fields(_summary(read_results(out)))
+        print_fields(results_of(out))
         return say_finished(out)
     examine_folder(
         out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
@@ -282,6 +282,11 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         for name, value in kl.get("by_teacher", {}).items():
             fields[f"KL to the cached {name}"] = f"at least {value:.4f} nat/token"
     return fields
+
+
+def results_of(out: Path) -> dict[str, str]:
+    """The results of a finished evaluation by name, as `main` prints them."""
+    return _summary(read_results(out))
 
 
 def headline(out: Path) -> str:
