@@ -156,37 +156,32 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"| bound | {' | '.join(f'{bound(x):.2f}' for x in shares)} | | | |",
     ]
     for hidden, row in sorted(newest.items()):
-        cells = (row["ratios"].get(name) for name in columns)
-        texts = ["" if x is None else f"{x:.2f}" for x in cells]
+        kept = {f"tolerance {x}": f" ({share:.0%})" for x, share in row["kept"].items()}
+        cells = ((row["ratios"].get(name), kept.get(name, "")) for name in columns)
+        texts = ["" if x is None else f"{x:.2f}{share}" for x, share in cells]
         lines.append(f"| {hidden} | {' | '.join(texts)} |")
     row = newest[min(newest)]
-    kept = " and ".join(f"{x:.0%}" for x in row["kept"].values())
-    about = (
-        "Forward and backward at N={rows}, K={topk}, V={vocab} in {dtype} on one thread of a CPU, "
-        "over the time with every row's gradient."
-    ).format(**row)
-    return "\n".join(
-        [
-            f"{about} The bound counts GEMMs: (1 + 2 f) / 3. Outside the lists is "
-            f"{row['off_list_share']:.0%} of the L1 norm of dL/dz; the tolerances keep {kept} of "
-            "the rows.",
-            "",
-            *lines,
-        ]
+    outside = ", ".join(f"{newest[d]['off_list_share']:.0%}" for d in sorted(newest))
+    text = (
+        "Forward and backward at N={rows}, K={topk}, V={vocab} in {dtype} on one thread of a CPU,",
+        "over the time with every row's gradient; in brackets the share of rows that a tolerance",
+        "keeps. The bound counts GEMMs: (1 + 2 f) / 3. Outside the lists is this much of the L1",
+        f"norm of dL/dz: {outside}.",
     )
+    return "\n".join([*(line.format(**row) for line in text), "", *lines])
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time over the share, with the bound of the GEMMs."""
+def draw(rows: dict[int, dict[str, Any]], path: Path) -> None:
+    """Time over the share, by hidden size, with the bound of the GEMMs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
-    for row in rows:
+    for hidden, row in sorted(rows.items()):
         curve = [(x, row["ratios"][f"share {x}"]) for x in row["shares"]]
-        axes.plot(*zip(*curve, strict=True), marker="o", label=f"D = {row['hidden']}")
+        axes.plot(*zip(*curve, strict=True), marker="o", label=f"D = {hidden}")
     ends = [0.0, 1.0]
     axes.plot(ends, [bound(x) for x in ends], "k--", lw=1, label="(1 + 2 f) / 3")
     axes.axhline(1.0, color="grey", lw=0.8)
@@ -231,7 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
             with (args.out / NAME).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
     if args.out:
-        draw(rows, args.out / "skipping.svg")
+        lines = (args.out / NAME).read_text(encoding="utf-8").splitlines()
+        draw({row["hidden"]: row for row in map(json.loads, lines)}, args.out / "skipping.svg")
     missed = [n for row in rows for n, limit in LIMITS.items() if row["ratios"].get(n, 0.0) > limit]
     return int(bool(missed) and not args.quick)
 
