@@ -22,6 +22,7 @@ from benchmarks import (
     offlist,
     prunings,
     real_demo,
+    real_model,
     roofline,
     skipping,
 )
@@ -228,6 +229,7 @@ def rendered(text: str) -> str:
         "real demo": lambda: real_demo.table(read_rows(real_demo.NAME)),
         "real parts": lambda: real_demo.parts(read_rows(real_demo.NAME)),
         "real answers": lambda: real_demo.answers(read_rows(real_demo.NAME)),
+        "real model": lambda: real_model.table(read_rows(real_model.NAME)),
         "prunings": lambda: prunings.table(read_rows(prunings.NAME)),
         "offlist": lambda: offlist.table(read_rows(offlist.NAME)),
     }

@@ -303,19 +303,23 @@ def run(recorder: Recorder, tiny: bool) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: ratios to plain transformers within the newest run."""
+    """Markdown: ratios to plain transformers within the newest run, and the scatter of times."""
     newest = {row["variant"]: row for row in rows if row["variant"] in PARTS}
     lines = [
-        "| variant | time, to plain transformers | extra memory, to plain transformers |",
-        "| --- | ---: | ---: |",
+        "| variant | time / transformers | p10 to p90 | extra memory / transformers |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    for variant in PARTS:
-        row = newest[variant]
-        lines.append(f"| {variant} | {row['time_ratio']:.2f} | {row['memory_ratio']:.2f} |")
+    for variant, part in PARTS.items():
+        row, plain = newest[variant], newest[f"{part}, transformers"]["median_ms"]
+        scatter = f"{row['p10_ms'] / plain:.2f} to {row['p90_ms'] / plain:.2f}"
+        # Scoring and sampling reuse the memory that an earlier step has left.
+        memory = f"{row['memory_ratio']:.2f}" if variant in TRAINING else ""
+        lines.append(f"| {variant} | {row['time_ratio']:.2f} | {scatter} | {memory} |")
     return "\n".join(
         [
             "{model}, {sequences} sequences of {length} tokens ({prompt} of them the prompt), "
-            "K = {topk}, {dtype}, on a CPU.".format(**row),
+            "K = {topk}, {dtype},".format(**row),
+            "on a CPU; medians of {repetitions} steps in alternation.".format(**row),
             "",
             *lines,
         ]

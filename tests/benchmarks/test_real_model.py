@@ -43,12 +43,13 @@ def test_the_tables_are_those_of_the_newest_rows():
     rows = [
         {
             "variant": variant, "part": part, "time_ratio": ratio, "memory_ratio": 1.0,
+            "median_ms": 4.0, "p10_ms": 2.0, "p90_ms": 6.0, "repetitions": 3,
             "model": "tiny", "dtype": "float32", **vars(real_model.TINY),
         }
         for ratio in (0.5, 0.25)
         for variant, part in real_model.PARTS.items()
     ]  # fmt: skip
     text = real_model.table(json.loads(json.dumps(rows)))
-    assert "| reverse KL, fused | 0.25 | 1.00 |" in text and "0.50" not in text
+    assert "| reverse KL, fused | 0.25 | 0.50 to 1.50 | 1.00 |" in text and "| 0.50 |" not in text
     row = {"variant": "a", "layers": 2, "kl": 1.0, "kl_interval": [0.5, 1.5], "sampled": 0.25}
     assert "| a | 2 | 1.000 [0.500, 1.500] | 0.250 |" in prunings.table([{**row, "steps": 3}])
