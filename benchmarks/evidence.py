@@ -6,12 +6,11 @@ measures again; an interval is 95 % over seeds, paired, by Student's t.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks import demo_seeds, objectives, offline_live
-from benchmarks.objective_tables import Interval, Runs, interval
+from benchmarks.objective_tables import Comparison, Runs, compare
 from lopd.stages.demo.report import CLIPPED, DISTILLED, FINE_TUNED, MORE_SFT, ONLINE, SAMPLED
 
 Read = Callable[[str], list[dict[str, Any]]]
@@ -19,16 +18,14 @@ MARGIN = 4.0  # points of pass@1 within which two runs count as equal, as in ben
 REPRODUCED, IN_PART, NOT, UNKNOWN = "reproduced", "in part", "not reproduced", "not measured here"
 
 
-def compared(rows: list[dict[str, Any]], ours: str, base: str) -> dict[str, Interval]:
-    """A stage of the demo against another: ratio of the KLs, and difference of pass@1 in points."""
+def compared(rows: list[dict[str, Any]], ours: str, base: str) -> Comparison:
+    """A stage of the demo against another, on the same seeds."""
     stages = demo_seeds.by_stage(rows)
-    pairs = list(zip(stages[ours], stages[base], strict=True))
-    kl = interval([math.log(one["kl"] / other["kl"]) for one, other in pairs])
-    points = interval([100 * (one["sampled"] - other["sampled"]) for one, other in pairs])
-    return {"kl": (math.exp(kl[0]), math.exp(kl[1]), math.exp(kl[2])), "points": points}
+    one, other = ({row["seed"]: row for row in stages[name]} for name in (ours, base))
+    return compare(one, other)
 
 
-def equal(found: dict[str, Interval]) -> str:
+def equal(found: Comparison) -> str:
     """Whether the whole interval lies within the margin; in part if it only contains 0."""
     _, low, high = found["points"]
     if low >= -MARGIN and high <= MARGIN:
@@ -36,12 +33,12 @@ def equal(found: dict[str, Interval]) -> str:
     return IN_PART if low <= 0 <= high else NOT
 
 
-def better(found: dict[str, Interval]) -> str:
+def better(found: Comparison) -> str:
     """Whether the KL is clearly lower, or pass@1 clearly higher."""
     return REPRODUCED if found["kl"][2] < 1 or found["points"][1] > 0 else NOT
 
 
-def words(found: dict[str, Interval]) -> str:
+def words(found: Comparison) -> str:
     points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found["points"])
     return "KL x {:.2f} [{:.2f}, {:.2f}]".format(*found["kl"]) + f", pass@1 {points} points"
 
@@ -96,7 +93,8 @@ def claims(read: Read) -> Iterable[tuple[str, str, str, str]]:
     )
     runs = Runs(read(objectives.NAME))
     short, long = (runs.complete("list+sampled", k, 1.0) for k in (2, 8))
-    if (lists := runs.against(short, long)) is not None:
+    if short is not None and long is not None:
+        lists = compare(short, long)
         yield (
             "(ours) A few ids of each list carry most of what the teacher says",
             equal(lists),

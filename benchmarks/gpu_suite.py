@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import components, correctness, criteria, figures, training, variants
+from benchmarks import components, correctness, criteria, figures, skipping, training, variants
 from benchmarks.harness import (
     Outcome,
     Prepared,
@@ -44,6 +44,7 @@ MIB = 1 << 20
 WORKSPACES = [size * MIB for size in (
     128, 192, 256, 384, 512, 768, 1024, 1280, 2048, 2560, 3072, 4096, 6144, 8192
 )]  # fmt: skip
+SHARES = (0.05, 0.15, 0.25, 0.5, 0.75)
 QUICK_WORKSPACES = [50_000, 400_000, 800_000]
 VARIATIONS = {
     "rows": (1024, 4096, 16384, 32768),
@@ -142,6 +143,12 @@ def fused_loss(suite: Suite) -> None:
     suite.measure("fused_loss", problem, variants.competitors(), student_tail=tail)
 
 
+def skipped_rows(suite: Suite) -> None:
+    """`dense_share` over its range, against the exact gradient and three bare GEMMs."""
+    compared = [*variants.floors("three"), variants.ours("ours"), *map(skipping.sampled, SHARES)]
+    suite.measure("skipping", suite.problem(), compared, gate_rows=256)
+
+
 def memory_curve(suite: Suite) -> None:
     """Time over `workspace_bytes`; a bound that is too small is refused, which is a row too."""
     sizes = QUICK_WORKSPACES if suite.quick else WORKSPACES
@@ -202,6 +209,7 @@ PARTS: dict[str, tuple[float, Callable[[Suite], None]]] = {
     "environment": (10, environment),
     "correctness": (110, check_everything),
     "fused_loss": (90, fused_loss),
+    "skipping": (30, skipped_rows),
     "memory_curve": (40, memory_curve),
     "row_kernel": (10, row_kernel),
     "accuracy": (30, accuracy),

@@ -20,6 +20,7 @@ from benchmarks.objective_cells import (
 Row = dict[str, Any]
 Values = dict[int, Row]  # by seed
 Interval = tuple[float, float, float]  # mean, low, high
+Comparison = dict[str, Interval]  # of "kl", a ratio, and of "points"
 BASE = "bucket"
 # Student's t, 0.975, by degrees of freedom
 QUANTILES = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -41,18 +42,27 @@ class Runs:
         found = self._found.get((form, k, factor), {})
         return found if len(found) == len(self.seeds) else None
 
-    def best(self, form: str, k: int) -> Values | None:
-        """The rows of the learning rate with the lowest KL."""
-        found = [self.complete(form, k, factor) for factor in self.factors]
+    def best(self, form: str, k: int, beside: str | None = None) -> Values | None:
+        """The rows of the learning rate with the lowest KL, of those that `beside` has too."""
+        found = [
+            self.complete(form, k, factor)
+            for factor in self.factors
+            if self.complete(beside or form, k, factor) is not None
+        ]
         return min((rows for rows in found if rows is not None), key=_mean_log_kl, default=None)
 
-    def against(self, ours: Values | None, base: Values | None) -> dict[str, Interval] | None:
-        """KL / the base's, and pass@1 minus the base's in points; paired over seeds."""
-        if ours is None or base is None:
-            return None
-        kl = interval([math.log(ours[s]["kl"] / base[s]["kl"]) for s in self.seeds])
-        points = [100 * (ours[s]["sampled"] - base[s]["sampled"]) for s in self.seeds]
-        return {"kl": tuple(map(math.exp, kl)), "points": interval(points)}  # type: ignore[dict-item]
+    def against_base(self, form: str, k: int) -> Comparison | None:
+        """A form against the bucket, each at the best of the learning rates that both have."""
+        ours, base = self.best(form, k, BASE), self.best(BASE, k, form)
+        return None if ours is None or base is None else compare(ours, base)
+
+
+def compare(ours: Values, base: Values) -> Comparison:
+    """Two runs on the same seeds: KL / the base's, and pass@1 minus the base's in points."""
+    assert ours.keys() == base.keys()
+    kl = interval([math.log(ours[s]["kl"] / base[s]["kl"]) for s in ours])
+    points = [100 * (ours[s]["sampled"] - base[s]["sampled"]) for s in ours]
+    return {"kl": (math.exp(kl[0]), math.exp(kl[1]), math.exp(kl[2])), "points": interval(points)}
 
 
 def _mean_log_kl(rows: Values) -> float:
@@ -65,7 +75,7 @@ def interval(values: list[float]) -> Interval:
     return middle, middle - half, middle + half
 
 
-def _compared(comparison: dict[str, Interval] | None, rows: Values | None) -> list[str]:
+def _cells(comparison: Comparison | None, rows: Values | None) -> list[str]:
     """Cells: KL / the base's, pass@1, and the difference in points."""
     if comparison is None or rows is None:
         return ["", "", ""]
@@ -85,15 +95,13 @@ def training_table(rows: list[Row]) -> str:
         f"| ---: | --- |{' ---: |' * (len(runs.factors) + 3)}",
     ]
     for k in LISTS:
-        base = runs.best(BASE, k)
         for form in FORMS:
             found = [runs.complete(form, k, factor) for factor in runs.factors]
             kls = [f"{math.exp(_mean_log_kl(x)):.4f}" if x else "" for x in found]
-            best = runs.best(form, k)
-            compared = _compared(runs.against(best, base), best)
+            cells = _cells(runs.against_base(form, k), runs.best(form, k, BASE))
             if form == BASE:
-                compared = ["1", compared[1], "0"]
-            lines.append(f"| {' | '.join([str(k), f'`{form}`', *kls, *compared])} |")
+                cells = ["1", cells[1], "0"]
+            lines.append(f"| {' | '.join([str(k), f'`{form}`', *kls, *cells])} |")
     starts = [row for row in rows if row["cell"].startswith("start/")]
     kl = math.exp(mean(math.log(row["kl"]) for row in starts))
     sampled = mean(row["sampled"] for row in starts)
@@ -106,8 +114,9 @@ def training_table(rows: list[Row]) -> str:
             "",
             f"{STEPS} steps, seeds {seeds}; {measured} of {whole} runs were made, and a cell is",
             "empty if a seed is missing. KL in nat per token, geometric mean over seeds. The last",
-            "three columns take each form at the best rate of its row, with 95 % intervals over",
-            f"seeds, paired. Before training the KL is {kl:.3f} and pass@1 {sampled:.3f}.",
+            "three columns take form and bucket each at the best of the rates that both have, with",
+            "95 % intervals over seeds, paired. Before training the KL is "
+            f"{kl:.3f} and pass@1 {sampled:.3f}.",
         ]
     )
 
@@ -122,14 +131,14 @@ def left_out_table(rows: list[Row]) -> str:
     ]
     for form in (EXACT, *LEFT_OUT):
         found = runs.complete(form, k, 1.0)
-        if found is None:
+        if found is None or exact is None:
             continue
         settings = LEFT_OUT.get(form, {}).items()
         name = ", ".join(f"`{key}={value:g}`" for key, value in settings) or "exact"
-        compared = _compared(runs.against(found, exact), found)
+        cells = _cells(compare(found, exact), found)
         if form == EXACT:
-            compared = ["1", compared[1], "0"]
-        lines.append(f"| {name} | {math.exp(_mean_log_kl(found)):.4f} | {' | '.join(compared)} |")
+            cells = ["1", cells[1], "0"]
+        lines.append(f"| {name} | {math.exp(_mean_log_kl(found)):.4f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -137,7 +146,7 @@ def judgement(runs: Runs, form: str) -> dict[int, str]:
     """By list length, whether a form's KL is better or worse than the bucket's, or neither."""
     words = {}
     for k in LISTS:
-        if (found := runs.against(runs.best(form, k), runs.best(BASE, k))) is not None:
+        if (found := runs.against_base(form, k)) is not None:
             _, low, high = found["kl"]
             words[k] = "worse" if low > 1 else "better" if high < 1 else "no clear difference"
     return words
@@ -157,7 +166,7 @@ def verdict(rows: list[Row]) -> str:
                 for word in dict.fromkeys(found.values())
             ]
             lines.append(f"* `{form}` against the bucket: {'; '.join(words)}.")
-    ratios = {k: runs.against(runs.best("unbiased", k), runs.best(BASE, k)) for k in LISTS}
+    ratios = {k: runs.against_base("unbiased", k) for k in LISTS}
     above = [str(k) for k, item in ratios.items() if item is not None and item["kl"][0] > 1]
     if above:
         words = f"a higher mean KL than the bucket at k = {', '.join(above)}"
@@ -175,13 +184,14 @@ def gradient_table(rows: list[Row]) -> str:
         chosen = [row["gradients"] for row in measured if row["at"] == at]
         if not chosen:
             continue
+        seeds = ", ".join(str(row["seed"]) for row in measured if row["at"] == at)
 
         def cells(key: str, chosen: list[Row] = chosen) -> list[str]:
             value: Callable[[str], float] = lambda x: mean(row[key][x] for row in chosen)  # noqa: E731
             return [f"{value('bias'):.2f} ({value('error'):.2f})", f"{value('noise'):.2f}"]
 
         lines = [
-            f"{name}, mean of {len(chosen)} seeds:",
+            f"{name}, mean over seeds {seeds}:",
             "",
             f"| form | {' | '.join(f'bias, k = {k} | noise' for k in LISTS)} |",
             f"| --- |{' ---: |' * (2 * len(LISTS))}",

@@ -75,23 +75,30 @@ def row_masses(
 
 
 @torch.no_grad()
-def measure(model: Any, cache: TeacherCache, k: int, count: int) -> dict[str, Tensor]:
-    """`row_masses` of the first `count` rows of a cache, with lists of at most k ids."""
+def measure(
+    model: Any, cache: TeacherCache, lists: list[int], count: int
+) -> dict[int, dict[str, Tensor]]:
+    """By list length, `row_masses` of the first `count` rows of a cache."""
     data, collate = SequenceDataset(cache), Collator()
-    found: list[dict[str, Tensor]] = []
+    found: dict[int, list[dict[str, Tensor]]] = {k: [] for k in lists}
     rows = 0
     for part in torch.arange(len(data)).split(SEQUENCES):
         batch = collate(data.__getitems__(part.tolist()))
         logits = model(**model_inputs(batch)).logits.flatten(0, 1)[batch["loss_index"]]
         logits = logits.double() / cache.manifest.temperature
-        listed, rest = batch["topk_logprobs"].double().split([k, batch["topk_ids"].shape[1] - k], 1)
-        rest = rest.masked_fill(batch["topk_ids"][:, k:] < 0, -torch.inf)
-        tails = torch.cat([rest, batch["tail_logprobs"].double()[:, None]], 1).logsumexp(1)
-        found.append(row_masses(logits, batch["topk_ids"][:, :k], listed, tails))
+        ids, logprobs = batch["topk_ids"], batch["topk_logprobs"].double()
+        logprobs = logprobs.masked_fill(ids < 0, -torch.inf)
+        tail = batch["tail_logprobs"].double()[:, None]
+        for k in lists:
+            tails = torch.cat([logprobs[:, k:], tail], 1).logsumexp(1)
+            found[k].append(row_masses(logits, ids[:, :k], logprobs[:, :k], tails))
         rows += len(logits)
         if rows >= count:
             break
-    return {name: torch.cat([each[name] for each in found])[:count] for name in found[0]}
+    return {
+        k: {name: torch.cat([each[name] for each in parts])[:count] for name in parts[0]}
+        for k, parts in found.items()
+    }
 
 
 def dense_share(on: Tensor, off: Tensor, tolerance: float) -> float:
@@ -148,14 +155,13 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     environment = identity(torch.device("cpu"), None)
     cache = TeacherCache.open(path, support="list")
+    if max(lists) > cache.manifest.k:
+        raise SystemExit(f"{path} has lists of {cache.manifest.k}; found --k {max(lists)}")
     for at, folder in models.items():
         model = load_model(folder, dtype="float32", device="cpu").eval()
-        for k in lists:
-            if k > cache.manifest.k:
-                raise SystemExit(f"{path} has lists of {cache.manifest.k}; found --k {k}")
-            measured = summary(measure(model, cache, k, count))
+        for k, rows in measure(model, cache, lists, count).items():
             setting = {"model": name, "at": at, "k": k, "vocab": model.config.vocab_size}
-            yield {**setting, **measured, "command": command, **environment}
+            yield {**setting, **summary(rows), "command": command, **environment}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -20,7 +20,11 @@ from benchmarks import (
     objectives,
     offline_live,
     offlist,
+    prunings,
+    real_demo,
+    real_model,
     roofline,
+    skipping,
 )
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 from lopd.stages.demo.toy import OPD_STEPS
@@ -220,7 +224,13 @@ def rendered(text: str) -> str:
         "forms": lambda: objective_tables.training_table(read_rows(objectives.NAME)),
         "verdict": lambda: objective_tables.verdict(read_rows(objectives.NAME)),
         "gradient noise": lambda: objective_tables.gradient_table(read_rows(objectives.NAME)),
+        "skipping": lambda: skipping.table(read_rows(skipping.NAME)),
         "left out": lambda: objective_tables.left_out_table(read_rows(objectives.NAME)),
+        "real demo": lambda: real_demo.table(read_rows(real_demo.NAME)),
+        "real parts": lambda: real_demo.parts(read_rows(real_demo.NAME)),
+        "real answers": lambda: real_demo.answers(read_rows(real_demo.NAME)),
+        "real model": lambda: real_model.table(read_rows(real_model.NAME)),
+        "prunings": lambda: prunings.table(read_rows(prunings.NAME)),
         "offlist": lambda: offlist.table(read_rows(offlist.NAME)),
     }
     for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
@@ -241,6 +251,7 @@ DOCUMENTS = [
         "docs/evidence.md",
         "docs/losses.md",
         "docs/training.md",
+        "docs/tutorial.md",
     )
 ]
 

@@ -342,7 +342,7 @@ def linear_sparse_divergence(
         dense_share: form the gradient outside the lists for this share of the rows, above 0 and at
             most 1: a sample in proportion to the L1 norm m_n of that part, divided by the
             probability. The gradient at listed ids is exact; the expectation of all of it is
-            exact. The loss is exact. A share above 0.9 forms every row's, which costs less.
+            exact. The loss is exact. A share above 0.85 forms every row's, which costs less.
         tolerance: leave out the gradient outside the lists of the rows where it is smallest, as
             many as add up to at most this share of the L1 norm of all other dL/dz. 0 is exact.
         seed: of `dense_share`, an integer or an int64 tensor []; equal seeds draw equally. Pass

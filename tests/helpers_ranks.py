@@ -29,9 +29,19 @@ MODELS = {
     "lora-head": ("qwen3", "q_proj,lm_head"),
     "moe": ("moe", None),
     "left-out": ("qwen3", None),
+    "weighted": ("qwen3", None),
 }
-LEFT_OUT = Objective("reverse_kl", tolerance=0.05)  # the gradient is computed in the backward
+# The objective of a model; the reverse KL of others.
+OBJECTIVES = {
+    # the gradient is computed in the backward
+    "left-out": Objective("reverse_kl", tolerance=0.05),
+    "weighted": Objective("reverse_kl", token_weights="divergence_rank"),
+}
 WRAPPERS = ("ddp", "fsdp2", "fsdp2-head-alone")
+
+
+def objective_of(name):
+    return OBJECTIVES.get(name, Objective("reverse_kl"))
 
 
 def build(name):
@@ -50,10 +60,6 @@ def build(name):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     return model
-
-
-def objective_of(name):
-    return LEFT_OUT if name == "left-out" else Objective("reverse_kl")
 
 
 def wrap(model, wrapper):

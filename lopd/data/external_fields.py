@@ -20,6 +20,8 @@ from lopd.store.validate import MASS_TOLERANCE
 # would have to be a thousand apart.
 STAND_INS = (-100.0, -999.0)
 LOWEST = -1000.0
+# Logs of the smallest numbers of fp32 and fp64, normal or not: what log(max(p, tiny)) gives.
+FLOORS = (-87.3365, -103.2789, -708.3964, -744.4401)
 _SAME = 4  # tokens of one answer that do not have exactly the same log-prob by chance
 # Words of servers for an answer that ended by itself.
 _STOPS = ("tool_calls", "function_call", "eos_token", "end_turn")
@@ -166,6 +168,8 @@ def is_stand_in(values: np.ndarray) -> np.ndarray:  # bool, as values
 
     >>> is_stand_in(np.array([-0.5, 0.0, 1.0, -100.0, -9999.0, np.nan, -np.inf])).tolist()
     [False, False, True, True, True, True, True]
+    >>> is_stand_in(np.log([1e-37, np.finfo(np.float32).tiny, np.finfo(np.float64).tiny])).tolist()
+    [False, True, True]
     """
     values = np.asarray(values, np.float64)
     with np.errstate(invalid="ignore"):
@@ -174,7 +178,9 @@ def is_stand_in(values: np.ndarray) -> np.ndarray:  # bool, as values
 
 def is_padding(values: np.ndarray) -> np.ndarray:
     """Where values stand for no log-prob."""
-    return (values <= LOWEST) | np.isin(values, STAND_INS) | np.isnan(values)
+    values = np.asarray(values, np.float64)
+    known = np.isin(np.round(values, 4), STAND_INS + FLOORS)
+    return (values <= LOWEST) | known | np.isnan(values)
 
 
 def refuse_stand_ins(

@@ -17,7 +17,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Prompt:
     id: str
     tokens: list[int]
     answer: str | None
-    place: str = ""  # of its record
+    place: str = field(default="", compare=False)  # of its record
     teacher: str | None = None  # the name of the teacher that its record is routed to
 
 

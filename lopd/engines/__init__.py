@@ -22,7 +22,7 @@ def load_engine(
     device: str = "auto",
     local_rank: int | None = None,
     options: dict[str, Any] | None = None,
-    **limits: int,
+    **limits: int | None,
 ) -> Engine:
     """The model at `path` in the engine called `name`.
 

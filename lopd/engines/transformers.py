@@ -18,9 +18,11 @@ from lopd.models.architecture import context_of_config, head_rows_of
 from lopd.models.head import HeadOptions, lm_head, run_with_loss
 from lopd.models.limits import ModelLimits
 from lopd.models.load import eos_token_ids, load_model, load_tokenizer
+from lopd.models.memory import explaining_memory
 from lopd.store import TeacherScores
 from lopd_kernels import TopK, linear_topk
 
+BATCH_SIZE = 64
 _ONE_BY_ONE = "use --batch-size 1, which needs no padding, or --engine vllm"
 
 
@@ -35,8 +37,14 @@ class TransformersEngine:
     name = "transformers"
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int = 64, tokens_per_batch: int = 16384
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int | None = None,
+        tokens_per_batch: int = 16384,
     ) -> None:
+        batch_size = BATCH_SIZE if batch_size is None else batch_size
         if batch_size < 1 or tokens_per_batch < 1:
             raise ConfigError(
                 f"batch_size={batch_size}, tokens_per_batch={tokens_per_batch}; "
@@ -61,7 +69,7 @@ class TransformersEngine:
         device: str = "auto",
         local_rank: int | None = None,
         options: dict[str, Any] | None = None,
-        **limits: int,
+        **limits: Any,
     ) -> "TransformersEngine":
         """Load the model at `path`; `options` may hold a `device_map`.
 
@@ -107,9 +115,12 @@ class TransformersEngine:
         results: dict[int, Generation] = {}
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            batch = self._generate_batch(
-                [prompts[i] for i in rows], sampling, [seeds[i] for i in rows], progress
-            )
+            longest = len(prompts[rows[-1]]) + sampling.max_new_tokens
+            what = f"decoding {len(rows)} sequences of up to {longest} tokens"
+            with explaining_memory(what, _smaller("--batch-size", len(rows), len(rows))):
+                batch = self._generate_batch(
+                    [prompts[i] for i in rows], sampling, [seeds[i] for i in rows], progress
+                )
             results.update(zip(rows, batch, strict=True))
         return [results[i] for i in range(len(prompts))]
 
@@ -211,13 +222,17 @@ class TransformersEngine:
         check_sequences(sequences, prompt_lengths, self._limits, extra_ids)
         results: dict[int, TeacherScores] = {}
         for rows in _by_tokens(sequences, self.tokens_per_batch):
-            batch = self._score_batch(
-                [sequences[i] for i in rows],
-                [prompt_lengths[i] for i in rows],
-                k,
-                temperature,
-                None if extra_ids is None else [extra_ids[i] for i in rows],
-            )
+            longest = max(len(sequences[i]) for i in rows)
+            what = f"scoring {len(rows)} sequences of up to {longest} tokens"
+            remedy = _smaller("--tokens-per-batch", len(rows), len(rows) * longest)
+            with explaining_memory(what, remedy):
+                batch = self._score_batch(
+                    [sequences[i] for i in rows],
+                    [prompt_lengths[i] for i in rows],
+                    k,
+                    temperature,
+                    None if extra_ids is None else [extra_ids[i] for i in rows],
+                )
             results.update(zip(rows, batch, strict=True))
             if progress is not None:
                 progress(len(rows))
@@ -279,6 +294,13 @@ class TransformersEngine:
             )
             for score, asked in zip(scores, extra_ids, strict=True)
         ]
+
+
+def _smaller(flag: str, sequences: int, found: int) -> str:
+    """The setting that needs less memory than a batch that did not fit."""
+    if sequences == 1:
+        return "a smaller --dtype, a device_map in --engine-options, or a device with more memory"
+    return f"{flag} {found // 2} or less"
 
 
 def select_rows(cache: Any, rows: Tensor) -> None:

@@ -17,6 +17,7 @@ scores are exactly those of the cache:
     rollout_logprobs_raw  the same at temperature 1, if known; not read by `lopd import`
     weight, reward        floats, if the rollouts came with them; a reward of NaN is unknown
     token_weights         list of R floats, if the rollouts came with them
+    teacher_id            the name of the teacher, if the cache has several
 """
 
 import math
@@ -65,6 +66,7 @@ OPTIONAL = {
     "weight": pa.float32(),
     "reward": pa.float32(),
     "token_weights": _FLOATS,
+    "teacher_id": pa.string(),
 }
 COLUMNS = {**REQUIRED, **OPTIONAL}
 # Columns that only the teacher's scores need.
@@ -124,6 +126,7 @@ def _absent_columns(cache: TeacherCache) -> set[str]:
         "weight": bool((cache.weights() == 1).all()),
         "reward": bool(np.isnan(cache.rewards()).all()),
         "token_weights": not cache.has_token_weights,
+        "teacher_id": cache.manifest.teachers is None,
     }
     return {name for name, is_absent in absent.items() if is_absent}
 
@@ -167,6 +170,7 @@ def _batch(items: Sequence[TeacherSequence], schema: pa.Schema) -> pa.RecordBatc
             pa.float32(),
         ),
         "token_weights": _ragged([_token_weights(rollout) for rollout in rollouts]),
+        "teacher_id": pa.array([item.teacher_id for item in items], pa.string()),
     }
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
@@ -262,21 +266,20 @@ class ScoredDataset(Sequence[TeacherSequence]):
         )
         for row, item in zip(numbers, sequences, strict=True):
             _check_scores(f"row {row}", item)
-        return self._adapted(sequences)
+        teachers = rows.values("teacher_id", [None] * len(numbers))
+        return [*map(self._adapted, sequences, teachers)]
 
-    def _adapted(self, sequences: list[TeacherSequence]) -> list[TeacherSequence]:
+    def _adapted(self, item: TeacherSequence, teacher_id: str | None) -> TeacherSequence:
         """With the lists that `support` and `vocab_size` ask for, as a cache has them."""
-        return [
-            sequence
-            for item in sequences
-            for sequence in join_sequences(
-                [item.rollout],
-                item,
-                support=self._support,
-                vocab_size=self._vocab_size,
-                source="dataset",
-            )
-        ]
+        (sequence,) = join_sequences(
+            [item.rollout],
+            item,
+            support=self._support,
+            vocab_size=self._vocab_size,
+            source="dataset",
+            teacher_id=teacher_id,
+        )
+        return sequence
 
     def _parts(self) -> Iterator[range]:
         for start in range(0, len(self), _TOGETHER):

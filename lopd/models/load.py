@@ -8,6 +8,7 @@ import torch
 from lopd.config.device import resolve_device
 from lopd.errors import ConfigError, MissingFileError, ModelError
 from lopd.models.architecture import attention_softcap_of, context_of_config
+from lopd.models.memory import limit_threads
 from lopd.provenance.folder import (
     GENERATION_NAME,
     SPECIAL_TOKENS,
@@ -119,6 +120,8 @@ def load_model(
 
     folder, torch_dtype = check_model_folder(path), resolve_dtype(dtype)
     where = None if device_map is not None else resolve_device(device, local_rank)
+    if where is not None and where.type == "cpu":
+        limit_threads()
     with loading_code(
         folder,
         "not loadable as a causal language model; expected config.json and *.safetensors of such "

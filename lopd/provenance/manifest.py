@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -22,6 +23,7 @@ from lopd.provenance.scoring import Scoring, parse_scoring
 from lopd.provenance.typed_json import Unfit, parse, plain, value_at
 
 MANIFEST_NAME = "manifest.json"
+RECIPE_NAME = "recipe.json"  # what a training run has from its beginning
 SCHEMA = 1
 DIGEST = "sha256"
 KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
@@ -156,6 +158,29 @@ class Manifest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptRecords:
+    """The records that a template was rendered for, and how their prompts were read."""
+
+    path: str
+    reading: Mapping[str, Any]
+    limit: int | None = None
+    imported: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherPromptsInput:
+    """The prompts that the teacher read in place of the student's."""
+
+    digest: str  # of all of them
+    date: str
+    template: str = field(metadata={"at": "template.sha256"})
+    text: str = field(metadata={"at": "template.text"})
+    file: str = field(metadata={"at": "template.path"})
+    records: PromptRecords
+    raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheManifest(Manifest):
     """The manifest of a teacher cache; `model` is the teacher."""
 
@@ -164,9 +189,14 @@ class CacheManifest(Manifest):
     codec: str
     temperature: float = field(metadata={"within": "(0, inf)"})
     rollouts: ScoredRollouts = field(metadata={"at": "inputs.rollouts"})
-    teacher_template: str | None = field(  # sha256: the teacher read prompts of its own
-        default=None, metadata={"at": "inputs.teacher_prompts.template.sha256"}
+    teacher_prompts: TeacherPromptsInput | None = field(  # None: it read the student's
+        default=None, metadata={"at": "inputs.teacher_prompts"}
     )
+
+    @property
+    def teacher_template(self) -> str | None:
+        """sha256 of the template of the teacher's own prompts; None if it read the student's."""
+        return None if self.teacher_prompts is None else self.teacher_prompts.template
 
     @property
     def teacher_k(self) -> int:
@@ -336,8 +366,10 @@ def _unfit(source: str, kind: str, error: type[LopdError]) -> Unfit:
 
 
 def environment() -> dict[str, str]:
-    """The versions of Python and of the packages that decide a result."""
+    """The versions of Python and of the packages that decide a result, and torch's threads."""
     versions = {"python": platform.python_version()}
+    if (torch := sys.modules.get("torch")) is not None:
+        versions["threads"] = str(torch.get_num_threads())
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -26,6 +26,9 @@ PACKAGES: dict[str, tuple[str | None, str]] = {
     "flash-attn": ("no flash attention 2: packs use another kind", "pip install flash-attn"),
     "peft": ("no --lora-rank", 'pip install "lopd[peft]"'),
     "pyarrow": ("no parquet files", 'pip install "lopd[parquet]"'),
+    "trl": ("no lopd.integrations.trl", 'pip install "lopd[trl]"'),
+    "datasets": ("no lopd.integrations.datasets", 'pip install "lopd[datasets]"'),
+    "ray": ("no lopd.integrations.ray", 'pip install "lopd[ray]"'),
     "math-verify": ("no --judge math", 'pip install "lopd[eval]"'),
     "matplotlib": ("no figures", 'pip install "lopd[bench]"'),
 }

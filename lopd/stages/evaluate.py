@@ -22,10 +22,11 @@ from lopd.data.rendering import PromptEncoder
 from lopd.data.skipped import Skipped
 from lopd.engines.base import Engine
 from lopd.engines.transformers import TransformersEngine
-from lopd.errors import DataError, ShardError
+from lopd.errors import DataError
 from lopd.evaluation.accuracy import Z95, generate_answers, measure_accuracy
 from lopd.evaluation.grading import Grader, exact_grader, math_grader
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
+from lopd.evaluation.results import RESULTS_NAME, accuracies, read_results
 from lopd.models.limits import ModelLimits
 from lopd.provenance import (
     MANIFEST_NAME,
@@ -38,9 +39,10 @@ from lopd.provenance import (
     warn_if_edited,
     write_manifest,
 )
-from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt, seal
-from lopd.provenance.io import parse_json, pretty_json, storing, write_atomic
+from lopd.provenance.folder_receipt import RECEIPT_NAME, seal
+from lopd.provenance.io import pretty_json, storing, write_atomic
 from lopd.provenance.teachers import described
+from lopd.stages.batch_size import with_batch_size
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
 from lopd.stages.table import print_fields
@@ -49,7 +51,13 @@ from lopd.store.folders import examine_folder, locked
 
 LOG = logging.getLogger(__name__)
 
-ANSWERS_NAME, RESULTS_NAME = "answers.jsonl", "results.json"
+ANSWERS_NAME = "answers.jsonl"
+# name in the summary, key of the results, digits
+SHARES = (
+    ("truncated", "truncated", 3),
+    ("no answer found", "no_answer", 3),
+    ("mean tokens", "mean_tokens", 1),
+)
 RESULTS = (ANSWERS_NAME, RESULTS_NAME, RECEIPT_NAME)  # written before the manifest
 
 
@@ -71,7 +79,7 @@ def main(config: EvalConfig) -> Path:
     """
     config, out = with_dtype(config), Path(config.out)
     if is_finished(config, "eval", config.model, describe_inputs):
-        print_fields(_summary(_read_results(out)))
+        print_fields(results_of(out))
         return say_finished(out)
     examine_folder(
         out, final=MANIFEST_NAME, allowed_files=RESULTS, kind="evaluation"
@@ -85,6 +93,9 @@ def main(config: EvalConfig) -> Path:
         prompts = _prompts(config.prompts, config, engine, encoder)
         inputs["prompts"] = describe_prompts(config.prompts, encoder)
         grader, prompts = _grader(config, prompts)
+        tokens = [prompt.tokens for prompt in prompts]
+        config = with_batch_size(config, [config.model], tokens, loaded=True)
+        engine.batch_size = config.batch_size or engine.batch_size
     if config.cache is not None:
         cache = open_cache(config.cache, config.model, engine)
     if config.teacher is not None:
@@ -126,24 +137,6 @@ def main(config: EvalConfig) -> Path:
     print_fields(_summary(results))
     _show_without_answer(answers, config.judge)
     return out
-
-
-def _read_results(out: Path) -> dict[str, Any]:
-    """The results of a finished evaluation, which its receipt must confirm.
-
-    Evaluations of earlier versions have no receipt.
-    """
-    file = out / RESULTS_NAME
-    try:
-        if (out / RECEIPT_NAME).exists():
-            check_receipt(out)
-        return dict(parse_json(file.read_bytes()))
-    except ShardError as error:
-        raise DataError(f"{error}, or remove {out}") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{file}: torn or altered ({error}); restore it, or remove {out}"
-        ) from error
 
 
 def _show_without_answer(records: list[dict[str, Any]], judge: str) -> None:
@@ -259,13 +252,13 @@ def _merged_ids(config: EvalConfig, teacher: str, model: Engine) -> tuple[int, .
 
 def _accuracy(results: dict[str, Any]) -> dict[str, str]:
     fields = {"prompts": f"{results['prompts']}, {results['samples']} sampled answers each"}
-    for name in _accuracies(results):
+    for name in accuracies(results):
         value = results[name]
         fields[name] = f"{value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
-    fields["truncated"] = f"{results['truncated']:.3f}"
-    fields["no answer found"] = f"{results['no_answer']:.3f}"
-    fields["mean tokens"] = f"{results['mean_tokens']:.1f}"
-    for row in results["by_length"]:
+    for name, key, digits in SHARES:
+        if (value := results.get(key)) is not None:
+            fields[name] = f"{value:.{digits}f}"
+    for row in results.get("by_length", ()):
         fields[f"{row['shortest']} to {row['longest']} tokens"] = (
             f"{row['accuracy']:.3f} of {row['count']} answers, {row['truncated']:.3f} truncated"
         )
@@ -279,39 +272,32 @@ def _summary(results: dict[str, Any]) -> dict[str, str]:
         kl = results["kl"]
         exact = kl.get("exact", False)
         remedy = "" if exact else "; a --kl-k of at least the vocabulary gives the whole KL"
-        fields["KL to the teacher"] = f"{_bound(kl, exact)} (k={kl['k']}{remedy})"
+        fields["KL to the teacher"] = f"{_bound(kl, exact)} (k={kl.get('k')}{remedy})"
     if "cache_kl" in results:
         kl = results["cache_kl"]
-        trained = "" if kl["held_out"] else ", which the model was trained on"
+        trained = "" if kl.get("held_out") else ", which the model was trained on"
         fields["KL to the cached teacher"] = (
-            f"{_bound(kl, exact=False)} ({kl['sequences']} sequences{trained})"
+            f"{_bound(kl, exact=False)} ({kl.get('sequences')} sequences{trained})"
         )
         for name, value in kl.get("by_teacher", {}).items():
             fields[f"KL to the cached {name}"] = f"at least {value:.4f} nat/token"
     return fields
 
 
+def results_of(out: Path) -> dict[str, str]:
+    """The results of a finished evaluation by name, as `main` prints them."""
+    return _summary(read_results(out))
+
+
 def headline(out: Path) -> str:
     """Accuracy and KL of a finished evaluation in one line."""
-    results = _read_results(out)
-    words = [f"{name} {results[name]['mean']:.3f}" for name in _accuracies(results)]
+    results = read_results(out)
+    words = [f"{name} {results[name]['mean']:.3f}" for name in accuracies(results)]
     if "kl" in results:
         words.append(f"KL {_bound(results['kl'], results['kl'].get('exact', False))}")
     if "cache_kl" in results:
         words.append(f"KL on the cache {_bound(results['cache_kl'], exact=False)}")
     return "  ".join(words)
-
-
-def _accuracies(results: dict[str, Any]) -> list[str]:
-    """The names of accuracies, in the order in which they are shown."""
-    names = [name for name, value in results.items() if isinstance(value, dict) and "low" in value]
-    return sorted(names, key=_by_number)
-
-
-def _by_number(name: str) -> tuple[str, int]:
-    """Orders greedy and avg@n before pass@k, by k."""
-    kind, _, number = name.partition("@")
-    return ("" if kind == "greedy" else kind, int(number or 0))
 
 
 def _bound(kl: dict[str, Any], exact: bool) -> str:

@@ -49,6 +49,8 @@ RENORMALIZED = 1e-4
 # A whole number that so many sampled tokens have as their log-prob, and far more than have its
 # neighbours half a nat away, stands for "none": rounding to any grid would favour both alike.
 _REPEATS = 5
+_LOW = -15.0  # the lowest log-prob of a file, if below this, is a floor where it occurs so often
+_FLOORED_IDS = 3  # and for so many ids: answers that occur twice repeat theirs
 _STANDS_OUT = 4
 
 
@@ -208,6 +210,7 @@ def take_survey(
     """
     sequences = known = longest = unscored = padding = 0
     shortest, masses, halves, sampled = vocab_size, _Masses(), Counter[float](), Counter[float]()
+    low: dict[float, Counter[int]] = {}
     for dumped in records:
         sequences += 1
         known += not np.isnan(dumped.rollout.rollout_logprobs).any()
@@ -217,11 +220,16 @@ def take_survey(
         mask = dumped.rollout.loss_mask[dumped.rollout.prompt_length :]
         masses.add(dumped.mass[mask], lengths[mask] < vocab_size)
         halves.update(_halves(dumped.teacher_logprobs[mask]))
+        answer = dumped.rollout.tokens[dumped.rollout.prompt_length :]
+        for place in np.flatnonzero(mask & (dumped.teacher_logprobs < _LOW)).tolist():
+            ids = low.setdefault(float(dumped.teacher_logprobs[place]), Counter())
+            ids[int(answer[place])] += 1
         sampled.update(_halves(dumped.rollout.rollout_logprobs[mask]))
     if not sequences:
         raise DataError(f"{config.source}: no usable records; expected at least one")
     for name, counts in (("log-prob", halves), ("rollout_logprob", sampled)):
         _refuse_frequent(config.source, name, counts)
+    _refuse_floor(config.source, low)
     if known not in (0, sequences):
         raise DataError(
             f"{config.source}: {known} of {sequences} records have rollout_logprobs; expected all "
@@ -296,6 +304,22 @@ def _refuse_frequent(source: str, name: str, halves: Counter[float]) -> None:
                 f"{source}: {count} sampled tokens have a {name} of exactly {value:g}, which "
                 "stands for none; dump their log-probs, or set their loss_mask to 0"
             )
+
+
+def _refuse_floor(source: str, low: Mapping[float, Counter[int]]) -> None:
+    """Refuse log-probs that were cut off below, as by log(max(p, epsilon)).
+
+    `low` counts the ids that have each of the low log-probs.
+    """
+    if not low:
+        return
+    lowest, ids = min(low.items())
+    if ids.total() >= _REPEATS and len(ids) >= _FLOORED_IDS:
+        raise DataError(
+            f"{source}: {ids.total()} sampled tokens have a log-prob of exactly {lowest:g}, and "
+            "none has a lower one: they were cut off there; dump log-probs without a floor or an "
+            "epsilon"
+        )
 
 
 def _scores(

@@ -11,6 +11,7 @@ from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, ProvenanceError
 from lopd.evaluation.agreement import by_teacher, low_coverage, measure
 from lopd.provenance import (
+    MANIFEST_NAME,
     CacheManifest,
     Manifest,
     ModelIdentity,
@@ -18,7 +19,8 @@ from lopd.provenance import (
     read_manifest,
 )
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
-from lopd.provenance.manifest import check_digest, short
+from lopd.provenance.manifest import RECIPE_NAME, check_digest, short
+from lopd.provenance.typed_json import value_at
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
@@ -34,7 +36,15 @@ def main(config: InspectConfig) -> None:
         ProvenanceError: the weights are not those that the manifest describes.
         ShardError: a shard or file is unfinished or altered.
     """
-    manifest = read_manifest(Path(config.path))
+    folder = Path(config.path)
+    if not (folder / MANIFEST_NAME).exists() and (folder / RECIPE_NAME).is_file():
+        if config.verify:
+            raise ConfigError(f"{folder}: is unfinished, and has no hashes; leave --verify out")
+        from lopd.stages.unfinished import describe_run  # imports transformers
+
+        _print(describe_run(folder), config.json)
+        return
+    manifest = read_manifest(folder)
     if config.verify:
         check_digest(manifest, config.path)
     kind = manifest.kind
@@ -44,9 +54,10 @@ def main(config: InspectConfig) -> None:
         rows[f"{role} ends answers with"] = _describe_eos(model)
     if isinstance(manifest, CacheManifest):
         rows["rollouts end with"] = _describe_eos(manifest.rollouts.model)
-        if (template := manifest.teacher_template) is not None:
-            file = manifest.inputs["teacher_prompts"]["template"]["path"]
-            rows["teacher's own prompts"] = f"template {file} ({short(template)})"
+        if (own := manifest.teacher_prompts) is not None:
+            rows["teacher's own prompts"] = f"template {own.file} ({short(own.template)})"
+    elif template := value_at(manifest.inputs, "cache.teacher_template"):
+        rows["teacher's own prompts"] = f"template {short(template)}"
     if manifest.raw.get("end_of_turn") is not None:
         rows["chat template ends a turn with"] = _describe_turn(manifest.raw["end_of_turn"])
     if manifest.sampling is not None:
@@ -75,7 +86,15 @@ def main(config: InspectConfig) -> None:
             rows["verified"] = _verify_shards(store)
     elif config.verify:
         rows["verified"] = _verify_weights(config.path, manifest)
-    if config.json:
+    if kind == "evaluation":
+        from lopd.stages.evaluate import results_of  # imports torch and transformers
+
+        rows.update(results_of(folder))
+    _print(rows, config.json)
+
+
+def _print(rows: dict[str, Any], as_json: bool) -> None:
+    if as_json:
         print(json.dumps(rows, indent=1, default=str))
     else:
         print_fields(rows)

@@ -90,27 +90,26 @@ def view_of_cache(cache: TeacherCache, teacher: str, student: str, flag: str) ->
         DataError: they, or the tokenizers, give other prompts now.
     """
     manifest = cache.manifest
-    if manifest.teacher_template is None:
+    if (own := manifest.teacher_prompts) is None:
         return TeacherView()
-    described = manifest.inputs["teacher_prompts"]
-    records, template = RecordSource(**described["records"]), described["template"]
+    records = RecordSource(**asdict(own.records))
     if not Path(records.path).exists():
         raise MissingFileError(
             f"{cache.path}: the teacher read prompts from the records of {records.path}, which is "
             f"not there; restore it, or leave {flag} out"
         )
     prompts = TeacherPrompts.render(
-        template["text"],
-        template["path"],
+        own.text,
+        own.file,
         teacher,
         records,
         prompts_of(cache.rollouts()),
         student,
-        parse_date(described["date"], f"{cache.path}: {MANIFEST_NAME}"),
+        parse_date(own.date, f"{cache.path}: {MANIFEST_NAME}"),
     )
-    if prompts.digest() != described["digest"]:
+    if prompts.digest() != own.digest:
         raise DataError(
             f"{cache.path}: {records.path} gives the teacher other prompts than when it scored; "
             f"restore the file, or leave {flag} out"
         )
-    return TeacherView(prompts, described)
+    return TeacherView(prompts, dict(own.raw))

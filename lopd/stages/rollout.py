@@ -38,6 +38,7 @@ from lopd.provenance import (
     warn_if_edited,
 )
 from lopd.provenance.teachers import described
+from lopd.stages.batch_size import with_batch_size
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
 from lopd.store import RolloutStore, RolloutWriter
@@ -85,6 +86,7 @@ def sample_to_store(
         name: PromptEncoder(load_tokenizer(model), config, today) for name, model in models.items()
     }
     prompts, reading = _prompts(config, models, encoders, field)
+    config = with_batch_size(config, models.values(), [prompt.tokens for prompt in prompts])
     shards = [
         (name, part)
         for name in models

@@ -29,6 +29,7 @@ from lopd.provenance import (
     write_manifest,
 )
 from lopd.provenance.gate import check_eos
+from lopd.provenance.manifest import RECIPE_NAME
 from lopd.provenance.teachers import described, lineage_entries
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
@@ -141,7 +142,7 @@ def _is_store(data: str) -> bool:
 
 def _recorded_date(out: str) -> date | None:
     """The date that an interrupted run into this folder wrote into prompts, if any."""
-    if not (file := Path(out) / runs.RECIPE_NAME).is_file():
+    if not (file := Path(out) / RECIPE_NAME).is_file():
         return None
     text = runs.read_recipe(file).get("prompt_date_written")
     return parse_date(text, str(file)) if text is not None else None

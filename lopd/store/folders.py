@@ -79,6 +79,8 @@ def examine_folder(
         DataError: `kind` is given, and the folder's manifest is damaged.
     """
     folder = Path(path)
+    # Listed first: another worker may make the record at any time, and then it is looked at below.
+    names = _names(folder) if allowed_files is not None else []
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
         return OutputFolder(folder, "file", str(existing))
@@ -94,9 +96,8 @@ def examine_folder(
         if not (words := differs()):
             return OutputFolder(folder, "unfinished")
         return OutputFolder(folder, "other recipe" if has_results() else "new", words)
-    if allowed_files is not None and folder.exists():
+    if allowed_files is not None:
         known = {LOCK_NAME, START_LOCK_NAME, *allowed_files}
-        names = sorted(item.name for item in folder.iterdir() if not _is_temporary(item))
         if foreign := [name for name in names if name not in known]:
             return OutputFolder(folder, "foreign", f"{foreign[0]} and no {record or final}")
     return OutputFolder(folder, "new")
@@ -162,5 +163,12 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _is_temporary(item: Path) -> bool:
-    return item.name[0] == "." and item.suffix == TEMP_SUFFIX
+def _names(folder: Path) -> list[str]:
+    """The entries of a folder, without temporary ones; empty if it is no folder yet."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        item.name
+        for item in folder.iterdir()
+        if not (item.name[0] == "." and item.suffix == TEMP_SUFFIX)
+    )

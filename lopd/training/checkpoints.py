@@ -139,11 +139,6 @@ def last_checkpoint(out: Path, *, keep_best: bool = False) -> Path | None:
     return next((f for f in checkpoints(out) if not unusable(f, keep_best=keep_best)), None)
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint has every file that resuming reads, unaltered."""
-    return not unusable(checkpoint)
-
-
 def unusable(checkpoint: Path, *, keep_best: bool = False) -> str:
     """Why a run cannot continue from a checkpoint; empty if it can.
 

@@ -6,6 +6,7 @@ the backward takes seconds for a model of any size.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -60,6 +61,25 @@ def meta_model(path: str, dtype: str, lora: LoraOptions | None = None) -> Any:
         with torch.device("meta"):
             model = add_lora(model, lora)
     return model.train()
+
+
+def cache_bytes(model: Any, tokens: int) -> int:
+    """Bytes of the cache of one sequence of this length, from a forward on the meta device."""
+    from transformers import DynamicCache
+
+    name = "cache_params" if "cache_params" in signature(model.forward).parameters else ""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(
+            input_ids=torch.zeros((1, tokens), dtype=torch.int64, device="meta"),
+            use_cache=True,
+            **{name or "past_key_values": cache},
+        )
+    held: list[Any] = []
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            held += value.values() if isinstance(value, dict) else [value]
+    return storage_bytes([value for value in held if isinstance(value, torch.Tensor)])
 
 
 def _mask_of_batch(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Any:

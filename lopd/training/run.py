@@ -27,6 +27,7 @@ from lopd.provenance.io import (
     sha256_file,
     write_atomic,
 )
+from lopd.provenance.manifest import RECIPE_NAME
 from lopd.store.folders import examine_folder, locked
 from lopd.store.locks import FolderLock
 from lopd.store.workers import Worker, this_worker
@@ -34,8 +35,6 @@ from lopd.training.batch import Source
 from lopd.training.checkpoints import last_checkpoint, put_aside, saving
 
 LOG = logging.getLogger(__name__)
-
-RECIPE_NAME = "recipe.json"
 
 
 def begin(config: Any, *, base: ModelIdentity, **inputs: str | None) -> Path | None:

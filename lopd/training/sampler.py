@@ -167,11 +167,3 @@ class StepDataset(torch.utils.data.Dataset):
     def __getitems__(self, micro_batches: MicroBatches) -> list[list[Any]]:
         items = iter(self.dataset.__getitems__([i for part in micro_batches for i in part]))
         return [[next(items) for _ in part] for part in micro_batches]
-
-
-class StepLoader(torch.utils.data.DataLoader):
-    """DataLoader that reads the items of one optimizer step when the step begins."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch whose steps come next."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

@@ -35,7 +35,7 @@ from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl
 from lopd.training.interrupt import StopSignals
 from lopd.training.logging import LogAtEnds, Reporter
 from lopd.training.metrics import MetricsAccumulator
-from lopd.training.sampler import StepDataset, StepLoader, StepSampler
+from lopd.training.sampler import StepDataset, StepSampler
 from lopd.training.step import check_finite, step
 
 LOG = logging.getLogger(__name__)
@@ -211,9 +211,10 @@ class LopdTrainer(Trainer):
         """The value of each process, in order; all processes must call this."""
         return gather_object([value]) if self.args.world_size > 1 else [value]
 
-    def get_train_dataloader(self) -> StepLoader:
-        """The steps of this process, each a list of micro-batches."""
-        sampler = StepSampler(
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """The steps of this process, each a list of micro-batches; a step's items are read when
+        it begins."""
+        self.sampler = StepSampler(
             lengths_of(self.train_dataset),
             self.args.per_device_train_batch_size,
             self.accumulation,
@@ -222,9 +223,9 @@ class LopdTrainer(Trainer):
             world_size=self.args.world_size,
             seed=self.args.seed,
         )
-        return StepLoader(
-            self.step_dataset(sampler),
-            batch_sampler=sampler,
+        return torch.utils.data.DataLoader(
+            self.step_dataset(self.sampler),
+            batch_sampler=self.sampler,
             collate_fn=lambda parts: [self.data_collator(items) for items in parts],
             generator=torch.Generator(),  # otherwise it draws from the global generator
         )
@@ -354,13 +355,16 @@ class LopdTrainer(Trainer):
                 "continue from the last checkpoint"
             )
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # Some versions do not reach the sampler through the loader that skips the steps already
+        # made, so that a resumed run would have another order.
+        self.sampler.set_epoch(epoch)
         # Trainer looks at max_steps after a step only, so a run resumed at its end would take one.
         state, patience = self.state, 0 if self.holdout is None else self.holdout.patience
         if state.global_step >= state.max_steps or exhausted(state.log_history, patience):
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out KL of the current model.

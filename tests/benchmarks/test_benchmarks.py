@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cache, demo_seeds, fused_loss, readme
+from benchmarks import cache, demo_seeds, fused_loss, readme, skipping
 from benchmarks.problems import Shape
 from benchmarks.variants import ours
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
@@ -29,6 +29,30 @@ def test_the_fused_loss_is_measured(tmp_path):
     assert json.loads((tmp_path / "fused_loss_cpu.jsonl").read_text()) == row
     assert row["gradient_error"] < 1e-5
     assert row["time_ratio"] > 0 and row["fused_peak_mib"] > 0
+
+
+def test_skipping_is_measured(tmp_path, monkeypatch, capsys):
+    quick = ["--quick", "--shares", "0.15", "--turns", "1"]
+    assert skipping.main([*quick, "--out", str(tmp_path)]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / skipping.NAME).read_text()) == row
+    assert row["ratios"]["exact"] == 1.0 and row["ratios"]["share 0.15"] > 0.0
+    assert 0.0 < row["kept"]["0.01"] < row["kept"]["0.001"] < 1.0
+    assert (tmp_path / "skipping.svg").exists()
+    assert f"| {row['hidden']} | {row['ratios']['share 0.15']:.2f} |" in skipping.table([row])
+    monkeypatch.setattr(skipping, "gate_error", lambda: 2.0 * skipping.GATE)
+    assert skipping.main(quick) == 1
+
+
+def test_another_sample_fails_the_gate_of_the_suite(monkeypatch):
+    problem = skipping.problem_of(skipping.QUICK)
+    assert skipping.sampled(0.3).check(problem)["red"] == []
+    gradients = skipping.gradients
+    monkeypatch.setattr(
+        skipping, "gradients", lambda p, dtype, **o: gradients(p, dtype, dense_share=0.3,
+                                                               seed=int(dtype == torch.float32))
+    )  # fmt: skip
+    assert skipping.sampled(0.3).check(problem)["red"]
 
 
 def test_a_wrong_fused_loss_is_not_measured(monkeypatch, capsys):

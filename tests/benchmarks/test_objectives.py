@@ -70,7 +70,11 @@ def test_a_form_is_compared_at_its_best_rate_on_the_same_seeds():
     rows += [run("unbiased", seed, 0.5 * kl, factor=2.0) for seed, kl in kls.items()]
     rows += [run("generalized", seed, 3.0 * kls[seed]) for seed in (0, 1)]
     runs = objective_tables.Runs(rows)
-    found = runs.against(runs.best("unbiased", 8), runs.best("bucket", 8))
+    found = runs.against_base("unbiased", 8)
+    assert found["kl"] == pytest.approx((2.0, 2.0, 2.0))  # the bucket has not the other rate
+    rows += [run("bucket", seed, 4.0 * kl, factor=2.0) for seed, kl in kls.items()]
+    runs = objective_tables.Runs(rows)
+    found = runs.against_base("unbiased", 8)
     assert found["kl"] == pytest.approx((0.5, 0.5, 0.5))
     assert found["points"][0] == pytest.approx(3.5)
     assert objective_tables.judgement(runs, "unbiased") == {8: "better"}

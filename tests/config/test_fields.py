@@ -210,6 +210,8 @@ DISTILL_RECIPE = TRAINING | {
     "weight_decay": 0.1,
     "weight_entropy": None,
     "weight_share": None,
+    "dense_share": None,  # newer, as is tolerance
+    "tolerance": None,
 }
 
 

@@ -20,6 +20,7 @@ datasets = pytest.importorskip("datasets", reason="part of the extra `trl`")
 from lopd.integrations.datasets import COLUMNS, REQUIRED, from_dataset, to_dataset  # noqa: E402
 
 GIVEN = {"weight", "reward", "token_weights"}
+SEVERAL = {"teacher_id"}
 FIELDS = ("teacher_logprobs", "teacher_entropy", "tail_logprobs")
 
 
@@ -30,6 +31,7 @@ def assert_same(first, second):
         for name in ("prompt_id", "sample", "prompt_length", "finish_reason", "weight", "reward"):
             assert getattr(a, name) == getattr(b, name)
             assert type(getattr(a, name)) is type(getattr(b, name))
+        assert one.teacher_id == other.teacher_id
         assert (a.token_weights is None) == (b.token_weights is None)
         pairs = [(getattr(one, name), getattr(other, name)) for name in FIELDS]
         pairs += [
@@ -78,7 +80,7 @@ def test_a_round_trip_is_exact(tmp_path, codec, support, vocab_size):
     folder = cache_of(tmp_path / "cache", codec)
     cache = TeacherCache.open(folder, support=support, vocab_size=vocab_size)
     dataset = to_dataset(cache)
-    assert {*dataset.column_names} == {*COLUMNS} - GIVEN
+    assert {*dataset.column_names} == {*COLUMNS} - GIVEN - SEVERAL
     listed = [ids for row in dataset["topk_ids"] for ids in row]
     assert len({*map(len, listed)}) > 2  # ragged
     assert (max(map(max, listed)) < 30) == (vocab_size is not None)
@@ -137,7 +139,7 @@ def test_weights_and_rewards_are_kept(tmp_path):
         writer.finish()
     cache = TeacherCache.open(tmp_path / "cache")
     dataset = to_dataset(cache)
-    assert {*dataset.column_names} == {*COLUMNS}
+    assert {*dataset.column_names} == {*COLUMNS} - SEVERAL
     items = [*from_dataset(dataset)]
     assert_same(items, [*cache])
     assert items[0].rollout.reward == -1.5 and items[1].rollout.reward is None

@@ -194,7 +194,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(pipeline, tmp_path, cache):
 
 def test_every_setting_of_the_loss_is_a_setting_here(tmp_path):
     ours = {each.name for each in fields(OfflineDistillationConfig)}
-    settings = {each.name for each in fields(Objective)} - {"name", "eos_class"}
+    of_the_cache = {"name", "eos_class", "calibrated"}
+    settings = {each.name for each in fields(Objective)} - of_the_cache
     assert settings <= ours
     (args,) = HfArgumentParser(OfflineDistillationConfig).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--objective", "jsd", "--beta", "0.3", "--bf16", "False"]

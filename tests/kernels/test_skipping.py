@@ -14,8 +14,6 @@ from pairwise import label, pairwise
 from torch.library import opcheck
 
 from lopd_kernels import (
-    LinearPolicyGradient,
-    LinearSparseDivergence,
     _calls,
     linear_cross_entropy,
     linear_policy_gradient,
@@ -459,50 +457,3 @@ def test_no_rows_and_no_weight():
             "policy", case, hidden, case.weight, row_weights=torch.zeros(N), **setting
         ).backward()
         assert (hidden.grad == 0.0).all()
-
-
-REFUSED = [
-    ({"dense_share": 0.5}, "seed is None"),
-    ({"dense_share": 0.0, "seed": 1}, "dense_share is 0.0, expected above 0"),
-    ({"dense_share": 1.5, "seed": 1}, "dense_share is 1.5"),
-    ({"dense_share": "half", "seed": 1}, "expected a number"),
-    ({"dense_share": 0.5, "seed": -1}, "seed is -1"),
-    ({"dense_share": 0.5, "seed": 0.5}, "seed is 0.5"),
-    ({"dense_share": 0.5, "seed": torch.zeros(2)}, "expected a Python int or a torch.int64"),
-    ({"seed": 1}, "without dense_share"),
-    ({"tolerance": -0.1}, "tolerance is -0.1"),
-    ({"tolerance": 1.0}, "tolerance is 1.0"),
-    ({"tolerance": math.nan}, "tolerance is nan"),
-    ({"tolerance": None}, "expected a number"),
-    ({"dense_share": 0.5, "seed": 1, "tolerance": 0.1}, "pass one of them"),
-    ({"dense_share": 0.5, "seed": 1, "reduction": "none"}, "reduction is 'none'"),
-    ({"tolerance": 0.1, "reduction": "none"}, "tolerance is set and reduction is 'none'"),
-    ({"tolerance": 0.1, "tail": "renormalize"}, "no gradient outside the list"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
-def test_settings_that_contradict_each_other_are_refused(options, message):
-    case = problem(torch.float32)
-    with pytest.raises(ValueError, match=message):
-        linear_sparse_divergence(case.hidden, case.weight, *case.teacher, **options)
-    if "tail" not in options:
-        with pytest.raises(ValueError, match=message):
-            loss_of("policy", case, case.hidden, case.weight, **options)
-        with pytest.raises(ValueError, match=message):
-            loss_of("cross-entropy", case, case.hidden, case.weight, **options)
-
-
-def test_modules_take_the_settings_and_forward_the_seed():
-    case = problem(torch.float32)
-    tensors = (case.weight, *case.teacher)
-    module = LinearSparseDivergence(dense_share=0.3)
-    ours = gradients(lambda h: module(h, *tensors, seed=5), case.hidden)
-    expected = gradients(
-        lambda h: linear_sparse_divergence(h, *tensors, dense_share=0.3, seed=5), case.hidden
-    )
-    assert torch.equal(ours[1], expected[1])
-    with pytest.raises(ValueError, match="pass one of them"):
-        LinearPolicyGradient(dense_share=0.3, tolerance=0.1)
-    with pytest.raises(ValueError, match="seed is None"):
-        module(case.hidden, *tensors)

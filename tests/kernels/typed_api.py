@@ -8,6 +8,7 @@ from lopd_kernels import (
     LinearPolicyGradient,
     LinearSparseDivergence,
     PolicyStats,
+    SkippingStats,
     SparseDivergence,
     SparseStats,
     TopK,
@@ -32,6 +33,9 @@ def losses(hidden: Tensor, weight: Tensor, sampled: Tensor, top: TopK) -> list[T
         hidden, weight, top.ids, top.logprobs, divergence="jsd", beta=0.3, return_stats=True
     )
     entropy = entropy_of(stats)
+    sampled_rows, row_stats = linear_sparse_divergence(
+        hidden, weight, top.ids, top.logprobs, dense_share=0.5, seed=1, return_stats=True
+    )
     teacher_logprobs = top.sampled_logprobs
     assert teacher_logprobs is not None
     policy, policy_stats = linear_policy_gradient(
@@ -40,6 +44,9 @@ def losses(hidden: Tensor, weight: Tensor, sampled: Tensor, top: TopK) -> list[T
     return [
         plain,
         loss,
+        sampled_rows,
+        share_of(row_stats.skipping),
+        linear_cross_entropy(hidden, weight, sampled, tolerance=1e-3),
         entropy,
         policy,
         advantages_of(policy_stats),
@@ -57,6 +64,11 @@ def losses(hidden: Tensor, weight: Tensor, sampled: Tensor, top: TopK) -> list[T
 def entropy_of(stats: SparseStats) -> Tensor:
     assert stats.student_entropy is not None
     return stats.student_entropy.mean()
+
+
+def share_of(skipping: SkippingStats | None) -> Tensor:
+    assert skipping is not None
+    return skipping.share
 
 
 def advantages_of(stats: PolicyStats) -> Tensor:

@@ -27,7 +27,7 @@ from lopd.store import TeacherCache
 from lopd.store.locks import FolderLock
 from lopd.training import checkpoints as checkpoint_files
 from lopd.training import run as runs
-from lopd.training.checkpoints import is_whole, last_checkpoint
+from lopd.training.checkpoints import last_checkpoint, unusable
 from lopd.training.logging import LOG_NAME
 from lopd.training.trainer import LopdTrainer
 
@@ -325,7 +325,7 @@ def test_torn_checkpoint_is_set_aside_and_reported(pipeline, checkpoints, tmp_pa
     assert "checkpoint-7 is put aside as torn-checkpoint-7: its receipt is that of step 6" in errors
     assert f"{out}: continues from checkpoint-4\n" in errors
     assert (out / "checkpoint-bak").is_dir() and not [*out.glob(".*.tmp")]
-    assert is_whole(out / "checkpoint-6") and (out / "torn-checkpoint-6").is_dir()
+    assert not unusable(out / "checkpoint-6") and (out / "torn-checkpoint-6").is_dir()
     assert largest_difference(trained_weights(out), trained_weights(checkpoints)) == 0.0
 
 

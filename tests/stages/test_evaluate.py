@@ -7,8 +7,9 @@ import shutil
 import pytest
 
 from lopd.config.evaluate import EvalConfig
+from lopd.config.inspect import InspectConfig
 from lopd.errors import ConfigError, DataError, ProvenanceError, ShardError
-from lopd.stages import evaluate
+from lopd.stages import evaluate, inspect
 from lopd.stages.evaluate import main
 from lopd.store.locks import FolderLock
 
@@ -38,6 +39,15 @@ def test_eval_writes_results_answers_and_a_manifest(
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["kind"] == "evaluation"
     assert "KL to the teacher" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_results(student_folder, prompt_file, tmp_path, capsys):
+    out = str(tmp_path / "eval")
+    main(settings(model=str(student_folder), prompts=str(prompt_file), out=out, max_new_tokens=4))
+    printed = capsys.readouterr().out.splitlines()
+    inspect.main(InspectConfig(path=out))
+    rows = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {" ".join(line.split()) for line in printed} < rows
 
 
 def test_prompts_without_answers_are_refused(student_folder, write_jsonl):

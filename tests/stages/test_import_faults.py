@@ -46,6 +46,37 @@ def test_bad_records_are_left_out_on_request_and_counted(
     assert found == [prompt + answer for prompt, answer, _ in (dumped[0], dumped[2])]
 
 
+def answers_with(own, ids=(7, 8, 9)):
+    """Records of log-probs of sampled tokens alone, 6 to an answer."""
+    return [
+        {
+            "prompt_token_ids": [5],
+            "response_token_ids": [ids[(start + i) % len(ids)] for i in range(6)],
+            "logprobs": [{}] * 6,
+            "teacher_logprobs": own[start : start + 6].tolist(),
+        }
+        for start in range(0, len(own), 6)
+    ]
+
+
+def test_log_probs_with_a_floor_are_refused(student, teacher_folder, tmp_path, capsys):
+    own = -np.random.default_rng(0).exponential(2.0, 60)
+    source, out = tmp_path / "dump.jsonl", tmp_path / "cache"
+    own[::11] = np.log(1e-10)
+    assert run(write(source, answers_with(own)), "topk", student, teacher_folder, out) == 2
+    assert "6 sampled tokens have a log-prob of exactly -23.0259" in capsys.readouterr().err
+    assert not out.exists()
+    again = answers_with(own[:6]) * 6  # one answer that occurs six times
+    assert run(write(source, again), "topk", student, teacher_folder, out) == 0
+    capsys.readouterr()
+    own[:] = -np.random.default_rng(0).exponential(2.0, 60)
+    own[7] = np.log(np.finfo(np.float32).tiny)
+    assert (
+        run(write(source, answers_with(own)), "topk", student, teacher_folder, tmp_path / "c") == 2
+    )
+    assert "dump.jsonl:2: the teacher's log-prob of response token 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [-1.0, -12.0])
 def test_a_whole_number_that_stands_for_none_is_refused(
     student, teacher_folder, tmp_path, capsys, value

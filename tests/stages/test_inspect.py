@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from helpers_artefacts import write_pipeline
 from helpers_cache import make_manifest, write_cache, write_rollouts
 
 from lopd.cli import main
+from lopd.config.distill import DistillConfig
+from lopd.stages import distill
 from lopd.store import CODECS, TeacherCache
 
 
@@ -31,7 +34,8 @@ def test_totals_of_a_cache(tmp_path, capsys, codec):
     assert rows["codec_error"] == f"{error:.3g} nat"
     assert {"mean_covered_mass", "mean_entropy"} <= rows.keys()
     assert rows["temperature"] == "1"
-    assert rows["scoring"] == "tail computed, entropy computed, rollout_logprobs computed"
+    columns = ("tail", "entropy", "rollout_logprobs", "teacher_logprobs")
+    assert rows["scoring"] == ", ".join(f"{name} computed" for name in columns)
 
 
 def test_json_has_the_rows_of_the_table(tmp_path, capsys):
@@ -42,6 +46,32 @@ def test_json_has_the_rows_of_the_table(tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [line.split("  ")[0] for line in table] == list(rows)
     assert rows["kind"] == "cache" and isinstance(rows["mean_entropy"], float)
+
+
+def killed(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_an_unfinished_training_run_is_described(tmp_path, capsys, monkeypatch):
+    write_pipeline(tmp_path)
+    paths = {name: str(tmp_path / name) for name in ("student", "cache")}
+    out, steps = tmp_path / "run", {"max_steps": 4, "save_every": 2, "log_every": 2}
+    config = DistillConfig(**paths, out=str(out), **steps, device="cpu")
+    monkeypatch.setattr("lopd.training.result.export", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill.main(config)
+    capsys.readouterr()
+    assert main(["inspect", "--path", str(out)]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    rows = {name: text.strip() for name, text in rows.items()}
+    assert (rows["kind"], rows["continues from"]) == ("checkpoint", "step 4")
+    assert rows["checkpoint-2"] == rows["checkpoint-4"] == "whole"
+    assert rows["last log"].startswith("step 4, loss ")
+    next((out / "checkpoint-4").glob("*.safetensors")).write_bytes(b"")
+    assert main(["inspect", "--path", str(out)]) == 0
+    assert "continues from step 2" in " ".join(capsys.readouterr().out.split())
+    assert main(["inspect", "--path", str(out), "--verify"]) == 2
+    assert "is unfinished, and has no hashes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["inspect", "--verify"], ["verify"]])

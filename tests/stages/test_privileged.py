@@ -149,6 +149,8 @@ def test_a_student_learns_from_itself_with_the_answer_at_hand(world, tmp_path, c
     assert after < 0.9 * before
     assert main(["inspect", "--path", str(cache)]) == 0
     assert "hint.jinja" in capsys.readouterr().out
+    assert main(["inspect", "--path", str(out)]) == 0
+    assert f"template {manifest.teacher_template[:12]}" in capsys.readouterr().out
     assert main(["verify", "--path", str(cache)]) == 0
 
 
@@ -348,3 +350,14 @@ def test_prompts_without_a_template_have_no_use(world, tmp_path, capsys):
     argv = score_argv(world / "teacher", world / "rollouts", tmp_path / "cache", *flags)
     assert main(argv) == 2
     assert "which has no effect: only teacher_template and teacher_field read" in one_line(capsys)
+
+
+def test_a_damaged_manifest_is_refused_by_name(world, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    assert main(privileged_argv(world, cache)) == 0
+    manifest = json.loads((cache / "manifest.json").read_text())
+    del manifest["inputs"]["teacher_prompts"]["template"]["text"]
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(["inspect", "--path", str(cache)]) == 2
+    assert "has no inputs.teacher_prompts.template.text" in one_line(capsys)

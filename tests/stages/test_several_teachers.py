@@ -274,3 +274,12 @@ def test_inspect_shows_each_teacher(world, capsys):
     assert main(["verify", "--path", str(world / "answers")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "vocabulary matches the manifest" in printed and f"teacher code {world}" in printed
+
+
+def test_a_dataset_keeps_the_names(world):
+    pytest.importorskip("datasets", reason="part of the extra `datasets`")
+    from lopd.integrations.datasets import from_dataset, to_dataset
+
+    cache = TeacherCache.open(world / "cache")
+    names = [item.teacher_id for item in from_dataset(to_dataset(cache))]
+    assert names == [item.teacher_id for item in cache] and {*names} == {*NAMES}

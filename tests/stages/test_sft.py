@@ -58,7 +58,7 @@ def test_sft_on_sampled_answers_records_their_teacher(folder, tmp_path, capsys):
     assert f"{out}: finished already, nothing to do\n" == capsys.readouterr().err
     assert before == {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
     sft.main(config(folder, tmp_path / "all", max_steps=1))
-    assert "training data: 1 of 12 answers were cut off" in capsys.readouterr().err
+    assert "training data: 1 of 12 answers (8%) were cut off" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"another recipe \(drop_truncated was True, is False\)"):
         sft.main(config(folder, out))
     prompts = toy.write_prompts(tmp_path / "p.jsonl", toy.sample_prompts(2, 0, exclude=set()))

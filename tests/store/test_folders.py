@@ -6,7 +6,7 @@ import pytest
 from helpers_cache import make_manifest, write_cache
 
 from lopd.errors import ConfigError, ShardError
-from lopd.provenance import io
+from lopd.provenance import io, write_manifest
 from lopd.store.folders import examine_folder, examine_shard_folder, writing_to
 from lopd.store.locks import FolderLock
 
@@ -135,3 +135,17 @@ def test_folders_are_made_durably_from_the_top(tmp_path, monkeypatch):
     assert synced == [tmp_path, tmp_path / "a"]
     io.make_folder(tmp_path / "a" / "b")
     assert len(synced) == 2
+
+
+def test_a_manifest_that_another_worker_writes_meanwhile_is_no_foreign_file(tmp_path, monkeypatch):
+    from lopd.store import folders
+
+    names = folders._names
+
+    def another_begins(folder):
+        found = names(folder)
+        write_manifest(tmp_path, make_manifest())
+        return found
+
+    monkeypatch.setattr(folders, "_names", another_begins)
+    assert examine_shard_folder(tmp_path, make_manifest(), in_use=True).state == "unfinished"

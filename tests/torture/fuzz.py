@@ -42,14 +42,16 @@ from lopd.models.limits import ModelLimits
 from lopd.models.load import context_of, load_tokenizer
 from lopd.provenance import (
     MANIFEST_NAME,
+    build_manifest,
     describe_model,
     eos_ids_of,
     fingerprint_weights,
     lineage_of,
+    write_manifest,
 )
 from lopd.provenance.fingerprint import VOCAB_NAME, chat_template_digest, load_vocab, read_config
 from lopd.provenance.io import pretty_json
-from lopd.stages import inspect, run, verify
+from lopd.stages import inspect, report, run, verify
 from lopd.store.receipts import sealed
 from lopd.training.checkpoints import unusable
 from lopd.training.run import read_recipe
@@ -124,6 +126,22 @@ ANSWERED = [
     {"prompt": "3 + 4 =", "completion": "7"},
     {"messages": [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4"}]},
 ]
+TABLES: dict[str, list[dict[str, Any]]] = {
+    "prompts": [{"prompt": "3 + 4 =", "id": name, "answer": "7"} for name in "abc"],
+    "scores": [SCORES[1]] * 3,
+}
+LOG = [
+    {"step": 0, "holdout_kl": 0.5},
+    {"step": 1, "loss": 0.5, "learning_rate": 1e-3, "grad_norm": 0.5, "student_tail": 0.1},
+    {"step": 2, "loss": 0.4, "learning_rate": 1e-3, "topk_overlap": 0.9, "ess_tokens": 0.8},
+]
+ACCURACY = {"mean": 0.5, "low": 0.25, "high": 0.75}
+RESULTS = {
+    "prompts": 2, "samples": 2, "greedy": ACCURACY, "avg@2": ACCURACY, "pass@2": ACCURACY,
+    "truncated": 0.0, "no_answer": 0.5, "mean_tokens": 6.0, "by_length": [
+        {"shortest": 1, "longest": 6, "count": 4, "accuracy": 0.5, "truncated": 0.0}],
+    "kl": {"k": 8, "nats_per_token": 0.5, "exact": False, "outside_lists": 0.1},
+}  # fmt: skip
 SETTINGS = b"teacher: t\nrollouts: r\nout: o\nk: 8\ntop_p: 0.9\ncodec: exact\nplan: false\n"
 RECIPE = b"""out: o
 teacher: t
@@ -142,6 +160,7 @@ TEMPLATE = (
 LINES = (mutations.of_lines, mutations.of_bytes)
 JSON = (mutations.of_json, mutations.of_json, mutations.of_bytes)
 YAML = (mutations.of_yaml, mutations.of_bytes)
+PARQUET = (mutations.of_rows, mutations.of_bytes)
 TENSORS = (mutations.of_header, mutations.of_bytes)
 
 
@@ -188,6 +207,10 @@ def targets(root: Path) -> list[Target]:
 
     (root / "checkpoint-5").mkdir()
     state = root / "checkpoint-5" / "trainer_state.json"
+    tables = {name: _parquet(root / f"{name}.parquet", rows) for name, rows in TABLES.items()}
+    log, results = student / "train_log.jsonl", _evaluation(root)
+    log.write_bytes(_jsonl(LOG))
+    page = partial(_read_report, student, results.parent)
     state.write_bytes(pretty_json({"global_step": 5, "best_global_step": 3, "log_history": []}))
 
     return [
@@ -198,6 +221,21 @@ def targets(root: Path) -> list[Target]:
             "demonstrations", answered, lambda: load_demonstrations(answered, encoder), LINES, 8
         ),
         Target("score dump", scores, lambda: list(read_dump(scores, "topk", None)), LINES, 24),
+        Target(
+            "prompts (parquet)",
+            tables["prompts"],
+            lambda: load_prompts(tables["prompts"], encoder),
+            PARQUET,
+        ),
+        Target(
+            "score dump (parquet)",
+            tables["scores"],
+            lambda: list(read_dump(tables["scores"], "topk", None)),
+            PARQUET,
+        ),
+        Target("training log", log, page, LINES),
+        Target("run manifest", student / MANIFEST_NAME, page, JSON),
+        Target("evaluation", results, page, JSON),
         Target("settings (YAML)", settings, partial(_read_settings, settings), YAML),
         Target("recipe (YAML)", recipe, partial(_read_recipe, recipe), YAML),
         Target("run recipe", run_recipe, lambda: read_recipe(run_recipe), JSON),
@@ -224,6 +262,29 @@ def _jsonl(records: list[dict[str, Any]]) -> bytes:
 def _read_folder(folder: Path) -> None:
     inspect.main(inspect.InspectConfig(path=str(folder)))
     verify.main(verify.VerifyConfig(path=str(folder)))
+
+
+def _parquet(file: Path, rows: list[dict[str, Any]]) -> Path:
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist(rows), file)
+    return file
+
+
+def _evaluation(root: Path) -> Path:
+    """Results of an evaluation as an earlier version left them, without a receipt."""
+    model = describe_model(root / "student", dtype="float32", engine="transformers")
+    inputs = {"prompts": {"sha256": "a" * 64}}
+    manifest = build_manifest("evaluation", stage="eval", config={}, model=model, inputs=inputs)
+    write_manifest(root / "evaluation", manifest)
+    file = root / "evaluation" / "results.json"
+    file.write_bytes(pretty_json(RESULTS))
+    return file
+
+
+def _read_report(run_folder: Path, evaluation: Path) -> None:
+    settings: dict[str, Any] = {"runs": str(run_folder), "evals": str(evaluation), "answers": 0}
+    report.main(report.ReportConfig(**settings, out=str(evaluation / "report.html")))
 
 
 def _read_settings(file: Path) -> None:

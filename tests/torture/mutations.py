@@ -1,5 +1,6 @@
 """Mutations of files by a seeded generator: of bytes, of JSON values, of YAML lines."""
 
+import io
 import json
 import random
 import struct
@@ -98,6 +99,20 @@ def of_yaml(rng: random.Random, data: bytes) -> bytes:
     else:
         lines.insert(at, value)
     return "\n".join(lines).encode()
+
+
+def of_rows(rng: random.Random, data: bytes) -> bytes:
+    """Change a value in the rows of a parquet file, as `of_json` does."""
+    from pyarrow import ArrowException, BufferReader, Table, parquet
+
+    out = io.BytesIO()
+    try:
+        rows = parquet.read_table(BufferReader(data)).to_pylist()
+        changed = json.loads(of_json(rng, json.dumps(rows).encode()))
+        parquet.write_table(Table.from_pylist(changed), out)
+    except (ArrowException, ArithmeticError, AttributeError, OSError) as error:
+        raise ValueError("no table") from error
+    return out.getvalue()
 
 
 def _places(value: Any) -> Any:

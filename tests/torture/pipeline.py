@@ -22,6 +22,7 @@ TRAIN = ("--max-steps", 6, "--batch-size", 2, "--learning-rate", "1e-3", "--save
 UNSEEN = ("checkpoint-", "torn-", ".lock", ".start.lock")  # not part of a result
 # What differs between two runs of the same command: when and where they ran, and how fast.
 TIMED = {"tokens_per_second", "seconds", "created", "environment", "path", "config", "mfu"}
+TIMED |= {"peak_mib", "eval_seconds"}  # of the demo
 
 
 # A recipe for `lopd run`; JSON is YAML.
@@ -150,13 +151,13 @@ def _out(*words: object) -> Callable[[Path], list[object]]:
 
 
 def _shrink_demo() -> None:
-    """Give the toy demo a few prompts and steps, in this process and its forks."""
-    from lopd.stages.demo import toy as demo
+    """Give the demo a few prompts and steps, in this process and its forks."""
+    from lopd.stages.demo import toy
 
-    demo.PROMPTS.update(eval=6, demonstrations=8, sft=6, opd=6)
-    demo.SFT_STEPS.update(teacher=2, student=2)
-    demo.OPD_SETTINGS.update(max_steps=2)
-    for settings in (demo.SFT_SETTINGS, demo.OPD_SETTINGS):
+    toy.PROMPTS.update(eval=6, demonstrations=8, sft=6, opd=6)
+    toy.SFT_STEPS.update(teacher=2, student=2)
+    toy.OPD_SETTINGS.update(max_steps=2)
+    for settings in (toy.SFT_SETTINGS, toy.OPD_SETTINGS):
         settings.update(batch_size=4, warmup_steps=0)
 
 

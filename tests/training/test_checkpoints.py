@@ -14,7 +14,6 @@ from lopd.training.checkpoints import (
     STAGING,
     checkpoints,
     finish,
-    is_whole,
     last_checkpoint,
     put_aside,
     rotate,
@@ -45,7 +44,7 @@ def test_a_flipped_byte_is_found_in_every_file(run, tmp_path):
         for at in (0, 100, -1):
             out = shutil.copytree(run, tmp_path / f"{name}{at}")
             flip(out / "checkpoint-4" / name, at)
-            assert not is_whole(out / "checkpoint-4"), (name, at)
+            assert unusable(out / "checkpoint-4"), (name, at)
             assert last_checkpoint(out) == out / "checkpoint-2"
 
 

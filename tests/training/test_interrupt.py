@@ -14,7 +14,7 @@ from lopd.cli import main
 from lopd.errors import Interrupted
 from lopd.models.load import load_model
 from lopd.stages import distill
-from lopd.training.checkpoints import checkpoints, is_whole
+from lopd.training.checkpoints import checkpoints, unusable
 from lopd.training.trainer import LopdTrainer
 
 pytestmark = pytest.mark.thorough
@@ -185,4 +185,4 @@ def test_processes_stop_together_when_one_gets_the_signal(pipeline, tmp_path):
     )
     assert done.stdout.count("exit code 143") == 2, done.stdout + done.stderr
     assert [folder.name for folder in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
-    assert is_whole(tmp_path / "out" / "checkpoint-2")
+    assert not unusable(tmp_path / "out" / "checkpoint-2")

@@ -17,7 +17,7 @@ from lopd.errors import ConfigError
 from lopd.models.load import load_model
 from lopd.provenance import ModelIdentity, read_manifest
 from lopd.stages import distill
-from lopd.training.checkpoints import ADAPTER_WEIGHTS, checkpoints, is_whole
+from lopd.training.checkpoints import ADAPTER_WEIGHTS, checkpoints, unusable
 
 pytestmark = pytest.mark.thorough
 
@@ -107,7 +107,7 @@ def test_two_processes_equal_one_even_if_killed_and_resumed(
     done = in_two_processes(script, pipeline, out, killed_at=4, **changes)
     assert done.returncode != 0 and str(-signal.SIGKILL) in done.stderr
     assert [folder.name for folder in checkpoints(out)] == ["checkpoint-2"]
-    assert is_whole(checkpoints(out)[0])
+    assert not unusable(checkpoints(out)[0])
     assert (checkpoints(out)[0] / "pytorch_model_fsdp.bin").exists() == fsdp
     done = in_two_processes(script, pipeline, out, **changes)
     assert done.returncode == 0, done.stderr
@@ -134,7 +134,7 @@ def test_sharded_adapters_equal_those_of_one_process(script, tmp_path):
     single = distill.main(config(pipeline, tmp_path / "alone", batch_size=4, **changes))
     changes |= {"fsdp": True, "batch_size": 1, "gradient_accumulation_steps": 2}
     done = in_two_processes(script, pipeline, tmp_path / "two", killed_at=4, **changes)
-    assert done.returncode != 0 and is_whole(tmp_path / "two" / "checkpoint-2")
+    assert done.returncode != 0 and not unusable(tmp_path / "two" / "checkpoint-2")
     done = in_two_processes(script, pipeline, tmp_path / "two", **changes)
     assert done.returncode == 0, done.stderr
     start, one, two = (

@@ -23,15 +23,17 @@ from lopd.config.sft_data import SftDataConfig
 from lopd.engines.progress import duration
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.accuracy import Z95
+from lopd.evaluation.results import RESULTS_NAME
 from lopd.provenance import difference
-from lopd.provenance.io import pretty_json, read_json_object, write_atomic
+from lopd.provenance.io import pretty_json, read_json_object, storing, write_atomic
 from lopd.provenance.manifest import environment
 from lopd.stages import distill, evaluate, rollout, score, sft, sft_data
 from lopd.stages.demo.figure import NAME, Titles, draw
 from lopd.stages.demo.memory import peak_mib, reset_peak
 from lopd.stages.demo.report import format_table
 from lopd.stages.run import is_finished
-from lopd.store.folders import examine_folder
+from lopd.store.folders import examine_folder, locked
+from lopd.training.checkpoints import saving
 
 PROGRESS, RESULTS = "progress.json", "results.json"
 SEED_STRIDE = 1000  # between the seeds of the sampling of two demos of neighbouring seeds
@@ -204,7 +206,7 @@ class Demo(ABC):
             **self.task.sampling,
         )
         DemoStage(name, name, evaluate, config).run()
-        file = Path(config.out) / evaluate.RESULTS_NAME
+        file = Path(config.out) / RESULTS_NAME
         results = json.loads(file.read_text(encoding="utf-8"))
         row: dict[str, Any] = {}
         for key, name in (("kl", "kl"), ("held_out_kl", "cache_kl")):
@@ -239,28 +241,31 @@ def run_demo(kind: type[Demo], config: DemoConfig) -> Path:
     Raises:
         ConfigError: `out` holds a demo of another task or seed, or matplotlib is missing.
         DataError: the record of the progress is damaged.
+        ShardError: another process runs the demo there, or the folder cannot be written.
     """
     out = Path(config.out)
     identity = {"task": kind.task.name, "quick": config.quick, "seed": config.seed}
     progress = _read_progress(out, identity)
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("matplotlib: not installed; the demo draws with it; pip install it")
-    demo = kind(out, config.seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(demo.task.threads or threads)
-    try:
-        progress |= {"steps": demo.task.steps}
-        _run_stages(demo, demo.stages(config.online), progress)
-    finally:
-        torch.set_num_threads(threads)
-    rows = progress["rows"]
-    results = progress | {
-        "environment": environment(),
-        "threads": demo.task.threads or threads,
-        "eval_prompts": demo.task.sets["eval"],
-    }
-    write_atomic(out / RESULTS, pretty_json(results))
-    draw(out, rows, demo.task.titles, demo.task.curves, demo.task.live)
+    threads, rows = torch.get_num_threads(), progress["rows"]
+    with locked(out):
+        with saving(out):
+            demo = kind(out, config.seed)
+        torch.set_num_threads(demo.task.threads or threads)
+        try:
+            progress |= {"steps": demo.task.steps}
+            _run_stages(demo, demo.stages(config.online), progress)
+        finally:
+            torch.set_num_threads(threads)
+        results = progress | {
+            "environment": environment(),
+            "threads": demo.task.threads or threads,
+            "eval_prompts": demo.task.sets["eval"],
+        }
+        with storing(out):
+            write_atomic(out / RESULTS, pretty_json(results))
+            draw(out, rows, demo.task.titles, demo.task.curves, demo.task.live)
     parts = [format_table(rows), demo.task.note, demo.examples(), demo.conclusion(rows)]
     print("\n" + "\n\n".join(part for part in parts if part))
     print(f"\n{out / RESULTS}, {out / NAME}")
@@ -300,4 +305,5 @@ def _run_stages(demo: Demo, stages: list[DemoStage], progress: dict[str, Any]) -
         time_left = f", about {duration(seconds)} left" if done else ""
         LOG.info(f"[{number}/{len(stages)}] {stage.name}{time_left}")
         rows.append(demo.run_stage(stage))
-        write_atomic(demo.out / PROGRESS, pretty_json(progress))
+        with storing(demo.out):
+            write_atomic(demo.out / PROGRESS, pretty_json(progress))

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lopd.provenance.io import write_atomic
 from lopd.stages.demo.report import FINE_TUNED, TEACHER
 from lopd.training.logging import LOG_NAME
 
@@ -50,7 +52,9 @@ def draw(
     distance.set_yticklabels([])
     distance.set_xscale("log")
     training_curves(training, out, curves, live)
-    figure.savefig(out / NAME, dpi=120)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=120)
+    write_atomic(out / NAME, drawn.getvalue())
 
 
 def before_after(

@@ -49,6 +49,7 @@ def _cell(row: dict[str, Any], key: str, form: str) -> str:
     """A value, and how far the farther end of its interval is; empty if it was not measured."""
     if (value := row.get(key)) is None:
         return ""
+    value = round(value, 6) + 0.0  # no -0.0000
     if (interval := row.get(f"{key}_interval")) is None:
         return format(value, form)
     return f"{value:{form}} ± {max(value - interval[0], interval[1] - value):{form}}"

@@ -41,11 +41,12 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # The weights are not quantised any more; saving would refuse or would record that they are.
     del model.config.quantization_config, model.hf_quantizer, model.quantization_method
     model.is_quantized = False
+    tokenizer.clean_up_tokenization_spaces = False  # it is for other kinds of tokenizers
     # transformers takes the first special token for all three.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)

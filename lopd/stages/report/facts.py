@@ -1,14 +1,16 @@
 """What the folders of a run and of an evaluation hold, as a report needs it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lopd.errors import ConfigError
+from lopd.config.fields import MOST
+from lopd.errors import ConfigError, DataError
+from lopd.evaluation.results import read_results
 from lopd.provenance import MANIFEST_NAME, ModelIdentity, read_manifest
-from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
 from lopd.provenance.io import parse_json
+from lopd.provenance.typed_json import parse
 from lopd.training.logging import LOG_NAME
 
 # column of the log: (title, unit)
@@ -35,6 +37,23 @@ OF_TEACHER = {
     "holdout_kl/": "Divergence on held-out sequences of {}",
 }
 PLANNED = "planned_mib"  # drawn beside the peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Best:
+    """The best evaluation of held-out sequences."""
+
+    kl: float
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reports:
+    """What is read of the entries for people in a manifest."""
+
+    environment: Mapping[str, Any] | None = None
+    best: _Best | None = field(default=None, metadata={"at": "holdout.best"})
+    start: float | None = field(default=None, metadata={"at": "holdout.start"})
 
 
 @dataclass(frozen=True)
@@ -83,6 +102,7 @@ def read_run(folder: str) -> Run:
             "expected the folder of a run of lopd distill or lopd sft"
         )
     raw = manifest.raw
+    parse(_Reports, raw, "", lambda name: _altered(path / MANIFEST_NAME, f"no valid {name}"))
     cache = manifest.config.get("cache")
     return Run(
         name=path.resolve().name,
@@ -93,7 +113,7 @@ def read_run(folder: str) -> Run:
         cache=None if cache is None else str(cache),
         steps=_pipeline(manifest),
         settings=manifest.config,
-        environment=raw.get("environment", {}),
+        environment=raw.get("environment") or {},
         reports={k: raw[k] for k in ("objective", "holdout", "stale", "training") if k in raw},
         curves=_curves(path / LOG_NAME),
     )
@@ -129,14 +149,18 @@ def _model(model: ModelIdentity) -> str:
     return f"{model.hub or model.path or 'a model'} ({model.weights[:12]})"
 
 
+def _altered(where: object, what: str) -> DataError:
+    return DataError(f"{where}: {what}: torn or altered; restore it, or leave the run out")
+
+
 def _curves(log: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
-    for line in log.read_bytes().splitlines():
-        record = parse_json(line)
+    for number, line in enumerate(log.read_bytes().splitlines(), 1):
+        step, record = _record(line, f"{log}:{number}")
         for name, value in record.items():
             drawn = name in (*CURVES, PLANNED) or name.startswith(tuple(OF_TEACHER))
-            if drawn and isinstance(value, (int, float)):
-                curves.setdefault(name, []).append((int(record["step"]), float(value)))
+            if drawn and isinstance(value, int | float) and not isinstance(value, bool):
+                curves.setdefault(name, []).append((step, float(value)))
     return curves
 
 
@@ -152,18 +176,28 @@ def curves_of(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
     return CURVES | named
 
 
+def _record(line: bytes, where: str) -> tuple[int, dict[str, Any]]:
+    """The step and the metrics of one line of a log."""
+    try:
+        record = parse_json(line)
+        step = record["step"]
+        if type(step) is not int or not 0 <= step <= MOST:
+            raise ValueError(f"step {step!r}")
+        if any(type(value) is int and abs(value) > MOST for value in record.values()):
+            raise ValueError("a number beyond 2^53")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _altered(where, str(error) or type(error).__name__) from error
+    return step, record
+
+
 def read_evaluation(folder: str) -> Evaluation:
     """The evaluation in a folder.
 
     Raises:
         ConfigError: the folder holds none.
-        ShardError: its files do not match its receipt.
+        DataError: its results are torn, or altered.
     """
     path = Path(folder)
     if not (path / MANIFEST_NAME).is_file() or read_manifest(path).kind != "evaluation":
         raise ConfigError(f"{folder}: expected a folder that lopd eval wrote")
-    manifest = read_manifest(path)
-    if (path / RECEIPT_NAME).exists():
-        check_receipt(path)
-    results = parse_json((path / "results.json").read_bytes())
-    return Evaluation(folder, manifest.model.weights, results)
+    return Evaluation(folder, read_manifest(path).model.weights, read_results(path))

@@ -6,6 +6,8 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from lopd.evaluation.results import accuracies
+from lopd.provenance.typed_json import value_at
 from lopd.stages.report.charts import histogram, line_chart
 from lopd.stages.report.facts import PLANNED, Evaluation, Run, curves_of
 
@@ -80,8 +82,8 @@ def _headline(runs: Sequence[Run]) -> str:
 
 def headline(run: Run) -> str:
     """The start and the end of the held-out divergence, or of the objective."""
-    holdout = run.reports.get("holdout") or {}
-    if isinstance(holdout.get("best"), Mapping):
+    if isinstance(value_at(run.reports, "holdout.best"), Mapping):
+        holdout = run.reports["holdout"]
         start = holdout.get("start")
         began = f"from {start:.4g} " if isinstance(start, float) else ""
         best = holdout["best"]
@@ -137,9 +139,9 @@ def _evaluations(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
     for evaluation in evaluations:
         for name, value in evaluation.results.items():
             words = None
-            if isinstance(value, Mapping) and "mean" in value:
+            if name in accuracies(evaluation.results):
                 words = f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-            elif isinstance(value, Mapping) and "nats_per_token" in value:
+            elif name in ("kl", "cache_kl"):
                 bound = "" if value.get("exact") else "at least "
                 words = f"{bound}{value['nats_per_token']:.4f} nat per token"
             elif isinstance(value, (int, float)):

@@ -1,0 +1,55 @@
+"""The benchmark on a real model, with a tiny random model in its place; tables from rows."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import prunings, real_model
+from benchmarks.training import FP32_BOUNDS
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return real_model.Bench(tiny=True)
+
+
+def test_fused_and_plain_losses_agree(bench):
+    errors = bench.errors()
+    assert all(errors[key] <= bound for key, bound in FP32_BOUNDS.items())
+
+
+def test_the_gate_sees_a_wrong_loss(bench, monkeypatch):
+    right = real_model.plain_reverse_kl
+    monkeypatch.setattr(real_model, "plain_reverse_kl", lambda *batch: 1.001 * right(*batch))
+    assert bench.errors()["loss_error"] > FP32_BOUNDS["loss_error"]
+
+
+def test_trl_computes_the_same_cross_entropy(bench):
+    inputs = bench.model, bench.batch, bench.num_items
+    plain = real_model.plain_cross_entropy(*inputs)
+    trl = bench.loss("cross-entropy, TRL")(*inputs)
+    assert torch.allclose(trl, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", real_model.INFERENCE)
+def test_every_engine_step_runs(bench, variant):
+    prepared = bench.prepare(variant)
+    prepared.restore()
+    prepared.step()
+
+
+def test_the_tables_are_those_of_the_newest_rows():
+    rows = [
+        {
+            "variant": variant, "part": part, "time_ratio": ratio, "memory_ratio": 1.0,
+            "median_ms": 4.0, "p10_ms": 2.0, "p90_ms": 6.0, "repetitions": 3,
+            "model": "tiny", "dtype": "float32", **vars(real_model.TINY),
+        }
+        for ratio in (0.5, 0.25)
+        for variant, part in real_model.PARTS.items()
+    ]  # fmt: skip
+    text = real_model.table(json.loads(json.dumps(rows)))
+    assert "| reverse KL, fused | 0.25 | 0.50 to 1.50 | 1.00 |" in text and "| 0.50 |" not in text
+    row = {"variant": "a", "layers": 2, "kl": 1.0, "kl_interval": [0.5, 1.5], "sampled": 0.25}
+    assert "| a | 2 | 1.000 [0.500, 1.500] | 0.250 |" in prunings.table([{**row, "steps": 3}])
