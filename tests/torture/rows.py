@@ -1,6 +1,7 @@
 """Rows of a campaign: a JSON line for each attack, so that one that was stopped can go on."""
 
 import json
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -38,7 +39,7 @@ class Rows:
         for fault, stage, problem in found.entries[first:]:
             row = {"attack": attack, "commit": version, "fault": fault, "stage": stage}
             if problem:
-                row["lost"] = problem
+                row["lost"] = re.sub(r"(?<!\S)/\S*/", "", problem)  # no folders of this machine
             self.rows.append(row)
             if self.file is not None:
                 with self.file.open("a", encoding="utf-8") as lines:
