@@ -150,3 +150,9 @@ def test_importing_is_inert():
         "assert not {'transformers', 'triton', 'matplotlib', 'vllm'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_two_test_files_have_the_same_name():
+    """pytest imports them by their names, without their folders."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -18,7 +18,7 @@ from lopd.models.architecture import context_of_config, head_rows_of
 from lopd.models.head import HeadOptions, lm_head, run_with_loss
 from lopd.models.limits import ModelLimits
 from lopd.models.load import eos_token_ids, load_model, load_tokenizer
-from lopd.models.memory import explaining_memory
+from lopd.models.machine import explaining_memory
 from lopd.store import TeacherScores
 from lopd_kernels import TopK, linear_topk
 

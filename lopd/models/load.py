@@ -8,7 +8,7 @@ import torch
 from lopd.config.device import resolve_device
 from lopd.errors import ConfigError, MissingFileError, ModelError
 from lopd.models.architecture import attention_softcap_of, context_of_config
-from lopd.models.memory import limit_threads
+from lopd.models.machine import limit_threads
 from lopd.provenance.folder import (
     GENERATION_NAME,
     SPECIAL_TOKENS,

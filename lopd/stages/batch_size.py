@@ -15,7 +15,7 @@ import torch
 from lopd.config.device import resolve_device
 from lopd.config.inference import GenerationOptions
 from lopd.models.architecture import head_rows_of
-from lopd.models.memory import free_bytes
+from lopd.models.machine import free_bytes
 from lopd.provenance import MANIFEST_NAME, read_manifest
 
 LOG = logging.getLogger(__name__)

@@ -162,7 +162,6 @@ def _manifest(
         for name, path in config.teachers.items()
     }
     merged = parse_eos_class(config.eos_class)
-    ModelLimits("the student", source.vocab_size).check_ids("eos_class", merged)
     overrides = []
     for name, model in models.items():
         assert model.vocab_size is not None
@@ -172,6 +171,7 @@ def _manifest(
         overrides += check_eos(
             model, source.model, "the rollouts", config.allow_eos_mismatch, merged, name
         )
+    ModelLimits("the student", source.vocab_size).check_ids("eos_class", merged)
     plan: dict[str, Any] = {"shards": [len(part.names) for part in parts]}
     inputs: dict[str, Any] = {
         "rollouts": {

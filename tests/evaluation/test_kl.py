@@ -264,6 +264,7 @@ def test_on_policy_kl_takes_a_class_of_ids_as_one_token(teacher_folder, student_
     assert result["exact"] and apart["nats_per_token"] > result["nats_per_token"] + 1e-4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("source", ["flag", "cache", "model", "nowhere"])
 def test_eval_finds_the_class_of_ids_that_end_answers(
     teacher_folder, student_folder, prompt_file, tmp_path, capsys, source

@@ -41,6 +41,7 @@ def dense_signal(cache, student_folder):
     return np.mean(kls), np.mean(shares)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("teacher_rows", [None, 450], ids=["same rows", "more rows"])
 def test_signal_equals_that_of_dense_distributions(
     teacher_folder, student_folder, tmp_path, teacher_rows

@@ -103,6 +103,7 @@ def test_the_imports_are_rewritten_as_the_examples_say(assemble):
     assert failed == 0 and attempted == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("interpreted", "part"), [("0", "_torch"), ("1", "_triton")])
 def test_two_builds_run_in_one_process_without_the_package(kernel, interpreted, part):
     found = run(LOAD + USE, kernel, TRITON_INTERPRET=interpreted)

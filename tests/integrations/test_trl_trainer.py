@@ -59,6 +59,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.get("objective", "reverse_kl"))
 def test_it_takes_the_steps_of_lopd_distill(pipeline, tmp_path, cache, settings):
     """Whole epochs in one step each, so that the order of the data does not matter."""
@@ -106,6 +107,7 @@ def logged(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.thorough
 def test_caches_datasets_and_lists_train_alike(pipeline, tmp_path, cache):
     found = []
     dataset = to_dataset(cache)

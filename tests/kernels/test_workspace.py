@@ -64,6 +64,7 @@ def peaks(kind, case, bound, buffer=None):
     return forward.peak - parameters, backward.peak - outputs
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "buffered"),
     [

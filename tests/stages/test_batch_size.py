@@ -45,6 +45,7 @@ def test_the_cache_of_a_sequence_is_that_of_a_real_one(teacher):
     assert cache_bytes(meta_model(str(teacher), "float32").eval(), 7) == real > 0
 
 
+@pytest.mark.thorough
 def test_memory_decides_and_the_number_is_printed_and_recorded(
     teacher, tmp_path, monkeypatch, capsys
 ):
@@ -59,6 +60,7 @@ def test_memory_decides_and_the_number_is_printed_and_recorded(
         assert recorded(tmp_path, f"out{expected}") == expected
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_keeps_its_number(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: needed(teacher, 2.5))
     assert sample(tmp_path) == 0 and recorded(tmp_path) == 2

@@ -145,6 +145,7 @@ def distill(folder, cache, out, *flags):
     return main([*argv, "--out", str(out), *settings, *ON_CPU, *flags])
 
 
+@pytest.mark.thorough
 def test_the_gate_names_it_where_it_helps_and_admits_it(foreign, tmp_path, capsys):
     assert distill(foreign, "other-cache", tmp_path / "out") == 2
     assert "lopd calibrate" not in capsys.readouterr().err

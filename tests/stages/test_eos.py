@@ -37,6 +37,7 @@ def test_score_refuses_another_end_of_sequence_unless_allowed(tmp_path, capsys):
     assert rows["model ends answers with"] == "id 1 or 7" and rows["rollouts end with"] == "id 1"
 
 
+@pytest.mark.thorough
 def test_a_class_of_ids_is_in_every_list_and_trains_as_one_token(tmp_path, capsys):
     student = save_qwen3(tmp_path / "student", seed=2)
     teacher = save_qwen3(tmp_path / "teacher", seed=1)

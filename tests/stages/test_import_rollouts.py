@@ -69,6 +69,7 @@ def write(path, *records):
     return path
 
 
+@pytest.mark.thorough
 def test_a_tool_transcript_is_scored_and_distilled_on_the_models_tokens(
     student, teacher_folder, transcript, tmp_path, capsys
 ):

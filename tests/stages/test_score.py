@@ -50,6 +50,7 @@ def test_processes_score_to_the_same_bytes(teacher_folder, rollouts, cache, tmp_
     assert digests[0] == digests[1]
 
 
+@pytest.mark.thorough
 def test_processes_that_are_killed_are_replaced_by_another_number(
     teacher_folder, rollouts, cache, tmp_path
 ):
@@ -62,6 +63,7 @@ def test_processes_that_are_killed_are_replaced_by_another_number(
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
 
 
+@pytest.mark.thorough
 def test_processes_sample_to_the_same_bytes(student_folder, rollouts, tmp_path):
     argv = rollout_argv(student_folder, rollouts.parent / "prompts.jsonl", tmp_path / "out")
     assert fork_workers(2, argv, doomed=1)[1] == 0
@@ -169,6 +171,7 @@ def test_the_students_top_ids_join_the_lists(teacher_folder, student_folder, rol
             assert item.tail_logprobs[row] == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("extra", [0, 3])
 def test_lists_of_different_widths_are_rescored_together(
     teacher_folder, student_folder, rollouts, tmp_path, capsys, extra

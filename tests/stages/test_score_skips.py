@@ -47,6 +47,7 @@ def test_a_sampled_padding_row_is_named_with_the_remedy(folders, tmp_path, capsy
     assert "skip_bad_records" in error.replace("-", "_") and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.thorough
 def test_such_sequences_are_left_out_on_request_and_counted(folders, tmp_path, capsys):
     teacher, rollouts, sequences = folders
     cache, flag = tmp_path / "cache", "--skip-bad-records"

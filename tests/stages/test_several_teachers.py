@@ -108,6 +108,7 @@ def test_the_gate_compares_teachers_by_name(world, tmp_path, capsys):
     assert [each.name for each in overrides] == ["teacher-mismatch"] * 2
 
 
+@pytest.mark.thorough
 def test_the_log_splits_by_teacher(world, tmp_path):
     out, flags = tmp_path / "result", ("--holdout", "8", "--loss-aggregation", "token_mean")
     assert main(distill_argv(world, world / "cache", out, *flags)) == 0
@@ -134,6 +135,7 @@ def test_the_log_splits_by_teacher(world, tmp_path):
     assert whole == pytest.approx(kl["nats_per_token"], rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_killed_run_continues_at_the_next_teacher(world, tmp_path, monkeypatch):
     from lopd.stages import score
 

@@ -155,6 +155,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("codec", ["exact", "packed"])
 def test_a_killed_score_resumes_to_the_same_bytes(teacher_folder, rollouts, tmp_path, codec):
     argv = ["score", "--teacher", str(teacher_folder), "--rollouts", str(rollouts), "--k", "6"]

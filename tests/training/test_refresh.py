@@ -99,6 +99,7 @@ def test_refreshed_training_equals_on_policy_distillation(pipeline, tmp_path, ev
     assert largest_difference(trained(out), other) > 1e-3
 
 
+@pytest.mark.thorough
 def test_packing_and_checkpointing_affect_only_rounding(pipeline, tmp_path):
     plain = distilled(pipeline, tmp_path / "plain", 2)
     packed = distilled(pipeline, tmp_path / "packed", 2, max_tokens_per_batch=30)

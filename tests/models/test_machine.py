@@ -7,27 +7,27 @@ import pytest
 import torch
 
 from lopd.errors import ConfigError
-from lopd.models import memory
+from lopd.models import machine
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def cgroup(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     return tmp_path
 
 
 def test_free_memory_is_within_the_control_group(cgroup):
-    unlimited = memory.free_bytes(CPU)
+    unlimited = machine.free_bytes(CPU)
     assert unlimited > 1 << 20
     (cgroup / "memory.max").write_text("max\n")
     (cgroup / "memory.current").write_text("1000\n")
-    assert memory.free_bytes(CPU) > 1 << 20
+    assert machine.free_bytes(CPU) > 1 << 20
     (cgroup / "memory.max").write_text("5000\n")
-    assert memory.free_bytes(CPU) == 4000
+    assert machine.free_bytes(CPU) == 4000
     (cgroup / "memory.max").write_text("500\n")
-    assert memory.free_bytes(CPU) == 0
+    assert machine.free_bytes(CPU) == 0
 
 
 @pytest.mark.parametrize(
@@ -37,16 +37,16 @@ def test_free_memory_is_within_the_control_group(cgroup):
 def test_processors_are_those_of_affinity_and_control_group(cgroup, monkeypatch, quota, processors):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     (cgroup / "cpu.max").write_text(quota + "\n")
-    assert memory.processors() == processors
+    assert machine.processors() == processors
 
 
 THREADS = """
 import sys, torch
 from pathlib import Path
-from lopd.models import memory
+from lopd.models import machine
 torch.set_num_threads(6)
-memory.processors = lambda: 2
-memory.limit_threads()
+machine.processors = lambda: 2
+machine.limit_threads()
 print(torch.get_num_threads())
 """
 
@@ -71,7 +71,7 @@ def test_threads_are_limited_unless_the_environment_decides(monkeypatch, omp, th
 def test_memory_that_has_run_out_names_the_setting(error):
     with (
         pytest.raises(ConfigError, match="out of memory scoring; rerun the same command with --x"),
-        memory.explaining_memory("scoring", "--x"),
+        machine.explaining_memory("scoring", "--x"),
     ):
         raise error
 
@@ -79,11 +79,11 @@ def test_memory_that_has_run_out_names_the_setting(error):
 def test_an_allocation_that_is_too_large_for_a_cpu_counts():
     with (
         pytest.raises(ConfigError, match="out of memory"),
-        memory.explaining_memory("allocating", "less"),
+        machine.explaining_memory("allocating", "less"),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="shape"), memory.explaining_memory("x", "y"):
+    with pytest.raises(RuntimeError, match="shape"), machine.explaining_memory("x", "y"):
         raise RuntimeError("shape mismatch")
