@@ -15,6 +15,9 @@ from lopd.evaluation.kl import cache_kl, open_cache
 from lopd.provenance import declare, read_manifest
 from lopd.store import RolloutStore, TeacherCache
 
+pytestmark = pytest.mark.thorough  # pipelines from prompts to trained students
+
+
 HINT = "{{ prompt }} hint {{ answer }} so"
 
 
@@ -154,7 +157,6 @@ def test_a_student_learns_from_itself_with_the_answer_at_hand(world, tmp_path, c
     assert main(["verify", "--path", str(cache)]) == 0
 
 
-@pytest.mark.thorough
 def test_without_a_template_or_with_another_teacher_the_gate_asks_for_the_lineage(
     world, tmp_path, capsys
 ):
@@ -275,7 +277,6 @@ def test_sequences_without_room_are_left_out_on_request(world, tmp_path):
     assert len(cache) == 18 and cache.manifest.rollouts.raw["left_out"] == 2
 
 
-@pytest.mark.thorough
 def test_rescoring_renders_the_same_prompts(world, tmp_path, capsys):
     cache, file = tmp_path / "cache", tmp_path / "prompts.jsonl"
     shutil.copy(world / "prompts.jsonl", file)
@@ -293,7 +294,6 @@ def test_rescoring_renders_the_same_prompts(world, tmp_path, capsys):
     assert "which is not there; restore it" in one_line(capsys)
 
 
-@pytest.mark.thorough
 def test_refreshed_rollouts_are_scored_after_the_teachers_prompts(world, tmp_path, capsys):
     cache, out, file = tmp_path / "cache", tmp_path / "out", tmp_path / "prompts.jsonl"
     shutil.copy(world / "prompts.jsonl", file)

@@ -10,6 +10,9 @@ from lopd.cli import main
 from lopd.provenance import fingerprint_weights, read_manifest
 from lopd.store import RolloutStore, TeacherCache
 
+pytestmark = pytest.mark.thorough  # pipelines from prompts to trained students
+
+
 NAMES = ("math", "code")
 
 
@@ -108,7 +111,6 @@ def test_the_gate_compares_teachers_by_name(world, tmp_path, capsys):
     assert [each.name for each in overrides] == ["teacher-mismatch"] * 2
 
 
-@pytest.mark.thorough
 def test_the_log_splits_by_teacher(world, tmp_path):
     out, flags = tmp_path / "result", ("--holdout", "8", "--loss-aggregation", "token_mean")
     assert main(distill_argv(world, world / "cache", out, *flags)) == 0
@@ -135,7 +137,6 @@ def test_the_log_splits_by_teacher(world, tmp_path):
     assert whole == pytest.approx(kl["nats_per_token"], rel=1e-5)
 
 
-@pytest.mark.thorough
 def test_a_killed_run_continues_at_the_next_teacher(world, tmp_path, monkeypatch):
     from lopd.stages import score
 
@@ -158,7 +159,6 @@ def test_a_killed_run_continues_at_the_next_teacher(world, tmp_path, monkeypatch
     assert shard_bytes(tmp_path / "c") == shard_bytes(world / "cache")
 
 
-@pytest.mark.thorough
 def test_workers_write_the_same_cache(world, tmp_path):
     codes = fork_workers(3, several_argv(world, tmp_path / "c"), doomed=1)
     assert codes == [-9, 0, 0]

@@ -16,6 +16,9 @@ from lopd.provenance import declare, read_manifest
 from lopd.store import RolloutStore, TeacherCache
 from lopd.store.size import size_bounds, work_left
 
+pytestmark = pytest.mark.thorough  # pipelines from prompts to trained students
+
+
 K = 6
 
 
@@ -103,7 +106,6 @@ def test_the_manifest_and_inspect_say_whose_the_lists_are(
     assert main(["verify", "--path", str(tmp_path / "cache")]) == 0
 
 
-@pytest.mark.thorough
 def test_an_unfinished_cache_is_not_continued_with_other_lists(
     teacher_folder, student, rollouts, tmp_path, capsys
 ):
@@ -114,7 +116,6 @@ def test_an_unfinished_cache_is_not_continued_with_other_lists(
     assert main(score_argv(teacher_folder, rollouts, cache, "--support", "student")) == 0
 
 
-@pytest.mark.thorough
 def test_an_older_cache_holds_the_teachers_lists_and_is_continued(
     teacher_folder, rollouts, tmp_path
 ):
@@ -147,7 +148,6 @@ def test_losses_that_need_the_teachers_ids_refuse_the_students(
     assert message in error and "--support union" in error and not (tmp_path / "out").exists()
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("list_of", "flags"),
     [
@@ -165,7 +165,6 @@ def test_losses_train_on_lists_that_suit_them(
     assert main(argv) == 0
 
 
-@pytest.mark.thorough
 def test_refreshed_rollouts_are_scored_on_lists_of_the_same_models(
     teacher_folder, student, rollouts, tmp_path
 ):
@@ -181,7 +180,6 @@ def test_refreshed_rollouts_are_scored_on_lists_of_the_same_models(
     np.testing.assert_allclose(item.topk_logprobs[0], q[0, item.topk_ids[0]], atol=2e-5)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("named", [False, True])
 def test_the_student_must_be_the_one_that_rolled_out(
     teacher_folder, student_folder, tmp_path, capsys, named
