@@ -100,7 +100,7 @@ class Run:
             learning_rate=self.factor * OPD_SETTINGS["learning_rate"],
             **{**FORMS, **LEFT_OUT}[self.form],
         )
-        DemoStage(self.name, stage.module, config).run()
+        DemoStage(self.name, self.folder, stage.module, config).run()
         setting = {"form": self.form, "k": self.k, "factor": self.factor}
         return {**setting, **shared.demo.evaluate(self.folder)}
 

@@ -2,11 +2,16 @@
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import objective_cells, objective_tables, objectives, readme
+from lopd.config.distill import DistillConfig
+from lopd.stages import distill
+from lopd.stages.demo.driver import DemoStage
+from lopd.stages.demo.toy import OPD_SETTINGS
 
 
 def test_the_grid_has_every_combination_once():
@@ -95,3 +100,21 @@ def test_every_committed_run_is_a_cell_of_the_grid():
     assert len(set(names)) == len(names)
     assert set(names) <= {cell.name for cell in objectives.cells()}
     assert all(row["steps"] == objective_cells.STEPS for row in rows)
+
+
+def test_a_run_distils_with_its_own_settings_and_is_evaluated(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(distill, "main", ran.append)
+    config = DistillConfig(student="s", cache="c", out="o", max_steps=1)
+    shared = SimpleNamespace(
+        distillation=DemoStage("distilled", "distill", distill, config),
+        cache=lambda k: f"cache-k{k}",
+        demo=SimpleNamespace(
+            path=lambda name: str(tmp_path / name), evaluate=lambda name: {"evaluated": name}
+        ),
+    )
+    row = objective_cells.Run("unbiased", 4, 0.5, 0).measure(shared)
+    (used,) = ran
+    assert (used.cache, used.out) == ("cache-k4", str(tmp_path / "unbiased-k4-lr0.5"))
+    assert (used.tail, used.learning_rate) == ("unbiased", 0.5 * OPD_SETTINGS["learning_rate"])
+    assert row == {"form": "unbiased", "k": 4, "factor": 0.5, "evaluated": "unbiased-k4-lr0.5"}
