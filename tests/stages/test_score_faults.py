@@ -133,7 +133,7 @@ BAD_ENGINES = {
     "tokens too few": (without_first_row, "logprobs is float32"),
     "shifted": (
         lambda s: {"teacher_logprobs": np.roll(s.teacher_logprobs, 1)},
-        "entry in topk|than the tail",
+        "entry in its list|than the tail",
     ),
 }
 
