@@ -75,7 +75,7 @@ class Run:
 
     def measure(self, shared: Shared) -> Row:
         habits, demo = Habits(shared.demo), shared.demo
-        setting = {"sft": self.sft, "opd": self.opd, "objective": self.objective}
+        setting: Row = {"sft": self.sft, "opd": self.opd, "objective": self.objective}
         setting |= {"live": self.live, "steps": self.steps}
         if self.objective == CONTROL:
             folder = habits.fine_tuned(self.sft, self.opd, self.steps)

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 from benchmarks.evidence.consistency_cells import (
     CALIBRATED,
+    CONTROL,
     DOSES,
     LISTS,
     LONG,
@@ -18,7 +20,9 @@ from benchmarks.evidence.consistency_cells import (
 )
 from benchmarks.evidence.frame import Row
 from benchmarks.evidence.intervals import (
+    FEWEST,
     IN_PART,
+    NO_ROWS,
     NOT,
     REPRODUCED,
     Comparison,
@@ -27,9 +31,8 @@ from benchmarks.evidence.intervals import (
     compare,
     mean_log_kl,
     ratio,
+    shown,
 )
-
-FEWEST = 2  # seeds of an interval
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,12 @@ class Setting:
     steps: int
 
     def __str__(self) -> str:
+        if self.objective == CONTROL:
+            return f"control: fine-tuning, {self.steps} steps"
         return f"{self.objective}, {'live' if self.live else 'frozen'}, {self.steps} steps"
 
 
+# In the order of the tables; the first four are the curves of the figure.
 SETTINGS = (
     Setting(LISTS, False, SHORT),
     Setting(LISTS, False, LONG),
@@ -55,6 +61,7 @@ SETTINGS = (
     Setting(CALIBRATED, False, SHORT),
     Setting(CALIBRATED, False, LONG),
 )
+CONTROLS = (Setting(CONTROL, False, SHORT), Setting(CONTROL, False, LONG))
 
 
 def found(rows: Sequence[Row], sft: str, opd: str, setting: Setting | None) -> Values:
@@ -71,10 +78,15 @@ def found(rows: Sequence[Row], sft: str, opd: str, setting: Setting | None) -> V
 
 def paired(ours: Values, base: Values) -> Comparison | None:
     """Two runs on the seeds that both have; None if these are too few."""
-    seeds = sorted(ours.keys() & base.keys())
+    seeds = both(ours, base)
     if len(seeds) < FEWEST:
         return None
     return compare({s: ours[s] for s in seeds}, {s: base[s] for s in seeds})
+
+
+def both(ours: Values, base: Values) -> list[int]:
+    """The seeds that two runs have."""
+    return sorted(ours.keys() & base.keys())
 
 
 def own(setting: Setting) -> Setting:
@@ -83,26 +95,26 @@ def own(setting: Setting) -> Setting:
     return Setting(objective, setting.live, setting.steps)
 
 
+def sides(rows: Sequence[Row], opd: str, setting: Setting) -> tuple[Values, Values]:
+    """The student of the other teacher, and that of `opd` itself, both distilled from `opd`."""
+    other = "A" if opd == "B" else "B"
+    return found(rows, other, opd, setting), found(rows, opd, opd, own(setting))
+
+
 def gap(rows: Sequence[Row], opd: str, setting: Setting) -> Comparison | None:
-    """The student of the other teacher against that of `opd` itself, both distilled from `opd`."""
-    other = "A" if opd == "B" else "B"
-    return paired(found(rows, other, opd, setting), found(rows, opd, opd, own(setting)))
+    """The first of the two sides against the second."""
+    return paired(*sides(rows, opd, setting))
 
 
-def shrinks(rows: Sequence[Row], opd: str, objective: str, live: bool) -> Interval | None:
-    """The gap's KL ratio after the long run, over that after the short one, by seed."""
-    other = "A" if opd == "B" else "B"
-    short, long = (Setting(objective, live, steps) for steps in (SHORT, LONG))
-    each = [
-        found(rows, sft, opd, setting if sft != opd else own(setting))
-        for setting in (short, long)
-        for sft in (other, opd)
-    ]
-    seeds = sorted(set.intersection(*(set(values) for values in each)))
-    if len(seeds) < FEWEST:
-        return None
-    kls = [[values[seed]["kl"] for seed in seeds] for values in each]
-    return ratio([(d / e) / (b / c) for b, c, d, e in zip(*kls, strict=True)])
+def change(rows: Sequence[Row], opd: str, objective: str, live: bool) -> Interval | None:
+    """The gap's KL ratio after the long run, over that after the short one."""
+    gaps = []
+    for steps in (LONG, SHORT):
+        other, same = sides(rows, opd, Setting(objective, live, steps))
+        gaps.append({s: other[s]["kl"] / same[s]["kl"] for s in both(other, same)})
+    long, short = gaps
+    seeds = sorted(long.keys() & short.keys())
+    return ratio([long[s] / short[s] for s in seeds]) if len(seeds) >= FEWEST else None
 
 
 def _cell(values: Values) -> str:
@@ -126,9 +138,9 @@ def _seeds(rows: Sequence[Row]) -> str:
 def grid_table(rows: list[Row]) -> str:
     """Markdown: KL and pass@1 of every pair of teachers."""
     if not rows:
-        return "No rows yet."
+        return NO_ROWS
     head = ["setting", *(f"{sft} → {opd}" for sft, opd in PAIRS)]
-    settings = [None, *(each for each in SETTINGS if found(rows, "A", "B", each))]
+    settings = [None, *(each for each in (*SETTINGS, *CONTROLS) if found(rows, "A", "B", each))]
     body = [
         ["before" if each is None else str(each), *(_cell(found(rows, *p, each)) for p in PAIRS)]
         for each in settings
@@ -137,27 +149,27 @@ def grid_table(rows: list[Row]) -> str:
         [
             *_table(head, body),
             "",
-            "X → Y: fine-tuned on answers of X, distilled from Y. KL to Y in nat per token on new",
-            "answers, geometric mean over seeds with their range, and sampled pass@1. Seeds "
+            "X → Y: fine-tuned on answers of X, distilled from Y; the control is fine-tuned",
+            "further, on Y's answers to the same prompts. KL to Y in nat per token on new answers,",
+            "geometric mean over seeds with their range, and sampled pass@1. Seeds "
             f"{_seeds(rows)}.",
         ]
     )
 
 
 def gap_table(rows: list[Row]) -> str:
-    """Markdown: what another teacher's fine-tuning costs, and whether it grows less with steps."""
+    """Markdown: what fine-tuning on another teacher's answers costs."""
     head = ["distilled with", "teacher", "KL / that of its own student", "pass@1, points", "seeds"]
     body = []
     for setting in SETTINGS:
         for opd in ("B", "A"):
             if (compared := gap(rows, opd, setting)) is None:
                 continue
-            crossed = found(rows, "A" if opd == "B" else "B", opd, setting)
-            seeds = crossed.keys() & found(rows, opd, opd, own(setting)).keys()
-            kl = "{:.2f} [{:.2f}, {:.2f}]".format(*compared["kl"])
-            points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*compared["points"])
+            seeds = both(*sides(rows, opd, setting))
+            kl = shown(compared["kl"], ".2f")
+            points = shown(compared["points"], "+.1f")
             body.append([str(setting), opd, kl, points, str(len(seeds))])
-    return "\n".join(_table(head, body, words=2)) if body else "No rows yet."
+    return "\n".join(_table(head, body, words=2)) if body else NO_ROWS
 
 
 def doses(rows: Sequence[Row]) -> list[str]:
@@ -190,10 +202,54 @@ def dose_table(rows: list[Row]) -> str:
             if name == "A":
                 cells += ["1", "0"]
             else:
-                cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*compared["kl"]))
-                cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*compared["points"]))
+                cells.append(shown(compared["kl"], ".2f"))
+                cells.append(shown(compared["points"], "+.1f"))
         body.append(cells)
-    return "\n".join(_table(head, body)) if body else "No rows yet."
+    return "\n".join(_table(head, body)) if body else NO_ROWS
+
+
+def figure(rows: list[Row]) -> Any:
+    """KL to the teacher of A's student, before and after, against the teachers' disagreement."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = drawn.subplots()
+    curves = [
+        (None, "before distillation", "0.55", "o"),
+        (SETTINGS[0], f"frozen rollouts, {SHORT} steps", "C0", "o"),
+        (SETTINGS[1], f"frozen rollouts, {LONG} steps", "C1", "o"),
+        (SETTINGS[2], f"live teacher, {SHORT} steps", "C0", "x"),
+        (SETTINGS[3], f"live teacher, {LONG} steps", "C1", "x"),
+    ]
+    for setting, label, colour, marker in curves:
+        runs = {name: found(rows, "A", name, setting) for name in doses(rows)}
+        runs = {name: values for name, values in runs.items() if values}
+        if not runs:
+            continue
+        style: dict[str, Any] = {
+            "color": colour,
+            "linestyle": "-" if marker == "o" else ":",
+            "linewidth": 1.2,
+        }
+        where = [_disagreement(rows, name) for name in runs]
+        axes.plot(where, [math.exp(mean_log_kl(x)) for x in runs.values()], label=label, **style)
+        for name, values in runs.items():
+            starts = found(rows, "A", name, None)
+            seeds = sorted(values.keys() & starts.keys())
+            axes.plot(
+                [starts[seed]["disagreement"] for seed in seeds],
+                [values[seed]["kl"] for seed in seeds],
+                marker, color=colour, markersize=4, markerfacecolor="none", linestyle="none",
+            )  # fmt: skip
+    axes.set(
+        yscale="log", xlabel="disagreement of the teachers, KL(A ‖ teacher), nat per token",
+        ylabel="KL(student ‖ teacher), nat per token",
+    )  # fmt: skip
+    axes.set_title("A's student, distilled; points are seeds, lines their means", size=9)
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)
+    return drawn
 
 
 def irreducible(gap_long: Interval, change: Interval) -> str:

@@ -12,135 +12,141 @@ whatever p is.
 
 from __future__ import annotations
 
-import gc
-import shutil
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
+import math
+from collections.abc import Sequence
+from statistics import mean
 
-import numpy as np
-
-from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
-from lopd.provenance import read_manifest
-from lopd.stages import distill, rollout, score
-from lopd.stages.demo.driver import DemoStage
-from lopd.stages.demo.toy import OPD_SETTINGS
-from lopd.store import TeacherCache
-
-STEPS = 250  # two passes over the 8000 prompts; the paper's runs make 2.2
-PARTS = ("generation", "scoring", "training")
-LISTS, SAMPLED = "lists", "sampled"
-OBJECTIVES: dict[str, dict[str, Any]] = {LISTS: {}, SAMPLED: {"objective": "policy_gradient"}}
+from benchmarks.evidence.frame import Part, Row
+from benchmarks.evidence.intervals import (
+    FEWEST,
+    IN_PART,
+    NO_ROWS,
+    NOT,
+    REPRODUCED,
+    Comparison,
+    Interval,
+    compare,
+    ratio,
+    shown,
+)
+from benchmarks.evidence.live_cells import OBJECTIVES, PARTS, cells
 
 
-@dataclass(frozen=True)
-class Ends:
-    """Offline and live with one objective: seconds and quality of both, and drift."""
+def of(rows: Sequence[Row], objective: str) -> list[Row]:
+    """The rows of an objective, by seed."""
+    return sorted((r for r in rows if r["objective"] == objective), key=lambda row: row["seed"])
 
-    objective: str
-    seed: int
-    minutes: ClassVar[float] = 1.4
 
-    @property
-    def name(self) -> str:
-        return f"{self.objective}/seed{self.seed}"
+def ends(rows: Sequence[Row], objective: str, one: str, other: str) -> Comparison | None:
+    """One of start, offline, live and control against another; None if seeds are too few."""
+    chosen = of(rows, objective)
+    if len(chosen) < FEWEST:
+        return None
+    first, second = ({r["seed"]: r["quality"][name] for r in chosen} for name in (one, other))
+    return compare(first, second)
 
-    def measure(self, shared: Shared) -> Row:
-        demo, names = shared.demo, [f"timed-{self.objective}-{part}" for part in (*PARTS, "live")]
-        rollouts = demo.rollouts("", names[0], "opd").config
-        scores = replace(shared.scores.config, rollouts=rollouts.out, out=demo.path(names[1]))
-        offline = replace(
-            shared.distillation.config,
-            cache=scores.out,
-            out=demo.path(names[2]),
-            max_steps=STEPS,
-            **OBJECTIVES[self.objective],
+
+def times(rows: Sequence[Row], objective: str, seconds: str) -> Interval | None:
+    """How many times as long the live run takes as all of the offline one."""
+    chosen = of(rows, objective)
+    if len(chosen) < FEWEST:
+        return None
+    return ratio([r["live"][seconds] / _total(r, seconds) for r in chosen])
+
+
+def _total(row: Row, seconds: str) -> float:
+    return sum(part[seconds] for part in row["offline"].values())
+
+
+def cost_table(rows: list[Row]) -> str:
+    """Markdown: shares of the offline run's parts, and ratios of the live run."""
+    lines = [
+        "| objective | generation | scoring | training | live / offline, processor "
+        "| live / offline, clock | live / training alone | seeds |",
+        f"| --- |{' ---: |' * 7}",
+    ]
+    for objective in OBJECTIVES:
+        chosen = of(rows, objective)
+        if len(chosen) < FEWEST:
+            continue
+        shares = [
+            mean(r["offline"][part]["processor"] / _total(r, "processor") for r in chosen)
+            for part in PARTS
+        ]
+        alone = ratio(
+            [r["live"]["processor"] / r["offline"]["training"]["processor"] for r in chosen]
         )
-        teacher = demo.path("teacher")
-        live = replace(offline, out=demo.path(names[3]), refresh_every=1, teacher=teacher)
-        for name in names:  # of a run that was interrupted
-            shutil.rmtree(demo.path(name), ignore_errors=True)
-        works = [(rollout, rollouts), (score, scores), (distill, offline), (distill, live)]
-        *parts, whole = [timed(lambda pair=pair: pair[0].main(pair[1])) for pair in works]
-        logged = read_manifest(live.out).raw["seconds"]
-        drift = {
-            "trained on": _drift(shared, names[2], names[0]),
-            "new": _drift(shared, names[2], "timed-new", prompts="eval"),
-        }
-        quality = {
-            "start": demo.evaluate("sft"),
-            "offline": demo.evaluate(names[2]),
-            "live": demo.evaluate(names[3]),
-        }
-        if self.objective == LISTS:
-            quality["control"] = demo.evaluate(_fine_tuned(shared))
-        return {
-            "objective": self.objective,
-            "steps": STEPS,
-            "offline": dict(zip(PARTS, parts, strict=True)),
-            "live": {**whole, "parts": logged},
-            "drift": drift,
-            "quality": quality,
-        }
+        found = [times(rows, objective, seconds) for seconds in ("processor", "clock")]
+        cells = [
+            objective,
+            *(f"{share:.0%}" for share in shares),
+            *(shown(each, ".2f") for each in (*found, alone) if each is not None),
+            str(len(chosen)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
 
 
-def _fine_tuned(shared: Shared) -> str:
-    """The fair control: as many steps of fine-tuning, on the teacher's answers to these prompts."""
-    demo, folder = shared.demo, "timed-control"
-    answers = demo.answers("", "timed-answers", "opd")
-    answers.run()
-    settings = {**OPD_SETTINGS, "max_steps": STEPS}
-    demo.training("", folder, model=demo.path("sft"), data=answers.config.out, **settings).run()
-    return folder
+def ends_table(rows: list[Row]) -> str:
+    """Markdown: where the runs end, and offline against the others on the same seeds."""
+    lines = [
+        "| objective | run | KL | pass@1 | offline's KL / its | offline minus it, points |",
+        f"| --- | --- |{' ---: |' * 4}",
+    ]
+    for objective in OBJECTIVES:
+        chosen = of(rows, objective)
+        if len(chosen) < FEWEST:
+            continue
+        for run in chosen[0]["quality"]:
+            compared = ends(rows, objective, "offline", run)
+            assert compared is not None
+            kl = math.exp(mean(math.log(row["quality"][run]["kl"]) for row in chosen))
+            sampled = mean(row["quality"][run]["sampled"] for row in chosen)
+            cells = [objective, run, f"{kl:.4f}", f"{sampled:.3f}"]
+            if run == "offline":
+                cells += ["1", "0"]
+            else:
+                cells += [shown(compared["kl"], ".2f"), shown(compared["points"], "+.1f")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
 
 
-def timed(work: Callable[[], object]) -> dict[str, float]:
-    """Seconds of the clock, and of this process on a processor."""
-    gc.collect()  # trainers are reference cycles
-    clock, processor = time.perf_counter(), time.process_time()
-    work()
-    return {
-        "clock": round(time.perf_counter() - clock, 3),
-        "processor": round(time.process_time() - processor, 3),
-    }
+def drift_table(rows: list[Row]) -> str:
+    """Markdown: the ratio p / r of tokens after offline training, mean and range over seeds."""
+    lines = [
+        "| objective | rollouts | mean of p / r | tokens within a quarter of 1 | ESS of tokens "
+        "| E[log r - log p] |",
+        f"| --- | --- |{' ---: |' * 4}",
+    ]
+    for objective in OBJECTIVES:
+        chosen = of(rows, objective)
+        for rollouts in chosen[0]["drift"] if chosen else ():
+            cells = [objective, rollouts]
+            for key in ("mean", "within a quarter", "ess", "kl"):
+                values = [row["drift"][rollouts][key] for row in chosen]
+                cells.append(f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
 
 
-def _drift(shared: Shared, model: str, rollouts: str, prompts: str | None = None) -> Row:
-    """p / r over tokens: mean, deviation, share within 1/4 of 1, ESS; and E[log r - log p]."""
-    demo = shared.demo
-    if prompts is not None:
-        DemoStage("", "", rollout, demo.rollouts("", rollouts, prompts).config).run()
-    config = replace(
-        shared.scores.config,
-        teacher=demo.path(model),
-        rollouts=demo.path(rollouts),
-        out=demo.path(f"{model}-on-{rollouts}"),
-    )
-    shutil.rmtree(config.out, ignore_errors=True)
-    score.main(config)
-    logs = np.concatenate(
-        [each.teacher_logprobs - each.rollout.rollout_logprobs for each in _scored(config.out)]
-    ).astype(np.float64)
-    weights = np.exp(logs)
-    return {
-        "mean": float(weights.mean()),
-        "deviation": float(weights.std()),
-        "within a quarter": float((np.abs(weights - 1.0) <= 0.25).mean()),
-        "ess": float(weights.mean() ** 2 / np.square(weights).mean()),
-        "kl": float(-logs.mean()),
-        "tokens": len(logs),
-    }
+def cheaper(found: Interval, factor: float) -> str:
+    """Whether the live run takes at least `factor` times as long; in part if it takes longer."""
+    _, low, high = found
+    return REPRODUCED if low >= factor else IN_PART if low > 1 or high >= factor else NOT
 
 
-def _scored(path: str | Path) -> Iterable[Any]:
-    return TeacherCache.open(path, support="list")
+def near(means: Interval, within: Interval) -> str:
+    """Whether the mean ratio is within 0.1 of 1, and nine tokens of ten within a quarter of it.
+
+    In part if only one of the two is.
+    """
+    held = [abs(means[0] - 1) <= 0.1, within[0] >= 0.9]
+    return REPRODUCED if all(held) else IN_PART if any(held) else NOT
 
 
-def cells() -> Sequence[Cell]:
-    """All cells, seed by seed."""
-    return [Ends(objective, seed) for seed in SEEDS for objective in OBJECTIVES]
-
-
-PART = Part("live", cells, tables={}, figures={})
+PART = Part(
+    "live",
+    cells,
+    tables={"live cost": cost_table, "live ends": ends_table, "drift": drift_table},
+    figures={},
+)
