@@ -18,7 +18,6 @@ from lopd.stages.demo.toy import OPD_SETTINGS, PROMPTS, TOP_K
 
 STEPS = 200
 RATES = (1.0, 2.0)  # factors of the demo's learning rate
-SLOW = (0.25,)  # for the sampled token, which higher rates spoil (`benchmarks.evidence.sampled`)
 SAMPLED: dict[str, Any] = {"objective": "policy_gradient"}
 FROZEN = 256  # prompts of the small frozen set
 HELD_OUT = 64  # of these
@@ -57,7 +56,7 @@ def _prompts(count: int, answers: int, **settings: Any) -> Variant:
 
 
 def _importance(words: str, **settings: Any) -> Variant:
-    return Variant(words, {**SAMPLED, **settings}, rates=SLOW, base="sampled")
+    return Variant(words, {**SAMPLED, **settings}, base="sampled")
 
 
 VARIANTS: dict[str, Variant] = {
@@ -81,7 +80,7 @@ VARIANTS: dict[str, Variant] = {
     "refresh-1": Variant("live: renewed every step", {"refresh_every": 1}, minutes=0.5),
     "packed": Variant("codec packed", scoring={"codec": "packed"}, minutes=0.25),
     "compact": Variant("codec compact", scoring={"codec": "compact"}, minutes=0.25),
-    "sampled": Variant("sampled token", SAMPLED, rates=SLOW, base="sampled"),
+    "sampled": Variant("sampled token", SAMPLED),
     "token": _importance("sampled token, ratio of each token", importance="token"),
     "truncated": _importance(
         "sampled token, ratio of each token, at most 1",
@@ -109,7 +108,6 @@ VARIANTS: dict[str, Variant] = {
         f"sampled token, {FROZEN} frozen answers, {LONG['max_steps']} steps",
         LONG | SAMPLED,
         {"limit": FROZEN},
-        rates=SLOW,
         minutes=0.45,
         base="sampled",
     ),
@@ -117,7 +115,6 @@ VARIANTS: dict[str, Variant] = {
         "the same, stopped by the held-out KL",
         LONG | SAMPLED | STOP,
         {"limit": FROZEN},
-        rates=SLOW,
         minutes=0.3,
         base="frozen-sampled",
     ),
@@ -229,9 +226,10 @@ def table(rows: list[Row]) -> str:
                 "{:.2f} [{:.2f}, {:.2f}]".format(*compared["kl"]),
                 "{:+.1f} [{:+.1f}, {:+.1f}]".format(*compared["points"]),
             ]
+        base_name = "" if name == variant.base else variant.base
         lines.append(
-            f"| {variant.words}{_result_steps(variant, ours)} | {variant.base if cells[0] != '1' else ''} "
-            f"| {len(ours)} | {math.exp(mean_log_kl(ours)):.4f} | {cells[0]} "
+            f"| {variant.words}{_result_steps(variant, ours)} | {base_name} | {len(ours)} "
+            f"| {math.exp(mean_log_kl(ours)):.4f} | {cells[0]} "
             f"| {mean(row['sampled'] for row in ours.values()):.3f} | {cells[1]} "
             f"| `'{name}/*'` |"
         )

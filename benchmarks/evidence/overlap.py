@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import correlation
 from typing import Any, ClassVar
 
-import torch
-
 from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
 from benchmarks.evidence.intervals import Interval, ratio
 from benchmarks.evidence.runs import more_fine_tuning, quality, run, scored
@@ -66,13 +64,12 @@ class Gap:
         }
 
 
-@torch.no_grad()
 def initial_overlap(student: str, path: str) -> dict[str, float]:
     """How near a student is to the teacher on its own rollouts, as `lopd` measures it."""
     cache = TeacherCache.open(path, support="list")
     batch = Collator()(SequenceDataset(cache).__getitems__(list(range(SEQUENCES))))
     model = load_model(student, dtype="float32", device="cpu").eval()
-    _, stats = step(model, batch, Objective("reverse_kl"), 1.0)
+    _, stats = step(model, batch, Objective("reverse_kl"), 1.0)  # the overlap, as in training
     overlap, weight = stats["topk_overlap"].tolist()
     agreement = measure(cache)
     assert agreement is not None and agreement.shared is not None

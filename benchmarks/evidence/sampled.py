@@ -29,8 +29,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 RATES = {  # factors of the demo's learning rate
     LISTS: (1.0, 0.5, 2.0),
-    "sampled": (0.25, 0.125, 0.5),
-    "clipped": (0.5, 0.25, 1.0),
+    "sampled": (0.5, 0.25, 1.0),
+    "clipped": (1.0, 0.5, 2.0),
     CONTROL: (1.0, 0.5),
 }
 WORDS = {
