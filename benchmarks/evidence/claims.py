@@ -108,7 +108,7 @@ def claims(read: Read) -> Iterable[tuple[str, str, str, str]]:
 def mismatches(rows: list[dict[str, Any]]) -> Iterable[tuple[str, str, str, str]]:
     """The claims about a student of another teacher, from the rows of `consistency`."""
     again = "python -m benchmarks.evidence --part consistency"
-    frozen, online = (gap(rows, "B", each) for each in (FROZEN_SHORT, LIVE_SHORT))
+    frozen, online = (gap(rows, "A", each) for each in (FROZEN_SHORT, LIVE_SHORT))
     claim = "With another teacher than that of the fine-tuning, offline and live runs end worse"
     if frozen is None or online is None:
         yield claim, UNKNOWN, "too few seeds", ""
@@ -116,18 +116,18 @@ def mismatches(rows: list[dict[str, Any]]) -> Iterable[tuple[str, str, str, str]
         yield (
             claim,
             both_suffer(frozen, online),
-            f"{SHORT} steps with lists, against its own student: offline {words(frozen)}; live "
-            f"{words(online)}",
+            f"{SHORT} steps with lists, against the same student of its own teacher: offline "
+            f"{words(frozen)}; live {words(online)}",
             again,
         )
-    long, less = gap(rows, "B", FROZEN_LONG), change(rows, "B", LISTS, live=False)
+    long, less = gap(rows, "A", FROZEN_LONG), change(rows, LISTS, live=False)
     claim = "That error is irreducible: more training does not remove it"
     if long is None or less is None:
         yield claim, UNKNOWN, "too few seeds", ""
     else:
-        found = f"{LONG} steps offline: {words(long)}; the ratio of KLs is "
-        found += f"{shown(less, '.2f')} times that after {SHORT} steps"
-        if (online := gap(rows, "B", LIVE_LONG)) is not None:
+        found = f"{LONG} steps offline: {words(long)}; its KL is {shown(less, '.2f')} times that "
+        found += f"after {SHORT} steps"
+        if (online := gap(rows, "A", LIVE_LONG)) is not None:
             found += f"; live: {words(online)}"
         yield claim, irreducible(long["kl"], less), found, again
 

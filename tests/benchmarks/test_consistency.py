@@ -26,21 +26,21 @@ def run(sft, opd, seed, kl, *, sampled=0.9, objective=LISTS, live=False, steps=S
     return {**setting, "steps": steps, "kl": kl, "sampled": sampled}
 
 
-SEEDS = {0: 0.01, 1: 0.02, 2: 0.04}  # the KL of B's own student after few steps
+SEEDS = {0: 0.01, 1: 0.02, 2: 0.04}  # the KL of A's student to A after few steps
 FROZEN = Setting(LISTS, False, SHORT)
 
 
 def rows():
-    """A's student ends at 6 times the KL of B's own after few steps, and at 3 times after many."""
+    """From B, A's student has 6 times the KL of its own teacher's after few steps, 3 after many."""
     found = []
     for seed, kl in SEEDS.items():
         for name, apart in (("A", 0.0), ("same", 0.01), ("half", 0.03), ("B", 0.07)):
             found.append(start("A", name, seed, disagreement=apart))
         for steps, own, factor in ((SHORT, kl, 6.0), (LONG, kl / 2, 3.0)):
             found += [
-                run("B", "B", seed, own, steps=steps),
+                run("A", "A", seed, own, steps=steps),
                 run("A", "B", seed, factor * own, sampled=0.7, steps=steps),
-                run("A", "A", seed, kl, steps=steps),
+                run("B", "B", seed, 2 * own, sampled=0.8, steps=steps),
             ]
     return found
 
@@ -108,18 +108,20 @@ def test_a_run_overrides_the_gate_only_for_another_teacher(monkeypatch, tmp_path
     assert row["evaluated"][1] == cell.opd and row["live"] == cell.live
 
 
-def test_a_gap_is_that_to_the_students_own_teacher_on_the_same_seeds():
-    found = consistency_tables.gap(rows()[:-1], "B", FROZEN)
+def test_a_gap_is_that_to_a_consistent_pair_on_the_same_seeds():
+    found = consistency_tables.gap(rows()[:-1], "A", FROZEN)
     assert found["kl"] == pytest.approx((6.0, 6.0, 6.0))
     assert found["points"] == pytest.approx((-20.0, -20.0, -20.0))
-    assert consistency_tables.change(rows(), "B", LISTS, live=False) == pytest.approx((0.5,) * 3)
-    assert consistency_tables.gap(rows()[:7], "B", FROZEN) is None  # one seed
+    found = consistency_tables.gap(rows(), "B", Setting(LISTS, False, LONG))
+    assert found["kl"] == pytest.approx((1.5, 1.5, 1.5))
+    assert consistency_tables.change(rows(), LISTS, live=False) == pytest.approx((0.25,) * 3)
+    assert consistency_tables.gap(rows()[:7], "A", FROZEN) is None  # one seed
     calibrated = [
-        run(sft, "B", seed, factor * kl, objective=objective)
+        run("A", opd, seed, factor * kl, objective=objective)
         for seed, kl in SEEDS.items()
-        for sft, objective, factor in (("A", CALIBRATED, 2.0), ("B", SAMPLED, 1.0))
+        for opd, objective, factor in (("B", CALIBRATED, 2.0), ("A", SAMPLED, 1.0))
     ]
-    found = consistency_tables.gap(calibrated, "B", Setting(CALIBRATED, False, SHORT))
+    found = consistency_tables.gap(calibrated, "A", Setting(CALIBRATED, False, SHORT))
     assert found["kl"] == pytest.approx((2.0, 2.0, 2.0))
 
 
