@@ -22,9 +22,11 @@ from benchmarks.evidence.frame import Row
 from benchmarks.evidence.intervals import (
     FEWEST,
     IN_PART,
+    NEGLIGIBLE,
     NO_ROWS,
     NOT,
     REPRODUCED,
+    UNDECIDED,
     Comparison,
     Interval,
     Values,
@@ -219,21 +221,20 @@ def figure(rows: list[Row]) -> Any:
         runs = {name: values for name, values in runs.items() if values}
         if not runs:
             continue
-        style: dict[str, Any] = {
-            "color": colour,
-            "linestyle": "-" if marker == "o" else ":",
-            "linewidth": 1.2,
-        }
-        where = [_disagreement(rows, name) for name in runs]
-        axes.plot(where, [math.exp(mean_log_kl(x)) for x in runs.values()], label=label, **style)
-        for name, values in runs.items():
-            starts = found(rows, "A", name, None)
-            seeds = sorted(values.keys() & starts.keys())
-            axes.plot(
-                [starts[seed]["disagreement"] for seed in seeds],
-                [values[seed]["kl"] for seed in seeds],
-                marker, color=colour, markersize=4, markerfacecolor="none", linestyle="none",
-            )  # fmt: skip
+        if marker == "o":  # live runs have the two ends only
+            where = [_disagreement(rows, name) for name in runs]
+            kls = [math.exp(mean_log_kl(values)) for values in runs.values()]
+            axes.plot(where, kls, color=colour, linewidth=1.2)
+        starts = {name: found(rows, "A", name, None) for name in runs}
+        points = [
+            (starts[name][seed]["disagreement"], values[seed]["kl"])
+            for name, values in runs.items()
+            for seed in both(values, starts[name])
+        ]
+        axes.plot(
+            *zip(*points, strict=True), marker, color=colour, markersize=4,
+            markerfacecolor="none", label=label,
+        )  # fmt: skip
     axes.set(
         yscale="log", xlabel="disagreement of the teachers, KL(A ‖ teacher), nat per token",
         ylabel="KL(student ‖ teacher), nat per token",
@@ -249,14 +250,29 @@ def irreducible(gap_long: Interval, change: Interval) -> str:
     """Whether a gap remains after the long run that more steps do not narrow.
 
     Reproduced: the gap remains, and the KL does not fall from the short run to the long one. In
-    part: it remains, but the KL clearly falls. Not reproduced: there is no clear gap any more.
+    part: it remains, but the KL clearly falls. Not reproduced: no gap remains.
     """
     if gap_long[1] <= 1:
-        return NOT
-    return IN_PART if change[2] < 1 else REPRODUCED
+        return NOT if gap_long[2] < NEGLIGIBLE else UNDECIDED
+    if change[2] < 1:
+        return IN_PART
+    return REPRODUCED if change[1] > 1 / NEGLIGIBLE else UNDECIDED
 
 
 def both_suffer(frozen: Comparison, live: Comparison) -> str:
-    """Whether another teacher leaves a higher KL offline and live; in part if in one of them."""
-    worse = [each["kl"][1] > 1 for each in (frozen, live)]
-    return REPRODUCED if all(worse) else IN_PART if any(worse) else NOT
+    """Whether another teacher leaves a higher KL offline and live; in part if only in one."""
+    kls = [each["kl"] for each in (frozen, live)]
+    worse, fine = ([f(kl) for kl in kls] for f in (_worse, _fine))
+    if all(worse):
+        return REPRODUCED
+    if all(fine):
+        return NOT
+    return IN_PART if any(worse) else UNDECIDED
+
+
+def _worse(kl: Interval) -> bool:
+    return kl[1] > 1
+
+
+def _fine(kl: Interval) -> bool:
+    return kl[2] < NEGLIGIBLE
