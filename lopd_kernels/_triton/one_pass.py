@@ -16,10 +16,10 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from lopd_kernels._core.waves import occupancy
 from lopd_kernels._triton.kernels import one_pass
 
 ENABLED = False
-REGISTERS = 65536  # of a multiprocessor, of every capability since 8.0
 
 
 class Launch(NamedTuple):
@@ -28,11 +28,6 @@ class Launch(NamedTuple):
     BLOCK: int  # columns of a program at most
     num_warps: int
     maxnreg: int
-
-    @property
-    def per_multiprocessor(self) -> int:
-        """Programs for which a multiprocessor has registers."""
-        return REGISTERS // (32 * self.num_warps * self.maxnreg)
 
 
 # By whether logits have a soft cap. A thread has 64 columns in registers, or 32 where tanh needs
@@ -99,7 +94,9 @@ def row_pass(
     (count, vocab), k = u.shape, listed_ids.shape[1]
     launch = LAUNCHES[logit_arguments["SOFTCAP"]]
     programs, width = slices(vocab, launch.BLOCK)
-    size = grid(count, programs, multiprocessors(u.device) * launch.per_multiprocessor)
+    size = grid(
+        count, programs, multiprocessors(u.device) * occupancy(launch.maxnreg, launch.num_warps)
+    )
     block = min(launch.BLOCK, max(128, triton.next_power_of_2(width)))
     warps = max(1, launch.num_warps * block // launch.BLOCK)
     arrived, invalid = u.new_empty((2, count), dtype=torch.int32)

@@ -10,8 +10,9 @@ all its threads wait at a barrier or have exited, then another gang runs:
     "random"   the same in an order drawn from the seed
 
 In a program with atomic accesses no gang has more than one block, and a gang lets the others run
-after each such access; "random" then gives each block a speed of its own. A device holds so many blocks at once: `resident`, or 8 in an ordinary
-launch and all of them in a cooperative one. The next blocks start when these have exited.
+after each such access; "random" then gives each block a speed of its own. A device holds so many
+blocks at once: `resident`, or 8 in an ordinary launch and all of them in a cooperative one. The
+next blocks start when these have exited.
 
 What a device leaves undefined is a `Fault`: a barrier that not all threads of a block reach, a
 warp-wide instruction without all its lanes, an access outside an allocation, a race. So is a

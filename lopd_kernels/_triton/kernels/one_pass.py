@@ -97,6 +97,13 @@ def _merge(partials_row, programs, ENTROPY: tl.constexpr, PBLOCK: tl.constexpr):
     return top, tl.sum(scale * s, axis=0), spread
 
 
+@triton.jit
+def _zero_slice(out_row, first, width, out_limit, BLOCK: tl.constexpr):
+    c = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], tl.float32).to(out_row.dtype.element_ty)
+    tl.store(out_row + first + c, zero, mask=(c < width) & (first + c < out_limit))
+
+
 @triton.jit(do_not_specialize=PER_ROWS)
 def one_pass_kernel(
     u_ptr,  # [R, V] fp32 as `take_kernel` has left it, rows of u_stride
@@ -127,8 +134,7 @@ def one_pass_kernel(
         row = index.to(tl.int64)
         u_row, out_row = u_ptr + row * u_stride, out_ptr + row * out_stride
         if tl.load(active_ptr + row) == 0:
-            zero = tl.zeros([BLOCK], tl.float32).to(out_row.dtype.element_ty)
-            tl.store(out_row + first + c, zero, mask=(c < width) & (first + c < out_limit))
+            _zero_slice(out_row, first, width, out_limit, BLOCK)
         else:
             ids_row, listed_row = ids_ptr + row * K, listed_ptr + row * K
             target_row, stats_row = target_ptr + row * target_width, stats_ptr + row * stats_width
