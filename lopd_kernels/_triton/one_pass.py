@@ -103,7 +103,8 @@ def row_pass(
     partials = u.new_empty((count, programs, 4))
     one_pass.take_kernel[(count,)](
         u, listed_ids, listed, active, arrived, invalid, bias, u.stride(0), vocab, k,
-        KBLOCK=list_block, num_warps=max(1, list_block // 256), num_stages=1, **logit_arguments,
+        KBLOCK=list_block, num_warps=max(1, list_block // 256), num_stages=1,
+        maxnreg=launch.maxnreg, **logit_arguments,
     )  # fmt: skip
     one_pass.one_pass_kernel[(size,)](
         u, out, listed_ids, listed, target, active, weights, stats, arrived, invalid, partials,
