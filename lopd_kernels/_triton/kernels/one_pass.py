@@ -131,7 +131,7 @@ def one_pass_kernel(
     first = member * width
     c = tl.arange(0, BLOCK)
     for index in range(group, rows, tl.num_programs(0) // programs):
-        row = index.to(tl.int64)
+        row = tl.cast(index, tl.int64)
         u_row, out_row = u_ptr + row * u_stride, out_ptr + row * out_stride
         if tl.load(active_ptr + row) == 0:
             _zero_slice(out_row, first, width, out_limit, BLOCK)
