@@ -14,8 +14,9 @@ from torch import Tensor
 from benchmarks.clock import Outcome, Prepared
 from benchmarks.harness import SANITY, Variant, exceeded
 from benchmarks.problems import REVERSE_KL, Problem, loss_error, row_losses, wide_mm
-from benchmarks.variants import project
+from benchmarks.variants import ours, project
 from lopd_kernels import linear_topk
+from lopd_kernels._core import chunks
 from lopd_kernels._core.backend import row_functions
 from lopd_kernels._core.gemm import in_place, operand_dtype
 from lopd_kernels._core.rules import DivergenceRule, teacher_buckets
@@ -123,6 +124,26 @@ def row_kernel(block: int | None = None, warps: int = 8) -> Variant:
         name, "ours", REVERSE_KL, prepare, check=check, gemms=0,
         bytes_moved=lambda problem: 10.0 * problem.shape.rows * problem.shape.vocab,
     )  # fmt: skip
+
+
+def in_chunks_of(rows: int) -> Variant:
+    """Our loss with chunks of this many rows, whatever the device would choose."""
+    chosen = ours(f"ours, chunks of {rows} rows")
+
+    def prepare(problem: Problem) -> Prepared:
+        step = chosen.prepare(problem).step
+
+        def changed() -> Outcome:
+            original = chunks.chunk_rows
+            chunks.chunk_rows = lambda sizes, *_: min(rows, sizes.n)  # type: ignore[assignment]
+            try:
+                return step()
+            finally:
+                chunks.chunk_rows = original
+
+        return Prepared(changed)
+
+    return replace(chosen, prepare=prepare)
 
 
 def copy() -> Variant:

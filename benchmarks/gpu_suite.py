@@ -45,6 +45,8 @@ WORKSPACES = [size * MIB for size in (
     128, 192, 256, 384, 512, 768, 1024, 1280, 2048, 2560, 3072, 4096, 6144, 8192
 )]  # fmt: skip
 SHARES = (0.05, 0.15, 0.25, 0.5, 0.75)
+CHUNKS = (1024, 1664, 2048, 3072)  # rows; two of them fill the waves of 132 multiprocessors badly
+QUICK_CHUNKS = (16, 48)
 QUICK_WORKSPACES = [50_000, 400_000, 800_000]
 VARIATIONS = {
     "rows": (1024, 4096, 16384, 32768),
@@ -172,6 +174,15 @@ def row_kernel(suite: Suite) -> None:
     suite.measure("row_kernel", problem, compared, gate_rows=256)
 
 
+def chunks(suite: Suite) -> None:
+    """Time over the rows of a chunk, where every chunk adds to dW."""
+    problem = suite.problem(replace(suite.shape, hidden=suite.shape.hidden // 2))
+    sizes = QUICK_CHUNKS if suite.quick else CHUNKS
+    compared = [*variants.floors("three"), variants.ours("ours")]
+    compared += map(components.in_chunks_of, sizes)
+    suite.measure("chunks", problem, compared, gate_rows=256, budget_s=suite.budget_s / 2)
+
+
 def scoring(suite: Suite) -> None:
     """`linear_topk` against full logits and torch.topk: tokens/s and memory."""
     bound = QUICK_WORKSPACES[1] if suite.quick else 512 * MIB
@@ -215,6 +226,7 @@ PARTS: dict[str, tuple[float, Callable[[Suite], None]]] = {
     "accuracy": (30, accuracy),
     "scoring": (20, scoring),
     "ablation": (20, ablation),
+    "chunks": (15, chunks),
     "training_1.7B": (50, training_of("1.7B")),
     "training_8B": (85, training_of("8B")),
     "shapes": (55, shapes),

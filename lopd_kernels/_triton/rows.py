@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lopd_kernels._core.rules import DivergenceRule, PolicyGradientRule, Rule, UnbiasedRule
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState, SplitGrads
+from lopd_kernels._core.waves import Gpu, occupancy
 from lopd_kernels._triton.kernels import rows, rules
 
 WIDEST_LIST_BLOCK = 1024
@@ -39,6 +40,9 @@ class Launch(NamedTuple):
 # By compute capability; None is for devices that are not listed. No entry has been measured yet:
 # eight columns per thread compile without spills for every target (tests/kernels/aot.py).
 LAUNCHES: dict[tuple[int, int] | None, Launch] = {None: Launch(BLOCK=2048, num_warps=8, maxnreg=96)}
+
+# Registers of `row_kernel`, by what it computes: as compiled for sm_80, sm_90 and sm_100, at most.
+REGISTERS = {"plain": 64, "unbiased": 72, "capped": 80}
 
 
 def launch(width: int, list_block: int, device: torch.device) -> dict[str, int]:
@@ -69,6 +73,18 @@ def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> RawListedIds:
     if row_weights is not None:
         active = active & (row_weights != 0)
     return RawListedIds(ids.contiguous(), active, vocab)
+
+
+def gpu(
+    like: Tensor, width: int, buckets: int, rule: Rule, logit_options: LogitOptions
+) -> Gpu | None:
+    if not like.is_cuda or torch.version.hip:
+        return None
+    kind = "unbiased" if isinstance(rule, UnbiasedRule) else "plain"
+    registers = REGISTERS["capped" if logit_options.softcap is not None else kind]
+    warps = launch(width, list_block(buckets), like.device)["num_warps"]
+    multiprocessors = torch.cuda.get_device_properties(like.device).multi_processor_count
+    return Gpu(multiprocessors, occupancy(registers, warps))
 
 
 def nonfinite_rows(hidden: Tensor, weight: Tensor, logit_options: LogitOptions) -> None:
