@@ -60,8 +60,8 @@ def multiprocessors(device: torch.device) -> int:
         )
     if not is_compiled_well():
         raise NotImplementedError(
-            f"one_pass.ENABLED is set, but Triton is {triton.__version__}, whose code for it spills; "
-            f"it needs {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer"
+            f"one_pass.ENABLED is set, but Triton is {triton.__version__}, whose code for it "
+            f"spills; it needs {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer"
         )
     if device.type != "cuda" or torch.version.hip:
         kind = "ROCm" if torch.version.hip else device.type
