@@ -8,7 +8,9 @@ import pytest
 from helpers_stages import one_line
 
 from lopd.cli import main
+from lopd.evaluation.results import RESULTS_NAME
 from lopd.stages.demo import arithmetic as toy
+from lopd.stages.demo.driver import DemoStage
 from lopd.stages.demo.figure import before_after, draw
 from lopd.stages.demo.report import (
     CLIPPED,
@@ -85,6 +87,20 @@ def test_the_table_has_intervals():
     table = format_table(ROWS).splitlines()
     assert "0.970 ± 0.010" in table[5] and "0.990 ± 0.010" in table[2]
     assert "0.950 |" in table[6] and "±" not in table[6]
+
+
+def test_an_evaluation_of_an_earlier_version_has_no_interval_of_the_kl(tmp_path, monkeypatch):
+    """Its results have no standard error."""
+    monkeypatch.setattr(DemoStage, "run", lambda stage: None)
+    demo = ToyDemo(tmp_path, seed=0)
+    folder = tmp_path / "eval" / "sft"
+    folder.mkdir(parents=True)
+    right = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    results = {"kl": {"nats_per_token": 0.25}, "greedy": right, "avg@1": right}
+    (folder / RESULTS_NAME).write_text(json.dumps(results))
+    row = demo.evaluate("sft")
+    assert row["kl"] == 0.25 and "kl_interval" not in row
+    assert row["sampled_interval"] == [0.4, 0.6]
 
 
 def test_online_run_refreshes_at_every_step(tmp_path):

@@ -212,6 +212,8 @@ class Demo(ABC):
         for key, name in (("kl", "kl"), ("held_out_kl", "cache_kl")):
             if (found := results.get(name)) is not None:
                 row[key] = found["nats_per_token"]
+                if "standard_error" not in found:  # as earlier versions wrote it
+                    continue
                 spread = Z95 * found["standard_error"]
                 row[f"{key}_interval"] = [max(0.0, row[key] - spread), row[key] + spread]
         for key, name in (("greedy", "greedy"), ("sampled", f"avg@{config.num_samples}")):
