@@ -193,14 +193,15 @@ class Demo(ABC):
         row |= self.evaluate(stage.folder)
         return row | {"eval_seconds": time.perf_counter() - began}
 
-    def evaluate(self, name: str) -> dict[str, Any]:
-        """Accuracies of a model of the demo, and its KLs to the teacher."""
+    def evaluate(self, name: str, teacher: str = "teacher") -> dict[str, Any]:
+        """Accuracies of a model of the demo, and its KLs to a teacher."""
+        suffix = "" if teacher == "teacher" else f"-{teacher}"
         config = EvalConfig(
             model=self.path(name),
-            teacher=self.path("teacher"),
+            teacher=self.path(teacher),
             prompts=str(self.prompts["eval"]),
             cache=None if self.task.held_out is None else self.path(self.task.held_out),
-            out=self.path(f"eval/{name}"),
+            out=self.path(f"eval/{name}{suffix}"),
             seed=self.seed,
             **self.task.evaluation,
             **self.task.sampling,
