@@ -16,7 +16,7 @@ from statistics import mean, median
 from typing import Any, ClassVar
 
 from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
-from benchmarks.evidence.intervals import Values, interval, ratio
+from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Values, interval, ratio, shown
 from benchmarks.evidence.runs import more_fine_tuning, quality
 from lopd.stages.demo.toy import OPD_SETTINGS, TOP_K
 
@@ -162,26 +162,26 @@ def _steps(ours: Curves, lists: Curves, share: float) -> str:
     if reached < len(steps):
         words += f", {reached} of {len(steps)} seeds"
     base = {seed: steps_to(row, share) for seed, row in lists[best(lists, share)].items()}
-    if ours is lists or len(steps) < 2 or any(map(math.isinf, base.values())):
+    if ours is lists or len(steps) < FEWEST or any(map(math.isinf, base.values())):
         return words
     found = ratio([min(steps[seed], STEPS[-1]) / base[seed] for seed in steps])
     if reached < len(steps):
         return f"{words}; more than {found[0]:.1f} x the lists'"
-    return words + "; {:.1f} [{:.1f}, {:.1f}] x".format(*found)
+    return f"{words}; {shown(found, '.1f')} x"
 
 
 def _against(ends: Values, base: Values) -> tuple[str, str]:
     """KL / the lists' and pass@1 minus the lists', at the last step."""
     if ends is base:
         return "1", "0"
-    if len(ends) < 2:  # one seed has no interval
+    if len(ends) < FEWEST:
         return "", ""
     pairs = [(row, base[seed]) for seed, row in ends.items()]
     kl = ratio([ours["kl"][-1] / theirs["kl"][-1] for ours, theirs in pairs])
     points = interval(
         [100 * (ours["sampled"][-1] - theirs["sampled"][-1]) for ours, theirs in pairs]
     )
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*kl), "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points)
+    return shown(kl, ".2f"), shown(points, "+.1f")
 
 
 def table(rows: list[Row]) -> str:
@@ -209,6 +209,8 @@ def table(rows: list[Row]) -> str:
             *_against(ends, lists[best(lists, None)]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if len(lines) == 2:
+        return NO_ROWS
     return "\n".join(
         [
             *lines,
