@@ -166,6 +166,6 @@ def figure(rows: list[Row]) -> Any:
 PART = Part(
     "overlap",
     cells,
-    tables={"overlap": table, "overlap correlations": correlations},
+    tables={"starts": table, "predictors": correlations},
     figures={"overlap": figure},
 )
