@@ -8,10 +8,8 @@ import pytest
 from helpers_stages import one_line
 
 from lopd.cli import main
-from lopd.evaluation.results import RESULTS_NAME
 from lopd.stages.demo import arithmetic as toy
-from lopd.stages.demo.driver import DemoStage
-from lopd.stages.demo.figure import before_after, draw
+from lopd.stages.demo.figure import before_after, draw, set_scale
 from lopd.stages.demo.report import (
     CLIPPED,
     DISTILLED,
@@ -83,24 +81,37 @@ def test_the_picture_shows_each_model_before_and_after(key):
     assert ((0.96, 0.98) in drawn) == (key == "sampled")
 
 
+@pytest.mark.parametrize(
+    ("values", "wide", "labels"),
+    [
+        ((1.64, 1.25, 1.34), False, 3),  # a log axis labels 1.3, 1.4, ... over each other
+        ((0.9, 1.1), False, 3),
+        ((0.16, 0.001, 0.02), True, 3),
+        ((0.11, 0.0098), True, 2),
+        ((3e-5, 1.5, 0.0), True, 3),
+    ],
+)
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_labels_of_an_axis_do_not_cover_each_other(values, wide, labels, name):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.8))
+    axes = figure.subplots()
+    axes.plot(*((values, range(len(values))) if name == "x" else (range(len(values)), values)))
+    assert set_scale(axes, name, values) is wide
+    figure.draw_without_rendering()
+    axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [tick.label1.get_window_extent() for tick in ticks if tick.label1.get_text()]
+    assert len(boxes) >= labels
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    assert not any(tick.label1.get_text() for tick in axis.get_minor_ticks())
+
+
 def test_the_table_has_intervals():
     table = format_table(ROWS).splitlines()
     assert "0.970 ± 0.010" in table[5] and "0.990 ± 0.010" in table[2]
     assert "0.950 |" in table[6] and "±" not in table[6]
-
-
-def test_an_evaluation_of_an_earlier_version_has_no_interval_of_the_kl(tmp_path, monkeypatch):
-    """Its results have no standard error."""
-    monkeypatch.setattr(DemoStage, "run", lambda stage: None)
-    demo = ToyDemo(tmp_path, seed=0)
-    folder = tmp_path / "eval" / "sft"
-    folder.mkdir(parents=True)
-    right = {"mean": 0.5, "low": 0.4, "high": 0.6}
-    results = {"kl": {"nats_per_token": 0.25}, "greedy": right, "avg@1": right}
-    (folder / RESULTS_NAME).write_text(json.dumps(results))
-    row = demo.evaluate("sft")
-    assert row["kl"] == 0.25 and "kl_interval" not in row
-    assert row["sampled_interval"] == [0.4, 0.6]
 
 
 def test_online_run_refreshes_at_every_step(tmp_path):
