@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -104,8 +103,9 @@ def _drift(shared: Shared, model: str, rollouts: str, prompts: str | None = None
     )
     shutil.rmtree(config.out, ignore_errors=True)
     score.main(config)
+    scored = TeacherCache.open(config.out, support="list")
     logs = np.concatenate(
-        [each.teacher_logprobs - each.rollout.rollout_logprobs for each in _scored(config.out)]
+        [each.teacher_logprobs - each.rollout.rollout_logprobs for each in scored]
     ).astype(np.float64)
     weights = np.exp(logs)
     return {
@@ -116,10 +116,6 @@ def _drift(shared: Shared, model: str, rollouts: str, prompts: str | None = None
         "kl": float(-logs.mean()),
         "tokens": len(logs),
     }
-
-
-def _scored(path: str | Path) -> Iterable[Any]:
-    return TeacherCache.open(path, support="list")
 
 
 def cells() -> Sequence[Cell]:
