@@ -22,10 +22,14 @@ MOST = 8  # threads that take pieces; more cores than that are divided among the
 FEWEST = 8  # pieces; fewer are done one after the other, each by all threads of torch
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the question
 def size() -> int:
     """How many threads take pieces."""
     return min(torch.get_num_threads(), MOST)
+
+
+# torch.compile cannot trace the question. `torch.compiler.assume_constant_result` sets this too,
+# but imports the compiler and Triton for it.
+size._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def hand_out(work: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:
