@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lopd.cli import main
-from lopd.errors import ConfigError
+from lopd.errors import ConfigError, MissingFileError
 from lopd.stages import run as recipe
 
 STAGES = {
@@ -255,6 +255,54 @@ def test_settings_that_do_not_affect_the_artefact_may_change(finished_run, stage
         assert recipe.is_finished(dataclasses.replace(config, gradient_checkpointing=True, **cut))
         with pytest.raises(ConfigError, match="sequences_per_step was 2, is 3"):
             recipe.is_finished(dataclasses.replace(config, batch_size=3))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "words"),
+    [
+        ("eval", {"prompts": "nowhere.jsonl"}, "eval: nowhere.jsonl: no such file"),
+        ("rollout", {"prompts": "teacher"}, "rollout: teacher: no such file"),
+        ("distill", {"student": "nowhere"}, "distill: nowhere: no such file"),
+        ("distill", {"cache": "nowhere"}, "distill: cache: nowhere: no such file"),
+    ],
+)
+def test_what_no_stage_writes_must_exist_before_the_first_stage_runs(
+    finished_run, tmp_path, capsys, stage, changes, words
+):
+    values = finished_run[1]
+    stages = values["stages"] | {stage: (values["stages"][stage] or {}) | changes}
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(values | {"stages": stages, "out": str(tmp_path / "out")}))
+    assert main(["run", str(changed)]) == 2
+    assert f"stages: {words}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spelt", ["{}/", "{}/../sft", "./{}"])
+def test_what_a_stage_writes_may_be_spelt_otherwise(finished_run, tmp_path, monkeypatch, spelt):
+    path, values = finished_run
+    monkeypatch.chdir(tmp_path)
+    eval_settings = (values["stages"]["eval"] or {}) | {"model": spelt.format("out/sft")}
+    changed = values | {"out": "out", "stages": values["stages"] | {"eval": eval_settings}}
+    recipe.check_inputs(recipe.stage_configs(changed, str(path)), str(path))
+    eval_settings["model"] += "-of-another"
+    with pytest.raises(MissingFileError):
+        recipe.check_inputs(recipe.stage_configs(changed, str(path)), str(path))
+
+
+def test_a_stage_may_name_a_model_by_its_hub_id(finished_run, monkeypatch):
+    path, values = finished_run
+    asked = []
+
+    def local(name):
+        asked.append(name)
+        return values["teacher"] if name == "org/name" else name
+
+    monkeypatch.setattr(recipe, "local_models", local)
+    score = (values["stages"]["score"] or {}) | {"teacher": "org/name"}
+    changed = values | {"stages": values["stages"] | {"score": score}}
+    recipe.check_inputs(recipe.stage_configs(changed, str(path)), str(path))
+    assert "org/name" in asked
 
 
 def test_evaluation_without_the_teacher_is_refused(finished_run):

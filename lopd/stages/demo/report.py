@@ -77,10 +77,12 @@ def real_conclusion(rows: list[dict[str, Any]], steps: int) -> str:
     start, control = by_name[FINE_TUNED], by_name[MORE_SFT]
     others = [name for name in by_name if name not in (TEACHER, FINE_TUNED, MORE_SFT)]
     best = min(others, key=lambda name: by_name[name]["kl"])
-    low, high = by_name[best]["kl_interval"], control["kl_interval"]
-    if low[1] < high[0]:
+    found, other = by_name[best].get("kl_interval"), control.get("kl_interval")
+    if found is None or other is None:  # of a single answer, or of an earlier version
+        verdict = "not compared, for want of intervals, with"
+    elif found[1] < other[0]:
         verdict = "below"
-    elif high[1] < low[0]:
+    elif other[1] < found[0]:
         verdict = "above"
     else:
         verdict = "not distinguishable from"

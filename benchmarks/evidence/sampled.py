@@ -1,0 +1,251 @@
+"""Lists against the sampled token: steps to a given KL, each at learning rates of its own.
+
+An arm is an objective. It trains at a constant learning rate after the warm-up, as in the paper, so
+that a step means the same in a run of any length, and the student is evaluated on the way.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, ClassVar
+
+from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
+from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Values, interval, ratio, shown
+from benchmarks.evidence.runs import more_fine_tuning, quality
+from lopd.stages.demo.toy import OPD_SETTINGS, TOP_K
+
+STEPS = (25, 50, 100, 200, 400)  # after which the student is evaluated
+LISTS, CONTROL = "lists", "control"
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    LISTS: {},
+    "sampled": {"objective": "policy_gradient"},
+    "clipped": {"objective": "policy_gradient", "advantage_clip": 1.0},
+}
+RATES = {  # factors of the demo's learning rate
+    LISTS: (1.0, 0.5, 2.0),
+    "sampled": (0.5, 0.25, 1.0),
+    "clipped": (1.0, 0.5, 2.0),
+    CONTROL: (1.0, 0.5),
+}
+WORDS = {
+    LISTS: f"lists of {TOP_K}",
+    "sampled": "sampled token",
+    "clipped": "sampled token, advantage clipped to 1",
+    CONTROL: "control: more fine-tuning",
+}
+SHARES = (0.5, 0.1)  # of the start's KL, the columns of the table
+CONSTANT: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup", "min_lr_ratio": 0.0}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The student's KL on the way of one run."""
+
+    arm: str
+    factor: float  # of the demo's learning rate
+    seed: int
+    minutes: ClassVar[float] = 0.5
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/lr{self.factor:g}/seed{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        return f"curve-{self.arm}-lr{self.factor:g}"
+
+    def measure(self, shared: Shared) -> Row:
+        *between, last = STEPS
+        settings = {"max_steps": last, "save_every": STEPS[0], "save_total_limit": last, **CONSTANT}
+        if self.arm == CONTROL:
+            more_fine_tuning(shared, self.folder, self.factor, **settings)
+        else:
+            rate = self.factor * OPD_SETTINGS["learning_rate"]
+            settings |= {"learning_rate": rate, **OBJECTIVES[self.arm]}
+            shared.distil(self.folder, cache=shared.cache(TOP_K), **settings)
+        found = [quality(shared, "sft")]
+        found += [quality(shared, exported(shared, self.folder, step)) for step in between]
+        found.append(quality(shared, self.folder))
+        curve = {key: [each[key] for each in found] for key in ("kl", "sampled")}
+        for checkpoint in Path(shared.demo.path(self.folder)).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        return {"arm": self.arm, "factor": self.factor, "steps": [0, *STEPS], **curve}
+
+
+def exported(shared: Shared, folder: str, step: int) -> str:
+    """A checkpoint of a finished run as a model's folder; returns its name."""
+    run = Path(shared.demo.path(folder))
+
+    def write(target: Path) -> None:
+        target.mkdir(exist_ok=True)
+        for name in ("config", "generation_config", "tokenizer", "tokenizer_config"):
+            shutil.copy(run / f"{name}.json", target)
+        shutil.copy(run / f"checkpoint-{step}" / "model.safetensors", target)
+
+    shared.demo.build(f"{folder}-step{step}", write)
+    return f"{folder}-step{step}"
+
+
+def cells() -> Sequence[Cell]:
+    return [
+        Curve(arm, factor, seed)
+        for seed in SEEDS
+        for arm, factors in RATES.items()
+        for factor in factors
+    ]
+
+
+def steps_to(row: Row, share: float) -> float:
+    """Steps until the KL is this share of the start's, log KL being linear between evaluations.
+
+    Infinite if the run does not get there.
+    """
+    logs = [math.log(kl / row["kl"][0] / share) for kl in row["kl"]]
+    points = list(zip(row["steps"], logs, strict=True))
+    for (begin, above), (end, below) in pairwise(points):
+        if below <= 0.0:
+            return float(begin + (end - begin) * above / (above - below))
+    return math.inf
+
+
+Curves = dict[float, Values]  # by learning rate, then by seed
+
+
+def arms_of(rows: list[Row]) -> dict[str, Curves]:
+    """The measured runs of each arm."""
+    found: dict[str, Curves] = {}
+    for row in rows:
+        found.setdefault(row["arm"], {}).setdefault(row["factor"], {})[row["seed"]] = row
+    return {arm: found[arm] for arm in RATES if arm in found}
+
+
+def on_common_seeds(arms: dict[str, Curves], *names: str) -> list[Curves]:
+    """The runs of some arms on the seeds that all their learning rates have."""
+    wanted = [arms[name] for name in names]
+    settings = [by_seed for curves in wanted for by_seed in curves.values()]
+    seeds = sorted(set.intersection(*map(set, settings)))
+    return [
+        {factor: {seed: by[seed] for seed in seeds} for factor, by in curves.items()}
+        for curves in wanted
+    ]
+
+
+def best(curves: Curves, share: float | None) -> float:
+    """The rate at which an arm is fastest to a share of the start's KL, or ends lowest (None).
+
+    A run that does not get there counts as twice its length.
+    """
+
+    def cost(factor: float) -> float:
+        rows = curves[factor].values()
+        if share is None:
+            return mean(math.log(row["kl"][-1]) for row in rows)
+        return mean(math.log(min(steps_to(row, share), 2 * STEPS[-1])) for row in rows)
+
+    return min(sorted(curves), key=cost)
+
+
+def _steps(ours: Curves, lists: Curves, share: float) -> str:
+    """Median steps at the best rate, how many seeds get there, and the ratio to the lists'."""
+    factor = best(ours, share)
+    steps = {seed: steps_to(row, share) for seed, row in ours[factor].items()}
+    reached = sum(map(math.isfinite, steps.values()))
+    middle = median(steps.values())
+    words = f"{middle:.0f}" if math.isfinite(middle) else f"> {STEPS[-1]}"
+    words += f" at {factor:g} x"
+    if reached < len(steps):
+        words += f", {reached} of {len(steps)} seeds"
+    base = {seed: steps_to(row, share) for seed, row in lists[best(lists, share)].items()}
+    if ours is lists or len(steps) < FEWEST or any(map(math.isinf, base.values())):
+        return words
+    found = ratio([min(steps[seed], STEPS[-1]) / base[seed] for seed in steps])
+    if reached < len(steps):
+        return f"{words}; more than {found[0]:.1f} x the lists'"
+    return f"{words}; {shown(found, '.1f')} x"
+
+
+def _against(ends: Values, base: Values) -> tuple[str, str]:
+    """KL / the lists' and pass@1 minus the lists', at the last step."""
+    if ends is base:
+        return "1", "0"
+    if len(ends) < FEWEST:
+        return "", ""
+    pairs = [(row, base[seed]) for seed, row in ends.items()]
+    kl = ratio([ours["kl"][-1] / theirs["kl"][-1] for ours, theirs in pairs])
+    points = interval(
+        [100 * (ours["sampled"][-1] - theirs["sampled"][-1]) for ours, theirs in pairs]
+    )
+    return shown(kl, ".2f"), shown(points, "+.1f")
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: steps to shares of the start's KL, and the end, each at the arm's best rate."""
+    arms = arms_of(rows)
+    lines = [
+        "| objective | rates tried | seeds | steps to half the KL | steps to a tenth of the KL "
+        f"| KL after {STEPS[-1]} steps | KL / the lists' | pass@1 minus the lists', points |",
+        f"| --- | --- |{' ---: |' * 6}",
+    ]
+    for arm in arms if LISTS in arms else ():
+        lists, ours = on_common_seeds(arms, LISTS, arm)
+        if not all(ours.values()):  # no seed has all of both arms' rates
+            continue
+        ours = lists if arm == LISTS else ours
+        factor = best(ours, None)
+        ends = ours[factor]
+        kl = math.exp(mean(math.log(row["kl"][-1]) for row in ends.values()))
+        cells = [
+            WORDS[arm],
+            ", ".join(f"{each:g}" for each in sorted(ours)),
+            f"{len(ends)}",
+            *(_steps(ours, lists, share) for share in SHARES),
+            f"{kl:.4f} at {factor:g} x",
+            *_against(ends, lists[best(lists, None)]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if len(lines) == 2:
+        return NO_ROWS
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Rates are factors of the demo's learning rate, and each cell is at the arm's best for",
+            "it. Steps are medians over seeds, interpolated between the evaluations after "
+            f"{', '.join(map(str, STEPS[:-1]))}",
+            f"and {STEPS[-1]} steps; ratios are paired by seed, with 95 % intervals. Where not",
+            f"every seed gets there, the others count as {STEPS[-1]} steps, and the ratio is a",
+            "lower bound.",
+        ]
+    )
+
+
+def figure(rows: list[Row]) -> Any:
+    """KL against steps of each arm at its best final rate: each seed, and their mean."""
+    from matplotlib.figure import Figure
+
+    drawn, arms = Figure(figsize=(6, 3.6), layout="constrained"), arms_of(rows)
+    axes = drawn.subplots()
+    for number, arm in enumerate(arms):
+        (ours,) = on_common_seeds(arms, arm)
+        if not all(ours.values()):  # no seed has all rates
+            continue
+        factor = best(ours, None)
+        found = list(ours[factor].values())
+        for row in found:
+            axes.plot(row["steps"], row["kl"], color=f"C{number}", linewidth=0.6, alpha=0.4)
+        columns = zip(*(row["kl"] for row in found), strict=True)
+        means = [math.exp(mean(map(math.log, column))) for column in columns]
+        label = f"{WORDS[arm]}, {factor:g} x rate"
+        axes.plot(found[0]["steps"], means, color=f"C{number}", marker="o", label=label)
+    axes.set(yscale="log", xlabel="step", ylabel="KL to the teacher, nat per token")
+    axes.legend(fontsize=7)
+    return drawn
+
+
+PART = Part("sampled", cells, tables={"sampled token": table}, figures={"sampled": figure})
