@@ -19,7 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopd_kernels._core.gemm import buffer_rows, compute_dtype, is_mixed, widened_rows
+from lopd_kernels._core import crew
+from lopd_kernels._core.gemm import (
+    buffer_rows,
+    compute_dtype,
+    is_mixed,
+    partial_sums,
+    widened_rows,
+)
 from lopd_kernels._core.types import Needs, Skip
 from lopd_kernels._core.waves import Gpu, Work, best_rows
 
@@ -27,7 +34,7 @@ ALIGNMENT = 16  # columns: keeps rows of logits on vector boundaries
 CHUNK_BYTES = {"cuda": 5 << 28, "cpu": 256 << 20}  # of logits in a chunk without a bound
 PANEL_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
 WEIGHT_GRAD_BYTES = 64 << 20  # of dW in the compute dtype, where dlogits are stored
-BLOCK_BYTES = 8 << 20  # of the rows that the row functions in torch process at a time
+BLOCK_BYTES = 8 << 20  # of the rows that a thread of the row functions in torch has at a time
 FEWEST_ROWS = 128  # with fewer rows to a chunk, the GEMMs are bound by reading the weight
 GATHER_BYTES = 2 << 20  # of listed rows of the weight that are gathered at a time, on a CPU
 SORT_WORDS = 12  # words per listed id that sorting by id takes
@@ -54,6 +61,7 @@ class Sizes(NamedTuple):
     device: str
     logits: int = 1  # buffers of [rows, columns] logits
     kept: int | None = None  # rows whose gradient outside the list is formed; None: all, exactly
+    threads: int = 1  # of a CPU, that work on different rows or columns
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, width: int) -> Sizes:
@@ -69,7 +77,8 @@ class Sizes(NamedTuple):
         mixed = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
         compute = compute_dtype(dtype).itemsize
         widened = 0 if mixed or dtype.itemsize == compute else buffer_rows(v, d)
-        return cls(n, v, d, width, dtype.itemsize, compute, widened, mixed, device)
+        threads = crew.size() if device == "cpu" else 1
+        return cls(n, v, d, width, dtype.itemsize, compute, widened, mixed, device, threads=threads)
 
     def keeping(self, skip: Skip | None) -> Sizes:
         return self if skip is None else self._replace(kept=skip.capacity(self.n))
@@ -77,14 +86,17 @@ class Sizes(NamedTuple):
     def common(self, rows: int, columns: int, rule: str) -> int:
         """What every schedule needs: logits, blocks of rows, operands, bookkeeping."""
         operand = self.element if self.mixed else self.compute
-        blocks = 0
+        blocks, sums = 0, 0
         if self.device == "cpu":
-            blocks = min(rows * columns * self.compute, BLOCK_BYTES + columns * self.compute) * 2
+            largest = self.threads * (BLOCK_BYTES + columns * self.compute)
+            blocks = min(rows * columns * self.compute, largest) * 2
+            sums = partial_sums(columns, self.d) * rows * self.d * self.compute
         return (
             rows * padded(columns) * self.compute * self.logits
             + blocks
+            + sums
             + self.n * self.d * operand
-            + self.widened * self.d * self.compute
+            + self.widened * self.d * self.compute * self.threads
             + 2 * self.v * self.compute
             + BOOKKEEPING[rule] * self.n * (self.width + 2) * self.compute
         )
