@@ -172,11 +172,13 @@ def figure(rows: list[Row]) -> Any:
     for axes, name in zip(drawn.subplots(1, 2, sharey=True), names, strict=True):
         for number, steps in enumerate(sorted(STARTS)):
             found = [row for row in rows if row["fine_tuning"] == steps]
+            if not found:
+                continue
             x = [predictor(row, name) for row in found]
             y = [math.exp(log_gap(row)) for row in found]
             axes.scatter(x, y, color=f"C{number}", s=20, label=f"{steps} steps of fine-tuning")
         axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(yscale="log", xlabel=PREDICTORS[name])
+        axes.set(xlabel=PREDICTORS[name])
     drawn.axes[0].set_ylabel("offline's KL / live's")
     drawn.axes[0].legend(fontsize=7)
     return drawn

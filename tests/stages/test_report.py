@@ -142,6 +142,20 @@ def test_evaluations_beside_a_run_are_found_and_shown_with_intervals(runs, capsy
     assert "is of a model that is none of the runs'" in capsys.readouterr().err
 
 
+def test_evaluations_that_nobody_named_do_not_end_a_report(runs, capsys):
+    kl = {"nats_per_token": 0.25, "standard_error": 0.05, "exact": False}
+    for name in ("first", "second"):
+        evaluation_of(runs, name, runs / "one", kl=kl)
+    (evaluation_of(runs, "torn", runs / "one", kl=kl) / "results.json").write_text("{")
+    text = report(runs, "one", answers=0)
+    assert "<th>one (first)</th><th>one (second)</th>" in text
+    found = capsys.readouterr().err
+    assert "torn/results.json: torn or altered" in found and "left out" in found
+    assert main(["report", str(runs / "one"), "--evals", str(runs / "eval" / "torn")]) == 2
+    for name in ("first", "second", "torn"):
+        shutil.rmtree(runs / "eval" / name)
+
+
 def test_memory_is_planned_for_the_longest_sequence_of_the_cache(runs):
     text = report(runs, "one", answers=0)
     section = text.split("Memory of training")[1].split("</section>")[0]

@@ -8,6 +8,7 @@ from typing import Any
 from lopd.config.dtype import with_dtype
 from lopd.config.report import ReportConfig
 from lopd.engines.transformers import TransformersEngine
+from lopd.errors import LopdError
 from lopd.evaluation.tokens import compare_tokens
 from lopd.provenance.found import artefact_kind
 from lopd.provenance.io import make_folder, remove_dead_writers, storing, write_atomic
@@ -80,7 +81,10 @@ def _lengths(cache: TeacherCache) -> dict[str, Any] | None:
 
 
 def _evaluations(runs: list[Run], config: ReportConfig) -> list[Evaluation]:
-    """The evaluations that are named, or those beside the runs: of their models and students."""
+    """The evaluations that are named, or those beside the runs: of their models and students.
+
+    Those beside the runs that cannot be read are left out, with a warning: nobody asked for them.
+    """
     known = {weights for run in runs for weights in (run.base, run.weights)}
     if config.evals is not None:
         evaluations = [read_evaluation(folder) for folder in config.eval_folders]
@@ -89,13 +93,18 @@ def _evaluations(runs: list[Run], config: ReportConfig) -> list[Evaluation]:
                 logger.warning("%s: is of a model that is none of the runs'", evaluation.folder)
         return evaluations
     parents = dict.fromkeys(Path(run.folder).resolve().parent for run in runs)
-    found = [
-        read_evaluation(str(folder))
+    found = []
+    for folder in (
+        folder
         for parent in parents
         for pattern in ("*", "eval/*")
         for folder in sorted(parent.glob(pattern))
-        if artefact_kind(folder) == "evaluation"
-    ]
+    ):
+        try:
+            if artefact_kind(folder) == "evaluation":
+                found.append(read_evaluation(str(folder)))
+        except LopdError as error:
+            logger.warning("%s; left out", error)
     own = [evaluation for evaluation in found if evaluation.weights in known]
     bases = {run.base for run in runs}
     return sorted(own, key=lambda evaluation: evaluation.weights not in bases)  # before, then after

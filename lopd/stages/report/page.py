@@ -150,7 +150,11 @@ def _evaluations(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
         if run.base
     }
     names |= {run.weights: run.name for run in runs}
-    header = ["", *(names.get(e.weights, Path(e.folder).name) for e in evaluations)]
+    titles = [names.get(e.weights, Path(e.folder).name) for e in evaluations]
+    header = [""]
+    for title, evaluation in zip(titles, evaluations, strict=True):
+        several = titles.count(title) > 1  # evaluations of one model, by other prompts or settings
+        header.append(f"{title} ({Path(evaluation.folder).name})" if several else title)
     measures: dict[str, dict[str, str]] = {}
     for evaluation in evaluations:
         for name, words in measured(evaluation.results):
