@@ -66,7 +66,7 @@ class Ends:
             **OBJECTIVES[self.objective],
         )
         teacher = demo.path("teacher")
-        # The live run takes its prompts from a cache, which it must not wait for: one like `scores`.
+        # The live run takes its prompts from a cache: one like `scores`, which may come later.
         cache = shared.cache(scores.k)
         live = replace(
             offline, cache=cache, out=demo.path(names[3]), refresh_every=1, teacher=teacher
