@@ -71,7 +71,8 @@ class Ends:
         live = replace(
             offline, cache=cache, out=demo.path(names[3]), refresh_every=1, teacher=teacher
         )
-        distill.main(replace(live, out=demo.path(WARM_UP), max_steps=2))  # imports, caches
+        warm_up = replace(live, out=demo.path(WARM_UP), max_steps=2, warmup_steps=0)
+        distill.main(warm_up)  # imports, first allocations
         works: dict[str, tuple[Any, Any]] = {
             "generation": (rollout, rollouts), "scoring": (score, scores),
             "training": (distill, offline), "live": (distill, live),
