@@ -140,7 +140,7 @@ def _short(values: Tensor) -> list[float]:
 
 def demo_models(work: Path) -> tuple[dict[str, str], str]:
     """The demo's student at the start and at the end, and a cache of the longest lists."""
-    from benchmarks.objective_cells import Shared
+    from benchmarks.evidence.frame import Shared
 
     shared = Shared(work, seed=0)
     shared.scores.run()
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", help="the teacher's scores of these rollouts")
     parser.add_argument("--k", type=int, nargs="+", help="lengths of the lists")
     parser.add_argument("--rows", type=int, default=20000, help="rows of the cache to measure")
-    parser.add_argument("--work", type=Path, default=Path("build/objectives"))
+    parser.add_argument("--work", type=Path, default=Path("build/evidence"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     if (args.start is None) != (args.cache is None):

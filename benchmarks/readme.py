@@ -5,6 +5,7 @@ Results come from the committed rows, the roofline from its formulas, the parts 
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,9 @@ import numpy as np
 
 from benchmarks import (
     demo_seeds,
-    evidence,
     fused_loss,
     gpu_suite,
     gradients,
-    objective_tables,
-    objectives,
     offline_live,
     offlist,
     prunings,
@@ -26,6 +24,9 @@ from benchmarks import (
     roofline,
     skipping,
 )
+from benchmarks.evidence import claims
+from benchmarks.evidence.frame import read
+from benchmarks.evidence.parts import PARTS
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 from lopd.stages.demo.toy import OPD_STEPS
 
@@ -220,12 +221,8 @@ def rendered(text: str) -> str:
         "parts": parts_block,
         "offline live": live_block,
         "gradients": lambda: gradients.table(read_rows(gradients.NAME)),
-        "claims": lambda: evidence.table(read_rows),
-        "forms": lambda: objective_tables.training_table(read_rows(objectives.NAME)),
-        "verdict": lambda: objective_tables.verdict(read_rows(objectives.NAME)),
-        "gradient noise": lambda: objective_tables.gradient_table(read_rows(objectives.NAME)),
+        "claims": lambda: claims.table(read_rows),
         "skipping": lambda: skipping.table(read_rows(skipping.NAME)),
-        "left out": lambda: objective_tables.left_out_table(read_rows(objectives.NAME)),
         "real demo": lambda: real_demo.table(read_rows(real_demo.NAME)),
         "real against control": lambda: real_demo.against_control(read_rows(real_demo.NAME)),
         "real parts": lambda: real_demo.parts(read_rows(real_demo.NAME)),
@@ -234,6 +231,9 @@ def rendered(text: str) -> str:
         "prunings": lambda: prunings.table(read_rows(prunings.NAME)),
         "offlist": lambda: offlist.table(read_rows(offlist.NAME)),
     }
+    for part in PARTS:
+        rows = read(RESULTS / part.file)
+        blocks |= {name: partial(table, rows) for name, table in part.tables.items()}
     for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
         if name == "end":
             continue

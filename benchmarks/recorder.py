@@ -84,7 +84,8 @@ def describe(row: dict[str, Any]) -> str:
 
 def identity(device: torch.device, commit: str | None) -> dict[str, Any]:
     cuda = device.type == "cuda"
-    changes = None if commit else command_output("git", "status", "--porcelain")
+    rows = ":!benchmarks/results"  # those that earlier runs left; they change no measurement
+    changes = None if commit else command_output("git", "status", "--porcelain", "--", ".", rows)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",

@@ -1,44 +1,103 @@
-"""Verdicts on the paper's claims, from intervals."""
+"""The frame of the evidence: its plan, how it continues, what a row holds, and its figures."""
+
+import json
+from dataclasses import dataclass
 
 import pytest
 
-from benchmarks import evidence, readme
+from benchmarks import readme
+from benchmarks.evidence import frame
+from benchmarks.evidence.parts import PARTS
 
 
-@pytest.mark.parametrize(
-    ("points", "verdict"),
-    [
-        ((0.1, -3.9, 3.9), evidence.REPRODUCED),
-        ((0.1, -4.1, 3.9), evidence.IN_PART),
-        ((-5.0, -9.0, -1.0), evidence.NOT),
-    ],
-)
-def test_runs_are_equal_if_the_interval_lies_within_the_margin(points, verdict):
-    assert evidence.equal({"points": points, "kl": (1.0, 0.5, 2.0)}) == verdict
+@dataclass(frozen=True)
+class Counted:
+    seed: int
+    minutes = 1.0
+
+    @property
+    def name(self):
+        return f"a/{self.seed}"
+
+    def measure(self, shared):
+        return {"of": shared}
 
 
-def test_a_run_is_better_if_its_interval_says_so():
-    def verdict(kl, points):
-        return evidence.better({"kl": kl, "points": points})
+def figure(rows):
+    from matplotlib.figure import Figure
 
-    none = (0.0, -1.0, 1.0)
-    assert verdict((0.5, 0.3, 0.9), none) == evidence.REPRODUCED
-    assert verdict((0.5, 0.3, 1.1), (1.0, 0.5, 1.5)) == evidence.REPRODUCED
-    assert verdict((0.5, 0.3, 1.1), none) == evidence.NOT
+    drawn = Figure(figsize=(1, 1))
+    drawn.subplots().plot([row["seed"] for row in rows])
+    return drawn
 
 
-def test_stages_are_compared_on_the_same_seeds():
-    rows = [
-        {"stage": stage, "seed": seed, "kl": kl * scale, "sampled": sampled}
-        for stage, scale, sampled in (("a", 0.5, 0.9), ("b", 1.0, 0.8))
-        for seed, kl in enumerate((0.01, 0.1, 1.0))
-    ]
-    found = evidence.compared(rows, "a", "b")
-    assert found["kl"] == pytest.approx((0.5, 0.5, 0.5))
-    assert found["points"] == pytest.approx((10.0, 10.0, 10.0))
+def part(name):
+    def table(rows):
+        return f"{name}: {len(rows)} rows"
+
+    return frame.Part(
+        name, lambda: [Counted(seed) for seed in (0, 1, 2)], {name: table}, {name: figure}
+    )
 
 
-def test_every_verdict_has_numbers_and_a_command():
-    for claim, verdict, found, command in evidence.claims(readme.read_rows):
-        assert claim and found
-        assert (command == "") == (verdict == evidence.UNKNOWN)
+@pytest.fixture
+def made(monkeypatch):
+    """The seeds whose models were made; none is."""
+    seeds: list[int] = []
+    stand_in = lambda work, seed: seeds.append(seed) or seed  # noqa: E731
+    stand_in.minutes = 2.0
+    monkeypatch.setattr(frame, "Shared", stand_in)
+    return seeds
+
+
+def rows_of(name, folder):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_a_second_call_continues_with_the_missing_cells(tmp_path, made, capsys):
+    common = ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
+    frame.main([part("one")], [*common, "--plan"])
+    assert "3 cells, 9 minutes" in capsys.readouterr().out and not made
+    frame.main([part("one")], [*common, "--only", "*/1"])
+    frame.main([part("one")], common)
+    rows = rows_of("one", tmp_path)
+    assert [row["cell"] for row in rows] == ["a/1", "a/0", "a/2"]
+    assert rows[0]["command"] == "python -m benchmarks.evidence --part one --only 'a/1'"
+    assert made == [1, 0, 2] and rows[0]["of"] == 1 and rows[0]["commit"]
+    assert rows[0]["minutes"] >= 0.0 and rows[0]["dirty"] in (False, True)
+
+
+def test_parts_are_chosen_by_name_and_share_the_models_of_a_seed(tmp_path, made, capsys):
+    parts, common = [part("one"), part("two"), part("three")], ["--out", str(tmp_path)]
+    frame.main(parts, [*common, "--part", "one", "three", "--only", "a/2"])
+    assert made == [2]
+    assert len(rows_of("one", tmp_path)) == len(rows_of("three", tmp_path)) == 1
+    assert not (tmp_path / "two.jsonl").exists()
+    capsys.readouterr()
+    frame.main(parts, [*common, "--table"])
+    assert capsys.readouterr().out.split("\n\n")[:2] == ["one: 1 rows", "two: 0 rows"]
+    assert made == [2]
+
+
+def test_a_figure_is_drawn_alike_every_time(tmp_path, made):
+    common = ["--out", str(tmp_path)]
+    frame.main([part("one")], common)
+    first = (tmp_path / "one.svg").read_bytes()
+    assert first.startswith(b"<?xml")
+    frame.main([part("one")], common)
+    assert (tmp_path / "one.svg").read_bytes() == first
+
+
+def test_parts_and_blocks_have_names_of_their_own():
+    names = [part.name for part in PARTS]
+    blocks = [name for part in PARTS for name in part.tables]
+    assert len(set(names)) == len(names) and len(set(blocks)) == len(blocks)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_every_committed_row_is_that_of_one_cell(part):
+    rows = frame.read(readme.RESULTS / part.file)
+    names = [row["cell"] for row in rows]
+    assert len(set(names)) == len(names)
+    assert set(names) <= {cell.name for cell in part.cells()}
+    assert all(row["command"].endswith(f" --only '{row['cell']}'") for row in rows)

@@ -1,13 +1,14 @@
-"""The grid of `benchmarks.objectives`: its plan, how it continues, and what its cells compute."""
+"""The grid of `benchmarks.objectives`, and what its cells compute."""
 
-import json
-from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import objective_cells, objective_tables, objectives, readme
+from benchmarks import objectives, readme
+from benchmarks.evidence import objective_cells, objective_tables
+from benchmarks.evidence.frame import Shared
 from lopd.config.distill import DistillConfig
 from lopd.stages import distill
 from lopd.stages.demo.driver import DemoStage
@@ -15,37 +16,9 @@ from lopd.stages.demo.toy import OPD_SETTINGS
 
 
 def test_the_grid_has_every_combination_once():
-    names = [cell.name for cell in objectives.cells()]
+    names = [cell.name for cell in objective_cells.cells()]
     assert len(names) == len(set(names)) == 5 + 5 * 3 * 4 * 3 + 5 * 2 + 5 * 2
     assert {"unbiased/k2/lr0.5/seed4", "gradients/end/seed0", "start/seed3"} <= set(names)
-
-
-@dataclass(frozen=True)
-class Counted:
-    seed: int
-    name: str
-    minutes = 1.0
-
-    def measure(self, shared):
-        return {"work": shared}
-
-
-def test_a_second_call_continues_with_the_missing_cells(tmp_path, monkeypatch, capsys):
-    shared: list[int] = []
-    monkeypatch.setattr(objectives, "Shared", lambda work, seed: shared.append(seed) or seed)
-    objectives.Shared.minutes = 2.0
-    monkeypatch.setattr(
-        objectives, "cells", lambda: [Counted(seed, f"a/{seed}") for seed in (0, 1, 2)]
-    )
-    common = ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
-    objectives.main([*common, "--plan"])
-    assert "3 cells, 9 minutes" in capsys.readouterr().out and not shared
-    objectives.main([*common, "--only", "*/1"])
-    objectives.main(common)
-    rows = [json.loads(x) for x in (tmp_path / objectives.NAME).read_text().splitlines()]
-    assert [row["cell"] for row in rows] == ["a/1", "a/0", "a/2"]
-    assert rows[0]["command"] == "python -m benchmarks.objectives --only 'a/1'"
-    assert shared == [1, 0, 2] and rows[0]["work"] == 1 and rows[0]["commit"]
 
 
 def test_bias_and_noise_of_a_shifted_and_of_a_noisy_gradient():
@@ -88,18 +61,9 @@ def test_a_form_is_compared_at_its_best_rate_on_the_same_seeds():
     assert "higher mean KL than the bucket at k = 8" in objective_tables.verdict(rows[:6])
 
 
-def test_intervals_are_those_of_students_t():
-    """scipy.stats.t.interval(0.95, 4, loc=3, scale=stdev / sqrt(5)) of 1 to 5."""
-    found = objective_tables.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert found == pytest.approx((3.0, 1.03676, 4.96324), abs=1e-3)
-
-
-def test_every_committed_run_is_a_cell_of_the_grid():
-    rows = readme.read_rows(objectives.NAME)
-    names = [row["cell"] for row in rows]
-    assert len(set(names)) == len(names)
-    assert set(names) <= {cell.name for cell in objectives.cells()}
-    assert all(row["steps"] == objective_cells.STEPS for row in rows)
+def test_every_committed_run_has_the_steps_of_the_grid():
+    rows = readme.read_rows(objectives.PART.file)
+    assert rows and all(row["steps"] == objective_cells.STEPS for row in rows)
 
 
 def test_a_run_distils_with_its_own_settings_and_is_evaluated(tmp_path, monkeypatch):
@@ -113,8 +77,10 @@ def test_a_run_distils_with_its_own_settings_and_is_evaluated(tmp_path, monkeypa
             path=lambda name: str(tmp_path / name), evaluate=lambda name: {"evaluated": name}
         ),
     )
+    shared.distil = partial(Shared.distil, shared)
     row = objective_cells.Run("unbiased", 4, 0.5, 0).measure(shared)
     (used,) = ran
     assert (used.cache, used.out) == ("cache-k4", str(tmp_path / "unbiased-k4-lr0.5"))
     assert (used.tail, used.learning_rate) == ("unbiased", 0.5 * OPD_SETTINGS["learning_rate"])
-    assert row == {"form": "unbiased", "k": 4, "factor": 0.5, "evaluated": "unbiased-k4-lr0.5"}
+    setting = {"form": "unbiased", "k": 4, "factor": 0.5, "steps": objective_cells.STEPS}
+    assert row == {**setting, "evaluated": "unbiased-k4-lr0.5"}

@@ -2,28 +2,22 @@
 
 import math
 from collections.abc import Callable
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
 
-from benchmarks.objective_cells import (
+from benchmarks.evidence.frame import SEEDS, Row
+from benchmarks.evidence.intervals import Comparison, Values, compare, mean_log_kl
+from benchmarks.evidence.objective_cells import (
     EXACT,
     FACTORS,
     FORMS,
     LEFT_OUT,
     LISTS,
     SAMPLED,
-    SEEDS,
     STEPS,
     WHOLE,
 )
 
-Row = dict[str, Any]
-Values = dict[int, Row]  # by seed
-Interval = tuple[float, float, float]  # mean, low, high
-Comparison = dict[str, Interval]  # of "kl", a ratio, and of "points"
 BASE = "bucket"
-# Student's t, 0.975, by degrees of freedom
-QUANTILES = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Runs:
@@ -49,30 +43,12 @@ class Runs:
             for factor in self.factors
             if self.complete(beside or form, k, factor) is not None
         ]
-        return min((rows for rows in found if rows is not None), key=_mean_log_kl, default=None)
+        return min((rows for rows in found if rows is not None), key=mean_log_kl, default=None)
 
     def against_base(self, form: str, k: int) -> Comparison | None:
         """A form against the bucket, each at the best of the learning rates that both have."""
         ours, base = self.best(form, k, BASE), self.best(BASE, k, form)
         return None if ours is None or base is None else compare(ours, base)
-
-
-def compare(ours: Values, base: Values) -> Comparison:
-    """Two runs on the same seeds: KL / the base's, and pass@1 minus the base's in points."""
-    assert ours.keys() == base.keys()
-    kl = interval([math.log(ours[s]["kl"] / base[s]["kl"]) for s in ours])
-    points = [100 * (ours[s]["sampled"] - base[s]["sampled"]) for s in ours]
-    return {"kl": (math.exp(kl[0]), math.exp(kl[1]), math.exp(kl[2])), "points": interval(points)}
-
-
-def _mean_log_kl(rows: Values) -> float:
-    return mean(math.log(row["kl"]) for row in rows.values())
-
-
-def interval(values: list[float]) -> Interval:
-    """The mean and its 95 % interval, by Student's t."""
-    middle, half = mean(values), QUANTILES[len(values) - 1] * stdev(values) / len(values) ** 0.5
-    return middle, middle - half, middle + half
 
 
 def _cells(comparison: Comparison | None, rows: Values | None) -> list[str]:
@@ -97,7 +73,7 @@ def training_table(rows: list[Row]) -> str:
     for k in LISTS:
         for form in FORMS:
             found = [runs.complete(form, k, factor) for factor in runs.factors]
-            kls = [f"{math.exp(_mean_log_kl(x)):.4f}" if x else "" for x in found]
+            kls = [f"{math.exp(mean_log_kl(x)):.4f}" if x else "" for x in found]
             cells = _cells(runs.against_base(form, k), runs.best(form, k, BASE))
             if form == BASE:
                 cells = ["1", cells[1], "0"]
@@ -138,7 +114,7 @@ def left_out_table(rows: list[Row]) -> str:
         cells = _cells(compare(found, exact), found)
         if form == EXACT:
             cells = ["1", cells[1], "0"]
-        lines.append(f"| {name} | {math.exp(_mean_log_kl(found)):.4f} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {math.exp(mean_log_kl(found)):.4f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from benchmarks.evidence.frame import SEEDS, Cell, Shared
 from lopd.config.objective import Objective
 from lopd.models.load import load_model
-from lopd.stages import score
-from lopd.stages.demo.driver import DemoStage
-from lopd.stages.demo.toy import OPD_SETTINGS, ToyDemo
+from lopd.stages.demo.toy import OPD_SETTINGS
 from lopd.store import TeacherCache
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.step import step
 
-SEEDS = (0, 1, 2, 3, 4)
 LISTS = (2, 4, 8)
 FACTORS = (1.0, 0.5, 2.0)  # of the demo's learning rate, in the order of the runs
 STEPS = 200  # half of the demo's, so that the grid takes half an hour
@@ -38,25 +36,6 @@ WHOLE = "whole vocabulary"
 BATCHES = 40  # whose gradients are compared
 
 
-class Shared:
-    """What the cells of one seed share: models, rollouts and scores, made when they are needed."""
-
-    minutes = 0.9
-
-    def __init__(self, work: Path, seed: int) -> None:
-        self.demo = ToyDemo(work / f"seed{seed}", seed)
-        stages = self.demo.stages(online=False)
-        for stage in stages[:4]:
-            stage.run()
-        self.scores, self.distillation = stages[4:6]
-
-    def cache(self, k: int) -> str:
-        """The folder of the teacher's scores with lists of length k."""
-        config = replace(self.scores.config, k=k, out=self.demo.path(f"cache-k{k}"))
-        DemoStage("scores", f"cache-k{k}", score, config).run()
-        return str(config.out)
-
-
 @dataclass(frozen=True)
 class Start:
     """The student before it is distilled."""
@@ -69,7 +48,7 @@ class Start:
         return f"start/seed{self.seed}"
 
     def measure(self, shared: Shared) -> dict[str, Any]:
-        return shared.demo.evaluate("sft")
+        return {"steps": STEPS, **shared.demo.evaluate("sft")}
 
 
 @dataclass(frozen=True)
@@ -91,18 +70,15 @@ class Run:
         return f"{self.form}-k{self.k}-lr{self.factor:g}".replace(" ", "-")
 
     def measure(self, shared: Shared) -> dict[str, Any]:
-        stage = shared.distillation
-        config = replace(
-            stage.config,
+        found = shared.distil(
+            self.folder,
             cache=shared.cache(self.k),
-            out=shared.demo.path(self.folder),
             max_steps=STEPS,
             learning_rate=self.factor * OPD_SETTINGS["learning_rate"],
             **{**FORMS, **LEFT_OUT}[self.form],
         )
-        DemoStage(self.name, self.folder, stage.module, config).run()
         setting = {"form": self.form, "k": self.k, "factor": self.factor}
-        return {**setting, **shared.demo.evaluate(self.folder)}
+        return {"steps": STEPS, **setting, **found}
 
 
 @dataclass(frozen=True)
@@ -144,10 +120,19 @@ class Gradients:
         forms[SAMPLED] = _compared(gradients(LISTS[0], objective="policy_gradient"), whole)
         forms[WHOLE] = _compared(whole, whole)
         size = float(whole.mean(0).norm())
-        return {"at": self.at, "gradients": forms, "norm": size}
+        return {"steps": STEPS, "at": self.at, "gradients": forms, "norm": size}
 
 
-Cell = Start | Run | Gradients
+def cells() -> Sequence[Cell]:
+    """All cells; those at the demo's learning rate come first."""
+    grid = [
+        [Run(form, k, factor, seed) for seed in SEEDS for k in LISTS for form in FORMS]
+        for factor in FACTORS
+    ]
+    starts = [Start(seed) for seed in SEEDS]
+    left_out = [Run(form, LISTS[-1], 1.0, seed) for form in LEFT_OUT for seed in SEEDS]
+    gradients = [Gradients(at, seed) for seed in SEEDS for at in ("start", "end")]
+    return [*starts, *grid[0], *left_out, *gradients, *grid[1], *grid[2]]
 
 
 def _compared(gradients: Tensor, whole: Tensor) -> dict[str, float]:

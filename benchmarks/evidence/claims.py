@@ -10,12 +10,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks import demo_seeds, objectives, offline_live
-from benchmarks.objective_tables import Comparison, Runs, compare
+from benchmarks.evidence.intervals import (
+    IN_PART,
+    NOT,
+    REPRODUCED,
+    UNKNOWN,
+    Comparison,
+    better,
+    compare,
+    equal,
+    words,
+)
+from benchmarks.evidence.objective_tables import Runs
 from lopd.stages.demo.report import CLIPPED, DISTILLED, FINE_TUNED, MORE_SFT, ONLINE, SAMPLED
 
 Read = Callable[[str], list[dict[str, Any]]]
-MARGIN = 4.0  # points of pass@1 within which two runs count as equal, as in benchmarks.demo_seeds
-REPRODUCED, IN_PART, NOT, UNKNOWN = "reproduced", "in part", "not reproduced", "not measured here"
 
 
 def compared(rows: list[dict[str, Any]], ours: str, base: str) -> Comparison:
@@ -23,24 +32,6 @@ def compared(rows: list[dict[str, Any]], ours: str, base: str) -> Comparison:
     stages = demo_seeds.by_stage(rows)
     one, other = ({row["seed"]: row for row in stages[name]} for name in (ours, base))
     return compare(one, other)
-
-
-def equal(found: Comparison) -> str:
-    """Whether the whole interval lies within the margin; in part if it only contains 0."""
-    _, low, high = found["points"]
-    if low >= -MARGIN and high <= MARGIN:
-        return REPRODUCED
-    return IN_PART if low <= 0 <= high else NOT
-
-
-def better(found: Comparison) -> str:
-    """Whether the KL is clearly lower, or pass@1 clearly higher."""
-    return REPRODUCED if found["kl"][2] < 1 or found["points"][1] > 0 else NOT
-
-
-def words(found: Comparison) -> str:
-    points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found["points"])
-    return "KL x {:.2f} [{:.2f}, {:.2f}]".format(*found["kl"]) + f", pass@1 {points} points"
 
 
 def claims(read: Read) -> Iterable[tuple[str, str, str, str]]:
@@ -91,7 +82,7 @@ def claims(read: Read) -> Iterable[tuple[str, str, str, str]]:
         "`lopd distill` refuses such a pair unless told otherwise",
         "",
     )
-    runs = Runs(read(objectives.NAME))
+    runs = Runs(read(objectives.PART.file))
     short, long = (runs.complete("list+sampled", k, 1.0) for k in (2, 8))
     if short is not None and long is not None:
         lists = compare(short, long)

@@ -1,0 +1,190 @@
+"""The frame of every part of the evidence: cells, what they share, and runs that continue."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+from benchmarks.recorder import ROOT, identity
+from lopd.stages import distill, score
+from lopd.stages.demo.driver import DemoStage
+from lopd.stages.demo.toy import ToyDemo
+
+Row = dict[str, Any]
+RESULTS = Path("benchmarks/results")
+WORK = Path("build/evidence")
+SEEDS = (0, 1, 2, 3, 4)
+
+
+class Shared:
+    """What the cells of one seed share: the demo's models, rollouts and scores.
+
+    Folders of `demo` are made once and kept in the work folder, so that cells of several parts and
+    of several calls find them there.
+
+    Attributes:
+        demo: the demo of this seed, with teacher, fine-tuned student (`sft`) and `rollouts`.
+        scores: the stage that scores the rollouts; `cache` runs it with another length of lists.
+        distillation: the stage that distils the student with the demo's settings.
+    """
+
+    minutes = 0.9  # of teacher, student and rollouts
+
+    def __init__(self, work: Path, seed: int) -> None:
+        self.demo = ToyDemo(work / f"seed{seed}", seed)
+        stages = self.demo.stages(online=False)
+        for stage in stages[:4]:
+            stage.run()
+        self.scores, self.distillation = stages[4:6]
+
+    def cache(self, k: int) -> str:
+        """The folder of the teacher's scores with lists of length k."""
+        folder = f"cache-k{k}"
+        config = replace(self.scores.config, k=k, out=self.demo.path(folder))
+        DemoStage("scores", folder, score, config).run()
+        return str(config.out)
+
+    def distil(self, folder: str, **changes: Any) -> Row:
+        """Distil the student into a folder, with changed settings, and evaluate it."""
+        config = replace(self.distillation.config, out=self.demo.path(folder), **changes)
+        DemoStage(folder, folder, distill, config).run()
+        return self.demo.evaluate(folder)
+
+
+class Cell(Protocol):
+    """One measurement on one seed, which makes one row.
+
+    Attributes:
+        name: unique in its part, such as `unbiased/k4/seed0`; `--only` selects by it.
+        minutes: on one quiet core, without what is shared.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def minutes(self) -> float: ...
+
+    def measure(self, shared: Shared) -> Row:
+        """The fields of the row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question: its cells, in the order in which they are measured, and its tables.
+
+    Attributes:
+        name: of the part, and of its rows `NAME.jsonl`.
+        cells: all cells; seeds outermost, so that a part of them is already an answer.
+        tables: Markdown from the rows, by the name of the block that `benchmarks.readme` writes.
+        figures: figures of matplotlib from the rows, by the name of their SVG in `docs`.
+        command: of this part alone, as it stands in the rows.
+    """
+
+    name: str
+    cells: Callable[[], Sequence[Cell]]
+    tables: Mapping[str, Callable[[list[Row]], str]]
+    figures: Mapping[str, Callable[[list[Row]], Any]]
+    command: str = ""
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.jsonl"
+
+    def again(self, cell: Cell) -> str:
+        """The command that measures a cell."""
+        command = self.command or f"python -m benchmarks.evidence --part {self.name}"
+        return f"{command} --only '{cell.name}'"
+
+
+def missing(part: Part, out: Path, patterns: Sequence[str]) -> list[Cell]:
+    """The cells of a part that match a pattern and have no row yet."""
+    done = {row["cell"] for row in read(out / part.file)}
+    return [
+        cell
+        for cell in part.cells()
+        if cell.name not in done and any(fnmatch.fnmatch(cell.name, each) for each in patterns)
+    ]
+
+
+def planned(todo: Sequence[Cell]) -> float:
+    """Minutes of these cells and of what they share."""
+    return sum(cell.minutes for cell in todo) + Shared.minutes * len({c.seed for c in todo})
+
+
+def run(todo: Sequence[tuple[Part, Cell]], work: Path, out: Path) -> None:
+    """Measure cells; append the row of each to the file of its part."""
+    torch.set_num_threads(1)  # as the demo sets it
+    environment = {"transformers": transformers.__version__, **identity(torch.device("cpu"), None)}
+    out.mkdir(parents=True, exist_ok=True)
+    shared: dict[int, Shared] = {}
+    for number, (part, cell) in enumerate(todo, start=1):
+        if cell.seed not in shared:
+            shared[cell.seed] = Shared(work, cell.seed)
+        began = time.process_time()
+        measured = cell.measure(shared[cell.seed])
+        minutes = round((time.process_time() - began) / 60, 3)
+        row = {"cell": cell.name, "seed": cell.seed, **measured, "minutes": minutes}
+        row["command"] = part.again(cell)
+        with (out / part.file).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, **environment}) + "\n")
+        print(f"[{number}/{len(todo)}] {part.name} {cell.name}: {minutes:.2f} minutes", flush=True)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; none if there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw(part: Part, out: Path) -> None:
+    """Draw the figures of a part, in `docs` if the rows are the committed ones."""
+    import matplotlib
+
+    rows = read(out / part.file)
+    folder = ROOT / "docs" if out == RESULTS else out
+    for name, figure in part.figures.items() if rows else ():
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+            figure(rows).savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def main(parts: Sequence[Part], arguments: Sequence[str] | None = None) -> None:
+    """The command line of some parts."""
+    names = [part.name for part in parts]
+    parser = argparse.ArgumentParser(description="Measure the cells that have no row yet.")
+    if len(names) > 1:
+        parser.add_argument("--part", nargs="+", choices=names, default=names)
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names of cells")
+    parser.add_argument("--plan", action="store_true", help="list the cells, and run none")
+    parser.add_argument("--table", action="store_true", help="print the tables, and run none")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of models and rollouts")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
+    args = parser.parse_args(arguments)
+    chosen = [part for part in parts if len(names) == 1 or part.name in args.part]
+    if args.table:
+        for part in chosen:
+            for table in part.tables.values():
+                print(table(read(args.out / part.file)), end="\n\n")
+        return
+    todo = [(part, cell) for part in chosen for cell in missing(part, args.out, args.only)]
+    if args.plan:
+        for part, cell in todo:
+            print(f"{cell.minutes:5.2f}  {part.name}  {cell.name}")
+    minutes = planned([cell for _, cell in todo])
+    print(f"{len(todo)} cells, {minutes:.0f} minutes on one quiet core", flush=True)
+    if not args.plan:
+        run(todo, args.work, args.out)
+        for part in chosen:
+            draw(part, args.out)

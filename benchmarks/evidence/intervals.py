@@ -1,0 +1,57 @@
+"""Intervals over seeds, and comparisons of two runs on the same seeds, with words for them."""
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+
+from benchmarks.evidence.frame import Row
+
+Values = dict[int, Row]  # by seed
+Interval = tuple[float, float, float]  # mean, low, high
+Comparison = dict[str, Interval]  # of "kl", a ratio, and of "points"
+# Student's t, 0.975, by degrees of freedom
+QUANTILES = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MARGIN = 4.0  # points of pass@1 within which two runs count as equal, as in benchmarks.demo_seeds
+REPRODUCED, IN_PART, NOT, UNKNOWN = "reproduced", "in part", "not reproduced", "not measured here"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean and its 95 % interval, by Student's t."""
+    middle, half = mean(values), QUANTILES[len(values) - 1] * stdev(values) / len(values) ** 0.5
+    return middle, middle - half, middle + half
+
+
+def ratio(values: Sequence[float]) -> Interval:
+    """The geometric mean of ratios and its 95 % interval, which is that of their logs."""
+    middle, low, high = map(math.exp, interval([math.log(value) for value in values]))
+    return middle, low, high
+
+
+def mean_log_kl(rows: Values) -> float:
+    return mean(math.log(row["kl"]) for row in rows.values())
+
+
+def compare(ours: Values, base: Values) -> Comparison:
+    """Two runs on the same seeds: KL / the base's, and pass@1 minus the base's in points."""
+    assert ours.keys() == base.keys()
+    points = [100 * (ours[s]["sampled"] - base[s]["sampled"]) for s in ours]
+    kl = ratio([ours[s]["kl"] / base[s]["kl"] for s in ours])
+    return {"kl": kl, "points": interval(points)}
+
+
+def equal(found: Comparison) -> str:
+    """Whether the whole interval lies within the margin; in part if it only contains 0."""
+    _, low, high = found["points"]
+    if low >= -MARGIN and high <= MARGIN:
+        return REPRODUCED
+    return IN_PART if low <= 0 <= high else NOT
+
+
+def better(found: Comparison) -> str:
+    """Whether the KL is clearly lower, or pass@1 clearly higher."""
+    return REPRODUCED if found["kl"][2] < 1 or found["points"][1] > 0 else NOT
+
+
+def words(found: Comparison) -> str:
+    points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found["points"])
+    return "KL x {:.2f} [{:.2f}, {:.2f}]".format(*found["kl"]) + f", pass@1 {points} points"

@@ -1,0 +1,5 @@
+"""The parts of the evidence."""
+
+from benchmarks import objectives
+
+PARTS = (objectives.PART,)
