@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,14 +14,17 @@ from torch import Tensor
 from benchmarks.clock import Outcome, Prepared
 from benchmarks.harness import SANITY, Variant, exceeded
 from benchmarks.problems import REVERSE_KL, Problem, loss_error, row_losses, wide_mm
-from benchmarks.variants import project
+from benchmarks.variants import ours, project
 from lopd_kernels import linear_topk
+from lopd_kernels._core import chunks
 from lopd_kernels._core.backend import row_functions
 from lopd_kernels._core.gemm import in_place, operand_dtype
 from lopd_kernels._core.rules import DivergenceRule, teacher_buckets
 from lopd_kernels._core.types import STATS, LogitOptions
 from lopd_kernels._core.workspace import padded
 
+# Of the form that reads the logits once: columns of a program, warps, registers of a thread.
+ONE_PASS_SWEEP = ((4096, 4, 80), (8192, 8, 88), (16384, 8, 128))
 SWEEP = ((1024, 4), (2048, 4), (2048, 16), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 
 
@@ -94,7 +97,49 @@ def row_kernel(block: int | None = None, warps: int = 8) -> Variant:
 
     `block` and `warps` replace the entry of the launch table, to search for better ones.
     """
+    name = "row kernel" if block is None else f"row kernel, BLOCK={block}, {warps} warps"
+    return _row_pass(name, partial(launched_as, block, warps), 10.0)
 
+
+@contextmanager
+def reading_once(launch: tuple[int, int, int] | None) -> Iterator[None]:
+    """Let several programs share a row, launched as the table says or with these settings."""
+    from lopd_kernels._triton import one_pass
+
+    table = one_pass.LAUNCHES
+    one_pass.ENABLED = True
+    if launch is not None:
+        one_pass.LAUNCHES = dict.fromkeys(table, one_pass.Launch(*launch))
+    try:
+        yield
+    finally:
+        one_pass.ENABLED, one_pass.LAUNCHES = False, table
+
+
+def one_pass(launch: tuple[int, int, int] | None = None) -> Variant:
+    """One read and one 16-bit write: 6 bytes; `launch` is (BLOCK, warps, registers)."""
+    settings = "" if launch is None else ", BLOCK={}, {} warps, {} registers".format(*launch)
+    return _row_pass(f"one pass{settings}", partial(reading_once, launch), 6.0)
+
+
+def in_one_pass(variant: Variant) -> Variant:
+    """The variant with the row pass that reads the logits once."""
+
+    def prepare(problem: Problem) -> Prepared:
+        prepared = variant.prepare(problem)
+
+        def step() -> Outcome:
+            with reading_once(None):
+                return prepared.step()
+
+        return Prepared(step, prepared.restore)
+
+    return replace(variant, name=f"{variant.name}, one pass", prepare=prepare)
+
+
+def _row_pass(
+    name: str, form: Callable[[], AbstractContextManager[None]], bytes_per_logit: float
+) -> Variant:
     def prepare(problem: Problem) -> Prepared:
         vocab = problem.shape.vocab
         source = wide_mm(problem.hidden, problem.weight.t())
@@ -102,7 +147,7 @@ def row_kernel(block: int | None = None, warps: int = 8) -> Variant:
         run, stats = time_row_kernel(problem, logits)
 
         def step() -> Outcome:
-            with launched_as(block, warps):
+            with form():
                 run()
             return Outcome(stats[:, 0])
 
@@ -118,11 +163,30 @@ def row_kernel(block: int | None = None, warps: int = 8) -> Variant:
         errors: dict[str, Any] = {"row_loss_error": loss_error(losses, exact)}
         return {**errors, "red": exceeded(errors, {"row_loss_error": 1e-5})}
 
-    name = "row kernel" if block is None else f"row kernel, BLOCK={block}, {warps} warps"
     return Variant(
         name, "ours", REVERSE_KL, prepare, check=check, gemms=0,
-        bytes_moved=lambda problem: 10.0 * problem.shape.rows * problem.shape.vocab,
+        bytes_moved=lambda problem: bytes_per_logit * problem.shape.rows * problem.shape.vocab,
     )  # fmt: skip
+
+
+def in_chunks_of(rows: int) -> Variant:
+    """Our loss with chunks of this many rows, whatever the device would choose."""
+    chosen = ours(f"ours, chunks of {rows} rows")
+
+    def prepare(problem: Problem) -> Prepared:
+        step = chosen.prepare(problem).step
+
+        def changed() -> Outcome:
+            original = chunks.chunk_rows
+            chunks.chunk_rows = lambda sizes, *_: min(rows, sizes.n)  # type: ignore[assignment]
+            try:
+                return step()
+            finally:
+                chunks.chunk_rows = original
+
+        return Prepared(changed)
+
+    return replace(chosen, prepare=prepare)
 
 
 def copy() -> Variant:

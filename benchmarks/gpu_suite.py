@@ -45,6 +45,8 @@ WORKSPACES = [size * MIB for size in (
     128, 192, 256, 384, 512, 768, 1024, 1280, 2048, 2560, 3072, 4096, 6144, 8192
 )]  # fmt: skip
 SHARES = (0.05, 0.15, 0.25, 0.5, 0.75)
+CHUNKS = (1024, 1664, 2048, 3072)  # rows; two of them fill the waves of 132 multiprocessors badly
+QUICK_CHUNKS = (16, 48)
 QUICK_WORKSPACES = [50_000, 400_000, 800_000]
 VARIATIONS = {
     "rows": (1024, 4096, 16384, 32768),
@@ -172,6 +174,44 @@ def row_kernel(suite: Suite) -> None:
     suite.measure("row_kernel", problem, compared, gate_rows=256)
 
 
+def chunks(suite: Suite) -> None:
+    """Time over the rows of a chunk, where every chunk adds to dW."""
+    problem = suite.problem(replace(suite.shape, hidden=suite.shape.hidden // 2))
+    sizes = QUICK_CHUNKS if suite.quick else CHUNKS
+    compared = [*variants.floors("three"), variants.ours("ours")]
+    compared += map(components.in_chunks_of, sizes)
+    suite.measure("chunks", problem, compared, gate_rows=256, budget_s=suite.budget_s / 2)
+
+
+def one_pass(suite: Suite) -> None:
+    """The row pass that reads the logits once, against the one that reads them twice.
+
+    Its tests come first, in a process of their own: a program that waited for ever would end with
+    it. Only if all pass are both forms timed, alone and within a call.
+    """
+    recorder, compared = suite.recorder, [components.row_kernel(), components.copy()]
+    problem = suite.problem().rows(slice(0, 2048))
+    if suite.device.type == "cuda":
+        left = recorder.deadline - time.monotonic()
+        tests = correctness.run_tests(
+            recorder, suite.log.with_name("pytest_one_pass.log"),
+            ["-m", "gpu and not slow", correctness.ON_ITS_OWN],
+            min(PYTEST_LIMIT_S, max(1.0, left / 2)), "one_pass",
+        )  # fmt: skip
+        if tests == "ok":
+            compared += [
+                components.one_pass(),
+                *map(components.one_pass, components.ONE_PASS_SWEEP),
+            ]
+    else:
+        recorder.emit("one_pass", "one pass", "unavailable", reason="needs a GPU")
+    suite.measure("one_pass", problem, compared, gate_rows=256)
+    if len(compared) > 2:
+        ours = variants.ours("ours")
+        calls = [*variants.floors("three"), ours, components.in_one_pass(ours)]
+        suite.measure("one_pass", suite.problem(), calls, gate_rows=256)
+
+
 def scoring(suite: Suite) -> None:
     """`linear_topk` against full logits and torch.topk: tokens/s and memory."""
     bound = QUICK_WORKSPACES[1] if suite.quick else 512 * MIB
@@ -215,6 +255,8 @@ PARTS: dict[str, tuple[float, Callable[[Suite], None]]] = {
     "accuracy": (30, accuracy),
     "scoring": (20, scoring),
     "ablation": (20, ablation),
+    "chunks": (15, chunks),
+    "one_pass": (40, one_pass),
     "training_1.7B": (50, training_of("1.7B")),
     "training_8B": (85, training_of("8B")),
     "shapes": (55, shapes),

@@ -3,7 +3,6 @@
 Results come from the committed rows, the roofline from its formulas, the parts from the GPU suite.
 """
 
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -35,8 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def read_rows(name: str) -> list[dict[str, Any]]:
-    text = (RESULTS / name).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read(RESULTS / name)
 
 
 def short_block() -> str:
@@ -232,7 +230,7 @@ def rendered(text: str) -> str:
         "offlist": lambda: offlist.table(read_rows(offlist.NAME)),
     }
     for part in PARTS:
-        rows = read(RESULTS / part.file)
+        rows = read_rows(part.file)
         blocks |= {name: partial(table, rows) for name, table in part.tables.items()}
     for name in re.findall(r"^<!-- ([a-z ]+)(?::[^\n]*)? -->$", text, re.MULTILINE):
         if name == "end":

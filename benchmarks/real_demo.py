@@ -103,12 +103,18 @@ def against_control(rows: list[dict[str, Any]]) -> str:
     lines = [f"| model | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
     for name in (DISTILLED, UNBIASED, SAMPLED):
         cells = [
-            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*kl_difference(stages[name], stages[MORE_SFT], key))
+            _difference(stages[name], stages[MORE_SFT], key)
             for stages in seeds.values()
             for key in ("kl", "held_out_kl")
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "KL minus the control's, nat per token; below 0 is better."])
+
+
+def _difference(row: dict[str, Any], base: dict[str, Any], key: str) -> str:
+    found = kl_difference(row, base, key)
+    assert found is not None, f"{row['stage']} has no interval"
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:

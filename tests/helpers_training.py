@@ -1,5 +1,7 @@
 """Tiny models and random data for the tests of training."""
 
+from inspect import isfunction, signature
+
 import numpy as np
 import torch
 
@@ -220,3 +222,19 @@ def update_error(first, second, start):
 def largest_difference(first, second):
     assert first.keys() == second.keys()
     return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def check_overrides(kind, base, own):
+    """A method that a library renames would otherwise be overridden in vain.
+
+    `own` are the methods that `kind` and its ancestors add to `base`; it must have all others, with
+    arguments that ours take.
+    """
+    ours = [each for each in kind.__mro__ if each not in base.__mro__]
+    methods = {name for each in ours for name, value in vars(each).items() if isfunction(value)}
+    for name in methods - own - {"__init__"}:
+        found = signature(getattr(kind, name))
+        if not any(p.kind is p.VAR_POSITIONAL for p in found.parameters.values()):
+            theirs = signature(getattr(base, name)).parameters.values()
+            found.bind(*[p for p in theirs if p.default is p.empty])
+    assert not own & {*dir(base)} and methods > own

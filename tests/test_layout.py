@@ -31,6 +31,7 @@ KERNEL_LAYERS = [
         "_core.gemm",
         "_core.listed_ids",
         "_core.types",
+        "_core.waves",
         "_triton.kernels",
         "reference",
     },

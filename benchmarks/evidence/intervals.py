@@ -14,6 +14,9 @@ QUANTILES = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 
 MARGIN = 4.0  # points of pass@1 within which two runs count as equal, as in benchmarks.demo_seeds
 REPRODUCED, IN_PART, NOT, UNKNOWN = "reproduced", "in part", "not reproduced", "not measured here"
 
+FEWEST = 2  # seeds of an interval
+NO_ROWS = "Not measured yet."
+
 
 def interval(values: Sequence[float]) -> Interval:
     """The mean and its 95 % interval, by Student's t."""
@@ -52,6 +55,12 @@ def better(found: Comparison) -> str:
     return REPRODUCED if found["kl"][2] < 1 or found["points"][1] > 0 else NOT
 
 
+def shown(found: Interval, form: str) -> str:
+    """An interval in words, such as `1.20 [1.10, 1.31]`."""
+    middle, low, high = (format(value, form) for value in found)
+    return f"{middle} [{low}, {high}]"
+
+
 def words(found: Comparison) -> str:
-    points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found["points"])
-    return "KL x {:.2f} [{:.2f}, {:.2f}]".format(*found["kl"]) + f", pass@1 {points} points"
+    """Both intervals of a comparison."""
+    return f"KL x {shown(found['kl'], '.2f')}, pass@1 {shown(found['points'], '+.1f')} points"

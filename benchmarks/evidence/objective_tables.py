@@ -5,7 +5,7 @@ from collections.abc import Callable
 from statistics import mean
 
 from benchmarks.evidence.frame import SEEDS, Row
-from benchmarks.evidence.intervals import Comparison, Values, compare, mean_log_kl
+from benchmarks.evidence.intervals import Comparison, Values, compare, mean_log_kl, shown
 from benchmarks.evidence.objective_cells import (
     EXACT,
     FACTORS,
@@ -56,9 +56,9 @@ def _cells(comparison: Comparison | None, rows: Values | None) -> list[str]:
     if comparison is None or rows is None:
         return ["", "", ""]
     return [
-        "{:.2f} [{:.2f}, {:.2f}]".format(*comparison["kl"]),
+        shown(comparison["kl"], ".2f"),
         f"{mean(row['sampled'] for row in rows.values()):.3f}",
-        "{:+.1f} [{:+.1f}, {:+.1f}]".format(*comparison["points"]),
+        shown(comparison["points"], "+.1f"),
     ]
 
 

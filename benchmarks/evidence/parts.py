@@ -1,5 +1,13 @@
 """The parts of the evidence."""
 
 from benchmarks import objectives
+from benchmarks.evidence import ablations, consistency, live, overlap, sampled
 
-PARTS = (objectives.PART,)
+PARTS = (
+    objectives.PART,
+    consistency.PART,
+    live.PART,
+    sampled.PART,
+    ablations.PART,
+    overlap.PART,
+)

@@ -17,6 +17,8 @@ def make_cache(folder):
     """Answers of a tiny student, scored by a tiny teacher; for your models, only paths differ."""
     student = toy.write_model(folder / "student", toy.STUDENT_SIZE, seed=0)
     teacher = toy.write_model(folder / "teacher", toy.TEACHER_SIZE, seed=1)
+    # Yours was fine-tuned on the teacher's answers, elsewhere or with `lopd sft`.
+    lopd.declare(lopd.DeclareConfig(model=str(student), teacher=str(teacher)))
     questions = toy.sample_prompts(32, seed=0, exclude=set())
     lines = [json.dumps({"prompt": question}) + "\n" for question in questions]
     (folder / "prompts.jsonl").write_text("".join(lines))

@@ -12,7 +12,7 @@ AUTO = "auto"
 Config = TypeVar("Config")
 
 
-def with_dtype(config: Config) -> Config:
+def with_dtype(config: Config, *, quiet: bool = False) -> Config:
     """The settings of a stage with its dtype resolved, so that its manifest names one.
 
     "auto" is bfloat16 on a GPU with kernels for it, otherwise float32. CPUs count as others, also
@@ -21,6 +21,7 @@ def with_dtype(config: Config) -> Config:
 
     Args:
         config: a dataclass with `dtype` and `device`.
+        quiet: do not print the choice.
     """
     settings: Any = config
     if settings.dtype != AUTO:
@@ -30,6 +31,7 @@ def with_dtype(config: Config) -> Config:
     device = resolve_device(settings.device)
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     dtype = "bfloat16" if fast else "float32"
-    LOG.info(f"dtype: {dtype} (auto, on {device.type})")
+    if not quiet:
+        LOG.info(f"dtype: {dtype} (auto, on {device.type})")
     resolved: Config = replace(settings, dtype=dtype)
     return resolved

@@ -312,6 +312,7 @@ class TrainOptions(MemoryOptions):
             logging_steps=self.log_every,
             logging_nan_inf_filter=False,
             disable_tqdm=True,
+            run_name="/".join(Path(out).resolve().parts[-2:]),  # for trackers
             remove_unused_columns=False,
             ddp_timeout=PATIENCE_S,
             **same,

@@ -9,6 +9,7 @@ from typing import Any
 
 from lopd.errors import ConfigError, DataError, MissingFileError
 from lopd.provenance import describe_file
+from lopd.provenance.found import artefact_kind, found_at, is_model_folder
 from lopd.provenance.io import json_digest, parse_json
 
 PARQUET_SUFFIX = ".parquet"
@@ -61,8 +62,12 @@ def data_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         if not path.is_file():
-            raise MissingFileError(f"{path}: no such file or folder; expected JSONL or parquet")
+            raise MissingFileError(f"{path}: {found_at(path)}; expected JSONL or parquet")
         return [path]
+    if artefact_kind(path) or is_model_folder(path):
+        raise MissingFileError(
+            f"{path}: {found_at(path)}; expected a JSONL, JSON or parquet file, or a folder of them"
+        )
     names = sorted(item.name for item in path.iterdir() if item.is_file())
     names = [n for n in names if not n.startswith(".") and not _METADATA.fullmatch(n)]
     formats = {}

@@ -15,6 +15,7 @@ from lopd.provenance.folder import (
     TOKENIZER_SETTINGS,
     refuse_gguf,
 )
+from lopd.provenance.found import found_at
 from lopd.provenance.io import read_optional_json
 from lopd.provenance.remote_code import loading_code
 
@@ -52,9 +53,9 @@ def check_model_folder(path: str | Path) -> Path:
         )
     if not (folder / "config.json").is_file():
         refuse_gguf(folder)
-        found = "a folder without config.json" if folder.is_dir() else "no such folder"
         raise MissingFileError(
-            f"{folder}: {found}; expected a local Hugging Face model folder, or a hub id org/name"
+            f"{folder}: {found_at(folder)}; expected a local Hugging Face model folder, which has "
+            "a config.json, or a hub id org/name"
         )
     for name in OPTIONAL_FILES:  # transformers takes a default for some that are damaged
         read_optional_json(folder / name)

@@ -35,6 +35,7 @@ from lopd.models.head import eval_mode, plain_model
 
 LOG = logging.getLogger(__name__)
 
+REMEDY = "this architecture cannot be packed, omit --max-tokens-per-batch (padding_free in TRL)"
 FLASH = ("flash_attention_3", "flash_attention_2")
 REGISTERED = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}  # name in transformers
 
@@ -76,8 +77,7 @@ def pack_attention(
         if not plain._supports_sdpa:  # it has something besides, such as sinks or a bias
             raise ModelError(
                 f"{type(plain).__name__}: its attention is its own, so attention by {path} would "
-                "give other outputs; this architecture cannot be packed, omit "
-                "--max-tokens-per-batch"
+                f"give other outputs; {REMEDY}"
             )
         _register()
     name = REGISTERED.get(path, path)
@@ -264,8 +264,7 @@ def check_packing(model: Any, path: str, longest: int | None = None) -> None:
             padding, 4 units in the last place, and 1e-5; or above `admission.ceiling` in any case,
             since a model that depends on its neighbours does so in padded batches too.
     """
-    remedy = "this architecture cannot be packed, omit --max-tokens-per-batch"
-    attempt(plain_model(model), "a pack", lambda: _compare_pack(model, path, longest), remedy)
+    attempt(plain_model(model), "a pack", lambda: _compare_pack(model, path, longest), REMEDY)
 
 
 def _compare_pack(model: Any, path: str, longest: int | None) -> None:
@@ -296,8 +295,7 @@ def _compare_pack(model: Any, path: str, longest: int | None) -> None:
         raise ModelError(
             f"{type(model).__name__}: in a pack its hidden states differ by {error:.2g} of their "
             f"norm from those of the separate sequences (expected at most {bound:.2g}), with "
-            f"attention by {path}; this architecture cannot be packed, omit "
-            "--max-tokens-per-batch"
+            f"attention by {path}; {REMEDY}"
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.errors import DataError, MissingFileError, ModelError
+from lopd.provenance.found import found_at
 from lopd.provenance.io import read_json_object, read_optional_json
 from lopd.provenance.remote_code import loading_code
 
@@ -28,7 +29,7 @@ def model_folder(path: str | Path) -> Path:
     if not folder.is_dir():
         refuse_gguf(folder)
         raise MissingFileError(
-            f"{folder} is not a folder; name a local Hugging Face model folder or a hub id "
+            f"{folder}: {found_at(folder)}; name a local Hugging Face model folder or a hub id "
             "such as org/name"
         )
     return folder
@@ -53,7 +54,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = model_folder(path) / CONFIG_NAME
     if not file.exists():
         refuse_gguf(file.parent)
-        raise MissingFileError(f"{file} does not exist; name the folder of a Hugging Face model")
+        raise MissingFileError(
+            f"{file.parent}: {found_at(file.parent)}; expected the folder of a Hugging Face model, "
+            f"which has a {CONFIG_NAME}"
+        )
     return read_json_object(file)
 
 

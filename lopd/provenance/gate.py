@@ -19,7 +19,7 @@ from lopd.provenance.fingerprint import (
 from lopd.provenance.folder import read_vocab, vocab_size_of
 from lopd.provenance.identity import difference
 from lopd.provenance.lineage import lineage_of
-from lopd.provenance.manifest import CacheManifest, ModelIdentity, Override, short
+from lopd.provenance.manifest import CacheManifest, Lineage, ModelIdentity, Override, short
 from lopd.provenance.teachers import records_of
 
 
@@ -136,6 +136,43 @@ def _check_teacher(
             "a student fine-tuned on that teacher's answers",
             "name its teacher with 'lopd declare'",
         )
+    return _other_lineage(found, lineage, scorer, name, calibration)
+
+
+def other_teacher(manifest: CacheManifest) -> str | None:
+    """A warning before scoring, if `check_distill` will refuse the cache for its teacher.
+
+    Only the lineage of the rollouts is known then. If it names no teacher, the student may still be
+    declared.
+
+    Args:
+        manifest: of the cache that will be written.
+    """
+    lineage = manifest.rollouts.lineage
+    if lineage is None or lineage.sft_teacher is None or is_own_teacher(manifest):
+        return None
+    for name, model in manifest.models.items():
+        found = f"{records_of(name) or 'a cache '}scored by {model}"
+        calibration = _Calibration(done=False, possible=True)
+        mismatch = _other_lineage(found, lineage, model, name, calibration)
+        if mismatch is not None:
+            found, expected, remedy = mismatch
+            return (
+                f"this will be {found}, and 'lopd distill' expects {expected}; {remedy}, or pass "
+                "--allow-teacher-mismatch to 'lopd distill'"
+            )
+    return None
+
+
+def _other_lineage(
+    found: str,
+    lineage: Lineage,
+    scorer: ModelIdentity,
+    name: str | None,
+    calibration: _Calibration,
+) -> _Mismatch | None:
+    """How the scorer differs from the teachers that a lineage names."""
+    assert lineage.sft_teacher is not None
     named = lineage.sft_teachers
     if named is None:
         teachers = [lineage.sft_teacher]

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from lopd.errors import ConfigError, DataError, LopdError, MissingFileError
+from lopd.provenance.found import MANIFEST_NAME as MANIFEST_NAME
+from lopd.provenance.found import RECIPE_NAME as RECIPE_NAME
+from lopd.provenance.found import WRITERS, found_at
 from lopd.provenance.io import (
     json_digest,
     make_folder,
@@ -22,11 +25,9 @@ from lopd.provenance.io import (
 from lopd.provenance.scoring import Scoring, parse_scoring
 from lopd.provenance.typed_json import Unfit, parse, plain, value_at
 
-MANIFEST_NAME = "manifest.json"
-RECIPE_NAME = "recipe.json"  # what a training run has from its beginning
 SCHEMA = 1
 DIGEST = "sha256"
-KINDS = ("sft_data", "checkpoint", "rollouts", "cache", "evaluation")
+KINDS = (*WRITERS,)
 KEYS = ("config", "model", "base", "sampling", "inputs", "lineage", "overrides", "plan")
 _SEQUENCES = ("model.path", "model.tokenizer", "model.vocab_size", "plan.shards")
 # Required keys besides the fields of the kind's class; "a.b" is key b of the object under a, and
@@ -298,9 +299,11 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
     """
     file = Path(folder) / MANIFEST_NAME
     if not file.exists():
-        what = f"has no {MANIFEST_NAME}" if Path(folder).is_dir() else "does not exist"
-        what = "is a file" if Path(folder).is_file() else what
-        raise MissingFileError(f"{folder} {what}; name a folder that a lopd stage has written")
+        what = found_at(folder)
+        if Path(folder).is_dir():
+            what = f"{what}; it has no {MANIFEST_NAME}"
+        writes = "a lopd stage" if kind is None else WRITERS[kind]
+        raise MissingFileError(f"{folder}: {what}; name a folder that {writes} has written")
     try:
         raw = parse_json(file.read_bytes())
     except ValueError as error:
@@ -315,7 +318,10 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
             "read it with the version of lopd that wrote it"
         )
     if kind is not None and raw["kind"] != kind:
-        raise ConfigError(f"{folder} holds '{raw['kind']}', expected '{kind}'; name another")
+        raise ConfigError(
+            f"{folder} holds '{raw['kind']}', expected '{kind}'; name a folder that "
+            f"{WRITERS[kind]} has written"
+        )
     digest = raw.pop(DIGEST, None)
     return replace(parse_manifest(raw, str(file), DataError), digest=digest)
 

@@ -17,6 +17,7 @@ from lopd.errors import ConfigError, ProvenanceError
 from lopd.models.load import check_model_folder
 from lopd.provenance import (
     CacheManifest,
+    ModelIdentity,
     check_distill,
     describe_model,
     digests_of,
@@ -57,8 +58,8 @@ def main(config: DistillConfig) -> Path:
     objective = objective_of(config, cache)
     base = describe_model(config.student, dtype=config.dtype, engine="transformers")
     refresh = _refresh(config, cache, base.weights)
-    inputs = describe_inputs(config)
-    checkpoint = runs.begin(config, base=base, **digests_of(inputs))
+    made_of = origin(config, objective, base)
+    checkpoint = runs.begin(config, base=base, **digests_of(made_of["inputs"]))
     trained = runs.train(
         config,
         cache,
@@ -68,16 +69,7 @@ def main(config: DistillConfig) -> Path:
         k=cache.manifest.most_listed,
         refresh=refresh,
     )
-    return finish_checkpoint(
-        config,
-        "distill",
-        base=base,
-        inputs=inputs,
-        lineage={**_lineage(config.student), "initial_student": base.weights},
-        overrides=overrides,
-        objective={k: v for k, v in asdict(objective).items() if k != "workspace_bytes"},
-        **trained,
-    )
+    return finish_checkpoint(config, "distill", overrides=overrides, **made_of, **trained)
 
 
 def describe_inputs(config: DistillConfig) -> dict[str, Any]:
@@ -279,6 +271,20 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
     if config.verify and runs.is_first():  # the other processes wait for it when the run begins
         cache.verify()
     return cache, overrides
+
+
+def origin(config: DistillConfig, objective: Objective, base: ModelIdentity) -> dict[str, Any]:
+    """Entries of the result's manifest that are known before training.
+
+    Args:
+        base: the student.
+    """
+    return {
+        "base": base,
+        "inputs": describe_inputs(config),
+        "lineage": {**_lineage(config.student), "initial_student": base.weights},
+        "objective": {k: v for k, v in asdict(objective).items() if k != "workspace_bytes"},
+    }
 
 
 def _lineage(student: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lopd.config.eos import parse_eos_class
 from lopd.config.evaluate import EvalConfig
 from lopd.config.inference import Sampling
 from lopd.data.prompts import Prompt, check_prompts, describe_prompts, load_prompts
-from lopd.data.records import describe_data
+from lopd.data.records import data_files, describe_data
 from lopd.data.rendering import PromptEncoder
 from lopd.data.skipped import Skipped
 from lopd.engines.base import Engine
@@ -78,6 +78,8 @@ def main(config: EvalConfig) -> Path:
         ShardError: the cache is incomplete or altered, or another process writes to `out`.
     """
     config, out = with_dtype(config), Path(config.out)
+    if config.prompts is not None:
+        data_files(config.prompts)  # a wrong path is told before models are read
     if is_finished(config, "eval", config.model, describe_inputs):
         print_fields(results_of(out))
         return say_finished(out)

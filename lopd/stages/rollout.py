@@ -19,6 +19,7 @@ from lopd.config.dtype import with_dtype
 from lopd.config.inference import SamplingOptions
 from lopd.config.rollout import RolloutConfig
 from lopd.data.prompts import Prompt, Routes, check_prompts, describe_prompts, load_prompts
+from lopd.data.records import data_files
 from lopd.data.rendering import PromptEncoder, parse_date
 from lopd.data.turns import end_of_turn, turn_warnings
 from lopd.engines import free_memory, load_engine
@@ -80,6 +81,8 @@ def sample_to_store(
     config, worker = with_dtype(config), this_worker(config.worker)
     for model in models.values():
         check_model_folder(model)
+    data_files(config.prompts)  # a wrong path is told before models are read
+    for model in models.values():
         warn_if_edited(model)
     today = recorded_date(config.out)
     encoders = {

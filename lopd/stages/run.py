@@ -26,12 +26,15 @@ from lopd.config.sft import SftConfig
 from lopd.config.sft_data import SftDataConfig
 from lopd.config.strict_yaml import load_yaml
 from lopd.config.values import typed
+from lopd.data.records import data_files
 from lopd.engines.progress import duration
-from lopd.errors import ConfigError
+from lopd.errors import ConfigError, LopdError, MissingFileError
+from lopd.models.load import check_model_folder
 from lopd.provenance import MANIFEST_NAME, read_manifest
+from lopd.provenance.found import found_at
 from lopd.provenance.remote_code import trusting_code
 from lopd.stages import distill, evaluate, finished, rollout, score, sft, sft_data
-from lopd.stages.model_access import local_models
+from lopd.stages.model_access import MODELS, local_models
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 from lopd.store.workers import this_worker
@@ -67,9 +70,13 @@ def main(config: RunConfig) -> Path:
             "start 'lopd rollout' and 'lopd score' with torchrun instead"
         )
     recipe = load_yaml(config.recipe)
-    configs = {
-        name: with_dtype(stage) for name, stage in stage_configs(recipe, config.recipe).items()
-    }
+    configs = stage_configs(recipe, config.recipe)
+    check_inputs(configs, config.recipe)
+    said: set[tuple[str, str]] = set()  # choices of a dtype that were printed
+    for name, stage in configs.items():
+        choice = (stage.dtype, stage.device)
+        configs[name] = with_dtype(stage, quiet=choice in said)
+        said.add(choice)
     began = time.monotonic()
     for number, (name, stage_config) in enumerate(configs.items(), start=1):
         with trusting_code(stage_config.trust_remote_code):
@@ -143,6 +150,31 @@ def stage_configs(recipe: dict[str, Any], source: str) -> dict[str, Any]:
             )
         configs[name] = build_config(config_class, chosen, {}, where, f"lopd {name}")
     return configs
+
+
+def check_inputs(configs: dict[str, Any], source: str) -> None:
+    """Check that the models and files exist which no stage writes, before any stage runs.
+
+    Raises:
+        LopdError: one does not.
+    """
+    written = {config.out for config in configs.values()}
+    for name, config in configs.items():
+        try:
+            for setting in MODELS:
+                models = getattr(config, setting, None)
+                for model in models.values() if isinstance(models, dict) else (models,):
+                    if model is not None and model not in written:
+                        check_model_folder(model)
+            if (prompts := getattr(config, "prompts", None)) is not None:
+                data_files(prompts)
+            for setting in ("data", "rollouts", "cache"):
+                folder = getattr(config, setting, None)
+                if folder is not None and folder not in written and not Path(folder).exists():
+                    raise MissingFileError(f"{setting}: {folder}: {found_at(folder)}")
+        except LopdError as error:
+            where = f"{source}: stages: {name.removesuffix(BEFORE)}"
+            raise type(error)(f"{where}: {error}") from error
 
 
 def _respelled(recipe: dict[str, Any], source: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from lopd.provenance import (
     tokenizer_digest,
     vocab_size_of,
 )
-from lopd.provenance.gate import check_eos
+from lopd.provenance.gate import check_eos, other_teacher
 from lopd.provenance.teachers import described
 from lopd.stages.finished import say_finished
 from lopd.stages.model_access import loads_models
@@ -91,6 +91,8 @@ def main(config: ScoreConfig) -> Path | None:
     parts = without(routing.parts, left_out)
     manifest = _manifest(config, rollouts, replace(routing, parts=parts), left_out, view)
     left = _missing(config, manifest)
+    if left and (warning := other_teacher(manifest)) is not None:
+        LOG.warning(f"{config.out}: {warning}")
     if not config.skip_bad_records:
         _bad_sequences(config, rollouts, {i: parts[i] for i in left}, view)
     work = _Remaining(config, manifest, rollouts, view, parts, left)

@@ -101,7 +101,7 @@ def rotate(out: Path, limit: int, run: str, best: int | None = None) -> None:
     """
     ours = [folder for folder in checkpoints(out) if _run_of(folder) == run]
     protected = {ours[0], out / f"checkpoint-{best}"} if ours else set()
-    surplus = len(ours) - max(limit, len(protected & {*ours}))
+    surplus = max(0, len(ours) - max(limit, len(protected & {*ours})))
     for folder in [folder for folder in reversed(ours) if folder not in protected][:surplus]:
         _remove(folder)
 

@@ -12,7 +12,7 @@ import torch
 
 from lopd.config.objective import SPARSE, Objective
 from lopd.models.head import eval_mode
-from lopd.training.batch import Collator, Subset, lengths_of, to_device
+from lopd.training.batch import Collator, SequenceDataset, Subset, lengths_of, to_device
 from lopd.training.metrics import OF_TEACHER, Gather, gather_single
 from lopd.training.sampler import split
 from lopd.training.step import check_finite, step
@@ -25,7 +25,7 @@ History = Sequence[dict[str, Any]]
 class Holdout:
     """Sequences held out of training, and how they are used."""
 
-    dataset: Subset
+    dataset: SequenceDataset | Subset
     objective: Objective
     eval_steps: int  # optimizer steps between evaluations
     keep_best: bool = False  # the checkpoint with the lowest KL is the result of the run

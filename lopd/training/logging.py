@@ -1,8 +1,10 @@
 """Training output: progress bar, log lines on stderr, and train_log.jsonl."""
 
+import contextlib
+import importlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,23 @@ LOG = logging.getLogger(__name__)
 LOG_NAME = "train_log.jsonl"
 # A record of the log history with one of these is written to the log file.
 LOGGED = {"loss", "holdout_kl", "generation_seconds", "update_seconds"}
+
+
+@contextlib.contextmanager
+def own_tracker_run(report_to: str) -> Iterator[None]:
+    """End the run that wandb begins within the block, unless the caller had begun one before.
+
+    wandb keeps a run open until the process ends, and would add the curves of the next training to
+    it. Other trackers end theirs with the training.
+    """
+    wandb: Any = importlib.import_module("wandb") if report_to == "wandb" else None
+    is_ours, exit_code = wandb is not None and wandb.run is None, 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        if is_ours and wandb.run is not None:
+            wandb.finish(exit_code=exit_code)
 
 
 class LogAtEnds(TrainerCallback):

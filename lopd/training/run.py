@@ -146,6 +146,7 @@ def train(
         ShardError: another process trains there, the disk is full, or the best checkpoint is
             missing or torn.
     """
+    from lopd.training.logging import own_tracker_run
     from lopd.training.memory import planned_peak
     from lopd.training.result import check_disk, export, rehearse, result_model
     from lopd.training.setup import build_trainer, warn_of_rounding
@@ -166,7 +167,8 @@ def train(
             if trainer.args.device.type == "cuda" and refresh is None:
                 trainer.meter.planned = planned_peak(config, trainer, model_path, k)
         trainer.accelerator.wait_for_everyone()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with own_tracker_run(config.report_to):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         state = trainer.unsharded_state() if config.fsdp else None
         if first:
             model = result_model(config, trainer, model_path, state)

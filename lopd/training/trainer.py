@@ -9,32 +9,28 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
 from lopd.config.objective import Objective
 from lopd.config.training import TrainOptions
 from lopd.errors import ConfigError, DataError, Interrupted, ModelError
-from lopd.models.admission import check_model
 from lopd.models.flops import FlopsMeter
 from lopd.models.head import plain_model
-from lopd.models.packing import check_packing, pack_attention
 from lopd.training.batch import Batch, Collator, lengths_of
 from lopd.training.checkpoints import METRICS_NAME, STAGING, finish, rotate, saving
 from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl
 from lopd.training.interrupt import StopSignals
 from lopd.training.logging import LogAtEnds, Reporter
-from lopd.training.metrics import MetricsAccumulator
+from lopd.training.objective_trainer import ObjectiveTrainer
 from lopd.training.sampler import StepDataset, StepSampler
 from lopd.training.step import check_finite, step
 
@@ -76,7 +72,7 @@ class EvaluateAtStart(TrainerCallback):
             self.trainer.evaluate()
 
 
-class LopdTrainer(Trainer):
+class LopdTrainer(ObjectiveTrainer):
     """`transformers.Trainer` that minimises an `Objective`.
 
     An item of its DataLoader is one process's share of an optimizer step, split into micro-batches
@@ -146,7 +142,7 @@ class LopdTrainer(Trainer):
         self.run_id = run_id
         if args.device.type == "cpu":  # torch.load refuses the "cpu:0" of several processes
             args.__dict__["_setup_devices"] = torch.device("cpu")
-        self.max_tokens, self.attention = max_tokens_per_batch, attention
+        self.max_tokens = max_tokens_per_batch
         if holdout is not None:
             args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, holdout.eval_steps
         # Trainer changes it, and it is saved with the result. Multimodal configs have none.
@@ -166,11 +162,11 @@ class LopdTrainer(Trainer):
         vars(model.config).pop("use_cache", None)
         if use_cache is not None:
             model.config.use_cache = use_cache
-        self.model_accepts_loss_kwargs = True  # losses are already normalised by num_items
-        self.objective, self.holdout = objective, holdout
-        self.metrics = MetricsAccumulator(self.gather)
-        dtype = torch.bfloat16 if args.bf16 else None
-        self.meter = FlopsMeter(model, args.device, dtype=dtype, devices=args.world_size)
+        self.minimise(objective)
+        self.holdout = holdout
+        self.meter = FlopsMeter(
+            model, args.device, dtype=self.autocast_dtype, devices=args.world_size
+        )
         self.pop_callback(PrinterCallback)
         self.signals = StopSignals(self.gather)
         self.add_callback(self.signals)
@@ -182,14 +178,13 @@ class LopdTrainer(Trainer):
             self.add_callback(self.reporter)
         if holdout is not None:
             self.add_callback(EvaluateAtStart(self))
-        check_model(model, trained=True)
         if args.gradient_checkpointing and not plain_model(model).supports_gradient_checkpointing:
             raise ModelError(
                 f"{type(plain_model(model)).__name__}: does not support gradient checkpointing; "
                 "omit --gradient-checkpointing"
             )
         if self.max_tokens is not None:
-            self.attention = pack_attention(model, attention, args.device, dtype)
+            self.use_packs(attention, self.max_tokens)
 
     def _check_sharding(self, args: TrainingArguments) -> None:
         accelerator = self.accelerator
@@ -206,10 +201,6 @@ class LopdTrainer(Trainer):
     def unsharded_state(self) -> dict[str, torch.Tensor]:
         """The weights on the CPU, in the first process; all processes must call this."""
         return self.accelerator.get_state_dict(self.model)
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value of each process, in order; all processes must call this."""
-        return gather_object([value]) if self.args.world_size > 1 else [value]
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """The steps of this process, each a list of micro-batches; a step's items are read when
@@ -233,24 +224,6 @@ class LopdTrainer(Trainer):
     def step_dataset(self, sampler: StepSampler) -> StepDataset:
         """The source of each step's items; called once per run."""
         return StepDataset(self.train_dataset)
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.max_tokens is not None:
-            with self.accelerator.autocast():
-                check_packing(prepared[0], self.attention, self.max_tokens)
-        return prepared
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[list[Batch]], num_batches: int, device: torch.device
-    ) -> tuple[list[list[Batch]], float]:
-        """The micro-batches of a step, and the weight of its rows over all processes."""
-        self.metrics.begin_step()
-        step_batches = [next(epoch_iterator) for _ in range(num_batches)]
-        weight = sum(
-            batch["row_weights"].sum().item() for batches in step_batches for batch in batches
-        )
-        return step_batches, sum(self.gather(weight))
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
@@ -279,23 +252,6 @@ class LopdTrainer(Trainer):
             "--gradient-accumulation-steps; it continues from the last checkpoint (lopd plan shows "
             "which settings fit)"
         )
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: float | None = None,
-    ) -> Any:
-        """The loss of a micro-batch, so scaled that gradients averaged over processes are right."""
-        assert num_items_in_batch is not None
-        # `run_with_loss` replaces the forward, which contains accelerate's autocast
-        with self.accelerator.autocast():
-            loss, stats = step(model, inputs, self.objective, num_items_in_batch)
-        check_finite("loss", loss, [inputs], self.state.global_step + 1)
-        self.metrics.add({"loss": loss.detach(), **stats}, len(inputs["labels"]))
-        loss = loss * self.args.world_size  # gradients are averaged over processes
-        return (loss, stats) if return_outputs else loss
 
     def floating_point_ops(self, inputs: list[Batch]) -> float:
         """Model FLOPs of a step."""
@@ -445,9 +401,7 @@ class LopdTrainer(Trainer):
         check_finite("norm of the gradient", norm, self.micro_batches, number)
         return norm
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the steps since the last call."""
-        if "loss" in logs:
-            logs.update(self.metrics.pop())
-            logs.update(self.meter.read(logs["tokens_per_second"]))
-        super().log(logs, start_time)
+    def statistics(self) -> dict[str, float]:
+        """Statistics of the steps since the last call, and the speed in FLOPs."""
+        found = super().statistics()
+        return {**found, **self.meter.read(found["tokens_per_second"])}

@@ -16,12 +16,18 @@ from torch import Tensor
 from lopd_kernels._core.listed_ids import Entries
 from lopd_kernels._core.rules import Rule
 from lopd_kernels._core.types import ListedIds, LogitGrads, LogitOptions, RowState, SplitGrads
+from lopd_kernels._core.waves import Gpu
 
 
 class RowFunctions(Protocol):
     """Functions of rows u of H W^T, in the compute dtype. They overwrite u."""
 
     def locate(self, ids: Tensor, row_weights: Tensor | None, vocab: int) -> ListedIds: ...
+
+    def gpu(
+        self, like: Tensor, width: int, buckets: int, rule: Rule, logit_options: LogitOptions
+    ) -> Gpu | None:
+        """How much of `row_pass` on rows of this width runs at a time; None: not known."""
 
     def nonfinite_rows(
         self, hidden: Tensor, weight: Tensor, logit_options: LogitOptions

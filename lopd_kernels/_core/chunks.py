@@ -80,6 +80,14 @@ def loss_by_chunks(
     return weigh(stats[:, 0], loss.row_weights).sum(), stats, scale, listed_ids
 
 
+def _rows(
+    linear: Linear, loss: RowLoss, needs: Needs, stored: bool, workspace_bytes: int | None
+) -> int:
+    k, vocab = loss.ids.shape[1], linear.weight.shape[0]
+    gpu = linear.functions.gpu(linear.hidden, vocab, k + 1, loss.rule, linear.logit_options)
+    return chunk_rows(linear.sizes(k), needs, stored, workspace_bytes, gpu)
+
+
 def fused_loss(
     linear: Linear, loss: RowLoss, needs: Needs, want_entropy: bool, workspace_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -107,7 +115,7 @@ def fused_loss(
 
     total, stats, scale, listed_ids = loss_by_chunks(
         linear, loss, any(needs), want_entropy,
-        chunk_rows(linear.sizes(loss.ids.shape[1]), needs, False, workspace_bytes),
+        _rows(linear, loss, needs, False, workspace_bytes),
         lambda u, part: gemm.in_place(u, dlogits_dtype), use,
     )  # fmt: skip
     if needs.hidden:
@@ -129,7 +137,7 @@ def stored_loss(
     dlogits[:, vocab:] = 0.0
     total, stats, scale, _ = loss_by_chunks(
         linear, loss, True, want_entropy,
-        chunk_rows(linear.sizes(loss.ids.shape[1]), needs, True, workspace_bytes),
+        _rows(linear, loss, needs, True, workspace_bytes),
         lambda u, part: dlogits[part, :vocab], lambda *_: None,
     )  # fmt: skip
     return total, stats, dlogits, scale

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from lopd_kernels._core.gemm import buffer_rows, compute_dtype, is_mixed, widened_rows
 from lopd_kernels._core.types import Needs, Skip
+from lopd_kernels._core.waves import Gpu, Work, best_rows
 
 ALIGNMENT = 16  # columns: keeps rows of logits on vector boundaries
-CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}  # of logits in a chunk without a bound
+CHUNK_BYTES = {"cuda": 5 << 28, "cpu": 256 << 20}  # of logits in a chunk without a bound
 PANEL_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
 WEIGHT_GRAD_BYTES = 64 << 20  # of dW in the compute dtype, where dlogits are stored
 BLOCK_BYTES = 8 << 20  # of the rows that the row functions in torch process at a time
@@ -200,18 +201,35 @@ def _too_small(workspace_bytes: int, smallest: int, sizes: Sizes) -> ValueError:
     )
 
 
-def chunk_rows(sizes: Sizes, needs: Needs, stored: bool, workspace_bytes: int | None) -> int:
-    """Rows of a chunk: as many as the bound admits, or about CHUNK_BYTES of logits."""
+def most_rows(sizes: Sizes, needs: Needs, stored: bool, workspace_bytes: int | None) -> int:
+    """The most rows that a chunk may have: what the bound admits, or CHUNK_BYTES of logits."""
     n = max(1, sizes.n)
     if workspace_bytes is None:
-        rows = max(1, CHUNK_BYTES[sizes.device] // (padded(sizes.v) * sizes.compute))
-    else:
-        rows = _largest(workspace_bytes, n, lambda rows: sizes.chunked(rows, needs, stored))
+        return min(n, max(1, CHUNK_BYTES[sizes.device] // (padded(sizes.v) * sizes.compute)))
+    rows = _largest(workspace_bytes, n, lambda rows: sizes.chunked(rows, needs, stored))
     if not rows:
-        raise _too_small(workspace_bytes or 0, sizes.chunked(1, needs, stored), sizes)
-    chunks = -(-n // min(rows, n))
-    even = -(-n // chunks)  # chunks of equal size
-    return min(rows, n, -(-even // FEWEST_ROWS) * FEWEST_ROWS)
+        raise _too_small(workspace_bytes, sizes.chunked(1, needs, stored), sizes)
+    return rows
+
+
+def chunk_rows(
+    sizes: Sizes,
+    needs: Needs,
+    stored: bool,
+    workspace_bytes: int | None,
+    gpu: Gpu | None = None,
+) -> int:
+    """Rows of a chunk: of at most `most_rows`, those that keep the GPU busy.
+
+    Without a known GPU, and where a sample of rows depends on the chunks, chunks of equal size.
+    """
+    n, most = max(1, sizes.n), most_rows(sizes, needs, stored, workspace_bytes)
+    if gpu is not None and sizes.mixed and sizes.kept is None and FEWEST_ROWS <= most < n:
+        grads = needs if not stored else Needs()
+        work = Work(n, sizes.v, sizes.d, grads.hidden, grads.weight)
+        return best_rows(work, gpu, list(range(FEWEST_ROWS, most + 1, FEWEST_ROWS)))
+    even = -(-n // -(-n // most))
+    return min(most, -(-even // FEWEST_ROWS) * FEWEST_ROWS)
 
 
 def panel_columns(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> int:
@@ -232,11 +250,14 @@ def panel_columns(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> in
 def allocated(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> int:
     """What a loss summed over its rows allocates under the schedule that it gets.
 
+    On a GPU, which may be any, with the largest chunks.
+
     Raises:
         ValueError: no schedule fits.
     """
     if in_forward(sizes, needs, workspace_bytes):
         stored = stores_dlogits(sizes, needs, workspace_bytes)
-        return sizes.chunked(chunk_rows(sizes, needs, stored, workspace_bytes), needs, stored)
+        choose = most_rows if sizes.device == "cuda" else chunk_rows
+        return sizes.chunked(choose(sizes, needs, stored, workspace_bytes), needs, stored)
     passes = Needs(), needs  # the forward, the backward
     return max(sizes.panelled(panel_columns(sizes, x, workspace_bytes), x) for x in passes)

@@ -28,6 +28,10 @@ def nonfinite_rows(hidden: Tensor, weight: Tensor, logit_options: LogitOptions) 
     return ~finite
 
 
+def gpu(like: Tensor, width: int, buckets: int, rule: Rule, logit_options: LogitOptions) -> None:
+    """Operators of torch have no programs to count."""
+
+
 def _blocks(u: Tensor) -> Iterator[slice]:
     size = max(1, BLOCK_BYTES // (u.shape[1] * u.element_size()))
     for start in range(0, u.shape[0], size):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lopd_kernels._core.rules import DivergenceRule, PolicyGradientRule, Rule, UnbiasedRule
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState, SplitGrads
+from lopd_kernels._core.waves import Gpu, occupancy
+from lopd_kernels._triton import one_pass
 from lopd_kernels._triton.kernels import rows, rules
 
 WIDEST_LIST_BLOCK = 1024
@@ -39,6 +41,9 @@ class Launch(NamedTuple):
 # By compute capability; None is for devices that are not listed. No entry has been measured yet:
 # eight columns per thread compile without spills for every target (tests/kernels/aot.py).
 LAUNCHES: dict[tuple[int, int] | None, Launch] = {None: Launch(BLOCK=2048, num_warps=8, maxnreg=96)}
+
+# Registers of `row_kernel`, by what it computes: as compiled for sm_80, sm_90 and sm_100, at most.
+REGISTERS = {"plain": 64, "unbiased": 72, "capped": 80}
 
 
 def launch(width: int, list_block: int, device: torch.device) -> dict[str, int]:
@@ -69,6 +74,18 @@ def locate(ids: Tensor, row_weights: Tensor | None, vocab: int) -> RawListedIds:
     if row_weights is not None:
         active = active & (row_weights != 0)
     return RawListedIds(ids.contiguous(), active, vocab)
+
+
+def gpu(
+    like: Tensor, width: int, buckets: int, rule: Rule, logit_options: LogitOptions
+) -> Gpu | None:
+    if not like.is_cuda or torch.version.hip:
+        return None
+    kind = "unbiased" if isinstance(rule, UnbiasedRule) else "plain"
+    registers = REGISTERS["capped" if logit_options.softcap is not None else kind]
+    warps = launch(width, list_block(buckets), like.device)["num_warps"]
+    multiprocessors = torch.cuda.get_device_properties(like.device).multi_processor_count
+    return Gpu(multiprocessors, occupancy(registers, warps))
 
 
 def nonfinite_rows(hidden: Tensor, weight: Tensor, logit_options: LogitOptions) -> None:
@@ -133,19 +150,25 @@ def row_pass(
     (count, vocab), k = u.shape, listed_ids.ids.shape[1]
     if not count:
         return
-    options = launch(vocab, list_block(k + 1), u.device)
     out = u if out is None else out
+    listed = u.new_full((count, k), float("-inf"))
+    bias = u if logit_options.bias is None else logit_options.bias
+    constants = {**_logit_arguments(logit_options), "INF_MASKS": inf_masks}
     with on_device(u.device):
+        if one_pass.ENABLED and weights is not None and split is None:
+            one_pass.row_pass(
+                u, listed_ids.ids, listed_ids.active, listed, target.contiguous(), weights, stats,
+                out, bias, list_block(k + 1), constants, rule_arguments(rule), want_entropy,
+            )  # fmt: skip
+            return
         rows.row_kernel[(count,)](
-            u, out, listed_ids.ids, u.new_full((count, k), float("-inf")), target.contiguous(),
+            u, out, listed_ids.ids, listed, target.contiguous(),
             listed_ids.active, u if weights is None else weights, stats,
             *((u, u) if split is None else (split.unlisted, split.listed)),
-            u if logit_options.bias is None else logit_options.bias,
-            u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), vocab, k,
+            bias, u.stride(0), out.stride(0), min(u.stride(0), out.stride(0)), vocab, k,
             target.shape[1], stats.stride(0),
-            **_logit_arguments(logit_options), **rule_arguments(rule),
-            INF_MASKS=inf_masks, ENTROPY=want_entropy, GRAD=weights is not None,
-            SPLIT=split is not None, **options,
+            **constants, **rule_arguments(rule), ENTROPY=want_entropy, GRAD=weights is not None,
+            SPLIT=split is not None, **launch(vocab, list_block(k + 1), u.device),
         )  # fmt: skip
 
 

@@ -85,9 +85,11 @@ def test_the_package_imports_itself_relatively(kernel):
     modules = {
         path.relative_to(ROOT / "lopd_kernels") for path in (ROOT / "lopd_kernels").rglob("*.py")
     }
-    for variant in (kernel / "build").iterdir():
-        assert {path.relative_to(variant) for path in variant.rglob("*.py")} == modules
-        for path in variant.rglob("*.py"):
+    modules = {Path(str(path).replace("_ops/", "_operators/")) for path in modules}
+    for folder in (kernel / "torch-ext/lopd_kernels", *(kernel / "build").iterdir()):
+        extra = set() if "torch-ext" in folder.parts else {Path("_ops.py")}
+        assert {path.relative_to(folder) for path in folder.rglob("*.py")} == modules | extra
+        for path in folder.rglob("*.py"):
             names = set()
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Import):
@@ -96,6 +98,16 @@ def test_the_package_imports_itself_relatively(kernel):
                     names.add(node.module)
             tops = {name.split(".")[0] for name in names}
             assert tops <= {*sys.stdlib_module_names, "torch", "triton"}, path
+
+
+def test_a_build_is_the_source_with_the_name_of_its_operators(kernel):
+    """As kernel-builder makes it of the same source, whose file _ops.py has another name in it."""
+    source = kernel / "torch-ext/lopd_kernels"
+    for variant in (kernel / "build").iterdir():
+        for path in source.rglob("*.py"):
+            assert (variant / path.relative_to(source)).read_bytes() == path.read_bytes()
+        name = json.loads((variant / "metadata.json").read_text())["id"]
+        assert f'"{name}"' in (variant / "_ops.py").read_text()
 
 
 def test_the_imports_are_rewritten_as_the_examples_say(assemble):
@@ -129,7 +141,7 @@ def test_only_an_earlier_kernel_is_replaced(assemble, kernel, tmp_path):
 
 @pytest.mark.thorough
 def test_the_library_kernels_loads_it(kernel):
-    """Through its own loader, with its own check of the hashes, and as the card shows."""
+    """Through its own loader and its own checks of build.toml and hashes, as the card shows."""
     if not (LIBRARY / ".ready").exists():
         pytest.skip("kernels is not in .hub-kernels; run `make .hub-kernels/.ready`")
     card = (kernel / "README.md").read_text(encoding="utf-8")
@@ -139,7 +151,8 @@ def test_the_library_kernels_loads_it(kernel):
     example = example.replace("import get_kernel", "import get_local_kernel")
     example = example.replace(call, 'get_local_kernel(Path(sys.argv[1]), backend="cpu")')
     hashes = """
-from kernels._rust import Digest, DigestAlgorithm, Metadata
+from kernels._rust import Backend, Build, Digest, DigestAlgorithm, Metadata
+assert Build.open(sys.argv[1]).general.backends == [Backend.CPU, Backend.CUDA]
 for variant in (Path(sys.argv[1]) / "build").iterdir():
     digest = Metadata.read_from_file(variant / "metadata.json").digest
     digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))

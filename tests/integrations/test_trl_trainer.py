@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_artefacts import write_cache, write_pipeline
-from helpers_training import SAME_UPDATE, update_error, weights
+from helpers_training import SAME_UPDATE, check_overrides, update_error, weights
+from helpers_trl import QUIET, make_trainer
 
 from lopd import DistillConfig, Objective, distill
-from lopd.errors import ConfigError, DataError, ShardError
-from lopd.models.load import load_model, load_tokenizer
+from lopd.errors import ConfigError, DataError, ModelError, ProvenanceError, ShardError
+from lopd.models.load import load_model
 from lopd.store import TeacherCache
 from lopd.training.batch import Collator
 from lopd.training.step import step
@@ -21,12 +22,10 @@ from lopd.training.step import step
 pytest.importorskip("trl", reason="part of the extra `trl`")
 
 from transformers import HfArgumentParser
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from lopd.integrations.datasets import from_dataset, to_dataset
 from lopd.integrations.trl import OfflineDistillationConfig, OfflineDistillationTrainer
-
-QUIET = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
 
 
 @pytest.fixture(scope="module")
@@ -39,30 +38,21 @@ def cache(pipeline):
     return TeacherCache.open(pipeline / "cache")
 
 
-def make_trainer(pipeline, out, data, eval_dataset=None, peft_config=None, **settings):
-    settings = {"save_strategy": "no", "per_device_train_batch_size": 4, **QUIET, **settings}
-    return OfflineDistillationTrainer(
-        load_model(pipeline / "student", dtype="float32", device="cpu"),
-        OfflineDistillationConfig(str(out), **settings),
-        data,
-        eval_dataset,
-        processing_class=load_tokenizer(pipeline / "student"),
-        peft_config=peft_config,
-    )
-
-
 SETTINGS = [
     {},
     {"objective": "jsd", "beta": 0.3, "loss_aggregation": "sequence_mean"},
     {"objective": "policy_gradient", "advantage_clip": 1.0, "support": "list"},
     {"objective": "forward_kl", "tail": "renormalize", "workspace_bytes": "64MiB"},
+    {"padding_free": True},
 ]
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.get("objective", "reverse_kl"))
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 def test_it_takes_the_steps_of_lopd_distill(pipeline, tmp_path, cache, settings):
     """Whole epochs in one step each, so that the order of the data does not matter."""
+    settings = dict(settings)
+    theirs = {"padding_free": settings.pop("padding_free", False)}
     common = {
         "learning_rate": 3e-3, "max_steps": 3, "weight_decay": 0.1, "adam_beta1": 0.9,
         "adam_beta2": 0.98, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, **settings,
@@ -74,6 +64,7 @@ def test_it_takes_the_steps_of_lopd_distill(pipeline, tmp_path, cache, settings)
         gradient_accumulation_steps=3,
         lr_scheduler_type="constant",
         logging_steps=1,
+        **theirs,
         **common,
     )
     start = weights(trainer.model)
@@ -92,11 +83,11 @@ def test_it_takes_the_steps_of_lopd_distill(pipeline, tmp_path, cache, settings)
     )
     expected = weights(load_model(tmp_path / "lopd", dtype="float32", device="cpu"))
     assert update_error(weights(trainer.model), expected, start) < SAME_UPDATE
-    theirs = logged(trainer)
+    found = logged(trainer)
     lines = (tmp_path / "lopd/train_log.jsonl").read_text().splitlines()
     ours = [entry for entry in map(json.loads, lines) if "loss" in entry]
-    assert len(theirs) == len(ours) == 3
-    for left, right in zip(theirs, ours, strict=True):
+    assert len(found) == len(ours) == 3
+    for left, right in zip(found, ours, strict=True):
         statistics = {*right} - {"epoch", "learning_rate", "step", "tokens_per_second"}
         assert {"loss", "grad_norm", "teacher_tail"} <= statistics
         for name in statistics:
@@ -105,6 +96,53 @@ def test_it_takes_the_steps_of_lopd_distill(pipeline, tmp_path, cache, settings)
 
 def logged(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_rows_without_padding_have_the_loss_and_gradients_of_padded_ones(
+    pipeline, tmp_path, cache, aggregation
+):
+    found = []
+    for packed in (False, True):
+        trainer = make_trainer(
+            pipeline, tmp_path, cache, padding_free=packed, loss_aggregation=aggregation
+        )
+        rows = [trainer.train_dataset[i] for i in range(7)]
+        batch = trainer._collate(rows)
+        width = sum(row["length"] for row in rows) if packed else max(r["length"] for r in rows)
+        assert batch["input_ids"].shape == (1 if packed else 7, width)
+        weight = batch["row_weights"].sum().item()
+        trainer.metrics.begin_step()
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=weight)
+        loss.backward()
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+        held_out = trainer.evaluate(cache)["eval_loss"]
+        found.append((loss.item(), held_out, gradients))
+    (loss, held_out, expected), (again, held_out_again, gradients) = found
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert held_out_again == pytest.approx(held_out, rel=1e-5)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+
+
+def test_a_model_that_mixes_packed_sequences_is_refused(pipeline, tmp_path, cache):
+    trainer = make_trainer(pipeline, tmp_path, cache, padding_free=True, max_steps=1)
+    layer = trainer.model.model.layers[0].self_attn
+    forward = layer.forward
+
+    def deaf(*args, **kwargs):
+        kwargs.pop("sequence_lengths", None)
+        return forward(*args, **kwargs)
+
+    layer.forward = deaf
+    with pytest.raises(ModelError, match=r"cannot be packed.*padding_free"):
+        trainer.train()
+
+
+def test_every_override_is_a_method_of_the_installed_trl(pipeline):
+    own = {"gather", "minimise", "use_packs", "statistics"}
+    own |= {"_objective_on", "_numbered", "_numbered_all"}
+    check_overrides(OfflineDistillationTrainer, SFTTrainer, own)
 
 
 @pytest.mark.thorough
@@ -133,7 +171,7 @@ def test_evaluation_is_the_held_out_divergence(pipeline, tmp_path, cache, object
     data = [*cache]
     parts = {"short": data[:4], "long": data[4:10]}
     trainer = make_trainer(
-        pipeline, tmp_path, data[4:], parts, objective=objective, per_device_eval_batch_size=8
+        pipeline, tmp_path, data[4:], parts, objective=objective, per_device_eval_batch_size=2
     )
     held_out = "reverse_kl" if objective == "policy_gradient" else objective
     metrics = trainer.evaluate()
@@ -211,7 +249,12 @@ def test_every_setting_of_the_loss_is_a_setting_here(tmp_path):
     ("settings", "message"),
     [
         ({"max_length": 1024}, "max_length: found 1024, which has no effect: sequences stay"),
-        ({"packing": True}, "packing: found True, which has no effect"),
+        ({"packing": True}, "packing: found True, which has no effect: padding_free puts"),
+        ({"attention": "sdpa"}, "attention: applies to rows without padding only; set padding"),
+        ({"padding_free": True, "attention": "eager"}, "attention: found 'eager'; expected one"),
+        ({"shuffle_dataset": True}, "shuffle_dataset: found True, which has no effect"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of: found 8, which has no effect"),
+        ({"eval_accumulation_steps": 2}, "eval_accumulation_steps: found 2, which has no effect"),
         ({"loss_type": "dft"}, "loss_type: found 'dft', which has no effect: objective is the"),
         ({"completion_only_loss": True}, "completion_only_loss: found True, which"),
         ({"remove_unused_columns": True}, "remove_unused_columns: found True"),
@@ -241,9 +284,11 @@ def test_data_that_the_objective_cannot_use_are_refused(pipeline, tmp_path, cach
     unfinished = write_cache(
         tmp_path / "part", pipeline / "teacher", pipeline / "rollouts", shards=(0,)
     )
-    with pytest.raises(ShardError, match="1 of 2 shards are unfinished"):
-        part = TeacherCache.open(unfinished, allow_incomplete=True)
+    part = TeacherCache.open(unfinished, allow_incomplete=True)
+    with pytest.raises(ProvenanceError, match="incomplete-cache: found 1 unfinished or damaged"):
         make_trainer(pipeline, tmp_path / "out", part)
+    with pytest.raises(ShardError, match="1 of 2 shards are unfinished"):
+        make_trainer(pipeline, tmp_path / "out", part, folder=False)
     with pytest.raises(DataError, match="no column 'prompt_token_ids'"):
         make_trainer(pipeline, tmp_path / "out", to_dataset(cache).select_columns(["id"]))
     with pytest.raises(ConfigError, match="expected an OfflineDistillationConfig"):
@@ -251,10 +296,19 @@ def test_data_that_the_objective_cannot_use_are_refused(pipeline, tmp_path, cach
         OfflineDistillationTrainer(model, SFTConfig(str(tmp_path), **QUIET), cache)
 
 
+def test_sharded_models_are_refused(pipeline, tmp_path, cache):
+    config = OfflineDistillationConfig(str(tmp_path), **QUIET)
+    config.fsdp = True
+    with pytest.raises(ConfigError, match="fsdp: found True; expected one process per GPU"):
+        OfflineDistillationTrainer(str(pipeline / "student"), config, cache)
+
+
 def test_outputs_are_refused(pipeline, tmp_path, cache):
     trainer = make_trainer(pipeline, tmp_path, cache)
     with pytest.raises(ConfigError, match="no logits are made"):
         trainer.compute_loss(trainer.model, {}, return_outputs=True)
+    with pytest.raises(ConfigError, match="no logits are made; use evaluate"):
+        trainer.predict(cache)
 
 
 def test_the_how_to_page_runs(pipeline, tmp_path, monkeypatch):

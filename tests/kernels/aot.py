@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import sass
 import torch
@@ -33,13 +34,15 @@ from lopd_kernels._core.rules import (
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState, SplitGrads
 from lopd_kernels._core.workspace import padded
 from lopd_kernels._triton import listed as triton_listed
+from lopd_kernels._triton import one_pass as triton_one_pass
 from lopd_kernels._triton import rows as triton_rows
 from lopd_kernels._triton.kernels import listed as listed_kernels
+from lopd_kernels._triton.kernels import one_pass as one_pass_kernels
 from lopd_kernels._triton.kernels import rows as row_kernels
 
 LIMITS = Path(__file__).with_name("aot_limits.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
 
 
 class Recorder:
@@ -98,6 +101,19 @@ def row_passes():
         yield f"{encode(rule)[0]} {head} V={vocab} K={k} {dtype}", triton_rows.row_pass, arguments
 
 
+def in_one_pass(function):
+    """The function on a GPU of 132 multiprocessors that reads the logits once."""
+
+    def run(*arguments):
+        with (
+            mock.patch.object(triton_one_pass, "ENABLED", True),
+            mock.patch.object(triton_one_pass, "multiprocessors", lambda device: 132),
+        ):
+            function(*arguments)
+
+    return run
+
+
 def splits():
     """The row kernel without a gradient outside the lists, and that gradient of some rows."""
     vocab, k, rule = 151936, 64, DivergenceRule("reverse_kl", "bucket")
@@ -149,15 +165,20 @@ def launches():
     """(label, kernel, arguments, options) of everything to compile."""
     for module, names in (
         (row_kernels, ("row_kernel", "reduce_kernel", "write_kernel")),
+        (one_pass_kernels, ("take_kernel", "one_pass_kernel")),
         (listed_kernels, ("gather_dot_kernel", "gather_sum_kernel", "segment_sum_kernel")),
     ):
         for name in names:
             setattr(module, name, Recorder(getattr(module, name)))
     recorders = {
-        name: value for m in (row_kernels, listed_kernels) for name, value in vars(m).items()
+        name: value for m in (row_kernels, one_pass_kernels, listed_kernels)
+        for name, value in vars(m).items()
         if isinstance(value, Recorder)
     }  # fmt: skip
-    for label, function, arguments in (*row_passes(), *splits(), *panels(), *listed()):
+    once = [
+        (label, in_one_pass(function), arguments) for label, function, arguments in row_passes()
+    ]
+    for label, function, arguments in (*row_passes(), *once, *splits(), *panels(), *listed()):
         function(*arguments)
         for recorder in recorders.values():
             for launched, options in recorder.calls:
@@ -170,8 +191,11 @@ def run_tool(name: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def nvidia_usage(cubin: bytes, columns: int = 0) -> dict:
-    """Registers and so on; with `columns` to a thread also what the loops over a row cost."""
+def nvidia_usage(cubin: bytes, columns: int = 0, in_registers: bool = False) -> dict:
+    """Registers and so on; with `columns` to a thread also what the loops over a row cost.
+
+    With `in_registers` these columns are all that a thread has of a row.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -184,7 +208,11 @@ def nvidia_usage(cubin: bytes, columns: int = 0) -> dict:
         "stack": int(counts["STACK"]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
-        "loops": sass.loop_costs(code, main_loops, columns),
+        "loops": {
+            "visit": sass.wide_cost(sass.without(code, one_pass_kernels._zero_slice), columns)
+        }
+        if in_registers
+        else sass.loop_costs(code, main_loops, columns),
     }
 
 
@@ -200,13 +228,16 @@ def compiled(architectures: list[str]) -> Iterator[dict]:
         columns = arguments["BLOCK"] // (32 * options["num_warps"]) if "BLOCK" in arguments else 0
         for name in architectures:
             is_amd = name.startswith("gfx")
+            if is_amd and kernel.__module__ == one_pass_kernels.__name__:
+                continue  # `one_pass.multiprocessors` refuses this device
             target = GPUTarget("hip", name, 64) if is_amd else GPUTarget("cuda", int(name), 32)
             source, _ = specialise(kernel, arguments, target)
             built = triton.compile(source, target=target, options=options)
             if is_amd:
                 usage = amd_usage(built.asm["amdgcn"])
             else:
-                usage = nvidia_usage(built.asm["cubin"], columns)
+                once = kernel.__name__ == "one_pass_kernel"
+                usage = nvidia_usage(built.asm["cubin"], columns, once)
             row = {"kernel": kernel.__name__, "case": label, "target": name, **options}
             yield {**row, "shared": built.metadata.shared, **usage}
 

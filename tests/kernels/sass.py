@@ -34,6 +34,27 @@ def statements_of(function, loop: list[str]) -> int:
     return sum(name == file and first <= line < first + len(source) for name, line in named)
 
 
+def without(text: str, function) -> str:
+    """The disassembly but for the code of this jit function."""
+    kept, is_other = [], True
+    for line in text.splitlines():
+        if LINE.search(line):
+            is_other = not statements_of(function, [line])
+        if is_other:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def wide_cost(text: str, columns: int) -> dict[str, float]:
+    """`cost` of a kernel without a loop over its columns, which it loads and stores in 16 bytes.
+
+    Instructions are all of them, those for the lists too.
+    """
+    lines = [line for line in text.splitlines() if not re.search(r"\b(LDG|STG)\b(?!.*\.128)", line)]
+    accesses = cost(lines, columns)
+    return {**accesses, **{"instructions": cost(text.splitlines(), columns)["instructions"]}}
+
+
 def cost(loop: list[str], columns: int) -> dict[str, float]:
     """Per column: instructions, and loads and stores of global memory in instructions and bytes."""
     opcodes = [match[1].split(".") for match in INSTRUCTION.finditer("\n".join(loop))]

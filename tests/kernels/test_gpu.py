@@ -19,6 +19,7 @@ from lopd_kernels import (
 from lopd_kernels._core.gemm import operand_dtype
 from lopd_kernels._core.rules import DivergenceRule
 from lopd_kernels._core.types import LogitOptions, RowState
+from lopd_kernels._core.waves import occupancy
 from lopd_kernels._core.workspace import padded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -334,3 +335,25 @@ def test_the_kernels_run_on_the_tensors_device():
 def test_16_bit_operands_stay_16_bit_in_the_gemms():
     hidden = torch.empty(1, 1, dtype=torch.bfloat16)
     assert operand_dtype(hidden) == torch.bfloat16
+
+
+def test_the_assumed_programs_fit_on_a_multiprocessor(monkeypatch):
+    """Chunks are chosen by the registers of the compiled kernel, without asking it."""
+    from lopd_kernels._triton import rows as triton_rows
+
+    launched = []
+    kernel = triton_rows.rows.row_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(kernel[grid](*args, **options))
+
+    monkeypatch.setattr(triton_rows.rows, "row_kernel", Spy())
+    hidden, weight, ids, logprobs, tail = problem(4, 64, 151936, 64)
+    options = LogitOptions()
+    rule = DivergenceRule("reverse_kl", "bucket")
+    weight.requires_grad_()
+    linear_sparse_divergence(hidden, weight, ids, logprobs, tail_logprobs=tail).backward()
+    assumed = triton_rows.gpu(hidden, 151936, 65, rule, options)
+    assert assumed.multiprocessors == torch.cuda.get_device_properties(0).multi_processor_count
+    assert occupancy(launched[0].n_regs, 8) >= assumed.programs

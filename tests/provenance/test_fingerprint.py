@@ -206,7 +206,7 @@ def test_broken_checkpoints_are_refused(tmp_path, spoil, error, message):
 
 
 def test_folders_without_safetensors_are_refused_with_a_remedy(tmp_path):
-    with pytest.raises(MissingFileError, match="is not a folder"):
+    with pytest.raises(MissingFileError, match="no such file or folder"):
         fingerprint_weights(tmp_path / "nowhere")
     with pytest.raises(MissingFileError, match="neither model.safetensors nor"):
         fingerprint_weights(tmp_path)

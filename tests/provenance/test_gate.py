@@ -22,6 +22,7 @@ from lopd.provenance import (
     save_vocab,
     write_manifest,
 )
+from lopd.provenance.gate import other_teacher
 from lopd.provenance.manifest import Override, parse_manifest
 
 EVERY = frozenset(
@@ -105,6 +106,17 @@ def test_another_teacher_is_refused(world):
     for model in (other, world.teacher):
         assert str(model) in text and fingerprint_weights(model)[:12] in text
     assert "irreducible" not in text
+
+
+def test_another_teacher_is_warned_of_before_it_scores(world):
+    other = make_model(world.root / "other", seed=3)
+    assert other_teacher(world.manifest()) is None
+    text = other_teacher(world.manifest(other))
+    assert text.startswith(f"this will be a cache scored by {other} ")
+    assert f"'lopd distill' expects {world.teacher} " in text and "'lopd calibrate'" in text
+    assert text.endswith("or pass --allow-teacher-mismatch to 'lopd distill'")
+    unknown = make_model(world.root / "unknown", seed=4)  # it may be declared later
+    assert other_teacher(world.manifest(other, student=unknown)) is None
 
 
 def test_an_unknown_sft_teacher_is_refused_and_points_at_declare(world):

@@ -13,7 +13,7 @@ from ptx_memory import POISON, Space
 from ptx_parser import Program, parse
 from triton.backends.compiler import GPUTarget
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
 FORMATS = {"u64": "<Q", "u32": "<I", "f32": "<f"}
 BASE = 0x7F00_0000_0000
 
@@ -69,7 +69,9 @@ class Emulated:
                 storages.setdefault(value.untyped_storage().data_ptr(), value.untyped_storage())
         order = list(storages)
         sizes = [storages[at].nbytes() for at in order]
-        machine_options = dict(self.machine)
+        machine_options = {
+            "cooperative": options.get("launch_cooperative_grid", False), **self.machine
+        }  # fmt: skip
         races = machine_options.get("races", True)
         memory = Space(sizes, BASE, 2, lambda site: machine.describe(site), races)
         for index, at in enumerate(order):
@@ -109,10 +111,10 @@ def _pack(type_: str, value, addresses) -> bytes:
 def emulate(monkeypatch, capability: int, **machine) -> dict[str, Emulated]:
     """Put `Emulated` in the place of every kernel of lopd_kernels, on CPU tensors too."""
     from lopd_kernels._core import backend
-    from lopd_kernels._triton.kernels import listed, rows
+    from lopd_kernels._triton.kernels import listed, one_pass, rows
 
     kernels = {}
-    for module in (rows, listed):
+    for module in (rows, listed, one_pass):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             kernel = getattr(module, name)
             kernel = kernel.kernel if isinstance(kernel, Emulated) else kernel

@@ -9,14 +9,23 @@ all its threads wait at a barrier or have exited, then another gang runs:
     "reverse"  the same from the last warp to the first, and from the last block
     "random"   the same in an order drawn from the seed
 
+In a program with atomic accesses no gang has more than one block, and a gang lets the others run
+after each such access; "random" then gives each block a speed of its own. A device holds so many
+blocks at once: `resident`, or 8 in an ordinary launch and all of them in a cooperative one. The
+next blocks start when these have exited.
+
 What a device leaves undefined is a `Fault`: a barrier that not all threads of a block reach, a
-warp-wide instruction without all its lanes, an access outside an allocation, a race.
+warp-wide instruction without all its lanes, an access outside an allocation, a race. So is a
+launch in which blocks wait for ever.
 """
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from ptx_memory import POISON, UNSIGNED, WARP, Access, Fault, Space
+from ptx_order import UPDATES, Atomic, Order, keep, replace
 from ptx_parser import (
     Address,
     Block,
@@ -27,6 +36,7 @@ from ptx_parser import (
     Register,
     Special,
     Vector,
+    is_atomic,
     is_warp_wide,
 )
 from ptx_semantics import OPERATIONS, TYPES
@@ -34,6 +44,7 @@ from ptx_semantics import OPERATIONS, TYPES
 SCHEDULES = ("block", "warps", "reverse", "random")
 RUNNING, WAITING, EXITED = 0, 1, 2
 BLOCKS_AT_ONCE = 8
+PATIENCE = 100  # how often each block asks, if no block changes anything, before it is a deadlock
 FULL_WARP = -1
 
 
@@ -65,7 +76,14 @@ class Gang:
         by = (
             self.selected(x[self.lanes]) for x in (batch.thread, batch.barriers, batch.warp_syncs)
         )
-        return Access(*by, site, batch.machine.program.threads)
+        seen = None if batch.order is None else self.selected(batch.order.seen[self.lanes])
+        return Access(*by, seen, site, batch.machine.program.threads)
+
+    def access_of(self, lane: int, site: int) -> Access:
+        """The same of one lane."""
+        mask, self.mask = self.mask, np.arange(_lanes(self)) == lane
+        by, self.mask = self.access(site), mask
+        return by
 
 
 class _Batch:
@@ -78,6 +96,11 @@ class _Batch:
         self.thread = (blocks[:, None] * threads + np.arange(threads)).ravel()
         self.barriers, self.warp_syncs = np.zeros(lanes, np.int32), np.zeros(lanes, np.int32)
         self.counter, self.state = np.zeros(lanes, np.int32), np.full(lanes, RUNNING, np.int8)
+        self.order = None
+        if machine.program.has_atomics:
+            self.order = Order(lanes, int(np.prod(machine.grid)), machine.released)
+        # block -> its atomic accesses since a block changed a value or exited
+        self.asked: Counter[int] = Counter()
         self.registers = {}
         for name, width in machine.program.registers.items():
             if width == 0:
@@ -112,6 +135,8 @@ class Machine:
         arguments: values of the parameters as bytes.
         schedule: one of `SCHEDULES`.
         seed: of the random schedule and of `noise`.
+        resident: blocks that the device holds at once.
+        cooperative: whether the launch is refused if the device does not hold all blocks.
         races: look for races.
         noise: let approximate instructions err, each up to the bound of the ISA.
     """
@@ -126,6 +151,8 @@ class Machine:
         *,
         schedule: str = "block",
         seed: int = 0,
+        resident: int | None = None,
+        cooperative: bool = False,
         races: bool = True,
         noise: bool = False,
     ) -> None:
@@ -134,7 +161,12 @@ class Machine:
             p.name: value for p, value in zip(program.parameters, arguments, strict=True)
         }
         self.schedule, self.races, self.noise = schedule, races, noise
+        count = int(np.prod(grid))
+        if cooperative and resident is not None and count > resident:
+            raise Fault(f"a cooperative launch of {count} blocks, but {resident} fit at once")
+        self.resident = resident or (count if cooperative else BLOCKS_AT_ONCE)
         self.random = np.random.default_rng(seed)
+        self.released: dict[int, np.ndarray] = {}  # see `Order`
         self.sites: list[Instruction] = []
         self.code = [self._translate(block) for block in program.blocks]
 
@@ -150,24 +182,41 @@ class Machine:
         elif self.schedule == "random":
             blocks = self.random.permutation(blocks)
         with np.errstate(all="ignore"):
-            for first in range(0, len(blocks), BLOCKS_AT_ONCE):
-                self._run_batch(_Batch(self, blocks[first : first + BLOCKS_AT_ONCE]))
+            for first in range(0, len(blocks), self.resident):
+                self._run_batch(_Batch(self, blocks[first : first + self.resident]))
 
     def _run_batch(self, batch: _Batch) -> None:
         lanes = len(batch.thread)
+        size = WARP
         if self.schedule == "block":
-            gangs = [Gang(batch, slice(0, lanes))]
-        else:
-            gangs = [Gang(batch, slice(i, i + WARP)) for i in range(0, lanes, WARP)]
+            size = lanes if batch.order is None else self.program.threads
+        gangs = [Gang(batch, slice(i, i + size)) for i in range(0, lanes, size)]
+        speeds = self.random.uniform(0.02, 1.0, len(batch.blocks))
         while not (batch.state == EXITED).all():
+            exited = (batch.state == EXITED).sum()
             order = np.arange(len(gangs))
             if self.schedule == "reverse":
                 order = order[::-1]
             elif self.schedule == "random":
                 order = self.random.permutation(order)
+                if batch.order is not None:
+                    ready = self.random.random(len(batch.blocks)) < speeds
+                    order = order[ready[order * size // self.program.threads]]
             for i in order:
                 self._run_gang(gangs[i])
             self._release(batch)
+            if exited != (batch.state == EXITED).sum():
+                batch.asked.clear()
+            elif batch.order is not None:
+                self._refuse_deadlock(batch)
+
+    def _refuse_deadlock(self, batch: _Batch) -> None:
+        alive = np.unique(batch.thread[batch.state != EXITED] // self.program.threads)
+        if all(batch.asked[block] >= PATIENCE for block in alive):
+            raise Fault(
+                f"blocks {alive.tolist()} wait for ever: the device holds {self.resident} of "
+                f"{int(np.prod(self.grid))} blocks, and none of these changes what it asks for"
+            )
 
     def _run_gang(self, gang: Gang) -> None:
         batch, lanes = gang.batch, gang.lanes
@@ -182,6 +231,8 @@ class Machine:
             for step in steps:
                 step(gang)
             self._leave(gang, at, end, mask, counter, state)
+            if self.program.blocks[at].is_atomic:
+                return
 
     def _next(self, counter, running) -> tuple[int, np.ndarray]:
         """The block to run, and the threads at it: the furthest behind that does not wait.
@@ -218,7 +269,7 @@ class Machine:
         for first in range(0, len(batch.thread), threads):
             block = slice(first, first + threads)
             state, counter = batch.state[block], batch.counter[block]
-            if (state == EXITED).all():
+            if (state == EXITED).all() or (state == RUNNING).any():
                 continue
             waiting = state == WAITING
             sites = {str(self.program.blocks[i].end) for i in np.unique(counter[waiting])}
@@ -230,6 +281,8 @@ class Machine:
                 )
             counter += 1
             batch.barriers[block] += 1
+            if batch.order is not None:
+                batch.order.share(np.arange(first, first + threads), threads)
             state[...] = RUNNING
 
     # -- translation --
@@ -267,6 +320,8 @@ class Machine:
 
     def _unguarded(self, instruction: Instruction, site: int) -> Step:
         words = instruction.opcode.split(".")
+        if is_atomic(instruction.opcode):
+            return self._atomic_step(instruction, site)
         if words[0] in ("ld", "st"):
             return self._memory_step(instruction, site)
         if is_warp_wide(instruction.opcode):
@@ -299,7 +354,7 @@ class Machine:
         return lambda gang: constant
 
     def _arithmetic_step(self, instruction: Instruction) -> Step:
-        opcode, (target, *operands) = instruction.opcode, instruction.operands
+        opcode, target, *operands = instruction.opcode, *(instruction.operands or [None])
         operation = OPERATIONS.get(opcode)
         if len(operands) == 3 and f"{opcode}/3" in OPERATIONS:
             operation = OPERATIONS[f"{opcode}/3"]
@@ -396,6 +451,47 @@ class Machine:
 
         return load
 
+    def _atomic_step(self, instruction: Instruction, site: int) -> Step:
+        """The lanes one after another, each at once."""
+        atomic, operands = Atomic.parse(instruction), list(instruction.operands)
+        if len(operands) != (3 if atomic.kind == "atom" else 2):
+            raise PtxError(f"unknown form of {instruction}")
+        target = operands.pop(0) if atomic.kind != "st" else None
+        if isinstance(target, Vector) and len(target.items) == 1:
+            (target,) = target.items
+        if target is not None:
+            _check_target(target, "b32", instruction)
+        address, *operand = operands
+        if not isinstance(address, Address):
+            raise PtxError(f"unknown form of {instruction}")
+        locate, what = self._locate(instruction, "global", address), str(instruction)
+        get = self._source(operand[0], "u32", instruction) if operand else lambda gang: 0
+        apply = {"ld": keep, "st": replace}.get(atomic.kind) or UPDATES[atomic.update]
+
+        def access(gang: Gang) -> None:
+            batch, threads = gang.batch, self.program.threads
+            order, lanes = batch.order, np.arange(_lanes(gang))
+            where = locate(gang)
+            value = np.broadcast_to(get(gang), len(lanes)).astype(np.uint32)
+            for lane in gang.selected(lanes):
+                index = gang.lanes.start + lane
+                block = int(batch.thread[index]) // threads
+                by, change = gang.access_of(lane, site), partial(apply, value[lane])
+                if not atomic.reaches_others and int(np.prod(self.grid)) > 1:
+                    raise Fault(f"{what}: its scope is one block of several")
+                offset, old, after = self.memory.update(where[lane], change, by, what)
+                if atomic.acquires:
+                    order.acquire(index, offset)
+                if atomic.kind != "ld":
+                    order.write(index, offset, block, batch.barriers[index], atomic.releases)
+                if target is not None:
+                    gang.get(target)[lane] = old
+                if old != after:
+                    batch.asked.clear()
+                batch.asked[block] += 1
+
+        return access
+
     def _stored(self, operand, each: int, instruction: Instruction):
         """The low `each` bytes of an operand."""
         if isinstance(operand, Register):
@@ -483,6 +579,9 @@ class Machine:
                 syncs = gang.batch.warp_syncs[gang.lanes]
                 _whole_warps(gang, syncs)
                 syncs[slice(None) if gang.mask is None else gang.mask] += 1
+                if gang.batch.order is not None:
+                    lanes = np.arange(gang.lanes.start, gang.lanes.stop)
+                    gang.batch.order.share(gang.selected(lanes), WARP)
 
             return synchronise
         parts = opcode.split(".")

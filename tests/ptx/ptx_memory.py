@@ -5,7 +5,9 @@ the last barrier. Two accesses by different threads, one of which writes, must b
 
     in one block of threads  by a bar.sync between them,
     in one warp              by a bar.sync or a bar.warp.sync,
-    in different blocks      by nothing: a kernel has no barrier across blocks.
+    in different blocks      by a release and an acquire, see `ptx_order`.
+
+Atomic accesses are in order among themselves. An address that has seen one is refused to others.
 
 A write that changes nothing does not conflict with another write: Triton lets the threads that
 hold copies of a value store it together.
@@ -34,12 +36,19 @@ class Access(NamedTuple):
     thread: np.ndarray  # over all blocks of the launch
     barrier: np.ndarray  # barriers that the thread's block has passed
     warp_barrier: np.ndarray  # bar.warp.sync that its warp has passed
+    seen: np.ndarray | None  # [thread, block]: barriers of each block known to be passed
     site: int
     threads_per_block: int
 
     def repeated(self, times: int) -> "Access":
-        arrays = (np.repeat(x, times) for x in self[:3])
+        arrays = (None if x is None else np.repeat(x, times, axis=0) for x in self[:4])
         return Access(*arrays, self.site, self.threads_per_block)
+
+    def knows(self, thread: np.ndarray, barrier: np.ndarray) -> np.ndarray:
+        """Whether what those threads did before their block's next barrier is known here."""
+        if self.seen is None:
+            return np.zeros(len(thread), bool)
+        return self.seen[np.arange(len(thread)), thread // self.threads_per_block] > barrier
 
 
 class _Touched(NamedTuple):
@@ -67,6 +76,7 @@ class Shadow:
         self.writer, self.reader = _Touched.none(count), _Touched.none(count)
         # more readers than the one stored: in its warp, in its block, in another block
         self.lanes, self.warps, self.blocks = (np.zeros(count, bool) for _ in range(3))
+        self.atomic = np.zeros(count, bool)
 
     def _granules(self, offsets, width, by: Access):
         each = max(1, width // self.granule)
@@ -85,6 +95,7 @@ class Shadow:
         same_block, same_warp = self._relation(first, by)
         ordered = same_block & (touched.barrier[at] != by.barrier)
         ordered |= same_warp & (touched.warp_barrier[at] != by.warp_barrier)
+        ordered |= ~same_block & by.knows(np.maximum(first - 1, 0), touched.barrier[at])
         return (first != 0) & (first != by.thread + 1) & ~ordered
 
     def _refuse(self, conflict, touched: _Touched, at, by: Access, what: str) -> None:
@@ -99,8 +110,24 @@ class Shadow:
             f"{self.describe(by.site)} ({per_block} threads per block)"
         )
 
+    def _refuse_mixture(self, at, by: Access) -> None:
+        if self.atomic[at].any():
+            raise Race(
+                f"{self.describe(by.site)} is not atomic, and other accesses to its address are"
+            )
+
+    def access_atomically(self, offsets, width: int, by: Access) -> None:
+        at, by = self._granules(offsets, width, by)
+        for touched in (self.writer, self.reader):
+            conflict = self._unordered(touched, at, by)
+            self._refuse(
+                conflict, touched, at, by, "an access that is not atomic, then one that is"
+            )
+        self.atomic[at] = True
+
     def read(self, offsets, width: int, by: Access) -> None:
         at, by = self._granules(offsets, width, by)
+        self._refuse_mixture(at, by)
         conflict = self._unordered(self.writer, at, by)
         self._refuse(conflict, self.writer, at, by, "a write, then a read")
         first = self.reader.thread[at]
@@ -124,14 +151,16 @@ class Shadow:
         each = max(1, width // self.granule)
         changed = changed.reshape(len(offsets), each, -1).any(2).ravel()
         at, by = self._granules(offsets, width, by)
+        self._refuse_mixture(at, by)
         conflict = changed & self._unordered(self.writer, at, by)
         self._refuse(conflict, self.writer, at, by, "two writes")
         reader = self.reader.thread[at]
         same_block, same_warp = self._relation(reader, by)
         current = same_block & (self.reader.barrier[at] == by.barrier)
         in_warp = same_warp & (self.reader.warp_barrier[at] == by.warp_barrier)
+        known = by.knows(np.maximum(reader - 1, 0), self.reader.barrier[at])
         conflict = (reader != 0) & (
-            ~same_block
+            (~same_block & ~known)
             | self.blocks[at]
             | (current & (self.warps[at] | ~same_warp))
             | (current & in_warp & (self.lanes[at] | (reader != by.thread + 1)))
@@ -193,6 +222,16 @@ class Space:
             self.shadow.read(offsets, width, by)
         view, first = self.data.view(UNSIGNED[each]), offsets // each
         return [view[first + i] for i in range(width // each)]
+
+    def update(self, address: int, change, by: Access, what: str) -> tuple[int, int, int]:
+        """Of one atomic access to 32 bits: (its offset, the value before, the value after)."""
+        (offset,) = self._offsets(np.array([address]), 4, what)
+        if self.shadow is not None:
+            self.shadow.access_atomically(np.array([offset]), 4, by)
+        view = self.data.view(np.uint32)
+        old = view[offset // 4]
+        view[offset // 4] = new = change(old)
+        return int(offset), old, new
 
     def store(self, addresses, values: list[np.ndarray], by: Access, what: str) -> None:
         each = values[0].dtype.itemsize

@@ -1,7 +1,7 @@
 """From PTX text to basic blocks. Whatever is not understood raises `PtxError`.
 
-A block ends at a branch, at `ret` and at `bar.sync`, and an instruction of whole warps begins
-one, so that a machine only switches threads between blocks.
+A block ends at a branch, at `ret`, at `bar.sync` and after an atomic access, and an instruction of
+whole warps begins one, so that a machine only switches threads between blocks.
 """
 
 import re
@@ -68,6 +68,10 @@ class Block:
     def needs_whole_warps(self) -> bool:
         return bool(self.body) and is_warp_wide(self.body[0].opcode)
 
+    @property
+    def is_atomic(self) -> bool:
+        return bool(self.body) and is_atomic(self.body[-1].opcode)
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -83,6 +87,17 @@ class Program:
     registers: dict[str, int]  # name -> width
     blocks: list[Block]
     labels: dict[str, int]  # label -> index of its block
+
+    @property
+    def has_atomics(self) -> bool:
+        return any(block.is_atomic for block in self.blocks)
+
+
+def is_atomic(opcode: str) -> bool:
+    """Whether threads may make this access to one address at one time."""
+    kind, *words = opcode.split(".")
+    ordered = {"volatile", "relaxed", "acquire", "release"}.intersection(words)
+    return kind in ("atom", "red") or (kind in ("ld", "st") and bool(ordered))
 
 
 def is_warp_wide(opcode: str) -> bool:
@@ -157,6 +172,8 @@ def _statement(program: Program, statement: str, where: str) -> None:
         program.blocks.append(Block())
     else:
         block.body.append(instruction)
+        if is_atomic(opcode):
+            program.blocks.append(Block())
 
 
 def _split(text: str) -> list[str]:

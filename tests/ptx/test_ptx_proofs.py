@@ -3,8 +3,6 @@
 The compiled PTX is changed before it runs; the kernels themselves stay as they are.
 """
 
-import inspect
-import re
 from unittest import mock
 
 import ptx_launch
@@ -13,9 +11,11 @@ import torch
 from kernel_cases import INTERPRETED
 from ptx_launch import emulate
 from ptx_memory import Fault, Race
+from ptx_mutations import barrier_lines, unguarded, without_barriers
 from row_cases import REVERSE_KL, make_target, padded_rows, ragged_ids
 
 from lopd_kernels._core.types import LogitGrads, LogitOptions, RowState
+from lopd_kernels._triton.kernels import rows
 
 pytestmark = [
     pytest.mark.thorough,
@@ -78,34 +78,13 @@ RUNS = {
 }
 
 
-def barrier_lines():
-    """Lines of kernels/rows.py that place a barrier."""
-    from lopd_kernels._triton.kernels import rows
-
-    lines = inspect.getsource(rows).splitlines()
-    return [number for number, line in enumerate(lines, 1) if "tl.debug_barrier()" in line]
-
-
-def without_barriers(text, line):
-    """(PTX without the barriers that a line of rows.py places, their number)."""
-    kept, where, count = [], "", 0
-    for statement in text.splitlines():
-        if ".loc" in statement and "//" in statement:
-            where = statement.split("//")[1].strip()
-        if statement.strip().startswith("bar.sync") and re.match(rf"rows\.py:{line}:", where):
-            count += 1
-        else:
-            kept.append(statement)
-    return "\n".join(kept), count
-
-
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("line", barrier_lines())
+@pytest.mark.parametrize("line", barrier_lines(rows))
 def test_a_missing_barrier_is_a_race(line, capability, monkeypatch):
     removed = []
 
     def rewrite(text):
-        text, count = without_barriers(text, line)
+        text, count = without_barriers(text, "rows.py", line)
         removed.append(count)
         return text
 
@@ -125,13 +104,6 @@ def test_the_kernels_as_they_are_have_no_race(name, capability, monkeypatch):
     kernels = emulate(monkeypatch, capability)
     RUNS[name]()
     assert sum(len(kernel.launched) for kernel in kernels.values())
-
-
-def unguarded(text, opcode, occurrence):
-    """PTX in which one predicated access is made without its predicate."""
-    matches = list(re.finditer(rf"@!?%p\d+ ({re.escape(opcode)})", text))
-    match = matches[occurrence]
-    return text[: match.start()] + match[1] + text[match.end() :]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

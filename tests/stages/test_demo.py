@@ -9,7 +9,7 @@ from helpers_stages import one_line
 
 from lopd.cli import main
 from lopd.stages.demo import arithmetic as toy
-from lopd.stages.demo.figure import before_after, draw
+from lopd.stages.demo.figure import before_after, draw, set_scale
 from lopd.stages.demo.report import (
     CLIPPED,
     DISTILLED,
@@ -79,6 +79,33 @@ def test_the_picture_shows_each_model_before_and_after(key):
     assert (start, end) in drawn and (start, start) in drawn
     assert ((0.99, 0.99) in drawn) == (key == "sampled")  # the teacher's KL to itself is 0
     assert ((0.96, 0.98) in drawn) == (key == "sampled")
+
+
+@pytest.mark.parametrize(
+    ("values", "wide", "labels"),
+    [
+        ((1.64, 1.25, 1.34), False, 3),  # a log axis labels 1.3, 1.4, ... over each other
+        ((0.9, 1.1), False, 3),
+        ((0.16, 0.001, 0.02), True, 3),
+        ((0.11, 0.0098), True, 2),
+        ((3e-5, 1.5, 0.0), True, 3),
+    ],
+)
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_labels_of_an_axis_do_not_cover_each_other(values, wide, labels, name):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.8))
+    axes = figure.subplots()
+    axes.plot(*((values, range(len(values))) if name == "x" else (range(len(values)), values)))
+    assert set_scale(axes, name, values) is wide
+    figure.draw_without_rendering()
+    axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [tick.label1.get_window_extent() for tick in ticks if tick.label1.get_text()]
+    assert len(boxes) >= labels
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    assert not any(tick.label1.get_text() for tick in axis.get_minor_ticks())
 
 
 def test_the_table_has_intervals():

@@ -13,6 +13,7 @@ from lopd.cli import main
 from lopd.evaluation.grading import exact_grader
 from lopd.stages import demo as demos
 from lopd.stages.demo import smollm2
+from lopd.stages.demo.driver import measures
 from lopd.stages.demo.questions import ANSWER_REGEX, all_questions, split_questions
 from lopd.stages.demo.real import DISTILLED, SHOWN, TASK, UNBIASED, RealDemo
 from lopd.stages.demo.report import FINE_TUNED, MORE_SFT, real_conclusion
@@ -211,7 +212,20 @@ def test_the_conclusion_says_what_the_intervals_say(low, high, words):
         return {"stage": name, "kl": sum(interval) / 2, "kl_interval": interval, "sampled": 0.5}
 
     rows = [row("teacher", 0, 0), row(FINE_TUNED, 1, 2), row(MORE_SFT, 0.5, 0.7)]
-    assert words in real_conclusion([*rows, row(DISTILLED, low, high)], 3)
+    best = row(DISTILLED, low, high)
+    assert words in real_conclusion([*rows, best], 3)
+    del best["kl_interval"]
+    assert "not compared, for want of intervals, with the" in real_conclusion([*rows, best], 3)
+
+
+def test_a_kl_without_a_standard_error_has_no_interval():
+    rate = {"mean": 0.5, "low": 0.2, "high": 0.8}
+    kl = {"nats_per_token": 0.1, "standard_error": 0.1}
+    results = {"greedy": rate, "avg@2": rate, "kl": kl, "cache_kl": {"nats_per_token": 0.3}}
+    row = measures(results, 2)
+    assert row["kl_interval"] == [0.0, pytest.approx(0.296, abs=1e-3)]
+    assert row["held_out_kl"] == 0.3 and "held_out_kl_interval" not in row
+    assert row["sampled_interval"] == [0.2, 0.8]
 
 
 @pytest.mark.slow

@@ -206,7 +206,7 @@ def test_run_resumes_with_other_micro_batches(pipeline, tmp_path, monkeypatch):
     def full(self, *args):
         with monkeypatch.context() as patch:
             if self.state.global_step == 3:
-                patch.setattr("lopd.training.trainer.step", out_of_memory)
+                patch.setattr("lopd.training.objective_trainer.step", out_of_memory)
             return training_step(self, *args)
 
     cut = tmp_path / "cut"

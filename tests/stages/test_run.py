@@ -257,6 +257,27 @@ def test_settings_that_do_not_affect_the_artefact_may_change(finished_run, stage
             recipe.is_finished(dataclasses.replace(config, batch_size=3))
 
 
+@pytest.mark.parametrize(
+    ("stage", "changes", "words"),
+    [
+        ("eval", {"prompts": "nowhere.jsonl"}, "eval: nowhere.jsonl: no such file"),
+        ("rollout", {"prompts": "teacher"}, "rollout: teacher: no such file"),
+        ("distill", {"student": "nowhere"}, "distill: nowhere: no such file"),
+        ("distill", {"cache": "nowhere"}, "distill: cache: nowhere: no such file"),
+    ],
+)
+def test_what_no_stage_writes_must_exist_before_the_first_stage_runs(
+    finished_run, tmp_path, capsys, stage, changes, words
+):
+    values = finished_run[1]
+    stages = values["stages"] | {stage: (values["stages"][stage] or {}) | changes}
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(values | {"stages": stages, "out": str(tmp_path / "out")}))
+    assert main(["run", str(changed)]) == 2
+    assert f"stages: {words}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluation_without_the_teacher_is_refused(finished_run):
     path, values = finished_run
     config = recipe.stage_configs(values, str(path))["eval"]

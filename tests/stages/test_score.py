@@ -105,7 +105,9 @@ def test_the_end_says_how_near_student_and_teacher_are(teacher_folder, rollouts,
     out, err = capsys.readouterr()
     rows = dict(line.split(maxsplit=1) for line in out.splitlines())
     found = measure(TeacherCache.open(cache, support="list"))
-    assert float(rows["kl_to_teacher"]) == pytest.approx(found.log_ratio.value, rel=1e-3)
+    mean, error = rows["kl_to_teacher"].split(", standard error ")
+    assert float(mean) == pytest.approx(found.log_ratio.value, rel=1e-3)
+    assert float(error) == pytest.approx(found.log_ratio.error, rel=1e-3)
     assert rows["sequences_compared"] == "20" and "frozen rollouts  " in out
     assert "of the teacher's probability and " in err  # 6 ids of a random teacher
 

@@ -93,7 +93,10 @@ def make_checkpoints(out, *steps, run="r"):
 
 @pytest.mark.parametrize(
     ("limit", "best", "left"),
-    [(2, None, [9, 10]), (1, None, [10]), (2, 2, [2, 10]), (1, 2, [2, 10]), (3, 10, [3, 9, 10])],
+    [
+        *[(2, None, [9, 10]), (1, None, [10]), (2, 2, [2, 10]), (1, 2, [2, 10])],
+        *[(3, 10, [3, 9, 10]), (5, None, [2, 3, 9, 10]), (6, 3, [2, 3, 9, 10])],
+    ],
 )
 def test_rotation_goes_by_step_and_spares_the_best(tmp_path, limit, best, left):
     make_checkpoints(tmp_path, 2, 3, 9, 10)

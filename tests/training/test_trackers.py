@@ -1,11 +1,14 @@
 """What `--report-to` sends to experiment trackers, offline."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers_artefacts import write_model, write_pipeline, write_sequences
 
 from lopd import DistillConfig, SftConfig, distill, sft
+from lopd.training.logging import own_tracker_run
 
 SETTINGS = {"max_steps": 3, "log_every": 1, "device": "cpu"}
 
@@ -74,18 +77,41 @@ def test_tensorboard_shows_fine_tuning(tmp_path):
     check(tmp_path / "out", {"loss", "grad_norm", "learning_rate"})
 
 
-def test_wandb_runs_offline(pipeline, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="not installed; nothing else needs it")
+def test_each_training_is_a_run_of_its_own_in_wandb(pipeline, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="part of the extra `test`")
+    for name in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "tracker"))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    distill(
-        DistillConfig(
-            student=str(pipeline / "student"),
-            cache=str(pipeline / "cache"),
-            out=str(tmp_path / "out"),
-            report_to="wandb",
-            **SETTINGS,
-        )
-    )
-    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert run.stat().st_size > 0
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = {"student": str(pipeline / "student"), "cache": str(pipeline / "cache")}
+    outs = [tmp_path / "first", tmp_path / "second"]
+    for out in outs:
+        distill(DistillConfig(out=str(out), report_to="wandb", **settings, **SETTINGS))
+        assert wandb.run is None
+    wandb.teardown()  # waits until the files are written
+    files = [*(tmp_path / "tracker").glob("wandb/offline-run-*/run-*.wandb")]
+    records = [file.read_bytes() for file in files]
+    assert len(records) == len(outs)
+    for out in outs:
+        (record,) = [each for each in records if f"{tmp_path.name}/{out.name}".encode() in each]
+        for name in ("loss", "reverse_kl", "student_tail", "ess_tokens"):
+            assert f"train/{name}".encode() in record
+            for _, value in expected(out)[name]:
+                assert json.dumps(value).encode() in record
+
+
+def test_a_run_of_the_caller_stays_open(monkeypatch):
+    """As in a sweep, whose runs wandb begins and ends."""
+    ended, run = [], object()
+    wandb = SimpleNamespace(run=None, finish=lambda exit_code: ended.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with own_tracker_run("none"):
+        wandb.run = run
+    with own_tracker_run("wandb"):
+        pass
+    assert ended == []
+    wandb.run = None
+    with pytest.raises(ValueError, match="stop"), own_tracker_run("wandb"):
+        wandb.run = run
+        raise ValueError("stop")
+    assert ended == [1]

@@ -1,7 +1,6 @@
 """The Trainer: equality with the plain loop, batching, resuming, and refusals."""
 
 import copy
-import inspect
 import json
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from helpers_training import (
     OBJECTIVES,
     SAME_UPDATE,
+    check_overrides,
     largest_difference,
     make_trainer,
     options,
@@ -268,18 +268,10 @@ def test_mixed_precision_keeps_float32_weights(tmp_path):
     assert runs[0] != runs[1] and runs[0] == pytest.approx(runs[1], rel=0.02)
 
 
-# Methods that LopdTrainer adds; all others must exist in Trainer, or nothing would call them.
+# Methods that ours add; all others must exist in Trainer, or nothing would call them.
 OWN = {"_check_sharding", "unsharded_state", "gather", "step_dataset", "_out_of_memory"}
-OWN |= {"_check_weights", "_rotate", "_stop"}
+OWN |= {"_check_weights", "_rotate", "_stop", "minimise", "use_packs", "statistics"}
 
 
 def test_every_override_is_a_method_of_the_installed_trainer():
-    """A method that transformers renames would otherwise be overridden in vain."""
-    methods = {name for name, value in vars(LopdTrainer).items() if inspect.isfunction(value)}
-    for name in methods - OWN - {"__init__"}:
-        theirs = inspect.signature(getattr(Trainer, name))
-        ours = inspect.signature(getattr(LopdTrainer, name)).parameters.values()
-        if not any(p.kind is p.VAR_POSITIONAL for p in ours):
-            arguments = [p for p in theirs.parameters.values() if p.default is p.empty]
-            inspect.signature(getattr(LopdTrainer, name)).bind(*arguments)
-    assert not OWN & {*dir(Trainer)} and methods > OWN
+    check_overrides(LopdTrainer, Trainer, OWN)

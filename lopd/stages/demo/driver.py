@@ -23,7 +23,7 @@ from lopd.config.sft_data import SftDataConfig
 from lopd.engines.progress import duration
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.accuracy import Z95
-from lopd.evaluation.results import RESULTS_NAME
+from lopd.evaluation.results import read_results
 from lopd.provenance import difference
 from lopd.provenance.io import pretty_json, read_json_object, storing, write_atomic
 from lopd.provenance.manifest import environment
@@ -201,31 +201,21 @@ class Demo(ABC):
             "eval_cpu_seconds": time.process_time() - cpu_began,
         }
 
-    def evaluate(self, name: str) -> dict[str, Any]:
-        """Accuracies of a model of the demo, and its KLs to the teacher."""
+    def evaluate(self, name: str, teacher: str = "teacher") -> dict[str, Any]:
+        """Accuracies of a model of the demo, and its KLs to a teacher."""
+        suffix = "" if teacher == "teacher" else f"-{teacher}"
         config = EvalConfig(
             model=self.path(name),
-            teacher=self.path("teacher"),
+            teacher=self.path(teacher),
             prompts=str(self.prompts["eval"]),
             cache=None if self.task.held_out is None else self.path(self.task.held_out),
-            out=self.path(f"eval/{name}"),
+            out=self.path(f"eval/{name}{suffix}"),
             seed=self.seed,
             **self.task.evaluation,
             **self.task.sampling,
         )
         DemoStage(name, name, evaluate, config).run()
-        file = Path(config.out) / RESULTS_NAME
-        results = json.loads(file.read_text(encoding="utf-8"))
-        row: dict[str, Any] = {}
-        for key, name in (("kl", "kl"), ("held_out_kl", "cache_kl")):
-            if (found := results.get(name)) is not None:
-                row[key] = found["nats_per_token"]
-                spread = Z95 * found["standard_error"]
-                row[f"{key}_interval"] = [max(0.0, row[key] - spread), row[key] + spread]
-        for key, name in (("greedy", "greedy"), ("sampled", f"avg@{config.num_samples}")):
-            found = results[name]
-            row |= {key: found["mean"], f"{key}_interval": [found["low"], found["high"]]}
-        return row
+        return measures(read_results(Path(config.out)), config.num_samples)
 
     def answers_of(self, name: str) -> list[dict[str, Any]]:
         """The greedy answers of a model that was evaluated, in the order of the prompts."""
@@ -236,6 +226,24 @@ class Demo(ABC):
     def examples(self) -> str:
         """Answers of some models, to print; empty by default."""
         return ""
+
+
+def measures(results: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """The values of a row from the results of an evaluation, with intervals where it has them.
+
+    Those of a KL are absent for a single answer, and in evaluations of earlier versions.
+    """
+    row: dict[str, Any] = {}
+    for key, name in (("kl", "kl"), ("held_out_kl", "cache_kl")):
+        if (found := results.get(name)) is not None:
+            row[key] = found["nats_per_token"]
+            if (error := found.get("standard_error")) is not None:
+                spread = Z95 * error
+                row[f"{key}_interval"] = [max(0.0, row[key] - spread), row[key] + spread]
+    for key, name in (("greedy", "greedy"), ("sampled", f"avg@{samples}")):
+        found = results[name]
+        row |= {key: found["mean"], f"{key}_interval": [found["low"], found["high"]]}
+    return row
 
 
 def run_demo(kind: type[Demo], config: DemoConfig) -> Path:

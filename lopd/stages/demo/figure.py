@@ -1,7 +1,7 @@
 """The picture of the demo: accuracy and KL before and after, and how the KL falls in training."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from lopd.stages.demo.report import FINE_TUNED, TEACHER
 from lopd.training.logging import LOG_NAME
 
 NAME = "curves.png"
+DECADE = 10.0
 BEFORE, AFTER, LIVE = "#8c8c8c", "#0b6e4f", "#9a6324"
 
 
@@ -46,11 +47,13 @@ def draw(
     )  # fmt: skip
     before_after(
         distance, measured, "kl", titles.distance,
-        "KL to the teacher on new answers, nat per token\n(logarithmic; further left is closer)",
+        "KL to the teacher on new answers, nat per token\n(further left is closer)",
         live, titles.models,
     )  # fmt: skip
     distance.set_yticklabels([])
-    distance.set_xscale("log")
+    kls = [row["kl"] for name, row in measured.items() if name != TEACHER]
+    if kls and not set_scale(distance, "x", kls):  # a logarithmic axis has no place for 0
+        level(distance, 0.0, "teacher", "black", "--", "left")
     training_curves(training, out, curves, live)
     drawn = BytesIO()
     figure.savefig(drawn, dpi=120)
@@ -96,6 +99,32 @@ def before_after(
     axes.set_xlabel(label)
 
 
+def set_scale(axes: Any, name: str, values: Sequence[float]) -> bool:
+    """Make an axis logarithmic if the values span a decade, otherwise linear.
+
+    Both have few round labels: the minor ones of a logarithmic axis would cover each other.
+
+    Args:
+        name: of the axis, x or y.
+
+    Returns:
+        Whether it is logarithmic.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axis = getattr(axes, f"{name}axis")
+    known = [value for value in values if value > 0]
+    wide = bool(known) and max(known) >= DECADE * min(known)
+    if wide:
+        getattr(axes, f"set_{name}scale")("log")
+        axis.set_major_locator(LogLocator(numticks=6))
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    return wide
+
+
 def level(axes: Any, value: float, name: str, colour: str, style: str, side: str) -> None:
     """A vertical line, with its name beside its upper end."""
     axes.axvline(value, color=colour, linestyle=style)
@@ -119,7 +148,7 @@ def training_curves(axes: Any, out: Path, curves: Mapping[str, str], live: str) 
             steps, losses = [r["step"] for r in log], [r["loss"] for r in log]
             axes.plot(steps, losses, color=LIVE if name == live else AFTER, label=how)
     if axes.lines:
-        axes.set_yscale("log")
+        set_scale(axes, "y", [value for line in axes.lines for value in line.get_ydata()])
         axes.legend(loc="upper right", frameon=False, fontsize=9)
     axes.set_title("The distance falls during training", fontsize=11)
     axes.set(xlabel="optimizer step", ylabel="KL to the teacher in training, nat per token")

@@ -41,7 +41,7 @@ PER_BATCH = (
 
 
 @triton.jit
-def _apply_logit_options(
+def apply_logit_options(
     u, bias_ptr, columns, known, gain, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr,
 ):  # fmt: skip
@@ -64,13 +64,13 @@ def _apply_logit_options(
 
 
 @triton.jit
-def _shifted(z, largest):
+def shifted(z, largest):
     """d = z - largest, bounded so that d exp(d) is 0 where an id has no mass; NaN stays NaN."""
     return tl.maximum(z - largest, FAINT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _take_listed(
+def take_listed(
     u_row, ids_row, listed_row, bias_ptr, first, width, vocab, K, gain, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INF_MASKS: tl.constexpr, KBLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def _take_listed(
         ids = tl.load(ids_row + k, mask=k < K, other=-1).to(tl.int64)
         here = (ids >= first) & (ids < first + width)
         u = tl.load(u_row + (ids - first), mask=here, other=0.0)
-        z, _ = _apply_logit_options(u, bias_ptr, ids, here, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
+        z, _ = apply_logit_options(u, bias_ptr, ids, here, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS)
         tl.store(listed_row + k, tl.where(z == SENTINEL, -INF, z), mask=here)
         bad = (ids < -1) | (ids >= vocab)
         invalid = tl.maximum(invalid, tl.max(bad.to(tl.int32), axis=0))
@@ -133,14 +133,14 @@ def _reduce(
         j = start + tl.arange(0, BLOCK)
         ahead = tl.load(u_row + j + BLOCK, mask=j + BLOCK < limit, other=0.0)
         known = j < width
-        z, _ = _apply_logit_options(
+        z, _ = apply_logit_options(
             u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS
         )
         z = tl.reshape(z, [LANES, THREAD_COLUMNS])
         largest = tl.maximum(m, tl.max(z, axis=1))
-        d = _shifted(z, largest[:, None])
+        d = shifted(z, largest[:, None])
         e = tl.exp2(d * LOG2_E)
-        back = _shifted(m, largest)
+        back = shifted(m, largest)
         scale = tl.exp2(back * LOG2_E)
         if ENTROPY:
             t = scale * (t + s * back) + tl.sum(e * d, axis=1)
@@ -148,7 +148,7 @@ def _reduce(
         m = largest
         u = ahead
     top = tl.max(m, axis=0)
-    back = _shifted(m, top)
+    back = shifted(m, top)
     scale = tl.exp(back)
     total = tl.sum(scale * s, axis=0)
     spread = 0.0
@@ -175,11 +175,11 @@ def _write_unlisted(
         ahead = tl.load(u_row + j + BLOCK, mask=j + BLOCK < limit, other=0.0)
         tl.debug_barrier()
         known = j < width
-        z, slope = _apply_logit_options(
+        z, slope = apply_logit_options(
             u, bias_ptr, first + j, known, gain, cap, HAS_BIAS, SOFTCAP, INF_MASKS
         )
         if ENTROPY:
-            d = _shifted(z, unlisted_max)
+            d = shifted(z, unlisted_max)
             grad = tl.exp2(d * LOG2_E) * (factor - entropy_factor * d)
         else:
             grad = tl.exp2((z - unlisted_max) * LOG2_E) * factor
@@ -202,6 +202,129 @@ def _bucket_logprobs(listed_row, k, K, top, lse, tail):
     z = tl.load(listed_row + k, mask=k < K, other=-INF)
     lp = tl.where(z == -INF, -INF, z - top - lse)
     return tl.where(k == K, tail, lp)
+
+
+@triton.jit
+def row_loss(
+    listed_row, target_row, stats_row, stores, unlisted_max, total, spread, invalid, K,
+    option_0, option_1, option_2,
+    RULE: tl.constexpr, DIVERGENCE: tl.constexpr, SHIFT: tl.constexpr, TAIL: tl.constexpr,
+    FROM_TEACHER: tl.constexpr, IMPORTANCE: tl.constexpr,
+    ENTROPY: tl.constexpr, KBLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rule on a row's K + 1 buckets; its statistics are written where `stores` is true.
+
+    Returns (what `write_listed` needs of it, the gradient of the unlisted ids' bucket).
+    """
+    largest_listed = -INF
+    for start in range(0, K, KBLOCK):
+        k = start + tl.arange(0, KBLOCK)
+        z = tl.load(listed_row + k, mask=k < K, other=-INF)
+        largest_listed = tl.maximum(largest_listed, tl.max(z, axis=0))
+    top = tl.maximum(unlisted_max, largest_listed)
+    top = tl.where(top == SENTINEL, 0.0, top)
+    total_listed, largest = 0.0, K
+    for start in range(0, K, KBLOCK):
+        k = start + tl.arange(0, KBLOCK)
+        z = tl.load(listed_row + k, mask=k < K, other=-INF)
+        total_listed += tl.sum(tl.exp(z - top), axis=0)
+        first = tl.min(tl.where((z == largest_listed) & (k < K), k, K), axis=0)
+        largest = tl.minimum(largest, first)
+    lse = tl.log(total_listed + total * tl.exp(unlisted_max - top))
+    tail = (unlisted_max - top) + tl.log(total) - lse
+    tail = tl.where(total == 0.0, -INF, tail)
+    largest = tl.where(tail > largest_listed - top - lse, K, largest)
+
+    student_tail, correction, sampled = tail, 0.0, 0.0
+    if TAIL == "unbiased":
+        z = tl.load(listed_row + K - 1)
+        sampled = tl.where(z == -INF, -INF, z - top - lse)
+        student_tail, correction, importance = unbiased_terms(
+            sampled, tail, target_row, K, option_0
+        )
+        tl.store(stats_row + 4, sampled, mask=stores)
+        tl.store(stats_row + 5, correction, mask=stores)
+        tl.store(stats_row + 6, importance, mask=stores)
+
+    loss, list_term, first_lp = 0.0, 0.0, 0.0
+    g_largest, p_largest, g_others, p_others, tail_g = 0.0, 0.0, 0.0, 0.0, 0.0
+    for start in range(0, K + 1, KBLOCK):
+        k = start + tl.arange(0, KBLOCK)
+        lp = _bucket_logprobs(listed_row, k, K, top, lse, tail)
+        phi, g = bucket_rule(
+            lp, k, K, target_row, student_tail, correction, option_0, option_1, option_2,
+            RULE, DIVERGENCE, SHIFT, TAIL, FROM_TEACHER, IMPORTANCE,
+        )  # fmt: skip
+        p = tl.exp(lp)
+        loss += tl.sum(phi, axis=0)
+        g_largest += tl.sum(tl.where(k == largest, g, 0.0), axis=0)
+        p_largest += tl.sum(tl.where(k == largest, p, 0.0), axis=0)
+        g_others += tl.sum(tl.where(k == largest, 0.0, g), axis=0)
+        p_others += tl.sum(tl.where(k == largest, 0.0, p), axis=0)
+        tail_g += tl.sum(tl.where(k == K, g, 0.0), axis=0)
+        if ENTROPY:
+            list_term += tl.sum(tl.where((k < K) & (lp != -INF), p * lp, 0.0), axis=0)
+        if RULE == "policy_gradient":
+            first_lp += tl.sum(tl.where(k == 0, lp, 0.0), axis=0)
+
+    tl.store(stats_row, loss + tl.where(invalid > 0, float("nan"), 0.0), mask=stores)
+    tl.store(stats_row + 1, top + lse, mask=stores)
+    tl.store(stats_row + 2, tail, mask=stores)
+    if ENTROPY:
+        shift = unlisted_max - top - lse
+        tail_term = tl.where(total == 0.0, 0.0, tl.exp(shift) * (spread + total * shift))
+        tl.store(stats_row + 3, -tail_term - list_term, mask=stores)
+    if RULE == "policy_gradient":
+        _loss, _slope, advantage, ratio = policy_terms(
+            first_lp, tl.load(target_row), tl.load(target_row + 1),
+            option_0, option_1, option_2, FROM_TEACHER, IMPORTANCE,
+        )  # fmt: skip
+        tl.store(stats_row + 4, first_lp, mask=stores)
+        tl.store(stats_row + 5, advantage, mask=stores)
+        tl.store(stats_row + 6, ratio, mask=stores)
+
+    sum_g = g_largest + g_others
+    # g - p sum(g) cancels in a bucket that holds nearly all the mass, see buckets.center
+    largest_grad = g_largest * p_others - p_largest * g_others
+    tail_grad = tl.where(largest == K, largest_grad, tail_g - tl.exp(tail) * sum_g)
+    buckets = (top, lse, tail, student_tail, correction, largest, largest_grad, sum_g)
+    return buckets, tail_grad
+
+
+@triton.jit
+def write_listed(
+    out_row, listed_grad_row, ids_row, listed_row, target_row, first, end, K, buckets, weight, cap,
+    option_0, option_1, option_2,
+    RULE: tl.constexpr, DIVERGENCE: tl.constexpr, SHIFT: tl.constexpr, TAIL: tl.constexpr,
+    FROM_TEACHER: tl.constexpr, IMPORTANCE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, KBLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient at the ids in [first, end), with SPLIT to `listed_grad_row`.
+
+    Returns its L1 norm, with SPLIT, before the slope of a softcap.
+    """
+    top, lse, tail, student_tail, correction, largest, largest_grad, sum_g = buckets
+    listed_l1 = 0.0
+    for start in range(0, K, KBLOCK):
+        k = start + tl.arange(0, KBLOCK)
+        lp = _bucket_logprobs(listed_row, k, K, top, lse, tail)
+        _phi, g = bucket_rule(
+            lp, k, K, target_row, student_tail, correction, option_0, option_1, option_2,
+            RULE, DIVERGENCE, SHIFT, TAIL, FROM_TEACHER, IMPORTANCE,
+        )  # fmt: skip
+        grad = tl.where(k == largest, largest_grad, g - tl.exp(lp) * sum_g) * weight
+        ids = tl.load(ids_row + k, mask=k < K, other=-1).to(tl.int64)
+        inside = (ids >= first) & (ids < end)
+        if SPLIT:
+            listed_l1 += tl.sum(tl.where(inside, tl.abs(grad), 0.0), axis=0)
+        if SOFTCAP:
+            t = tl.load(listed_row + k, mask=k < K, other=0.0) / cap
+            grad = grad * (1.0 - t * t)
+        if SPLIT:
+            tl.store(listed_grad_row + k, grad, mask=inside)
+        else:
+            tl.store(out_row + ids, grad.to(out_row.dtype.element_ty), mask=inside)
+    return listed_l1
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -233,7 +356,7 @@ def row_kernel(
     else:
         ids_row, listed_row = ids_ptr + row * K, listed_ptr + row * K
         target_row, stats_row = target_ptr + row * target_width, stats_ptr + row * stats_width
-        invalid = _take_listed(
+        invalid = take_listed(
             u_row, ids_row, listed_row, bias_ptr, 0, V, V, K, gain, cap,
             HAS_BIAS, SOFTCAP, INF_MASKS, KBLOCK,
         )  # fmt: skip
@@ -241,109 +364,25 @@ def row_kernel(
             u_row, bias_ptr, 0, V, u_stride, gain, cap,
             HAS_BIAS, SOFTCAP, INF_MASKS, ENTROPY, BLOCK,
         )  # fmt: skip
-
-        largest_listed = -INF
-        for start in range(0, K, KBLOCK):
-            k = start + tl.arange(0, KBLOCK)
-            z = tl.load(listed_row + k, mask=k < K, other=-INF)
-            largest_listed = tl.maximum(largest_listed, tl.max(z, axis=0))
-        top = tl.maximum(unlisted_max, largest_listed)
-        top = tl.where(top == SENTINEL, 0.0, top)
-        total_listed, largest = 0.0, K
-        for start in range(0, K, KBLOCK):
-            k = start + tl.arange(0, KBLOCK)
-            z = tl.load(listed_row + k, mask=k < K, other=-INF)
-            total_listed += tl.sum(tl.exp(z - top), axis=0)
-            first = tl.min(tl.where((z == largest_listed) & (k < K), k, K), axis=0)
-            largest = tl.minimum(largest, first)
-        lse = tl.log(total_listed + total * tl.exp(unlisted_max - top))
-        tail = (unlisted_max - top) + tl.log(total) - lse
-        tail = tl.where(total == 0.0, -INF, tail)
-        largest = tl.where(tail > largest_listed - top - lse, K, largest)
-
-        student_tail, correction, sampled = tail, 0.0, 0.0
-        if TAIL == "unbiased":
-            z = tl.load(listed_row + K - 1)
-            sampled = tl.where(z == -INF, -INF, z - top - lse)
-            student_tail, correction, importance = unbiased_terms(
-                sampled, tail, target_row, K, option_0
-            )
-            tl.store(stats_row + 4, sampled)
-            tl.store(stats_row + 5, correction)
-            tl.store(stats_row + 6, importance)
-
-        loss, list_term, first_lp = 0.0, 0.0, 0.0
-        g_largest, p_largest, g_others, p_others, tail_g = 0.0, 0.0, 0.0, 0.0, 0.0
-        for start in range(0, K + 1, KBLOCK):
-            k = start + tl.arange(0, KBLOCK)
-            lp = _bucket_logprobs(listed_row, k, K, top, lse, tail)
-            phi, g = bucket_rule(
-                lp, k, K, target_row, student_tail, correction, option_0, option_1, option_2,
-                RULE, DIVERGENCE, SHIFT, TAIL, FROM_TEACHER, IMPORTANCE,
-            )  # fmt: skip
-            p = tl.exp(lp)
-            loss += tl.sum(phi, axis=0)
-            g_largest += tl.sum(tl.where(k == largest, g, 0.0), axis=0)
-            p_largest += tl.sum(tl.where(k == largest, p, 0.0), axis=0)
-            g_others += tl.sum(tl.where(k == largest, 0.0, g), axis=0)
-            p_others += tl.sum(tl.where(k == largest, 0.0, p), axis=0)
-            tail_g += tl.sum(tl.where(k == K, g, 0.0), axis=0)
-            if ENTROPY:
-                list_term += tl.sum(tl.where((k < K) & (lp != -INF), p * lp, 0.0), axis=0)
-            if RULE == "policy_gradient":
-                first_lp += tl.sum(tl.where(k == 0, lp, 0.0), axis=0)
-        nan_if_invalid = tl.where(invalid > 0, float("nan"), 0.0)
-        loss += nan_if_invalid
-
-        tl.store(stats_row, loss)
-        tl.store(stats_row + 1, top + lse)
-        tl.store(stats_row + 2, tail)
-        if ENTROPY:
-            shift = unlisted_max - top - lse
-            tail_term = tl.where(total == 0.0, 0.0, tl.exp(shift) * (spread + total * shift))
-            tl.store(stats_row + 3, -tail_term - list_term)
-        if RULE == "policy_gradient":
-            _loss, _slope, advantage, ratio = policy_terms(
-                first_lp, tl.load(target_row), tl.load(target_row + 1),
-                option_0, option_1, option_2, FROM_TEACHER, IMPORTANCE,
-            )  # fmt: skip
-            tl.store(stats_row + 4, first_lp)
-            tl.store(stats_row + 5, advantage)
-            tl.store(stats_row + 6, ratio)
-
+        buckets, tail_grad = row_loss(
+            listed_row, target_row, stats_row, True, unlisted_max, total, spread, invalid, K,
+            option_0, option_1, option_2,
+            RULE, DIVERGENCE, SHIFT, TAIL, FROM_TEACHER, IMPORTANCE, ENTROPY, KBLOCK,
+        )  # fmt: skip
         if GRAD:
-            weight = tl.load(weights_ptr + row) + nan_if_invalid
-            sum_g = g_largest + g_others
-            # g - p sum(g) cancels in a bucket that holds nearly all the mass, see buckets.center
-            largest_grad = g_largest * p_others - p_largest * g_others
-            tail_grad = tl.where(largest == K, largest_grad, tail_g - tl.exp(tail) * sum_g)
+            weight = tl.load(weights_ptr + row) + tl.where(invalid > 0, float("nan"), 0.0)
             factor = tl.where(total == 0.0, 0.0, tail_grad / total) * weight
-            listed_l1 = 0.0
             if not SPLIT:
                 _write_unlisted(
                     u_row, out_row, bias_ptr, 0, V, u_stride, out_limit, gain, cap,
                     unlisted_max, factor, 0.0,
                     HAS_BIAS, SOFTCAP, INF_MASKS, False, BLOCK,
                 )  # fmt: skip
-            for start in range(0, K, KBLOCK):
-                k = start + tl.arange(0, KBLOCK)
-                lp = _bucket_logprobs(listed_row, k, K, top, lse, tail)
-                _phi, g = bucket_rule(
-                    lp, k, K, target_row, student_tail, correction, option_0, option_1, option_2,
-                    RULE, DIVERGENCE, SHIFT, TAIL, FROM_TEACHER, IMPORTANCE,
-                )  # fmt: skip
-                grad = tl.where(k == largest, largest_grad, g - tl.exp(lp) * sum_g) * weight
-                ids = tl.load(ids_row + k, mask=k < K, other=-1).to(tl.int64)
-                inside = (ids >= 0) & (ids < V)
-                if SPLIT:
-                    listed_l1 += tl.sum(tl.where(inside, tl.abs(grad), 0.0), axis=0)
-                if SOFTCAP:
-                    t = tl.load(listed_row + k, mask=k < K, other=0.0) / cap
-                    grad = grad * (1.0 - t * t)
-                if SPLIT:
-                    tl.store(listed_grad_ptr + row * K + k, grad, mask=inside)
-                else:
-                    tl.store(out_row + ids, grad.to(out_row.dtype.element_ty), mask=inside)
+            listed_l1 = write_listed(
+                out_row, listed_grad_ptr + row * K, ids_row, listed_row, target_row, 0, V, K,
+                buckets, weight, cap, option_0, option_1, option_2,
+                RULE, DIVERGENCE, SHIFT, TAIL, FROM_TEACHER, IMPORTANCE, SOFTCAP, SPLIT, KBLOCK,
+            )  # fmt: skip
             if SPLIT:
                 split_row = split_ptr + row * 4
                 tl.store(split_row, tl.maximum(unlisted_max, LOWEST_MAX))
@@ -367,7 +406,7 @@ def reduce_kernel(
     row = tl.program_id(0).to(tl.int64)
     if tl.load(active_ptr + row) != 0:
         u_row, unlisted_row = u_ptr + row * u_stride, unlisted_ptr + row * 4
-        invalid = _take_listed(
+        invalid = take_listed(
             u_row, ids_ptr + row * K, listed_ptr + row * K, bias_ptr, first, width, V, K, gain, cap,
             HAS_BIAS, SOFTCAP, INF_MASKS, KBLOCK,
         )  # fmt: skip

@@ -1,0 +1,136 @@
+"""Cells of the part `live`: one student distilled offline and with a live teacher, timed."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from benchmarks.evidence.frame import SEEDS, Cell, Row, Shared
+from lopd.provenance import read_manifest
+from lopd.stages import distill, rollout, score
+from lopd.stages.demo.driver import DemoStage
+from lopd.stages.demo.toy import OPD_SETTINGS
+from lopd.store import TeacherCache
+
+STEPS = 250  # two passes over the 8000 prompts; the paper's runs make 2.2
+PARTS = ("generation", "scoring", "training")
+LISTS, SAMPLED = "lists", "sampled"
+OBJECTIVES: dict[str, dict[str, Any]] = {LISTS: {}, SAMPLED: {"objective": "policy_gradient"}}
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Offline and live with one objective: seconds and quality of both, and drift."""
+
+    objective: str
+    seed: int
+    minutes: ClassVar[float] = 1.4
+
+    @property
+    def name(self) -> str:
+        return f"{self.objective}/seed{self.seed}"
+
+    def measure(self, shared: Shared) -> Row:
+        demo, names = shared.demo, [f"timed-{self.objective}-{part}" for part in (*PARTS, "live")]
+        rollouts = demo.rollouts("", names[0], "opd").config
+        scores = replace(shared.scores.config, rollouts=rollouts.out, out=demo.path(names[1]))
+        offline = replace(
+            shared.distillation.config,
+            cache=scores.out,
+            out=demo.path(names[2]),
+            max_steps=STEPS,
+            **OBJECTIVES[self.objective],
+        )
+        teacher = demo.path("teacher")
+        live = replace(offline, out=demo.path(names[3]), refresh_every=1, teacher=teacher)
+        for name in names:  # of a run that was interrupted
+            shutil.rmtree(demo.path(name), ignore_errors=True)
+        works: list[tuple[Any, Any]] = [
+            (rollout, rollouts), (score, scores), (distill, offline), (distill, live)
+        ]  # fmt: skip
+        *parts, whole = [timed(partial(stage.main, config)) for stage, config in works]
+        logged = read_manifest(live.out).raw["seconds"]
+        drift = {
+            "trained on": _drift(shared, names[2], names[0]),
+            "new": _drift(shared, names[2], "timed-new", prompts="eval"),
+        }
+        quality = {
+            "start": demo.evaluate("sft"),
+            "offline": demo.evaluate(names[2]),
+            "live": demo.evaluate(names[3]),
+        }
+        if self.objective == LISTS:
+            quality["control"] = demo.evaluate(_fine_tuned(shared))
+        return {
+            "objective": self.objective,
+            "steps": STEPS,
+            "offline": dict(zip(PARTS, parts, strict=True)),
+            "live": {**whole, "parts": logged},
+            "drift": drift,
+            "quality": quality,
+        }
+
+
+def _fine_tuned(shared: Shared) -> str:
+    """The fair control: as many steps of fine-tuning, on the teacher's answers to these prompts."""
+    demo, folder = shared.demo, "timed-control"
+    answers = demo.answers("", "timed-answers", "opd")
+    answers.run()
+    settings = {**OPD_SETTINGS, "max_steps": STEPS}
+    demo.training("", folder, model=demo.path("sft"), data=answers.config.out, **settings).run()
+    return folder
+
+
+def timed(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds of the clock, and of this process on a processor."""
+    gc.collect()  # trainers are reference cycles
+    clock, processor = time.perf_counter(), time.process_time()
+    work()
+    return {
+        "clock": round(time.perf_counter() - clock, 3),
+        "processor": round(time.process_time() - processor, 3),
+    }
+
+
+def _drift(shared: Shared, model: str, rollouts: str, prompts: str | None = None) -> Row:
+    """p / r over tokens: mean, deviation, share within 1/4 of 1, ESS; and E[log r - log p]."""
+    demo = shared.demo
+    if prompts is not None:
+        DemoStage("", "", rollout, demo.rollouts("", rollouts, prompts).config).run()
+    config = replace(
+        shared.scores.config,
+        teacher=demo.path(model),
+        rollouts=demo.path(rollouts),
+        out=demo.path(f"{model}-on-{rollouts}"),
+    )
+    shutil.rmtree(config.out, ignore_errors=True)
+    score.main(config)
+    logs = np.concatenate(
+        [each.teacher_logprobs - each.rollout.rollout_logprobs for each in _scored(config.out)]
+    ).astype(np.float64)
+    weights = np.exp(logs)
+    return {
+        "mean": float(weights.mean()),
+        "deviation": float(weights.std()),
+        "within a quarter": float((np.abs(weights - 1.0) <= 0.25).mean()),
+        "ess": float(weights.mean() ** 2 / np.square(weights).mean()),
+        "kl": float(-logs.mean()),
+        "tokens": len(logs),
+    }
+
+
+def _scored(path: str | Path) -> Iterable[Any]:
+    return TeacherCache.open(path, support="list")
+
+
+def cells() -> Sequence[Cell]:
+    """All cells, seed by seed."""
+    return [Ends(objective, seed) for seed in SEEDS for objective in OBJECTIVES]

@@ -1,0 +1,179 @@
+"""Cells and tables of the sampled token, the ablations and the starts, on rows made by hand."""
+
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import readme
+from benchmarks.evidence import ablations, overlap, sampled
+from lopd.config.distill import DistillConfig
+from lopd.provenance.manifest import MANIFEST_NAME
+
+PARTS = (sampled.PART, ablations.PART, overlap.PART)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_cells_have_names_of_their_own_and_run_seed_by_seed(part):
+    cells = part.cells()
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    assert all(table([]) for table in part.tables.values())
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_every_committed_row_is_that_of_a_cell(part):
+    rows = readme.read(readme.RESULTS / part.file)
+    names = [row["cell"] for row in rows]
+    assert len(set(names)) == len(names)
+    assert set(names) <= {cell.name for cell in part.cells()}
+    assert not any(row["dirty"] for row in rows)
+
+
+def curve(arm, factor, seed, kl, points=(0.5, 0.5, 0.5, 0.5, 0.5, 0.5)):
+    steps = [0, *sampled.STEPS]
+    return {
+        "arm": arm, "factor": factor, "seed": seed, "steps": steps, "kl": kl, "sampled": points,
+    }  # fmt: skip
+
+
+def test_steps_to_a_share_are_interpolated_in_the_log():
+    row = curve("lists", 1.0, 0, [1.0, 2.0, 1.0, 0.25, 0.125, 0.0625])
+    assert sampled.steps_to(row, 0.5) == pytest.approx(75.0)  # between 50 and 100
+    assert sampled.steps_to(row, 0.25) == pytest.approx(100.0)
+    assert sampled.steps_to(row, 0.0625 / math.sqrt(1.0)) == pytest.approx(400.0)
+    assert math.isinf(sampled.steps_to(row, 0.05))
+
+
+def curves():
+    """Lists are at their best at 1 x; the sampled token takes four times as long, or fails."""
+    rows = []
+    for seed, start in enumerate((1.0, 2.0)):
+        fast = [start * share for share in (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)]
+        slow = [start * share for share in (1.0, 1.0, 1.0, 0.5, 0.25, 0.2)]
+        rows += [
+            curve("lists", 1.0, seed, fast),
+            curve("lists", 2.0, seed, [start] * 6),
+            curve("sampled", 0.25, seed, slow, (0.0, 0.0, 0.0, 0.0, 0.0, 0.4)),
+        ]
+    return [*rows, curve("clipped", 0.5, 0, [1.0] * 6)]
+
+
+def test_each_arm_is_compared_at_its_best_rate():
+    lists, token = (
+        line
+        for line in sampled.table(curves()).splitlines()
+        if line.startswith(("| lists", "| sa"))
+    )
+    assert "| 1, 2 | 25 at 1 x | 100 at 1 x | 0.0283 at 1 x | 1 | 0 |" in lists
+    assert "| 100 at 0.25 x; 4.0 [4.0, 4.0] x |" in token
+    assert "> 400 at 0.25 x, 0 of 2 seeds; more than 4.0 x the lists'" in token
+    assert "| 10.00 [10.00, 10.00] | -10.0 [-10.0, -10.0] |" in token
+    assert "clipped" not in sampled.table(curves())  # a seed is missing
+
+
+def test_the_figure_has_a_line_for_each_seed_and_their_mean():
+    (axes,) = sampled.figure(curves()).axes
+    assert len(axes.lines) == 2 * 3
+    assert axes.lines[2].get_ydata()[-1] == pytest.approx(0.02 * math.sqrt(2.0))
+
+
+def run(variant, seed, kl, factor=1.0, **more):
+    return {
+        "variant": variant, "factor": factor, "seed": seed, "kl": kl, "sampled": 1.0 - kl, **more,
+    }  # fmt: skip
+
+
+def line_of(rows, name):
+    (line,) = [x for x in ablations.table(rows).splitlines() if f"'{name}/*'" in x]
+    return line
+
+
+def test_a_variant_is_compared_with_its_base_at_rates_and_seeds_that_both_have():
+    kls = {0: 0.01, 1: 0.04, 2: 0.16}
+    rows = [run("default", seed, kl) for seed, kl in kls.items()]
+    rows += [run("default", seed, 0.5 * kl, 2.0) for seed, kl in kls.items()]
+    rows += [run("forward", seed, 2.0 * kl, f) for seed, kl in kls.items() for f in (1.0, 2.0)]
+    rows += [run("compact", seed, 3.0 * kls[seed]) for seed in (0, 1)]
+    assert "| 3 | 0.0800 | 4.00 [4.00, 4.00] |" in line_of(rows, "forward")  # the base's best
+    assert "| default | 2 | 0.0600 | 3.00 [3.00, 3.00] |" in line_of(rows, "compact")  # 1 x only
+    assert "|  | 3 | 0.0200 | 1 |" in line_of(rows, "default")
+    assert "jsd" not in ablations.table(rows)
+
+
+def test_a_held_out_run_says_which_step_it_took():
+    rows = [run("default", seed, 0.01) for seed in (0, 1)]
+    rows += [run("frozen", seed, 0.1, holdout={"result_step": 600}) for seed in (0, 1)]
+    stops = [{"result_step": step} for step in (120, 60)]
+    rows += [run("frozen-stop", seed, 0.05, holdout=stop) for seed, stop in enumerate(stops)]
+    assert "(result of step 60 to 120) | frozen | 2" in line_of(rows, "frozen-stop")
+    assert "result of step" not in line_of(rows, "frozen")
+
+
+@pytest.mark.parametrize("name", ablations.VARIANTS)
+def test_every_variant_has_settings_that_distillation_takes(name, tmp_path, monkeypatch):
+    """And a base that shares one of its rates."""
+    made = []
+
+    def distil(folder, **changes):
+        made.append(DistillConfig(student="s", out=str(tmp_path / folder), **changes))
+        manifest = tmp_path / folder / MANIFEST_NAME
+        manifest.parent.mkdir()
+        manifest.write_text(json.dumps({"holdout": {"result_step": 20}}))
+        return {"kl": 0.1, "sampled": 0.9, "greedy": 1.0}
+
+    shared = SimpleNamespace(
+        distil=distil,
+        cache=lambda k: f"cache-k{k}",
+        demo=SimpleNamespace(path=lambda folder: str(tmp_path / folder)),
+    )
+    monkeypatch.setattr(ablations, "scored", lambda shared, folder, **made: f"cache-{folder}")
+    variant = ablations.VARIANTS[name]
+    assert set(variant.rates) & set(ablations.VARIANTS[variant.base].rates)
+    if variant.fine_tuning:
+        return
+    row = ablations.Run(name, 0.5, 0).measure(shared)
+    (config,) = made
+    assert (row["variant"], row["kl"], row["sampled"]) == (name, 0.1, 0.9)
+    assert row["steps"] == config.max_steps and config.learning_rate == 1e-3
+    assert ("holdout" in row) == (config.holdout > 0)
+    assert (config.cache == "cache-k8") == (not variant.sampling and not variant.scoring)
+
+
+def gap(fine_tuning, seed, offline, live, x):
+    return {
+        "fine_tuning": fine_tuning, "seed": seed, "topk_overlap": x, "shared_probability": 1 - x,
+        "start": {"kl": math.exp(x)}, "offline": {"kl": offline}, "live": {"kl": live},
+        "control": {"kl": 2.0 * offline},
+    }  # fmt: skip
+
+
+def test_the_gap_is_compared_by_start_and_correlated_with_it():
+    rows = [
+        gap(steps, seed, 0.1 * math.exp(x), 0.1, x)
+        for steps, seed, x in [(120, 0, 0.1), (120, 1, 0.1), (430, 0, 0.7), (430, 1, 0.7)]
+    ]
+    first = overlap.table(rows).splitlines()[2]
+    assert first.startswith("| 120 | 2 | 1.1052 | 0.10 | 0.90 | 0.1105 | 0.1000 |")
+    assert first.endswith("| 1.11 [1.11, 1.11] | 0.50 [0.50, 0.50] |")
+    found = overlap.correlations([*rows, gap(240, 0, 0.2, 0.1, 0.4)]).splitlines()
+    assert len(found) == 5 and found[2].split("|")[2].strip() == "5"
+    assert len(overlap.figure(rows).axes) == 2
+
+
+def test_a_correlation_has_fishers_interval():
+    """r = 0.8 of five pairs: tanh(atanh(0.8) -+ 1.96 / sqrt(2))."""
+    x, y = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 3.0, 2.0, 5.0, 4.0]
+    found = overlap.correlated(x, y)
+    assert found == pytest.approx((0.8, -0.2797, 0.9863), abs=1e-3)
+
+
+def test_no_two_variants_share_a_folder_unless_their_settings_are_the_same():
+    made: dict[str, object] = {}
+    for variant in ablations.VARIANTS.values():
+        settings = (variant.sampling, variant.scoring)
+        assert made.setdefault(ablations._name(*settings), settings) == settings
+    folders = [cell.folder for cell in ablations.cells() if cell.seed == 0]
+    assert all(a != b for a, b in itertools.combinations(folders, 2))
