@@ -76,6 +76,8 @@ test-ptx: $(READY)
 	for capability in 80 90 100; do \
 		LOPD_PTX=$$capability LOPD_PTX_SCHEDULE=random \
 			$(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py || exit 1; \
+		LOPD_PTX=$$capability LOPD_PTX_SCHEDULE=random LOPD_PTX_ONE_PASS=1 \
+			$(PYTEST) -m "not gpu" $(KERNELS)/test_triton.py || exit 1; \
 	done
 
 test-gpu:

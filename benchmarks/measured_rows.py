@@ -38,7 +38,9 @@ def measured_problem(shape: Shape, sample: Tensor, seed: int = 0) -> Problem:
     An eighth of the vocabulary falls into topics of K ids, whose rows of the weight have half their
     variance in common; a list is a topic. All else is random. A hidden state is the shortest one
     with the wanted logits at the listed ids. The logits at all other ids are then normal, so their
-    log-sum-exp is known in advance; masses outside the list are right within some percent.
+    log-sum-exp is known in advance; masses outside the list are right within some percent. That
+    holds while the spread of these logits, 2 |h| / sqrt(D), stays well below sqrt(2 log V): beyond
+    it so few logits make up the sum that it is smaller than expected, and so are the masses.
 
     Args:
         sample: [M, 4], the columns `FIELDS`. Tails below `LEAST` count as that.

@@ -249,6 +249,7 @@ DOCUMENTS = [
         "benchmarks/NOTES.md",
         "docs/evidence.md",
         "docs/losses.md",
+        "docs/scoring.md",
         "docs/training.md",
         "docs/tutorial.md",
     )

@@ -41,7 +41,7 @@ SAMPLED = "reverse KL, sampled rows"
 SHARES = (0.05, 0.15, 0.25, 0.5, 0.75, 0.85)
 TOLERANCES = (1e-2, 1e-3)
 LIMITS = {"share 0.15": 0.60, "share 0.25": 0.68, "renormalised": 0.2}
-SAMPLE = ("demo", "start", 8)  # model, time and length of the list
+SAMPLE = ("SmolLM2-135M, pruned", "start", 64)  # model, time and length of the list
 FULL = Shape(rows=2048, hidden=512, vocab=151936, topk=64)
 QUICK = Shape(rows=64, hidden=128, vocab=8192, topk=16)
 GATE = 1e-5

@@ -27,6 +27,7 @@ PACKAGES = [
 USES_KERNELS = {"models", "engines", "training"}
 # Modules of a package in this list stand in several layers; a package alone is one layer.
 KERNEL_LAYERS = [
+    {"_core.crew"},
     {
         "_core.gemm",
         "_core.listed_ids",

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from test_docs import ROOT, TEXTS, load
 
+import lopd_kernels
 from lopd.cli.commands import COMMANDS
 from lopd.config.parse import flag
 
@@ -93,3 +94,8 @@ def test_every_page_stands_in_the_navigation():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     files = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert sorted(names(site["nav"])) == sorted(files | {*pages.ELSEWHERE, pages.COMMANDS_PAGE})
+
+
+def test_the_reference_of_the_losses_has_every_public_name():
+    listed = re.findall(r"^        - (\w+)$", TEXTS["docs/reference/losses.md"], re.MULTILINE)
+    assert sorted(listed) == sorted(lopd_kernels.__all__)

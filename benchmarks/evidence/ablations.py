@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
-from benchmarks.evidence.intervals import Values, compare, mean_log_kl
+from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Values, compare, mean_log_kl, shown
 from benchmarks.evidence.runs import more_fine_tuning, quality, scored
 from lopd.provenance.manifest import MANIFEST_NAME
 from lopd.stages.demo.toy import OPD_SETTINGS, PROMPTS, TOP_K
@@ -220,12 +220,9 @@ def table(rows: list[Row]) -> str:
             continue
         ours, base = found
         cells = ["1", "0"] if name == variant.base else ["", ""]
-        if name != variant.base and len(ours) > 1:  # one seed has no interval
+        if name != variant.base and len(ours) >= FEWEST:
             compared = compare(ours, base)
-            cells = [
-                "{:.2f} [{:.2f}, {:.2f}]".format(*compared["kl"]),
-                "{:+.1f} [{:+.1f}, {:+.1f}]".format(*compared["points"]),
-            ]
+            cells = [shown(compared["kl"], ".2f"), shown(compared["points"], "+.1f")]
         base_name = "" if name == variant.base else variant.base
         lines.append(
             f"| {variant.words}{_result_steps(variant, ours)} | {base_name} | {len(ours)} "
@@ -233,7 +230,7 @@ def table(rows: list[Row]) -> str:
             f"| {mean(row['sampled'] for row in ours.values()):.3f} | {cells[1]} "
             f"| `'{name}/*'` |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
 
 
 def _result_steps(variant: Variant, rows: Values) -> str:

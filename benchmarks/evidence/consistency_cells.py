@@ -20,7 +20,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     CALIBRATED: {"objective": "policy_gradient"},
 }
 PAIRS = (("A", "A"), ("A", "B"), ("B", "A"), ("B", "B"))
-TO_B = (("A", "B"), ("B", "B"))  # the same target, from another and from its own student
+FROM_A = PAIRS[:2]  # one student, distilled from its own teacher and from the other
+FROM_B = PAIRS[2:]
 DOSES = ("same", "half")  # teachers of A's student, besides A and B
 
 
@@ -98,30 +99,31 @@ class Run:
 
 
 def of_seed(seed: int) -> Iterator[Cell]:
-    """The cells of one seed."""
-    for pair in PAIRS:
+    """The cells of one seed; those that say most come first."""
+
+    def runs(
+        pairs: Sequence[tuple[str, str]], objective: str, *steps: int, live: bool = False
+    ) -> Iterator[Cell]:
+        for each in steps:
+            for pair in pairs:
+                yield Run(*pair, objective, live, each, seed)
+
+    for pair in FROM_A:
         yield Start(*pair, seed)
-    for pair in PAIRS:
-        yield Run(*pair, LISTS, False, SHORT, seed)
-    for pair in TO_B:
-        yield Run(*pair, LISTS, True, SHORT, seed)
-    for pair in PAIRS:
-        yield Run(*pair, LISTS, False, LONG, seed)
-    for opd in DOSES:
-        yield Start("A", opd, seed)
-        for steps in (SHORT, LONG):
-            yield Run("A", opd, LISTS, False, steps, seed)
-    for steps in (SHORT, LONG):
-        for pair in TO_B:
-            yield Run(*pair, SAMPLED, False, steps, seed)
-        yield Run("A", "B", CALIBRATED, False, steps, seed)
-        yield Run("A", "B", CONTROL, False, steps, seed)
-    for pair in TO_B:
-        yield Run(*pair, LISTS, True, LONG, seed)
-    for pair in PAIRS[:1] + PAIRS[2:3]:
-        yield Run(*pair, LISTS, True, SHORT, seed)
-    for pair in TO_B:
-        yield Run(*pair, SAMPLED, True, SHORT, seed)
+    yield from runs(FROM_A, LISTS, SHORT, LONG)
+    yield from runs(FROM_A, LISTS, SHORT, live=True)
+    for dose in DOSES:
+        yield Start("A", dose, seed)
+        yield from runs([("A", dose)], LISTS, SHORT, LONG)
+    yield from runs(FROM_A, CONTROL, SHORT, LONG)
+    yield from runs(FROM_A, LISTS, LONG, live=True)
+    for pair in FROM_B:
+        yield Start(*pair, seed)
+    yield from runs(FROM_B, LISTS, SHORT, LONG)
+    yield from runs(FROM_B, LISTS, SHORT, live=True)
+    yield from runs(FROM_A, SAMPLED, SHORT, LONG)
+    yield from runs([("A", "B")], CALIBRATED, SHORT, LONG)
+    yield from runs(FROM_A, SAMPLED, SHORT, live=True)
 
 
 def cells() -> Sequence[Cell]:

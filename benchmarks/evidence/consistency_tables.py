@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -22,15 +22,16 @@ from benchmarks.evidence.frame import Row
 from benchmarks.evidence.intervals import (
     FEWEST,
     IN_PART,
+    NEGLIGIBLE,
     NO_ROWS,
     NOT,
     REPRODUCED,
+    UNDECIDED,
     Comparison,
     Interval,
     Values,
     compare,
     mean_log_kl,
-    ratio,
     shown,
 )
 
@@ -84,37 +85,32 @@ def paired(ours: Values, base: Values) -> Comparison | None:
     return compare({s: ours[s] for s in seeds}, {s: base[s] for s in seeds})
 
 
-def both(ours: Values, base: Values) -> list[int]:
+def both(ours: Mapping[int, Any], base: Mapping[int, Any]) -> list[int]:
     """The seeds that two runs have."""
     return sorted(ours.keys() & base.keys())
 
 
 def own(setting: Setting) -> Setting:
-    """What a student of the same teacher is distilled with; it has nothing to calibrate."""
+    """What a student is distilled with from its own teacher: there is nothing to calibrate."""
     objective = SAMPLED if setting.objective == CALIBRATED else setting.objective
     return Setting(objective, setting.live, setting.steps)
 
 
-def sides(rows: Sequence[Row], opd: str, setting: Setting) -> tuple[Values, Values]:
-    """The student of the other teacher, and that of `opd` itself, both distilled from `opd`."""
-    other = "A" if opd == "B" else "B"
-    return found(rows, other, opd, setting), found(rows, opd, opd, own(setting))
+def sides(rows: Sequence[Row], own_of: str, setting: Setting) -> tuple[Values, Values]:
+    """A's student distilled from B, and the student of A or of B distilled from its own teacher."""
+    return found(rows, "A", "B", setting), found(rows, own_of, own_of, own(setting))
 
 
-def gap(rows: Sequence[Row], opd: str, setting: Setting) -> Comparison | None:
+def gap(rows: Sequence[Row], own_of: str, setting: Setting) -> Comparison | None:
     """The first of the two sides against the second."""
-    return paired(*sides(rows, opd, setting))
+    return paired(*sides(rows, own_of, setting))
 
 
-def change(rows: Sequence[Row], opd: str, objective: str, live: bool) -> Interval | None:
-    """The gap's KL ratio after the long run, over that after the short one."""
-    gaps = []
-    for steps in (LONG, SHORT):
-        other, same = sides(rows, opd, Setting(objective, live, steps))
-        gaps.append({s: other[s]["kl"] / same[s]["kl"] for s in both(other, same)})
-    long, short = gaps
-    seeds = sorted(long.keys() & short.keys())
-    return ratio([long[s] / short[s] for s in seeds]) if len(seeds) >= FEWEST else None
+def change(rows: Sequence[Row], objective: str, live: bool) -> Interval | None:
+    """KL of A's student distilled from B after the long run, over that after the short one."""
+    long, short = (found(rows, "A", "B", Setting(objective, live, x)) for x in (LONG, SHORT))
+    compared = paired(long, short)
+    return None if compared is None else compared["kl"]
 
 
 def _cell(values: Values) -> str:
@@ -158,17 +154,16 @@ def grid_table(rows: list[Row]) -> str:
 
 
 def gap_table(rows: list[Row]) -> str:
-    """Markdown: what fine-tuning on another teacher's answers costs."""
-    head = ["distilled with", "teacher", "KL / that of its own student", "pass@1, points", "seeds"]
+    """Markdown: the crossed student against the same student of its own teacher, and B's own."""
+    head = ["distilled with", "A → B against", "KL / its", "pass@1, points", "seeds"]
     body = []
-    for setting in SETTINGS:
-        for opd in ("B", "A"):
-            if (compared := gap(rows, opd, setting)) is None:
+    for setting in (*SETTINGS, *CONTROLS):
+        for name in ("A", "B"):
+            if (compared := gap(rows, name, setting)) is None:
                 continue
-            seeds = both(*sides(rows, opd, setting))
-            kl = shown(compared["kl"], ".2f")
-            points = shown(compared["points"], "+.1f")
-            body.append([str(setting), opd, kl, points, str(len(seeds))])
+            cells = [shown(compared["kl"], ".2f"), shown(compared["points"], "+.1f")]
+            seeds = len(both(*sides(rows, name, setting)))
+            body.append([str(setting), f"{name} → {name}", *cells, str(seeds)])
     return "\n".join(_table(head, body, words=2)) if body else NO_ROWS
 
 
@@ -226,21 +221,20 @@ def figure(rows: list[Row]) -> Any:
         runs = {name: values for name, values in runs.items() if values}
         if not runs:
             continue
-        style: dict[str, Any] = {
-            "color": colour,
-            "linestyle": "-" if marker == "o" else ":",
-            "linewidth": 1.2,
-        }
-        where = [_disagreement(rows, name) for name in runs]
-        axes.plot(where, [math.exp(mean_log_kl(x)) for x in runs.values()], label=label, **style)
-        for name, values in runs.items():
-            starts = found(rows, "A", name, None)
-            seeds = sorted(values.keys() & starts.keys())
-            axes.plot(
-                [starts[seed]["disagreement"] for seed in seeds],
-                [values[seed]["kl"] for seed in seeds],
-                marker, color=colour, markersize=4, markerfacecolor="none", linestyle="none",
-            )  # fmt: skip
+        if marker == "o":  # live runs have the two ends only
+            where = [_disagreement(rows, name) for name in runs]
+            kls = [math.exp(mean_log_kl(values)) for values in runs.values()]
+            axes.plot(where, kls, color=colour, linewidth=1.2)
+        starts = {name: found(rows, "A", name, None) for name in runs}
+        points = [
+            (starts[name][seed]["disagreement"], values[seed]["kl"])
+            for name, values in runs.items()
+            for seed in both(values, starts[name])
+        ]
+        axes.plot(
+            *zip(*points, strict=True), marker, color=colour, markersize=4,
+            markerfacecolor="none", label=label,
+        )  # fmt: skip
     axes.set(
         yscale="log", xlabel="disagreement of the teachers, KL(A ‖ teacher), nat per token",
         ylabel="KL(student ‖ teacher), nat per token",
@@ -253,17 +247,32 @@ def figure(rows: list[Row]) -> Any:
 
 
 def irreducible(gap_long: Interval, change: Interval) -> str:
-    """Whether a gap remains after the long run, and whether more steps leave it as it was.
+    """Whether a gap remains after the long run that more steps do not narrow.
 
-    Reproduced: it remains and does not shrink. In part: it remains, but clearly shrinks. Not
-    reproduced: the interval of the ratio after the long run reaches down to 1.
+    Reproduced: the gap remains, and the KL does not fall from the short run to the long one. In
+    part: it remains, but the KL clearly falls. Not reproduced: no gap remains.
     """
     if gap_long[1] <= 1:
-        return NOT
-    return IN_PART if change[2] < 1 else REPRODUCED
+        return NOT if gap_long[2] < NEGLIGIBLE else UNDECIDED
+    if change[2] < 1:
+        return IN_PART
+    return REPRODUCED if change[1] > 1 / NEGLIGIBLE else UNDECIDED
 
 
 def both_suffer(frozen: Comparison, live: Comparison) -> str:
-    """Whether another teacher's fine-tuning raises the KL offline and live; in part if in one."""
-    worse = [each["kl"][1] > 1 for each in (frozen, live)]
-    return REPRODUCED if all(worse) else IN_PART if any(worse) else NOT
+    """Whether another teacher leaves a higher KL offline and live; in part if only in one."""
+    kls = [each["kl"] for each in (frozen, live)]
+    worse, fine = ([f(kl) for kl in kls] for f in (_worse, _fine))
+    if all(worse):
+        return REPRODUCED
+    if all(fine):
+        return NOT
+    return IN_PART if any(worse) else UNDECIDED
+
+
+def _worse(kl: Interval) -> bool:
+    return kl[1] > 1
+
+
+def _fine(kl: Interval) -> bool:
+    return kl[2] < NEGLIGIBLE

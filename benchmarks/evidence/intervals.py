@@ -13,8 +13,11 @@ Comparison = dict[str, Interval]  # of "kl", a ratio, and of "points"
 QUANTILES = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MARGIN = 4.0  # points of pass@1 within which two runs count as equal, as in benchmarks.demo_seeds
 REPRODUCED, IN_PART, NOT, UNKNOWN = "reproduced", "in part", "not reproduced", "not measured here"
+UNTESTABLE = "not testable here"
+UNDECIDED = "not decided"  # the interval holds both
+NEGLIGIBLE = 1.25  # a ratio of KLs whose whole interval lies below is no gap
 
-FEWEST = 2  # seeds of an interval
+FEWEST = 3  # seeds of an interval
 NO_ROWS = "Not measured yet."
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from benchmarks.evidence.frame import SEEDS, Cell, Row, Shared
+from benchmarks.evidence.runs import more_fine_tuning
 from lopd.provenance import read_manifest
 from lopd.stages import distill, rollout, score
 from lopd.stages.demo.driver import DemoStage
-from lopd.stages.demo.toy import OPD_SETTINGS
 from lopd.store import TeacherCache
 
 STEPS = 250  # two passes over the 8000 prompts; the paper's runs make 2.2
@@ -68,7 +67,8 @@ class Ends:
             "live": demo.evaluate(names[3]),
         }
         if self.objective == LISTS:
-            quality["control"] = demo.evaluate(_fine_tuned(shared))
+            more_fine_tuning(shared, "timed-control", max_steps=STEPS)
+            quality["control"] = demo.evaluate("timed-control")
         return {
             "objective": self.objective,
             "steps": STEPS,
@@ -77,16 +77,6 @@ class Ends:
             "drift": drift,
             "quality": quality,
         }
-
-
-def _fine_tuned(shared: Shared) -> str:
-    """The fair control: as many steps of fine-tuning, on the teacher's answers to these prompts."""
-    demo, folder = shared.demo, "timed-control"
-    answers = demo.answers("", "timed-answers", "opd")
-    answers.run()
-    settings = {**OPD_SETTINGS, "max_steps": STEPS}
-    demo.training("", folder, model=demo.path("sft"), data=answers.config.out, **settings).run()
-    return folder
 
 
 def timed(work: Callable[[], object]) -> dict[str, float]:
@@ -113,8 +103,9 @@ def _drift(shared: Shared, model: str, rollouts: str, prompts: str | None = None
     )
     shutil.rmtree(config.out, ignore_errors=True)
     score.main(config)
+    scored = TeacherCache.open(config.out, support="list")
     logs = np.concatenate(
-        [each.teacher_logprobs - each.rollout.rollout_logprobs for each in _scored(config.out)]
+        [each.teacher_logprobs - each.rollout.rollout_logprobs for each in scored]
     ).astype(np.float64)
     weights = np.exp(logs)
     return {
@@ -125,10 +116,6 @@ def _drift(shared: Shared, model: str, rollouts: str, prompts: str | None = None
         "kl": float(-logs.mean()),
         "tokens": len(logs),
     }
-
-
-def _scored(path: str | Path) -> Iterable[Any]:
-    return TeacherCache.open(path, support="list")
 
 
 def cells() -> Sequence[Cell]:

@@ -9,7 +9,7 @@ from statistics import correlation
 from typing import Any, ClassVar
 
 from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
-from benchmarks.evidence.intervals import Interval, ratio
+from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Interval, ratio, shown
 from benchmarks.evidence.runs import more_fine_tuning, quality, run, scored
 from lopd.config.objective import Objective
 from lopd.evaluation.agreement import measure
@@ -124,13 +124,12 @@ def table(rows: list[Row]) -> str:
             *(_ratio(found, other) for other in ("live", "control")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
 
 
 def _ratio(rows: list[Row], other: str) -> str:
-    if len(rows) < 2:  # one seed has no interval
-        return f"{math.exp(log_gap(rows[0], other)):.2f}"
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*ratio([math.exp(log_gap(r, other)) for r in rows]))
+    ratios = [math.exp(log_gap(row, other)) for row in rows]
+    return shown(ratio(ratios), ".2f") if len(ratios) >= FEWEST else ""
 
 
 def correlations(rows: list[Row]) -> str:
@@ -141,8 +140,8 @@ def correlations(rows: list[Row]) -> str:
     ]
     for name, words in PREDICTORS.items() if len(rows) > 3 else ():
         found = correlated([predictor(row, name) for row in rows], [log_gap(row) for row in rows])
-        lines.append(f"| {words} | {len(rows)} | " + "{:+.2f} [{:+.2f}, {:+.2f}] |".format(*found))
-    return "\n".join(lines)
+        lines.append(f"| {words} | {len(rows)} | {shown(found, '+.2f')} |")
+    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
 
 
 def figure(rows: list[Row]) -> Any:
@@ -154,11 +153,13 @@ def figure(rows: list[Row]) -> Any:
     for axes, name in zip(drawn.subplots(1, 2, sharey=True), names, strict=True):
         for number, steps in enumerate(sorted(STARTS)):
             found = [row for row in rows if row["fine_tuning"] == steps]
+            if not found:
+                continue
             x = [predictor(row, name) for row in found]
             y = [math.exp(log_gap(row)) for row in found]
             axes.scatter(x, y, color=f"C{number}", s=20, label=f"{steps} steps of fine-tuning")
         axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(yscale="log", xlabel=PREDICTORS[name])
+        axes.set(xlabel=PREDICTORS[name])
     drawn.axes[0].set_ylabel("offline's KL / live's")
     drawn.axes[0].legend(fontsize=7)
     return drawn
@@ -167,6 +168,6 @@ def figure(rows: list[Row]) -> Any:
 PART = Part(
     "overlap",
     cells,
-    tables={"overlap": table, "overlap correlations": correlations},
+    tables={"starts": table, "predictors": correlations},
     figures={"overlap": figure},
 )

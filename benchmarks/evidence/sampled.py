@@ -16,7 +16,7 @@ from statistics import mean, median
 from typing import Any, ClassVar
 
 from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
-from benchmarks.evidence.intervals import Interval, Values, interval, ratio
+from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Values, interval, ratio, shown
 from benchmarks.evidence.runs import more_fine_tuning, quality
 from lopd.stages.demo.toy import OPD_SETTINGS, TOP_K
 
@@ -39,7 +39,7 @@ WORDS = {
     "clipped": "sampled token, advantage clipped to 1",
     CONTROL: "control: more fine-tuning",
 }
-SHARES = {"half": 0.5, "a tenth": 0.1}  # of the start's KL
+SHARES = (0.5, 0.1)  # of the start's KL, the columns of the table
 CONSTANT: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup", "min_lr_ratio": 0.0}
 
 
@@ -114,117 +114,129 @@ def steps_to(row: Row, share: float) -> float:
     return math.inf
 
 
-class Curves:
-    """The runs of each arm and learning rate that all seeds have."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.seeds = sorted({row["seed"] for row in rows})
-        found: dict[tuple[str, float], Values] = {}
-        for row in rows:
-            found.setdefault((row["arm"], row["factor"]), {})[row["seed"]] = row
-        self.found = {at: by for at, by in found.items() if len(by) == len(self.seeds)}
-
-    def factors(self, arm: str) -> list[float]:
-        return sorted(factor for name, factor in self.found if name == arm)
-
-    def best(self, arm: str, share: float | None) -> float:
-        """The rate at which an arm is fastest to a share of the KL, or ends lowest (None).
-
-        A run that does not get there counts as twice its length.
-        """
-
-        def cost(factor: float) -> float:
-            rows = self.found[arm, factor].values()
-            if share is None:
-                return mean(math.log(row["kl"][-1]) for row in rows)
-            return mean(math.log(min(steps_to(row, share), 2 * STEPS[-1])) for row in rows)
-
-        return min(self.factors(arm), key=cost)
+Curves = dict[float, Values]  # by learning rate, then by seed
 
 
-def _steps_cell(curves: Curves, arm: str, share: float) -> str:
+def arms_of(rows: list[Row]) -> dict[str, Curves]:
+    """The measured runs of each arm."""
+    found: dict[str, Curves] = {}
+    for row in rows:
+        found.setdefault(row["arm"], {}).setdefault(row["factor"], {})[row["seed"]] = row
+    return {arm: found[arm] for arm in RATES if arm in found}
+
+
+def on_common_seeds(arms: dict[str, Curves], *names: str) -> list[Curves]:
+    """The runs of some arms on the seeds that all their learning rates have."""
+    wanted = [arms[name] for name in names]
+    settings = [by_seed for curves in wanted for by_seed in curves.values()]
+    seeds = sorted(set.intersection(*map(set, settings)))
+    return [
+        {factor: {seed: by[seed] for seed in seeds} for factor, by in curves.items()}
+        for curves in wanted
+    ]
+
+
+def best(curves: Curves, share: float | None) -> float:
+    """The rate at which an arm is fastest to a share of the start's KL, or ends lowest (None).
+
+    A run that does not get there counts as twice its length.
+    """
+
+    def cost(factor: float) -> float:
+        rows = curves[factor].values()
+        if share is None:
+            return mean(math.log(row["kl"][-1]) for row in rows)
+        return mean(math.log(min(steps_to(row, share), 2 * STEPS[-1])) for row in rows)
+
+    return min(sorted(curves), key=cost)
+
+
+def _steps(ours: Curves, lists: Curves, share: float) -> str:
     """Median steps at the best rate, how many seeds get there, and the ratio to the lists'."""
-    factor = curves.best(arm, share)
-    ours = {seed: steps_to(row, share) for seed, row in curves.found[arm, factor].items()}
-    reached = sum(math.isfinite(steps) for steps in ours.values())
-    middle = median(ours.values())
+    factor = best(ours, share)
+    steps = {seed: steps_to(row, share) for seed, row in ours[factor].items()}
+    reached = sum(map(math.isfinite, steps.values()))
+    middle = median(steps.values())
     words = f"{middle:.0f}" if math.isfinite(middle) else f"> {STEPS[-1]}"
     words += f" at {factor:g} x"
-    if reached < len(ours):
-        words += f", {reached} of {len(ours)} seeds"
-    if arm == LISTS or not curves.factors(LISTS) or len(ours) < 2:
+    if reached < len(steps):
+        words += f", {reached} of {len(steps)} seeds"
+    base = {seed: steps_to(row, share) for seed, row in lists[best(lists, share)].items()}
+    if ours is lists or len(steps) < FEWEST or any(map(math.isinf, base.values())):
         return words
-    base = {
-        seed: steps_to(row, share)
-        for seed, row in curves.found[LISTS, curves.best(LISTS, share)].items()
-    }
-    if any(map(math.isinf, base.values())):
-        return words
-    ratios = [min(ours[seed], STEPS[-1]) / base[seed] for seed in ours]
-    if reached < len(ours):
-        return f"{words}; more than {ratio(ratios)[0]:.1f} x the lists'"
-    return words + "; {:.1f} [{:.1f}, {:.1f}] x".format(*ratio(ratios))
+    found = ratio([min(steps[seed], STEPS[-1]) / base[seed] for seed in steps])
+    if reached < len(steps):
+        return f"{words}; more than {found[0]:.1f} x the lists'"
+    return f"{words}; {shown(found, '.1f')} x"
+
+
+def _against(ends: Values, base: Values) -> tuple[str, str]:
+    """KL / the lists' and pass@1 minus the lists', at the last step."""
+    if ends is base:
+        return "1", "0"
+    if len(ends) < FEWEST:
+        return "", ""
+    pairs = [(row, base[seed]) for seed, row in ends.items()]
+    kl = ratio([ours["kl"][-1] / theirs["kl"][-1] for ours, theirs in pairs])
+    points = interval(
+        [100 * (ours["sampled"][-1] - theirs["sampled"][-1]) for ours, theirs in pairs]
+    )
+    return shown(kl, ".2f"), shown(points, "+.1f")
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: steps to shares of the start's KL, and the end, each at the arm's best rate."""
-    curves = Curves(rows)
-    arms = [arm for arm in RATES if curves.factors(arm)]
+    arms = arms_of(rows)
     lines = [
-        "| objective | rates tried | steps to half the KL | steps to a tenth of the KL "
+        "| objective | rates tried | seeds | steps to half the KL | steps to a tenth of the KL "
         f"| KL after {STEPS[-1]} steps | KL / the lists' | pass@1 minus the lists', points |",
-        f"| --- | --- |{' ---: |' * 5}",
+        f"| --- | --- |{' ---: |' * 6}",
     ]
-    for arm in arms:
-        factor = curves.best(arm, None)
-        ends = curves.found[arm, factor]
+    for arm in arms if LISTS in arms else ():
+        lists, ours = on_common_seeds(arms, LISTS, arm)
+        if not all(ours.values()):  # no seed has all of both arms' rates
+            continue
+        ours = lists if arm == LISTS else ours
+        factor = best(ours, None)
+        ends = ours[factor]
         kl = math.exp(mean(math.log(row["kl"][-1]) for row in ends.values()))
         cells = [
             WORDS[arm],
-            ", ".join(f"{each:g}" for each in curves.factors(arm)),
-            *(_steps_cell(curves, arm, share) for share in SHARES.values()),
+            ", ".join(f"{each:g}" for each in sorted(ours)),
+            f"{len(ends)}",
+            *(_steps(ours, lists, share) for share in SHARES),
             f"{kl:.4f} at {factor:g} x",
-            *(("1", "0") if arm == LISTS else _against_lists(curves, ends)),
+            *_against(ends, lists[best(lists, None)]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    starts = [row["kl"][0] for row in rows if row["arm"] == LISTS]
-    seeds = ", ".join(map(str, curves.seeds))
-    start = f"{math.exp(mean(map(math.log, starts))):.3f}" if starts else "not measured"
+    if len(lines) == 2:
+        return NO_ROWS
     return "\n".join(
         [
             *lines,
             "",
-            f"Seeds {seeds}; the start's KL is {start} nat per token (geometric mean). Rates are",
-            "factors of the demo's; each cell is at the arm's best rate for it. Steps are medians",
-            f"over seeds, interpolated between the evaluations after {', '.join(map(str, STEPS))}",
-            "steps; ratios are paired by seed, with 95 % intervals. Where not every seed gets",
-            f"there, the ratio counts {STEPS[-1]} steps for the others and is a lower bound.",
+            "Rates are factors of the demo's learning rate, and each cell is at the arm's best for",
+            "it. Steps are medians over seeds, interpolated between the evaluations after "
+            f"{', '.join(map(str, STEPS[:-1]))}",
+            f"and {STEPS[-1]} steps; ratios are paired by seed, with 95 % intervals. Where not",
+            f"every seed gets there, the others count as {STEPS[-1]} steps, and the ratio is a",
+            "lower bound.",
         ]
     )
-
-
-def _against_lists(curves: Curves, ends: Values) -> tuple[str, str]:
-    """KL / the lists' and pass@1 minus the lists', at the last step and the best rates."""
-    if not curves.factors(LISTS) or len(ends) < 2:  # one seed has no interval
-        return "", ""
-    base = curves.found[LISTS, curves.best(LISTS, None)]
-    kl: Interval = ratio([row["kl"][-1] / base[seed]["kl"][-1] for seed, row in ends.items()])
-    points = interval(
-        [100 * (row["sampled"][-1] - base[seed]["sampled"][-1]) for seed, row in ends.items()]
-    )
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*kl), "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points)
 
 
 def figure(rows: list[Row]) -> Any:
     """KL against steps of each arm at its best final rate: each seed, and their mean."""
     from matplotlib.figure import Figure
 
-    curves = Curves(rows)
-    drawn = Figure(figsize=(6, 3.6), layout="constrained")
+    drawn, arms = Figure(figsize=(6, 3.6), layout="constrained"), arms_of(rows)
     axes = drawn.subplots()
-    for number, arm in enumerate(arm for arm in RATES if curves.factors(arm)):
-        factor = curves.best(arm, None)
-        found = list(curves.found[arm, factor].values())
+    for number, arm in enumerate(arms):
+        (ours,) = on_common_seeds(arms, arm)
+        if not all(ours.values()):  # no seed has all rates
+            continue
+        factor = best(ours, None)
+        found = list(ours[factor].values())
         for row in found:
             axes.plot(row["steps"], row["kl"], color=f"C{number}", linewidth=0.6, alpha=0.4)
         columns = zip(*(row["kl"] for row in found), strict=True)

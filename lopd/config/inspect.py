@@ -9,7 +9,7 @@ from lopd.config.fields import Settings, setting
 class InspectConfig(Settings):
     """Print what an artefact folder holds (`lopd inspect`)."""
 
-    path: str = setting(help="Folder of answers, rollouts, a cache or a checkpoint.")
+    path: str = setting(help="Folder of answers, rollouts, a cache, a checkpoint or a model.")
     verify: bool = setting(
         False, group="Model and data", help="Check the hashes of every shard, or of the weights."
     )

@@ -26,7 +26,8 @@ class ReportConfig(ScoringOptions):
         None,
         identity=False,
         group="Evaluation",
-        help="Folders that lopd eval wrote, separated by commas.",
+        help="Folders that lopd eval wrote, separated by commas; by default those beside the runs "
+        "that are of their models, before and after.",
     )
     answers: int = setting(
         8,

@@ -31,46 +31,15 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from lopd.errors import ConfigError, DataError, ShardError
+from lopd.errors import ConfigError, ShardError
+from lopd.integrations.dataset_columns import COLUMNS, SCORES, usable_columns
+from lopd.integrations.dataset_rows import Rows, check_scores, rollouts_of
 from lopd.store import Rollout, TeacherCache, TeacherSequence, TopKLists
 from lopd.store.ragged import offsets_of
 from lopd.store.sequences import Support, join_sequences
-from lopd.store.types import TeacherColumns, name_of
-from lopd.store.validate import (
-    LOSSY_MASS_TOLERANCE,
-    MASS_TOLERANCE,
-    check_rollout,
-    check_scored_sequence,
-    check_weights,
-)
 
 __all__ = ["ScoredDataset", "from_dataset", "to_dataset"]
 
-_INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
-REQUIRED = {
-    "prompt_token_ids": _INTS,
-    "response_token_ids": _INTS,
-    "topk_ids": pa.list_(_INTS),
-    "topk_logprobs": pa.list_(_FLOATS),
-    "teacher_logprobs": _FLOATS,
-    "tail_logprobs": _FLOATS,
-}
-OPTIONAL = {
-    "id": pa.string(),
-    "sample": pa.int32(),
-    "loss_mask": pa.list_(pa.bool_()),
-    "finish_reason": pa.string(),
-    "teacher_entropy": _FLOATS,
-    "rollout_logprobs": _FLOATS,
-    "rollout_logprobs_raw": _FLOATS,
-    "weight": pa.float32(),
-    "reward": pa.float32(),
-    "token_weights": _FLOATS,
-    "teacher_id": pa.string(),
-}
-COLUMNS = {**REQUIRED, **OPTIONAL}
-# Columns that only the teacher's scores need.
-SCORES = {"topk_ids", "topk_logprobs", "teacher_logprobs", "tail_logprobs", "teacher_entropy"}
 _TOGETHER = 256  # sequences of an Arrow record batch, and of one read
 
 
@@ -195,10 +164,10 @@ def from_dataset(
     """The rows of a dataset as scored sequences, read when they are needed.
 
     Args:
-        dataset: with the columns that `to_dataset` writes. Of `OPTIONAL`, a missing `id` is the
-            row's number, `sample` 0, `loss_mask` all True, `finish_reason` "stop", a weight 1;
-            log-probs, entropies and rewards that are missing are unknown. Other columns are
-            ignored.
+        dataset: with the columns that `to_dataset` writes. Of those that are optional, a missing
+            `id` is the row's number, `sample` 0, `loss_mask` all True, `finish_reason` "stop", a
+            weight 1; log-probs, entropies and rewards that are missing are unknown. Other columns
+            are ignored.
         support, vocab_size: as in `TeacherCache.open`.
 
     Returns:
@@ -222,7 +191,7 @@ class ScoredDataset(Sequence[TeacherSequence]):
 
     def __init__(self, dataset: Dataset, support: Support, vocab_size: int | None) -> None:
         self._support, self._vocab_size = support, vocab_size
-        columns = _usable_columns(dataset)
+        columns = usable_columns(dataset)
         self._dataset = dataset.select_columns(columns).with_format("arrow")
 
     def __len__(self) -> int:
@@ -246,7 +215,7 @@ class ScoredDataset(Sequence[TeacherSequence]):
         names = [name for name in self._dataset.column_names if name not in SCORES]
         without_scores = self._dataset.select_columns(names)
         for part in self._parts():
-            yield from _rollouts(_Rows(without_scores[part], part))
+            yield from rollouts_of(Rows(without_scores[part], part))
 
     def read(self, indices: Sequence[int]) -> list[TeacherSequence]:
         """The sequences of these rows.
@@ -255,8 +224,8 @@ class ScoredDataset(Sequence[TeacherSequence]):
             DataError: a row cannot be used; names it.
         """
         numbers = [range(len(self))[index] for index in indices]
-        rows = _Rows(self._dataset[numbers], numbers)
-        rollouts = _rollouts(rows)
+        rows = Rows(self._dataset[numbers], numbers)
+        rollouts = rollouts_of(rows)
         sequences = join_sequences(
             rollouts,
             rows.scores(np.array([len(r.rollout_logprobs) for r in rollouts])),
@@ -265,7 +234,7 @@ class ScoredDataset(Sequence[TeacherSequence]):
             source="dataset",
         )
         for row, item in zip(numbers, sequences, strict=True):
-            _check_scores(f"row {row}", item)
+            check_scores(f"row {row}", item)
         teachers = rows.values("teacher_id", [None] * len(numbers))
         return [*map(self._adapted, sequences, teachers)]
 
@@ -284,193 +253,3 @@ class ScoredDataset(Sequence[TeacherSequence]):
     def _parts(self) -> Iterator[range]:
         for start in range(0, len(self), _TOGETHER):
             yield range(start, min(start + _TOGETHER, len(self)))
-
-
-class _Rows:
-    """Some rows of a dataset, column by column."""
-
-    def __init__(self, table: pa.Table, numbers: Sequence[int]) -> None:
-        self.numbers = numbers
-        self.columns = {
-            name: table[name].combine_chunks().cast(COLUMNS[name]) for name in table.column_names
-        }
-        for name, column in self.columns.items():
-            if _has_nulls(column):
-                place = next(i for i, value in enumerate(column.to_pylist()) if _holds_none(value))
-                raise DataError(
-                    f"row {numbers[place]}: column '{name}' has an empty value; fill it, or leave "
-                    "the column out if it is optional"
-                )
-
-    def values(self, name: str, default: list[Any]) -> list[Any]:
-        """One value per row."""
-        return self.columns[name].to_pylist() if name in self.columns else default
-
-    def parts(self, name: str, lengths: np.ndarray | None = None) -> list[np.ndarray]:
-        """One array per row, of these lengths."""
-        column = self.columns[name]
-        found = column.value_lengths().to_numpy()
-        if lengths is not None:
-            self._check_lengths(name, found, lengths)
-        return np.split(column.flatten().to_numpy(zero_copy_only=False), np.cumsum(found)[:-1])
-
-    def _check_lengths(self, name: str, found: np.ndarray, lengths: np.ndarray) -> None:
-        if (wrong := np.flatnonzero(found != lengths)).size:
-            place = int(wrong[0])
-            raise DataError(
-                f"row {self.numbers[place]}: {found[place]} entries of '{name}'; expected "
-                f"{lengths[place]}, one per response token"
-            )
-
-    def scores(self, lengths: np.ndarray) -> TeacherColumns:
-        """The teacher's columns of all rows, end to end."""
-
-        def flat(name: str) -> np.ndarray:
-            if name not in self.columns:
-                return np.full(int(lengths.sum()), np.nan, np.float32)
-            return np.concatenate(self.parts(name, lengths))
-
-        ids, logprobs = self.columns["topk_ids"], self.columns["topk_logprobs"]
-        for name in ("topk_ids", "topk_logprobs"):
-            self._check_lengths(name, self.columns[name].value_lengths().to_numpy(), lengths)
-        ids, logprobs = ids.flatten(), logprobs.flatten()
-        entries = ids.value_lengths().to_numpy()
-        if (wrong := np.flatnonzero(entries != logprobs.value_lengths().to_numpy())).size:
-            place = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
-            raise DataError(
-                f"row {self.numbers[place]}: a list of topk_ids and its topk_logprobs differ in "
-                "length; expected one log-prob per id"
-            )
-        return TeacherColumns(
-            teacher_logprobs=flat("teacher_logprobs"),
-            teacher_entropy=flat("teacher_entropy"),
-            lists=TopKLists(
-                ids.flatten().to_numpy(), logprobs.flatten().to_numpy(), entries.astype(np.int64)
-            ),
-            tail_logprobs=flat("tail_logprobs"),
-        )
-
-
-def _has_nulls(column: pa.Array) -> bool:
-    return column.null_count > 0 or (pa.types.is_list(column.type) and _has_nulls(column.flatten()))
-
-
-def _holds_none(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and any(map(_holds_none, value)))
-
-
-def _rollouts(rows: _Rows) -> list[Rollout]:
-    prompts, answers = rows.parts("prompt_token_ids"), rows.parts("response_token_ids")
-    lengths, count = np.array([*map(len, answers)]), len(rows.numbers)
-    names = rows.values("id", [str(number) for number in rows.numbers])
-    samples, ends = (
-        rows.values("sample", [0] * count),
-        rows.values("finish_reason", ["stop"] * count),
-    )
-    masks = [np.ones(length, bool) for length in lengths]
-    if "loss_mask" in rows.columns:
-        masks = rows.parts("loss_mask", lengths)
-    known = "rollout_logprobs" in rows.columns
-    logprobs = [np.full(length, np.nan, np.float32) for length in lengths]
-    if known:
-        logprobs = rows.parts("rollout_logprobs", lengths)
-    raw = logprobs
-    if "rollout_logprobs_raw" in rows.columns:
-        raw = rows.parts("rollout_logprobs_raw", lengths)
-    weights = rows.values("weight", [1.0] * count)
-    rewards = rows.values("reward", [math.nan] * count)
-    token_weights: list[Any] = [None] * count
-    if "token_weights" in rows.columns:
-        token_weights = [part.copy() for part in rows.parts("token_weights", lengths)]
-    found = []
-    for place, number in enumerate(rows.numbers):
-        prompt = prompts[place]
-        rollout = Rollout(
-            prompt_id=names[place],
-            sample=samples[place],
-            tokens=np.concatenate([prompt, answers[place]]),
-            prompt_length=len(prompt),
-            finish_reason=ends[place],
-            loss_mask=np.concatenate([np.zeros(len(prompt), bool), masks[place]]),
-            rollout_logprobs=logprobs[place].copy(),
-            rollout_logprobs_raw=raw[place].copy(),
-            weight=weights[place],
-            reward=None if math.isnan(rewards[place]) else rewards[place],
-            token_weights=token_weights[place],
-        )
-        try:
-            check_rollout(rollout, 2**31, has_logprobs=known)
-            check_weights(rollout)
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from None
-        found.append(rollout)
-    return found
-
-
-def _check_scores(where: str, item: TeacherSequence) -> None:
-    """Refuse lists that training would compute nonsense from.
-
-    Raises:
-        DataError: an id is listed twice or negative, a log-prob is not one, or list and tail are
-            not a distribution.
-    """
-    lists, name = item.lists, name_of(item.rollout)
-    pairs = lists.rows * 2**31 + lists.ids
-    checks = {
-        "ids of at least 0": lists.ids >= 0,
-        "log-probs of at most 0": np.isfinite(lists.logprobs) & (lists.logprobs <= MASS_TOLERANCE),
-        "distinct ids": np.isin(np.arange(len(pairs)), np.unique(pairs, return_index=True)[1]),
-    }
-    for what, good in checks.items():
-        if not good.all():
-            entry = int(np.flatnonzero(~good)[0])
-            raise DataError(
-                f"{where}: {name}: the list of response token {lists.rows[entry]} has id "
-                f"{lists.ids[entry]} with log-prob {lists.logprobs[entry]:g}; expected {what}"
-            )
-    try:
-        check_scored_sequence(item, LOSSY_MASS_TOLERANCE)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-
-
-def _usable_columns(dataset: Dataset) -> list[str]:
-    """The columns that are read, checked for presence and type."""
-    if not isinstance(dataset, Dataset):
-        raise DataError(
-            f"found a {type(dataset).__name__}; expected a datasets.Dataset with the columns "
-            f"{', '.join(REQUIRED)}"
-        )
-    if absent := [name for name in REQUIRED if name not in dataset.column_names]:
-        raise DataError(
-            f"dataset: no column '{absent[0]}'; found {sorted(dataset.column_names)}; "
-            "lopd.integrations.datasets.to_dataset writes it; to use the scores of another tool, "
-            "write a file and run 'lopd import --format topk'"
-        )
-    if not len(dataset):
-        raise DataError("dataset: no rows; expected at least one")
-    schema = dataset.data.schema
-    names = [name for name in COLUMNS if name in dataset.column_names]
-    for name in names:
-        if not _fits(schema.field(name).type, COLUMNS[name]):
-            raise DataError(
-                f"dataset: column '{name}' is {schema.field(name).type}; expected {COLUMNS[name]}"
-            )
-    return names
-
-
-def _fits(found: pa.DataType, expected: pa.DataType) -> bool:
-    """Whether values of a type can be read as another of the same kind and depth."""
-    kinds = pa.types
-    if kinds.is_list(expected):
-        is_list = (
-            kinds.is_list(found) or kinds.is_large_list(found) or kinds.is_fixed_size_list(found)
-        )
-        return is_list and _fits(found.value_type, expected.value_type)
-    if kinds.is_floating(expected):
-        return kinds.is_floating(found)
-    if kinds.is_integer(expected):
-        return kinds.is_integer(found)
-    if kinds.is_boolean(expected):
-        return kinds.is_boolean(found)
-    return kinds.is_string(found) or kinds.is_large_string(found)

@@ -73,6 +73,9 @@ def run_stage(
         raise ConfigError(f"worker: found '{config.worker}'; leave it out, Ray numbers the workers")
     if isinstance(config, ScoreConfig) and config.plan:
         raise ConfigError("plan: found True; run 'lopd score --plan' in one process")
+    if not ray.is_initialized():
+        ray.init()
+    _warn_of_gpus(num_gpus)
     work = ray.remote(_work).options(
         num_gpus=num_gpus, num_cpus=num_cpus, max_retries=max_retries, name=f"lopd {stage}"
     )
@@ -84,6 +87,16 @@ def run_stage(
         LOG.warning(f"{config.out}: a worker failed: {error}")
     _check_complete(config.out, failures)
     return Path(config.out)
+
+
+def _warn_of_gpus(num_gpus: float) -> None:
+    """Say that no node has the GPUs of a worker; one that has may still join."""
+    nodes = [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    if num_gpus > (most := max(nodes, default=0.0)):
+        LOG.warning(
+            f"num_gpus: found {num_gpus:g} for a worker, but no node of the cluster has more than "
+            f"{most:g}; the workers wait for one that has; pass num_gpus=0 to run them on CPUs"
+        )
 
 
 def _work(stage: str, config: Any) -> None:

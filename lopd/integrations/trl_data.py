@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from lopd.config.distill import DistillConfig
@@ -17,7 +19,7 @@ from lopd.models.hub import local_folder
 from lopd.models.load import check_model_folder
 from lopd.provenance import build_manifest, describe_model, write_manifest
 from lopd.provenance.manifest import Override
-from lopd.provenance.remote_code import trusting_code
+from lopd.provenance.remote_code import loading_code, trusting_code
 from lopd.stages.distill import open_cache, origin
 from lopd.store import TeacherCache
 from lopd.training.batch import Batch, Collator, SequenceDataset
@@ -39,7 +41,8 @@ class Student:
 
     def __init__(self, model: Any, args: OfflineDistillationConfig) -> None:
         self.args, self._warned = args, False
-        self.folder = _folder_of(model, args)
+        with trusting_code(args.trust_remote_code):
+            self.folder, self._unknown = _folder_of(model, args)
         self._made_of: dict[str, Any] | None = None
 
     def check(self, data: Any) -> list[Override]:
@@ -63,8 +66,8 @@ class Student:
         settings = self.settings(data)
         if self.folder is None:
             self._warn(
-                "the model was not loaded from a folder or the hub, or has adapters already; pass "
-                "the folder of the model that made the rollouts to have that checked"
+                f"{self._unknown}; pass the folder of the model that made the rollouts to have "
+                "that checked"
             )
             if not settings.allow_incomplete_cache:
                 data.check_complete()
@@ -107,20 +110,47 @@ class Student:
         self._warned = True
 
 
-def _folder_of(model: Any, args: OfflineDistillationConfig) -> str | None:
-    """The folder of the weights that a model is given by or was loaded from; None if unknown."""
+def _folder_of(model: Any, args: OfflineDistillationConfig) -> tuple[str | None, str]:
+    """The folder with the weights of a model; None and the reason if there is none."""
     if isinstance(model, (str, os.PathLike)):
         options: Any = args.model_init_kwargs or {}
         revision = options.get("revision")
         name = f"{model}@{revision}" if revision and not Path(model).exists() else str(model)
-        return str(check_model_folder(local_folder(name)))
+        return str(check_model_folder(local_folder(name))), ""
+    if plain_model(model) is not model:
+        return None, "the model has adapters already"
     name, commit = model.name_or_path, getattr(model.config, "_commit_hash", None)
-    if not name or plain_model(model) is not model:  # built from a config, or with adapters
-        return None
+    if not name:  # built from a config
+        return None, "the model was not loaded from a folder or the hub"
     try:
-        return str(check_model_folder(local_folder(f"{name}@{commit}" if commit else name)))
-    except (MissingFileError, ModelError):
-        return None
+        folder = check_model_folder(local_folder(f"{name}@{commit}" if commit else name))
+        same = [_has_weights_of(model, folder) if is_first() else None]
+    except (MissingFileError, ModelError) as error:
+        return None, f"the weights that the model was loaded from are not found ({error})"
+    if args.world_size > 1:  # training begins with the first process's weights
+        broadcast_object_list(same)
+    if not same[0]:
+        return None, f"the model has other weights than {folder}, which it names as its own"
+    return str(folder), ""
+
+
+def _has_weights_of(model: Any, folder: Path) -> bool:
+    """Whether a model has the weights in a folder, in its own dtypes.
+
+    They are loaded as transformers does, since names and layouts on disk may be others.
+
+    Raises:
+        ModelError: they cannot be loaded.
+    """
+    with loading_code(folder, "cannot be loaded again") as options:
+        saved = type(model).from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, **options
+        )
+    expected, found = saved.state_dict(), model.state_dict()
+    return expected.keys() == found.keys() and all(
+        torch.equal(value.to("cpu", found[name].dtype), found[name].cpu())
+        for name, value in expected.items()
+    )
 
 
 class NumberedSequences:

@@ -1,14 +1,15 @@
 """Calibrate a cache that another teacher scored (`lopd calibrate`).
 
-`lopd.evaluation.calibration` says what is computed. The cache is read twice, shard by shard: for
-the means, then to write. The new cache has the rollouts of the old one, no lists, and in
-`inputs.cache` the digest of the old one. An interrupted run is continued with the missing shards,
-whose bytes do not depend on the interruption.
+`lopd.evaluation.calibration` says what is computed, for the records of each teacher by themselves.
+The cache is read twice, shard by shard: for the means, then to write. The new cache has the
+rollouts of the old one, no lists, and in `inputs.cache` the digest of the old one. An interrupted
+run is continued with the missing shards, whose bytes do not depend on the interruption.
 """
 
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from lopd.config.calibrate import CalibrateConfig
 from lopd.errors import ConfigError
 from lopd.evaluation.agreement import logprob_source
 from lopd.evaluation.calibration import SURPRISALS, Calibration
-from lopd.provenance import VOCAB_NAME, CacheManifest, build_manifest
+from lopd.provenance import VOCAB_FILES, CacheManifest, build_manifest
 from lopd.provenance.io import storing, write_atomic
+from lopd.provenance.teachers import described
 from lopd.stages.finished import say_finished
 from lopd.stages.table import print_fields
 from lopd.store import CacheWriter, Rollout, TeacherCache, TeacherScores, TeacherSequence
@@ -41,23 +43,33 @@ def main(config: CalibrateConfig) -> Path:
             say_finished(config.out)
             writer.finish()
             return Path(config.out)
-        calibration = Calibration(cache.manifest.vocab_size, config.folds, source)
+        calibrations = {
+            name: Calibration(cache.manifest.vocab_size, config.folds, source)
+            for name in cache.manifest.models
+        }
         for sequence in cache:
-            calibration.add(sequence)
-        if calibration.folds_used < 2:
-            raise ConfigError(
-                f"{config.cache}: all its prompts are in one of {config.folds} folds, so there are "
-                "no others to take means over; calibrate a cache of more prompts"
-            )
-        _copy_vocab(cache.path, Path(config.out))
+            calibrations[sequence.teacher_id].add(sequence)
+        for name, calibration in calibrations.items():
+            if calibration.folds_used < 2:
+                prompts = "its prompts" if name is None else f"prompts of '{name}'"
+                raise ConfigError(
+                    f"{config.cache}: all {prompts} are in one of {config.folds} folds, so there "
+                    "are no others to take means over; calibrate a cache of more prompts"
+                )
+        _copy_vocabs(cache.path, Path(config.out))
         sequences = iter(cache)
         for shard, size in enumerate(cache.manifest.shards):
             # Those that are there are calibrated too, for the summary of the whole.
-            records = [_record(sequence, calibration) for sequence in islice(sequences, size)]
+            records = [
+                _record(sequence, calibrations[sequence.teacher_id])
+                for sequence in islice(sequences, size)
+            ]
             if shard in missing:
                 writer.write(shard, records)
         writer.finish()
-    print_fields(calibration.summary.rows())
+    for name, calibration in calibrations.items():
+        whose = "" if name is None else f"{name}: "
+        print_fields({f"{whose}{k}": v for k, v in calibration.summary.rows().items()})
     return Path(config.out)
 
 
@@ -70,11 +82,6 @@ def _check(config: CalibrateConfig, manifest: CacheManifest) -> str:
         raise ConfigError(
             f"{config.cache}: its lists were renormalised before they were imported, so the "
             "teacher's log-probs are lost; score the rollouts again"
-        )
-    if manifest.teachers is not None:
-        raise ConfigError(
-            f"{config.cache}: was scored by {len(manifest.teachers)} teachers, each of which "
-            "differs from another in its own way; expected one: score each one's records separately"
         )
     source, reason = logprob_source(manifest)
     if source is None:
@@ -92,17 +99,20 @@ def _manifest(config: CalibrateConfig, cache: TeacherCache) -> CacheManifest:
         "rollout_logprobs": source.scoring.rollout_logprobs,
         "teacher_logprobs": "calibrated",
     }
+    plan: dict[str, Any] = {"shards": source.shards}
+    if source.teachers is not None:
+        plan["teachers"] = source.shard_teachers
     return build_manifest(
         "cache",
         stage="calibrate",
         config=asdict(config),
-        model=source.model,
+        **described(source.models),
         inputs={
             **source.inputs,
             "cache": {"digest": cache.digest(), "path": str(cache.path)},
         },
         overrides=source.overrides,
-        plan={"shards": source.shards},
+        plan=plan,
         k=0,
         top_p=1.0,
         codec="exact",
@@ -129,8 +139,8 @@ def _record(sequence: TeacherSequence, calibration: Calibration) -> tuple[Rollou
     )
 
 
-def _copy_vocab(source: Path, out: Path) -> None:
-    """Copy the teacher's vocabulary, if the cache has one."""
-    if (file := source / VOCAB_NAME).is_file():
-        with storing(out / VOCAB_NAME):
-            write_atomic(out / VOCAB_NAME, file.read_bytes())
+def _copy_vocabs(source: Path, out: Path) -> None:
+    """Copy the vocabularies of the teachers, if the cache has them."""
+    for file in source.glob(VOCAB_FILES):
+        with storing(out / file.name):
+            write_atomic(out / file.name, file.read_bytes())

@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from lopd.config.doctor import DoctorConfig
 
-# package: (what does not work without it, how to install it); None: nothing works.
+# package: (what does not work without it, how to install it); None: nothing works. The extras of
+# lopd name the versions that it works with; with lopd installed, pip looks for no other lopd.
 PACKAGES: dict[str, tuple[str | None, str]] = {
     "lopd": (None, "pip install lopd"),
     "torch": (None, "pip install torch"),
@@ -22,7 +26,10 @@ PACKAGES: dict[str, tuple[str | None, str]] = {
     "transformers": ("no command of the pipeline", 'pip install "lopd[train]"'),
     "accelerate": ("no training", 'pip install "lopd[train]"'),
     "triton": ("no fused kernels: losses on a GPU run in torch", "pip install triton"),
-    "vllm": ("no --engine vllm: answers are sampled more slowly", 'pip install "lopd[vllm]"'),
+    "vllm": (
+        "no --engine vllm: answers are sampled more slowly",
+        'in an environment of its own: pip install ".[vllm]"',
+    ),
     "flash-attn": ("no flash attention 2: packs use another kind", "pip install flash-attn"),
     "peft": ("no --lora-rank", 'pip install "lopd[peft]"'),
     "pyarrow": ("no parquet files", 'pip install "lopd[parquet]"'),
@@ -32,6 +39,7 @@ PACKAGES: dict[str, tuple[str | None, str]] = {
     "math-verify": ("no --judge math", 'pip install "lopd[eval]"'),
     "matplotlib": ("no figures", 'pip install "lopd[bench]"'),
 }
+FOR_A_GPU = ("triton", "flash-attn")  # of no use without one
 FEWEST_OPEN_FILES = 4096
 LEAST_FREE_DISK = 20 << 30
 LEAST_SHARED_MEMORY = 1 << 30
@@ -56,7 +64,9 @@ class Finding:
 
 def main(config: DoctorConfig) -> None:
     """Print the findings, and below them what each missing thing costs and how to mend it."""
-    findings = [*machine(), *devices(), *packages()]
+    gpus = [*devices()]
+    has_gpu = any(finding.item.startswith("gpu ") for finding in gpus)
+    findings = [*machine(), *gpus, *packages(has_gpu)]
     if config.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
         return
@@ -118,15 +128,16 @@ def devices() -> Iterator[Finding]:
         yield Finding("gpu", "unknown", f"torch cannot be imported: {error}", PACKAGES["torch"][1])
         return
     if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        yield Finding(
-            "gpu",
-            f"none (torch is built for {built})" if built else "none (torch is built for CPUs)",
-            "everything runs on the CPU: enough for lopd demo and for tests",
-            "install a torch that is built for your GPU, see pytorch.org",
-        )
+        yield no_gpu(torch.version.cuda or torch.version.hip)
         return
-    yield Finding("driver", driver())
+    yield Finding("driver", driver() or "unknown (no answer from nvidia-smi)")
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
+    yield Finding(
+        "C compiler",
+        compiler or "none",
+        "" if compiler else "Triton cannot build its launchers: no fused kernels",
+        "" if compiler else "apt-get install gcc, and the headers of Python (python3-dev)",
+    )
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         has_bf16 = properties.major >= 8 or bool(torch.version.hip)
@@ -139,21 +150,67 @@ def devices() -> Iterator[Finding]:
         )
 
 
-def driver() -> str:
-    """The version of the GPU driver, as nvidia-smi states it."""
+def no_gpu(built: str | None) -> Finding:
+    """What it means that torch sees no GPU.
+
+    Args:
+        built: the version of CUDA or HIP that torch is built for, None for CPUs.
+    """
+    found = f"none (torch is built for {built})" if built else "none (torch is built for CPUs)"
+    version = driver()
+    if version is None:
+        return Finding(
+            "gpu",
+            found,
+            "everything runs on the CPU: enough for lopd demo and for tests",
+            "use a machine with a GPU and its driver, and a torch that is built for it",
+        )
+    remedy = "install a torch that is built for that driver, see pytorch.org"
+    if built:
+        remedy = "see what python -c 'import torch; torch.cuda.init()' says; " + remedy
+    return Finding("gpu", found, f"torch cannot use the GPU of driver {version}", remedy)
+
+
+def driver() -> str | None:
+    """The version of the GPU driver, as nvidia-smi states it; None without one."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown ({type(error).__name__} from nvidia-smi)"
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.split()), None)
 
 
-def packages() -> Iterator[Finding]:
-    """The installed version of each package that lopd can use."""
+def packages(has_gpu: bool) -> Iterator[Finding]:
+    """The installed version of each package that lopd can use, and whether lopd works with it."""
     for name, (cost, remedy) in PACKAGES.items():
         try:
-            yield Finding(name, importlib.metadata.version(name))
+            version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
+            if name in FOR_A_GPU and not has_gpu:
+                yield Finding(name, "not installed, and of use on a GPU only")
+                continue
             where = f" in {sys.prefix}"
             yield Finding(name, "not installed", cost or f"lopd does not work{where}", remedy)
+            continue
+        if (wanted := unmet(name, version)) is None:
+            yield Finding(name, version)
+        else:
+            yield Finding(name, version, f"lopd expects {wanted}", f"pip install '{name}{wanted}'")
+
+
+def unmet(name: str, version: str) -> str | None:
+    """The versions of a package that lopd works with, if this is none of them."""
+    try:
+        lines = importlib.metadata.requires("lopd") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for line in lines:
+        requirement = Requirement(line)
+        if (
+            canonicalize_name(requirement.name) == name
+            and requirement.specifier
+            and (not requirement.specifier.contains(version, prereleases=True))
+        ):
+            return str(requirement.specifier)
+    return None

@@ -15,16 +15,22 @@ from lopd.provenance import (
     CacheManifest,
     Manifest,
     ModelIdentity,
+    chat_template_digest,
+    eos_ids_of,
     fingerprint_weights,
     read_manifest,
+    vocab_size_of,
 )
+from lopd.provenance.folder import read_config
 from lopd.provenance.folder_receipt import RECEIPT_NAME, check_receipt
+from lopd.provenance.found import is_model_folder
 from lopd.provenance.manifest import RECIPE_NAME, check_digest, short
 from lopd.provenance.typed_json import value_at
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache
 
 MOST_FAULTS = 5
+NO_HASHES = "is a model that lopd did not write, which has no recorded hashes"
 LOG = logging.getLogger(__name__)
 
 
@@ -43,6 +49,11 @@ def main(config: InspectConfig) -> None:
         from lopd.stages.unfinished import describe_run  # imports transformers
 
         _print(describe_run(folder), config.json)
+        return
+    if not (folder / MANIFEST_NAME).exists() and is_model_folder(folder):
+        if config.verify:
+            raise ConfigError(f"{folder}: {NO_HASHES}; leave --verify out")
+        _print(_describe_model_folder(folder), config.json)
         return
     manifest = read_manifest(folder)
     if config.verify:
@@ -91,6 +102,23 @@ def main(config: InspectConfig) -> None:
 
         rows.update(results_of(folder))
     _print(rows, config.json)
+
+
+def _describe_model_folder(folder: Path) -> dict[str, Any]:
+    """A model that no stage of lopd wrote, from its small files; its weights are not hashed."""
+    raw = read_config(folder)
+    ends = eos_ids_of(folder)
+    files = [*folder.glob("*.safetensors")]
+    return {
+        "kind": "a model that lopd did not write",
+        "model": str(folder.resolve()),
+        "architecture": ", ".join(raw.get("architectures") or [str(raw["model_type"])]),
+        "weights": f"{len(files)} files, {sum(file.stat().st_size for file in files)} bytes",
+        "vocabulary": vocab_size_of(folder),
+        "ends answers with": "unknown" if ends is None else f"id {' or '.join(map(str, ends))}",
+        "chat template": short(digest) if (digest := chat_template_digest(folder)) else "none",
+        "fine-tuned on": "unknown; lopd declare records it",
+    }
 
 
 def _print(rows: dict[str, Any], as_json: bool) -> None:

@@ -158,19 +158,23 @@ def check_inputs(configs: dict[str, Any], source: str) -> None:
     Raises:
         LopdError: one does not.
     """
-    written = {config.out for config in configs.values()}
+    written = {Path(config.out).resolve() for config in configs.values()}
+
+    def is_written(folder: str) -> bool:
+        return Path(folder).resolve() in written
+
     for name, config in configs.items():
         try:
             for setting in MODELS:
                 models = getattr(config, setting, None)
                 for model in models.values() if isinstance(models, dict) else (models,):
-                    if model is not None and model not in written:
-                        check_model_folder(model)
+                    if model is not None and not is_written(model):
+                        check_model_folder(local_models(model))
             if (prompts := getattr(config, "prompts", None)) is not None:
                 data_files(prompts)
             for setting in ("data", "rollouts", "cache"):
                 folder = getattr(config, setting, None)
-                if folder is not None and folder not in written and not Path(folder).exists():
+                if folder is not None and not is_written(folder) and not Path(folder).exists():
                     raise MissingFileError(f"{setting}: {folder}: {found_at(folder)}")
         except LopdError as error:
             where = f"{source}: stages: {name.removesuffix(BEFORE)}"

@@ -45,7 +45,7 @@ class ObjectiveTrainer(Trainer):
         return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
 
     def use_packs(self, attention: str, longest: int) -> None:
-        """Set the model's attention for packs, which training then begins with a check of.
+        """Set the model's attention for packs; training begins by checking it.
 
         Args:
             attention: as in `lopd.models.packing.pack_attention`.

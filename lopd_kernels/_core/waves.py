@@ -8,6 +8,7 @@ and its bytes. It decides nothing but sizes, so a wrong prediction costs time on
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of a product, by one multiprocessor
@@ -37,7 +38,7 @@ def occupancy(registers: int, warps: int) -> int:
     return (64 << 10) // (-(-registers // 8) * 8 * 32 * warps)
 
 
-def best_rows(work: Work, gpu: Gpu, candidates: list[int]) -> int:
+def best_rows(work: Work, gpu: Gpu, candidates: Iterable[int]) -> int:
     """The most rows among those whose time is within `CLOSE` of the shortest."""
     times = {rows: call_time(work, gpu, rows) for rows in candidates}
     shortest = min(times.values())

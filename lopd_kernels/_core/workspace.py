@@ -19,16 +19,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopd_kernels._core.gemm import buffer_rows, compute_dtype, is_mixed, widened_rows
+from lopd_kernels._core import crew
+from lopd_kernels._core.gemm import (
+    buffer_rows,
+    compute_dtype,
+    is_mixed,
+    partial_sums,
+    widened_rows,
+)
 from lopd_kernels._core.types import Needs, Skip
 from lopd_kernels._core.waves import Gpu, Work, best_rows
 
 ALIGNMENT = 16  # columns: keeps rows of logits on vector boundaries
-CHUNK_BYTES = {"cuda": 5 << 28, "cpu": 256 << 20}  # of logits in a chunk without a bound
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}  # of logits in a chunk without a bound
+WAVES_BYTES = 5 << 28  # the same where a GPU's waves decide
 PANEL_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
 WEIGHT_GRAD_BYTES = 64 << 20  # of dW in the compute dtype, where dlogits are stored
-BLOCK_BYTES = 8 << 20  # of the rows that the row functions in torch process at a time
+BLOCK_BYTES = 8 << 20  # of the rows that a thread of the row functions in torch has at a time
 FEWEST_ROWS = 128  # with fewer rows to a chunk, the GEMMs are bound by reading the weight
+MOST_CANDIDATES = 64  # numbers of rows that are compared: each takes the host some microseconds
 GATHER_BYTES = 2 << 20  # of listed rows of the weight that are gathered at a time, on a CPU
 SORT_WORDS = 12  # words per listed id that sorting by id takes
 READ_WORDS = 4  # words per row that reading log-probs takes in addition
@@ -54,6 +63,7 @@ class Sizes(NamedTuple):
     device: str
     logits: int = 1  # buffers of [rows, columns] logits
     kept: int | None = None  # rows whose gradient outside the list is formed; None: all, exactly
+    threads: int = 1  # of a CPU, that work on different rows or columns
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, width: int) -> Sizes:
@@ -69,7 +79,8 @@ class Sizes(NamedTuple):
         mixed = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
         compute = compute_dtype(dtype).itemsize
         widened = 0 if mixed or dtype.itemsize == compute else buffer_rows(v, d)
-        return cls(n, v, d, width, dtype.itemsize, compute, widened, mixed, device)
+        threads = crew.size() if device == "cpu" else 1
+        return cls(n, v, d, width, dtype.itemsize, compute, widened, mixed, device, threads=threads)
 
     def keeping(self, skip: Skip | None) -> Sizes:
         return self if skip is None else self._replace(kept=skip.capacity(self.n))
@@ -77,14 +88,17 @@ class Sizes(NamedTuple):
     def common(self, rows: int, columns: int, rule: str) -> int:
         """What every schedule needs: logits, blocks of rows, operands, bookkeeping."""
         operand = self.element if self.mixed else self.compute
-        blocks = 0
+        blocks, sums = 0, 0
         if self.device == "cpu":
-            blocks = min(rows * columns * self.compute, BLOCK_BYTES + columns * self.compute) * 2
+            largest = self.threads * (BLOCK_BYTES + columns * self.compute)
+            blocks = min(rows * columns * self.compute, largest) * 2
+            sums = partial_sums(columns, self.d) * rows * self.d * self.compute
         return (
             rows * padded(columns) * self.compute * self.logits
             + blocks
+            + sums
             + self.n * self.d * operand
-            + self.widened * self.d * self.compute
+            + self.widened * self.d * self.compute * self.threads
             + 2 * self.v * self.compute
             + BOOKKEEPING[rule] * self.n * (self.width + 2) * self.compute
         )
@@ -201,11 +215,23 @@ def _too_small(workspace_bytes: int, smallest: int, sizes: Sizes) -> ValueError:
     )
 
 
-def most_rows(sizes: Sizes, needs: Needs, stored: bool, workspace_bytes: int | None) -> int:
-    """The most rows that a chunk may have: what the bound admits, or CHUNK_BYTES of logits."""
+def fills_waves(sizes: Sizes) -> bool:
+    """Whether a GPU may choose the rows of a chunk: not where a sample of rows depends on them."""
+    return sizes.device == "cuda" and sizes.mixed and sizes.kept is None
+
+
+def most_rows(
+    sizes: Sizes, needs: Needs, stored: bool, workspace_bytes: int | None, waves: bool
+) -> int:
+    """The most rows that a chunk may have: what the bound admits, or a default size of logits.
+
+    Args:
+        waves: whether the rows will be those that fill a GPU's waves.
+    """
     n = max(1, sizes.n)
     if workspace_bytes is None:
-        return min(n, max(1, CHUNK_BYTES[sizes.device] // (padded(sizes.v) * sizes.compute)))
+        size = WAVES_BYTES if waves else CHUNK_BYTES[sizes.device]
+        return min(n, max(1, size // (padded(sizes.v) * sizes.compute)))
     rows = _largest(workspace_bytes, n, lambda rows: sizes.chunked(rows, needs, stored))
     if not rows:
         raise _too_small(workspace_bytes, sizes.chunked(1, needs, stored), sizes)
@@ -219,15 +245,14 @@ def chunk_rows(
     workspace_bytes: int | None,
     gpu: Gpu | None = None,
 ) -> int:
-    """Rows of a chunk: of at most `most_rows`, those that keep the GPU busy.
-
-    Without a known GPU, and where a sample of rows depends on the chunks, chunks of equal size.
-    """
-    n, most = max(1, sizes.n), most_rows(sizes, needs, stored, workspace_bytes)
-    if gpu is not None and sizes.mixed and sizes.kept is None and FEWEST_ROWS <= most < n:
+    """Rows of a chunk: of at most `most_rows`, those that keep a known GPU busy, or equal ones."""
+    waves = gpu is not None and fills_waves(sizes)
+    n, most = max(1, sizes.n), most_rows(sizes, needs, stored, workspace_bytes, waves)
+    if gpu is not None and waves and FEWEST_ROWS <= most < n:
         grads = needs if not stored else Needs()
         work = Work(n, sizes.v, sizes.d, grads.hidden, grads.weight)
-        return best_rows(work, gpu, list(range(FEWEST_ROWS, most + 1, FEWEST_ROWS)))
+        stride = -(-most // (MOST_CANDIDATES * FEWEST_ROWS)) * FEWEST_ROWS
+        return best_rows(work, gpu, range(stride, most + 1, stride))
     even = -(-n // -(-n // most))
     return min(most, -(-even // FEWEST_ROWS) * FEWEST_ROWS)
 
@@ -257,7 +282,10 @@ def allocated(sizes: Sizes, needs: Needs, workspace_bytes: int | None) -> int:
     """
     if in_forward(sizes, needs, workspace_bytes):
         stored = stores_dlogits(sizes, needs, workspace_bytes)
-        choose = most_rows if sizes.device == "cuda" else chunk_rows
-        return sizes.chunked(choose(sizes, needs, stored, workspace_bytes), needs, stored)
+        if fills_waves(sizes):
+            rows = most_rows(sizes, needs, stored, workspace_bytes, waves=True)
+        else:
+            rows = chunk_rows(sizes, needs, stored, workspace_bytes)
+        return sizes.chunked(rows, needs, stored)
     passes = Needs(), needs  # the forward, the backward
     return max(sizes.panelled(panel_columns(sizes, x, workspace_bytes), x) for x in passes)

@@ -1,13 +1,16 @@
-"""`backend.RowFunctions` in torch. Rows are processed in blocks that fit in a CPU's cache."""
+"""`backend.RowFunctions` in torch. Rows are processed in blocks that fit in a CPU's cache.
+
+Threads take the blocks as they become free (`_core.crew`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from lopd_kernels._core import crew
 from lopd_kernels._core.buckets import center, student_buckets
 from lopd_kernels._core.listed_ids import SafeListedIds
 from lopd_kernels._core.listed_ids import locate as locate
@@ -32,10 +35,9 @@ def gpu(like: Tensor, width: int, buckets: int, rule: Rule, logit_options: Logit
     """Operators of torch have no programs to count."""
 
 
-def _blocks(u: Tensor) -> Iterator[slice]:
+def _blocks(u: Tensor) -> list[slice]:
     size = max(1, BLOCK_BYTES // (u.shape[1] * u.element_size()))
-    for start in range(0, u.shape[0], size):
-        yield slice(start, start + size)
+    return [slice(start, start + size) for start in range(0, u.shape[0], size)]
 
 
 def _apply_logit_options(
@@ -67,7 +69,7 @@ def row_pass(
     inf_masks: bool = False,
     split: SplitGrads | None = None,
 ) -> None:
-    for part in _blocks(u):
+    def visit(part: slice) -> None:
         block, here = u[part], listed_ids.rows(part)
         if inf_masks:
             block.masked_fill_(~here.active.unsqueeze(1), 0.0)
@@ -78,6 +80,8 @@ def row_pass(
         )  # fmt: skip
         if out is not None and out.data_ptr() != u.data_ptr():
             out[part].copy_(block)
+
+    crew.hand_out(visit, _blocks(u))
 
 
 def _row_block(
@@ -134,12 +138,14 @@ def write_unlisted(
     logit_options: LogitOptions,
     out: Tensor,
 ) -> None:
-    for part in _blocks(out):
+    def visit(part: slice) -> None:
         e = u[rows[part]]
         torch.mul(e, factor[part].unsqueeze(1), out=out[part])
         if logit_options.softcap is not None:  # tanh from z = log e + unlisted_max
             t = e.log_().add_(unlisted_max[part].unsqueeze(1)).div_(logit_options.cap)
             out[part].mul_(t.clamp_(-1.0, 1.0).square_().neg_().add_(1.0))
+
+    crew.hand_out(visit, _blocks(out))
 
 
 def _exponentials(z: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +165,7 @@ def reduce(
     want_entropy: bool,
     state: RowState,
 ) -> None:
-    for part in _blocks(u):
+    def visit(part: slice) -> None:
         block, here, seen = u[part], listed_ids.rows(part), state.rows(part)
         _apply_logit_options(block, logit_options, first, want_slope=False)
         if seen.listed.shape[1]:
@@ -169,6 +175,8 @@ def reduce(
             block.scatter_(1, columns, torch.where(inside.gather(1, anchor), -math.inf, z))
         merged = _merge(seen.unlisted.unbind(1)[:3], _exponentials(block, want_entropy))
         seen.unlisted.copy_(torch.stack([*merged, here.invalid.to(u.dtype)], 1))
+
+    crew.hand_out(visit, _blocks(u))
 
 
 def _merge(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -193,7 +201,7 @@ def write(
     listed: Tensor,
     out: Tensor,
 ) -> None:
-    for part in _blocks(u):
+    def visit(part: slice) -> None:
         z, here, inactive = u[part], listed_ids.rows(part), ~listed_ids.active[part].unsqueeze(1)
         unlisted_max, factor, entropy_factor, listed_grad = grads.rows(part)
         slope = _apply_logit_options(z, logit_options, first, want_slope=True)
@@ -214,3 +222,5 @@ def write(
         if slope is not None:
             grad.mul_(slope)
         out[part].copy_(grad.masked_fill_(inactive, 0.0))
+
+    crew.hand_out(visit, _blocks(u))

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from lopd_kernels._core.waves import occupancy
 from lopd_kernels._triton.kernels import one_pass
@@ -34,6 +33,7 @@ class Launch(NamedTuple):
 # more of them: no spills for any target (tests/kernels/aot.py).
 LAUNCHES = {False: Launch(BLOCK=8192, num_warps=4, maxnreg=128),
             True: Launch(BLOCK=4096, num_warps=4, maxnreg=160)}  # fmt: skip
+OLDEST_TRITON = (3, 7)  # 3.6 spills, up to 110 words of a thread
 
 
 def slices(vocab: int, block: int) -> tuple[int, int]:
@@ -42,16 +42,26 @@ def slices(vocab: int, block: int) -> tuple[int, int]:
     return programs, triton.cdiv(triton.cdiv(vocab, programs), 16) * 16
 
 
+def is_compiled_well() -> bool:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= OLDEST_TRITON
+
+
 def multiprocessors(device: torch.device) -> int:
     """Of a device that can hold all programs of a launch at once.
 
     Raises:
-        NotImplementedError: programs of this device or of the interpreter do not run together.
+        NotImplementedError: programs of this device or of the interpreter do not run together, or
+            Triton is too old.
     """
-    if isinstance(one_pass.one_pass_kernel, InterpretedFunction):
+    if not isinstance(one_pass.one_pass_kernel, triton.JITFunction):
         raise NotImplementedError(
             "one_pass.ENABLED is set, but Triton's interpreter runs one program after another, and "
             "programs of a row would wait for ever; leave it False with TRITON_INTERPRET=1"
+        )
+    if not is_compiled_well():
+        raise NotImplementedError(
+            f"one_pass.ENABLED is set, but Triton is {triton.__version__}, whose code for it "
+            f"spills; it needs {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer"
         )
     if device.type != "cuda" or torch.version.hip:
         kind = "ROCm" if torch.version.hip else device.type

@@ -50,7 +50,7 @@ def test_steps_to_a_share_are_interpolated_in_the_log():
 def curves():
     """Lists are at their best at 1 x; the sampled token takes four times as long, or fails."""
     rows = []
-    for seed, start in enumerate((1.0, 2.0)):
+    for seed, start in enumerate((1.0, 2.0, 4.0)):
         fast = [start * share for share in (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)]
         slow = [start * share for share in (1.0, 1.0, 1.0, 0.5, 0.25, 0.2)]
         rows += [
@@ -58,7 +58,7 @@ def curves():
             curve("lists", 2.0, seed, [start] * 6),
             curve("sampled", 0.25, seed, slow, (0.0, 0.0, 0.0, 0.0, 0.0, 0.4)),
         ]
-    return [*rows, curve("clipped", 0.5, 0, [1.0] * 6)]
+    return rows
 
 
 def test_each_arm_is_compared_at_its_best_rate():
@@ -67,17 +67,19 @@ def test_each_arm_is_compared_at_its_best_rate():
         for line in sampled.table(curves()).splitlines()
         if line.startswith(("| lists", "| sa"))
     )
-    assert "| 1, 2 | 25 at 1 x | 100 at 1 x | 0.0283 at 1 x | 1 | 0 |" in lists
+    assert "| 1, 2 | 3 | 25 at 1 x | 100 at 1 x | 0.0400 at 1 x | 1 | 0 |" in lists
     assert "| 100 at 0.25 x; 4.0 [4.0, 4.0] x |" in token
-    assert "> 400 at 0.25 x, 0 of 2 seeds; more than 4.0 x the lists'" in token
+    assert "> 400 at 0.25 x, 0 of 3 seeds; more than 4.0 x the lists'" in token
     assert "| 10.00 [10.00, 10.00] | -10.0 [-10.0, -10.0] |" in token
-    assert "clipped" not in sampled.table(curves())  # a seed is missing
+    rows = [*curves(), curve("clipped", 0.5, 1, [1.0] * 6)]  # without seed 0
+    (clipped,) = [x for x in sampled.table(rows).splitlines() if "clipped" in x]
+    assert "| 0.5 | 1 | > 400 at 0.5 x, 0 of 1 seeds |" in clipped
 
 
 def test_the_figure_has_a_line_for_each_seed_and_their_mean():
     (axes,) = sampled.figure(curves()).axes
-    assert len(axes.lines) == 2 * 3
-    assert axes.lines[2].get_ydata()[-1] == pytest.approx(0.02 * math.sqrt(2.0))
+    assert len(axes.lines) == 2 * 4
+    assert axes.lines[3].get_ydata()[-1] == pytest.approx(0.04)
 
 
 def run(variant, seed, kl, factor=1.0, **more):
@@ -92,14 +94,14 @@ def line_of(rows, name):
 
 
 def test_a_variant_is_compared_with_its_base_at_rates_and_seeds_that_both_have():
-    kls = {0: 0.01, 1: 0.04, 2: 0.16}
+    kls = {0: 0.01, 1: 0.04, 2: 0.16, 3: 0.64}
     rows = [run("default", seed, kl) for seed, kl in kls.items()]
     rows += [run("default", seed, 0.5 * kl, 2.0) for seed, kl in kls.items()]
     rows += [run("forward", seed, 2.0 * kl, f) for seed, kl in kls.items() for f in (1.0, 2.0)]
-    rows += [run("compact", seed, 3.0 * kls[seed]) for seed in (0, 1)]
-    assert "| 3 | 0.0800 | 4.00 [4.00, 4.00] |" in line_of(rows, "forward")  # the base's best
-    assert "| default | 2 | 0.0600 | 3.00 [3.00, 3.00] |" in line_of(rows, "compact")  # 1 x only
-    assert "|  | 3 | 0.0200 | 1 |" in line_of(rows, "default")
+    rows += [run("compact", seed, 3.0 * kls[seed]) for seed in (0, 1, 2)]
+    assert "| 4 | 0.1600 | 4.00 [4.00, 4.00] |" in line_of(rows, "forward")  # the base's best
+    assert "| default | 3 | 0.1200 | 3.00 [3.00, 3.00] |" in line_of(rows, "compact")  # 1 x only
+    assert "|  | 4 | 0.0400 | 1 |" in line_of(rows, "default")
     assert "jsd" not in ablations.table(rows)
 
 
@@ -153,13 +155,14 @@ def gap(fine_tuning, seed, offline, live, x):
 def test_the_gap_is_compared_by_start_and_correlated_with_it():
     rows = [
         gap(steps, seed, 0.1 * math.exp(x), 0.1, x)
-        for steps, seed, x in [(120, 0, 0.1), (120, 1, 0.1), (430, 0, 0.7), (430, 1, 0.7)]
+        for steps, x in ((120, 0.1), (430, 0.7))
+        for seed in (0, 1, 2)
     ]
     first = overlap.table(rows).splitlines()[2]
-    assert first.startswith("| 120 | 2 | 1.1052 | 0.10 | 0.90 | 0.1105 | 0.1000 |")
+    assert first.startswith("| 120 | 3 | 1.1052 | 0.10 | 0.90 | 0.1105 | 0.1000 |")
     assert first.endswith("| 1.11 [1.11, 1.11] | 0.50 [0.50, 0.50] |")
     found = overlap.correlations([*rows, gap(240, 0, 0.2, 0.1, 0.4)]).splitlines()
-    assert len(found) == 5 and found[2].split("|")[2].strip() == "5"
+    assert len(found) == 5 and found[2].split("|")[2].strip() == "7"
     assert len(overlap.figure(rows).axes) == 2
 
 

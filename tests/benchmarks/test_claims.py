@@ -42,7 +42,7 @@ def test_stages_are_compared_on_the_same_seeds():
 def test_every_verdict_has_numbers_and_a_command():
     for claim, verdict, found, command in claims.claims(readme.read_rows):
         assert claim and found
-        assert (command == "") == (verdict == intervals.UNKNOWN)
+        assert (command == "") == (verdict in (intervals.UNKNOWN, intervals.UNTESTABLE))
 
 
 def test_intervals_are_those_of_students_t():

@@ -17,7 +17,8 @@ from lopd.training.batch import Collator, SequenceDataset
 
 datasets = pytest.importorskip("datasets", reason="part of the extra `trl`")
 
-from lopd.integrations.datasets import COLUMNS, REQUIRED, from_dataset, to_dataset  # noqa: E402
+from lopd.integrations.dataset_columns import COLUMNS, REQUIRED  # noqa: E402
+from lopd.integrations.datasets import from_dataset, to_dataset  # noqa: E402
 
 GIVEN = {"weight", "reward", "token_weights"}
 SEVERAL = {"teacher_id"}

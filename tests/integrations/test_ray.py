@@ -37,7 +37,7 @@ def shards(folder):
 
 @pytest.mark.thorough
 def test_two_workers_write_what_one_process_writes(
-    cluster, tmp_path, teacher_folder, student_folder, write_jsonl
+    cluster, tmp_path, teacher_folder, student_folder, write_jsonl, caplog, monkeypatch
 ):
     prompts = write_jsonl([{"prompt": f"the cat sat on {i}"} for i in range(6)])
     sampling = {
@@ -61,6 +61,13 @@ def test_two_workers_write_what_one_process_writes(
     run_stage(config, **cpus)  # continues
     assert shards(cache) == shards(tmp_path / "cache")
     verify(VerifyConfig(path=str(cache)))
+
+    assert "num_gpus" not in caplog.text
+    monkeypatch.setattr(ray, "remote", lambda work: pytest.fail("would wait"))
+    with pytest.raises(pytest.fail.Exception, match="would wait"):
+        run_stage(config, workers=2)
+    assert "found 1 for a worker, but no node of the cluster has more than 0" in caplog.text
+    monkeypatch.undo()
 
     with pytest.raises(MissingFileError, match="absent"):
         run_stage(ScoreConfig(teacher="absent", rollouts="absent", out=str(tmp_path / "x")), **cpus)

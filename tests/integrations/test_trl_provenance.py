@@ -8,8 +8,10 @@ import torch
 from helpers_artefacts import write_cache, write_model, write_pipeline
 from helpers_cache import flip
 from helpers_trl import QUIET, make_trainer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lopd.errors import MissingFileError, ModelError, ProvenanceError, ShardError
+from lopd.models.load import load_model, load_tokenizer
 from lopd.provenance import describe_model, lineage_of, read_manifest
 from lopd.store import TeacherCache
 
@@ -50,7 +52,7 @@ def test_a_cache_of_another_teacher_is_refused_before_the_model_is_built(
     other = OfflineDistillationConfig(str(tmp_path), **QUIET, allow_teacher_mismatch=True)
     with pytest.raises(ProvenanceError, match="student-mismatch"):
         OfflineDistillationTrainer(pipeline / "teacher", other, cache)
-    with pytest.raises(MissingFileError, match="absent: no such folder"):
+    with pytest.raises(MissingFileError, match="absent: no such file or folder"):
         OfflineDistillationTrainer("absent", args, cache)
 
 
@@ -136,8 +138,6 @@ def test_shards_are_verified_and_may_be_missing_if_allowed(pipeline, tmp_path):
 
 def test_a_model_with_adapters_is_not_the_one_in_its_folder(pipeline, tmp_path, foreign, caplog):
     peft = pytest.importorskip("peft", reason="part of the extra `peft`")
-    from lopd.models.load import load_model, load_tokenizer
-
     model = load_model(pipeline / "student", dtype="float32", device="cpu")
     torch.manual_seed(0)
     adapted = peft.get_peft_model(
@@ -150,4 +150,31 @@ def test_a_model_with_adapters_is_not_the_one_in_its_folder(pipeline, tmp_path, 
             foreign,
             processing_class=load_tokenizer(pipeline / "student"),
         )
-    assert "or has adapters already" in caplog.text
+    assert "the model has adapters already" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_a_model_with_the_weights_of_its_folder_counts_as_that_folder(
+    pipeline, tmp_path, cache, caplog, dtype
+):
+    """What a model names as its folder says nothing of weights that were changed in memory."""
+    tokenizer = load_tokenizer(pipeline / "student")
+    unchanged = load_model(pipeline / "student", dtype=dtype, device="cpu")
+    one_weight = load_model(pipeline / "student", dtype=dtype, device="cpu")
+    with torch.no_grad():
+        one_weight.model.norm.weight[0] += 1
+    config = AutoConfig.from_pretrained(pipeline / "student")
+    random = AutoModelForCausalLM.from_config(config)
+    for number, (model, known) in enumerate(
+        [(unchanged, True), (one_weight, False), (random, False)]
+    ):
+        assert model.name_or_path == str(pipeline / "student")
+        caplog.clear()
+        out = tmp_path / str(number)
+        args = OfflineDistillationConfig(str(out), **QUIET)
+        with caplog.at_level(logging.WARNING, "lopd"):
+            trainer = OfflineDistillationTrainer(model, args, cache, processing_class=tokenizer)
+        trainer.save_model(out)
+        assert (out / "manifest.json").exists() == known
+        said = f"provenance is not checked: the model has other weights than {pipeline}/student"
+        assert (said in caplog.text) != known

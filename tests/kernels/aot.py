@@ -175,9 +175,9 @@ def launches():
         for name, value in vars(m).items()
         if isinstance(value, Recorder)
     }  # fmt: skip
-    once = [
-        (label, in_one_pass(function), arguments) for label, function, arguments in row_passes()
-    ]
+    once = []
+    if triton_one_pass.is_compiled_well():
+        once = [(label, in_one_pass(f), arguments) for label, f, arguments in row_passes()]
     for label, function, arguments in (*row_passes(), *once, *splits(), *panels(), *listed()):
         function(*arguments)
         for recorder in recorders.values():

@@ -28,7 +28,7 @@ def mixed(monkeypatch):
         monkeypatch.setattr(module, "is_mixed", lambda like: like.dtype in NARROW)
     monkeypatch.setattr(gemm, "_mm", lambda a, b, out: out.copy_(a.to(out.dtype) @ b.to(out.dtype)))
     monkeypatch.setattr(
-        gemm, "_addmm", lambda total, a, b: total.add_(a.to(total.dtype) @ b.to(total.dtype))
+        gemm, "_addmm", lambda a, b, total: total.add_(a.to(total.dtype) @ b.to(total.dtype))
     )
     monkeypatch.setattr(
         torch, "mm", lambda a, b, out: out.copy_((a.float() @ b.float()).to(out.dtype))

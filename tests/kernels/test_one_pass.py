@@ -59,6 +59,13 @@ def test_the_interpreter_is_refused(enabled, monkeypatch):
 
 
 @needs_compiler
+def test_a_triton_that_spills_is_refused(enabled, monkeypatch):
+    monkeypatch.setattr(one_pass.triton, "__version__", "3.6.0")
+    with pytest.raises(NotImplementedError, match=r"Triton is 3.6.0.*needs 3.7 or newer"):
+        row_pass()
+
+
+@needs_compiler
 def test_every_call_that_wants_the_gradient_of_whole_rows_uses_it(enabled, monkeypatch):
     monkeypatch.setattr(one_pass, "multiprocessors", lambda device: 132)
     kernels = {}

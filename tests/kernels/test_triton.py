@@ -70,10 +70,15 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def _emulated_kernels(request, monkeypatch):
-    """With LOPD_PTX=80, 90 or 100 the compiled PTX is executed, see `tests/ptx`."""
-    if EMULATED:
-        from ptx_launch import emulate
+    """With LOPD_PTX=80, 90 or 100 the compiled PTX is executed, see `tests/ptx`.
 
+    With LOPD_PTX_ONE_PASS=1 as well, several programs share a row wherever they can.
+    """
+    if EMULATED:
+        from ptx_launch import emulate, read_logits_once
+
+        if os.environ.get("LOPD_PTX_ONE_PASS") == "1":
+            read_logits_once(monkeypatch, columns=128, multiprocessors=4)
         schedule = os.environ.get("LOPD_PTX_SCHEDULE", "block")
         races = request.node.get_closest_marker("deliberate_race") is None
         emulate(monkeypatch, int(EMULATED), schedule=schedule, races=races)

@@ -81,7 +81,7 @@ def test_no_chunk_is_larger_than_the_limit_or_slower_than_equal_ones(name, bound
             continue
         rows = workspace.chunk_rows(sizes, ALL, stored, bound, gpu(name))
         equal = workspace.chunk_rows(sizes, ALL, stored, bound)
-        assert rows <= workspace.most_rows(sizes, ALL, stored, bound)
+        assert rows <= workspace.most_rows(sizes, ALL, stored, bound, waves=True)
         if bound is not None:
             assert sizes.chunked(rows, ALL, stored) <= bound
         work = Work(n, v, d, not stored, not stored)
@@ -98,6 +98,32 @@ def test_where_no_gpu_decides():
     ):
         expected = workspace.chunk_rows(sizes, ALL, False, None)
         assert workspace.chunk_rows(sizes, ALL, False, None, Gpu(7, 3)) == expected
+
+
+def test_chunks_are_larger_only_where_waves_choose():
+    rows = {True: (5 << 28) // (151936 * 4), False: (1 << 30) // (151936 * 4)}
+    for gpu_of in (None, gpu("H100")):
+        for sizes in (TARGET, TARGET._replace(mixed=False), TARGET._replace(kept=1000)):
+            found = workspace.chunk_rows(sizes._replace(n=1 << 16), ALL, False, None, gpu_of)
+            waves = gpu_of is not None and sizes == TARGET
+            assert (1 << 10) <= found <= rows[waves]
+            assert waves == (found > rows[False])
+
+
+def test_the_choice_takes_the_host_few_comparisons(monkeypatch):
+    compared = []
+    choose = waves.best_rows
+
+    def counted(work, gpu, candidates):
+        compared.append(len(candidates))
+        return choose(work, gpu, candidates)
+
+    monkeypatch.setattr(workspace, "best_rows", counted)
+    for vocab in (1000, 2048, 8192, 151936, 262208):
+        sizes = TARGET._replace(v=vocab, n=1_000_000)
+        rows = workspace.chunk_rows(sizes, ALL, False, None, gpu("H100"))
+        assert rows <= workspace.most_rows(sizes, ALL, False, None, waves=True)
+    assert len(compared) == 5 and max(compared) <= 64 and min(compared) >= 8
 
 
 def test_the_plan_holds_for_every_gpu():

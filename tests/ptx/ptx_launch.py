@@ -122,3 +122,14 @@ def emulate(monkeypatch, capability: int, **machine) -> dict[str, Emulated]:
             monkeypatch.setattr(module, name, kernels[name])
     monkeypatch.setattr(backend, "uses_triton", lambda like: like.dtype != torch.float64)
     return kernels
+
+
+def read_logits_once(monkeypatch, columns: int | None, multiprocessors: int) -> None:
+    """Let programs of so many columns (None: as on a device) share the rows that they can."""
+    from lopd_kernels._triton import one_pass
+
+    monkeypatch.setattr(one_pass, "ENABLED", True)
+    monkeypatch.setattr(one_pass, "multiprocessors", lambda device: multiprocessors)
+    if columns is not None:
+        launch = one_pass.Launch(columns, 4, 128)
+        monkeypatch.setattr(one_pass, "LAUNCHES", {False: launch, True: launch})

@@ -118,11 +118,10 @@ class Shadow:
 
     def access_atomically(self, offsets, width: int, by: Access) -> None:
         at, by = self._granules(offsets, width, by)
-        for touched in (self.writer, self.reader):
-            conflict = self._unordered(touched, at, by)
-            self._refuse(
-                conflict, touched, at, by, "an access that is not atomic, then one that is"
-            )
+        what = "an access that is not atomic, then one that is"
+        self._refuse(self._unordered(self.writer, at, by), self.writer, at, by, what)
+        conflict = self._unordered(self.reader, at, by) | self.blocks[at]
+        self._refuse(conflict, self.reader, at, by, what)
         self.atomic[at] = True
 
     def read(self, offsets, width: int, by: Access) -> None:

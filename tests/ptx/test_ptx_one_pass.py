@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from kernel_cases import INTERPRETED, relative_error
-from ptx_launch import emulate
+from ptx_launch import emulate, read_logits_once
 from ptx_machine import SCHEDULES
 from ptx_memory import Fault, Race
 from ptx_mutations import barrier_lines, without_barriers
@@ -46,13 +46,8 @@ def use(monkeypatch):
     """Turns the form on for a device with so many multiprocessors; `machine` configures it."""
 
     def set_up(capability, columns=None, multiprocessors=2, **machine):
-        kernels_run = emulate(monkeypatch, capability, **machine)
-        monkeypatch.setattr(one_pass, "ENABLED", True)
-        monkeypatch.setattr(one_pass, "multiprocessors", lambda device: multiprocessors)
-        if columns is not None:
-            launch = one_pass.Launch(columns, 4, 128)
-            monkeypatch.setattr(one_pass, "LAUNCHES", {False: launch, True: launch})
-        return kernels_run
+        read_logits_once(monkeypatch, columns, multiprocessors)
+        return emulate(monkeypatch, capability, **machine)
 
     torch.manual_seed(0)
     return set_up

@@ -108,6 +108,20 @@ def test_labels_of_an_axis_do_not_cover_each_other(values, wide, labels, name):
     assert not any(tick.label1.get_text() for tick in axis.get_minor_ticks())
 
 
+def test_names_of_near_levels_do_not_cover_each_other():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.8))
+    axes = figure.subplots()
+    measured = {row["stage"]: row for row in ROWS if "sampled" in row}
+    measured[FINE_TUNED] = measured[FINE_TUNED] | {"sampled": 0.985}
+    before_after(axes, measured, "sampled", "title", "label", TASK.live, TASK.titles.models)
+    figure.draw_without_rendering()
+    names = [text for text in axes.texts if text.get_text() in ("teacher", "student,\nfine-tuned")]
+    first, second = (text.get_window_extent() for text in names)
+    assert not first.overlaps(second)
+
+
 def test_the_table_has_intervals():
     table = format_table(ROWS).splitlines()
     assert "0.970 ± 0.010" in table[5] and "0.990 ± 0.010" in table[2]

@@ -57,7 +57,8 @@ def test_gpus_are_listed(monkeypatch, major, cost):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    driver, *gpus = doctor.devices()
+    driver, compiler, *gpus = doctor.devices()
+    assert bool(compiler.cost) == (compiler.found == "none")
     assert driver.found.startswith("unknown (")  # there is no nvidia-smi, or it finds no device
     assert [gpu.item for gpu in gpus] == ["gpu 0", "gpu 1"]
     assert f"GPU, 80.0 GiB, compute capability {major}.0" == gpus[0].found
@@ -67,3 +68,56 @@ def test_gpus_are_listed(monkeypatch, major, cost):
 def test_too_little_of_something_is_reported():
     assert doctor.few(10, 20, "cost", "remedy") == ("cost", "remedy")
     assert doctor.few(20, 20, "cost", "remedy") == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("built", "version", "cost", "remedy"),
+    [
+        (None, None, "everything runs on the CPU", "use a machine with a GPU"),
+        ("13.0", None, "everything runs on the CPU", "use a machine with a GPU"),
+        (None, "580.1", "torch cannot use the GPU of driver 580.1", "install a torch"),
+        ("13.0", "580.1", "torch cannot use the GPU of driver 580.1", "torch.cuda.init()"),
+    ],
+)
+def test_without_a_gpu_it_says_whether_torch_or_the_machine_lacks_it(
+    monkeypatch, built, version, cost, remedy
+):
+    monkeypatch.setattr(doctor, "driver", lambda: version)
+    found = doctor.no_gpu(built)
+    assert found.cost.startswith(cost) and remedy in found.remedy
+    assert ("CPUs" in found.found) == (built is None)
+
+
+def test_the_driver_is_what_nvidia_smi_says(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.driver() == "580.65.06"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert doctor.driver() is None
+
+
+def test_what_only_a_gpu_needs_is_not_missing_without_one(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    costs = {finding.item: finding.cost for finding in doctor.packages(has_gpu=False)}
+    assert not costs["triton"] and not costs["flash-attn"] and costs["peft"]
+    assert all(finding.cost for finding in doctor.packages(has_gpu=True))
+
+
+def test_a_version_that_lopd_does_not_work_with_is_named(monkeypatch):
+    known = importlib.metadata.version
+
+    def version(name):
+        return "4.57.1" if name == "transformers" else known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = {finding.item: finding for finding in doctor.packages(has_gpu=False)}["transformers"]
+    assert found.found == "4.57.1" and found.cost.startswith("lopd expects ")
+    assert "pip install 'transformers" in found.remedy and ">=5" in found.remedy
+    assert doctor.unmet("transformers", known("transformers")) is None
+    assert doctor.unmet("torch", "2.13.0+cpu") is None
+    assert doctor.unmet("flash-attn", "1.0") is None  # no requirement names it

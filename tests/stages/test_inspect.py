@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers_artefacts import write_pipeline
+from helpers_artefacts import write_model, write_pipeline
 from helpers_cache import make_manifest, write_cache, write_rollouts
 
 from lopd.cli import main
@@ -106,3 +106,16 @@ def test_an_unfinished_folder_is_described_and_verify_says_what_is_missing(tmp_p
     assert "\n  shard-00001.json: the receipt is missing; run the stage again" in printed.err
     assert main(["inspect", "--path", str(tmp_path), "--verify"]) == 2
     assert "1 of 3 shards are unfinished or damaged; the first is " in capsys.readouterr().err
+
+
+def test_a_model_of_another_origin_is_described_without_hashing_it(tmp_path, capsys, monkeypatch):
+    model = write_model(tmp_path / "model")
+    monkeypatch.setattr("lopd.provenance.fingerprint.fingerprint_weights", None)
+    assert main(["inspect", str(model), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["kind"] == "a model that lopd did not write" and rows["model"] == str(model)
+    size = (model / "model.safetensors").stat().st_size
+    assert rows["weights"] == f"1 files, {size} bytes" and rows["vocabulary"] > 20
+    assert rows["ends answers with"].startswith("id ") and rows["chat template"] == "none"
+    assert main(["inspect", str(model), "--verify"]) == 2
+    assert "has no recorded hashes; leave --verify out" in capsys.readouterr().err

@@ -1,13 +1,16 @@
 """The files under recipes/: parsed strictly, and run on tiny models of their architecture."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
-from conftest import TEXT, save_qwen3, train_bpe
+from conftest import TEXT, train_bpe
 
+from benchmarks.qwen3 import MODELS
 from lopd.cli import main
 from lopd.config.strict_yaml import load_yaml
 from lopd.stages import run
@@ -18,9 +21,10 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 SMALL = {
     "batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 2, "warmup_steps": 0,
     "max_tokens_per_batch": 64, "tokens_per_batch": 256, "max_new_tokens": 6, "num_samples": 2,
-    "holdout": 2, "eval_steps": 1, "k": 8, "engine": "transformers", "engine_options": None,
-    "fsdp": False, "judge": "exact", "lora_rank": 2,
+    "holdout": 2, "eval_steps": 1, "k": 8, "engine": "transformers",
+    "fsdp": False, "lora_rank": 2,
 }  # fmt: skip
+CHAT = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
 
 
 @pytest.fixture(autouse=True)
@@ -63,19 +67,28 @@ def test_the_papers_recipes_have_the_papers_settings(name, batch, teacher, stude
     assert (distill.objective, distill.advantage_clip) == ("policy_gradient", 10.0)
 
 
-def save_moe(folder):
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+# Architectures of the models that the recipes name, by a part of the name.
+FAMILIES = {
+    "-A3B": ("Qwen3Moe", {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}),
+    "Qwen3-": ("Qwen3", {"tie_word_embeddings": False}),
+    "SmolLM2-": ("Llama", {"tie_word_embeddings": True}),
+}
 
-    tokenizer = train_bpe()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
+
+def save_like(name, folder, seed):
+    """A tiny random model of the architecture of a published one."""
+    family, more = next(FAMILIES[part] for part in FAMILIES if part in name)
+    if "4B" in name:
+        more = {**more, "tie_word_embeddings": True}
+    tokenizer = train_bpe(CHAT)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     vocabulary = {"vocab_size": len(tokenizer) + 3, "max_position_embeddings": 64}
-    config = Qwen3MoeConfig(**sizes, **heads, **experts, **ids, **vocabulary)
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads, **ids, **vocabulary, **more)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        Qwen3MoeForCausalLM(config).save_pretrained(folder)
+        torch.manual_seed(seed)
+        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -93,24 +106,40 @@ def tiny(recipe, root, teacher, student):
     for name, settings in recipe["stages"].items():
         known = {key: SMALL[key] for key in SMALL if key in (settings or {})}
         stages[name] = (settings or {}) | known
+        if (settings or {}).get("engine") == "vllm":
+            stages[name].pop("engine_options", None)
         if "prompts" in stages[name]:
             short = {"prompts": str(prompts), "max_new_tokens": SMALL["max_new_tokens"]}
             stages[name] |= short
     models = {"teacher": str(teacher), "student": str(student)}
-    return recipe | {"out": str(root / "run"), "stages": stages, "device": "cpu"} | models
+    return recipe | {"out": str(root / "run"), "stages": stages} | models
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
-def test_recipes_run_on_tiny_models(name, tmp_path, teacher_folder):
-    if name == "moe":
-        student = save_moe(tmp_path / "student")
-    else:
-        student = save_qwen3(tmp_path / "student", seed=2)
-    recipe = tiny(load_yaml(str(RECIPES / f"{name}.yaml")), tmp_path, teacher_folder, student)
+def test_recipes_run_on_tiny_models(name, tmp_path):
+    recipe = load_yaml(str(RECIPES / f"{name}.yaml"))
+    teacher = save_like(recipe["teacher"], tmp_path / "teacher", seed=1)
+    student = recipe["student"]
+    if student.startswith("runs/"):  # the result of another recipe
+        student = load_yaml(str(RECIPES / f"{Path(student).parts[1]}.yaml"))["student"]
+    student = save_like(student, tmp_path / "student", seed=2)
     if "sft" not in recipe["stages"]:
-        assert main(["declare", "--model", str(student), "--teacher", str(teacher_folder)]) == 0
+        assert main(["declare", "--model", str(student), "--teacher", str(teacher)]) == 0
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(tiny(recipe, tmp_path, teacher, student)))
     assert main(["run", str(path)]) == 0
-    assert (tmp_path / "run/distill/manifest.json").exists()
+    manifest = json.loads((tmp_path / "run/distill/manifest.json").read_text())
+    assert manifest["overrides"] == []
+
+
+@pytest.mark.thorough
+def test_the_plan_in_the_recipe_for_24_gib_fits(tmp_path, capsys):
+    """The command in its comment, as it stands there."""
+    text = (RECIPES / "lora-24gib.yaml").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^# +(lopd plan [^\\\n]*(?:\\\n[^\\\n]*)*)$", text, re.MULTILINE)
+    words = re.sub(r"\\\n#", "", command).split()
+    MODELS["8B"].config().save_pretrained(tmp_path)
+    words[words.index("Qwen/Qwen3-8B")] = str(tmp_path)
+    assert main(words[1:]) == 0 and "--lora-rank" in words
+    assert "\nfits, " in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lopd.cli import main
-from lopd.errors import ConfigError
+from lopd.errors import ConfigError, MissingFileError
 from lopd.stages import run as recipe
 
 STAGES = {
@@ -276,6 +276,33 @@ def test_what_no_stage_writes_must_exist_before_the_first_stage_runs(
     assert main(["run", str(changed)]) == 2
     assert f"stages: {words}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spelt", ["{}/", "{}/../sft", "./{}"])
+def test_what_a_stage_writes_may_be_spelt_otherwise(finished_run, tmp_path, monkeypatch, spelt):
+    path, values = finished_run
+    monkeypatch.chdir(tmp_path)
+    eval_settings = (values["stages"]["eval"] or {}) | {"model": spelt.format("out/sft")}
+    changed = values | {"out": "out", "stages": values["stages"] | {"eval": eval_settings}}
+    recipe.check_inputs(recipe.stage_configs(changed, str(path)), str(path))
+    eval_settings["model"] += "-of-another"
+    with pytest.raises(MissingFileError):
+        recipe.check_inputs(recipe.stage_configs(changed, str(path)), str(path))
+
+
+def test_a_stage_may_name_a_model_by_its_hub_id(finished_run, monkeypatch):
+    path, values = finished_run
+    asked = []
+
+    def local(name):
+        asked.append(name)
+        return values["teacher"] if name == "org/name" else name
+
+    monkeypatch.setattr(recipe, "local_models", local)
+    score = (values["stages"]["score"] or {}) | {"teacher": "org/name"}
+    changed = values | {"stages": values["stages"] | {"score": score}}
+    recipe.check_inputs(recipe.stage_configs(changed, str(path)), str(path))
+    assert "org/name" in asked
 
 
 def test_evaluation_without_the_teacher_is_refused(finished_run):

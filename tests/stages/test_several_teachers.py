@@ -7,6 +7,7 @@ from conftest import TEXT, save_qwen3
 from helpers_stages import COMMON, fork_workers, one_line, rollout_argv, score_argv, shard_bytes
 
 from lopd.cli import main
+from lopd.evaluation.calibration import Calibration, fold_of
 from lopd.provenance import fingerprint_weights, read_manifest
 from lopd.store import RolloutStore, TeacherCache
 
@@ -257,13 +258,36 @@ def test_prompts_that_were_altered_or_moved_are_refused(world, tmp_path, capsys)
     assert main([*several_argv(world, world / "cache"), "--prompts", str(moved)]) == 0
 
 
-def test_live_rollouts_and_calibration_need_one_teacher(world, tmp_path, capsys):
-    argv = ["calibrate", "--cache", world / "cache", "--out", tmp_path / "calibrated"]
-    assert main(list(map(str, argv))) == 2
-    assert "was scored by 2 teachers, each of which differs" in one_line(capsys)
+def test_live_rollouts_need_one_teacher(world, tmp_path, capsys):
     flags = ("--refresh-every", "1", "--teacher", str(world / "math"))
     assert main(distill_argv(world, world / "cache", tmp_path / "r", *flags)) == 2
     assert "was scored by 2 teachers; expected one" in one_line(capsys)
+
+
+def test_each_teacher_is_calibrated_by_its_own_records(world, tmp_path, capsys):
+    swapped, out = tmp_path / "swapped", tmp_path / "calibrated"
+    assert main(several_argv(world, swapped, math=world / "code", code=world / "math")) == 0
+    argv = ["calibrate", "--cache", str(swapped), "--out", str(out)]
+    math = {s.rollout.prompt_id for s in TeacherCache.open(swapped) if s.teacher_id == "math"}
+    folds = next(n for n in range(2, 1000) if len({fold_of(prompt, n) for prompt in math}) == 1)
+    assert main([*argv, "--folds", str(folds)]) == 2
+    assert f"all prompts of 'math' are in one of {folds} folds" in one_line(capsys)
+    assert main(argv) == 0
+    assert "code: log q - log p_ref after" in capsys.readouterr().out
+    old, new = TeacherCache.open(swapped, support="list"), TeacherCache.open(out)
+    for name in NAMES:
+        calibration = Calibration(old.manifest.vocab_size, 5, "rollout_logprobs_raw")
+        chosen = [pair for pair in zip(old, new, strict=True) if pair[0].teacher_id == name]
+        for before, _ in chosen:
+            calibration.add(before)
+        for before, after in chosen:
+            assert (after.teacher_logprobs == calibration.calibrated(before)).all()
+            assert after.teacher_id == name
+    assert main(["verify", "--path", str(out)]) == 0
+    flags = ("--objective", "policy_gradient")
+    assert main(distill_argv(world, out, tmp_path / "trained", *flags)) == 0
+    found = [each.found for each in read_manifest(tmp_path / "trained").overrides]
+    assert len(found) == 2 and all(each.endswith(", calibrated") for each in found)
 
 
 def test_inspect_shows_each_teacher(world, capsys):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers_artefacts import write_pipeline
 from helpers_training import SAME_UPDATE, update_error, weights
+from torch.distributed.launcher.api import LaunchConfig
 
 from lopd import DistillConfig, ScoreConfig, distill, score
 from lopd.models.load import load_model
@@ -70,6 +72,20 @@ def test_the_scripts_are_valid_and_listed(script):
     assert head.count("\n#SBATCH --") >= 5 and "#SBATCH" not in body  # Slurm stops reading there
     readme = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
     assert f"| `recipes/{script.name}` |" in readme
+
+
+def test_torchrun_leaves_time_for_a_checkpoint(monkeypatch):
+    """As long as Slurm does, between the signal and the end of the job."""
+    text = TORCHRUN.read_text(encoding="utf-8")
+    (name, seconds), (before,) = (
+        re.search(pattern, text, re.MULTILINE).groups()
+        for pattern in (r"^export (TORCH\w+)=(\d+)$", r"^#SBATCH --signal=TERM@(\d+)$")
+    )
+    monkeypatch.setenv(name, seconds)
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1)
+    assert 30 < int(seconds) < int(before)
+    if hasattr(config, "shutdown_timeout"):  # older versions always wait 30 seconds
+        assert config.shutdown_timeout == int(seconds)
 
 
 @pytest.mark.thorough

@@ -80,7 +80,7 @@ def before_after(
         axes.plot(value, place, "o", color=colour)
         if interval := measured[name].get(f"{key}_interval"):
             axes.plot(interval, [place, place], color=colour, linewidth=1.2)
-        text, side = (f"{value:.3f}", "right") if key == "sampled" else (f"{value:.4f}", "left")
+        text, side = (f"{value:.3f}", "right") if key == "sampled" else (f"{value:.2g}", "left")
         axes.annotate(text, (value, place), (3, 8), textcoords="offset points", ha=side, fontsize=8)
     axes.set_yticks(range(len(trained)), [names.get(name, name) for name in trained])
     axes.set_ylim(len(trained) - 0.4, -1.4)
@@ -92,6 +92,7 @@ def before_after(
             BEFORE,
             ":",
             "left" if key == "sampled" else "right",
+            line=1,
         )
     if key == "sampled" and TEACHER in measured:
         level(axes, measured[TEACHER][key], "teacher", "black", "--", "right")
@@ -120,17 +121,24 @@ def set_scale(axes: Any, name: str, values: Sequence[float]) -> bool:
         axis.set_major_locator(LogLocator(numticks=6))
         axis.set_minor_formatter(NullFormatter())
     else:
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return wide
 
 
-def level(axes: Any, value: float, name: str, colour: str, style: str, side: str) -> None:
-    """A vertical line, with its name beside its upper end."""
+def level(
+    axes: Any, value: float, name: str, colour: str, style: str, side: str, line: int = 0
+) -> None:
+    """A vertical line, with its name beside its upper end.
+
+    Args:
+        line: of text below the upper edge, so that the names of near levels do not overlap.
+    """
     axes.axvline(value, color=colour, linestyle=style)
     axes.annotate(
-        name, (value, 1), (4 if side == "left" else -4, -4), xycoords=("data", "axes fraction"),
-        textcoords="offset points", ha=side, va="top", fontsize=9, color=colour,
+        name, (value, 1), (4 if side == "left" else -4, -4 - 14 * line),
+        xycoords=("data", "axes fraction"), textcoords="offset points", ha=side, va="top",
+        fontsize=9, color=colour, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
     )  # fmt: skip
 
 

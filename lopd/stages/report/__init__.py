@@ -1,20 +1,25 @@
 """One HTML page about one or several training runs (`lopd report`)."""
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from lopd.config.dtype import with_dtype
 from lopd.config.report import ReportConfig
 from lopd.engines.transformers import TransformersEngine
+from lopd.errors import LopdError
 from lopd.evaluation.tokens import compare_tokens
+from lopd.provenance.found import artefact_kind
 from lopd.provenance.io import make_folder, remove_dead_writers, storing, write_atomic
 from lopd.stages.model_access import loads_models
-from lopd.stages.report.facts import Run, read_evaluation, read_run
+from lopd.stages.report.facts import Evaluation, Run, read_evaluation, read_run
+from lopd.stages.report.memory import memory_of
 from lopd.stages.report.page import render
 from lopd.store import TeacherCache
 
 logger = logging.getLogger(__name__)
+TITLE = 50  # characters of a prompt's end by which an answer is known
 
 
 @loads_models
@@ -27,13 +32,15 @@ def main(config: ReportConfig) -> Path:
         ModelError, DataError: a model cannot be loaded, or not score the answers.
     """
     runs = [read_run(folder) for folder in config.folders]
-    evaluations = [read_evaluation(folder) for folder in config.eval_folders]
-    for evaluation in evaluations:
-        if evaluation.weights not in {run.weights for run in runs}:
-            logger.warning("%s: is of a model that is none of the runs'", evaluation.folder)
-    answers = _answers(runs, config) if config.answers else []
-    lengths = [_lengths(run) for run in runs]
-    page = render(runs, evaluations, answers, lengths)
+    evaluations = _evaluations(runs, config)
+    caches = [_cache(run) for run in runs]
+    answers = _answers(runs, caches, config) if config.answers else []
+    lengths = [None if cache is None else _lengths(cache) for cache in caches]
+    memory = [
+        None if found is None else memory_of(run, found["longest"], found["k"])
+        for run, found in zip(runs, lengths, strict=True)
+    ]
+    page = render(runs, evaluations, answers, lengths, memory)
     out = Path(config.out or Path(config.folders[0]) / "report.html")
     with storing(out):
         make_folder(out.parent)
@@ -43,31 +50,72 @@ def main(config: ReportConfig) -> Path:
 
 
 def _cache(run: Run) -> TeacherCache | None:
-    """The cache of a run, if it has one and it is where it was."""
+    """The cache of a run, where it was or beside the run; None if it is gone or another."""
     if run.cache is None:
         return None
-    if not Path(run.cache).is_dir():
-        logger.warning("%s: its cache %s is not there; no answers", run.folder, run.cache)
+    beside = Path(run.folder).resolve().parent / Path(run.cache).name
+    folder = next((f for f in (Path(run.cache), beside) if artefact_kind(f) == "cache"), None)
+    if folder is None:
+        logger.warning(
+            "%s: its cache %s is not there, nor %s; no answers", run.folder, run.cache, beside
+        )
         return None
-    return TeacherCache.open(run.cache)
+    cache = TeacherCache.open(folder)
+    if run.cache_digest not in (None, cache.digest()):
+        logger.warning("%s: was trained on another cache than %s; no answers", run.folder, folder)
+        return None
+    return cache
 
 
-def _lengths(run: Run) -> dict[str, Any] | None:
-    """Lengths and ends of the cached answers of a run."""
-    cache = _cache(run)
-    if cache is None:
-        return None
+def _lengths(cache: TeacherCache) -> dict[str, Any] | None:
+    """Lengths and ends of the cached answers, and the longest sequence; None if there are none."""
     rollouts = list(cache.rollouts())
-    lengths = [len(rollout.tokens) - rollout.prompt_length for rollout in rollouts]
-    truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
-    return {"lengths": lengths, "truncated": truncated}
+    if not rollouts:
+        return None
+    return {
+        "lengths": [len(rollout.tokens) - rollout.prompt_length for rollout in rollouts],
+        "k": cache.manifest.k,
+        "longest": max(len(rollout.tokens) for rollout in rollouts),
+        "ends": Counter(rollout.finish_reason for rollout in rollouts),
+    }
 
 
-def _answers(runs: list[Run], config: ReportConfig) -> list[dict[str, Any]]:
+def _evaluations(runs: list[Run], config: ReportConfig) -> list[Evaluation]:
+    """The evaluations that are named, or those beside the runs: of their models and students.
+
+    Those beside the runs that cannot be read are left out, with a warning: nobody asked for them.
+    """
+    known = {weights for run in runs for weights in (run.base, run.weights)}
+    if config.evals is not None:
+        evaluations = [read_evaluation(folder) for folder in config.eval_folders]
+        for evaluation in evaluations:
+            if evaluation.weights not in known:
+                logger.warning("%s: is of a model that is none of the runs'", evaluation.folder)
+        return evaluations
+    parents = dict.fromkeys(Path(run.folder).resolve().parent for run in runs)
+    found = []
+    for folder in (
+        folder
+        for parent in parents
+        for pattern in ("*", "eval/*")
+        for folder in sorted(parent.glob(pattern))
+    ):
+        try:
+            if artefact_kind(folder) == "evaluation":
+                found.append(read_evaluation(str(folder)))
+        except LopdError as error:
+            logger.warning("%s; left out", error)
+    own = [evaluation for evaluation in found if evaluation.weights in known]
+    bases = {run.base for run in runs}
+    return sorted(own, key=lambda evaluation: evaluation.weights not in bases)  # before, then after
+
+
+def _answers(
+    runs: list[Run], caches: list[TeacherCache | None], config: ReportConfig
+) -> list[dict[str, Any]]:
     """The first answers of each run's cache, token by token."""
     config, answers = with_dtype(config), []
-    for run in runs:
-        cache = _cache(run)
+    for run, cache in zip(runs, caches, strict=True):
         if cache is None:
             continue
         if cache.manifest.scoring.tail == "renormalized":
@@ -109,12 +157,15 @@ def describe_answer(run: Run, sequence: Any, tokens: Any, tokenizer: Any) -> dic
         ]
 
     response = rollout.tokens[rollout.prompt_length :]
+    prompt = rollout.tokens[: rollout.prompt_length].tolist()
+    plain = " ".join(str(tokenizer.decode(prompt, skip_special_tokens=True)).split())
     return {
+        "title": plain if len(plain) <= TITLE else f"...{plain[-TITLE:]}",
         "run": run.name,
         "id": rollout.prompt_id,
         "sample": rollout.sample,
         "finish": rollout.finish_reason,
-        "prompt": str(tokenizer.decode(rollout.tokens[: rollout.prompt_length].tolist())),
+        "prompt": str(tokenizer.decode(prompt)),
         "tokens": [text(token) for token in response],
         "divergence": [round(float(x), 4) for x in tokens.divergence],
         "teacher": [

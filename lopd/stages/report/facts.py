@@ -10,7 +10,7 @@ from lopd.errors import ConfigError, DataError
 from lopd.evaluation.results import read_results
 from lopd.provenance import MANIFEST_NAME, ModelIdentity, read_manifest
 from lopd.provenance.io import parse_json
-from lopd.provenance.typed_json import parse
+from lopd.provenance.typed_json import parse, value_at
 from lopd.training.logging import LOG_NAME
 
 # column of the log: (title, unit)
@@ -64,8 +64,10 @@ class Run:
     folder: str
     stage: str
     weights: str
+    base: str | None  # weights of the student that it began from
     created: str
     cache: str | None
+    cache_digest: str | None
     steps: list[tuple[str, str]]  # the pipeline: (role, what it was)
     settings: Mapping[str, Any]
     environment: Mapping[str, Any]
@@ -109,8 +111,10 @@ def read_run(folder: str) -> Run:
         folder=folder,
         stage=manifest.stage,
         weights=manifest.model.weights,
+        base=None if manifest.base is None else manifest.base.weights,
         created=str(raw.get("created", "unknown")),
         cache=None if cache is None else str(cache),
+        cache_digest=value_at(manifest.inputs, "cache.digest"),
         steps=_pipeline(manifest),
         settings=manifest.config,
         environment=raw.get("environment") or {},

@@ -1,9 +1,10 @@
 "use strict";
-// The viewer of answers: one answer is in the document at a time, so that many tokens are no load.
+// The viewer of answers: one page of one answer is in the document, so that many tokens are no load.
 // Texts of models only ever become text nodes.
 (function () {
   const answers = JSON.parse(document.getElementById("answers").textContent);
   const viewer = document.getElementById("viewer");
+  const PAGE = 4000; // tokens
   if (!viewer || !answers.length) return;
 
   function make(tag, name, text) {
@@ -23,14 +24,20 @@
   lists.setAttribute("aria-live", "polite");
   answers.forEach((answer, number) => {
     const mean = answer.divergence.reduce((a, b) => a + b, 0) / answer.divergence.length;
-    const label = `${answer.run}: ${answer.id}/${answer.sample}, ${answer.tokens.length} tokens, ` +
-      `${answer.finish}, ${mean.toFixed(3)} nat per token`;
+    const end = answer.finish === "length" ? "cut off" : "ended";
+    const label = `${answer.run}: ${answer.title} (${answer.tokens.length} tokens, ${end}, ` +
+      `${mean.toFixed(3)} nat per token)`;
     const option = make("option", "", label);
     option.value = number;
     select.append(option);
   });
-  viewer.append(select, prompt, text, lists);
-  let answer, chosen;
+  const [pages, back, where, forth] = [make("div"), make("button", "", "before"), make("span"),
+    make("button", "", "after")];
+  pages.append(back, where, forth);
+  back.addEventListener("click", () => turnTo(first - PAGE));
+  forth.addEventListener("click", () => turnTo(first + PAGE));
+  viewer.append(select, prompt, pages, text, lists);
+  let answer, chosen, first;
 
   function visible(token) { // a space or a newline alone would have no width
     return token === "" ? "\u2205" : token.replace(/\n/g, "\u21b5\n").replace(/\t/g, "\u21e5");
@@ -65,19 +72,29 @@
       listOf("model", answer.model[index], answer.teacher[index]));
   }
 
-  function show(number) {
+  function show(number, index = 0) {
     answer = answers[number];
-    chosen = undefined;
     prompt.textContent = answer.prompt;
-    const nodes = answer.tokens.map((token, index) => {
+    turnTo(index);
+  }
+
+  function turnTo(index) { // show the page that holds a token, and choose it
+    const count = answer.tokens.length;
+    first = index - index % PAGE;
+    chosen = undefined;
+    const nodes = answer.tokens.slice(first, first + PAGE).map((token, place) => {
       const node = make("span", "token", visible(token));
       node.tabIndex = -1;
-      node.dataset.index = index;
-      node.style.setProperty("--heat", Math.min(answer.divergence[index] / high, 1) * 0.75);
+      node.dataset.index = first + place;
+      node.style.setProperty("--heat", Math.min(answer.divergence[first + place] / high, 1) * 0.75);
       return node;
     });
     text.replaceChildren(...nodes);
-    if (nodes.length) choose(nodes[0], 0);
+    pages.hidden = count <= PAGE;
+    where.textContent = ` tokens ${first} to ${first + nodes.length - 1} of ${count} `;
+    back.disabled = first === 0;
+    forth.disabled = first + PAGE >= count;
+    if (nodes.length) choose(text.children[index - first], index);
   }
 
   function tokenOf(event) {
@@ -92,10 +109,20 @@
     if (!(event.key in steps) || !chosen) return;
     const last = answer.tokens.length - 1;
     const index = Math.min(Math.max(Number(chosen.dataset.index) + steps[event.key], 0), last);
-    choose(text.children[index], index);
+    if (index >= first && index < first + PAGE) choose(text.children[index - first], index);
+    else turnTo(index);
     chosen.focus();
     event.preventDefault();
   });
   select.addEventListener("change", () => show(Number(select.value)));
+  for (const button of document.querySelectorAll("button.jump")) {
+    button.addEventListener("click", () => {
+      select.value = button.dataset.answer;
+      show(Number(button.dataset.answer), Number(button.dataset.token));
+      viewer.scrollIntoView();
+      chosen.scrollIntoView({ block: "nearest" });
+      chosen.focus({ preventScroll: true });
+    });
+  }
   show(0);
 })();
