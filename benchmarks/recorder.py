@@ -82,12 +82,17 @@ def describe(row: dict[str, Any]) -> str:
     return text + (f"  {row['reason']}" if row.get("reason") else "")
 
 
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def identity(device: torch.device, commit: str | None) -> dict[str, Any]:
     cuda = device.type == "cuda"
     rows = ":!benchmarks/results"  # those that earlier runs left; they change no measurement
     changes = None if commit else command_output("git", "status", "--porcelain", "--", ".", rows)
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
         "driver": query_gpu("driver_version") if cuda else None,
         "threads": torch.get_num_threads(),

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
-from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Values, compare, mean_log_kl, shown
+from benchmarks.evidence.intervals import NO_ROWS, Values, both, columns, compare, mean_log_kl
 from benchmarks.evidence.runs import more_fine_tuning, quality, scored
 from lopd.provenance.manifest import MANIFEST_NAME
 from lopd.stages.demo.toy import OPD_SETTINGS, PROMPTS, TOP_K
@@ -141,6 +141,10 @@ class Run:
     def minutes(self) -> float:
         return VARIANTS[self.variant].minutes
 
+    @property
+    def results(self) -> Sequence[str]:
+        return [self.folder]
+
     def measure(self, shared: Shared) -> Row:
         variant = VARIANTS[self.variant]
         row: Row = {"variant": self.variant, "factor": self.factor}
@@ -188,29 +192,30 @@ class Runs:
     def pairs(self, name: str, base: str) -> tuple[Values, Values] | None:
         """Rows of a variant and of its base, each at the best of the rates that both have.
 
-        Only rates that have the most seeds are compared, and only seeds that both have.
+        Only rates that the most seeds have are compared, on the seeds that all of these have.
         """
-        tried = set(VARIANTS[name].rates) & set(VARIANTS[base].rates)
-        ours = {f: self._found[name, f] for f in tried if (name, f) in self._found}
-        theirs = {f: self._found[base, f] for f in tried if (base, f) in self._found}
-        if not ours or not theirs:
-            return None
-        seeds = set.intersection(*(set(found) for found in (*ours.values(), *theirs.values())))
+        seeds_of = {
+            factor: set(both(*(self._found.get((of, factor), {}) for of in (name, base))))
+            for factor in set(VARIANTS[name].rates) & set(VARIANTS[base].rates)
+        }
+        most = max(map(len, seeds_of.values()), default=0)
+        factors = [factor for factor in sorted(seeds_of) if len(seeds_of[factor]) == most]
+        seeds = set.intersection(*(seeds_of[factor] for factor in factors)) if most else set()
         if not seeds:
             return None
 
-        def best(of: dict[float, Values]) -> Values:
-            chosen = [{seed: found[seed] for seed in sorted(seeds)} for found in of.values()]
+        def best(of: str) -> Values:
+            chosen = [{s: self._found[of, factor][s] for s in sorted(seeds)} for factor in factors]
             return min(chosen, key=mean_log_kl)
 
-        return best(ours), best(theirs)
+        return best(name), best(base)
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: each variant against its base, at their best common rate, on common seeds."""
     runs = Runs(rows)
     lines = [
-        "| variant | against | seeds | KL | KL / the other's | pass@1 | minus the other's, points "
+        "| variant | against | seeds | KL | KL ratio | pass@1 | minus the other's, points "
         "| again with `--only` |",
         f"| --- | --- |{' ---: |' * 5} --- |",
     ]
@@ -219,10 +224,7 @@ def table(rows: list[Row]) -> str:
         if found is None:
             continue
         ours, base = found
-        cells = ["1", "0"] if name == variant.base else ["", ""]
-        if name != variant.base and len(ours) >= FEWEST:
-            compared = compare(ours, base)
-            cells = [shown(compared["kl"], ".2f"), shown(compared["points"], "+.1f")]
+        cells = ["1", "0"] if name == variant.base else columns(compare(ours, base))
         base_name = "" if name == variant.base else variant.base
         lines.append(
             f"| {variant.words}{_result_steps(variant, ours)} | {base_name} | {len(ours)} "

@@ -13,17 +13,16 @@ from benchmarks.evidence import consistency, live
 from benchmarks.evidence.consistency_cells import LISTS, LONG, SHORT
 from benchmarks.evidence.consistency_tables import (
     SETTINGS,
-    both_suffer,
+    Setting,
     change,
     found,
     gap,
     irreducible,
-    paired,
+    suffers,
 )
 from benchmarks.evidence.frame import Row
 from benchmarks.evidence.intervals import (
     FEWEST,
-    NOT,
     UNKNOWN,
     UNTESTABLE,
     Comparison,
@@ -31,6 +30,7 @@ from benchmarks.evidence.intervals import (
     compare,
     equal,
     interval,
+    no_worse,
     shown,
     words,
 )
@@ -44,7 +44,7 @@ FROZEN_SHORT, FROZEN_LONG, LIVE_SHORT, LIVE_LONG = SETTINGS[:4]
 Read = Callable[[str], list[Row]]
 
 
-def compared(rows: list[Row], ours: str, base: str) -> Comparison:
+def compared(rows: list[Row], ours: str, base: str) -> Comparison | None:
     """A stage of the demo against another, on the same seeds."""
     stages = demo_seeds.by_stage(rows)
     one, other = ({row["seed"]: row for row in stages[name]} for name in (ours, base))
@@ -58,7 +58,7 @@ def claims(read: Read) -> Iterable[tuple[str, str, str, str]]:
     sampled = compared(demo, SAMPLED, ONLINE)
     yield (
         "The teacher's log-prob of the sampled token is enough",
-        NOT if sampled["kl"][1] > 1 else equal(sampled),
+        no_worse(sampled),
         f"sampled token, against a live teacher with lists: {words(sampled)}; with the advantage "
         f"clipped to 1: {words(compared(demo, CLIPPED, ONLINE))}",
         again,
@@ -108,41 +108,40 @@ def against_live(read: Read) -> Iterable[tuple[str, str, str, str]]:
         if (ended := ends(rows, objective, "offline", "live")) is not None:
             yield f"{claim}: {objective}, {STEPS} steps", equal(ended), words(ended), again
     claim = "It costs a fourth of the live run"
-    if (cost := times(rows, LISTS, "processor")) is None:
-        yield too_few(claim)
-    else:
-        said = f"a live run takes {shown(cost, '.2f')} times the offline run's seconds of the "
-        said += "processor; tiny models, decoding on a CPU"
-        yield claim, cheaper(cost, 4.0), said, again
+    cost = times(rows, LISTS, "processor")
+    said = f"a live run takes {shown(cost, '.2f')} times the CPU seconds of the whole offline run; "
+    said += "tiny models, decoding on a CPU"
+    yield finding(claim, cheaper(cost, 4.0), said, again)
 
 
 def mismatches(rows: list[Row]) -> Iterable[tuple[str, str, str, str]]:
     """The claims about optima and other teachers, from the rows of `consistency`."""
     again = "python -m benchmarks.evidence --part consistency"
-    offline, online = (found(rows, "A", "A", each) for each in (FROZEN_LONG, LIVE_LONG))
+    ended = compare(*(found(rows, "A", "A", each) for each in (FROZEN_LONG, LIVE_LONG)))
     claim = "Offline and live training have the same optimum, the teacher"
-    if (ended := paired(offline, online)) is None:
-        yield too_few(claim)
-    else:
-        yield claim, equal(ended), f"{LONG} steps, offline against live: {words(ended)}", again
-    crossed, live_crossed = (gap(rows, "A", each) for each in (FROZEN_SHORT, LIVE_SHORT))
+    said = f"{LONG} steps, offline against live: {words(ended)}"
+    yield finding(claim, equal(ended), said, again)
     claim = "With another teacher than that of the fine-tuning, offline and live runs end worse"
-    if crossed is None or live_crossed is None:
-        yield too_few(claim)
-    else:
-        said = f"{SHORT} steps, against the same student of its own teacher: offline "
-        said += f"{words(crossed)}; live {words(live_crossed)}"
-        yield claim, both_suffer(crossed, live_crossed), said, again
-    remains, falls = gap(rows, "A", FROZEN_LONG), change(rows, LISTS, live=False)
+    short, live_short = against_both(rows, FROZEN_SHORT), against_both(rows, LIVE_SHORT)
+    said = f"{SHORT} steps, offline, {short}; live, {live_short}"
+    yield finding(claim, suffers(rows, FROZEN_SHORT, LIVE_SHORT), said, again)
+    falls = change(rows, LISTS, live=False)
     claim = "That error is irreducible: more training does not remove it"
-    if remains is None or falls is None:
-        yield too_few(claim)
-    else:
-        said = f"{LONG} steps offline: {words(remains)}; its KL is {shown(falls, '.2f')} times "
-        said += f"that after {SHORT} steps"
-        if (live_remains := gap(rows, "A", LIVE_LONG)) is not None:
-            said += f"; live: {words(live_remains)}"
-        yield claim, irreducible(remains["kl"], falls), said, again
+    said = f"{LONG} steps, offline, {against_both(rows, FROZEN_LONG)}"
+    if falls is not None:
+        said += f"; its KL is {shown(falls, '.2f')} times that after {SHORT} steps"
+    yield finding(claim, irreducible(suffers(rows, FROZEN_LONG), falls), said, again)
+
+
+def against_both(rows: list[Row], setting: Setting) -> str:
+    """A's student distilled from B against both bases, in words."""
+    own, other = (words(gap(rows, name, setting)) for name in ("A", "B"))
+    return f"against A's student of A: {own}; against B's student of B: {other}"
+
+
+def finding(claim: str, verdict: str, said: str, command: str) -> tuple[str, str, str, str]:
+    """A claim with its verdict, or that nothing is measured yet."""
+    return too_few(claim) if verdict == UNKNOWN else (claim, verdict, said, command)
 
 
 def too_few(claim: str) -> tuple[str, str, str, str]:
@@ -154,15 +153,11 @@ def nearness(rows: list[Row]) -> Iterable[tuple[str, str, str, str]]:
     """The claim about drift, from the rows of `live`."""
     claim = "The student stays near the policy of its rollouts (mean ratio of tokens: 0.94)"
     for objective in OBJECTIVES:
-        name = f"{claim}: {objective}"
-        if len(chosen := of(rows, objective)) < FEWEST:
-            yield too_few(name)
-            continue
-        drift = [row["drift"]["trained on"] for row in chosen]
+        drift = [row["drift"]["trained on"] for row in of(rows, objective)]
         means = interval([each["mean"] for each in drift])
         within = interval([each["within a quarter"] for each in drift])
-        yield (
-            name,
+        yield finding(
+            f"{claim}: {objective}",
             near(means, within),
             f"mean of p / r on the rollouts it was trained on: {shown(means, '.2f')}; tokens "
             f"within a quarter of 1: {shown(within, '.2f')}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from benchmarks.evidence.frame import SEEDS, Cell, Row, Shared
-from benchmarks.evidence.habits import Habits
+from benchmarks.evidence.habits import Habits, fine_tuned, student, teacher
 from lopd.stages import distill
 from lopd.stages.demo.driver import DemoStage
 
@@ -40,6 +40,11 @@ class Start:
     @property
     def name(self) -> str:
         return f"start/{self.sft}-{self.opd}/seed{self.seed}"
+
+    @property
+    def results(self) -> Sequence[str]:
+        """Only evaluations: the models are shared."""
+        return [f"eval/{x}-{teacher(self.opd)}" for x in (teacher(self.sft), student(self.sft))]
 
     def measure(self, shared: Shared) -> Row:
         habits = Habits(shared.demo)
@@ -74,6 +79,16 @@ class Run:
     def minutes(self) -> float:
         return 0.04 + self.steps * (0.002 if self.live else 0.0006)
 
+    @property
+    def folder(self) -> str:
+        if self.objective == CONTROL:
+            return fine_tuned(self.sft, self.opd, self.steps)
+        return "habit-" + self.name.rsplit("/", 1)[0].replace("/", "-")
+
+    @property
+    def results(self) -> Sequence[str]:
+        return [self.folder, f"eval/{self.folder}-{teacher(self.opd)}"]
+
     def measure(self, shared: Shared) -> Row:
         habits, demo = Habits(shared.demo), shared.demo
         setting: Row = {"sft": self.sft, "opd": self.opd, "objective": self.objective}
@@ -81,21 +96,20 @@ class Run:
         if self.objective == CONTROL:
             folder = habits.fine_tuned(self.sft, self.opd, self.steps)
             return {**setting, **habits.evaluate(folder, self.opd)}
-        folder = "habit-" + self.name.rsplit("/", 1)[0].replace("/", "-")
         scores = habits.calibrated if self.objective == CALIBRATED else habits.cache
         live = {"refresh_every": 1, "teacher": demo.path(habits.teacher(self.opd))}
         config = replace(
             shared.distillation.config,
             student=demo.path(habits.student(self.sft)),
             cache=scores(self.sft, self.opd),
-            out=demo.path(folder),
+            out=demo.path(self.folder),
             max_steps=self.steps,
             allow_teacher_mismatch=self.sft != self.opd and self.objective != CALIBRATED,
             **OBJECTIVES[self.objective],
             **(live if self.live else {}),
         )
-        DemoStage(self.name, folder, distill, config).run()
-        return {**setting, **habits.evaluate(folder, self.opd)}
+        DemoStage(self.name, self.folder, distill, config).run()
+        return {**setting, **habits.evaluate(self.folder, self.opd)}
 
 
 def of_seed(seed: int) -> Iterator[Cell]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 from benchmarks.evidence.consistency_cells import (
     CALIBRATED,
     CONTROL,
-    DOSES,
     LISTS,
     LONG,
     PAIRS,
@@ -26,13 +25,17 @@ from benchmarks.evidence.intervals import (
     NO_ROWS,
     NOT,
     REPRODUCED,
-    UNDECIDED,
     Comparison,
     Interval,
     Values,
+    both,
+    columns,
+    combine,
     compare,
+    judge,
     mean_log_kl,
-    shown,
+    part_of,
+    worse,
 )
 
 
@@ -63,6 +66,13 @@ SETTINGS = (
     Setting(CALIBRATED, False, LONG),
 )
 CONTROLS = (Setting(CONTROL, False, SHORT), Setting(CONTROL, False, LONG))
+TEACHERS = {  # of A's student, and what the dose table says of them
+    "A": "",
+    "same": "`same` was trained on other demonstrations in A's shares.",
+    "half": "`half` writes half of its answers in each habit.",
+    "B": "",
+}
+DIAGONALS = ((("A", "B"), ("B", "A")), (("A", "A"), ("B", "B")))  # of the grid: crossed, and own
 
 
 def found(rows: Sequence[Row], sft: str, opd: str, setting: Setting | None) -> Values:
@@ -75,19 +85,6 @@ def found(rows: Sequence[Row], sft: str, opd: str, setting: Setting | None) -> V
         for row in chosen
         if row["steps"] and Setting(row["objective"], row["live"], row["steps"]) == setting
     }
-
-
-def paired(ours: Values, base: Values) -> Comparison | None:
-    """Two runs on the seeds that both have; None if these are too few."""
-    seeds = both(ours, base)
-    if len(seeds) < FEWEST:
-        return None
-    return compare({s: ours[s] for s in seeds}, {s: base[s] for s in seeds})
-
-
-def both(ours: Mapping[int, Any], base: Mapping[int, Any]) -> list[int]:
-    """The seeds that two runs have."""
-    return sorted(ours.keys() & base.keys())
 
 
 def own(setting: Setting) -> Setting:
@@ -103,23 +100,46 @@ def sides(rows: Sequence[Row], own_of: str, setting: Setting) -> tuple[Values, V
 
 def gap(rows: Sequence[Row], own_of: str, setting: Setting) -> Comparison | None:
     """The first of the two sides against the second."""
-    return paired(*sides(rows, own_of, setting))
+    return compare(*sides(rows, own_of, setting))
+
+
+def crossed_sides(rows: Sequence[Row], setting: Setting) -> tuple[Values, Values]:
+    """Both crossed students together, and both students of their own teachers together.
+
+    Between these, neither how hard a teacher is to imitate nor how good a student is differs.
+    """
+    one, other = (pooled(*(found(rows, *pair, setting) for pair in pairs)) for pairs in DIAGONALS)
+    return one, other
+
+
+def pooled(one: Values, other: Values) -> Values:
+    """Geometric mean of the KLs and mean pass@1 of two runs, on the seeds that both have."""
+    return {
+        seed: {
+            "kl": math.sqrt(one[seed]["kl"] * other[seed]["kl"]),
+            "sampled": mean((one[seed]["sampled"], other[seed]["sampled"])),
+        }
+        for seed in both(one, other)
+    }
 
 
 def change(rows: Sequence[Row], objective: str, live: bool) -> Interval | None:
     """KL of A's student distilled from B after the long run, over that after the short one."""
     long, short = (found(rows, "A", "B", Setting(objective, live, x)) for x in (LONG, SHORT))
-    compared = paired(long, short)
-    return None if compared is None else compared["kl"]
+    return part_of(compare(long, short), "kl")
 
 
 def _cell(values: Values) -> str:
-    """KL and pass@1, each with its range over seeds."""
-    if not values:
+    """KL with its range over seeds, pass@1, and the number of seeds; empty if they are too few."""
+    if len(values) < FEWEST:
         return ""
     kls = [row["kl"] for row in values.values()]
     sampled = mean(row["sampled"] for row in values.values())
-    return f"{math.exp(mean_log_kl(values)):.4f} ({min(kls):.4f} to {max(kls):.4f}), {sampled:.3f}"
+    return f"{_kl(values)} ({min(kls):.4f} to {max(kls):.4f}), {sampled:.3f}, n = {len(values)}"
+
+
+def _kl(values: Values) -> str:
+    return f"{math.exp(mean_log_kl(values)):.4f}"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], *, words: int = 1) -> list[str]:
@@ -127,49 +147,47 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]], *, words: int = 1
     return [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
 
 
-def _seeds(rows: Sequence[Row]) -> str:
-    return ", ".join(map(str, sorted({row["seed"] for row in rows})))
-
-
 def grid_table(rows: list[Row]) -> str:
     """Markdown: KL and pass@1 of every pair of teachers."""
-    if not rows:
-        return NO_ROWS
     head = ["setting", *(f"{sft} → {opd}" for sft, opd in PAIRS)]
-    settings = [None, *(each for each in (*SETTINGS, *CONTROLS) if found(rows, "A", "B", each))]
-    body = [
-        ["before" if each is None else str(each), *(_cell(found(rows, *p, each)) for p in PAIRS)]
-        for each in settings
-    ]
+    body = []
+    for setting in (None, *SETTINGS, *CONTROLS):
+        cells = [_cell(found(rows, *pair, setting)) for pair in PAIRS]
+        if any(cells):
+            body.append(["before" if setting is None else str(setting), *cells])
+    if not body:
+        return NO_ROWS
     return "\n".join(
         [
             *_table(head, body),
             "",
             "X → Y: fine-tuned on answers of X, distilled from Y; the control is fine-tuned",
             "further, on Y's answers to the same prompts. KL to Y in nat per token on new answers,",
-            "geometric mean over seeds with their range, and sampled pass@1. Seeds "
-            f"{_seeds(rows)}.",
+            "geometric mean over n seeds with their range, and sampled pass@1. Means over unequal",
+            f"seeds do not compare; those of fewer than {FEWEST} are left out.",
         ]
     )
 
 
 def gap_table(rows: list[Row]) -> str:
-    """Markdown: the crossed student against the same student of its own teacher, and B's own."""
-    head = ["distilled with", "A → B against", "KL / its", "pass@1, points", "seeds"]
+    """Markdown: crossed students against students of their own teachers, by each base."""
+    head = ["distilled with", "crossed", "against", "KL ratio", "pass@1, points", "seeds"]
     body = []
     for setting in (*SETTINGS, *CONTROLS):
-        for name in ("A", "B"):
-            if (compared := gap(rows, name, setting)) is None:
-                continue
-            cells = [shown(compared["kl"], ".2f"), shown(compared["points"], "+.1f")]
-            seeds = len(both(*sides(rows, name, setting)))
-            body.append([str(setting), f"{name} → {name}", *cells, str(seeds)])
-    return "\n".join(_table(head, body, words=2)) if body else NO_ROWS
+        bases = {f"{name} → {name}": sides(rows, name, setting) for name in ("A", "B")}
+        crossed = dict.fromkeys(bases, "A → B")
+        bases["A → A, B → B"] = crossed_sides(rows, setting)
+        crossed["A → A, B → B"] = "A → B, B → A"
+        for name, compared in bases.items():
+            if (difference := compare(*compared)) is not None:
+                seeds = str(len(both(*compared)))
+                body.append([str(setting), crossed[name], name, *columns(difference), seeds])
+    return "\n".join(_table(head, body, words=3)) if body else NO_ROWS
 
 
-def doses(rows: Sequence[Row]) -> list[str]:
-    """The teachers of A's student that have rows, by their disagreement with A."""
-    known = [name for name in ("A", *DOSES, "B") if found(rows, "A", name, None)]
+def doses(rows: Sequence[Row], fewest: int = 1) -> list[str]:
+    """The teachers of A's student that have rows of so many seeds, by their disagreement with A."""
+    known = [name for name in TEACHERS if len(found(rows, "A", name, None)) >= fewest]
     return sorted(known, key=lambda name: _disagreement(rows, name))
 
 
@@ -179,28 +197,25 @@ def _disagreement(rows: Sequence[Row], name: str) -> float:
 
 def dose_table(rows: list[Row]) -> str:
     """Markdown: the student of A distilled from teachers that disagree with A more and more."""
-    settings = SETTINGS[:2]
-    head = ["teacher", "KL(A ‖ teacher)", "KL before"]
+    settings, names = SETTINGS[:2], doses(rows, FEWEST)
+    head = ["teacher", "KL(A ‖ teacher)", "KL before", "seeds"]
     for setting in settings:
-        head += [f"KL, {setting.steps} steps", "/ that from A", "points"]
+        head += [f"KL, {setting.steps} steps", "/ that from A", "points", "seeds"]
     body = []
-    for name in doses(rows):
+    for name in names:
         start = found(rows, "A", name, None)
-        cells = [name, f"{_disagreement(rows, name):.3f}", f"{math.exp(mean_log_kl(start)):.4f}"]
+        cells = [name, f"{_disagreement(rows, name):.3f}", _kl(start), str(len(start))]
         for setting in settings:
-            values = found(rows, "A", name, setting)
-            compared = paired(values, found(rows, "A", "A", setting))
-            if compared is None:
-                cells += ["", "", ""]
+            values, base = (found(rows, "A", x, setting) for x in (name, "A"))
+            if (compared := compare(values, base)) is None:
+                cells += [""] * 4
                 continue
-            cells.append(f"{math.exp(mean_log_kl(values)):.4f}")
-            if name == "A":
-                cells += ["1", "0"]
-            else:
-                cells.append(shown(compared["kl"], ".2f"))
-                cells.append(shown(compared["points"], "+.1f"))
+            shared = {seed: values[seed] for seed in both(values, base)}
+            ratios = ["1", "0"] if name == "A" else columns(compared)
+            cells += [_kl(shared), *ratios, str(len(shared))]
         body.append(cells)
-    return "\n".join(_table(head, body)) if body else NO_ROWS
+    notes = [TEACHERS[name] for name in names if TEACHERS[name]]
+    return "\n".join([*_table(head, body), *(["", *notes] if notes else [])]) if body else NO_ROWS
 
 
 def figure(rows: list[Row]) -> Any:
@@ -222,8 +237,9 @@ def figure(rows: list[Row]) -> Any:
         if not runs:
             continue
         if marker == "o":  # live runs have the two ends only
-            where = [_disagreement(rows, name) for name in runs]
-            kls = [math.exp(mean_log_kl(values)) for values in runs.values()]
+            alike = [name for name in runs if runs[name].keys() == runs.get("A", {}).keys()]
+            where = [_disagreement(rows, name) for name in alike]
+            kls = [math.exp(mean_log_kl(runs[name])) for name in alike]
             axes.plot(where, kls, color=colour, linewidth=1.2)
         starts = {name: found(rows, "A", name, None) for name in runs}
         points = [
@@ -246,33 +262,26 @@ def figure(rows: list[Row]) -> Any:
     return drawn
 
 
-def irreducible(gap_long: Interval, change: Interval) -> str:
+def irreducible(remains: str, change: Interval | None) -> str:
     """Whether a gap remains after the long run that more steps do not narrow.
 
     Reproduced: the gap remains, and the KL does not fall from the short run to the long one. In
     part: it remains, but the KL clearly falls. Not reproduced: no gap remains.
+
+    Args:
+        remains: the verdict on the gap after the long run.
+        change: of the KL, as that of the function `change`.
     """
-    if gap_long[1] <= 1:
-        return NOT if gap_long[2] < NEGLIGIBLE else UNDECIDED
-    if change[2] < 1:
-        return IN_PART
-    return REPRODUCED if change[1] > 1 / NEGLIGIBLE else UNDECIDED
+    if remains != REPRODUCED:
+        return remains
+    stays = judge(change, low=1 / NEGLIGIBLE)
+    return IN_PART if stays == NOT else stays
 
 
-def both_suffer(frozen: Comparison, live: Comparison) -> str:
-    """Whether another teacher leaves a higher KL offline and live; in part if only in one."""
-    kls = [each["kl"] for each in (frozen, live)]
-    worse, fine = ([f(kl) for kl in kls] for f in (_worse, _fine))
-    if all(worse):
-        return REPRODUCED
-    if all(fine):
-        return NOT
-    return IN_PART if any(worse) else UNDECIDED
+def suffers(rows: Sequence[Row], *settings: Setting) -> str:
+    """Whether A's student distilled from B ends with a higher KL than each base, in each setting.
 
-
-def _worse(kl: Interval) -> bool:
-    return kl[1] > 1
-
-
-def _fine(kl: Interval) -> bool:
-    return kl[2] < NEGLIGIBLE
+    Against A's own student the teachers differ, of whom B is harder to imitate; against B's own
+    the students do. So both bases have to say it.
+    """
+    return combine(*(worse(gap(rows, name, each)) for each in settings for name in ("A", "B")))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +15,11 @@ from typing import Any, Protocol
 import torch
 import transformers
 
-from benchmarks.recorder import ROOT, identity
+from benchmarks.recorder import ROOT, identity, now
 from lopd.stages import distill, score
 from lopd.stages.demo.driver import DemoStage
 from lopd.stages.demo.toy import ToyDemo
+from lopd.store.folders import locked
 
 Row = dict[str, Any]
 RESULTS = Path("benchmarks/results")
@@ -29,7 +31,8 @@ class Shared:
     """What the cells of one seed share: the demo's models, rollouts and scores.
 
     Folders of `demo` are made once and kept in the work folder, so that cells of several parts and
-    of several calls find them there.
+    of several calls find them there; a folder of other settings or inputs is refused. What a cell
+    alone writes is made anew with its row.
 
     Attributes:
         demo: the demo of this seed, with teacher, fine-tuned student (`sft`) and `rollouts`.
@@ -45,6 +48,12 @@ class Shared:
         for stage in stages[:4]:
             stage.run()
         self.scores, self.distillation = stages[4:6]
+
+    def discard(self, folders: Iterable[str]) -> None:
+        """Remove folders of the demo and their evaluations, which an earlier call left."""
+        for name in folders:
+            for path in (name, f"eval/{name}"):
+                shutil.rmtree(self.demo.path(path), ignore_errors=True)
 
     def cache(self, k: int) -> str:
         """The folder of the teacher's scores with lists of length k."""
@@ -66,6 +75,8 @@ class Cell(Protocol):
     Attributes:
         name: unique in its part, such as `unbiased/k4/seed0`; `--only` selects by it.
         minutes: on one quiet core, without what is shared.
+        results: the folders of the demo that the cell writes; they are removed before it is
+            measured, so that its row is made by the call, and the commit, that it names.
     """
 
     @property
@@ -74,6 +85,8 @@ class Cell(Protocol):
     def seed(self) -> int: ...
     @property
     def minutes(self) -> float: ...
+    @property
+    def results(self) -> Sequence[str]: ...
 
     def measure(self, shared: Shared) -> Row:
         """The fields of the row."""
@@ -108,13 +121,18 @@ class Part:
         return f"{command} --only '{cell.name}'"
 
 
+def done(part: Part, out: Path) -> set[str]:
+    """The cells of a part that have a row."""
+    return {row["cell"] for row in read(out / part.file)}
+
+
 def missing(part: Part, out: Path, patterns: Sequence[str]) -> list[Cell]:
     """The cells of a part that match a pattern and have no row yet."""
-    done = {row["cell"] for row in read(out / part.file)}
+    known = done(part, out)
     return [
         cell
         for cell in part.cells()
-        if cell.name not in done and any(fnmatch.fnmatch(cell.name, each) for each in patterns)
+        if cell.name not in known and any(fnmatch.fnmatch(cell.name, each) for each in patterns)
     ]
 
 
@@ -124,21 +142,33 @@ def planned(todo: Sequence[Cell]) -> float:
 
 
 def run(todo: Sequence[tuple[Part, Cell]], work: Path, out: Path) -> None:
-    """Measure cells; append the row of each to the file of its part."""
+    """Measure cells; append the row of each to the file of its part.
+
+    Cells that another process has measured in the meantime are left out.
+
+    Raises:
+        ShardError: another process measures cells of the same seed in the same work folder.
+    """
     torch.set_num_threads(1)  # as the demo sets it
     environment = {"transformers": transformers.__version__, **identity(torch.device("cpu"), None)}
     out.mkdir(parents=True, exist_ok=True)
     shared: dict[int, Shared] = {}
     for number, (part, cell) in enumerate(todo, start=1):
-        if cell.seed not in shared:
-            shared[cell.seed] = Shared(work, cell.seed)
-        began = time.process_time()
-        measured = cell.measure(shared[cell.seed])
-        minutes = round((time.process_time() - began) / 60, 3)
+        if cell.name in done(part, out):
+            continue
+        with locked(work / f"seed{cell.seed}"):
+            if cell.seed not in shared:
+                shared[cell.seed] = Shared(work, cell.seed)
+            shared[cell.seed].discard(cell.results)
+            began, date = time.process_time(), now()
+            measured = cell.measure(shared[cell.seed])
+            minutes = round((time.process_time() - began) / 60, 3)
         row = {"cell": cell.name, "seed": cell.seed, **measured, "minutes": minutes}
-        row["command"] = part.again(cell)
+        row |= {"command": part.again(cell), **environment, "date": date}
+        if cell.name in done(part, out):  # by a process with another work folder
+            continue
         with (out / part.file).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, **environment}) + "\n")
+            file.write(json.dumps(row) + "\n")
         print(f"[{number}/{len(todo)}] {part.name} {cell.name}: {minutes:.2f} minutes", flush=True)
 
 

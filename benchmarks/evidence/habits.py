@@ -39,6 +39,21 @@ def short(solution: str) -> str:
     return re.sub(r"\d([-+*])", r"\1", solution)
 
 
+def teacher(name: str) -> str:
+    """The folder of a teacher in the demo's."""
+    return f"habit-{name}"
+
+
+def student(name: str) -> str:
+    """The folder of the student of a teacher."""
+    return f"habit-student-{name}"
+
+
+def fine_tuned(sft: str, opd: str, steps: int) -> str:
+    """The folder of a student fine-tuned further, on answers of a teacher."""
+    return f"habit-more-{sft}-{opd}-{steps}"
+
+
 @dataclass(frozen=True)
 class Habits:
     """Folders of one seed's teachers and students; each is made when it is first asked for."""
@@ -46,8 +61,8 @@ class Habits:
     demo: Demo
 
     def teacher(self, name: str) -> str:
-        """The folder of a teacher in the demo's."""
-        folder, number = f"habit-{name}", list(SHARES).index(name)
+        """The folder of a teacher, made if it is missing."""
+        folder, number = teacher(name), list(SHARES).index(name)
         part = slice(number * DEMONSTRATIONS, (number + 1) * DEMONSTRATIONS)
         return self._train(
             folder,
@@ -60,22 +75,22 @@ class Habits:
     def student(self, name: str) -> str:
         """The folder of a student, fine-tuned on the answers of a teacher."""
         return self._train(
-            f"habit-student-{name}",
+            student(name),
             model=self.demo.path("student-init"),
             data=self._answers(name, "sft"),
             max_steps=STUDENT_STEPS,
             **SFT_SETTINGS,
         )
 
-    def fine_tuned(self, student: str, teacher: str, steps: int) -> str:
+    def fine_tuned(self, sft: str, opd: str, steps: int) -> str:
         """The folder of a student fine-tuned further, on answers of a teacher.
 
         The prompts, their number and the settings are those of the distillation.
         """
         return self._train(
-            f"habit-more-{student}-{teacher}-{steps}",
-            model=self.demo.path(self.student(student)),
-            data=self._answers(teacher, "opd"),
+            fine_tuned(sft, opd, steps),
+            model=self.demo.path(self.student(sft)),
+            data=self._answers(opd, "opd"),
             **{**OPD_SETTINGS, "max_steps": steps},
         )
 
@@ -132,10 +147,11 @@ class Habits:
         return str(config.out)
 
     def _demonstrations(self, name: str, share: float, part: slice) -> str:
-        """Solved prompts of the demo, some of them in the short form."""
+        """Solved prompts of the demo, some of them in the short form.
+
+        Written on every call, so that the training that reads them sees a change of the settings.
+        """
         path, draw = self.demo.out / "prompts" / f"{name}.jsonl", random.Random(name)
-        if path.exists():
-            return str(path)
         lines = self.demo.prompts["demonstrations"].read_text(encoding="utf-8").splitlines()[part]
         records = []
         for line in lines:

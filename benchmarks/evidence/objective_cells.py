@@ -47,6 +47,10 @@ class Start:
     def name(self) -> str:
         return f"start/seed{self.seed}"
 
+    @property
+    def results(self) -> Sequence[str]:
+        return ["eval/sft"]
+
     def measure(self, shared: Shared) -> dict[str, Any]:
         return {"steps": STEPS, **shared.demo.evaluate("sft")}
 
@@ -68,6 +72,10 @@ class Run:
     @property
     def folder(self) -> str:
         return f"{self.form}-k{self.k}-lr{self.factor:g}".replace(" ", "-")
+
+    @property
+    def results(self) -> Sequence[str]:
+        return [self.folder]
 
     def measure(self, shared: Shared) -> dict[str, Any]:
         found = shared.distil(
@@ -99,6 +107,10 @@ class Gradients:
     @property
     def name(self) -> str:
         return f"gradients/{self.at}/seed{self.seed}"
+
+    @property
+    def results(self) -> Sequence[str]:
+        return []
 
     def measure(self, shared: Shared) -> dict[str, Any]:
         folder = "sft"

@@ -5,7 +5,16 @@ from collections.abc import Callable
 from statistics import mean
 
 from benchmarks.evidence.frame import SEEDS, Row
-from benchmarks.evidence.intervals import Comparison, Values, compare, mean_log_kl, shown
+from benchmarks.evidence.intervals import (
+    NOT,
+    REPRODUCED,
+    Comparison,
+    Values,
+    better,
+    columns,
+    compare,
+    mean_log_kl,
+)
 from benchmarks.evidence.objective_cells import (
     EXACT,
     FACTORS,
@@ -55,11 +64,8 @@ def _cells(comparison: Comparison | None, rows: Values | None) -> list[str]:
     """Cells: KL / the base's, pass@1, and the difference in points."""
     if comparison is None or rows is None:
         return ["", "", ""]
-    return [
-        shown(comparison["kl"], ".2f"),
-        f"{mean(row['sampled'] for row in rows.values()):.3f}",
-        shown(comparison["points"], "+.1f"),
-    ]
+    ratio, points = columns(comparison)
+    return [ratio, f"{mean(row['sampled'] for row in rows.values()):.3f}", points]
 
 
 def training_table(rows: list[Row]) -> str:
@@ -120,11 +126,10 @@ def left_out_table(rows: list[Row]) -> str:
 
 def judgement(runs: Runs, form: str) -> dict[int, str]:
     """By list length, whether a form's KL is better or worse than the bucket's, or neither."""
-    words = {}
+    names, words = {REPRODUCED: "better", NOT: "worse"}, {}
     for k in LISTS:
         if (found := runs.against_base(form, k)) is not None:
-            _, low, high = found["kl"]
-            words[k] = "worse" if low > 1 else "better" if high < 1 else "no clear difference"
+            words[k] = names.get(better(found), "no clear difference")
     return words
 
 
@@ -145,8 +150,8 @@ def verdict(rows: list[Row]) -> str:
     ratios = {k: runs.against_base("unbiased", k) for k in LISTS}
     above = [str(k) for k, item in ratios.items() if item is not None and item["kl"][0] > 1]
     if above:
-        words = f"a higher mean KL than the bucket at k = {', '.join(above)}"
-        lines += ["", f"`unbiased` has {words}: the bucket stays the default."]
+        where = f"k = {', '.join(above)}: the bucket stays the default"
+        lines += ["", f"`unbiased` has a higher mean KL than the bucket at {where}."]
     else:
         lines += ["", "`unbiased` has at no list length a higher mean KL than the bucket."]
     return "\n".join(lines)

@@ -42,10 +42,20 @@ class Gap:
     def name(self) -> str:
         return f"sft{self.fine_tuning}/seed{self.seed}"
 
+    @property
+    def start(self) -> str:
+        """The folder of the student; the longest fine-tuning is that of the demo."""
+        whole = self.fine_tuning == SFT_STEPS["student"]
+        return "sft" if whole else f"sft-{self.fine_tuning}"
+
+    @property
+    def results(self) -> Sequence[str]:
+        own = [f"{run}-{self.start}" for run in ("more", "offline", "live", "rollouts", "cache")]
+        return own if self.start == "sft" else [self.start, *own]
+
     def measure(self, shared: Shared) -> Row:
-        path, start = shared.demo.path, "sft"
-        if self.fine_tuning != SFT_STEPS["student"]:
-            start = f"sft-{self.fine_tuning}"
+        path, start = shared.demo.path, self.start
+        if start != "sft":
             run(shared, FINE_TUNED, start, max_steps=self.fine_tuning)
         cache = scored(shared, start, student=start)
         settings = {"student": path(start), "cache": cache, "max_steps": STEPS}
@@ -128,20 +138,29 @@ def table(rows: list[Row]) -> str:
 
 
 def _ratio(rows: list[Row], other: str) -> str:
-    ratios = [math.exp(log_gap(row, other)) for row in rows]
-    return shown(ratio(ratios), ".2f") if len(ratios) >= FEWEST else ""
+    return shown(ratio([math.exp(log_gap(row, other)) for row in rows]), ".2f")
 
 
 def correlations(rows: list[Row]) -> str:
     """Markdown: what at the start goes with the gap at the end."""
+    seeds = {row["seed"] for row in rows}
+    if len(seeds) < FEWEST or len(rows) < 4:  # Fisher's interval takes four pairs
+        return NO_ROWS
     lines = [
-        "| at the start | runs | correlation with log(offline / live) |",
-        "| --- | ---: | ---: |",
+        "| at the start | runs | seeds | correlation with log(offline / live) |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    for name, words in PREDICTORS.items() if len(rows) > 3 else ():
+    for name, words in PREDICTORS.items():
         found = correlated([predictor(row, name) for row in rows], [log_gap(row) for row in rows])
-        lines.append(f"| {words} | {len(rows)} | {shown(found, '+.2f')} |")
-    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
+        lines.append(f"| {words} | {len(rows)} | {len(seeds)} | {shown(found, '+.2f')} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Intervals are those of independent runs. The starts of one seed share their teacher",
+            "and their data, so the true intervals are wider.",
+        ]
+    )
 
 
 def figure(rows: list[Row]) -> Any:

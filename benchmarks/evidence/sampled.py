@@ -16,7 +16,7 @@ from statistics import mean, median
 from typing import Any, ClassVar
 
 from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
-from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Values, interval, ratio, shown
+from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Values, columns, compare, ratio, shown
 from benchmarks.evidence.runs import more_fine_tuning, quality
 from lopd.stages.demo.toy import OPD_SETTINGS, TOP_K
 
@@ -27,11 +27,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sampled": {"objective": "policy_gradient"},
     "clipped": {"objective": "policy_gradient", "advantage_clip": 1.0},
 }
-RATES = {  # factors of the demo's learning rate
+# Factors of the demo's learning rate, as many for each; a comparison of few takes the first ones.
+RATES = {
     LISTS: (1.0, 0.5, 2.0),
     "sampled": (0.5, 0.25, 1.0),
     "clipped": (1.0, 0.5, 2.0),
-    CONTROL: (1.0, 0.5),
+    CONTROL: (1.0, 0.5, 2.0),
 }
 WORDS = {
     LISTS: f"lists of {TOP_K}",
@@ -59,6 +60,10 @@ class Curve:
     @property
     def folder(self) -> str:
         return f"curve-{self.arm}-lr{self.factor:g}"
+
+    @property
+    def results(self) -> Sequence[str]:
+        return [self.folder, *(f"{self.folder}-step{step}" for step in STEPS[:-1])]
 
     def measure(self, shared: Shared) -> Row:
         *between, last = STEPS
@@ -125,102 +130,107 @@ def arms_of(rows: list[Row]) -> dict[str, Curves]:
     return {arm: found[arm] for arm in RATES if arm in found}
 
 
-def on_common_seeds(arms: dict[str, Curves], *names: str) -> list[Curves]:
-    """The runs of some arms on the seeds that all their learning rates have."""
-    wanted = [arms[name] for name in names]
-    settings = [by_seed for curves in wanted for by_seed in curves.values()]
-    seeds = sorted(set.intersection(*map(set, settings)))
-    return [
-        {factor: {seed: by[seed] for seed in seeds} for factor, by in curves.items()}
-        for curves in wanted
-    ]
+def tuned_alike(arms: dict[str, Curves]) -> dict[str, Curves]:
+    """The runs of each arm at as many rates as every arm has, on the seeds that all of these have.
 
-
-def best(curves: Curves, share: float | None) -> float:
-    """The rate at which an arm is fastest to a share of the start's KL, or ends lowest (None).
-
-    A run that does not get there counts as twice its length.
+    The rates are the first ones of each arm, so that none is tuned more than another. Rates and
+    arms with too few seeds are left out.
     """
+    rates = {
+        arm: [rate for rate in RATES[arm] if len(curves.get(rate, {})) >= FEWEST]
+        for arm, curves in arms.items()
+    }
+    count = min((len(tried) for tried in rates.values() if tried), default=0)
+    kept = {
+        arm: {rate: arms[arm][rate] for rate in tried[:count]}
+        for arm, tried in rates.items()
+        if tried
+    }
+    runs = [set(by_seed) for curves in kept.values() for by_seed in curves.values()]
+    seeds = sorted(set.intersection(*runs)) if runs else []
+    return {
+        arm: {rate: {seed: by[seed] for seed in seeds} for rate, by in curves.items()}
+        for arm, curves in kept.items()
+        if seeds
+    }
 
-    def cost(factor: float) -> float:
-        rows = curves[factor].values()
-        if share is None:
-            return mean(math.log(row["kl"][-1]) for row in rows)
-        return mean(math.log(min(steps_to(row, share), 2 * STEPS[-1])) for row in rows)
 
-    return min(sorted(curves), key=cost)
+def best(curves: Curves) -> float:
+    """The rate at which an arm ends with the lowest KL."""
+    return min(
+        sorted(curves), key=lambda rate: mean(math.log(r["kl"][-1]) for r in curves[rate].values())
+    )
 
 
-def _steps(ours: Curves, lists: Curves, share: float) -> str:
-    """Median steps at the best rate, how many seeds get there, and the ratio to the lists'."""
-    factor = best(ours, share)
-    steps = {seed: steps_to(row, share) for seed, row in ours[factor].items()}
+def _steps(ours: Values, lists: Values, share: float) -> str:
+    """Median steps to a share of the KL, how many seeds get there, and the ratio to the lists'."""
+    steps = {seed: steps_to(row, share) for seed, row in ours.items()}
     reached = sum(map(math.isfinite, steps.values()))
     middle = median(steps.values())
     words = f"{middle:.0f}" if math.isfinite(middle) else f"> {STEPS[-1]}"
-    words += f" at {factor:g} x"
     if reached < len(steps):
         words += f", {reached} of {len(steps)} seeds"
-    base = {seed: steps_to(row, share) for seed, row in lists[best(lists, share)].items()}
-    if ours is lists or len(steps) < FEWEST or any(map(math.isinf, base.values())):
+    base = {seed: steps_to(row, share) for seed, row in lists.items()}
+    if ours is lists or any(map(math.isinf, base.values())):
         return words
-    found = ratio([min(steps[seed], STEPS[-1]) / base[seed] for seed in steps])
+    if (found := ratio([min(steps[seed], STEPS[-1]) / base[seed] for seed in steps])) is None:
+        return words
     if reached < len(steps):
         return f"{words}; more than {found[0]:.1f} x the lists'"
     return f"{words}; {shown(found, '.1f')} x"
 
 
-def _against(ends: Values, base: Values) -> tuple[str, str]:
-    """KL / the lists' and pass@1 minus the lists', at the last step."""
-    if ends is base:
-        return "1", "0"
-    if len(ends) < FEWEST:
-        return "", ""
-    pairs = [(row, base[seed]) for seed, row in ends.items()]
-    kl = ratio([ours["kl"][-1] / theirs["kl"][-1] for ours, theirs in pairs])
-    points = interval(
-        [100 * (ours["sampled"][-1] - theirs["sampled"][-1]) for ours, theirs in pairs]
-    )
-    return shown(kl, ".2f"), shown(points, "+.1f")
+def _ends(runs: Values) -> Values:
+    """KL and pass@1 at the last step."""
+    return {seed: {key: row[key][-1] for key in ("kl", "sampled")} for seed, row in runs.items()}
+
+
+def _rate(curves: Curves) -> str:
+    """The rate at which an arm ends lowest, and whether a rate beyond those tried may be better."""
+    rate = best(curves)
+    edge = len(curves) > 1 and rate in (min(curves), max(curves))
+    return f"{rate:g}{' (edge)' if edge else ''}"
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: steps to shares of the start's KL, and the end, each at the arm's best rate."""
-    arms = arms_of(rows)
+    arms = tuned_alike(arms_of(rows))
+    if LISTS not in arms:
+        return NO_ROWS
     lines = [
-        "| objective | rates tried | seeds | steps to half the KL | steps to a tenth of the KL "
-        f"| KL after {STEPS[-1]} steps | KL / the lists' | pass@1 minus the lists', points |",
-        f"| --- | --- |{' ---: |' * 6}",
+        "| objective | rates tried | rate | seeds | steps to half the KL "
+        f"| steps to a tenth of the KL | KL after {STEPS[-1]} steps | KL / the lists' "
+        "| pass@1 minus the lists', points |",
+        f"| --- | --- |{' ---: |' * 7}",
     ]
-    for arm in arms if LISTS in arms else ():
-        lists, ours = on_common_seeds(arms, LISTS, arm)
-        if not all(ours.values()):  # no seed has all of both arms' rates
-            continue
-        ours = lists if arm == LISTS else ours
-        factor = best(ours, None)
-        ends = ours[factor]
-        kl = math.exp(mean(math.log(row["kl"][-1]) for row in ends.values()))
+    lists = arms[LISTS][best(arms[LISTS])]
+    for arm, curves in arms.items():
+        ours = curves[best(curves)]
+        kl = math.exp(mean(math.log(row["kl"][-1]) for row in ours.values()))
         cells = [
             WORDS[arm],
-            ", ".join(f"{each:g}" for each in sorted(ours)),
-            f"{len(ends)}",
+            ", ".join(f"{each:g}" for each in sorted(curves)),
+            _rate(curves),
+            f"{len(ours)}",
             *(_steps(ours, lists, share) for share in SHARES),
-            f"{kl:.4f} at {factor:g} x",
-            *_against(ends, lists[best(lists, None)]),
+            f"{kl:.4f}",
+            *(("1", "0") if arm == LISTS else columns(compare(_ends(ours), _ends(lists)))),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    if len(lines) == 2:
-        return NO_ROWS
+    if few := [WORDS[arm] for arm in RATES if arm not in arms]:
+        lines += ["", f"Fewer than {FEWEST} seeds so far: {'; '.join(few)}."]
     return "\n".join(
         [
             *lines,
             "",
-            "Rates are factors of the demo's learning rate, and each cell is at the arm's best for",
-            "it. Steps are medians over seeds, interpolated between the evaluations after "
-            f"{', '.join(map(str, STEPS[:-1]))}",
-            f"and {STEPS[-1]} steps; ratios are paired by seed, with 95 % intervals. Where not",
-            f"every seed gets there, the others count as {STEPS[-1]} steps, and the ratio is a",
-            "lower bound.",
+            "Rates are factors of the demo's learning rate. Each arm is at the one that ends",
+            "lowest, chosen on the same seeds, and the intervals leave this choice out. At an",
+            "edge, a rate beyond those tried may be better; of one rate there is no choice.",
+            "Steps are medians over seeds, interpolated between the evaluations after",
+            f"{', '.join(map(str, STEPS[:-1]))} and {STEPS[-1]} steps; ratios are paired by seed, "
+            "with 95 % intervals.",
+            f"Where not every seed gets there, the others count as {STEPS[-1]} steps, and the",
+            "ratio is a lower bound.",
         ]
     )
 
@@ -229,14 +239,11 @@ def figure(rows: list[Row]) -> Any:
     """KL against steps of each arm at its best final rate: each seed, and their mean."""
     from matplotlib.figure import Figure
 
-    drawn, arms = Figure(figsize=(6, 3.6), layout="constrained"), arms_of(rows)
+    drawn, arms = Figure(figsize=(6, 3.6), layout="constrained"), tuned_alike(arms_of(rows))
     axes = drawn.subplots()
-    for number, arm in enumerate(arms):
-        (ours,) = on_common_seeds(arms, arm)
-        if not all(ours.values()):  # no seed has all rates
-            continue
-        factor = best(ours, None)
-        found = list(ours[factor].values())
+    for number, (arm, curves) in enumerate(arms.items()):
+        factor = best(curves)
+        found = list(curves[factor].values())
         for row in found:
             axes.plot(row["steps"], row["kl"], color=f"C{number}", linewidth=0.6, alpha=0.4)
         columns = zip(*(row["kl"] for row in found), strict=True)
@@ -244,7 +251,8 @@ def figure(rows: list[Row]) -> Any:
         label = f"{WORDS[arm]}, {factor:g} x rate"
         axes.plot(found[0]["steps"], means, color=f"C{number}", marker="o", label=label)
     axes.set(yscale="log", xlabel="step", ylabel="KL to the teacher, nat per token")
-    axes.legend(fontsize=7)
+    if arms:
+        axes.legend(fontsize=7)
     return drawn
 
 

@@ -56,7 +56,7 @@ class OfflineDistillationTrainer(ObjectiveTrainer, SFTTrainer):
     Raises:
         ProvenanceError: cache and model do not belong together.
         ConfigError: the cache lacks what the objective needs, or was scored at another temperature;
-            DataParallel, DeepSpeed or FSDP is used.
+            a GPU has no process of its own, or the model is sharded.
         DataError: a sequence cannot be used; in training, a loss that is not finite.
         ModelError: no loss can be run inside the model, or `padding_free` is set and its attention
             does not keep packed sequences apart.
@@ -91,7 +91,7 @@ class OfflineDistillationTrainer(ObjectiveTrainer, SFTTrainer):
         self._student = Student(model, args)
         overrides = self._student.check(train_dataset)
         for data in _each(eval_dataset):
-            self._student.check(data)
+            overrides += [each for each in self._student.check(data) if each not in overrides]
         args = copy.copy(args)
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         packed, args.padding_free = args.padding_free, False  # TRL's needs its own collator
@@ -203,6 +203,7 @@ class OfflineDistillationTrainer(ObjectiveTrainer, SFTTrainer):
     ) -> EvalLoopOutput:
         """The held-out divergence, a mean over all tokens whatever the batch size."""
         sequences = self._collate.of(dataloader.dataset)
+        self.check_packs(self.model)
         with self.accelerator.autocast():
             found = holdout_kl(
                 self.model,
@@ -229,9 +230,12 @@ class OfflineDistillationTrainer(ObjectiveTrainer, SFTTrainer):
         raise ConfigError("predict: no logits are made; use evaluate")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; a whole model has the manifest of its training beside it."""
+        """As `Trainer.save_model`; a whole model has the manifest of its training beside it.
+
+        Checkpoints have none. `push_to_hub` uploads it: its call is internal and names no folder.
+        """
         super().save_model(output_dir, _internal_call)
-        if not _internal_call:
+        if not _internal_call or output_dir is None:
             self._student.write_manifest(output_dir or self.args.output_dir, self.model)
 
 
@@ -246,10 +250,8 @@ def _check_parallelism(args: OfflineDistillationConfig) -> None:
     Raises:
         ConfigError: DataParallel, DeepSpeed, FSDP, or tensor or context parallelism.
     """
-    check_parallelism(args)
+    remedy = "start with torchrun, each process with the whole model; 'lopd distill --fsdp' shards"
+    check_parallelism(args, remedy)
     for name in ("fsdp", "parallelism_config"):
         if found := getattr(args, name):
-            raise ConfigError(
-                f"{name}: found {found!r}; expected one process per GPU, each with the whole "
-                "model; 'lopd distill --fsdp' shards it"
-            )
+            raise ConfigError(f"{name}: found {found!r}; expected one process per GPU; {remedy}")

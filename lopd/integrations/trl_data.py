@@ -73,7 +73,9 @@ class Student:
                 data.check_complete()
             return []
         with trusting_code(self.args.trust_remote_code):
-            return open_cache(settings)[1]
+            overrides = open_cache(settings)[1]
+        self.args.distributed_state.wait_for_everyone()  # the first process verifies the shards
+        return overrides
 
     def settings(self, data: Any) -> DistillConfig:
         """The settings of `lopd distill` that stand for the trainer's, on these data."""

@@ -252,7 +252,10 @@ def missing_ratios(manifest: CacheManifest) -> str | None:
 
 
 def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
-    """Open the cache for the student's vocabulary; also return the overrides that were needed."""
+    """Open the cache for the student's vocabulary; also return the overrides that were needed.
+
+    The first process verifies the shards; the others must wait for it before they read any.
+    """
     cache = TeacherCache.open(
         config.cache,
         support=config.lists,
@@ -268,7 +271,7 @@ def open_cache(config: DistillConfig) -> tuple[TeacherCache, list[Override]]:
         allow=config.allowed(),
         sampled_only=config.objective in SAMPLED,
     )
-    if config.verify and runs.is_first():  # the other processes wait for it when the run begins
+    if config.verify and runs.is_first():  # the others wait in `runs.begin`
         cache.verify()
     return cache, overrides
 

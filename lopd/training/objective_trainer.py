@@ -28,6 +28,7 @@ class ObjectiveTrainer(Trainer):
     metrics: MetricsAccumulator
     attention: str | None = None  # of packs; None for padded micro-batches
     longest: int | None = None  # tokens of a pack's longest sequence
+    packs_checked: bool = False
 
     def minimise(self, objective: Objective) -> None:
         """Train on this objective.
@@ -45,7 +46,7 @@ class ObjectiveTrainer(Trainer):
         return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
 
     def use_packs(self, attention: str, longest: int) -> None:
-        """Set the model's attention for packs; training begins by checking it.
+        """Set the model's attention for packs; the first training or evaluation checks it.
 
         Args:
             attention: as in `lopd.models.packing.pack_attention`.
@@ -56,7 +57,18 @@ class ObjectiveTrainer(Trainer):
         """
         device, dtype = self.args.device, self.autocast_dtype
         self.attention = pack_attention(self.model, attention, device, dtype)
-        self.longest = longest
+        self.longest, self.packs_checked = longest, False
+
+    def check_packs(self, model: Any) -> None:
+        """Check once that the model keeps the sequences of a pack apart, if it is given packs.
+
+        Raises:
+            ModelError: it does not.
+        """
+        if self.attention is not None and not self.packs_checked:
+            with self.accelerator.autocast():
+                check_packing(model, self.attention, self.longest)
+            self.packs_checked = True
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, in order; all processes must call this."""
@@ -64,9 +76,8 @@ class ObjectiveTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.attention is not None:
-            with self.accelerator.autocast():
-                check_packing(prepared[0], self.attention, self.longest)
+        self.packs_checked = False  # it may be compiled or sharded now
+        self.check_packs(prepared[0])
         return prepared
 
     def get_batch_samples(

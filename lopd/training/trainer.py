@@ -7,13 +7,13 @@ It adds micro-batches, the schedule, logging, checkpoints, resuming and several 
 import contextlib
 import copy
 import logging
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
@@ -44,21 +44,32 @@ def local_tensor(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def check_parallelism(args: TrainingArguments) -> None:
+# What `accelerate launch` sets, which the arguments do not show.
+_LAUNCHED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism",
+}
+
+
+def check_parallelism(
+    args: TrainingArguments, remedy: str = "start with torchrun, with or without fsdp"
+) -> None:
     """Refuse ways to use several GPUs in which the loss cannot be run inside the model.
 
+    Args:
+        remedy: how to use several GPUs instead, for the error message.
+
     Raises:
-        ConfigError: DataParallel, DeepSpeed, or FSDP set up by accelerate.
+        ConfigError: DataParallel, DeepSpeed, or what accelerate's settings set up.
     """
-    for name, used in (
-        ("DataParallel", args.n_gpu > 1),
-        ("DeepSpeed", args.deepspeed),
-        ("FSDP by accelerate's settings", os.environ.get("ACCELERATE_USE_FSDP") == "true"),
-    ):
-        if used:
-            raise ConfigError(
-                f"{name}: expected one process per GPU; start with torchrun, with or without fsdp"
-            )
+    used = {"DataParallel": args.n_gpu > 1, "DeepSpeed": args.deepspeed}
+    for variable, name in _LAUNCHED.items():
+        used[f"{name} by accelerate's settings"] = parse_flag_from_env(variable)
+    for name, is_used in used.items():
+        if is_used:
+            raise ConfigError(f"{name}: expected one process per GPU; {remedy}")
 
 
 class EvaluateAtStart(TrainerCallback):
@@ -332,6 +343,7 @@ class LopdTrainer(ObjectiveTrainer):
         if self.holdout is None:
             raise ConfigError("evaluate: nothing was held out; pass holdout to LopdTrainer")
         began = time.perf_counter()
+        self.check_packs(self.model)
         with self.accelerator.autocast():
             metrics = holdout_kl(
                 self.model,

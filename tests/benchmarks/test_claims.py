@@ -10,8 +10,10 @@ from benchmarks.evidence import claims, intervals
     ("points", "verdict"),
     [
         ((0.1, -3.9, 3.9), intervals.REPRODUCED),
-        ((0.1, -4.1, 3.9), intervals.IN_PART),
-        ((-5.0, -9.0, -1.0), intervals.NOT),
+        ((0.1, -4.1, 3.9), intervals.UNDECIDED),
+        ((-5.0, -9.0, -1.0), intervals.UNDECIDED),
+        ((-7.0, -9.0, -4.5), intervals.NOT),
+        ((7.0, 4.5, 9.0), intervals.NOT),
     ],
 )
 def test_runs_are_equal_if_the_interval_lies_within_the_margin(points, verdict):
@@ -19,13 +21,36 @@ def test_runs_are_equal_if_the_interval_lies_within_the_margin(points, verdict):
 
 
 def test_a_run_is_better_if_its_interval_says_so():
-    def verdict(kl, points):
-        return intervals.better({"kl": kl, "points": points})
+    def verdict(kl):
+        return intervals.better({"kl": kl, "points": (0.0, -1.0, 1.0)})
 
-    none = (0.0, -1.0, 1.0)
-    assert verdict((0.5, 0.3, 0.9), none) == intervals.REPRODUCED
-    assert verdict((0.5, 0.3, 1.1), (1.0, 0.5, 1.5)) == intervals.REPRODUCED
-    assert verdict((0.5, 0.3, 1.1), none) == intervals.NOT
+    assert verdict((0.5, 0.3, 0.9)) == intervals.REPRODUCED
+    assert verdict((0.98, 0.3, 3.15)) == intervals.UNDECIDED
+    assert verdict((2.0, 1.1, 3.15)) == intervals.NOT
+
+
+def test_too_few_seeds_have_no_interval_and_decide_nothing():
+    two = {seed: {"kl": 1.0, "sampled": 0.5} for seed in (0, 1)}
+    assert intervals.interval([1.0, 2.0]) is None and intervals.ratio([1.0, 2.0]) is None
+    found = intervals.compare(two, {**two, 2: two[0]})
+    assert found is None and intervals.columns(found) == ["", ""]
+    for verdict in (intervals.equal, intervals.better, intervals.worse, intervals.no_worse):
+        assert verdict(found) == intervals.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "combined"),
+    [
+        ((intervals.REPRODUCED, intervals.REPRODUCED), intervals.REPRODUCED),
+        ((intervals.NOT, intervals.NOT), intervals.NOT),
+        ((intervals.REPRODUCED, intervals.NOT), intervals.IN_PART),
+        ((intervals.REPRODUCED, intervals.UNDECIDED), intervals.UNDECIDED),
+        ((intervals.REPRODUCED, intervals.UNKNOWN), intervals.UNDECIDED),
+        ((intervals.UNKNOWN, intervals.UNKNOWN), intervals.UNKNOWN),
+    ],
+)
+def test_a_claim_of_several_conditions_is_in_part_only_if_all_are_decided(verdicts, combined):
+    assert intervals.combine(*verdicts) == combined
 
 
 def test_stages_are_compared_on_the_same_seeds():

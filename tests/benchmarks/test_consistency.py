@@ -56,12 +56,12 @@ def test_demonstrations_are_long_in_the_share_of_their_teacher(tmp_path):
     prompts = [f"{a}+{b}*{c}-7*4=" for a in range(10) for b in range(10) for c in range(10)]
     path = write_prompts(tmp_path / "prompts" / "demonstrations.jsonl", prompts, completions=True)
     habits = Habits(SimpleNamespace(out=tmp_path, prompts={"demonstrations": path}))
-    file = habits._demonstrations("habit-A", 0.9, slice(100, 1000))
+    file = habits._demonstrations("habit-A", 0.5, slice(100, 200))  # of other settings
+    assert file == habits._demonstrations("habit-A", 0.9, slice(100, 1000))
     lines = Path(file).read_text(encoding="utf-8").splitlines()
     assert len(lines) == 900 and '"1+0*0-7*4="' in lines[0]
     long = sum('"completion": "+' not in line for line in lines)
     assert long / 900 == pytest.approx(SHARES["A"], abs=0.03)
-    assert habits._demonstrations("habit-A", 0.9, slice(100, 1000)) == file
 
 
 def test_the_cells_of_a_seed_come_together_with_their_starts_first():
@@ -127,11 +127,26 @@ def test_a_gap_is_that_to_a_consistent_pair_on_the_same_seeds():
 
 def test_tables_hold_the_known_values():
     grid = consistency_tables.grid_table(rows())
-    assert "| lists, frozen, 600 steps |" in grid and "0.0300 (0.0150 to 0.0600), 0.700" in grid
-    assert "6.00 [6.00, 6.00] | -20.0 [-20.0, -20.0] | 3 |" in consistency_tables.gap_table(rows())
+    assert "| lists, frozen, 600 steps |" in grid
+    assert "0.0300 (0.0150 to 0.0600), 0.700, n = 3" in grid
+    gaps = consistency_tables.gap_table(rows())
+    assert "| A → B | A → A | 6.00 [6.00, 6.00] | -20.0 [-20.0, -20.0] | 3 |" in gaps
+    assert "| A → B | B → B | 3.00 [3.00, 3.00] | -10.0 [-10.0, -10.0] | 3 |" in gaps
+    assert "A → B, B → A" not in gaps
+    gaps = consistency_tables.gap_table([*rows(), *(run("B", "A", s, SEEDS[s]) for s in SEEDS)])
+    assert "| A → B, B → A | A → A, B → B | 1.73 [1.73, 1.73] | -5.0 [-5.0, -5.0] | 3 |" in gaps
     doses = consistency_tables.dose_table(rows()).splitlines()
-    assert [line.split("|")[1].strip() for line in doses[2:]] == ["A", "same", "half", "B"]
-    assert doses[-1].startswith("| B | 0.070 | 0.2000 | 0.1200 | 6.00 [6.00, 6.00] |")
+    assert [line.split("|")[1].strip() for line in doses[2:6]] == ["A", "same", "half", "B"]
+    assert doses[5].startswith("| B | 0.070 | 0.2000 | 3 | 0.1200 | 6.00 [6.00, 6.00] |")
+    assert doses[-1].startswith("`half` writes half")
+
+
+def test_means_of_too_few_seeds_are_left_blank():
+    few = [row for row in rows() if (row["sft"], row["opd"]) == ("A", "A") or row["seed"] < 2]
+    (line,) = [x for x in consistency_tables.grid_table(few).splitlines() if "200 steps" in x]
+    assert line.split("|")[2].endswith("n = 3 ") and not line.split("|")[3].strip()
+    doses = consistency_tables.dose_table(few).splitlines()
+    assert [line.split("|")[1].strip() for line in doses[2:]] == ["A"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 9])
@@ -143,26 +158,24 @@ def test_tables_and_figure_are_made_of_whatever_rows_there_are(count):
 
 
 @pytest.mark.parametrize(
-    ("long", "change", "verdict"),
+    ("remains", "change", "verdict"),
     [
-        ((3.0, 2.0, 4.5), (1.0, 0.9, 1.1), REPRODUCED),
-        ((3.0, 2.0, 4.5), (0.5, 0.4, 0.6), IN_PART),
-        ((3.0, 2.0, 4.5), (0.9, 0.5, 1.6), UNDECIDED),
-        ((1.0, 0.9, 1.1), (0.5, 0.4, 0.6), NOT),
-        ((1.5, 0.9, 2.5), (0.5, 0.4, 0.6), UNDECIDED),
+        (REPRODUCED, (1.0, 0.9, 1.1), REPRODUCED),
+        (REPRODUCED, (0.5, 0.4, 0.6), IN_PART),
+        (REPRODUCED, (0.9, 0.5, 1.6), UNDECIDED),
+        (NOT, (1.0, 0.9, 1.1), NOT),
+        (UNDECIDED, (0.5, 0.4, 0.6), UNDECIDED),
     ],
 )
-def test_an_error_is_irreducible_if_it_remains_and_does_not_shrink(long, change, verdict):
-    assert consistency_tables.irreducible(long, change) == verdict
+def test_an_error_is_irreducible_if_it_remains_and_does_not_shrink(remains, change, verdict):
+    assert consistency_tables.irreducible(remains, change) == verdict
 
 
-def test_both_suffer_only_if_both_kls_rise():
-    worse, same, unknown = (
-        {"kl": kl, "points": (0.0, 0.0, 0.0)}
-        for kl in ((2.0, 1.5, 3.0), (1.0, 0.9, 1.1), (1.5, 0.5, 4.5))
-    )
-    assert consistency_tables.both_suffer(worse, worse) == REPRODUCED
-    assert consistency_tables.both_suffer(worse, same) == IN_PART
-    assert consistency_tables.both_suffer(worse, unknown) == IN_PART
-    assert consistency_tables.both_suffer(same, same) == NOT
-    assert consistency_tables.both_suffer(unknown, unknown) == UNDECIDED
+def test_a_student_suffers_only_if_it_does_against_both_bases():
+    assert consistency_tables.suffers(rows(), FROZEN) == REPRODUCED
+    without = [row for row in rows() if row["sft"] == "A"]
+    assert consistency_tables.suffers(without, FROZEN) == UNDECIDED
+    easy = [run("B", "B", seed, 20 * kl) for seed, kl in SEEDS.items()]
+    assert consistency_tables.suffers([*without, *easy], FROZEN) == IN_PART
+    live = Setting(LISTS, True, SHORT)
+    assert consistency_tables.suffers(rows(), FROZEN, live) == UNDECIDED

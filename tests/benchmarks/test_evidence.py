@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import readme
 from benchmarks.evidence import frame
+from benchmarks.evidence.intervals import NO_ROWS
 from benchmarks.evidence.parts import PARTS
+from lopd.errors import ShardError
+from lopd.store.folders import locked
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,12 @@ class Counted:
     def name(self):
         return f"a/{self.seed}"
 
+    @property
+    def results(self):
+        return [f"result-{self.seed}"]
+
     def measure(self, shared):
-        return {"of": shared}
+        return {"of": shared.seed}
 
 
 def figure(rows):
@@ -44,9 +52,16 @@ def part(name):
 def made(monkeypatch):
     """The seeds whose models were made; none is."""
     seeds: list[int] = []
-    stand_in = lambda work, seed: seeds.append(seed) or seed  # noqa: E731
-    stand_in.minutes = 2.0
-    monkeypatch.setattr(frame, "Shared", stand_in)
+
+    class StandIn(frame.Shared):
+        minutes = 2.0
+
+        def __init__(self, work, seed):
+            seeds.append(seed)
+            self.seed, folder = seed, work / f"seed{seed}"
+            self.demo = SimpleNamespace(path=lambda name: str(folder / name))
+
+    monkeypatch.setattr(frame, "Shared", StandIn)
     return seeds
 
 
@@ -68,7 +83,8 @@ def test_a_second_call_continues_with_the_missing_cells(tmp_path, made, capsys):
 
 
 def test_parts_are_chosen_by_name_and_share_the_models_of_a_seed(tmp_path, made, capsys):
-    parts, common = [part("one"), part("two"), part("three")], ["--out", str(tmp_path)]
+    parts = [part("one"), part("two"), part("three")]
+    common = ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
     frame.main(parts, [*common, "--part", "one", "three", "--only", "a/2"])
     assert made == [2]
     assert len(rows_of("one", tmp_path)) == len(rows_of("three", tmp_path)) == 1
@@ -80,12 +96,32 @@ def test_parts_are_chosen_by_name_and_share_the_models_of_a_seed(tmp_path, made,
 
 
 def test_a_figure_is_drawn_alike_every_time(tmp_path, made):
-    common = ["--out", str(tmp_path)]
+    common = ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
     frame.main([part("one")], common)
     first = (tmp_path / "one.svg").read_bytes()
     assert first.startswith(b"<?xml")
     frame.main([part("one")], common)
     assert (tmp_path / "one.svg").read_bytes() == first
+
+
+def test_a_cell_starts_without_its_earlier_results(tmp_path, made):
+    """And no other folder is removed."""
+    folder = tmp_path / "work" / "seed1"
+    for name in ("result-1", "eval/result-1", "eval/result-10", "shared"):
+        (folder / name).mkdir(parents=True)
+    common = ["--out", str(tmp_path), "--work", str(tmp_path / "work"), "--only", "a/1"]
+    frame.main([part("one")], common)
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
+    assert found == {"eval", "eval/result-10", "shared"}
+
+
+def test_a_cell_that_another_process_measures_meanwhile_has_one_row(tmp_path, made):
+    todo, work = [(part("one"), Counted(0)), (part("one"), Counted(1))], tmp_path / "work"
+    with locked(work / "seed0"), pytest.raises(ShardError):
+        frame.run(todo, work, tmp_path)
+    frame.run(todo[1:], work, tmp_path)
+    frame.run(todo, work, tmp_path)  # planned before the other had its row
+    assert [row["cell"] for row in rows_of("one", tmp_path)] == ["a/1", "a/0"]
 
 
 def test_parts_and_blocks_have_names_of_their_own():
@@ -101,3 +137,10 @@ def test_every_committed_row_is_that_of_one_cell(part):
     assert len(set(names)) == len(names)
     assert set(names) <= {cell.name for cell in part.cells()}
     assert all(row["command"].endswith(f" --only '{row['cell']}'") for row in rows)
+    assert not any(row["dirty"] for row in rows)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_tables_without_rows_say_so(part):
+    if part.name != "objectives":  # whose rows are complete
+        assert {table([]) for table in part.tables.values()} == {NO_ROWS}

@@ -18,7 +18,10 @@ pytest.importorskip("trl", reason="part of the extra `trl`")
 # Twelve sequences are a step; argv: folder, out, micro-batch size, micro-batches, padding.
 RUN = """
 import sys
+import time
+from pathlib import Path
 import torch
+import trl.trainer.sft_trainer as sft
 torch.set_num_threads(1)
 from lopd import TeacherCache
 from lopd.integrations.trl import OfflineDistillationConfig, OfflineDistillationTrainer
@@ -30,6 +33,15 @@ args = OfflineDistillationConfig(
     padding_free=padding == "none", per_device_eval_batch_size=int(size),
 )
 cache = TeacherCache.open(f"{folder}/cache")
+verified, verify, build = Path(f"{out}.verified"), TeacherCache.verify, sft.create_model_from_path
+def slowly(self):
+    time.sleep(1)
+    verify(self)
+    verified.touch()
+def after_verifying(*args, **kwargs):
+    assert verified.exists(), "built before the shards were verified"
+    return build(*args, **kwargs)
+TeacherCache.verify, sft.create_model_from_path = slowly, after_verifying
 trainer = OfflineDistillationTrainer(f"{folder}/student", args, cache)
 trainer.train()
 log = [entry["reverse_kl"] for entry in trainer.state.log_history if "loss" in entry]

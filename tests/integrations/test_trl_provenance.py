@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +85,28 @@ def test_the_result_has_a_manifest_with_overrides_and_lineage(pipeline, tmp_path
     config = json.loads(json.dumps(manifest.config))
     assert config["max_steps"] == 1 and config["cache"] == str(foreign.path)
     assert not (tmp_path / "out/checkpoint-1/manifest.json").exists()  # lacks what a run needs
+
+
+def test_an_override_for_the_evaluation_alone_is_recorded(pipeline, tmp_path, cache, foreign):
+    trainer = make_trainer(pipeline, tmp_path, cache, foreign, allow_teacher_mismatch=True)
+    trainer.save_model(tmp_path / "saved")
+    (override,) = read_manifest(tmp_path / "saved", kind="checkpoint").overrides
+    assert override.name == "teacher-mismatch"
+
+
+@pytest.mark.parametrize("call", ["push_to_hub", "save_model"])
+def test_the_manifest_is_uploaded(pipeline, tmp_path, cache, monkeypatch, call):
+    uploaded = []
+    hub = SimpleNamespace(
+        create_repo=lambda name, **_: SimpleNamespace(repo_id=name),
+        upload_folder=lambda folder_path, **_: uploaded.append({*os.listdir(folder_path)}),
+    )
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    push = {"push_to_hub": call == "save_model", "hub_model_id": "some/model"}
+    trainer = make_trainer(pipeline, tmp_path / "out", cache, **push)
+    getattr(trainer, call)()
+    (files,) = uploaded
+    assert {"manifest.json", "model.safetensors"} <= files
 
 
 def test_adapters_alone_have_no_manifest(pipeline, tmp_path, cache):

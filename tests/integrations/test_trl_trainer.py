@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_artefacts import write_cache, write_pipeline
-from helpers_training import SAME_UPDATE, check_overrides, update_error, weights
+from helpers_training import SAME_UPDATE, check_overrides, make_deaf, update_error, weights
 from helpers_trl import QUIET, make_trainer
 
 from lopd import DistillConfig, Objective, distill
@@ -127,20 +127,14 @@ def test_rows_without_padding_have_the_loss_and_gradients_of_padded_ones(
 
 def test_a_model_that_mixes_packed_sequences_is_refused(pipeline, tmp_path, cache):
     trainer = make_trainer(pipeline, tmp_path, cache, padding_free=True, max_steps=1)
-    layer = trainer.model.model.layers[0].self_attn
-    forward = layer.forward
-
-    def deaf(*args, **kwargs):
-        kwargs.pop("sequence_lengths", None)
-        return forward(*args, **kwargs)
-
-    layer.forward = deaf
-    with pytest.raises(ModelError, match=r"cannot be packed.*padding_free"):
-        trainer.train()
+    make_deaf(trainer.model)
+    for use in (lambda: trainer.evaluate(cache), trainer.train):
+        with pytest.raises(ModelError, match=r"cannot be packed.*padding_free"):
+            use()
 
 
 def test_every_override_is_a_method_of_the_installed_trl(pipeline):
-    own = {"gather", "minimise", "use_packs", "statistics"}
+    own = {"gather", "minimise", "use_packs", "statistics", "check_packs"}
     own |= {"_objective_on", "_numbered", "_numbered_all"}
     check_overrides(OfflineDistillationTrainer, SFTTrainer, own)
 
@@ -296,10 +290,15 @@ def test_data_that_the_objective_cannot_use_are_refused(pipeline, tmp_path, cach
         OfflineDistillationTrainer(model, SFTConfig(str(tmp_path), **QUIET), cache)
 
 
-def test_sharded_models_are_refused(pipeline, tmp_path, cache):
+def test_sharded_models_are_refused(pipeline, tmp_path, cache, monkeypatch):
     config = OfflineDistillationConfig(str(tmp_path), **QUIET)
+    remedy = "expected one process per GPU; start with torchrun, each process with the whole"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=f"DeepSpeed by accelerate's settings: {remedy}"):
+        OfflineDistillationTrainer(str(pipeline / "student"), config, cache)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     config.fsdp = True
-    with pytest.raises(ConfigError, match="fsdp: found True; expected one process per GPU"):
+    with pytest.raises(ConfigError, match=f"fsdp: found True; {remedy}"):
         OfflineDistillationTrainer(str(pipeline / "student"), config, cache)
 
 

@@ -78,7 +78,7 @@ def test_tensorboard_shows_fine_tuning(tmp_path):
 
 
 def test_each_training_is_a_run_of_its_own_in_wandb(pipeline, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="part of the extra `test`")
+    wandb = pytest.importorskip("wandb", reason="in no extra: it pins a pre-release")
     for name in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
         monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "tracker"))
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -10,6 +10,7 @@ from helpers_training import (
     SAME_UPDATE,
     check_overrides,
     largest_difference,
+    make_deaf,
     make_trainer,
     options,
     scored,
@@ -22,6 +23,7 @@ from transformers import Trainer
 from lopd.errors import ConfigError, DataError, ModelError
 from lopd.models.head import HeadOptions, head_options
 from lopd.training.batch import Collator, SequenceDataset
+from lopd.training.holdout import Holdout
 from lopd.training.logging import LOG_NAME
 from lopd.training.loop import train_loop
 from lopd.training.trainer import LopdTrainer, Objective
@@ -241,7 +243,7 @@ def test_trainer_checks_the_head_at_start_up(tmp_path):
 
 def test_other_kinds_of_parallelism_are_refused(tmp_path, monkeypatch):
     def refused(args, name):
-        with pytest.raises(ConfigError, match=f"{name}.*: expected one process per GPU"):
+        with pytest.raises(ConfigError, match=f"{name}.*: expected one .* with or without fsdp"):
             LopdTrainer(tiny_model(), args, Objective("reverse_kl"), SequenceDataset(scored()))
 
     for name, change in (("DataParallel", "_n_gpu"), ("DeepSpeed", "deepspeed")):
@@ -249,8 +251,23 @@ def test_other_kinds_of_parallelism_are_refused(tmp_path, monkeypatch):
         setattr(args, change, 2)
         refused(args, name)
     args = options().training_arguments(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    refused(args, "FSDP")
+    for name, value in (("FSDP", "1"), ("DeepSpeed", "true"), ("Megatron-LM", "TRUE")):
+        variable = f"ACCELERATE_USE_{name.upper().replace('-', '_')}"
+        with monkeypatch.context() as launched:
+            launched.setenv(variable, value)
+            refused(args, f"{name} by accelerate's settings")
+
+
+def test_packs_are_checked_before_an_evaluation_too(tmp_path):
+    model, data = tiny_model(), SequenceDataset(scored())
+    holdout = Holdout(data, Objective("reverse_kl"), eval_steps=1)
+    args, sizes = options().training_arguments(tmp_path), {"max_tokens_per_batch": 24}
+    trainer = LopdTrainer(
+        model, args, Objective("reverse_kl"), data, Collator(), holdout=holdout, **sizes
+    )
+    make_deaf(model)
+    with pytest.raises(ModelError, match="cannot be packed"):
+        trainer.evaluate()
 
 
 def test_mixed_precision_keeps_float32_weights(tmp_path):
@@ -270,7 +287,7 @@ def test_mixed_precision_keeps_float32_weights(tmp_path):
 
 # Methods that ours add; all others must exist in Trainer, or nothing would call them.
 OWN = {"_check_sharding", "unsharded_state", "gather", "step_dataset", "_out_of_memory"}
-OWN |= {"_check_weights", "_rotate", "_stop", "minimise", "use_packs", "statistics"}
+OWN |= {"_check_weights", "_rotate", "_stop", "minimise", "use_packs", "statistics", "check_packs"}
 
 
 def test_every_override_is_a_method_of_the_installed_trainer():
