@@ -122,15 +122,19 @@ def _first_seed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def parts(rows: list[dict[str, Any]]) -> str:
-    """Markdown: share of the time and peak memory of each part, of the first seed."""
-    rows = _first_seed(rows)
-    timed = [row for row in rows if row.get("seconds") is not None]
-    evaluation = sum(row.get("eval_seconds", 0.0) for row in rows)
-    total = evaluation + sum(row["seconds"] for row in timed)
+    """Markdown: share of the processor's time and peak memory of each part.
+
+    Of the last demo, which need not have run in one go: parts that were interrupted are left out.
+    """
+    last = max(row["seed"] for row in rows)
+    rows = [row for row in rows if row["seed"] == last]
+    timed = [row for row in rows if row.get("cpu_seconds") is not None]
+    evaluation = sum(row.get("eval_cpu_seconds", 0.0) for row in rows)
+    total = evaluation + sum(row["cpu_seconds"] for row in timed)
     lines = ["| part | share of the time | peak memory, GiB |", "| --- | ---: | ---: |"]
     for row in timed:
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib'] / 1024:.1f}"
-        lines.append(f"| {row['stage']} | {row['seconds'] / total:.0%} | {peak} |")
+        lines.append(f"| {row['stage']} | {row['cpu_seconds'] / total:.0%} | {peak} |")
     return "\n".join([*lines, f"| evaluations | {evaluation / total:.0%} | |"])
 
 

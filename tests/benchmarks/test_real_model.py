@@ -62,7 +62,7 @@ def demo_rows(seed, *, quick=False, distilled=1.0):
         intervals = {f"{key}_interval": interval for key in values}
         return {
             "stage": stage, "seed": seed, "quick": quick, "steps": 3, "eval_prompts": 4,
-            "command": f"demo {seed}", "seconds": 1.0, "peak_mib": None, **values, **intervals,
+            "command": f"demo {seed}", "cpu_seconds": 1.0 + seed, "peak_mib": 512, **values, **intervals,
         }  # fmt: skip
 
     kls = dict.fromkeys(real_demo.MODELS, 2.0) | {real_demo.DISTILLED: distilled}
@@ -88,3 +88,10 @@ def test_the_difference_to_the_control_has_the_interval_of_two_means():
     assert "new answers, seed 0 | held-out, seed 0 | new answers, seed 1" in text
     assert "Seed 0, 4 held-out questions" in real_demo.table(rows)
     assert "Seed 1, 4 held-out questions" in real_demo.table(rows)
+
+
+def test_the_parts_are_those_of_the_last_demo():
+    rows = [*demo_rows(0), *demo_rows(1)]
+    rows[-1] |= {"cpu_seconds": None, "eval_cpu_seconds": 10.0}  # interrupted, then evaluated
+    text = real_demo.parts(rows)
+    assert text.count("| 10% | 0.5 |") == 5 and "| evaluations | 50% | |" in text
