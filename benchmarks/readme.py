@@ -222,6 +222,7 @@ def rendered(text: str) -> str:
         "claims": lambda: claims.table(read_rows),
         "skipping": lambda: skipping.table(read_rows(skipping.NAME)),
         "real demo": lambda: real_demo.table(read_rows(real_demo.NAME)),
+        "real against control": lambda: real_demo.against_control(read_rows(real_demo.NAME)),
         "real parts": lambda: real_demo.parts(read_rows(real_demo.NAME)),
         "real answers": lambda: real_demo.answers(read_rows(real_demo.NAME)),
         "real model": lambda: real_model.table(read_rows(real_model.NAME)),

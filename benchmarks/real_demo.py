@@ -4,6 +4,7 @@
 
 It runs or continues the demo in the folder and writes one JSON line per stage to
 DIR/real_demo.jsonl, with the greedy answers of its models to the first questions in the last one.
+Rows of other seeds stay; those of the quick form stay only until there are whole ones.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from benchmarks.recorder import identity
 from lopd.config.demo import DemoConfig
 from lopd.stages.demo import QUICK, TASKS, main
 from lopd.stages.demo.real import DISTILLED, SAMPLED, SHOWN, UNBIASED
-from lopd.stages.demo.report import FINE_TUNED, MORE_SFT
+from lopd.stages.demo.report import FINE_TUNED, MORE_SFT, kl_difference
 
 NAME = "real_demo.jsonl"
 TASK = "smollm2"
@@ -51,29 +52,69 @@ def rows_of(config: DemoConfig) -> list[dict[str, Any]]:
     return [{**row, **shared} for row in [*results["rows"], {"stage": ANSWERS, "answers": asked}]]
 
 
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a demo beside those of other seeds, ordered by seed; quick ones yield."""
+    form, seed = new[0]["quick"], new[0]["seed"]
+    kept = [row for row in old if row["quick"] == form and row["seed"] != seed]
+    return sorted([*kept, *new], key=lambda row: row["seed"])
+
+
+def _by_seed(rows: list[dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:
+    """Rows by seed and stage."""
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["seed"], {})[row["stage"]] = row
+    return found
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: KLs and right answers of each model, with 95 % intervals."""
-    found = {row["stage"]: row for row in rows}
+    """Markdown: a table for each seed, with 95 % intervals."""
+    return "\n\n".join(_table_of(stages) for stages in _by_seed(rows).values())
+
+
+def _table_of(stages: dict[str, dict[str, Any]]) -> str:
+    """Markdown: KLs and right answers of each model."""
     lines = [
         "| model | KL to the teacher, new answers | KL, held-out answers | right, sampled | right, "
         "greedy |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name in MODELS:
-        row = found[name]
+        row = stages[name]
         cells = [_with_interval(row, key) for key in ("kl", "held_out_kl", "sampled", "greedy")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    row = found[FINE_TUNED]
+    row = stages[FINE_TUNED]
     return "\n".join(
         [
             *lines,
             "",
-            f"{row['eval_prompts']} held-out questions, one sampled answer each, seed "
-            f"{row['seed']}; {row['steps']} steps from the fine-tuned",
-            "student for each model below it. KL in nat per token, with 95 % intervals. "
+            f"Seed {row['seed']}, {row['eval_prompts']} held-out questions, one sampled answer "
+            f"each; {row['steps']} steps from the",
+            "fine-tuned student for each model below it. KL in nat per token, with 95 % intervals. "
             f"`{row['command']}`",
         ]
     )
+
+
+def against_control(rows: list[dict[str, Any]]) -> str:
+    """Markdown: KLs of the distilled models minus that of as many steps of more fine-tuning."""
+    seeds = _by_seed(rows)
+    head = [f"{kind}, seed {seed}" for seed in seeds for kind in ("new answers", "held-out")]
+    lines = [f"| model | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
+    for name in (DISTILLED, UNBIASED, SAMPLED):
+        cells = [
+            _difference(stages[name], stages[MORE_SFT], key)
+            for stages in seeds.values()
+            for key in ("kl", "held_out_kl")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "KL minus the control's, nat per token; below 0 is better."])
+
+
+def _difference(row: dict[str, Any], base: dict[str, Any], key: str) -> str:
+    found = kl_difference(row, base, key)
+    assert found is not None, f"{row['stage']} has no interval"
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:
@@ -81,21 +122,31 @@ def _with_interval(row: dict[str, Any], key: str) -> str:
     return f"{row[key] + 0.0:.2f} [{low:.2f}, {high:.2f}]".replace("-0.00", "0.00")
 
 
+def _first_seed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    first = min(row["seed"] for row in rows)
+    return [row for row in rows if row["seed"] == first]
+
+
 def parts(rows: list[dict[str, Any]]) -> str:
-    """Markdown: share of the time and peak memory of each part."""
-    timed = [row for row in rows if row.get("seconds") is not None]
-    evaluation = sum(row.get("eval_seconds", 0.0) for row in rows)
-    total = evaluation + sum(row["seconds"] for row in timed)
+    """Markdown: share of the processor's time and peak memory of each part.
+
+    Of the last demo, which need not have run in one go: parts that were interrupted are left out.
+    """
+    last = max(row["seed"] for row in rows)
+    rows = [row for row in rows if row["seed"] == last]
+    timed = [row for row in rows if row.get("cpu_seconds") is not None]
+    evaluation = sum(row.get("eval_cpu_seconds", 0.0) for row in rows)
+    total = evaluation + sum(row["cpu_seconds"] for row in timed)
     lines = ["| part | share of the time | peak memory, GiB |", "| --- | ---: | ---: |"]
     for row in timed:
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib'] / 1024:.1f}"
-        lines.append(f"| {row['stage']} | {row['seconds'] / total:.0%} | {peak} |")
+        lines.append(f"| {row['stage']} | {row['cpu_seconds'] / total:.0%} | {peak} |")
     return "\n".join([*lines, f"| evaluations | {evaluation / total:.0%} | |"])
 
 
 def answers(rows: list[dict[str, Any]]) -> str:
-    """Markdown: greedy answers before and after."""
-    (row,) = (row for row in rows if row["stage"] == ANSWERS)
+    """Markdown: greedy answers before and after, of the first seed."""
+    (row,) = (row for row in _first_seed(rows) if row["stage"] == ANSWERS)
     names = dict(zip(SHOWN, ("teacher", "fine-tuned", "distilled", "control"), strict=True))
     lines = [f"| question | {' | '.join(names.values())} |", f"| --- |{' --- |' * len(names)}"]
     for each in row["answers"]:
@@ -115,5 +166,7 @@ if __name__ == "__main__":
         out=str(arguments.folder), task=TASK, quick=arguments.quick, seed=arguments.seed
     )
     main(settings)
-    text = "".join(json.dumps(row) + "\n" for row in rows_of(settings))
-    (arguments.out / NAME).write_text(text, encoding="utf-8")
+    record = arguments.out / NAME
+    lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+    rows = merged([json.loads(line) for line in lines], rows_of(settings))
+    record.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

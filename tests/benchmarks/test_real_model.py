@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import prunings, real_model
+from benchmarks import prunings, real_demo, real_model
 from benchmarks.training import FP32_BOUNDS
 
 
@@ -53,3 +53,46 @@ def test_the_tables_are_those_of_the_newest_rows():
     assert "| reverse KL, fused | 0.25 | 0.50 to 1.50 | 1.00 |" in text and "| 0.50 |" not in text
     row = {"variant": "a", "layers": 2, "kl": 1.0, "kl_interval": [0.5, 1.5], "sampled": 0.25}
     assert "| a | 2 | 1.000 [0.500, 1.500] | 0.250 |" in prunings.table([{**row, "steps": 3}])
+
+
+def demo_rows(seed, *, quick=False, distilled=1.0):
+    def row(stage, kl):
+        interval = [kl - 0.3, kl + 0.3]
+        values = {key: kl for key in ("kl", "held_out_kl", "sampled", "greedy")}
+        intervals = {f"{key}_interval": interval for key in values}
+        return {
+            "stage": stage, "seed": seed, "quick": quick, "steps": 3, "eval_prompts": 4,
+            "command": f"demo {seed}", "cpu_seconds": 1.0 + seed, "peak_mib": 512,
+            **values, **intervals,
+        }  # fmt: skip
+
+    kls = dict.fromkeys(real_demo.MODELS, 2.0) | {real_demo.DISTILLED: distilled}
+    return [row(stage, kl) for stage, kl in kls.items()]
+
+
+def test_the_rows_of_a_seed_replace_its_own_and_the_quick_ones():
+    quick, first = demo_rows(0, quick=True), demo_rows(1, distilled=1.5)
+    rows = real_demo.merged(quick, first)
+    assert rows == first
+    rows = real_demo.merged(rows, demo_rows(0))
+    assert [row["seed"] for row in rows] == [0] * 6 + [1] * 6
+    again = real_demo.merged(rows, demo_rows(1))
+    assert again == [*demo_rows(0), *demo_rows(1)]
+
+
+def test_the_difference_to_the_control_has_the_interval_of_two_means():
+    rows = [*demo_rows(0), *demo_rows(1, distilled=1.5)]
+    text = real_demo.against_control(rows)
+    # 0.3 * sqrt(2) = 0.42
+    both = "-1.00 [-1.42, -0.58] | -1.00 [-1.42, -0.58] | -0.50 [-0.92, -0.08]"
+    assert f"| {real_demo.DISTILLED} | {both}" in text
+    assert "new answers, seed 0 | held-out, seed 0 | new answers, seed 1" in text
+    assert "Seed 0, 4 held-out questions" in real_demo.table(rows)
+    assert "Seed 1, 4 held-out questions" in real_demo.table(rows)
+
+
+def test_the_parts_are_those_of_the_last_demo():
+    rows = [*demo_rows(0), *demo_rows(1)]
+    rows[-1] |= {"cpu_seconds": None, "eval_cpu_seconds": 10.0}  # interrupted, then evaluated
+    text = real_demo.parts(rows)
+    assert text.count("| 10% | 0.5 |") == 5 and "| evaluations | 50% | |" in text

@@ -260,7 +260,7 @@ def test_other_kinds_of_parallelism_are_refused(tmp_path, monkeypatch):
 
 def test_packs_are_checked_before_an_evaluation_too(tmp_path):
     model, data = tiny_model(), SequenceDataset(scored())
-    holdout = Holdout(data, "reverse_kl", eval_steps=1)
+    holdout = Holdout(data, Objective("reverse_kl"), eval_steps=1)
     args, sizes = options().training_arguments(tmp_path), {"max_tokens_per_batch": 24}
     trainer = LopdTrainer(
         model, args, Objective("reverse_kl"), data, Collator(), holdout=holdout, **sizes

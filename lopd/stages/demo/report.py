@@ -1,9 +1,12 @@
 """The report of a demo: its table, some answers, and a conclusion."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lopd.stages.table import align
+
+Interval = tuple[float, float, float]  # value, low, high
 
 TEACHER = "teacher"
 FINE_TUNED = "student, fine-tuned"
@@ -71,26 +74,42 @@ def toy_conclusion(rows: list[dict[str, Any]], steps: int) -> str:
     )
 
 
+def kl_difference(row: Mapping[str, Any], base: Mapping[str, Any], key: str) -> Interval | None:
+    """The KL of a model minus another's, and its 95 % interval, as if they were independent.
+
+    Both were measured on the same questions, so the interval is rather too wide. None if a row has
+    no interval: it is that of a single answer, or an earlier version's.
+
+    Args:
+        key: `kl` or `held_out_kl`.
+    """
+    if any(f"{key}_interval" not in each for each in (row, base)):
+        return None
+    middle = row[key] - base[key]
+    # The lower end of an interval may have been cut at 0.
+    half = math.hypot(*(each[f"{key}_interval"][1] - each[key] for each in (row, base)))
+    return middle, middle - half, middle + half
+
+
 def real_conclusion(rows: list[dict[str, Any]], steps: int) -> str:
     """The KLs of a demo on a real model, and whether distillation beat more fine-tuning."""
     by_name = {row["stage"]: row for row in rows if "kl" in row}
     start, control = by_name[FINE_TUNED], by_name[MORE_SFT]
     others = [name for name in by_name if name not in (TEACHER, FINE_TUNED, MORE_SFT)]
     best = min(others, key=lambda name: by_name[name]["kl"])
-    found, other = by_name[best].get("kl_interval"), control.get("kl_interval")
-    if found is None or other is None:  # of a single answer, or of an earlier version
-        verdict = "not compared, for want of intervals, with"
-    elif found[1] < other[0]:
-        verdict = "below"
-    elif other[1] < found[0]:
-        verdict = "above"
+    difference = kl_difference(by_name[best], control, "kl")
+    if difference is None:
+        verdict, interval = "not compared, for want of intervals, with", ""
     else:
-        verdict = "not distinguishable from"
+        _, low, high = difference
+        verdict = "below" if high < 0 else "above" if low > 0 else "not distinguishable from"
+        interval = f" (difference within [{low:+.3f}, {high:+.3f}])"
     return (
         f"{steps} steps took the KL to the teacher from {start['kl']:.3f} nat per token to "
         f"{by_name[best]['kl']:.3f} ({best}), which is {verdict} the {control['kl']:.3f} of as "
-        f"many steps of more fine-tuning. Right answers, sampled: {start['sampled']:.3f} before, "
-        f"{by_name[best]['sampled']:.3f} after, {control['sampled']:.3f} for the control."
+        f"many steps of more fine-tuning{interval}. Right answers, sampled: "
+        f"{start['sampled']:.3f} before, {by_name[best]['sampled']:.3f} after, "
+        f"{control['sampled']:.3f} for the control."
     )
 
 
