@@ -221,6 +221,7 @@ def rendered(text: str) -> str:
         "gradients": lambda: gradients.table(read_rows(gradients.NAME)),
         "claims": lambda: claims.table(read_rows),
         "skipping": lambda: skipping.table(read_rows(skipping.NAME)),
+        "real short": lambda: real_demo.short_table(read_rows(real_demo.NAME)),
         "real demo": lambda: real_demo.table(read_rows(real_demo.NAME)),
         "real against control": lambda: real_demo.against_control(read_rows(real_demo.NAME)),
         "real parts": lambda: real_demo.parts(read_rows(real_demo.NAME)),

@@ -18,12 +18,12 @@ from benchmarks.recorder import identity
 from lopd.config.demo import DemoConfig
 from lopd.stages.demo import QUICK, TASKS, main
 from lopd.stages.demo.real import DISTILLED, SAMPLED, SHOWN, UNBIASED
-from lopd.stages.demo.report import FINE_TUNED, MORE_SFT, kl_difference
+from lopd.stages.demo.report import FINE_TUNED, MORE_SFT, TEACHER, kl_difference
 
 NAME = "real_demo.jsonl"
 TASK = "smollm2"
 QUESTIONS = 6
-MODELS = ("teacher", FINE_TUNED, DISTILLED, UNBIASED, SAMPLED, MORE_SFT)
+MODELS = (TEACHER, FINE_TUNED, DISTILLED, UNBIASED, SAMPLED, MORE_SFT)
 ANSWERS = "answers"
 
 
@@ -70,6 +70,24 @@ def _by_seed(rows: list[dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a table for each seed, with 95 % intervals."""
     return "\n\n".join(_table_of(stages) for stages in _by_seed(rows).values())
+
+
+def short_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the KL and the right answers of each model, a column for each seed."""
+    seeds = _by_seed(rows)
+    head = [
+        *(f"KL to the teacher, seed {seed}" for seed in seeds),
+        *(f"right, sampled, seed {seed}" for seed in seeds),
+    ]
+    lines = [f"| model | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
+    for name in (TEACHER, FINE_TUNED, DISTILLED, SAMPLED, MORE_SFT):
+        cells = [
+            _with_interval(stages[name], key)
+            for key in ("kl", "sampled")
+            for stages in seeds.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _table_of(stages: dict[str, dict[str, Any]]) -> str:

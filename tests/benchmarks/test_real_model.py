@@ -89,6 +89,8 @@ def test_the_difference_to_the_control_has_the_interval_of_two_means():
     assert "new answers, seed 0 | held-out, seed 0 | new answers, seed 1" in text
     assert "Seed 0, 4 held-out questions" in real_demo.table(rows)
     assert "Seed 1, 4 held-out questions" in real_demo.table(rows)
+    each = "1.00 [0.70, 1.30] | 1.50 [1.20, 1.80]"
+    assert f"| {real_demo.DISTILLED} | {each} | {each} |" in real_demo.short_table(rows)
 
 
 def test_the_parts_are_those_of_the_last_demo():
