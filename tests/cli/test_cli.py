@@ -38,7 +38,7 @@ def built(monkeypatch):
         (["rollout", "--student", "s"], "lopd rollout: error: missing --prompts (JSONL"),
         (["run", "absent.yaml"], "absent.yaml: no such file"),
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
-        (["inspect", "absent"], "absent does not exist; name a folder that a lopd stage has"),
+        (["inspect", "absent"], "absent: no such file or folder; name a folder that a lopd stage"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):

@@ -50,7 +50,7 @@ def test_declare_does_not_replace_what_a_stage_wrote(tmp_path):
     # fine-tuned on demonstrations of unknown origin: a declaration says more than that
     write_manifest(student, build_manifest(**said, lineage={"sft_teacher": None}))
     assert declare(student, teacher="ab" * 32).lineage.declared is True
-    with pytest.raises(MissingFileError, match="is not a folder"):
+    with pytest.raises(MissingFileError, match="nowhere: no such file or folder"):
         declare(make_model(tmp_path / "new"), teacher="nowhere")
 
 

@@ -313,7 +313,7 @@ def test_summary_and_used_ids(tmp_path, codec):
 
 
 def test_readers_refuse_what_they_cannot_read(tmp_path):
-    with pytest.raises(MissingFileError, match="does not exist"):
+    with pytest.raises(MissingFileError, match="nowhere: no such file or folder; name a folder"):
         TeacherCache.open(tmp_path / "nowhere")
     write_rollouts(tmp_path, make_manifest("rollouts"))
     with pytest.raises(ConfigError, match="holds 'rollouts', expected 'cache'"):
