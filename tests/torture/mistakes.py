@@ -252,7 +252,10 @@ MISTAKES = [
     ),
     Mistake(
         "inspecting a folder of something else",
-        _words("inspect", "--path", "@student"),
+        _after(
+            _copy("student", lambda copy: (copy / "config.json").unlink()),
+            _words("inspect", "--path", "@copy"),
+        ),
         "manifest.json",
     ),
     Mistake(
