@@ -22,7 +22,7 @@ import transformers
 from benchmarks.recorder import identity
 from lopd.config.demo import DemoConfig
 from lopd.evaluation.accuracy import mean_with_interval
-from lopd.stages.demo import main
+from lopd.stages import demo
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 from lopd.stages.demo.toy import EVAL_PROMPTS
 
@@ -36,7 +36,7 @@ def run(seeds: list[int], out: Path) -> list[dict[str, Any]]:
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            main(DemoConfig(out=f"{folder}/demo", seed=seed, online=True))
+            demo.main(DemoConfig(out=f"{folder}/demo", seed=seed, online=True))
             results = json.loads(Path(folder, "demo/results.json").read_text(encoding="utf-8"))
         command = f"python -m benchmarks.demo_seeds --seeds {seed}"
         rows += [
@@ -108,13 +108,17 @@ def _with_interval(row: dict[str, Any]) -> str:
     return f"{value:.3f} ± {max(value - interval[0], interval[1] - value):.3f}"
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments = parser.parse_args()
-    measured = run(arguments.seeds, arguments.out)
+    args = parser.parse_args(arguments)
+    measured = run(args.seeds, args.out)
     print(table(measured))
     failures = missed(measured)
     print("\n".join(failures) if failures else "every criterion is met on every seed")
-    sys.exit(bool(failures))
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
