@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import transformers
 
 from benchmarks.recorder import ROOT, identity, now
 from lopd.stages import distill, score
-from lopd.stages.demo.driver import DemoStage
+from lopd.stages.demo.driver import Demo, DemoStage
+from lopd.stages.demo.report import DISTILLED
 from lopd.stages.demo.toy import ToyDemo
 from lopd.store.folders import locked
 
@@ -40,14 +41,26 @@ class Shared:
         distillation: the stage that distils the student with the demo's settings.
     """
 
-    minutes = 0.9  # of teacher, student and rollouts
+    kind: ClassVar[type[Demo]] = ToyDemo
+    prefix: ClassVar[str] = "seed"  # of the demo's folder in the work folder
+    shared_until: ClassVar[str] = "teacher's scores"  # the first stage that cells do not share
+    distilled: ClassVar[str] = DISTILLED  # the stage of distillation with the demo's settings
+    minutes: ClassVar[float] = 0.9  # of teacher, student and rollouts
 
     def __init__(self, work: Path, seed: int) -> None:
-        self.demo = ToyDemo(work / f"seed{seed}", seed)
-        stages = self.demo.stages(online=False)
-        for stage in stages[:4]:
+        self.demo = self.kind(self.folder(work, seed), seed)
+        stages = {stage.name: stage for stage in self.demo.stages(online=False)}
+        for name, stage in stages.items():
+            if name == self.shared_until:
+                break
             stage.run()
-        self.scores, self.distillation = stages[4:6]
+        self.scores = stages["teacher's scores"]
+        self.distillation = stages[self.distilled]
+
+    @classmethod
+    def folder(cls, work: Path, seed: int) -> Path:
+        """The folder of the demo of a seed."""
+        return work / f"{cls.prefix}{seed}"
 
     def discard(self, folders: Iterable[str]) -> None:
         """Remove folders of the demo and their evaluations, which an earlier call left."""
@@ -62,10 +75,14 @@ class Shared:
         DemoStage("scores", folder, score, config).run()
         return str(config.out)
 
-    def distil(self, folder: str, **changes: Any) -> Row:
-        """Distil the student into a folder, with changed settings, and evaluate it."""
+    def train(self, folder: str, **changes: Any) -> None:
+        """Distil the student into a folder, with changed settings."""
         config = replace(self.distillation.config, out=self.demo.path(folder), **changes)
         DemoStage(folder, folder, distill, config).run()
+
+    def distil(self, folder: str, **changes: Any) -> Row:
+        """Distil the student into a folder, with changed settings, and evaluate it."""
+        self.train(folder, **changes)
         return self.demo.evaluate(folder)
 
 
@@ -103,6 +120,7 @@ class Part:
         tables: Markdown from the rows, by the name of the block that `benchmarks.readme` writes.
         figures: figures of matplotlib from the rows, by the name of their SVG in `docs`.
         command: of this part alone, as it stands in the rows.
+        shared: makes the demo of the cells.
     """
 
     name: str
@@ -110,6 +128,7 @@ class Part:
     tables: Mapping[str, Callable[[list[Row]], str]]
     figures: Mapping[str, Callable[[list[Row]], Any]]
     command: str = ""
+    shared: type[Shared] = Shared
 
     @property
     def file(self) -> str:
@@ -136,9 +155,10 @@ def missing(part: Part, out: Path, patterns: Sequence[str]) -> list[Cell]:
     ]
 
 
-def planned(todo: Sequence[Cell]) -> float:
+def planned(todo: Sequence[tuple[Part, Cell]]) -> float:
     """Minutes of these cells and of what they share."""
-    return sum(cell.minutes for cell in todo) + Shared.minutes * len({c.seed for c in todo})
+    demos = {(part.shared, cell.seed) for part, cell in todo}
+    return sum(cell.minutes for _, cell in todo) + sum(shared.minutes for shared, _ in demos)
 
 
 def run(todo: Sequence[tuple[Part, Cell]], work: Path, out: Path) -> None:
@@ -152,16 +172,17 @@ def run(todo: Sequence[tuple[Part, Cell]], work: Path, out: Path) -> None:
     torch.set_num_threads(1)  # as the demo sets it
     environment = {"transformers": transformers.__version__, **identity(torch.device("cpu"), None)}
     out.mkdir(parents=True, exist_ok=True)
-    shared: dict[int, Shared] = {}
+    made: dict[Path, Shared] = {}
     for number, (part, cell) in enumerate(todo, start=1):
         if cell.name in done(part, out):
             continue
-        with locked(work / f"seed{cell.seed}"):
-            if cell.seed not in shared:
-                shared[cell.seed] = Shared(work, cell.seed)
-            shared[cell.seed].discard(cell.results)
+        folder = part.shared.folder(work, cell.seed)
+        with locked(folder):
+            if folder not in made:
+                made[folder] = part.shared(work, cell.seed)
+            made[folder].discard(cell.results)
             began, date = time.process_time(), now()
-            measured = cell.measure(shared[cell.seed])
+            measured = cell.measure(made[folder])
             minutes = round((time.process_time() - began) / 60, 3)
         row = {"cell": cell.name, "seed": cell.seed, **measured, "minutes": minutes}
         row |= {"command": part.again(cell), **environment, "date": date}
@@ -212,7 +233,7 @@ def main(parts: Sequence[Part], arguments: Sequence[str] | None = None) -> None:
     if args.plan:
         for part, cell in todo:
             print(f"{cell.minutes:5.2f}  {part.name}  {cell.name}")
-    minutes = planned([cell for _, cell in todo])
+    minutes = planned(todo)
     print(f"{len(todo)} cells, {minutes:.0f} minutes on one quiet core", flush=True)
     if not args.plan:
         run(todo, args.work, args.out)

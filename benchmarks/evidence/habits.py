@@ -114,7 +114,7 @@ class Habits:
         """The path of the same scores, calibrated by `lopd calibrate`."""
         cache = self.cache(student, teacher)
         config = CalibrateConfig(cache=cache, out=f"{cache}-calibrated")
-        DemoStage("", "", calibrate, config).run()
+        calibrate.main(config)  # which finds what it has written
         return str(config.out)
 
     def evaluate(self, model: str, teacher: str) -> Row:

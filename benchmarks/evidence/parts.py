@@ -1,7 +1,7 @@
 """The parts of the evidence."""
 
 from benchmarks import objectives
-from benchmarks.evidence import ablations, consistency, live, overlap, sampled
+from benchmarks.evidence import ablations, consistency, live, overlap, real, sampled
 
 PARTS = (
     objectives.PART,
@@ -10,4 +10,5 @@ PARTS = (
     sampled.PART,
     ablations.PART,
     overlap.PART,
+    real.PART,
 )

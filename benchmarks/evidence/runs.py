@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.evidence.frame import Row, Shared
 from lopd.stages.demo.driver import DemoStage
 from lopd.stages.demo.report import MORE_SFT
-from lopd.stages.demo.toy import OPD_SETTINGS, TOP_K
+from lopd.stages.demo.toy import TOP_K
 
 NONE: Mapping[str, Any] = {}
 
@@ -56,7 +56,7 @@ def more_fine_tuning(shared: Shared, folder: str, factor: float = 1.0, **changes
     cost what rollouts cost.
     """
     run(shared, "control: answers", "more-data")
-    rate = factor * OPD_SETTINGS["learning_rate"]
+    rate = factor * shared.demo.task.opd["learning_rate"]
     return run(shared, MORE_SFT, folder, learning_rate=rate, **changes)
 
 

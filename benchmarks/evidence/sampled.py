@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
 from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Values, columns, compare, ratio, shown
+from benchmarks.evidence.rates import EXPLAINED, arms_of, best, best_rate, tried, tuned_alike
 from benchmarks.evidence.runs import more_fine_tuning, quality
 from lopd.stages.demo.toy import OPD_SETTINGS, TOP_K
 
@@ -29,10 +30,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 # Factors of the demo's learning rate, as many for each; a comparison of few takes the first ones.
 RATES = {
-    LISTS: (1.0, 0.5, 2.0),
-    "sampled": (0.5, 0.25, 1.0),
-    "clipped": (1.0, 0.5, 2.0),
-    CONTROL: (1.0, 0.5, 2.0),
+    LISTS: (1.0, 0.5, 2.0, 0.25),
+    "sampled": (0.5, 0.25, 1.0, 2.0),
+    "clipped": (1.0, 0.5, 2.0, 0.25),
+    CONTROL: (1.0, 0.5, 2.0, 0.25),
 }
 WORDS = {
     LISTS: f"lists of {TOP_K}",
@@ -119,49 +120,6 @@ def steps_to(row: Row, share: float) -> float:
     return math.inf
 
 
-Curves = dict[float, Values]  # by learning rate, then by seed
-
-
-def arms_of(rows: list[Row]) -> dict[str, Curves]:
-    """The measured runs of each arm."""
-    found: dict[str, Curves] = {}
-    for row in rows:
-        found.setdefault(row["arm"], {}).setdefault(row["factor"], {})[row["seed"]] = row
-    return {arm: found[arm] for arm in RATES if arm in found}
-
-
-def tuned_alike(arms: dict[str, Curves]) -> dict[str, Curves]:
-    """The runs of each arm at as many rates as every arm has, on the seeds that all of these have.
-
-    The rates are the first ones of each arm, so that none is tuned more than another. Rates and
-    arms with too few seeds are left out.
-    """
-    rates = {
-        arm: [rate for rate in RATES[arm] if len(curves.get(rate, {})) >= FEWEST]
-        for arm, curves in arms.items()
-    }
-    count = min((len(tried) for tried in rates.values() if tried), default=0)
-    kept = {
-        arm: {rate: arms[arm][rate] for rate in tried[:count]}
-        for arm, tried in rates.items()
-        if tried
-    }
-    runs = [set(by_seed) for curves in kept.values() for by_seed in curves.values()]
-    seeds = sorted(set.intersection(*runs)) if runs else []
-    return {
-        arm: {rate: {seed: by[seed] for seed in seeds} for rate, by in curves.items()}
-        for arm, curves in kept.items()
-        if seeds
-    }
-
-
-def best(curves: Curves) -> float:
-    """The rate at which an arm ends with the lowest KL."""
-    return min(
-        sorted(curves), key=lambda rate: mean(math.log(r["kl"][-1]) for r in curves[rate].values())
-    )
-
-
 def _steps(ours: Values, lists: Values, share: float) -> str:
     """Median steps to a share of the KL, how many seeds get there, and the ratio to the lists'."""
     steps = {seed: steps_to(row, share) for seed, row in ours.items()}
@@ -185,16 +143,9 @@ def _ends(runs: Values) -> Values:
     return {seed: {key: row[key][-1] for key in ("kl", "sampled")} for seed, row in runs.items()}
 
 
-def _rate(curves: Curves) -> str:
-    """The rate at which an arm ends lowest, and whether a rate beyond those tried may be better."""
-    rate = best(curves)
-    edge = len(curves) > 1 and rate in (min(curves), max(curves))
-    return f"{rate:g}{' (edge)' if edge else ''}"
-
-
 def table(rows: list[Row]) -> str:
     """Markdown: steps to shares of the start's KL, and the end, each at the arm's best rate."""
-    arms = tuned_alike(arms_of(rows))
+    arms = tuned_alike(arms_of(rows, RATES), RATES)
     if LISTS not in arms:
         return NO_ROWS
     lines = [
@@ -209,8 +160,8 @@ def table(rows: list[Row]) -> str:
         kl = math.exp(mean(math.log(row["kl"][-1]) for row in ours.values()))
         cells = [
             WORDS[arm],
-            ", ".join(f"{each:g}" for each in sorted(curves)),
-            _rate(curves),
+            tried(curves),
+            best_rate(curves),
             f"{len(ours)}",
             *(_steps(ours, lists, share) for share in SHARES),
             f"{kl:.4f}",
@@ -223,9 +174,7 @@ def table(rows: list[Row]) -> str:
         [
             *lines,
             "",
-            "Rates are factors of the demo's learning rate. Each arm is at the one that ends",
-            "lowest, chosen on the same seeds, and the intervals leave this choice out. At an",
-            "edge, a rate beyond those tried may be better; of one rate there is no choice.",
+            *EXPLAINED,
             "Steps are medians over seeds, interpolated between the evaluations after",
             f"{', '.join(map(str, STEPS[:-1]))} and {STEPS[-1]} steps; ratios are paired by seed, "
             "with 95 % intervals.",
@@ -239,7 +188,10 @@ def figure(rows: list[Row]) -> Any:
     """KL against steps of each arm at its best final rate: each seed, and their mean."""
     from matplotlib.figure import Figure
 
-    drawn, arms = Figure(figsize=(6, 3.6), layout="constrained"), tuned_alike(arms_of(rows))
+    drawn, arms = (
+        Figure(figsize=(6, 3.6), layout="constrained"),
+        tuned_alike(arms_of(rows, RATES), RATES),
+    )
     axes = drawn.subplots()
     for number, (arm, curves) in enumerate(arms.items()):
         factor = best(curves)

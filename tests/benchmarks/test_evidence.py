@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -39,30 +40,36 @@ def figure(rows):
     return drawn
 
 
-def part(name):
+class StandIn(frame.Shared):
+    """Makes no models."""
+
+    minutes = 2.0
+    made: ClassVar[list[int]] = []  # the seeds
+
+    def __init__(self, work, seed):
+        self.made.append(seed)
+        self.seed, folder = seed, self.folder(work, seed)
+        self.demo = SimpleNamespace(path=lambda name: str(folder / name))
+
+
+class Larger(StandIn):
+    minutes = 7.0
+    prefix = "larger"
+
+
+def part(name, shared=StandIn):
     def table(rows):
         return f"{name}: {len(rows)} rows"
 
-    return frame.Part(
-        name, lambda: [Counted(seed) for seed in (0, 1, 2)], {name: table}, {name: figure}
-    )
+    cells = [Counted(seed) for seed in (0, 1, 2)]
+    return frame.Part(name, lambda: cells, {name: table}, {name: figure}, shared=shared)
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """The seeds whose models were made; none is."""
-    seeds: list[int] = []
-
-    class StandIn(frame.Shared):
-        minutes = 2.0
-
-        def __init__(self, work, seed):
-            seeds.append(seed)
-            self.seed, folder = seed, work / f"seed{seed}"
-            self.demo = SimpleNamespace(path=lambda name: str(folder / name))
-
-    monkeypatch.setattr(frame, "Shared", StandIn)
-    return seeds
+    """The seeds whose models were made."""
+    monkeypatch.setattr(StandIn, "made", [])
+    return StandIn.made
 
 
 def rows_of(name, folder):
@@ -93,6 +100,16 @@ def test_parts_are_chosen_by_name_and_share_the_models_of_a_seed(tmp_path, made,
     frame.main(parts, [*common, "--table"])
     assert capsys.readouterr().out.split("\n\n")[:2] == ["one: 1 rows", "two: 0 rows"]
     assert made == [2]
+
+
+def test_parts_with_other_models_have_folders_of_their_own(tmp_path, made, capsys):
+    parts = [part("one"), part("two", Larger), part("three", Larger)]
+    common = ["--out", str(tmp_path), "--work", str(tmp_path / "work"), "--only", "a/2"]
+    frame.main(parts, [*common, "--plan"])
+    assert "3 cells, 12 minutes" in capsys.readouterr().out  # a minute each, 2 and 7 of models
+    frame.main(parts, common)
+    assert made == [2, 2]
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"seed2", "larger2"}
 
 
 def test_a_figure_is_drawn_alike_every_time(tmp_path, made):

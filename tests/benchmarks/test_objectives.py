@@ -77,7 +77,7 @@ def test_a_run_distils_with_its_own_settings_and_is_evaluated(tmp_path, monkeypa
             path=lambda name: str(tmp_path / name), evaluate=lambda name: {"evaluated": name}
         ),
     )
-    shared.distil = partial(Shared.distil, shared)
+    shared.train, shared.distil = (partial(each, shared) for each in (Shared.train, Shared.distil))
     row = objective_cells.Run("unbiased", 4, 0.5, 0).measure(shared)
     (used,) = ran
     assert (used.cache, used.out) == ("cache-k4", str(tmp_path / "unbiased-k4-lr0.5"))

@@ -1,0 +1,245 @@
+"""On the real model: each objective at learning rates of its own, and a live teacher.
+
+The cells continue finished demos (`lopd demo --task smollm2`), whose own runs are the ones at the
+demo's learning rate; `benchmarks.real_demo` has their rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp
+from statistics import mean
+from typing import Any
+
+from benchmarks import real_demo
+from benchmarks.evidence.frame import RESULTS, Cell, Part, Row, Shared, read
+from benchmarks.evidence.intervals import (
+    NO_ROWS,
+    Comparison,
+    Values,
+    columns,
+    compare,
+    mean_log_kl,
+)
+from benchmarks.evidence.rates import (
+    EXPLAINED,
+    Curves,
+    Rates,
+    arms_of,
+    best,
+    best_rate,
+    tried,
+    tuned_alike,
+)
+from benchmarks.evidence.runs import more_fine_tuning
+from benchmarks.recorder import ROOT
+from lopd.stages.demo.real import DISTILLED, OPD_STEPS, TASK, TOP_K, RealDemo
+from lopd.stages.demo.report import MORE_SFT, SAMPLED
+
+SEEDS = (0, 1, 2)
+LISTS, TOKEN, CONTROL, LIVE = "lists", "sampled", "control", "live"
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    LISTS: {},
+    TOKEN: {"objective": "policy_gradient"},
+    LIVE: {"refresh_every": 1},
+}
+RATES: Rates = {
+    LISTS: (1.0, 2.0, 0.5),
+    TOKEN: (1.0, 0.5, 0.25),
+    CONTROL: (1.0, 2.0, 0.5),
+}
+ENDS: Rates = {LISTS: (1.0,), LIVE: (1.0,), CONTROL: (1.0,)}  # what is compared with a live teacher
+OFFLINE = ("student's rollouts", "teacher's scores", DISTILLED)  # stages of the offline run
+OF_THE_DEMO = {DISTILLED: LISTS, SAMPLED: TOKEN, MORE_SFT: CONTROL}  # its runs, by arm
+WORDS = {
+    LISTS: f"lists of {TOP_K}",
+    TOKEN: "sampled token",
+    CONTROL: "control: more fine-tuning",
+    LIVE: f"live teacher, lists of {TOP_K}",
+}
+MEASURES = ("kl", "kl_interval", "held_out_kl", "held_out_kl_interval")
+MEASURES += ("sampled", "sampled_interval", "greedy", "greedy_interval")
+
+
+class RealShared(Shared):
+    """What the cells of one seed share: the models and stored answers of `lopd demo`."""
+
+    kind = RealDemo
+    prefix = "real-seed"
+    shared_until = "teacher"  # the first model that is evaluated
+    distilled = DISTILLED
+    minutes = 9.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """The student after one objective at one learning rate, or with a live teacher."""
+
+    arm: str
+    factor: float  # of the demo's learning rate
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/lr{self.factor:g}/seed{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        return f"real-{self.arm}-lr{self.factor:g}"
+
+    @property
+    def minutes(self) -> float:
+        return 10.0 if self.arm == LIVE else 5.5
+
+    @property
+    def results(self) -> Sequence[str]:
+        return [self.folder]
+
+    def measure(self, shared: Shared) -> Row:
+        began = time.process_time()
+        if self.arm == CONTROL:
+            more_fine_tuning(shared, self.folder, self.factor)
+        else:
+            settings: dict[str, Any] = {"learning_rate": self.factor * TASK.opd["learning_rate"]}
+            settings |= OBJECTIVES[self.arm]
+            if "refresh_every" in settings:
+                settings["teacher"] = shared.demo.path("teacher")
+            shared.train(self.folder, **settings)
+        seconds = time.process_time() - began
+        found = shared.demo.evaluate(self.folder)
+        row = {"arm": self.arm, "factor": self.factor, "steps": OPD_STEPS, "cpu_seconds": seconds}
+        return row | {name: found[name] for name in MEASURES}
+
+
+def cells() -> Sequence[Cell]:
+    """Seed by seed; the runs at the demo's learning rate are the demo's own."""
+    grid = [(arm, factor) for arm, factors in RATES.items() for factor in factors if factor != 1.0]
+    return [Run(arm, factor, seed) for seed in SEEDS for arm, factor in [*grid, (LIVE, 1.0)]]
+
+
+def with_the_demo(rows: list[Row]) -> list[Row]:
+    """The rows of the part, and those of the demo's own runs, which have the demo's rate."""
+    own = [
+        {**row, "arm": OF_THE_DEMO[row["stage"]], "factor": 1.0}
+        for row in _demo()
+        if row["stage"] in OF_THE_DEMO
+    ]
+    return [*own, *rows] if rows else []
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: each objective at its best rate, against the control and the lists at theirs."""
+    arms = _arms(rows, RATES)
+    if CONTROL not in arms:
+        return NO_ROWS
+    ends = {arm: curves[best(curves)] for arm, curves in arms.items()}
+    lines = [
+        "| objective | rates tried | rate | seeds | KL, new answers | of each seed "
+        "| KL / the control's | held-out KL / the control's | right, sampled "
+        "| minus the control's, points |",
+        f"| --- | --- |{' ---: |' * 8}",
+    ]
+    for arm, curves in arms.items():
+        ours = ends[arm]
+        new, points = columns(compare(ours, ends[CONTROL]))
+        held_out, _ = columns(compare(held(ours), held(ends[CONTROL])))
+        cells = [
+            WORDS[arm],
+            tried(curves),
+            best_rate(curves),
+            f"{len(ours)}",
+            f"{exp(mean_log_kl(ours)):.2f}",
+            " / ".join(f"{row['kl']:.2f}" for row in ours.values()),
+            *(("1", "1") if arm == CONTROL else (new, held_out)),
+            f"{mean(row['sampled'] for row in ours.values()):.2f}",
+            "0" if arm == CONTROL else points,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *EXPLAINED,
+            f"{OPD_STEPS} steps each; ratios and points are paired by seed, with 95 % intervals.",
+        ]
+    )
+
+
+def held(runs: Values) -> Values:
+    """Runs with the KL on held-out answers in the place of that on new ones."""
+    return {seed: row | {"kl": row["held_out_kl"]} for seed, row in runs.items()}
+
+
+def live_table(rows: list[Row]) -> str:
+    """Markdown: offline and with a live teacher, at the demo's rate; and what either costs."""
+    ends = {arm: curves[1.0] for arm, curves in _arms(rows, ENDS).items()}
+    if not {LISTS, LIVE} <= ends.keys():
+        return NO_ROWS
+    lines = [
+        "| run | seeds | KL, new answers | of each seed | KL, offline / it "
+        "| held-out KL, offline / it | right, sampled | offline minus it, points |",
+        f"| --- |{' ---: |' * 7}",
+    ]
+    for arm, runs in ends.items():
+        new, points = columns(compare(ends[LISTS], runs))
+        held_out, _ = columns(compare(held(ends[LISTS]), held(runs)))
+        cells = [
+            f"{WORDS[arm]}, offline" if arm == LISTS else WORDS[arm],
+            f"{len(runs)}",
+            f"{exp(mean_log_kl(runs)):.2f}",
+            " / ".join(f"{row['kl']:.2f}" for row in runs.values()),
+            *(("1", "1") if arm == LISTS else (new, held_out)),
+            f"{mean(row['sampled'] for row in runs.values()):.2f}",
+            "0" if arm == LISTS else points,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    costs = [f"{found:.2f} (seed {seed})" for seed, found in live_costs(rows).items()]
+    if costs:
+        lines += [
+            "",
+            "CPU seconds of the live run over those of rollouts, scores and training offline: "
+            f"{', '.join(costs)}.",
+        ]
+    return "\n".join(lines)
+
+
+def live_costs(rows: list[Row]) -> dict[int, float]:
+    """CPU seconds of the live run over those of the whole offline run, by seed.
+
+    Seeds whose demo did not record them are left out.
+    """
+    demo = {(row["seed"], row["stage"]): row.get("cpu_seconds") for row in _demo()}
+    costs = {}
+    for row in rows:
+        parts = [demo.get((row["seed"], name)) for name in OFFLINE]
+        if row["arm"] == LIVE and None not in parts:
+            costs[row["seed"]] = row["cpu_seconds"] / sum(parts)
+    return costs
+
+
+def against(rows: list[Row], arm: str, base: str, rates: Rates = RATES) -> Comparison | None:
+    """An arm at its best rate against another at its own; None if the seeds are too few."""
+    arms = _arms(rows, rates)
+    if arm not in arms or base not in arms:
+        return None
+    return compare(*(arms[each][best(arms[each])] for each in (arm, base)))
+
+
+def _arms(rows: list[Row], rates: Rates) -> dict[str, Curves]:
+    return tuned_alike(arms_of(with_the_demo(rows), rates), rates)
+
+
+def _demo() -> list[Row]:
+    """The rows of whole demos."""
+    return [row for row in read(ROOT / RESULTS / real_demo.NAME) if not row["quick"]]
+
+
+PART = Part(
+    "real",
+    cells,
+    tables={"real rates": table, "real live": live_table},
+    figures={},
+    shared=RealShared,
+)
