@@ -30,10 +30,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 # Factors of the demo's learning rate, as many for each; a comparison of few takes the first ones.
 RATES = {
-    LISTS: (1.0, 0.5, 2.0),
-    "sampled": (0.5, 0.25, 1.0),
-    "clipped": (1.0, 0.5, 2.0),
-    CONTROL: (1.0, 0.5, 2.0),
+    LISTS: (1.0, 0.5, 2.0, 0.25),
+    "sampled": (0.5, 0.25, 1.0, 2.0),
+    "clipped": (1.0, 0.5, 2.0, 0.25),
+    CONTROL: (1.0, 0.5, 2.0, 0.25),
 }
 WORDS = {
     LISTS: f"lists of {TOP_K}",
