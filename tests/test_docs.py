@@ -99,6 +99,26 @@ def test_links_between_the_documents_lead_somewhere(page):
             assert file.exists(), f"{page} links to {target}"
 
 
+def anchors(text):
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
+    return {re.sub(r"\s", "-", heading) for heading in plain}
+
+
+def test_anchors_are_those_of_the_headings_outside_of_code():
+    text = "# A title\n```sh\n# a comment\n```\n### `a_b`, and more: 2.\n"
+    assert anchors(text) == {"a-title", "a_b-and-more-2"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_headings_lead_to_one(page):
+    for target, anchor in re.findall(r"\]\(((?:[\w./-]+\.md)?)#([\w-]+)\)", TEXTS[page]):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert anchor in anchors(file.read_text(encoding="utf-8")), f"{page}: {target}#{anchor}"
+
+
 def test_the_layout_page_lists_every_module_with_its_docstring():
     layout = load("layout")
     assert TEXTS["docs/layout.md"] == layout.page(), "run python docs/layout.py"
