@@ -12,10 +12,12 @@ from dataclasses import replace
 import pytest
 from helpers_demo import TinyRealDemo, shrink_toy_demo
 
-from benchmarks import readme
+from benchmarks import offlist, readme
 from benchmarks.evidence import (
     ablations,
+    again,
     claims,
+    command,
     consistency_cells,
     consistency_tables,
     frame,
@@ -78,26 +80,37 @@ def work(tmp_path_factory):
     gc.unfreeze()
 
 
-def kinds(part):
-    """The last cell of each kind, of one seed; names of one kind differ in numbers only."""
+def names(part):
+    """The names of all cells of one seed."""
     first, *_ = cells = part.cells()
-    names = [cell.name for cell in cells if cell.seed == first.seed]
-    return list({re.sub(r"\d+(\.\d+)?", "#", name): name for name in names}.values())
+    return [cell.name for cell in cells if cell.seed == first.seed]
 
 
-def rehearse(part, names, work, out):
-    """Measure cells, and make tables, figures and claims as if more seeds had the same rows."""
+def kinds(part):
+    """The last cell of each kind; names of one kind differ in numbers only."""
+    return list({re.sub(r"\d+(\.\d+)?", "#", name): name for name in names(part)}.values())
+
+
+def rehearse(part, cells, work, out):
+    """Measure cells of a seed; tables, figures, claims and a check as if others had their rows."""
     options = ["--work", str(work), "--out", str(out)]
-    frame.main([part], [*options, "--only", *names])
+    command.main([part], [*options, "--only", *cells])
     rows = frame.read(out / part.file)
-    assert sorted(row["cell"] for row in rows) == sorted(names)
+    assert sorted(row["cell"] for row in rows) == sorted(cells)
     seeds = range(rows[0]["seed"], rows[0]["seed"] + FEWEST)
-    lines = [json.dumps(row | {"seed": seed}) + "\n" for seed in seeds for row in rows]
-    (out / part.file).write_text("".join(lines), encoding="utf-8")
-    frame.main([part], [*options, "--table"])
+    rows = [
+        row | {"seed": seed, "cell": row["cell"].replace(f"seed{seeds[0]}", f"seed{seed}")}
+        for seed in seeds
+        for row in rows
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (out / part.file).write_text(text, encoding="utf-8")
+    command.main([part], [*options, "--table"])
     frame.draw(part, out)
     assert all((out / f"{name}.svg").stat().st_size for name in part.figures)
     assert claims.table(lambda name: frame.read(out / name) or readme.read_rows(name))
+    measured = [(part, cell) for cell in part.cells() if cell.name in cells]
+    assert f" of {len(cells)} cells: " in again.report(measured, out, out)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
@@ -108,6 +121,12 @@ def test_every_kind_of_cell_runs_and_is_tabulated(part, work, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_every_cell_of_a_seed_runs_and_is_tabulated(part, work, tmp_path):
-    first, *_ = cells = part.cells()
-    names = [cell.name for cell in cells if cell.seed == first.seed]
-    rehearse(part, names, work, tmp_path)
+    rehearse(part, names(part), work, tmp_path)
+
+
+def test_the_demo_of_the_evidence_is_measured_outside_the_lists(work, tmp_path):
+    offlist.main(["--work", str(work), "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / offlist.NAME).read_text().splitlines()]
+    assert [(row["at"], row["k"]) for row in rows] == [
+        (at, k) for at in ("start", "end") for k in offlist.DEMO_LISTS
+    ]

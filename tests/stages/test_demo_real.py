@@ -8,6 +8,7 @@ import torch
 from helpers_demo import TINY, TinyRealDemo, tiny_llama
 from helpers_stages import one_line
 
+from benchmarks import real_demo
 from lopd.cli import main
 from lopd.evaluation.grading import exact_grader
 from lopd.stages import demo as demos
@@ -57,6 +58,20 @@ def test_finished_demo_prints_table_and_answers_again(out, capsys):
         assert f" {name} " in printed
     assert f"{TINY.steps} steps took the KL to the teacher from" in printed
     assert "[1/" not in printed
+
+
+@pytest.mark.thorough
+def test_the_benchmark_has_rows_and_tables_of_a_finished_demo(out, tmp_path, monkeypatch):
+    monkeypatch.setitem(demos.TASKS, "smollm2", TinyRealDemo)
+    real_demo.main(["--folder", str(out), "--out", str(tmp_path)])
+    lines = (tmp_path / real_demo.NAME).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["stage"] for row in rows} == {*TASK.costs, real_demo.ANSWERS}
+    for table in (
+        real_demo.table, real_demo.short_table, real_demo.against_control, real_demo.parts,
+        real_demo.answers,
+    ):  # fmt: skip
+        assert table(rows).count("\n|") >= 3
 
 
 @pytest.mark.thorough
