@@ -201,8 +201,8 @@ def test_one_template_makes_the_prompts_of_every_teacher(world, tmp_path, capsys
     folders = {}
     for name in NAMES:
         folders[name] = shutil.copytree(world / name, tmp_path / name)
-        chat = "{% for turn in messages %}{{ turn.content }}{% endfor %} " + TEXT.split()[-len(name)]
-        (folders[name] / "chat_template.jinja").write_text(chat + f" {len(name)}")
+        chat = "{% for turn in messages %}{{ turn.content }}{% endfor %} " + name
+        (folders[name] / "chat_template.jinja").write_text(chat)
     text = "{{ chat(messages) }}{% if domain == 'math' %} the cat{% endif %}"
     (tmp_path / "hint.jinja").write_text(text)
     flags, out = ("--teacher-template", str(tmp_path / "hint.jinja")), tmp_path / "cache"
