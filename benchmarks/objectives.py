@@ -1,6 +1,6 @@
 """Which form of the reverse KL trains best? A grid of runs on the demo's task.
 
-    python -m benchmarks.objectives [--plan] [--only PATTERN ...] [--work DIR] [--out DIR]
+    python -m benchmarks.objectives [--plan] [--only PATTERN ...] [--again] [--work DIR] [--out DIR]
 
 For each seed, the demo's teacher and fine-tuned student are trained, the student is rolled out
 once, and the teacher scores these rollouts at every length of list. A cell distils the student with
@@ -9,14 +9,16 @@ sampled pass@1, and the exact KL to the teacher over the whole vocabulary, on th
 answers. Other cells leave out gradients outside the lists, or measure bias and noise of each form's
 gradient with respect to the weights.
 
-It is a part of the evidence, whose frame (`benchmarks.evidence.frame`) has the options.
+It is a part of the evidence, whose command (`benchmarks.evidence.command`) has the options.
 """
 
-from benchmarks.evidence.frame import Part, main
+from benchmarks.evidence.command import main
+from benchmarks.evidence.frame import Part
 from benchmarks.evidence.objective_cells import cells
 from benchmarks.evidence.objective_tables import (
     gradient_table,
     left_out_table,
+    measures,
     training_table,
     verdict,
 )
@@ -32,6 +34,7 @@ PART = Part(
     },
     figures={},
     command="python -m benchmarks.objectives",
+    measures=measures,
 )
 
 if __name__ == "__main__":

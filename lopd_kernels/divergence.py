@@ -334,8 +334,10 @@ def linear_sparse_divergence(
         importance_cap: upper bound on w; None is no bound. A cap trades bias for variance.
         row_weights: [N] float w_n, or a bool mask. A row of weight 0 or without ids has loss and
             gradient 0, whatever it holds.
-        reduction: "mean" is sum_n w_n L_n / sum_n w_n (0 where that is 0), "sum" leaves the
-            divisor out, "none" is w_n L_n [N].
+        reduction: "mean" is sum_n w_n L_n / sum_n w_n, "sum" leaves the divisor out, "none" is
+            w_n L_n [N]. A mean over nothing (N = 0, or all weights 0) is 0 with gradients of 0, so
+            that a process without tokens can take part in a step; only the caller can know that
+            a whole step has none.
         bias: [V], added before the scale.
         logit_scale, softcap, temperature: of the student's logits, as above. There is no factor
             temperature^2.

@@ -295,7 +295,7 @@ def linear_cross_entropy(
         ignore_index: a label; its rows have weight 0.
         row_weights: [N] float w_n, or a bool mask.
         reduction: as in `linear_sparse_divergence`; "mean" divides by the sum of the weights of
-            the rows that are not ignored.
+            the rows that are not ignored. If all are ignored it is 0, where torch's is NaN.
 
     The other arguments are those of `linear_sparse_divergence`; for `dense_share` and `tolerance`
     the label is the list.

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers_training import make_rollouts, make_scored, tiny_model, tiny_moe
+from helpers_training import make_rollouts, make_scored, tiny_model, tiny_moe, without_loss
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -30,12 +30,15 @@ MODELS = {
     "moe": ("moe", None),
     "left-out": ("qwen3", None),
     "weighted": ("qwen3", None),
+    "idle": ("qwen3", None),
+    "idle-weighted": ("qwen3", None),
 }
 # The objective of a model; the reverse KL of others.
 OBJECTIVES = {
     # the gradient is computed in the backward
     "left-out": Objective("reverse_kl", tolerance=0.05),
     "weighted": Objective("reverse_kl", token_weights="divergence_rank"),
+    "idle-weighted": Objective("reverse_kl", token_weights="divergence_rank"),
 }
 WRAPPERS = ("ddp", "fsdp2", "fsdp2-head-alone")
 
@@ -75,10 +78,16 @@ def wrap(model, wrapper):
     return model
 
 
-def batches():
-    """A batch for each process, of different lengths, and the normaliser of both."""
+def batches(name):
+    """A batch for each process, of different lengths, and the normaliser of both.
+
+    In the models called idle the last process has no token with loss.
+    """
     items = make_scored(make_rollouts(4 * WORLD))
-    made = [Collator()(items[rank::WORLD]) for rank in range(WORLD)]
+    shares = [items[rank::WORLD] for rank in range(WORLD)]
+    if name.startswith("idle"):
+        shares[-1] = [without_loss(item) for item in shares[-1]]
+    made = [Collator()(share) for share in shares]
     return made, float(sum(len(batch["labels"]) for batch in made))
 
 
@@ -96,7 +105,7 @@ def gradients(model):
 
 def one_process(name):
     """Loss and gradients of the whole step without any wrapper."""
-    model, (made, tokens), total = build(name), batches(), 0.0
+    model, (made, tokens), total = build(name), batches(name), 0.0
     for batch in made:
         loss, _ = step(model, batch, objective_of(name), tokens)
         loss.backward()
@@ -109,8 +118,8 @@ def rank_main(rank, folder, cases):
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     try:
-        made, tokens = batches()
         for name, wrapper in cases:
+            made, tokens = batches(name)
             model = wrap(build(name), wrapper)
             check_trainable(model)
             check_head(model)

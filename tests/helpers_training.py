@@ -1,5 +1,6 @@
 """Tiny models and random data for the tests of training."""
 
+from dataclasses import replace
 from inspect import isfunction, signature
 
 import numpy as np
@@ -117,6 +118,12 @@ def make_rollouts(count=12, seed=0, shortest=3, longest=9, truncated=(), vocab=V
             )
         )
     return rollouts
+
+
+def without_loss(item):
+    """A scored sequence whose mask leaves nothing to train on."""
+    mask = np.zeros(len(item.rollout.tokens), bool)
+    return replace(item, rollout=replace(item.rollout, loss_mask=mask))
 
 
 def make_scored(rollouts, k=4, seed=1):

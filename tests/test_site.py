@@ -15,7 +15,7 @@ pages = load("pages")
 COMMANDS_PAGE = pages.commands_page()
 OF_OTHERS = {  # flags of other tools
     "docs/design.md": {"update"},
-    "docs/evidence.md": {"part", "only", "plan"},  # of benchmarks.evidence
+    "docs/evidence.md": {"part", "only", "plan", "again", "sample"},  # of benchmarks.evidence
     "docs/losses.md": {"repo-id"},  # of kernel-builder
     "docs/how-to/many-nodes.md": {"parsable", "dependency", "gpus"},
     "docs/pipeline.md": {"no-deps"},  # of pip

@@ -88,14 +88,14 @@ def claims(read: Read) -> Iterable[tuple[str, str, str, str]]:
             "(ours) A few ids of each list carry most of what the teacher says",
             equal(lists),
             f"lists of 2, against lists of 8: {words(lists)}",
-            "python -m benchmarks.objectives",
+            "python -m benchmarks.objectives --again --only 'list+sampled/k[28]/lr1/*'",
         )
 
 
 def against_live(read: Read) -> Iterable[tuple[str, str, str, str]]:
     """The claims about offline training and a live teacher."""
     demo, rows = read(demo_seeds.NAME), read(live.PART.file)
-    again = "python -m benchmarks.evidence --part live"
+    again = "python -m benchmarks.evidence --part live --again"
     claim = "Offline training ends where training with a live teacher ends"
     first = compared(demo, DISTILLED, ONLINE)
     yield (
@@ -116,7 +116,7 @@ def against_live(read: Read) -> Iterable[tuple[str, str, str, str]]:
 
 def mismatches(rows: list[Row]) -> Iterable[tuple[str, str, str, str]]:
     """The claims about optima and other teachers, from the rows of `consistency`."""
-    again = "python -m benchmarks.evidence --part consistency"
+    again = "python -m benchmarks.evidence --part consistency --again"
     ended = compare(*(found(rows, "A", "A", each) for each in (FROZEN_LONG, LIVE_LONG)))
     claim = "Offline and live training have the same optimum, the teacher"
     said = f"{LONG} steps, offline against live: {words(ended)}"
@@ -161,7 +161,7 @@ def nearness(rows: list[Row]) -> Iterable[tuple[str, str, str, str]]:
             near(means, within),
             f"mean of p / r on the rollouts it was trained on: {shown(means, '.2f')}; tokens "
             f"within a quarter of 1: {shown(within, '.2f')}",
-            "python -m benchmarks.evidence --part live",
+            "python -m benchmarks.evidence --part live --again",
         )
 
 

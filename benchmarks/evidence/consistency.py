@@ -8,7 +8,13 @@ between A and B. Where the teachers differ, `lopd distill` is told to train all 
 """
 
 from benchmarks.evidence.consistency_cells import cells
-from benchmarks.evidence.consistency_tables import dose_table, figure, gap_table, grid_table
+from benchmarks.evidence.consistency_tables import (
+    dose_table,
+    figure,
+    gap_table,
+    grid_table,
+    measures,
+)
 from benchmarks.evidence.frame import Part
 
 PART = Part(
@@ -16,4 +22,5 @@ PART = Part(
     cells,
     tables={"consistency grid": grid_table, "gaps": gap_table, "doses": dose_table},
     figures={"consistency": figure},
+    measures=measures,
 )

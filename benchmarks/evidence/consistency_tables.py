@@ -17,7 +17,7 @@ from benchmarks.evidence.consistency_cells import (
     SAMPLED,
     SHORT,
 )
-from benchmarks.evidence.frame import Row
+from benchmarks.evidence.frame import Measure, Row, quality_measures
 from benchmarks.evidence.intervals import (
     FEWEST,
     IN_PART,
@@ -85,6 +85,12 @@ def found(rows: Sequence[Row], sft: str, opd: str, setting: Setting | None) -> V
         for row in chosen
         if row["steps"] and Setting(row["objective"], row["live"], row["steps"]) == setting
     }
+
+
+def measures(row: Row) -> dict[str, Measure]:
+    """The quality of a run; before distillation also the disagreement of the teachers."""
+    apart = {} if row["steps"] else {"KL(A ‖ teacher)": Measure(row["disagreement"])}
+    return quality_measures(row) | apart
 
 
 def own(setting: Setting) -> Setting:

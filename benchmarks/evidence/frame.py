@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import shutil
@@ -111,6 +110,35 @@ class Cell(Protocol):
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A number that the tables take from a row.
+
+    Attributes:
+        value: the number.
+        interval: its 95 % interval over new prompts, if the row has one.
+        geometric: whether the tables take geometric means of it over seeds.
+    """
+
+    value: float
+    interval: tuple[float, float] | None = None
+    geometric: bool = False
+
+
+def measure_of(row: Row, key: str, *, geometric: bool = False) -> Measure:
+    """A field of a row, with the interval that stands beside it, if one does."""
+    own = row.get(f"{key}_interval")
+    return Measure(row[key], None if own is None else (own[0], own[1]), geometric)
+
+
+def quality_measures(row: Row, prefix: str = "") -> dict[str, Measure]:
+    """The KL and sampled pass@1 of a run, from its row or from a part of that."""
+    return {
+        f"{prefix}KL": measure_of(row, "kl", geometric=True),
+        f"{prefix}pass@1": measure_of(row, "sampled"),
+    }
+
+
+@dataclass(frozen=True)
 class Part:
     """One question: its cells, in the order in which they are measured, and its tables.
 
@@ -119,8 +147,9 @@ class Part:
         cells: all cells; seeds outermost, so that a part of them is already an answer.
         tables: Markdown from the rows, by the name of the block that `benchmarks.readme` writes.
         figures: figures of matplotlib from the rows, by the name of their SVG in `docs`.
-        command: of this part alone, as it stands in the rows.
+        command: of this part alone, as it stands in the rows; "" is that of `benchmarks.evidence`.
         shared: makes the demo of the cells.
+        measures: the numbers that the tables take from a row, by name.
     """
 
     name: str
@@ -129,15 +158,16 @@ class Part:
     figures: Mapping[str, Callable[[list[Row]], Any]]
     command: str = ""
     shared: type[Shared] = Shared
+    measures: Callable[[Row], dict[str, Measure]] = quality_measures
 
     @property
     def file(self) -> str:
         return f"{self.name}.jsonl"
 
     def again(self, cell: Cell) -> str:
-        """The command that measures a cell."""
+        """The command that measures a cell once more, and compares."""
         command = self.command or f"python -m benchmarks.evidence --part {self.name}"
-        return f"{command} --only '{cell.name}'"
+        return f"{command} --again --only '{cell.name}'"
 
 
 def done(part: Part, out: Path) -> set[str]:
@@ -145,14 +175,9 @@ def done(part: Part, out: Path) -> set[str]:
     return {row["cell"] for row in read(out / part.file)}
 
 
-def missing(part: Part, out: Path, patterns: Sequence[str]) -> list[Cell]:
-    """The cells of a part that match a pattern and have no row yet."""
-    known = done(part, out)
-    return [
-        cell
-        for cell in part.cells()
-        if cell.name not in known and any(fnmatch.fnmatch(cell.name, each) for each in patterns)
-    ]
+def matching(part: Part, patterns: Sequence[str]) -> list[Cell]:
+    """The cells of a part whose names match a pattern."""
+    return [c for c in part.cells() if any(fnmatch.fnmatch(c.name, each) for each in patterns)]
 
 
 def planned(todo: Sequence[tuple[Part, Cell]]) -> float:
@@ -171,6 +196,7 @@ def run(todo: Sequence[tuple[Part, Cell]], work: Path, out: Path) -> None:
     """
     torch.set_num_threads(1)  # as the demo sets it
     environment = {"transformers": transformers.__version__, **identity(torch.device("cpu"), None)}
+    environment["instructions"] = torch.backends.cpu.get_cpu_capability()  # they decide rounding
     out.mkdir(parents=True, exist_ok=True)
     made: dict[Path, Shared] = {}
     for number, (part, cell) in enumerate(todo, start=1):
@@ -209,33 +235,3 @@ def draw(part: Part, out: Path) -> None:
     for name, figure in part.figures.items() if rows else ():
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
             figure(rows).savefig(folder / f"{name}.svg", metadata={"Date": None})
-
-
-def main(parts: Sequence[Part], arguments: Sequence[str] | None = None) -> None:
-    """The command line of some parts."""
-    names = [part.name for part in parts]
-    parser = argparse.ArgumentParser(description="Measure the cells that have no row yet.")
-    if len(names) > 1:
-        parser.add_argument("--part", nargs="+", choices=names, default=names)
-    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names of cells")
-    parser.add_argument("--plan", action="store_true", help="list the cells, and run none")
-    parser.add_argument("--table", action="store_true", help="print the tables, and run none")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of models and rollouts")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
-    args = parser.parse_args(arguments)
-    chosen = [part for part in parts if len(names) == 1 or part.name in args.part]
-    if args.table:
-        for part in chosen:
-            for table in part.tables.values():
-                print(table(read(args.out / part.file)), end="\n\n")
-        return
-    todo = [(part, cell) for part in chosen for cell in missing(part, args.out, args.only)]
-    if args.plan:
-        for part, cell in todo:
-            print(f"{cell.minutes:5.2f}  {part.name}  {cell.name}")
-    minutes = planned(todo)
-    print(f"{len(todo)} cells, {minutes:.0f} minutes on one quiet core", flush=True)
-    if not args.plan:
-        run(todo, args.work, args.out)
-        for part in chosen:
-            draw(part, args.out)

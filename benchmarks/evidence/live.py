@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from statistics import mean
 
-from benchmarks.evidence.frame import Part, Row
+from benchmarks.evidence.frame import Measure, Part, Row, quality_measures
 from benchmarks.evidence.intervals import (
     FEWEST,
     IN_PART,
@@ -33,6 +33,8 @@ from benchmarks.evidence.intervals import (
     shown,
 )
 from benchmarks.evidence.live_cells import OBJECTIVES, PARTS, cells
+
+DRIFT = ("mean", "within a quarter", "ess", "kl")  # the columns of its table
 
 
 def of(rows: Sequence[Row], objective: str) -> list[Row]:
@@ -56,6 +58,25 @@ def _total(row: Row, seconds: str) -> float:
     return sum(part[seconds] for part in row["offline"].values())
 
 
+def alone(row: Row) -> float:
+    """CPU seconds of the live run over those of the offline run's training."""
+    return float(row["live"]["processor"] / row["offline"]["training"]["processor"])
+
+
+def measures(row: Row) -> dict[str, Measure]:
+    """Ends and costs of the runs, and the drift."""
+    found: dict[str, Measure] = {}
+    for run, quality in row["quality"].items():
+        found |= quality_measures(quality, f"{run}: ")
+    for seconds in ("processor", "clock"):
+        name = f"live / offline, {seconds}"
+        found[name] = Measure(row["live"][seconds] / _total(row, seconds), geometric=True)
+    found["live / training alone"] = Measure(alone(row), geometric=True)
+    for rollouts, drift in row["drift"].items():
+        found |= {f"drift, {rollouts}: {key}": Measure(drift[key]) for key in DRIFT}
+    return found
+
+
 def cost_table(rows: list[Row]) -> str:
     """Markdown: shares of the offline run's parts, and ratios of the live run."""
     lines = [
@@ -71,14 +92,11 @@ def cost_table(rows: list[Row]) -> str:
             mean(r["offline"][part]["processor"] / _total(r, "processor") for r in chosen)
             for part in PARTS
         ]
-        alone = ratio(
-            [r["live"]["processor"] / r["offline"]["training"]["processor"] for r in chosen]
-        )
         found = [times(rows, objective, seconds) for seconds in ("processor", "clock")]
         cells = [
             objective,
             *(f"{share:.0%}" for share in shares),
-            *(shown(each, ".2f") for each in (*found, alone)),
+            *(shown(each, ".2f") for each in (*found, ratio([alone(r) for r in chosen]))),
             str(len(chosen)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -127,7 +145,7 @@ def drift_table(rows: list[Row]) -> str:
         chosen = of(rows, objective)
         for rollouts in chosen[0]["drift"] if len(chosen) >= FEWEST else ():
             cells = [objective, rollouts]
-            for key in ("mean", "within a quarter", "ess", "kl"):
+            for key in DRIFT:
                 values = [row["drift"][rollouts][key] for row in chosen]
                 cells.append(f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
             cells.append(str(len(chosen)))
@@ -151,4 +169,5 @@ PART = Part(
     cells,
     tables={"live cost": cost_table, "live ends": ends_table, "drift": drift_table},
     figures={},
+    measures=measures,
 )

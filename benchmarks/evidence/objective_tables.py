@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from statistics import mean
 
-from benchmarks.evidence.frame import SEEDS, Row
+from benchmarks.evidence.frame import SEEDS, Measure, Row, quality_measures
 from benchmarks.evidence.intervals import (
     NOT,
     REPRODUCED,
@@ -58,6 +58,17 @@ class Runs:
         """A form against the bucket, each at the best of the learning rates that both have."""
         ours, base = self.best(form, k, BASE), self.best(BASE, k, form)
         return None if ours is None or base is None else compare(ours, base)
+
+
+def measures(row: Row) -> dict[str, Measure]:
+    """Bias and noise of each form, or the quality of a run."""
+    if "gradients" not in row:
+        return quality_measures(row)
+    return {
+        f"{key}, {form}": Measure(found[key])
+        for form, found in row["gradients"].items()
+        for key in ("bias", "noise")
+    }
 
 
 def _cells(comparison: Comparison | None, rows: Values | None) -> list[str]:

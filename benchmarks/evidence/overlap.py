@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import correlation
 from typing import Any, ClassVar
 
-from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
+from benchmarks.evidence.frame import SEEDS, Cell, Measure, Part, Row, Shared, quality_measures
 from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Interval, ratio, shown
 from benchmarks.evidence.runs import more_fine_tuning, quality, run, scored
 from lopd.config.objective import Objective
@@ -107,6 +107,16 @@ def correlated(x: Sequence[float], y: Sequence[float]) -> Interval:
     return r, math.tanh(z - half), math.tanh(z + half)
 
 
+def measures(row: Row) -> dict[str, Measure]:
+    """The start's nearness to the teacher, the ends of the runs, and the gaps."""
+    found = {name: Measure(row[name]) for name in ("topk_overlap", "shared_probability")}
+    for name in ("start", "offline", "live", "control"):
+        found |= quality_measures(row[name], f"{name}: ")
+    for other in ("live", "control"):
+        found[f"KL, offline / {other}"] = Measure(math.exp(log_gap(row, other)), geometric=True)
+    return found
+
+
 def table(rows: list[Row]) -> str:
     """Markdown: each start, and offline against live and against the control."""
     lines = [
@@ -189,4 +199,5 @@ PART = Part(
     cells,
     tables={"starts": table, "predictors": correlations},
     figures={"overlap": figure},
+    measures=measures,
 )

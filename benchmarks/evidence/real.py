@@ -14,7 +14,17 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import real_demo
-from benchmarks.evidence.frame import RESULTS, Cell, Part, Row, Shared, read
+from benchmarks.evidence.frame import (
+    RESULTS,
+    Cell,
+    Measure,
+    Part,
+    Row,
+    Shared,
+    measure_of,
+    quality_measures,
+    read,
+)
 from benchmarks.evidence.intervals import (
     NO_ROWS,
     Comparison,
@@ -127,6 +137,11 @@ def with_the_demo(rows: list[Row]) -> list[Row]:
         if row["stage"] in OF_THE_DEMO
     ]
     return [*own, *rows] if rows else []
+
+
+def measures(row: Row) -> dict[str, Measure]:
+    """The quality of a run, and its KL on held-out answers."""
+    return quality_measures(row) | {"held-out KL": measure_of(row, "held_out_kl", geometric=True)}
 
 
 def table(rows: list[Row]) -> str:
@@ -242,4 +257,5 @@ PART = Part(
     tables={"real rates": table, "real live": live_table},
     figures={},
     shared=RealShared,
+    measures=measures,
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, ClassVar
 
-from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
+from benchmarks.evidence.frame import SEEDS, Cell, Measure, Part, Row, Shared, quality_measures
 from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Values, columns, compare, ratio, shown
 from benchmarks.evidence.rates import EXPLAINED, arms_of, best, best_rate, tried, tuned_alike
 from benchmarks.evidence.runs import more_fine_tuning, quality
@@ -143,6 +143,12 @@ def _ends(runs: Values) -> Values:
     return {seed: {key: row[key][-1] for key in ("kl", "sampled")} for seed, row in runs.items()}
 
 
+def measures(row: Row) -> dict[str, Measure]:
+    """The end of a run, and its steps to shares of the start's KL."""
+    steps = {f"steps to {x:g} of the KL": Measure(steps_to(row, x), geometric=True) for x in SHARES}
+    return quality_measures(_ends({0: row})[0]) | steps
+
+
 def table(rows: list[Row]) -> str:
     """Markdown: steps to shares of the start's KL, and the end, each at the arm's best rate."""
     arms = tuned_alike(arms_of(rows, RATES), RATES)
@@ -208,4 +214,10 @@ def figure(rows: list[Row]) -> Any:
     return drawn
 
 
-PART = Part("sampled", cells, tables={"sampled token": table}, figures={"sampled": figure})
+PART = Part(
+    "sampled",
+    cells,
+    tables={"sampled token": table},
+    figures={"sampled": figure},
+    measures=measures,
+)

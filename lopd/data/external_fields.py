@@ -101,6 +101,16 @@ def loss_mask(where: str, values: Any) -> np.ndarray:  # [R] bool
     return array == 1
 
 
+def refuse_without_loss(where: str, mask: np.ndarray) -> None:
+    """Refuse an answer whose mask leaves nothing to train on.
+
+    Raises:
+        DataError: no token of the mask is True.
+    """
+    if not mask.any():
+        raise DataError(f"{where}: no token bears loss; drop the record, or mend its mask")
+
+
 def finish_reason(where: str, reason: Any, last: int, eos_ids: Sequence[int]) -> str:
     """ "stop" or "length", from a record's word or from the last token."""
     if reason in FINISH_REASONS:

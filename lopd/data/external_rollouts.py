@@ -42,6 +42,7 @@ from lopd.data.external_fields import (
     read_sequences,
     refuse_same,
     refuse_stand_ins,
+    refuse_without_loss,
     sequence_name,
     short,
 )
@@ -345,8 +346,7 @@ def _assemble(
             "mask of the response only"
         )
     mask = _of_response(where, "the mask", mask, len(prompt), count)
-    if not mask.any():
-        raise DataError(f"{where}: no token bears loss; drop the record, or mend its mask")
+    refuse_without_loss(where, mask)
     if item.mask is not None:
         _refuse_shifted(where, prompt, response, mask, eos_ids)
     start, stop = int(mask.argmax()), count - int(mask[::-1].argmax())

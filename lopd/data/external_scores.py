@@ -46,6 +46,7 @@ from lopd.data.external_fields import (
     read_sequences,
     refuse_same,
     refuse_stand_ins,
+    refuse_without_loss,
     sequence_name,
     short,
 )
@@ -163,6 +164,7 @@ def _assemble(
         if value is not None and len(value) != count:
             raise DataError(f"{where}: {len(value)} entries of {name} for {count} response tokens")
     mask = np.ones(count, bool) if item.mask is None else loss_mask(where, item.mask)
+    refuse_without_loss(where, mask)
     lists, padding = _lists(where, item.lists, mask)
     logprobs = _teacher_logprobs(where, response, item.teacher, lists, mask)
     unscored = ~mask & is_stand_in(logprobs)

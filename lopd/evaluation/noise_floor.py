@@ -1,6 +1,6 @@
 """The noise floor of a cache: how far the teacher, run again, is from its stored distributions.
 
-For each response token, q is the stored distribution over its list and tail, q' the same
+For each token with loss, q is the stored distribution over its list and tail, q' the same
 teacher's when it is run again, perhaps with another engine, dtype or batch size. KL(q' || q) is
 the loss that a perfect student would still have: the noise. KL(p || q) of the student p on the
 same tokens and buckets is the signal. In a cache without lists, which has only the log-probs of
@@ -17,7 +17,7 @@ import numpy as np
 from lopd.config.inference import EngineOptions
 from lopd.engines import free_memory, load_engine
 from lopd.engines.base import Engine
-from lopd.errors import ConfigError, ModelError, ProvenanceError
+from lopd.errors import ConfigError, DataError, ModelError, ProvenanceError
 from lopd.provenance import CacheManifest, fingerprint_weights
 from lopd.provenance.teachers import records_of
 from lopd.store import Rollout, TeacherCache, TeacherScores, TeacherSequence
@@ -26,14 +26,14 @@ from lopd.store.codec import kl_terms
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Noise and signal, both KLs in nats per response token over the same buckets."""
+    """Noise and signal, both KLs in nats per token with loss over the same buckets."""
 
     sequences: int
     tokens: int
     noise: float  # KL(rescored teacher || stored)
     signal: float  # KL(student || stored)
     coverage: float  # share of the listed ids that have a bucket of their own
-    mean_gap: float  # of the response tokens' log-probs, |rescored - stored|
+    mean_gap: float  # of these tokens' log-probs, |rescored - stored|
     largest_gap: float
     same_student: bool  # whether the student is the model that made the rollouts
 
@@ -68,7 +68,7 @@ def measure_noise_floor(
         ProvenanceError: `teacher` is not the model that scored the cache.
         ConfigError: the lists were renormalised, so the mass outside them is unknown; the log-probs
             are calibrated; or the names of the teachers are not those of the cache.
-        ModelError: the engine did not score all sequences.
+        ModelError: the engine did not score all sequences. DataError: no token of them bears loss.
     """
     cache = TeacherCache.open(path, support="list")
     if cache.has_no_lists:
@@ -173,13 +173,18 @@ def _compare(
     """Both KLs over the stored ids that teacher and student can score, and one bucket for others.
 
     A stored id without a score, or beyond the student's vocabulary, joins the bucket of the
-    others in all three distributions. The ids of `merged` share a bucket of their own.
+    others in all three distributions. The ids of `merged` share a bucket of their own. Tokens
+    without loss do not count: they may have no scores.
+
+    Raises:
+        DataError: no token bears loss.
     """
     noise: list[np.ndarray] = []
     signal: list[np.ndarray] = []
     gaps: list[np.ndarray] = []
     num_buckets = num_listed = 0
     for item, teacher, student in zip(items, teacher_scores, student_scores, strict=True):
+        rows = item.rollout.loss_mask[item.rollout.prompt_length :]
         teacher_lists = _with_extra_ids(teacher)
         has_bucket = _is_in(item.topk_ids, teacher_lists[0]) & (item.topk_ids < student_vocab_size)
         buckets = _as_one(np.where(has_bucket, item.topk_ids, -1), merged)
@@ -193,12 +198,17 @@ def _compare(
                 _with_extra_ids(student),
             )
         )
-        noise.append(_bucket_kl(q, stored))
-        signal.append(_bucket_kl(p, stored))
-        gaps.append(np.abs(teacher.teacher_logprobs - item.teacher_logprobs))
-        num_buckets += int(has_bucket.sum())
-        num_listed += int((item.topk_ids >= 0).sum())
+        noise.append(_bucket_kl(q, stored)[rows])
+        signal.append(_bucket_kl(p, stored)[rows])
+        gaps.append(np.abs(teacher.teacher_logprobs - item.teacher_logprobs)[rows])
+        num_buckets += int(has_bucket[rows].sum())
+        num_listed += int((item.topk_ids[rows] >= 0).sum())
     gap = np.concatenate(gaps)
+    if not len(gap):
+        raise DataError(
+            f"no token of {len(items)} sequences bears loss, so there is no noise to measure; "
+            "expected a mask with at least one"
+        )
     return NoiseFloor(
         sequences=len(items),
         tokens=len(gap),

@@ -88,7 +88,7 @@ def main(config: VerifyConfig) -> None:
 def _describe_noise(floor: NoiseFloor) -> dict[str, str]:
     student = "" if floor.same_student else " (not the model that made the rollouts)"
     return {
-        "rescored": f"{floor.sequences} sequences, {floor.tokens} response tokens",
+        "rescored": f"{floor.sequences} sequences, {floor.tokens} tokens with loss",
         "buckets": f"{100 * floor.coverage:.1f} % of the listed ids, and one for all others",
         "log-prob": f"differs by {floor.mean_gap:.3g} on average, by {floor.largest_gap:.3g} at "
         "most",

@@ -148,7 +148,8 @@ class SequenceDataset(torch.utils.data.Dataset):
                 limits.check(f"sequence {name}", sequence.tokens)
                 if not sequence.loss_mask.any():
                     raise DataError(
-                        f"sequence {name}: its loss mask is empty; expected at least one loss token"
+                        f"sequence {name}: no token bears loss; expected at least one; leave the "
+                        "sequence out, or mend its mask"
                     )
                 if isinstance(sequence, Rollout):
                     check_weights(sequence)
@@ -192,9 +193,18 @@ Subset = torch.utils.data.Subset
 
 
 def lengths_of(dataset: SequenceDataset | Subset) -> list[int]:
-    """Tokens of each sequence."""
+    """Tokens of each sequence.
+
+    Raises:
+        ConfigError: it is another data set, in which nothing is known to be trainable.
+    """
     if isinstance(dataset, SequenceDataset):
         return dataset.lengths
+    if not isinstance(dataset, Subset):
+        raise ConfigError(
+            f"training data: found a {type(dataset).__name__}; expected a "
+            "lopd.training.batch.SequenceDataset of it, or a Subset of one"
+        )
     lengths = lengths_of(dataset.dataset)  # type: ignore[arg-type]
     return [lengths[index] for index in dataset.indices]
 

@@ -55,7 +55,7 @@ class Answers:
 
     def grid(self, values: Tensor, fill: float) -> Tensor:  # G
         """Values [N] of the tokens, and `fill` behind the end of an answer."""
-        longest = int(self.lengths.max())
+        longest = int(self.lengths.max()) if len(self.lengths) else 0
         grid = values.new_full((len(self.lengths), longest), fill)
         grid[self.sequence, self.position] = values
         return grid
@@ -184,7 +184,8 @@ def weigh_tokens(
     answers, before = Answers.of(batch["sequence_index"]), batch["row_weights"]
     columns = Columns(answers, batch["teacher_logprobs"], logprobs, batch.get("rewards"))
     factors = RULES[objective.token_weights](columns, objective)
-    factors = factors * (answers.sums(before) / answers.sums(before * factors))
+    had = answers.sums(before)
+    factors = factors * torch.where(had > 0, had / answers.sums(before * factors), 0.0)
     factors = factors.to(before.dtype)
     kept = factors != 0  # NaN stays, and is found in the loss
     log_before, log_factors = before.log(), factors.log()

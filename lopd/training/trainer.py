@@ -96,7 +96,8 @@ class LopdTrainer(ObjectiveTrainer):
         model: as in `lopd.models.head.run_with_loss`.
         args: from `TrainOptions.training_arguments`.
         objective: what to minimise.
-        train_dataset: map-style, with the items of `lopd.training.batch`.
+        train_dataset: a `lopd.training.batch.SequenceDataset`, or a Subset of one; each of its
+            sequences has at least one token with loss.
         data_collator: makes micro-batches; `packed` is set from max_tokens_per_batch.
         holdout: evaluated before the first step, every `eval_steps` and at the end; with
             `keep_best` the checkpoint of the best step is not removed.

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 
 from benchmarks import readme
-from benchmarks.evidence import frame
+from benchmarks.evidence import command, frame
 from benchmarks.evidence.intervals import NO_ROWS
 from benchmarks.evidence.parts import PARTS
 from lopd.errors import ShardError
@@ -78,13 +78,13 @@ def rows_of(name, folder):
 
 def test_a_second_call_continues_with_the_missing_cells(tmp_path, made, capsys):
     common = ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
-    frame.main([part("one")], [*common, "--plan"])
+    command.main([part("one")], [*common, "--plan"])
     assert "3 cells, 9 minutes" in capsys.readouterr().out and not made
-    frame.main([part("one")], [*common, "--only", "*/1"])
-    frame.main([part("one")], common)
+    command.main([part("one")], [*common, "--only", "*/1"])
+    command.main([part("one")], common)
     rows = rows_of("one", tmp_path)
     assert [row["cell"] for row in rows] == ["a/1", "a/0", "a/2"]
-    assert rows[0]["command"] == "python -m benchmarks.evidence --part one --only 'a/1'"
+    assert rows[0]["command"] == "python -m benchmarks.evidence --part one --again --only 'a/1'"
     assert made == [1, 0, 2] and rows[0]["of"] == 1 and rows[0]["commit"]
     assert rows[0]["minutes"] >= 0.0 and rows[0]["dirty"] in (False, True)
 
@@ -92,12 +92,12 @@ def test_a_second_call_continues_with_the_missing_cells(tmp_path, made, capsys):
 def test_parts_are_chosen_by_name_and_share_the_models_of_a_seed(tmp_path, made, capsys):
     parts = [part("one"), part("two"), part("three")]
     common = ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
-    frame.main(parts, [*common, "--part", "one", "three", "--only", "a/2"])
+    command.main(parts, [*common, "--part", "one", "three", "--only", "a/2"])
     assert made == [2]
     assert len(rows_of("one", tmp_path)) == len(rows_of("three", tmp_path)) == 1
     assert not (tmp_path / "two.jsonl").exists()
     capsys.readouterr()
-    frame.main(parts, [*common, "--table"])
+    command.main(parts, [*common, "--table"])
     assert capsys.readouterr().out.split("\n\n")[:2] == ["one: 1 rows", "two: 0 rows"]
     assert made == [2]
 
@@ -105,19 +105,19 @@ def test_parts_are_chosen_by_name_and_share_the_models_of_a_seed(tmp_path, made,
 def test_parts_with_other_models_have_folders_of_their_own(tmp_path, made, capsys):
     parts = [part("one"), part("two", Larger), part("three", Larger)]
     common = ["--out", str(tmp_path), "--work", str(tmp_path / "work"), "--only", "a/2"]
-    frame.main(parts, [*common, "--plan"])
+    command.main(parts, [*common, "--plan"])
     assert "3 cells, 12 minutes" in capsys.readouterr().out  # a minute each, 2 and 7 of models
-    frame.main(parts, common)
+    command.main(parts, common)
     assert made == [2, 2]
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"seed2", "larger2"}
 
 
 def test_a_figure_is_drawn_alike_every_time(tmp_path, made):
     common = ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
-    frame.main([part("one")], common)
+    command.main([part("one")], common)
     first = (tmp_path / "one.svg").read_bytes()
     assert first.startswith(b"<?xml")
-    frame.main([part("one")], common)
+    command.main([part("one")], common)
     assert (tmp_path / "one.svg").read_bytes() == first
 
 
@@ -127,7 +127,7 @@ def test_a_cell_starts_without_its_earlier_results(tmp_path, made):
     for name in ("result-1", "eval/result-1", "eval/result-10", "shared"):
         (folder / name).mkdir(parents=True)
     common = ["--out", str(tmp_path), "--work", str(tmp_path / "work"), "--only", "a/1"]
-    frame.main([part("one")], common)
+    command.main([part("one")], common)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
     assert found == {"eval", "eval/result-10", "shared"}
 

@@ -1,5 +1,7 @@
 """The noise floor and its signal against dense distributions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import save_qwen3
@@ -9,6 +11,7 @@ from helpers_training import make_rollouts as tiny_rollouts
 from lopd.cli import main
 from lopd.config.inference import EngineOptions
 from lopd.engines.transformers import TransformersEngine
+from lopd.errors import DataError
 from lopd.evaluation.noise_floor import (
     _bucket_kl,
     _compare,
@@ -110,3 +113,30 @@ def test_ids_of_a_class_share_a_bucket():
     assert apart.coverage == 1
     merged = _compare([item], teacher, student, 9, True, (5, 7))
     assert abs(merged.noise) < 1e-7 and abs(merged.signal) < 1e-7
+
+
+def test_only_tokens_with_loss_count():
+    """The first has no scores, as that of another tool's masked token."""
+    rollout = tiny_rollouts(1, vocab=9)[0]
+    rows = len(rollout.rollout_logprobs)
+
+    def scores(p, own):
+        ids, logprobs = np.full((rows, 1), 3), np.full((rows, 1), np.log(p))
+        tail = np.full(rows, np.log(1 - p))
+        return TeacherScores(np.full(rows, own), np.zeros(rows), ids, logprobs, tail)
+
+    stored = scores(0.5, -1.0)
+    stored.topk_ids[0], stored.topk_logprobs[0], stored.tail_logprobs[0] = -1, -np.inf, 0.0
+    stored.teacher_logprobs[0] = 0.0
+    mask = rollout.loss_mask.copy()
+    mask[rollout.prompt_length] = False
+    item = scored_sequence(replace(rollout, loss_mask=mask), stored, support="list")
+    floor = _compare([item], [scores(0.4, -1.5)], [scores(0.2, -3.0)], 9, True)
+    assert floor.tokens == rows - 1
+    assert floor.mean_gap == floor.largest_gap == pytest.approx(0.5)
+    assert floor.noise == pytest.approx(0.4 * np.log(0.8) + 0.6 * np.log(1.2), abs=1e-7)
+    assert floor.signal == pytest.approx(0.2 * np.log(0.4) + 0.8 * np.log(1.6), abs=1e-7)
+    assert floor.coverage == 1
+    silent = replace(item, rollout=replace(rollout, loss_mask=np.zeros_like(mask)))
+    with pytest.raises(DataError, match="no token of 1 sequences bears loss"):
+        _compare([silent], [stored], [stored], 9, True)

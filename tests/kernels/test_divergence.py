@@ -259,10 +259,15 @@ def test_reductions():
     assert run("none").shape == (20,)
     torch.testing.assert_close(run("sum"), run("none").sum())
     torch.testing.assert_close(run("mean"), run("none").sum() / weights.sum())
-    zero = linear_sparse_divergence(
-        case.hidden, case.weight, *case.teacher, row_weights=torch.zeros(20), reduction="mean"
+    zero, *slopes = gradients(
+        lambda h, w: linear_sparse_divergence(
+            h, w, *case.teacher, row_weights=torch.zeros(20), reduction="mean"
+        ),
+        case.hidden,
+        case.weight,
     )
     assert zero == 0.0
+    assert all((slope == 0.0).all() for slope in slopes)
 
 
 def test_an_empty_row_and_an_empty_batch_add_nothing():

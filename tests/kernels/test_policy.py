@@ -150,8 +150,21 @@ def test_ignored_rows_may_hold_anything():
     )
     assert value.isfinite()
     assert (dhidden[0] == 0.0).all()
-    all_ignored = linear_cross_entropy(hidden, case.weight, torch.full((20,), -100))
-    assert all_ignored == 0.0
+
+
+@pytest.mark.parametrize("rows", [20, 0])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_a_mean_over_nothing_is_zero_with_zero_gradients(reduction, rows):
+    """Where torch's cross-entropy is NaN: a process without tokens can take part in a step."""
+    case, ids = make_case(), torch.full((rows,), -100)
+    hidden, teacher = case.hidden[:rows], torch.zeros(rows)
+    for loss_of in (
+        lambda h, w: linear_cross_entropy(h, w, ids, reduction=reduction),
+        lambda h, w: linear_policy_gradient(h, w, ids, teacher, reduction=reduction),
+    ):
+        value, dhidden, dweight = gradients(loss_of, hidden, case.weight)
+        assert value.sum() == 0.0
+        assert (dhidden == 0.0).all() and (dweight == 0.0).all()
 
 
 @pytest.mark.parametrize("bad", [-1, 211])

@@ -340,6 +340,7 @@ BAD = {
     "numbers": ({"logprobs": [-1.0, -2.0]}, "token 0: -1.0 is not a list of log-probs"),
     "null": ({"logprobs": [None, {"8": -1}]}, "token 0: None is not a list"),
     "mask": ({"loss_mask": [1]}, "1 entries of loss_mask for 2"),
+    "mask of zeros": ({"loss_mask": [0, 0]}, "no token bears loss; drop the record"),
     "mask of words": ({"loss_mask": ["a", 1]}, "loss_mask is .*; expected 0 and 1"),
     "mask of two": ({"loss_mask": [2, 1]}, r"loss_mask is \[2, 1\]; expected 0 and 1"),
     "finish": ({"finish_reason": "abort"}, "finish_reason is 'abort'; expected stop or length"),

@@ -15,7 +15,7 @@ from lopd.data.rendering import PromptEncoder
 from lopd.errors import ConfigError, DataError, MissingFileError, ModelError
 from lopd.stages.demo import arithmetic as toy
 from lopd.store import Rollout, TeacherCache, TopKLists
-from lopd.training.batch import Collator, SequenceDataset
+from lopd.training.batch import Collator, SequenceDataset, lengths_of
 
 
 def rollout(tokens, prompt_length, mask=None, name="p"):
@@ -179,8 +179,12 @@ def test_dataset_refuses_to_be_empty():
         SequenceDataset([])
     with pytest.raises(DataError, match="left once truncated ones are dropped"):
         SequenceDataset(make_rollouts(2, truncated=(0, 1)), drop_truncated=True)
-    with pytest.raises(DataError, match="p/3: its loss mask is empty"):
+    with pytest.raises(DataError, match="p/3: no token bears loss; expected at least one"):
         SequenceDataset([rollout([1, 2], 1, mask=[0, 0])])
+    with pytest.raises(DataError, match="no sequence of 2 can be used"):
+        SequenceDataset([rollout([1, 2], 1, mask=[0, 0])] * 2, skip_bad=True)
+    with pytest.raises(ConfigError, match="found a list; expected a .*SequenceDataset"):
+        lengths_of([rollout([1, 2], 1)])
 
 
 def write(path, *records):

@@ -1,5 +1,8 @@
 """One step against dense logits: loss, gradients, statistics, and the router's loss."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from helpers_training import (
@@ -10,12 +13,14 @@ from helpers_training import (
     scored,
     tiny_model,
     tiny_moe,
+    without_loss,
 )
 
-from lopd.config.objective import Objective
+from lopd.config.objective import WEIGHT_SETTINGS, Objective
 from lopd.errors import DataError
 from lopd.models.head import run_with_loss_and_router
 from lopd.training.batch import Collator
+from lopd.training.metrics import MetricsAccumulator
 from lopd.training.step import step
 from lopd_kernels import reference
 
@@ -132,6 +137,44 @@ def test_batches_without_loss_or_teacher_are_refused():
         step(model, batch, Objective("cross_entropy"), 0.0)
     with pytest.raises(DataError, match="no teacher scores"):
         step(model, batch, Objective("reverse_kl"), 1.0)
+
+
+MANY_OBJECTIVES = [
+    *OBJECTIVES,
+    Objective("reverse_kl", tail="unbiased"),
+    Objective("reverse_kl", dense_share=0.5),
+    Objective("reverse_kl", tolerance=0.1),
+    Objective("reverse_kl", eos_class=(1, 2)),
+    Objective("log_ratio", entropy_bonus=0.1),
+    Objective("policy_gradient", importance="sequence"),
+    Objective("policy_gradient", clip_range=0.2),
+    *(Objective("reverse_kl", token_weights=rule) for rule in WEIGHT_SETTINGS if rule != "none"),
+]
+
+
+@pytest.mark.parametrize("weights", [1.0, 0.0])
+@pytest.mark.parametrize("objective", MANY_OBJECTIVES, ids=lambda each: each.name)
+def test_a_micro_batch_with_nothing_to_train_adds_nothing(objective, weights):
+    """As a process of several may have one; its gradients must be there, and 0, for all to meet."""
+    items = [replace(item, rollout=replace(item.rollout, reward=1.0)) for item in scored(4)]
+    batch, idle = Collator()(items[:2]), items[2:]
+    idle = Collator()(idle if weights == 0 else [without_loss(item) for item in idle])
+    idle["row_weights"] = weights * idle["row_weights"]
+    assert len(idle["labels"]) == 0 or idle["row_weights"].sum() == 0
+    model, metrics = tiny_moe("qwen3_moe"), MetricsAccumulator()
+    loss, _, found = gradients(model, idle, objective, 9.0)
+    assert loss == 0.0
+    assert all((gradient == 0).all() for gradient in found.values())
+    metrics.begin_step()
+    for each in (batch, idle):
+        torch.manual_seed(0)
+        loss, stats = step(model, each, objective, 9.0)
+        metrics.add({"loss": loss.detach(), **stats}, len(each["labels"]))
+        if each is batch:
+            alone = loss.item()
+    means = metrics.pop()
+    assert means["loss"] == pytest.approx(alone)
+    assert all(np.isfinite(value) for value in means.values()), means
 
 
 def test_the_routers_loss_is_weighted_by_the_micro_batchs_share_in_training():
