@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from benchmarks import demo_seeds, objectives
-from benchmarks.evidence import consistency, live
+from benchmarks.evidence import consistency, live, real, sampled
 from benchmarks.evidence.consistency_cells import LISTS, LONG, SHORT
 from benchmarks.evidence.consistency_tables import (
     SETTINGS,
@@ -55,11 +55,11 @@ def claims(read: Read) -> Iterable[tuple[str, str, str, str]]:
     """(claim, verdict, what was found, command) of each claim."""
     demo, again = read(demo_seeds.NAME), "python -m benchmarks.demo_seeds"
     yield from against_live(read)
-    sampled = compared(demo, SAMPLED, ONLINE)
+    token = compared(demo, SAMPLED, ONLINE)
     yield (
         "The teacher's log-prob of the sampled token is enough",
-        no_worse(sampled),
-        f"sampled token, against a live teacher with lists: {words(sampled)}; with the advantage "
+        no_worse(token),
+        f"sampled token, against a live teacher with lists: {words(token)}; with the advantage "
         f"clipped to 1: {words(compared(demo, CLIPPED, ONLINE))}",
         again,
     )
@@ -77,6 +77,8 @@ def claims(read: Read) -> Iterable[tuple[str, str, str, str]]:
         f"lists of 8, against the control: {words(more)}",
         again,
     )
+    yield from tuned(read)
+    yield from on_the_real_model(read)
     yield from mismatches(read(consistency.PART.file))
     yield from nearness(read(live.PART.file))
     yield from beyond()
@@ -112,6 +114,35 @@ def against_live(read: Read) -> Iterable[tuple[str, str, str, str]]:
     said = f"a live run takes {shown(cost, '.2f')} times the CPU seconds of the whole offline run; "
     said += "tiny models, decoding on a CPU"
     yield finding(claim, cheaper(cost, 4.0), said, again)
+
+
+def tuned(read: Read) -> Iterable[tuple[str, str, str, str]]:
+    """The claims about objectives, each at the best of its own learning rates."""
+    rows, again = read(sampled.PART.file), "python -m benchmarks.evidence --part sampled --again"
+    for arm, more in (("sampled", ""), ("clipped", ", with its advantage clipped to 1")):
+        against_lists = sampled.against(rows, arm, sampled.LISTS)
+        claim = f"The sampled token is enough{more}, each objective at its best learning rate"
+        said = f"against lists, {sampled.STEPS[-1]} steps offline: {words(against_lists)}"
+        yield finding(claim, no_worse(against_lists), said, again)
+    control = sampled.against(rows, sampled.LISTS, sampled.CONTROL)
+    claim = "It improves on the fair control, each at its best learning rate"
+    said = f"lists of 8, against the control: {words(control)}"
+    yield finding(claim, better(control), said, again)
+
+
+def on_the_real_model(read: Read) -> Iterable[tuple[str, str, str, str]]:
+    """The claims that the runs on SmolLM2-135M can test, each run at the best of its rates."""
+    rows, again = read(real.PART.file), "python -m benchmarks.evidence --part real --again"
+    for claim, arm, base, verdict in (
+        ("It improves on the fair control", real.LISTS, real.CONTROL, better),
+        ("The sampled token is enough: against lists", real.TOKEN, real.LISTS, no_worse),
+        ("The sampled token improves on the fair control", real.TOKEN, real.CONTROL, better),
+    ):
+        compared = real.against(rows, arm, base)
+        yield finding(f"{claim}, SmolLM2-135M", verdict(compared), words(compared), again)
+    found = real.against(rows, real.LISTS, real.LIVE, real.ENDS)
+    claim = "Offline training ends where training with a live teacher ends: lists, SmolLM2-135M"
+    yield finding(claim, equal(found), words(found), again)
 
 
 def mismatches(rows: list[Row]) -> Iterable[tuple[str, str, str, str]]:
