@@ -64,7 +64,7 @@ def test_a_family_is_reported(tmp_path):
 @pytest.mark.thorough
 def test_the_real_model_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(real_model, "BUDGET_S", 0.0)
-    assert real_model.main(["--tiny", "--out", str(tmp_path)]) == 0
+    assert real_model.main(["--tiny", "--threads", "1", "--out", str(tmp_path)]) == 0
     assert "| reverse KL, fused |" in real_model.table(rows_of(tmp_path / real_model.NAME))
 
 
