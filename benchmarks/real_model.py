@@ -1,20 +1,21 @@
 """What does lopd cost on a real model, against plain transformers and TRL, on a CPU?
 
-    python -m benchmarks.real_model [--tiny] [--out DIR]
+    python -m benchmarks.real_model [--sequences N] [--length N] [--threads N] [--tiny] [--out DIR]
 
 SmolLM2-135M-Instruct (`lopd demo --task smollm2` says how to install it) in float32. In one run:
 
 1. The gate: loss and gradients of the fused and the plain step agree. A failed gate ends the run.
 2. Training steps (forward, backward, AdamW) on the same padded batch, interleaved: cross-entropy,
-   fused, by the model's own loss, and by `compute_loss` of TRL's SFTTrainer, which also computes
-   entropy and accuracy from the logits; and the top-64 reverse KL, fused and on the model's logits.
+   fused, by the model's own loss, and by `compute_loss` of TRL's SFTTrainer, which forms the logits
+   in chunks, and entropy and accuracy from them; and the top-64 reverse KL, fused and on the
+   model's logits.
 3. Scoring (top 64) against a plain forward with log_softmax and topk; sampling against
    `model.generate`, both at temperature 1 for a fixed number of tokens.
 
 Memory is the peak resident size of a process per variant, minus that before the step: after a first
 step, so that the optimizer's state exists. One JSON row per variant goes to
-DIR/real_model.jsonl, with its ratios to the plain variant of the same part. `--tiny` takes a random
-model.
+DIR/real_model.jsonl, with its ratios to the plain variant of the same part. A fourth of each
+sequence is its prompt. `--tiny` takes a random model.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from lopd.training.step import model_inputs, step
 
 NAME = "real_model.jsonl"
 MODEL = "SmolLM2-135M-Instruct"
-BUDGET_S = 5.0  # of timing per variant
+BUDGET_S, MIN_STEPS = 5.0, 5  # of timing per variant
 Loss = Callable[[Any, Batch, float], Tensor]
 
 
@@ -56,9 +57,9 @@ Loss = Callable[[Any, Batch, float], Tensor]
 class Size:
     """A batch; `length` is with the prompt, whose tokens have no loss."""
 
-    sequences: int = 4
-    length: int = 64
-    prompt: int = 16
+    sequences: int = 8
+    length: int = 128
+    prompt: int = 32
     vocab: int = 49152
     topk: int = 64
 
@@ -161,9 +162,9 @@ PARTS = TRAINING | INFERENCE
 class Bench:
     """The model, a batch, and a step for each variant."""
 
-    def __init__(self, tiny: bool) -> None:
-        self.size = TINY if tiny else Size()
-        self.model, self.tokenizer = load(tiny)
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.model, self.tokenizer = load(size is TINY)
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         self.items = make_sequences(self.size, self.size.sequences, self.size.prompt)
@@ -275,9 +276,9 @@ def _measure_peak(bench: Bench, variant: str, report: Callable[[float], None]) -
     report(resident_mib("VmHWM") - before)
 
 
-def run(recorder: Recorder, tiny: bool) -> int:
-    bench = Bench(tiny)
-    fields = {"model": "tiny" if tiny else MODEL, "dtype": "float32", **asdict(bench.size)}
+def run(recorder: Recorder, size: Size) -> int:
+    bench = Bench(size)
+    fields = {"model": "tiny" if size is TINY else MODEL, "dtype": "float32", **asdict(size)}
     errors = bench.errors()
     red = [key for key, bound in FP32_BOUNDS.items() if not errors[key] <= bound]
     recorder.emit("gate", "fused against plain", "red gate" if red else "ok", **fields, **errors)
@@ -285,7 +286,7 @@ def run(recorder: Recorder, tiny: bool) -> int:
         return 1
     for variants in (TRAINING, INFERENCE):
         ready = {variant: bench.prepare(variant) for variant in variants}
-        times, failures = take_turns(ready, recorder.device, BUDGET_S, min_steps=3)
+        times, failures = take_turns(ready, recorder.device, BUDGET_S, MIN_STEPS)
         for error in failures.values():
             raise error
         peaks = {variant: peak_mib(bench, variant) for variant in variants}
@@ -319,7 +320,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         [
             "{model}, {sequences} sequences of {length} tokens ({prompt} of them the prompt), "
             "K = {topk}, {dtype},".format(**row),
-            "on a CPU; medians of {repetitions} steps in alternation.".format(**row),
+            "on a CPU, threads: {threads}; medians of at least {fewest} steps in".format(
+                **row, fewest=min(newest[variant]["repetitions"] for variant in PARTS)
+            ),
+            "alternation.",
             "",
             *lines,
         ]
@@ -328,12 +332,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sequences", type=int, default=Size.sequences)
+    parser.add_argument("--length", type=int, default=Size.length, help="tokens of a sequence")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--tiny", action="store_true", help="a random model, in seconds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    command = "python -m benchmarks.real_model" + " --tiny" * args.tiny
-    return run(Recorder(args.out / NAME, torch.device("cpu"), command), args.tiny)
+    size = TINY if args.tiny else Size(args.sequences, args.length, args.length // 4)
+    command = f"python -m benchmarks.real_model --threads {args.threads}"
+    command += " --tiny" if args.tiny else f" --sequences {size.sequences} --length {size.length}"
+    torch.set_num_threads(args.threads)
+    return run(Recorder(args.out / NAME, torch.device("cpu"), command), size)
 
 
 if __name__ == "__main__":

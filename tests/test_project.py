@@ -65,6 +65,12 @@ def test_the_workflow_tests_the_oldest_transformers_that_is_admitted():
         assert package in newest["packages"]
 
 
+def test_the_guide_names_every_extra_that_users_install():
+    guide = (ROOT / "docs/pipeline.md").read_text(encoding="utf-8")
+    named = set(re.findall(r'`pip install "\.\[([\w-]+)\]"`', guide))
+    assert named == set(PROJECT["optional-dependencies"]) - {"docs", "test"}
+
+
 def test_the_version_stands_in_one_place():
     assert PROJECT["dynamic"] == ["version"]
     assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "lopd.__version__"}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from benchmarks import demo_seeds, objectives
-from benchmarks.evidence import consistency, live
+from benchmarks.evidence import consistency, live, real, sampled
 from benchmarks.evidence.consistency_cells import LISTS, LONG, SHORT
 from benchmarks.evidence.consistency_tables import (
     SETTINGS,
@@ -69,6 +69,8 @@ def claims(read: Read) -> Iterable[Claim]:
     """All claims, in the order of the table."""
     yield from against_live(read(demo_seeds.NAME), read(live.PART.file))
     yield from of_the_demo(read(demo_seeds.NAME))
+    yield from tuned(read(sampled.PART.file))
+    yield from on_the_real_model(read(real.PART.file))
     yield from mismatches(read(consistency.PART.file))
     yield from nearness(read(live.PART.file))
     yield from beyond()
@@ -78,13 +80,12 @@ def claims(read: Read) -> Iterable[Claim]:
 def against_live(demo: list[Row], rows: list[Row]) -> Iterable[Claim]:
     """The claims about offline training and a live teacher."""
     claim = "Offline training ends as accurate as training with a live teacher"
-    found = compared(demo, DISTILLED, ONLINE)
-    yield Claim(claim, equal(found), f"lists of 8, {OPD_STEPS} steps: {words(found)}", DEMO)
+    ended = compared(demo, DISTILLED, ONLINE)
+    yield Claim(claim, equal(ended), f"lists of 8, {OPD_STEPS} steps: {words(ended)}", DEMO)
     for objective in OBJECTIVES:
-        found = ends(rows, objective, "offline", "live")
-        said = f"{words(found)}"
+        ended = ends(rows, objective, "offline", "live")
         command = live.PART.again(f"{objective}/*")
-        yield Claim(f"{claim}: {objective}, {STEPS} steps", equal(found), said, command)
+        yield Claim(f"{claim}: {objective}, {STEPS} steps", equal(ended), words(ended), command)
     cost = times(rows, LISTS, "processor")
     said = f"a live run takes {shown(cost, '.2f')} times the CPU seconds of the whole offline run; "
     said += "tiny models, decoding on a CPU"
@@ -94,11 +95,11 @@ def against_live(demo: list[Row], rows: list[Row]) -> Iterable[Claim]:
 
 def of_the_demo(rows: list[Row]) -> Iterable[Claim]:
     """The claims that the demo's own runs decide, at the demo's learning rate."""
-    sampled, clipped = (compared(rows, each, ONLINE) for each in (SAMPLED, CLIPPED))
+    token, clipped = (compared(rows, each, ONLINE) for each in (SAMPLED, CLIPPED))
     yield Claim(
         "The teacher's log-prob of the sampled token is enough",
-        no_worse(sampled),
-        f"sampled token, against a live teacher with lists: {words(sampled)}; with the advantage "
+        no_worse(token),
+        f"sampled token, against a live teacher with lists: {words(token)}; with the advantage "
         f"clipped to 1: {words(clipped)}",
         DEMO,
     )
@@ -107,6 +108,40 @@ def of_the_demo(rows: list[Row]) -> Iterable[Claim]:
     yield Claim("It improves on fine-tuning", better(start), said, DEMO)
     claim = "It improves on as many steps of more fine-tuning (the fair control)"
     yield Claim(claim, better(control), f"lists of 8, against the control: {words(control)}", DEMO)
+
+
+def tuned(rows: list[Row]) -> Iterable[Claim]:
+    """The claims about objectives, each at the best of its own learning rates."""
+    for arm, more in (("sampled", ""), ("clipped", ", with its advantage clipped to 1")):
+        ended = sampled.against(rows, arm, sampled.LISTS)
+        yield Claim(
+            f"The sampled token is enough{more}, each objective at its best learning rate",
+            no_worse(ended),
+            f"against lists, {sampled.STEPS[-1]} steps offline: {words(ended)}",
+            sampled.PART.again(f"{sampled.LISTS}/*", f"{arm}/*"),
+        )
+    ended = sampled.against(rows, sampled.LISTS, sampled.CONTROL)
+    yield Claim(
+        "It improves on the fair control, each at its best learning rate",
+        better(ended),
+        f"lists of 8, against the control: {words(ended)}",
+        sampled.PART.again(f"{sampled.LISTS}/*", f"{sampled.CONTROL}/*"),
+    )
+
+
+def on_the_real_model(rows: list[Row]) -> Iterable[Claim]:
+    """The claims that the runs on SmolLM2-135M can test, each run at the best of its rates."""
+    for claim, arm, base, verdict in (
+        ("It improves on the fair control", real.LISTS, real.CONTROL, better),
+        ("The sampled token is enough: against lists", real.TOKEN, real.LISTS, no_worse),
+        ("The sampled token improves on the fair control", real.TOKEN, real.CONTROL, better),
+    ):
+        ended = real.against(rows, arm, base)
+        command = real.PART.again(f"{arm}/*", f"{base}/*")
+        yield Claim(f"{claim}, SmolLM2-135M", verdict(ended), words(ended), command)
+    ended = real.against(rows, real.LISTS, real.LIVE, real.ENDS)
+    claim = "Offline training ends as accurate as training with a live teacher: lists, SmolLM2-135M"
+    yield Claim(claim, equal(ended), words(ended), real.PART.again(f"{real.LIVE}/*"))
 
 
 def mismatches(rows: list[Row]) -> Iterable[Claim]:

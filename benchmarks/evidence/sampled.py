@@ -16,7 +16,16 @@ from statistics import mean, median
 from typing import Any, ClassVar
 
 from benchmarks.evidence.frame import SEEDS, Cell, Measure, Part, Row, Shared, quality_measures
-from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Values, columns, compare, ratio, shown
+from benchmarks.evidence.intervals import (
+    FEWEST,
+    NO_ROWS,
+    Comparison,
+    Values,
+    columns,
+    compare,
+    ratio,
+    shown,
+)
 from benchmarks.evidence.rates import EXPLAINED, arms_of, best, best_rate, tried, tuned_alike
 from benchmarks.evidence.runs import more_fine_tuning, quality
 from lopd.stages.demo.toy import OPD_SETTINGS, TOP_K
@@ -141,6 +150,14 @@ def _steps(ours: Values, lists: Values, share: float) -> str:
 def _ends(runs: Values) -> Values:
     """KL and pass@1 at the last step."""
     return {seed: {key: row[key][-1] for key in ("kl", "sampled")} for seed, row in runs.items()}
+
+
+def against(rows: list[Row], arm: str, base: str) -> Comparison | None:
+    """The end of an arm at its best rate against another's at its own; None of too few seeds."""
+    arms = tuned_alike(arms_of(rows, RATES), RATES)
+    if arm not in arms or base not in arms:
+        return None
+    return compare(*(_ends(arms[each][best(arms[each])]) for each in (arm, base)))
 
 
 def measures(row: Row) -> dict[str, Measure]:

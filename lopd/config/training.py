@@ -330,8 +330,8 @@ class MonitoringOptions(TrainOptions):
         0.5,
         within="[0, 1)",
         identity=False,
-        help="Warn when a step's token-level effective sample size falls below this share; 0 "
-        "disables.",
+        help="Warn when the token-level effective sample size, in the median of the last 20 steps, "
+        "falls below this share; 0 disables.",
     )
     stale_every: int = _monitoring(
         100,

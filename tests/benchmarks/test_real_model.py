@@ -11,7 +11,7 @@ from benchmarks.training import FP32_BOUNDS
 
 @pytest.fixture(scope="module")
 def bench():
-    return real_model.Bench(tiny=True)
+    return real_model.Bench(real_model.TINY)
 
 
 def test_fused_and_plain_losses_agree(bench):
@@ -44,13 +44,14 @@ def test_the_tables_are_those_of_the_newest_rows():
         {
             "variant": variant, "part": part, "time_ratio": ratio, "memory_ratio": 1.0,
             "median_ms": 4.0, "p10_ms": 2.0, "p90_ms": 6.0, "repetitions": 3,
-            "model": "tiny", "dtype": "float32", **vars(real_model.TINY),
+            "threads": 1, "model": "tiny", "dtype": "float32", **vars(real_model.TINY),
         }
         for ratio in (0.5, 0.25)
         for variant, part in real_model.PARTS.items()
     ]  # fmt: skip
     text = real_model.table(json.loads(json.dumps(rows)))
     assert "| reverse KL, fused | 0.25 | 0.50 to 1.50 | 1.00 |" in text and "| 0.50 |" not in text
+    assert "on a CPU, threads: 1; medians of at least 3 steps" in text
     row = {"variant": "a", "layers": 2, "kl": 1.0, "kl_interval": [0.5, 1.5], "sampled": 0.25}
     assert "| a | 2 | 1.000 [0.500, 1.500] | 0.250 |" in prunings.table([{**row, "steps": 3}])
 
