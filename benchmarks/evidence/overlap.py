@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import correlation
 from typing import Any, ClassVar
 
 from benchmarks.evidence.frame import SEEDS, Cell, Measure, Part, Row, Shared, quality_measures
-from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Interval, ratio, shown
+from benchmarks.evidence.intervals import (
+    FEWEST,
+    NO_ROWS,
+    Interval,
+    judge,
+    ratio,
+    shown,
+    sorted_by,
+)
 from benchmarks.evidence.runs import more_fine_tuning, quality, run, scored
 from lopd.config.objective import Objective
 from lopd.evaluation.agreement import measure
@@ -125,7 +133,7 @@ def table(rows: list[Row]) -> str:
         f"| ---: |{' ---: |' * 8}",
     ]
     for steps in sorted(STARTS):
-        found = [row for row in rows if row["fine_tuning"] == steps]
+        found = rows_of(rows, steps)
         if not found:
             continue
 
@@ -141,14 +149,30 @@ def table(rows: list[Row]) -> str:
                 for name in ("topk_overlap", "shared_probability")
             ),
             *(middle([row[name]["kl"] for row in found]) for name in ("offline", "live")),
-            *(_ratio(found, other) for other in ("live", "control")),
+            *(shown(_ratio(found, other), ".2f") for other in ("live", "control")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
+    return "\n".join([*lines, "", *outcomes(rows)]) if len(lines) > 2 else NO_ROWS
 
 
-def _ratio(rows: list[Row], other: str) -> str:
-    return shown(ratio([math.exp(log_gap(row, other)) for row in rows]), ".2f")
+def outcomes(rows: list[Row]) -> Iterator[str]:
+    """Offline against the live run and against the control from each start, in words."""
+    for other, words in (("live", "the live run's"), ("control", "the control's")):
+        verdicts = {
+            f"{steps}": judge(_ratio(rows_of(rows, steps), other), high=1.0)
+            for steps in sorted(STARTS)
+        }
+        if said := sorted_by(verdicts, "lower", "higher"):
+            yield f"Offline's KL against {words}, by steps of fine-tuning: {said}."
+
+
+def rows_of(rows: list[Row], steps: int) -> list[Row]:
+    """The rows of a start."""
+    return [row for row in rows if row["fine_tuning"] == steps]
+
+
+def _ratio(rows: list[Row], other: str) -> Interval | None:
+    return ratio([math.exp(log_gap(row, other)) for row in rows])
 
 
 def correlations(rows: list[Row]) -> str:
@@ -181,7 +205,7 @@ def figure(rows: list[Row]) -> Any:
     names = ("topk_overlap", "shared_probability")
     for axes, name in zip(drawn.subplots(1, 2, sharey=True), names, strict=True):
         for number, steps in enumerate(sorted(STARTS)):
-            found = [row for row in rows if row["fine_tuning"] == steps]
+            found = rows_of(rows, steps)
             if not found:
                 continue
             x = [predictor(row, name) for row in found]
@@ -190,7 +214,8 @@ def figure(rows: list[Row]) -> Any:
         axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xlabel=PREDICTORS[name])
     drawn.axes[0].set_ylabel("offline's KL / live's")
-    drawn.axes[0].legend(fontsize=7)
+    handles = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(*handles, loc="outside upper center", ncols=4, fontsize=7, frameon=False)
     return drawn
 
 

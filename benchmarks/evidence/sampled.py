@@ -227,7 +227,7 @@ def figure(rows: list[Row]) -> Any:
         axes.plot(found[0]["steps"], means, color=f"C{number}", marker="o", label=label)
     axes.set(yscale="log", xlabel="step", ylabel="KL to the teacher, nat per token")
     if arms:
-        axes.legend(fontsize=7)
+        drawn.legend(loc="outside upper center", ncols=2, fontsize=7, frameon=False)
     return drawn
 
 

@@ -106,6 +106,19 @@ def test_a_variant_is_compared_with_its_base_at_rates_and_seeds_that_both_have()
     assert "| 4 | 0.1600 | 2.00 [2.00, 2.00] |" in line_of(rows, "jsd")
 
 
+def test_variants_are_sorted_by_what_their_intervals_decide():
+    kls = {0: 0.01, 1: 0.02, 2: 0.04}
+    rows = [run("default", seed, kl) for seed, kl in kls.items()]
+    assert "Fewer than 3 seeds so far" in ablations.table([*rows[:2], *rows[:2]])
+    rows += [run("packed", seed, 0.5 * kl) for seed, kl in kls.items()]
+    rows += [run("compact", seed, 2.0 * kl) for seed, kl in kls.items()]
+    rows += [run("refresh-1", seed, kl * (1.5 - seed / 2)) for seed, kl in kls.items()]
+    said = ablations.table(rows).splitlines()[-1]
+    assert "KL is lower with `packed`, higher with `compact`, not decided with 1 more. " in said
+    assert "equal within the margin with `refresh-1`; `packed`, not decided with 1 more" in said
+    assert "3 comparisons" in said
+
+
 def test_a_held_out_run_says_which_step_it_took():
     rows = [run("default", seed, 0.01) for seed in (0, 1)]
     rows += [run("frozen", seed, 0.1, holdout={"result_step": 600}) for seed in (0, 1)]
@@ -162,6 +175,11 @@ def test_the_gap_is_compared_by_start_and_correlated_with_it():
     first = overlap.table(rows).splitlines()[2]
     assert first.startswith("| 120 | 3 | 1.1052 | 0.10 | 0.90 | 0.1105 | 0.1000 |")
     assert first.endswith("| 1.11 [1.11, 1.11] | 0.50 [0.50, 0.50] |")
+    ends = overlap.table(rows).splitlines()[-2:]
+    assert ends[0].endswith(
+        "against the live run's, by steps of fine-tuning: higher with 120; 430."
+    )
+    assert ends[1].endswith("against the control's, by steps of fine-tuning: lower with 120; 430.")
     found = overlap.correlations([*rows, gap(240, 0, 0.2, 0.1, 0.4)]).splitlines()
     assert found[2].split("|")[2].strip() == "7" and "true intervals are wider" in found[-1]
     assert len(overlap.figure(rows).axes) == 2
