@@ -13,6 +13,7 @@ from benchmarks.evidence.intervals import (
     FEWEST,
     NO_ROWS,
     Interval,
+    interval,
     judge,
     ratio,
     shown,
@@ -125,6 +126,21 @@ def measures(row: Row) -> dict[str, Measure]:
     return found
 
 
+def within_seeds(rows: list[Row], name: str) -> Interval | None:
+    """The mean over seeds of Pearson's r among a seed's starts, of seeds with enough of these."""
+    runs: dict[int, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(row["seed"], []).append(row)
+    found = interval(
+        [
+            correlation([predictor(row, name) for row in each], [log_gap(row) for row in each])
+            for each in runs.values()
+            if len(each) >= FEWEST
+        ]
+    )
+    return None if found is None else (found[0], max(found[1], -1.0), min(found[2], 1.0))
+
+
 def table(rows: list[Row]) -> str:
     """Markdown: each start, and offline against live and against the control."""
     lines = [
@@ -181,18 +197,22 @@ def correlations(rows: list[Row]) -> str:
     if len(seeds) < FEWEST or len(rows) < 4:  # Fisher's interval takes four pairs
         return NO_ROWS
     lines = [
-        "| at the start | runs | seeds | correlation with log(offline / live) |",
-        "| --- | ---: | ---: | ---: |",
+        "| at the start | runs | seeds | correlation with log(offline / live) "
+        "| within a seed, mean over seeds |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, words in PREDICTORS.items():
         found = correlated([predictor(row, name) for row in rows], [log_gap(row) for row in rows])
-        lines.append(f"| {words} | {len(rows)} | {len(seeds)} | {shown(found, '+.2f')} |")
+        cells = [words, f"{len(rows)}", f"{len(seeds)}", shown(found, "+.2f")]
+        lines.append(f"| {' | '.join([*cells, shown(within_seeds(rows, name), '+.2f')])} |")
     return "\n".join(
         [
             *lines,
             "",
-            "Intervals are those of independent runs. The starts of one seed share their teacher",
-            "and their data, so the true intervals are wider.",
+            "The first intervals are those of independent runs. The starts of one seed share",
+            "their teacher and their data, so the true ones are wider. The last column takes the",
+            f"correlation among the starts of a seed that has {FEWEST} as one value; its interval",
+            "is over seeds.",
         ]
     )
 

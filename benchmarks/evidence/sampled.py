@@ -26,7 +26,15 @@ from benchmarks.evidence.intervals import (
     ratio,
     shown,
 )
-from benchmarks.evidence.rates import EXPLAINED, arms_of, best, best_rate, tried, tuned_alike
+from benchmarks.evidence.rates import (
+    EXPLAINED,
+    arms_of,
+    best,
+    best_rate,
+    tried,
+    tuned_alike,
+    with_held_out_rates,
+)
 from benchmarks.evidence.runs import more_fine_tuning, quality
 from lopd.stages.demo.toy import OPD_SETTINGS, TOP_K
 
@@ -198,6 +206,7 @@ def table(rows: list[Row]) -> str:
             *lines,
             "",
             *EXPLAINED,
+            *filter(None, [with_held_out_rates(arms, LISTS, WORDS, _ends)]),
             "Steps are medians over seeds, interpolated between the evaluations after",
             f"{', '.join(map(str, STEPS[:-1]))} and {STEPS[-1]} steps; ratios are paired by seed, "
             "with 95 % intervals.",

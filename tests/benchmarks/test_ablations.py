@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.evidence import ablations, overlap, sampled
+from benchmarks.evidence import ablations, overlap, rates, sampled
 from lopd.config.distill import DistillConfig
 from lopd.provenance.manifest import MANIFEST_NAME
 
@@ -72,6 +72,19 @@ def test_arms_have_as_many_rates_and_are_named_if_seeds_are_missing():
     three = [*curves(), *(curve("lists", 0.5, s, [1.0, *[0.01] * 5]) for s in (0, 1, 2))]
     assert "| lists of 8 | 0.5, 1 | 0.5 (edge) |" in sampled.table(three)  # of the sampled token, 2
     assert len({len(rates) for rates in sampled.RATES.values()}) == 1
+
+
+def test_a_rate_can_be_chosen_on_the_other_seeds():
+    """At 1 x two seeds end lower, and at 2 x the third, which so gets a rate that is bad for it."""
+    ends = {1.0: (0.1, 0.1, 0.9), 2.0: (0.2, 0.2, 0.01)}
+    runs = {f: {s: {"kl": kl, "sampled": 0.5} for s, kl in enumerate(k)} for f, k in ends.items()}
+    assert rates.best(runs) == 2.0
+    assert [row["kl"] for row in rates.held_out(runs).values()] == [0.2, 0.2, 0.9]
+    base = {1.0: {seed: {"kl": 0.1, "sampled": 0.5} for seed in (0, 1, 2)}}
+    arms, words = {"ours": runs, "base": base}, {"ours": "ours", "base": "base"}
+    assert "are: ours 3.30 [0.38, 28.56]." in rates.with_held_out_rates(arms, "base", words)
+    assert rates.with_held_out_rates({"base": base}, "base", words) == ""
+    assert "chosen on the other seeds" in sampled.table(curves())
 
 
 def test_the_figure_has_a_line_for_each_seed_and_their_mean():
@@ -181,8 +194,21 @@ def test_the_gap_is_compared_by_start_and_correlated_with_it():
     )
     assert ends[1].endswith("against the control's, by steps of fine-tuning: lower with 120; 430.")
     found = overlap.correlations([*rows, gap(240, 0, 0.2, 0.1, 0.4)]).splitlines()
-    assert found[2].split("|")[2].strip() == "7" and "true intervals are wider" in found[-1]
+    assert found[2].split("|")[2].strip() == "7" and "the true ones are wider" in found[-3]
     assert len(overlap.figure(rows).axes) == 2
+
+
+def test_correlations_within_seeds_leave_out_what_seeds_share():
+    """The gap falls with x in every seed, and rises with it over the seeds."""
+    rows = [
+        gap(steps, seed, math.exp(10 * seed - x), 1.0, seed + x)
+        for seed in (0, 1, 2)
+        for steps, x in ((120, 0.1), (240, 0.2), (430, 0.4))
+    ]
+    assert overlap.within_seeds(rows, "topk_overlap") == pytest.approx((-1.0, -1.0, -1.0))
+    assert overlap.within_seeds(rows[1:], "topk_overlap") is None  # two seeds of three starts
+    found = overlap.correlations(rows).splitlines()[2]
+    assert "| +0.99 [" in found and found.endswith("| -1.00 [-1.00, -1.00] |")
 
 
 def test_a_correlation_has_fishers_interval():
