@@ -109,6 +109,26 @@ def no_worse(found: Comparison | None) -> str:
     return judge(part_of(found, "kl"), high=NEGLIGIBLE)
 
 
+def sorted_by(verdicts: Mapping[str, str], yes: str, no: str) -> str:
+    """Names by their verdicts, in words, of which those that are not decided are counted.
+
+    >>> sorted_by({"a": REPRODUCED, "b": UNDECIDED, "c": NOT, "d": REPRODUCED}, "lower", "higher")
+    'lower with a; d, higher with c, not decided with 1 more'
+    """
+    of = {
+        verdict: [name for name, each in verdicts.items() if each == verdict]
+        for verdict in (REPRODUCED, NOT, UNDECIDED)
+    }
+    parts = [
+        f"{words} with {'; '.join(names)}"
+        for words, names in ((yes, of[REPRODUCED]), (no, of[NOT]))
+        if names
+    ]
+    if undecided := len(of[UNDECIDED]):
+        parts.append(f"not decided with {undecided}{' more' if parts else ''}")
+    return ", ".join(parts)
+
+
 def shown(found: Interval | None, form: str) -> str:
     """An interval in words, such as `1.20 [1.10, 1.31]`; empty without one."""
     if found is None:

@@ -222,14 +222,21 @@ def check_token_weights(config: DistillConfig, cache: TeacherCache) -> None:
     """Check that the cache has what `token_weights` reads, and weights that are not lost.
 
     Raises:
-        ConfigError: a reward or the teacher's entropy is unknown, or `refresh_every` would replace
-            answers that have weights of their own.
+        ConfigError: a reward or what the teacher thinks of a token is unknown, or `refresh_every`
+            would replace answers that have weights of their own.
     """
     if config.token_weights == "advantage" and (unknown := np.isnan(cache.rewards()).sum()):
         raise ConfigError(
             f"token_weights: advantage reads the reward of each answer, and {config.cache} has "
             f"none for {unknown} of {len(cache)}; write 'reward' into every record and import the "
             "rollouts again ('lopd import --format rollouts'), or use divergence_rank or prefix"
+        )
+    lost = cache.manifest.scoring.tail == "renormalized"
+    if lost and config.token_weights not in ("none", "prefix"):
+        raise ConfigError(
+            f"token_weights: {config.token_weights} reads the teacher's log-probs or entropies, "
+            f"and {config.cache} has those of renormalised lists only; use prefix, or score the "
+            "rollouts again"
         )
     if config.token_weights == "entropy" and cache.manifest.scoring.entropy == "absent":
         raise ConfigError(
