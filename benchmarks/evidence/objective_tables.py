@@ -121,9 +121,9 @@ def training_table(rows: list[Row]) -> str:
             "",
             f"{STEPS} steps, seeds {seeds}; {measured} of {whole} runs were made, and a cell is",
             "empty if a seed is missing. KL in nat per token, geometric mean over seeds. The last",
-            "three columns take form and bucket each at the best of the rates that both have, with",
-            "95 % intervals over seeds, paired. Before training the KL is "
-            f"{kl:.3f} and pass@1 {sampled:.3f}.",
+            "three columns take form and bucket each at the best of the rates that both have,",
+            "chosen on the same seeds, with 95 % intervals over seeds, paired. Before training the",
+            f"KL is {kl:.3f} and pass@1 {sampled:.3f}.",
             *filter(None, [control(runs)]),
         ]
     )
