@@ -37,7 +37,7 @@ SIZES = {
     objective_cells: {"STEPS": 2, "BATCHES": 2},
     live_cells: {"STEPS": 2},
     sampled: {"STEPS": (1, 2)},
-    overlap: {"STEPS": 2, "STARTS": (2, 60, 30, 1), "SEQUENCES": 8},  # starts that differ
+    overlap: {"STEPS": 2, "STARTS": (2, 20, 10, 1), "SEQUENCES": 8},  # starts that differ
     ablations: {"STEPS": 2},
 }
 SHORT, LONG = 1, 2  # steps of the part `consistency`, by which its tables know the runs
