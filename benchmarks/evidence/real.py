@@ -57,7 +57,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 RATES: Rates = {
     LISTS: (1.0, 2.0, 0.5),
-    TOKEN: (1.0, 0.5, 0.25),
+    TOKEN: (0.5, 0.25, 1.0),
     CONTROL: (1.0, 2.0, 0.5),
 }
 ENDS: Rates = {LISTS: (1.0,), LIVE: (1.0,), CONTROL: (1.0,)}  # what is compared with a live teacher
