@@ -116,13 +116,13 @@ def parts_block() -> str:
         for name, (seconds, function) in gpu_suite.PARTS.items()
     ]
     total = sum(gpu_suite.PARTS[name][0] for name in gpu_suite.DEFAULT)
+    *others, last = (f"`{name}`" for name in gpu_suite.ON_REQUEST)
     return "\n".join(
         [
             "| part | what | planned seconds on an H200 |",
             "| --- | --- | ---: |",
             *rows,
-            f"| all but {' and '.join(f'`{name}`' for name in gpu_suite.ON_REQUEST)} "
-            f"| without `--only` | {total:.0f} |",
+            f"| all but {', '.join(others)} and {last} | without `--only` | {total:.0f} |",
         ]
     )
 

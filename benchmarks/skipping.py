@@ -1,11 +1,13 @@
 """What does a backward cost that forms the gradient outside the lists for some of the rows only?
 
-    python -m benchmarks.skipping [--quick] [--hidden D ...] [--turns N] [--out DIR]
+    python -m benchmarks.skipping [--quick] [--hidden D ...] [--sample MODEL AT K] [--turns N]
+                                  [--out DIR]
 
 It measures one forward and backward of the reverse KL with a tail bucket in fp32 on a CPU:
 `dense_share` at several shares, two tolerances and the renormalised loss, each against the exact
-gradient of every row in the same run. The rows are drawn from those that `benchmarks.offlist`
-measured, which decides how many a tolerance keeps; the time of a share does not depend on the rows.
+gradient of every row in the same run. The rows are drawn from a sample of those that
+`benchmarks.offlist` measured, by default SmolLM2's; it decides how many a tolerance keeps. The time
+of a share does not depend on the rows.
 
 First the gradients at a share of one half are compared with fp64 at the same seed on a small
 problem; a failed gate ends the run. Times are medians of the process's CPU time on one thread, in
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import sys
 import time
 from dataclasses import asdict, replace
@@ -31,6 +34,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Variant, exceeded, gradient_bound
+from benchmarks.measured_rows import NAME as OFFLIST
 from benchmarks.measured_rows import measured_problem, measured_sample
 from benchmarks.problems import RENORMALIZED, REVERSE_KL, Problem, Shape, oracle, relative_error
 from benchmarks.recorder import identity
@@ -41,7 +45,8 @@ SAMPLED = "reverse KL, sampled rows"
 SHARES = (0.05, 0.15, 0.25, 0.5, 0.75, 0.85)
 TOLERANCES = (1e-2, 1e-3)
 LIMITS = {"share 0.15": 0.60, "share 0.25": 0.68, "renormalised": 0.2}
-SAMPLE = ("SmolLM2-135M, pruned", "start", 64)  # model, time and length of the list
+Sample = tuple[str, str, int]  # model, time and length of the list
+SAMPLE: Sample = ("SmolLM2-135M, pruned", "start", 64)
 FULL = Shape(rows=2048, hidden=512, vocab=151936, topk=64)
 QUICK = Shape(rows=64, hidden=128, vocab=8192, topk=16)
 GATE = 1e-5
@@ -94,8 +99,8 @@ def gate_error() -> float:
     return max(relative_error(a, b) for a, b in zip(*sides, strict=True))
 
 
-def problem_of(shape: Shape) -> Problem:
-    return measured_problem(shape, measured_sample(*SAMPLE))
+def problem_of(shape: Shape, sample: Sample = SAMPLE) -> Problem:
+    return measured_problem(shape, measured_sample(*sample))
 
 
 def cpu_times(steps: dict[str, Any], turns: int) -> dict[str, list[float]]:
@@ -125,8 +130,8 @@ def rows_kept(problem: Problem) -> dict[str, Any]:
     return {"kept": kept, "off_list_share": round(unlisted / (listed + unlisted), 4)}
 
 
-def measure(shape: Shape, shares: tuple[float, ...], turns: int) -> dict[str, Any]:
-    problem = problem_of(shape)
+def measure(shape: Shape, sample: Sample, shares: tuple[float, ...], turns: int) -> dict[str, Any]:
+    problem = problem_of(shape, sample)
     steps = {name: variant.prepare(problem).step for name, variant in variants(shares).items()}
     times = cpu_times(steps, turns)
     exact = np.median(times["exact"])
@@ -137,11 +142,15 @@ def measure(shape: Shape, shares: tuple[float, ...], turns: int) -> dict[str, An
     }
     return {
         "question": "skipping_cpu", "dtype": "float32", **asdict(shape), "turns": turns,
-        "sample": list(SAMPLE), **rows_kept(problem),
+        "sample": list(sample), **rows_kept(problem),
         "ratios": ratios, "pairs": pairs,
         "shares": list(shares), "bounds": [round(bound(x), 4) for x in shares],
         **identity(torch.device("cpu"), None),
     }  # fmt: skip
+
+
+def sample_flags(sample: Sample) -> str:
+    return f"--sample {shlex.join(map(str, sample))}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -162,11 +171,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {hidden} | {' | '.join(texts)} |")
     row = newest[min(newest)]
     outside = ", ".join(f"{newest[d]['off_list_share']:.0%}" for d in sorted(newest))
+    samples = {tuple(row["sample"]) for row in newest.values()}
+    assert len(samples) == 1, samples  # a table is of one sample
+    flags = sample_flags(*samples)
     text = (
         "Forward and backward at N={rows}, K={topk}, V={vocab} in {dtype} on one thread of a CPU,",
         "over the time with every row's gradient; in brackets the share of rows that a tolerance",
         "keeps. The bound counts GEMMs: (1 + 2 f) / 3. Outside the lists is this much of the L1",
-        f"norm of dL/dz: {outside}.",
+        f"norm of dL/dz: {outside}. The rows are drawn from the sample",
+        f"`{flags}` of `results/{OFFLIST}`.",
     )
     return "\n".join([*(line.format(**row) for line in text), "", *lines])
 
@@ -197,6 +210,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a toy size without limits")
     parser.add_argument("--hidden", nargs="+", type=int, default=[512, 1024])
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
+    parser.add_argument(
+        "--sample", nargs=3, metavar=("MODEL", "AT", "K"), default=SAMPLE, help="rows to draw from"
+    )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, help=f"folder whose {NAME} gets the rows")
     return parser.parse_args(arguments)
@@ -205,6 +221,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     torch.set_num_threads(1)
+    sample: Sample = (args.sample[0], args.sample[1], int(args.sample[2]))
     error = gate_error()
     if not error < GATE:
         print(f"the gradient's error is {error:.1e}, above {GATE:.0e}", file=sys.stderr)
@@ -214,9 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
     for shape in shapes:
         size = "--quick" if args.quick else f"--hidden {shape.hidden}"
         shares = " ".join(map(str, args.shares))
-        command = f"python -m benchmarks.skipping {size} --shares {shares} --turns {args.turns}"
+        settings = f"--shares {shares} {sample_flags(sample)} --turns {args.turns}"
+        command = f"python -m benchmarks.skipping {size} {settings}"
         row = {
-            **measure(shape, tuple(args.shares), args.turns),
+            **measure(shape, sample, tuple(args.shares), args.turns),
             "gradient_error": float(f"{error:.2e}"),
         }
         rows.append({**row, "command": command})

@@ -91,6 +91,11 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Mark the flags, which site.css keeps on one line."""
+    return re.sub(r"<code>(--[^<]{1,30})</code>", r'<code class="flag">\1</code>', html)
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Lead links to pages of the site."""
     return relinked(markdown, page.file.src_uri)

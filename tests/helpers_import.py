@@ -1,6 +1,7 @@
 """Dumps as another tool would write them, and the commands that tests of `lopd import` run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,17 @@ import pyarrow.parquet as pq
 from lopd.cli import main
 from lopd.engines.transformers import TransformersEngine
 from lopd.models.load import load_tokenizer
+from lopd.provenance import declare
 
 PROMPTS = ["the cat sat", "a dog ran to", "it was raining"]
 K = 6
+
+
+def declared(student_folder, teacher_folder, parent):
+    """A copy of the student that says that it was fine-tuned on the teacher's answers."""
+    folder = shutil.copytree(student_folder, parent / "student")
+    declare(folder, teacher=teacher_folder)
+    return folder
 
 
 def dump_of(teacher_folder, student):
@@ -81,3 +90,8 @@ def distill(student, cache, out, *flags):
     argv = ["distill", "--student", str(student), "--cache", str(cache), "--out", str(out)]
     settings = ["--max-steps", "1", "--batch-size", "2", "--save-every", "0"]
     return main([*argv, *settings, "--dtype", "float32", "--device", "cpu", *flags])
+
+
+def rescore(student, teacher, cache):
+    argv = ["verify", "--path", str(cache), "--rescore", "3", "--teacher", str(teacher)]
+    return main([*argv, "--student", str(student), "--dtype", "float32", "--device", "cpu"])

@@ -12,11 +12,12 @@ from __future__ import annotations
 import difflib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.evidence.frame import Cell, Measure, Part, Row, read
 from benchmarks.evidence.intervals import Interval, interval, ratio, shown
+from benchmarks.evidence.markdown import grid
 
 # What may explain that numbers differ.
 SURROUNDINGS = ("commit", "device", "instructions", "threads", "python", "torch", "transformers")
@@ -55,12 +56,17 @@ def report(picked: Sequence[Picked], out: Path, fresh: Path) -> str:
         names = {cell.name for each, cell in picked if each.name == part.name}
         old = read(out / part.file)
         new = {row["cell"]: row for row in read(fresh / part.file) if row["cell"] in names}
-        pairs = [(row, new[row["cell"]]) for row in old if row["cell"] in new]
-        if pairs:
-            rows = [new.get(row["cell"], row) for row in old]
-            blocks += [f"## {part.name}", _surroundings(pairs), _values(part, pairs)]
-            blocks += [_means(part, old, rows, pairs), _tables(part, old, rows)]
-    return "\n\n".join(block for block in blocks if block) or "No cell was measured once more."
+        if new:
+            blocks += [f"## {part.name}", compared(part, old, new)]
+    return "\n\n".join(blocks) or "No cell was measured once more."
+
+
+def compared(part: Part, old: Sequence[Row], new: Mapping[str, Row]) -> str:
+    """Markdown: some new rows, by cell, against all committed ones of a part."""
+    pairs = [(row, new[row["cell"]]) for row in old if row["cell"] in new]
+    rows = [new.get(row["cell"], row) for row in old]
+    blocks = [_surroundings(pairs), _values(part, pairs), _means(part, old, rows, pairs)]
+    return "\n\n".join(block for block in (*blocks, _tables(part, old, rows)) if block)
 
 
 def _surroundings(pairs: Sequence[Pair]) -> str:
@@ -99,7 +105,7 @@ def _values(part: Part, pairs: Sequence[Pair]) -> str:
     insides = [inside for *_, inside in body]
     counts = f"{len(body)} values of {len(pairs)} cells: {same} the same to the digit; of those "
     counts += f"with an interval in the row {insides.count('yes')} within, {insides.count('no')} "
-    return f"{_table(head, body, words=2)}\n\n{counts}outside."
+    return f"{grid(head, body, words=2)}\n\n{counts}outside."
 
 
 def _means(part: Part, old: Sequence[Row], rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
@@ -114,14 +120,14 @@ def _means(part: Part, old: Sequence[Row], rows: Sequence[Row], pairs: Sequence[
             inside = _within(Measure(now[0]), was[1:])
             body.append([group, name, f"{len(values)}", shown(was, ".4g"), f"{now[0]:.4g}", inside])
     head = ["cells", "value", "seeds", "mean over seeds, committed", "with the new rows", "within"]
-    return _table(head, body, words=2) if body else ""
+    return grid(head, body, words=2) if body else ""
 
 
-def _tables(part: Part, old: list[Row], rows: list[Row]) -> str:
+def _tables(part: Part, old: Sequence[Row], rows: Sequence[Row]) -> str:
     """The lines of the documents' tables that the new rows change."""
     lines: list[str] = []
     for name, table in part.tables.items():
-        before, after = (table(each).splitlines() for each in (old, rows))
+        before, after = (table(list(each)).splitlines() for each in (old, rows))
         sides = (f"{name}, committed", f"{name}, with the new rows")
         lines += difflib.unified_diff(before, after, *sides, lineterm="", n=0)
     if not lines:
@@ -144,11 +150,11 @@ def _of_group(part: Part, group: str, rows: Sequence[Row]) -> dict[str, list[Mea
 
 
 def _mean(measures: Sequence[Measure]) -> Interval | None:
-    """The mean over seeds, as the tables take it; None of too few, or if one is not finite."""
-    values = [measure.value for measure in measures]
-    if not all(map(math.isfinite, values)):
+    """The mean over seeds, as the tables take it; None of too few, or if it has none."""
+    values, geometric = [measure.value for measure in measures], measures[0].geometric
+    if not all(map(math.isfinite, values)) or (geometric and min(values) <= 0.0):
         return None
-    return ratio(values) if measures[0].geometric else interval(values)
+    return ratio(values) if geometric else interval(values)
 
 
 def _within(measure: Measure, bounds: tuple[float, float]) -> str:
@@ -160,10 +166,6 @@ def _change(was: Measure, now: Measure) -> str:
     if now.value == was.value:
         return "none"
     if was.geometric and was.value > 0.0 and math.isfinite(was.value + now.value):
-        return f"x {now.value / was.value:.4f}"
+        apart = now.value / was.value - 1.0
+        return f"x {1.0 + apart:.4f}" if abs(apart) > 1e-4 else f"x 1{apart:+.1e}"
     return f"{now.value - was.value:+.3g}"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], *, words: int) -> str:
-    rule = ["---"] * words + ["---:"] * (len(head) - words)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))

@@ -35,8 +35,10 @@ from benchmarks.evidence.intervals import (
     judge,
     mean_log_kl,
     part_of,
+    sorted_by,
     worse,
 )
+from benchmarks.evidence.markdown import grid
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,6 @@ def _kl(values: Values) -> str:
     return f"{math.exp(mean_log_kl(values)):.4f}"
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], *, words: int = 1) -> list[str]:
-    rule = ["---"] * words + ["---:"] * (len(head) - words)
-    return [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
-
-
 def grid_table(rows: list[Row]) -> str:
     """Markdown: KL and pass@1 of every pair of teachers."""
     head = ["setting", *(f"{sft} → {opd}" for sft, opd in PAIRS)]
@@ -165,7 +162,7 @@ def grid_table(rows: list[Row]) -> str:
         return NO_ROWS
     return "\n".join(
         [
-            *_table(head, body),
+            grid(head, body),
             "",
             "X → Y: fine-tuned on answers of X, distilled from Y; the control is fine-tuned",
             "further, on Y's answers to the same prompts. KL to Y in nat per token on new answers,",
@@ -188,7 +185,17 @@ def gap_table(rows: list[Row]) -> str:
             if (difference := compare(*compared)) is not None:
                 seeds = str(len(both(*compared)))
                 body.append([str(setting), crossed[name], name, *columns(difference), seeds])
-    return "\n".join(_table(head, body, words=3)) if body else NO_ROWS
+    if not body:
+        return NO_ROWS
+    return "\n\n".join(filter(None, (grid(head, body, words=3), crossings(rows))))
+
+
+def crossings(rows: list[Row]) -> str:
+    """Both crossed students together against both others, in words."""
+    compared = {str(each): compare(*crossed_sides(rows, each)) for each in (*SETTINGS, *CONTROLS)}
+    verdicts = {name: worse(each) for name, each in compared.items()}
+    said = sorted_by(verdicts, "more than a quarter higher", "at most a quarter higher")
+    return f"KL of both crossings together, against both others: {said}." if said else ""
 
 
 def doses(rows: Sequence[Row], fewest: int = 1) -> list[str]:
@@ -221,7 +228,7 @@ def dose_table(rows: list[Row]) -> str:
             cells += [_kl(shared), *ratios, str(len(shared))]
         body.append(cells)
     notes = [TEACHERS[name] for name in names if TEACHERS[name]]
-    return "\n".join([*_table(head, body), *(["", *notes] if notes else [])]) if body else NO_ROWS
+    return "\n".join([grid(head, body), *(["", *notes] if notes else [])]) if body else NO_ROWS
 
 
 def figure(rows: list[Row]) -> Any:

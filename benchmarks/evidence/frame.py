@@ -164,10 +164,11 @@ class Part:
     def file(self) -> str:
         return f"{self.name}.jsonl"
 
-    def again(self, cell: Cell) -> str:
-        """The command that measures a cell once more, and compares."""
+    def again(self, *patterns: str) -> str:
+        """The command that measures cells once more, and compares; all cells without a pattern."""
         command = self.command or f"python -m benchmarks.evidence --part {self.name}"
-        return f"{command} --again --only '{cell.name}'"
+        only = " ".join(["", "--only", *(f"'{each}'" for each in patterns)]) if patterns else ""
+        return f"{command} --again{only}"
 
 
 def done(part: Part, out: Path) -> set[str]:
@@ -211,7 +212,7 @@ def run(todo: Sequence[tuple[Part, Cell]], work: Path, out: Path) -> None:
             measured = cell.measure(made[folder])
             minutes = round((time.process_time() - began) / 60, 3)
         row = {"cell": cell.name, "seed": cell.seed, **measured, "minutes": minutes}
-        row |= {"command": part.again(cell), **environment, "date": date}
+        row |= {"command": part.again(cell.name), **environment, "date": date}
         if cell.name in done(part, out):  # by a process with another work folder
             continue
         with (out / part.file).open("a", encoding="utf-8") as file:

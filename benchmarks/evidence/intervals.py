@@ -109,6 +109,19 @@ def no_worse(found: Comparison | None) -> str:
     return judge(part_of(found, "kl"), high=NEGLIGIBLE)
 
 
+def sorted_by(verdicts: Mapping[str, str], yes: str, no: str) -> str:
+    """Names by their verdicts, in words; names that are not measured are left out.
+
+    >>> sorted_by({"a": REPRODUCED, "b": UNDECIDED, "c": NOT, "d": REPRODUCED}, "lower", "higher")
+    'lower with a; d. Higher with c. Not decided with b'
+    """
+    parts = []
+    for verdict, words in ((REPRODUCED, yes), (NOT, no), (UNDECIDED, UNDECIDED)):
+        if names := [name for name, each in verdicts.items() if each == verdict]:
+            parts.append(f"{words} with {'; '.join(names)}")
+    return ". ".join([*parts[:1], *(f"{part[0].upper()}{part[1:]}" for part in parts[1:])])
+
+
 def shown(found: Interval | None, form: str) -> str:
     """An interval in words, such as `1.20 [1.10, 1.31]`; empty without one."""
     if found is None:

@@ -25,14 +25,18 @@ from benchmarks.evidence.intervals import (
     REPRODUCED,
     Comparison,
     Interval,
+    Values,
+    both,
     columns,
     combine,
     compare,
     judge,
+    mean_log_kl,
     ratio,
     shown,
 )
-from benchmarks.evidence.live_cells import OBJECTIVES, PARTS, cells
+from benchmarks.evidence.live_cells import LISTS, OBJECTIVES, PARTS, cells
+from benchmarks.evidence.markdown import grid
 
 DRIFT = ("mean", "within a quarter", "ess", "kl")  # the columns of its table
 
@@ -42,11 +46,18 @@ def of(rows: Sequence[Row], objective: str) -> list[Row]:
     return sorted((r for r in rows if r["objective"] == objective), key=lambda row: row["seed"])
 
 
+def quality(rows: Sequence[Row], objective: str, run: str) -> Values:
+    """By seed, the KL and pass@1 of one of start, offline, live and control.
+
+    The control has no objective; it stands in the rows of lists.
+    """
+    chosen = of(rows, LISTS if run == "control" else objective)
+    return {row["seed"]: row["quality"][run] for row in chosen if run in row["quality"]}
+
+
 def ends(rows: Sequence[Row], objective: str, one: str, other: str) -> Comparison | None:
     """One of start, offline, live and control against another; None if seeds are too few."""
-    chosen = of(rows, objective)
-    first, second = ({r["seed"]: r["quality"][name] for r in chosen} for name in (one, other))
-    return compare(first, second)
+    return compare(*(quality(rows, objective, name) for name in (one, other)))
 
 
 def times(rows: Sequence[Row], objective: str, seconds: str) -> Interval | None:
@@ -77,80 +88,59 @@ def measures(row: Row) -> dict[str, Measure]:
     return found
 
 
+def enough(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each objective that has rows of enough seeds for an interval."""
+    return {name: of(rows, name) for name in OBJECTIVES if len(of(rows, name)) >= FEWEST}
+
+
 def cost_table(rows: list[Row]) -> str:
     """Markdown: shares of the offline run's parts, and ratios of the live run."""
-    lines = [
-        "| objective | generation | scoring | training | live / offline, CPU "
-        "| live / offline, clock | live / training alone | seeds |",
-        f"| --- |{' ---: |' * 7}",
-    ]
-    for objective in OBJECTIVES:
-        chosen = of(rows, objective)
-        if len(chosen) < FEWEST:
-            continue
+    head = ["objective", *PARTS, "live / offline, CPU", "live / offline, clock"]
+    body = []
+    for objective, chosen in enough(rows).items():
         shares = [
             mean(r["offline"][part]["processor"] / _total(r, "processor") for r in chosen)
             for part in PARTS
         ]
         found = [times(rows, objective, seconds) for seconds in ("processor", "clock")]
-        cells = [
-            objective,
-            *(f"{share:.0%}" for share in shares),
-            *(shown(each, ".2f") for each in (*found, ratio([alone(r) for r in chosen]))),
-            str(len(chosen)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    if len(lines) == 2:
-        return NO_ROWS
-    cold = sum("first" not in row for row in rows)
-    if cold:  # rows of before the warm-up
-        note = f"In {cold} of {len(rows)} runs the offline run came first, and without a warm-up:"
-        lines += ["", note, "its generation includes imports, which makes a live run look cheaper."]
-    return "\n".join(lines)
+        found.append(ratio([alone(row) for row in chosen]))
+        ratios = [shown(each, ".2f") for each in found]
+        body.append([objective, *(f"{x:.0%}" for x in shares), *ratios, str(len(chosen))])
+    return grid([*head, "live / training alone", "seeds"], body) if body else NO_ROWS
 
 
 def ends_table(rows: list[Row]) -> str:
     """Markdown: where the runs end, and offline against the others on the same seeds."""
-    lines = [
-        "| objective | run | KL | pass@1 | KL ratio, offline / it | offline minus it, points "
-        "| seeds |",
-        f"| --- | --- |{' ---: |' * 5}",
-    ]
-    for objective in OBJECTIVES:
-        chosen = of(rows, objective)
-        if len(chosen) < FEWEST:
-            continue
-        for run in chosen[0]["quality"]:
-            compared = ends(rows, objective, "offline", run)
-            kl = math.exp(mean(math.log(row["quality"][run]["kl"]) for row in chosen))
-            sampled = mean(row["quality"][run]["sampled"] for row in chosen)
-            cells = [objective, run, f"{kl:.4f}", f"{sampled:.3f}"]
-            if run == "offline":
-                cells += ["1", "0"]
-            else:
-                cells += columns(compared)
-            cells.append(str(len(chosen)))
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
+    head = ["objective", "run", "KL", "pass@1", "KL ratio, offline / it"]
+    body = []
+    for objective in enough(rows):
+        offline = quality(rows, objective, "offline")
+        for run in ("start", "offline", "live", "control"):
+            found = quality(rows, objective, run)
+            if (compared := compare(offline, found)) is None:
+                continue
+            shared = {seed: found[seed] for seed in both(offline, found)}
+            kl, sampled = math.exp(mean_log_kl(shared)), mean(r["sampled"] for r in shared.values())
+            differences = ["1", "0"] if run == "offline" else columns(compared)
+            cells = [objective, run, f"{kl:.4f}", f"{sampled:.3f}", *differences]
+            body.append([*cells, str(len(shared))])
+    head += ["offline minus it, points", "seeds"]
+    return grid(head, body, words=2) if body else NO_ROWS
 
 
 def drift_table(rows: list[Row]) -> str:
     """Markdown: the ratio p / r of tokens after offline training, mean and range over seeds."""
-    lines = [
-        "| objective | rollouts | mean of p / r | tokens within a quarter of 1 | ESS of tokens "
-        "| E[log r - log p] | seeds |",
-        f"| --- | --- |{' ---: |' * 5}",
-    ]
-    for objective in OBJECTIVES:
-        chosen = of(rows, objective)
-        for rollouts in chosen[0]["drift"] if len(chosen) >= FEWEST else ():
+    head = ["objective", "rollouts", "mean of p / r", "tokens within a quarter of 1"]
+    body = []
+    for objective, chosen in enough(rows).items():
+        for rollouts in chosen[0]["drift"]:
             cells = [objective, rollouts]
             for key in DRIFT:
                 values = [row["drift"][rollouts][key] for row in chosen]
                 cells.append(f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-            cells.append(str(len(chosen)))
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
+            body.append([*cells, str(len(chosen))])
+    head += ["ESS of tokens", "E[log r - log p]", "seeds"]
+    return grid(head, body, words=2) if body else NO_ROWS
 
 
 def cheaper(found: Interval | None, factor: float) -> str:

@@ -57,7 +57,8 @@ class ImportConfig(CodeOptions):
         False,
         group="Provenance overrides",
         identity=False,
-        help="Accept renormalised lists, which only --tail renormalize can train on.",
+        help="Accept renormalised lists, which only --tail renormalize can train on, and sampled "
+        "tokens outside them.",
     )
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ RECIPE = """\
 out: runs/mine              # each stage writes to a folder of its name here
 teacher: models/teacher     # folder or hub id; answers the prompts and scores
 # or teacher: {math: models/m, code: models/c} with teacher_field: domain
-student: models/base        # is fine-tuned; without sft, it must be already
+student: models/base        # the base model; without sft, a fine-tuned one
 # Optional, for all stages that have the setting: device, seed,
 # trust_remote_code, chat_template_kwargs, special_tokens, prompt_date, and
 # dtype, which holds for sampling, scoring and evaluation, not for training.

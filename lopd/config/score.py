@@ -98,11 +98,6 @@ class ScoreConfig(TeacherOptions, EngineOptions, ScoringOptions):
             refuse_unused(
                 self, ("prompts",), "only teacher_template and teacher_field read their records"
             )
-        if self.teacher_template is not None and self.teacher_field is not None:
-            raise ConfigError(
-                "teacher_template: found with teacher_field; a template is for one teacher; leave "
-                "one of the two out"
-            )
         parse_eos_class(self.eos_class)
         if self.engine == "vllm" and self.temperature != 1:
             raise ConfigError("engine: vllm scores at temperature 1; use transformers")

@@ -55,12 +55,17 @@ from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
 from lopd.store import Rollout, TopKLists
+from lopd.store.lists import TAIL_FLOOR
 from lopd.store.validate import AGREEMENT_NATS, MASS_TOLERANCE
 
 _LIGHTNING = ("is_lightning_opd", "response_tokens", "loss_mask", "teacher_log_probs")
 # Two decimals of a log-prob are an error of 0.5 % of its probability, so lists of rounded
 # log-probs can have a mass up to 1 + ROUNDING; they are scaled to mass 1.
 ROUNDING = 0.01
+_RAW = (
+    "dump raw log-probs, or pass --allow-renormalized to admit such lists, for --tail renormalize "
+    "only"
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Dumped:
     teacher_logprobs: np.ndarray  # [R] fp64, of the response tokens
     lists: TopKLists  # int64 ids, fp64 log-probs
     mass: np.ndarray  # [R] fp64, of the lists before rounded ones were scaled
+    unlisted: np.ndarray  # [R] bool, outside a renormalised list, where no log-prob is known
     unscored: int = 0  # masked tokens without a log-prob
     padding: int = 0  # entries left out of the lists
 
@@ -84,6 +90,7 @@ def read_dump(
     *,
     list_of: ListOf = "teacher",
     vocab_size: int | None = None,
+    renormalized: bool = False,
     skipped: Skipped | None = None,
 ) -> Iterator[Dumped]:
     """The sequences of a file, in order.
@@ -94,6 +101,9 @@ def read_dump(
             record has no `finish_reason`.
         list_of: whose most probable ids the lists hold.
         vocab_size: rows of the teacher's head, which bound the ids; None for no bound.
+        renormalized: whether lists of mass 1 were renormalised. The log-prob of a token is then its
+            entry in the list, whatever the record says; one outside has `TAIL_FLOOR` in its place,
+            since the mass that it was part of is lost.
         skipped: takes the records that cannot be used; by default they are errors.
 
     Raises:
@@ -108,7 +118,7 @@ def read_dump(
             items = [_lightning(where, record, tokenizer)]
         else:
             items = shaped(where, record)
-        found = [_assemble(where, item, eos_ids, seen, list_of) for item in items]
+        found = [_assemble(where, item, eos_ids, seen, list_of, renormalized) for item in items]
         for item in found:
             _check_ids(item, limits)
         return found
@@ -144,7 +154,12 @@ def _lightning(where: str, record: dict[str, Any], tokenizer: Any) -> Shaped:
 
 
 def _assemble(
-    where: str, item: Shaped, eos_ids: Sequence[int], seen: Counter[str], list_of: ListOf
+    where: str,
+    item: Shaped,
+    eos_ids: Sequence[int],
+    seen: Counter[str],
+    list_of: ListOf,
+    renormalized: bool,
 ) -> Dumped:
     prompt = integers(where, "prompt token ids", item.prompt)
     response = integers(where, "response token ids", item.response)
@@ -166,13 +181,17 @@ def _assemble(
     mask = np.ones(count, bool) if item.mask is None else loss_mask(where, item.mask)
     refuse_without_loss(where, mask)
     lists, padding = _lists(where, item.lists, mask)
-    logprobs = _teacher_logprobs(where, response, item.teacher, lists, mask)
+    whole = mask & _have_mass_one(lists) if renormalized else np.zeros(count, bool)
+    listed, entry = _own_entries(response, lists)
+    logprobs = _teacher_logprobs(where, response, item.teacher, lists, mask & ~whole)
+    logprobs = np.where(whole, np.where(listed, entry, TAIL_FLOOR), logprobs)
+    unlisted = whole & ~listed
     unscored = ~mask & is_stand_in(logprobs)
     if unscored.any():
         lists = _without_rows(lists, unscored)
         logprobs = np.where(unscored, 0.0, logprobs)
     lists, mass = _scaled(where, lists)
-    check_sampled(where, response, logprobs, lists, mask, list_of)
+    check_sampled(where, response, logprobs, lists, mask & ~unlisted, list_of)
     rollout_logprobs = np.full(count, np.nan, np.float32)
     if item.rollout is not None:
         rollout_logprobs = floats(where, "rollout_logprobs", item.rollout).astype(np.float32)
@@ -191,7 +210,8 @@ def _assemble(
         rollout_logprobs=rollout_logprobs,
         rollout_logprobs_raw=rollout_logprobs,
     )
-    return Dumped(where, rollout, logprobs, lists, mass, int(unscored.sum()), padding)
+    masked = int(unscored.sum())
+    return Dumped(where, rollout, logprobs, lists, mass, unlisted, masked, padding)
 
 
 def _lists(where: str, entries: Any, mask: np.ndarray) -> tuple[TopKLists, int]:
@@ -240,16 +260,29 @@ def _teacher_logprobs(
         bad = mask & is_stand_in(values)
         refuse_stand_ins(where, response, bad, values, "the teacher's log-prob")
         return values
-    listed = lists.contains(response)
+    listed, entry = _own_entries(response, lists)
     absent = np.flatnonzero(~listed & mask)
     if len(absent):
+        t = absent[0]
+        remedy = "dump its log-prob too (vLLM always does), or add 'teacher_logprobs'"
+        if _have_mass_one(lists)[t]:
+            remedy = f"the list has mass 1, as if it was renormalised; {_RAW}"
         raise DataError(
-            f"{where}: response token {absent[0]} (id {response[absent[0]]}) is not in its list, "
-            "or has no log-prob there; dump its log-prob too (vLLM always does), or add "
-            "'teacher_logprobs'"
+            f"{where}: response token {t} (id {response[t]}) is not in its list, or has no "
+            f"log-prob there; {remedy}"
         )
-    entry = lists.row_sums(np.where(lists.ids == response[lists.rows], lists.logprobs, 0.0))
     return np.where(listed, entry, np.nan)
+
+
+def _own_entries(response: np.ndarray, lists: TopKLists) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each token [R] of the response is in its list, and its log-prob there."""
+    own = np.where(lists.ids == response[lists.rows], lists.logprobs, 0.0)
+    return lists.contains(response), lists.row_sums(own)
+
+
+def _have_mass_one(lists: TopKLists) -> np.ndarray:  # [R] bool
+    """Whether each list has mass 1, within the rounding of its log-probs."""
+    return np.abs(lists.row_sums(np.exp(lists.logprobs)) - 1) <= ROUNDING
 
 
 def _scaled(where: str, lists: TopKLists) -> tuple[TopKLists, np.ndarray]:
@@ -295,8 +328,7 @@ def check_sampled(
     Raises:
         DataError: names the response token and the contradiction.
     """
-    listed = lists.contains(response)
-    entry = lists.row_sums(np.where(lists.ids == response[lists.rows], lists.logprobs, 0.0))
+    listed, entry = _own_entries(response, lists)
     smallest = np.zeros(len(response))
     np.minimum.at(smallest, lists.rows, lists.logprobs)
     left = 1 - lists.row_sums(np.exp(lists.logprobs))
@@ -313,12 +345,12 @@ def check_sampled(
             t = int(np.flatnonzero(bad & mask)[0])
             why = "they are not of one model, or the value stands for none"
             if abs(left[t]) <= MASS_TOLERANCE:
-                why = "the list has mass 1, as if it was renormalised; dump raw log-probs"
+                why = f"the list has mass 1, as if it was renormalised; {_RAW}"
             raise DataError(
                 f"{where}: response token {t} (id {response[t]}) has log-prob {logprobs[t]:.6g}; "
                 f"{what} is {bounds[what][t]:.6g}: {why}"
             )
-    if not lists.lengths[mask].any():
+    if mask.any() and not lists.lengths[mask].any():
         refuse_same(where, logprobs[mask], "log-probs", "dump the teacher's log-probs")
 
 

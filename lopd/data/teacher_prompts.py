@@ -27,16 +27,19 @@ class TeacherPrompts:
         cls,
         template: str,
         source: str,  # file of the template, for messages
-        teacher: str,
+        teachers: Mapping[str | None, str],
+        teacher_of: Mapping[str, str | None],
         records: RecordSource,
         prompts: Mapping[str, np.ndarray],
         student: str,
         today: date | None,
     ) -> "TeacherPrompts":
-        """Fill in the template for every prompt.
+        """Fill in the template for every prompt, as the tokenizer of its teacher does.
 
         Args:
-            teacher, student: model folders.
+            teachers: model folders by name; one without a name under None.
+            teacher_of: the name of the teacher by prompt id.
+            student: model folder.
             prompts: the student's prompts, as in `RecordSource.find`.
             today: the date that the teacher's chat template writes.
 
@@ -44,12 +47,16 @@ class TeacherPrompts:
             ConfigError, DataError: as `TeacherTemplate` and `RecordSource.find`; or the records of
                 one prompt give different prompts.
         """
-        rendered = TeacherTemplate(template, source, load_tokenizer(teacher), today)
+        rendered = {
+            name: TeacherTemplate(template, source, load_tokenizer(folder), today)
+            for name, folder in teachers.items()
+        }
         tokens: dict[str, np.ndarray] = {}
         places: dict[str, str] = {}
         for record in records.find(prompts, student):
             name, where = record.name, record.place
-            ids = np.array(rendered.tokens(record.fields, where), np.int32)
+            own = rendered[teacher_of[name]]
+            ids = np.array(own.tokens(record.fields, where), np.int32)
             if name in tokens and not np.array_equal(ids, tokens[name]):
                 raise DataError(
                     f"{where}: {source} renders another prompt for '{name}' than at "

@@ -185,6 +185,8 @@ def logprob_source(manifest: CacheManifest) -> tuple[str | None, str]:
         return None, "the log-probs of the rollouts are unknown"
     if manifest.scoring.is_calibrated:
         return None, "the log-probs of the teacher are calibrated"
+    if manifest.scoring.tail == "renormalized":
+        return None, "the lists of the teacher were renormalised"
     if manifest.scoring.eos_class:
         return None, "ids that end an answer count as one, and log-probs of the sampled id do not"
     raw = "rollout_logprobs_raw" if temperature == 1 else None

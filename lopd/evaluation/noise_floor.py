@@ -43,37 +43,19 @@ class NoiseFloor:
         return self.noise / self.signal if self.signal > 0 else float("inf")
 
 
-def measure_noise_floor(
-    path: str | Path,
-    count: int,
-    *,
-    teacher: str | Path | Mapping[str, str],
-    student: str | Path,
-    options: EngineOptions,
-    tokens_per_batch: int,
-    seen_by_teacher: Callable[[Rollout], Rollout] = lambda rollout: rollout,
-    seed: int,
-) -> NoiseFloor:
-    """Rescore sequences of a cache with the teacher and with the student.
+def scorers_of(
+    path: str | Path, teacher: str | Mapping[str, str], manifest: CacheManifest
+) -> dict[str | None, str]:
+    """The folders of the models that scored a cache that can be rescored: by name, or under None.
 
     Args:
-        count: number of sequences; at most all of them.
-        teacher: the model that scored the cache; by name if there are several.
-        options: engine of the teacher. The student runs in transformers and shares only its
-            dtype and device.
-        seen_by_teacher: the sequence that the teacher reads for a rollout.
-        seed: of the choice of sequences.
+        teacher: a folder, NAME=PATH, or folders by name.
 
     Raises:
-        ProvenanceError: `teacher` is not the model that scored the cache.
-        ConfigError: the lists were renormalised, so the mass outside them is unknown; the log-probs
-            are calibrated; or the names of the teachers are not those of the cache.
-        ModelError: the engine did not score all sequences. DataError: no token of them bears loss.
+        ProvenanceError: a folder does not hold the model that scored the cache.
+        ConfigError: the names are not those of the cache; its lists were renormalised, so the mass
+            outside them is unknown; or its log-probs are calibrated.
     """
-    cache = TeacherCache.open(path, support="list")
-    if cache.has_no_lists:
-        cache = TeacherCache.open(path, support="list+sampled")
-    manifest = cache.manifest
     if manifest.scoring.tail == "renormalized":
         raise ConfigError(
             f"{path}: its lists were renormalised before they were imported, so the teacher's own "
@@ -84,7 +66,55 @@ def measure_noise_floor(
             f"{path}: its log-probs are calibrated, so they differ from the teacher's on purpose; "
             "rescore the cache that was calibrated"
         )
-    teachers = _teachers(path, teacher, manifest)
+    expected = manifest.models
+    named: dict[str | None, str] = {None: teacher} if isinstance(teacher, str) else {}
+    if isinstance(teacher, Mapping):
+        named.update(teacher.items())
+    elif None not in expected:
+        name, _, one = str(teacher).partition("=")
+        named = {name: one}
+    if named.keys() != expected.keys():
+        names = [name for name in expected if name is not None]
+        wanted = " ".join(f"--teacher {name}=PATH" for name in names) or "one --teacher PATH"
+        raise ConfigError(f"teacher: {path} was scored by {manifest.model.path}; expected {wanted}")
+    for known, folder in named.items():
+        if (found := fingerprint_weights(folder)) != expected[known].weights:
+            raise ProvenanceError(
+                f"teacher: {folder} has weights {found[:12]}, {records_of(known) or 'the cache '}"
+                f"{'were' if known else 'was'} scored by {expected[known].weights[:12]}; name the "
+                f"model that scored {'them' if known else 'it'}"
+            )
+    return named
+
+
+def measure_noise_floor(
+    path: str | Path,
+    count: int,
+    *,
+    teachers: Mapping[str | None, str],
+    student: str | Path,
+    options: EngineOptions,
+    tokens_per_batch: int,
+    seen_by_teacher: Callable[[Rollout], Rollout] = lambda rollout: rollout,
+    seed: int,
+) -> NoiseFloor:
+    """Rescore sequences of a cache with the teacher and with the student.
+
+    Args:
+        count: number of sequences; at most all of them.
+        teachers: folders of the models that scored the cache, from `scorers_of`.
+        options: engine of the teacher. The student runs in transformers and shares only its
+            dtype and device.
+        seen_by_teacher: the sequence that the teacher reads for a rollout.
+        seed: of the choice of sequences.
+
+    Raises:
+        ModelError: the engine did not score all sequences. DataError: no token of them bears loss.
+    """
+    cache = TeacherCache.open(path, support="list")
+    if cache.has_no_lists:
+        cache = TeacherCache.open(path, support="list+sampled")
+    manifest = cache.manifest
     count = min(count, len(cache))
     chosen = np.sort(np.random.default_rng(seed).choice(len(cache), count, replace=False))
     items = [cache[int(i)] for i in chosen]
@@ -109,31 +139,6 @@ def measure_noise_floor(
     same_student = fingerprint_weights(student) == manifest.rollouts.model.weights
     merged = manifest.scoring.eos_class
     return _compare(items, teacher_scores, student_scores, engine.vocab_size, same_student, merged)
-
-
-def _teachers(
-    path: str | Path, teacher: str | Path | Mapping[str, str], manifest: CacheManifest
-) -> dict[str | None, str | Path]:
-    """The folders of the models that scored a cache: by name, or one under None."""
-    expected = manifest.models
-    named: dict[str | None, str | Path] = {None: teacher} if isinstance(teacher, str | Path) else {}
-    if isinstance(teacher, Mapping):
-        named.update(teacher.items())
-    elif None not in expected:
-        name, _, one = str(teacher).partition("=")
-        named = {name: one}
-    if named.keys() != expected.keys():
-        names = [name for name in expected if name is not None]
-        wanted = " ".join(f"--teacher {name}=PATH" for name in names) or "one --teacher PATH"
-        raise ConfigError(f"teacher: {path} was scored by {manifest.model.path}; expected {wanted}")
-    for known, folder in named.items():
-        if (found := fingerprint_weights(folder)) != expected[known].weights:
-            raise ProvenanceError(
-                f"teacher: {folder} has weights {found[:12]}, {records_of(known) or 'the cache '}"
-                f"{'were' if known else 'was'} scored by {expected[known].weights[:12]}; name the "
-                f"model that scored {'them' if known else 'it'}"
-            )
-    return named
 
 
 def _score(

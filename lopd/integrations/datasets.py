@@ -55,7 +55,7 @@ def to_dataset(cache: TeacherCache, file: str | Path | None = None) -> Dataset:
         `rollout_logprobs` are left out where the cache does not have them.
 
     Raises:
-        ConfigError: the cache is calibrated.
+        ConfigError: the cache is calibrated, or its lists were renormalised.
         ShardError: a shard is altered, or the file cannot be written.
 
     >>> cache = TeacherCache.open("cache")  # doctest: +SKIP
@@ -65,6 +65,11 @@ def to_dataset(cache: TeacherCache, file: str | Path | None = None) -> Dataset:
         raise ConfigError(
             f"{cache.path}: its log-probs are calibrated, which a dataset cannot say, so that a "
             "loss over lists would take them for the teacher's; use the cache itself"
+        )
+    if cache.manifest.scoring.tail == "renormalized":
+        raise ConfigError(
+            f"{cache.path}: its lists were renormalised before they were imported, which a dataset "
+            "cannot say, so that a loss would take them for the teacher's; use the cache itself"
         )
     absent = _absent_columns(cache)
     schema = pa.schema({name: kind for name, kind in COLUMNS.items() if name not in absent})

@@ -77,9 +77,11 @@ def check_distill(
 
     mismatches: tuple[list[_Mismatch | None], ...] = (
         [_check_complete(faults)],
-        []
-        if is_own_teacher(cache_manifest)
-        else [_check_teacher(student, model, name, calibration) for name, model in scorers],
+        [
+            _check_teacher(student, model, name, calibration)
+            for name, model in scorers
+            if not is_own_teacher(cache_manifest, model)
+        ],
         [_check_rollouts(student, policy)],
         [
             _check_tokenizer(student, model.tokenizer, used_by(name), cache_path)
@@ -149,9 +151,11 @@ def other_teacher(manifest: CacheManifest) -> str | None:
         manifest: of the cache that will be written.
     """
     lineage = manifest.rollouts.lineage
-    if lineage is None or lineage.sft_teacher is None or is_own_teacher(manifest):
+    if lineage is None or lineage.sft_teacher is None:
         return None
     for name, model in manifest.models.items():
+        if is_own_teacher(manifest, model):
+            continue
         found = f"{records_of(name) or 'a cache '}scored by {model}"
         calibration = _Calibration(done=False, possible=True)
         mismatch = _other_lineage(found, lineage, model, name, calibration)
@@ -215,12 +219,15 @@ def _other_teacher(
     return found, expected, remedy
 
 
-def is_own_teacher(manifest: CacheManifest) -> bool:
+def is_own_teacher(manifest: CacheManifest, scorer: ModelIdentity) -> bool:
     """Whether the student scored its own rollouts with prompts that tell it more.
 
     It needs no fine-tuning on a teacher's answers: the answers that it was fitted to are its own.
+
+    Args:
+        scorer: the model that scored the cache, or one of several.
     """
-    scorer, policy = manifest.model, manifest.rollouts.model
+    policy = manifest.rollouts.model
     return (
         manifest.teacher_template is not None
         and scorer.weights == policy.weights

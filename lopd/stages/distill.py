@@ -91,7 +91,8 @@ def describe_inputs(config: DistillConfig) -> dict[str, Any]:
 def _say_privileged(manifest: CacheManifest) -> None:
     """Say that the teacher read other prompts than the student's."""
     if manifest.teacher_template is not None:
-        who = "the student itself" if is_own_teacher(manifest) else "the teacher"
+        own = [is_own_teacher(manifest, model) for model in manifest.models.values()]
+        who = "the student itself" if all(own) else "the teacher" + "s" * (len(own) > 1)
         LOG.info(
             f"scored by {who} with prompts of its own (template {short(manifest.teacher_template)})"
         )
@@ -101,9 +102,10 @@ def _refresh(config: DistillConfig, cache: TeacherCache, base: str) -> Any:
     """The refresh of the rollouts, checked; None without --teacher."""
     if config.teacher is None:
         return None
-    from lopd.training.refresh import Refresh, check_refresh
+    from lopd.training.refresh import Refresh, check_one_at_work, check_refresh
 
-    view = view_of_cache(cache, config.teacher, config.student, "--refresh-every")
+    check_one_at_work(cache)
+    view = view_of_cache(cache, {None: config.teacher}, config.student, "--refresh-every")
     settings = (config.teacher, config.refresh_every, config.refresh_batch_size)
     refresh = Refresh(*settings, cache, base, view.of)
     check_refresh(refresh, config.student, config.max_tokens_per_batch)
@@ -220,14 +222,21 @@ def check_token_weights(config: DistillConfig, cache: TeacherCache) -> None:
     """Check that the cache has what `token_weights` reads, and weights that are not lost.
 
     Raises:
-        ConfigError: a reward or the teacher's entropy is unknown, or `refresh_every` would replace
-            answers that have weights of their own.
+        ConfigError: a reward or what the teacher thinks of a token is unknown, or `refresh_every`
+            would replace answers that have weights of their own.
     """
     if config.token_weights == "advantage" and (unknown := np.isnan(cache.rewards()).sum()):
         raise ConfigError(
             f"token_weights: advantage reads the reward of each answer, and {config.cache} has "
             f"none for {unknown} of {len(cache)}; write 'reward' into every record and import the "
             "rollouts again ('lopd import --format rollouts'), or use divergence_rank or prefix"
+        )
+    lost = cache.manifest.scoring.tail == "renormalized"
+    if lost and config.token_weights not in ("none", "prefix"):
+        raise ConfigError(
+            f"token_weights: {config.token_weights} reads the teacher's log-probs or entropies, "
+            f"and {config.cache} has those of renormalised lists only; use prefix, or score the "
+            "rollouts again"
         )
     if config.token_weights == "entropy" and cache.manifest.scoring.entropy == "absent":
         raise ConfigError(

@@ -64,6 +64,7 @@ class Survey:
     renormalized: bool
     known_rollouts: bool
     unscored: int  # masked tokens without a log-prob
+    unlisted: int  # tokens outside their renormalised lists
     padding: int  # entries left out of the lists
     rounded: int  # lists whose mass exceeded 1 by rounding
     left_out: int  # records
@@ -91,7 +92,7 @@ def import_cache(config: ImportConfig) -> Path:
         tokenizer = load_tokenizer(config.student)
         eos_ids = eos_ids_of(config.student) or []
 
-    def read(skipped: Skipped) -> Iterator[Dumped]:
+    def read(skipped: Skipped, renormalized: bool) -> Iterator[Dumped]:
         return read_dump(
             config.source,
             config.format,
@@ -99,11 +100,16 @@ def import_cache(config: ImportConfig) -> Path:
             eos_ids,
             list_of=config.support,
             vocab_size=teacher.vocab_size,
+            renormalized=renormalized,
             skipped=skipped,
         )
 
-    skipped = Skipped(config.source, config.skip_bad_records)
-    survey = take_survey(config, teacher.vocab_size, read(skipped), skipped)
+    for renormalized in (True, False) if config.allow_renormalized else (False,):
+        skipped = Skipped(config.source, config.skip_bad_records)
+        records = read(skipped, renormalized)
+        survey = take_survey(config, teacher.vocab_size, records, skipped)
+        if survey.renormalized:  # not a few lists, but all: else they are read again, as raw ones
+            break
     skipped.report()
     _print_notes(config.source, survey)
     source = describe_data(config.source)
@@ -145,7 +151,7 @@ def import_cache(config: ImportConfig) -> Path:
             say_finished(config.out)
         elif Path(config.teacher).is_dir():
             save_vocab(config.teacher, config.out)
-        records = read(Skipped(config.source, config.skip_bad_records))
+        records = read(Skipped(config.source, config.skip_bad_records), survey.renormalized)
         k = manifest.teacher_k
         width = survey.longest - k
         for shard, size in enumerate(manifest.shards):
@@ -182,12 +188,15 @@ def _describe_models(*names: str) -> list[ModelIdentity]:
     return models
 
 
-_COUNTS = ("unscored", "padding", "rounded", "left_out")
+_COUNTS = ("unscored", "unlisted", "padding", "rounded", "left_out")
 
 
 def _print_notes(source: str, survey: Survey) -> None:
     notes = {
         "masked tokens have no log-prob; their lists are empty": survey.unscored,
+        "sampled tokens are outside their renormalised lists, so that their log-probs are lost": (
+            survey.unlisted
+        ),
         "list entries are padding (id -1, or a log-prob such as -inf or -9999); left out": (
             survey.padding
         ),
@@ -208,20 +217,22 @@ def take_survey(
             a number that stands for no log-prob is frequent, or the lists were renormalised and
             that is not allowed.
     """
-    sequences = known = longest = unscored = padding = 0
+    sequences = known = longest = unscored = unlisted = padding = 0
     shortest, masses, halves, sampled = vocab_size, _Masses(), Counter[float](), Counter[float]()
     low: dict[float, Counter[int]] = {}
     for dumped in records:
         sequences += 1
         known += not np.isnan(dumped.rollout.rollout_logprobs).any()
         unscored, padding = unscored + dumped.unscored, padding + dumped.padding
+        unlisted += int(dumped.unlisted.sum())
         lengths = dumped.lists.lengths
         shortest, longest = min(shortest, lengths.min()), max(longest, lengths.max())
         mask = dumped.rollout.loss_mask[dumped.rollout.prompt_length :]
         masses.add(dumped.mass[mask], lengths[mask] < vocab_size)
-        halves.update(_halves(dumped.teacher_logprobs[mask]))
+        scored = mask & ~dumped.unlisted
+        halves.update(_halves(dumped.teacher_logprobs[scored]))
         answer = dumped.rollout.tokens[dumped.rollout.prompt_length :]
-        for place in np.flatnonzero(mask & (dumped.teacher_logprobs < _LOW)).tolist():
+        for place in np.flatnonzero(scored & (dumped.teacher_logprobs < _LOW)).tolist():
             ids = low.setdefault(float(dumped.teacher_logprobs[place]), Counter())
             ids[int(answer[place])] += 1
         sampled.update(_halves(dumped.rollout.rollout_logprobs[mask]))
@@ -250,6 +261,7 @@ def take_survey(
         renormalized=renormalized,
         known_rollouts=known == sequences,
         unscored=unscored,
+        unlisted=unlisted,
         padding=padding,
         rounded=masses.rounded,
         left_out=len(skipped.errors),

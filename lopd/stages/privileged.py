@@ -1,5 +1,6 @@
 """The teacher's own prompts, from `--teacher-template`: made for scoring, and again to verify."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -14,6 +15,7 @@ from lopd.errors import DataError, MissingFileError
 from lopd.models.limits import ModelLimits
 from lopd.provenance import MANIFEST_NAME
 from lopd.stages.rollout_student import find_student
+from lopd.stages.routing import Routing
 from lopd.store import Rollout, RolloutStore, TeacherCache
 from lopd.store.types import name_of
 
@@ -47,8 +49,11 @@ class TeacherView:
         return remedy if self.prompts is None else f"shorten --teacher-template, or {remedy}"
 
 
-def teacher_view(config: ScoreConfig, rollouts: RolloutStore) -> TeacherView:
+def teacher_view(config: ScoreConfig, rollouts: RolloutStore, routing: Routing) -> TeacherView:
     """Render the template, if there is one, for every prompt of the rollouts.
+
+    Args:
+        routing: which teacher reads which prompt.
 
     Raises:
         MissingFileError: the template, the records or the student are not there.
@@ -60,12 +65,14 @@ def teacher_view(config: ScoreConfig, rollouts: RolloutStore) -> TeacherView:
     text, path = read_template(config.teacher_template), config.teacher_template
     records = RecordSource.of(manifest, config.prompts)
     today = records.date or date.fromisoformat(str(manifest.raw["created"])[:10])
+    own = prompts_of(rollouts.rollouts())
     prompts = TeacherPrompts.render(
         text,
         path,
-        str(config.teacher),
+        config.teachers,
+        routing.teacher_of or dict.fromkeys(own),
         records,
-        prompts_of(rollouts.rollouts()),
+        own,
         find_student(config.student, manifest.model),
         today,
     )
@@ -78,10 +85,13 @@ def teacher_view(config: ScoreConfig, rollouts: RolloutStore) -> TeacherView:
     return TeacherView(prompts, described)
 
 
-def view_of_cache(cache: TeacherCache, teacher: str, student: str, flag: str) -> TeacherView:
-    """What the teacher read when it scored a cache, rendered again.
+def view_of_cache(
+    cache: TeacherCache, teachers: Mapping[str | None, str], student: str, flag: str
+) -> TeacherView:
+    """What the teachers read when they scored a cache, rendered again.
 
     Args:
+        teachers: their folders, by the names in the manifest.
         student: a folder with the tokenizer of the model that made the rollouts.
         flag: what needs it.
 
@@ -101,7 +111,8 @@ def view_of_cache(cache: TeacherCache, teacher: str, student: str, flag: str) ->
     prompts = TeacherPrompts.render(
         own.text,
         own.file,
-        teacher,
+        teachers,
+        _teacher_of(cache),
         records,
         prompts_of(cache.rollouts()),
         student,
@@ -113,3 +124,11 @@ def view_of_cache(cache: TeacherCache, teacher: str, student: str, flag: str) ->
             f"restore the file, or leave {flag} out"
         )
     return TeacherView(prompts, dict(own.raw))
+
+
+def _teacher_of(cache: TeacherCache) -> dict[str, str | None]:
+    """The name of the teacher by prompt id."""
+    prompts = [rollout.prompt_id for rollout in cache.rollouts()]
+    return {
+        prompts[index]: name for name in cache.manifest.models for index in cache.of_teacher(name)
+    }

@@ -59,6 +59,7 @@ class Routing:
 
     parts: tuple[Part, ...]
     described: Mapping[str, Any] | None = None  # None with one teacher
+    teacher_of: Mapping[str, str | None] | None = None  # by prompt id; None with one teacher
 
 
 def routing_of(config: ScoreConfig, rollouts: RolloutStore) -> Routing:
@@ -81,7 +82,7 @@ def routing_of(config: ScoreConfig, rollouts: RolloutStore) -> Routing:
             names.setdefault(key, set()).add(name_of(rollout))
     parts = tuple(Part(*key, frozenset(names[key])) for key in sorted(names))
     described = {"field": config.teacher_field, "digest": json_digest(teachers), "path": path}
-    return Routing(parts, described)
+    return Routing(parts, described, {**teachers})
 
 
 def _teachers_of_prompts(config: ScoreConfig, rollouts: RolloutStore) -> tuple[dict[str, str], str]:

@@ -14,7 +14,7 @@ from lopd.config.dtype import AUTO, with_dtype
 from lopd.config.inference import DTYPES
 from lopd.config.verify import VerifyConfig
 from lopd.errors import ConfigError, DataError, NoiseError, ProvenanceError
-from lopd.evaluation.noise_floor import NoiseFloor, measure_noise_floor
+from lopd.evaluation.noise_floor import NoiseFloor, measure_noise_floor, scorers_of
 from lopd.provenance import (
     CacheManifest,
     Manifest,
@@ -64,11 +64,12 @@ def main(config: VerifyConfig) -> None:
         tokenizer = cache.manifest.rollouts.model.path
         if tokenizer is None or not Path(tokenizer).is_dir():
             tokenizer = config.student
-        view = view_of_cache(cache, str(config.teacher), tokenizer, "--rescore")
+        teachers = scorers_of(config.path, config.teacher, cache.manifest)
+        view = view_of_cache(cache, teachers, tokenizer, "--rescore")
         floor = measure_noise_floor(
             config.path,
             config.rescore,
-            teacher=config.teacher,
+            teachers=teachers,
             student=config.student,
             options=config,
             tokens_per_batch=config.tokens_per_batch,

@@ -68,21 +68,12 @@ class Refresh:
         return Sampling(*values)
 
 
-def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> None:
-    """Check from files only that rollouts can be refreshed in the way the cache was made.
-
-    Args:
-        refresh: settings of the refresh.
-        student: the student's model folder.
-        max_tokens: tokens per pack; None for padded micro-batches.
+def check_one_at_work(cache: TeacherCache) -> None:
+    """Check that one process trains with one teacher, as a refresh does.
 
     Raises:
-        ProvenanceError: the teacher is not the one that scored the cache.
-        ConfigError: there are several processes or teachers, the cache was scored by another engine
-            or its sampling is unknown, or packs are too small for the longest answer.
-        DataError: a prompt leaves no room for the longest answer in a model's context.
+        ConfigError: there are several processes or teachers.
     """
-    cache, scorer = refresh.cache, refresh.cache.manifest.model
     if not (worker := this_worker(None)).is_single:
         raise ConfigError(
             f"refresh_every: found {worker.count} processes; expected one: start without torchrun, "
@@ -94,6 +85,23 @@ def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> Non
             "expected one, which training keeps in memory: omit --refresh-every, or roll out and "
             "score again between two runs"
         )
+
+
+def check_refresh(refresh: Refresh, student: str, max_tokens: int | None) -> None:
+    """Check from files only that rollouts can be refreshed in the way the cache was made.
+
+    Args:
+        refresh: settings of the refresh.
+        student: the student's model folder.
+        max_tokens: tokens per pack; None for padded micro-batches.
+
+    Raises:
+        ProvenanceError: the teacher is not the one that scored the cache.
+        ConfigError: the cache was scored by another engine or its sampling is unknown, or packs
+            are too small for the longest answer.
+        DataError: a prompt leaves no room for the longest answer in a model's context.
+    """
+    cache, scorer = refresh.cache, refresh.cache.manifest.model
     if scorer.engine != TransformersEngine.name:
         raise ConfigError(
             f"refresh_every: {cache.path} was scored by engine {scorer.engine or 'unknown'}; "

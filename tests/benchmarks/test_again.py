@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from benchmarks import readme
+from benchmarks import demo_seeds, readme
 from benchmarks.evidence import again, command, frame
 from benchmarks.evidence.parts import PARTS
 
@@ -91,6 +91,7 @@ def test_a_value_outside_is_reported_and_is_no_failure(check):
     assert "| a/seed1 | pass@1 | 0.5 | 0.5 | none |  |  |" in found
     assert "| a | KL | 3 | 2 [0.3574, 11.19] | 2.154 | yes |" in found
     assert "0 within, 1 outside" in found
+    assert "| x 1+5.0e-09 |" in check((1.0, 2.0, 4.0 + 2e-8), "--only", "a/seed2")
     assert "-| a/seed1 | 2.0 |\n+| a/seed1 | 2.5 |" in found
 
 
@@ -121,6 +122,15 @@ def test_a_sample_is_drawn_by_its_seed(tmp_path, check):
     assert samples[0] == samples[1] != samples[2]
     assert all(len(set(each)) == 5 and each == sorted(each) for each in samples)
     assert again.sampled(cells, 30, 0) == again.sampled(cells, None, 0) == cells
+
+
+def test_the_demo_of_a_seed_is_compared_too():
+    rows = [row for row in readme.read_rows(demo_seeds.NAME) if row["seed"] == 1]
+    found = demo_seeds.against_committed(rows)
+    assert "14 values of 7 cells: 14 the same" in found and "No table of the documents" in found
+    changed = [{**row, "kl": 2.0 * row["kl"]} if "kl" in row else row for row in rows]
+    assert found.count("| none |") == 14
+    assert demo_seeds.against_committed(changed).count("| x 2.0000 |") == 6  # the teacher's is 0
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)

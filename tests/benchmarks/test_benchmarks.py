@@ -32,10 +32,15 @@ def test_the_fused_loss_is_measured(tmp_path):
 
 
 def test_skipping_is_measured(tmp_path, monkeypatch, capsys):
-    quick = ["--quick", "--shares", "0.15", "--turns", "1"]
+    sample = "--sample 'SmolLM2-135M, noised' start 8"
+    quick = ["--quick", "--shares", "0.15", "--turns", "1", *shlex.split(sample)]
     assert skipping.main([*quick, "--out", str(tmp_path)]) == 0
     row = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / skipping.NAME).read_text()) == row
+    assert row["command"] == (
+        f"python -m benchmarks.skipping --quick --shares 0.15 {sample} --turns 1"
+    )
+    assert f"`{sample}`" in skipping.table([row])
     assert row["ratios"]["exact"] == 1.0 and row["ratios"]["share 0.15"] > 0.0
     assert 0.0 < row["kept"]["0.01"] < row["kept"]["0.001"] < 1.0
     assert (tmp_path / "skipping.svg").exists()

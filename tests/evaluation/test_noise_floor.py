@@ -58,7 +58,7 @@ def test_signal_equals_that_of_dense_distributions(
     floor = measure_noise_floor(
         cache,
         12,
-        teacher=teacher,
+        teachers={None: str(teacher)},
         student=student_folder,
         options=EngineOptions(dtype="float32", device="cpu"),
         tokens_per_batch=16384,

@@ -1,22 +1,17 @@
 """Faults of dumps in `lopd import`: skipped records, stand-ins, unscored tokens, rounding."""
 
-import shutil
-
 import numpy as np
 import pytest
-from helpers_import import distill, dump_of, run, topk_record, write
+from helpers_import import declared, distill, dump_of, run, topk_record, write
 
 from lopd.cli import main
-from lopd.provenance import declare, read_manifest
+from lopd.provenance import read_manifest
 from lopd.store import TeacherCache
 
 
 @pytest.fixture(scope="module")
 def student(student_folder, teacher_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("import") / "student"
-    shutil.copytree(student_folder, folder)
-    declare(folder, teacher=teacher_folder)
-    return folder
+    return declared(student_folder, teacher_folder, tmp_path_factory.mktemp("import"))
 
 
 @pytest.fixture(scope="module")

@@ -7,23 +7,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers_import import PROMPTS, distill, dump_of, lists_of, run, topk_record, write
+from helpers_import import (
+    PROMPTS,
+    declared,
+    distill,
+    dump_of,
+    lists_of,
+    rescore,
+    run,
+    topk_record,
+    write,
+)
 
 from lopd.cli import main
 from lopd.data.external_scores import read_dump
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import load_tokenizer
-from lopd.provenance import declare, read_manifest
+from lopd.provenance import read_manifest
 from lopd.store import RolloutStore, TeacherCache
 
 
 @pytest.fixture(scope="module")
 def student(student_folder, teacher_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("import") / "student"
-    shutil.copytree(student_folder, folder)
-    declare(folder, teacher=teacher_folder)
-    return folder
+    return declared(student_folder, teacher_folder, tmp_path_factory.mktemp("import"))
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +47,6 @@ def lightning_record(text, answer, scores):
         "teacher_log_probs": [float(x) for x in scores.teacher_logprobs],
     }
     return {"prompt": text, "label": "0", "metadata": metadata}
-
-
-def rescore(student, teacher, cache):
-    argv = ["verify", "--path", str(cache), "--rescore", "3", "--teacher", str(teacher)]
-    return main([*argv, "--student", str(student), "--dtype", "float32", "--device", "cpu"])
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -175,63 +177,6 @@ def test_the_papers_parquet_is_rescored_by_its_sampled_tokens(
     assert 0 <= noise < 1e-6 < 0.001 < signal
 
 
-def renormalised(dumped):
-    records = []
-    for item in dumped:
-        record = topk_record(*item)
-        for row in record["logprobs"]:
-            total = np.log(sum(np.exp(list(row.values()))))
-            for token in row:
-                row[token] = float(row[token] - total)
-        records.append(record)
-    return records
-
-
-def test_renormalised_lists_are_refused_and_admitted_only_for_renormalised_losses(
-    student, teacher_folder, dumped, tmp_path, capsys
-):
-    source = write(tmp_path / "dump.jsonl", renormalised(dumped))
-    cache = tmp_path / "cache"
-    assert run(source, "topk", student, teacher_folder, cache) == 2
-    assert "--allow-renormalized" in capsys.readouterr().err and not cache.exists()
-    assert run(source, "topk", student, teacher_folder, cache, "--allow-renormalized") == 0
-    assert read_manifest(cache).scoring.tail == "renormalized"
-    only = ["--tail", "renormalize", "--support", "list"]
-    policy_gradient = ["--objective", "policy_gradient"]
-    for flags in ([], policy_gradient, ["--tail", "truncate", *only[2:]], only[:2], only[2:]):
-        assert distill(student, cache, tmp_path / "no", *flags) == 2
-        assert "mass outside them is lost" in capsys.readouterr().err
-    assert distill(student, cache, tmp_path / "yes", *only) == 0
-    assert rescore(student, teacher_folder, cache) == 2
-    assert "nothing to compare with" in capsys.readouterr().err
-
-
-def test_renormalised_lists_beside_log_probs_of_the_full_softmax_are_named_so(
-    student, teacher_folder, dumped, tmp_path, capsys
-):
-    records = renormalised(dumped)
-    for record, item in zip(records, dumped, strict=True):
-        lists = topk_record(*item)["logprobs"]
-        own = zip(lists, record["response_token_ids"], strict=True)
-        record["teacher_logprobs"] = [row[token] for row, token in own]
-    source = write(tmp_path / "dump.jsonl", records)
-    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 2
-    assert "the list has mass 1, as if it was renormalised" in capsys.readouterr().err
-
-
-def test_rounded_renormalised_lists_are_detected(student, teacher_folder, dumped, tmp_path, capsys):
-    records = renormalised(dumped)
-    for record in records:
-        record["logprobs"] = [
-            {i: round(p, 3) for i, p in row.items()} for row in record["logprobs"]
-        ]
-    masses = [sum(np.exp(list(row.values()))) for r in records for row in r["logprobs"]]
-    assert max(abs(mass - 1) for mass in masses) > 1e-4
-    source = write(tmp_path / "dump.jsonl", records)
-    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 2
-    assert "the lists were renormalised" in capsys.readouterr().err
-
-
 def test_raw_lists_of_nearly_all_mass_keep_their_tails(student, teacher_folder, tmp_path):
     lists = [{"9": float(np.log(0.9993)), "11": float(np.log(1e-4))}] * 3
     record = {"prompt_token_ids": [5], "response_token_ids": [9, 11, 9], "logprobs": lists}
@@ -274,16 +219,6 @@ def test_every_end_of_sequence_id_of_the_student_stops(student, teacher_folder, 
     assert run(source, "topk", other, teacher_folder, tmp_path / "cache") == 0
     reasons = [item.rollout.finish_reason for item in TeacherCache.open(tmp_path / "cache")]
     assert reasons == ["stop", "stop", "length"]
-
-
-def test_one_list_with_a_tail_is_enough_to_keep_the_others(
-    student, teacher_folder, dumped, tmp_path
-):
-    records = renormalised(dumped)
-    records[-1]["logprobs"][-1] = topk_record(*dumped[-1])["logprobs"][-1]
-    source = write(tmp_path / "dump.jsonl", records)
-    assert run(source, "topk", student, teacher_folder, tmp_path / "cache") == 0
-    assert read_manifest(tmp_path / "cache").scoring.tail == "derived"
 
 
 def test_names_without_a_digest_need_overrides(student, teacher_folder, dumped, tmp_path, capsys):

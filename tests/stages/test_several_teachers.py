@@ -1,7 +1,9 @@
 """Several teachers: prompts routed by a field, one cache, and a gate that compares by name."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 from conftest import TEXT, save_qwen3
 from helpers_stages import COMMON, fork_workers, one_line, rollout_argv, score_argv, shard_bytes
@@ -192,6 +194,44 @@ def test_rescoring_asks_the_teacher_of_each_record(world, capsys):
     assert "records of 'math' were scored by" in one_line(capsys)
     assert main([*argv, "--teacher", str(world / "math")]) == 2
     assert "expected --teacher code=PATH --teacher math=PATH" in one_line(capsys)
+
+
+def test_one_template_makes_the_prompts_of_every_teacher(world, tmp_path, capsys):
+    """With the chat template of each, and a part for one of them."""
+    folders = {}
+    for name in NAMES:
+        folders[name] = shutil.copytree(world / name, tmp_path / name)
+        chat = "{% for turn in messages %}{{ turn.content }}{% endfor %} " + name
+        (folders[name] / "chat_template.jinja").write_text(chat)
+    text = "{{ chat(messages) }}{% if domain == 'math' %} the cat{% endif %}"
+    (tmp_path / "hint.jinja").write_text(text)
+    flags, out = ("--teacher-template", str(tmp_path / "hint.jinja")), tmp_path / "cache"
+    assert main(several_argv(world, out, *flags, **folders)) == 0
+    found, plain = (records(TeacherCache.open(each)) for each in (out, world / "cache"))
+    for name in NAMES:
+        argv = score_argv(folders[name], world / "rollouts", tmp_path / f"{name}-alone", *flags)
+        assert main(argv) == 0
+        for key, sequence in records(TeacherCache.open(tmp_path / f"{name}-alone")).items():
+            own, alone = found[key].teacher_logprobs, sequence.teacher_logprobs
+            assert np.allclose(own, alone, atol=1e-4) == (found[key].teacher_id == name)
+            assert np.abs(own - plain[key].teacher_logprobs).max() > 0.01
+    argv = ["verify", "--path", out, "--rescore", "20", *named(world, **folders)]
+    capsys.readouterr()
+    assert main([*map(str, [*argv, "--student", world / "student"]), *COMMON]) == 0
+    share = capsys.readouterr().out.split("noise share")[1].split()[0]
+    assert float(share) < 1e-6
+
+
+def test_a_student_may_be_one_of_its_teachers_if_it_is_told_more(world, tmp_path, capsys):
+    (tmp_path / "hint.jinja").write_text("{{ prompt }} the cat")
+    flags, own = ("--teacher-template", str(tmp_path / "hint.jinja")), {"code": world / "student"}
+    assert main(several_argv(world, tmp_path / "cache", *flags, **own)) == 0
+    assert main(distill_argv(world, tmp_path / "cache", tmp_path / "out")) == 0
+    assert not read_manifest(tmp_path / "out").overrides
+    assert main(several_argv(world, tmp_path / "plain", **own)) == 0
+    capsys.readouterr()
+    assert main(distill_argv(world, tmp_path / "plain", tmp_path / "no")) == 2
+    assert "teacher-mismatch: found records of 'code' scored by" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
