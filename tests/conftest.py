@@ -111,6 +111,25 @@ def student_folder(tmp_path_factory) -> Path:
     return save_qwen3(tmp_path_factory.mktemp("student"), seed=2, num_hidden_layers=2)
 
 
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    """Teacher, student, rollouts and cache of random numbers, for tests of training."""
+    from helpers_artefacts import write_pipeline
+
+    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail the test if a model is loaded."""
+    import transformers
+
+    def explode(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", explode)
+
+
 @pytest.fixture
 def write_jsonl(tmp_path):
     def write(records, name="prompts.jsonl") -> Path:

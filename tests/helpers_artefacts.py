@@ -1,13 +1,17 @@
 """Small artefact folders for the tests of the training stages, made without an engine."""
 
 import dataclasses
+import json
 
 import numpy as np
-from helpers_training import make_rollouts
+from helpers_training import make_rollouts, weights
 
+from lopd.config.distill import DistillConfig
+from lopd.models.load import load_model
 from lopd.provenance import build_manifest, declare, describe_model, lineage_of, save_vocab
 from lopd.stages.demo import arithmetic as toy
 from lopd.store import CacheWriter, RolloutStore, RolloutWriter, TeacherScores
+from lopd.training.logging import LOG_NAME
 
 SIZE = {"hidden_size": 32, "intermediate_size": 32}
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 9, "seed": 0}
@@ -111,3 +115,19 @@ def write_pipeline(folder, **changes):
     rollouts = write_sequences(folder / "rollouts", student)
     write_cache(folder / "cache", teacher, rollouts)
     return folder
+
+
+def distill_config(pipeline, out, **settings):
+    """Settings of `lopd distill` on the student and the cache of `write_pipeline`."""
+    paths = {name: str(pipeline / name) for name in ("student", "cache")}
+    return DistillConfig(**{**paths, "out": str(out), **settings})
+
+
+def trained_weights(folder):
+    """The weights of a result, by name."""
+    return weights(load_model(folder, dtype="float32", device="cpu"))
+
+
+def logged(folder):
+    """The entries of a run's log."""
+    return [json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines()]

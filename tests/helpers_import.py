@@ -1,7 +1,6 @@
 """Dumps as another tool would write them, and the commands that tests of `lopd import` run."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,9 @@ import pyarrow.parquet as pq
 from lopd.cli import main
 from lopd.engines.transformers import TransformersEngine
 from lopd.models.load import load_tokenizer
-from lopd.provenance import declare
 
 PROMPTS = ["the cat sat", "a dog ran to", "it was raining"]
 K = 6
-
-
-def declared(student_folder, teacher_folder, parent):
-    """A copy of the student that says that it was fine-tuned on the teacher's answers."""
-    folder = shutil.copytree(student_folder, parent / "student")
-    declare(folder, teacher=teacher_folder)
-    return folder
 
 
 def dump_of(teacher_folder, student):

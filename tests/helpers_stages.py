@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from conftest import TEXT
 
 from lopd.cli import main
+from lopd.provenance import declare
 
 COMMON = ["--dtype", "float32", "--device", "cpu"]
 # Loads what takes long once, then forks the workers: argv[1] of them, the first argv[2] of which
@@ -80,6 +82,13 @@ def make_rollouts(student, folder):
     prompts = write_prompts(folder / "prompts.jsonl")
     assert main(rollout_argv(student, prompts, folder / "rollouts")) == 0
     return folder / "rollouts"
+
+
+def declared(student_folder, teacher_folder, parent):
+    """A copy of the student that says that it was fine-tuned on the teacher's answers."""
+    folder = shutil.copytree(student_folder, parent / "student")
+    declare(folder, teacher=teacher_folder)
+    return folder
 
 
 def one_line(capsys) -> str:

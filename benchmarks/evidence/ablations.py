@@ -11,7 +11,18 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.evidence.frame import SEEDS, Cell, Part, Row, Shared
-from benchmarks.evidence.intervals import NO_ROWS, Values, both, columns, compare, mean_log_kl
+from benchmarks.evidence.intervals import (
+    FEWEST,
+    NO_ROWS,
+    Values,
+    better,
+    both,
+    columns,
+    compare,
+    equal,
+    mean_log_kl,
+    sorted_by,
+)
 from benchmarks.evidence.runs import more_fine_tuning, quality, scored
 from lopd.provenance.manifest import MANIFEST_NAME
 from lopd.stages.demo.toy import OPD_SETTINGS, PROMPTS, TOP_K
@@ -216,7 +227,7 @@ def table(rows: list[Row]) -> str:
     runs = Runs(rows)
     lines = [
         "| variant | against | seeds | KL | KL ratio | pass@1 | minus the other's, points "
-        "| again with `--only` |",
+        "| again with `--again --only` |",
         f"| --- | --- |{' ---: |' * 5} --- |",
     ]
     for name, variant in VARIANTS.items():
@@ -232,7 +243,25 @@ def table(rows: list[Row]) -> str:
             f"| {mean(row['sampled'] for row in ours.values()):.3f} | {cells[1]} "
             f"| `'{name}/*'` |"
         )
-    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
+    return "\n".join([*lines, "", outcomes(runs)]) if len(lines) > 2 else NO_ROWS
+
+
+def outcomes(runs: Runs) -> str:
+    """Every variant against its base, by the rule of the claims, in words."""
+    compared = {
+        f"`{name}`": compare(*found)
+        for name, variant in VARIANTS.items()
+        if name != variant.base and (found := runs.pairs(name, variant.base)) is not None
+    }
+    kl = sorted_by({name: better(each) for name, each in compared.items()}, "lower", "higher")
+    same = {name: equal(each) for name, each in compared.items()}
+    points = sorted_by(same, "equal within the margin", "unequal")
+    if not kl:
+        return f"Fewer than {FEWEST} seeds so far, so that nothing is decided."
+    return (
+        f"By the whole interval, KL is {kl}. Pass@1 is {points}. These are {len(compared)} "
+        "comparisons, each by itself: of twenty intervals one is expected to miss."
+    )
 
 
 def _result_steps(variant: Variant, rows: Values) -> str:

@@ -20,7 +20,16 @@ from benchmarks.evidence.intervals import Interval, interval, ratio, shown
 from benchmarks.evidence.markdown import grid
 
 # What may explain that numbers differ.
-SURROUNDINGS = ("commit", "device", "instructions", "threads", "python", "torch", "transformers")
+SURROUNDINGS = (
+    "commit",
+    "dirty",
+    "device",
+    "instructions",
+    "threads",
+    "python",
+    "torch",
+    "transformers",
+)
 Picked = tuple[Part, Cell]
 Pair = tuple[Row, Row]  # the committed row of a cell, and the new one
 

@@ -27,6 +27,7 @@ from benchmarks.evidence.intervals import (
     UNKNOWN,
     UNTESTABLE,
     Comparison,
+    Interval,
     better,
     compare,
     equal,
@@ -154,25 +155,23 @@ def mismatches(rows: list[Row]) -> Iterable[Claim]:
         f"{LONG} steps, offline against live: {words(ended)}",
         again(f"A-A/{LISTS}/*/{LONG}/*"),
     )
-    short, live_short = (against_both(rows, each) for each in (FROZEN_SHORT, LIVE_SHORT))
+    offline, with_live = (against_both(rows, each) for each in (FROZEN_SHORT, LIVE_SHORT))
     yield Claim(
         "With another teacher than that of the fine-tuning, offline and live runs end worse",
         suffers(rows, FROZEN_SHORT, LIVE_SHORT),
-        f"{SHORT} steps, offline, {short}; live, {live_short}",
+        f"{SHORT} steps, offline, {offline}; live, {with_live}",
         again(*(f"{pair}/{LISTS}/*/{SHORT}/*" for pair in ("A-A", "?-B"))),
     )
-    falls = change(rows, LISTS, live=False)
-    yield Claim(
-        "That error is irreducible: more training does not remove it",
-        irreducible(suffers(rows, FROZEN_LONG), falls),
-        f"{LONG} steps, offline, {against_both(rows, FROZEN_LONG)}; its KL is "
-        f"{shown(falls, '.2f')} times that after {SHORT} steps",
-        again(
-            f"A-A/{LISTS}/frozen/{LONG}/*",
-            f"?-B/{LISTS}/frozen/{LONG}/*",
-            f"A-B/{LISTS}/frozen/{SHORT}/*",
-        ),
-    )
+    claim = "That error is irreducible: more training does not remove it"
+    for short, long in ((FROZEN_SHORT, FROZEN_LONG), (LIVE_SHORT, LIVE_LONG)):
+        falls, rollouts = change(rows, LISTS, live=long.live), "live" if long.live else "offline"
+        yield Claim(
+            f"{claim}: {rollouts}",
+            irreducible(suffers(rows, long), falls),
+            f"{LONG} steps, {against_both(rows, long)}; its KL is {shown(falls, '.2f')} times "
+            f"that after {SHORT} steps",
+            again(f"A-A/{long.path}/*", f"?-B/{long.path}/*", f"A-B/{short.path}/*"),
+        )
 
 
 def against_both(rows: list[Row], setting: Setting) -> str:
@@ -186,14 +185,22 @@ def nearness(rows: list[Row]) -> Iterable[Claim]:
     claim = "The student stays near the policy of its rollouts (mean ratio of tokens: 0.94)"
     for objective in OBJECTIVES:
         drift = [row["drift"]["trained on"] for row in of(rows, objective)]
-        means, within = (interval([x[key] for x in drift]) for key in ("mean", "within a quarter"))
+        means, within, ess = (
+            interval([each[key] for each in drift]) for key in ("mean", "within a quarter", "ess")
+        )
         yield Claim(
             f"{claim}: {objective}",
             near(means, within),
             f"mean of p / r on the rollouts it was trained on: {shown(means, '.2f')}; tokens "
-            f"within a quarter of 1: {shown(within, '.2f')}",
+            f"within a quarter of 1: {shown(share(within), '.2f')}; effective share of the tokens, "
+            f"by these ratios: {shown(share(ess), '.2f')}",
             live.PART.again(f"{objective}/*"),
         )
+
+
+def share(found: Interval | None) -> Interval | None:
+    """An interval of a share, which is between 0 and 1."""
+    return None if found is None else (found[0], max(found[1], 0.0), min(found[2], 1.0))
 
 
 def beyond() -> Iterable[Claim]:

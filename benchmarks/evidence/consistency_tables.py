@@ -49,6 +49,11 @@ class Setting:
     live: bool
     steps: int
 
+    @property
+    def path(self) -> str:
+        """How the names of its cells go on after the pair of teachers."""
+        return f"{self.objective}/{'live' if self.live else 'frozen'}/{self.steps}"
+
     def __str__(self) -> str:
         if self.objective == CONTROL:
             return f"control: fine-tuning, {self.steps} steps"

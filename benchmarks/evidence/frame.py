@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -204,7 +206,7 @@ def run(todo: Sequence[tuple[Part, Cell]], work: Path, out: Path) -> None:
         if cell.name in done(part, out):
             continue
         folder = part.shared.folder(work, cell.seed)
-        with locked(folder):
+        with locked(folder), contextlib.redirect_stdout(sys.stderr):  # what stages print
             if folder not in made:
                 made[folder] = part.shared(work, cell.seed)
             made[folder].discard(cell.results)

@@ -110,16 +110,23 @@ def no_worse(found: Comparison | None) -> str:
 
 
 def sorted_by(verdicts: Mapping[str, str], yes: str, no: str) -> str:
-    """Names by their verdicts, in words; names that are not measured are left out.
+    """Names by their verdicts, in words, of which those that are not decided are counted.
 
     >>> sorted_by({"a": REPRODUCED, "b": UNDECIDED, "c": NOT, "d": REPRODUCED}, "lower", "higher")
-    'lower with a; d. Higher with c. Not decided with b'
+    'lower with a; d, higher with c, not decided with 1 more'
     """
-    parts = []
-    for verdict, words in ((REPRODUCED, yes), (NOT, no), (UNDECIDED, UNDECIDED)):
-        if names := [name for name, each in verdicts.items() if each == verdict]:
-            parts.append(f"{words} with {'; '.join(names)}")
-    return ". ".join([*parts[:1], *(f"{part[0].upper()}{part[1:]}" for part in parts[1:])])
+    of = {
+        verdict: [name for name, each in verdicts.items() if each == verdict]
+        for verdict in (REPRODUCED, NOT, UNDECIDED)
+    }
+    parts = [
+        f"{words} with {'; '.join(names)}"
+        for words, names in ((yes, of[REPRODUCED]), (no, of[NOT]))
+        if names
+    ]
+    if undecided := len(of[UNDECIDED]):
+        parts.append(f"not decided with {undecided}{' more' if parts else ''}")
+    return ", ".join(parts)
 
 
 def shown(found: Interval | None, form: str) -> str:

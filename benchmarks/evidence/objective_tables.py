@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from statistics import mean
 
-from benchmarks.evidence.frame import SEEDS, Measure, Row, quality_measures
+from benchmarks.evidence.frame import RESULTS, SEEDS, Measure, Row, quality_measures, read
 from benchmarks.evidence.intervals import (
     NOT,
     REPRODUCED,
@@ -14,6 +14,7 @@ from benchmarks.evidence.intervals import (
     columns,
     compare,
     mean_log_kl,
+    words,
 )
 from benchmarks.evidence.objective_cells import (
     EXACT,
@@ -25,8 +26,10 @@ from benchmarks.evidence.objective_cells import (
     STEPS,
     WHOLE,
 )
+from benchmarks.recorder import ROOT
 
 BASE = "bucket"
+ABLATIONS = "ablations.jsonl"  # whose control has the steps, the start and the seeds of the grid
 
 
 class Runs:
@@ -79,6 +82,17 @@ def _cells(comparison: Comparison | None, rows: Values | None) -> list[str]:
     return [ratio, f"{mean(row['sampled'] for row in rows.values()):.3f}", points]
 
 
+def control(runs: Runs) -> str:
+    """The fair control of the grid in words, from the rows of the ablations; empty without them."""
+    rows = [row for row in read(ROOT / RESULTS / ABLATIONS) if row["variant"] == "control"]
+    fine_tuned = {row["seed"]: row for row in rows if row["factor"] == 1.0}
+    bucket = runs.complete(BASE, LISTS[-1], 1.0)
+    if bucket is None or (found := compare(fine_tuned, bucket)) is None:
+        return ""
+    said = "As many steps of more fine-tuning, the fair control, against the bucket at k = "
+    return f"{said}{LISTS[-1]},\neach at the demo's rate: {words(found)}."
+
+
 def training_table(rows: list[Row]) -> str:
     """Markdown: KL by learning rate, and the comparison with the bucket at the best one."""
     runs = Runs(rows)
@@ -107,9 +121,10 @@ def training_table(rows: list[Row]) -> str:
             "",
             f"{STEPS} steps, seeds {seeds}; {measured} of {whole} runs were made, and a cell is",
             "empty if a seed is missing. KL in nat per token, geometric mean over seeds. The last",
-            "three columns take form and bucket each at the best of the rates that both have, with",
-            "95 % intervals over seeds, paired. Before training the KL is "
-            f"{kl:.3f} and pass@1 {sampled:.3f}.",
+            "three columns take form and bucket each at the best of the rates that both have,",
+            "chosen on the same seeds, with 95 % intervals over seeds, paired. Before training the",
+            f"KL is {kl:.3f} and pass@1 {sampled:.3f}.",
+            *filter(None, [control(runs)]),
         ]
     )
 
@@ -137,11 +152,11 @@ def left_out_table(rows: list[Row]) -> str:
 
 def judgement(runs: Runs, form: str) -> dict[int, str]:
     """By list length, whether a form's KL is better or worse than the bucket's, or neither."""
-    names, words = {REPRODUCED: "better", NOT: "worse"}, {}
+    names, found = {REPRODUCED: "better", NOT: "worse"}, {}
     for k in LISTS:
-        if (found := runs.against_base(form, k)) is not None:
-            words[k] = names.get(better(found), "no clear difference")
-    return words
+        if (compared := runs.against_base(form, k)) is not None:
+            found[k] = names.get(better(compared), "no clear difference")
+    return found
 
 
 def verdict(rows: list[Row]) -> str:
@@ -153,11 +168,11 @@ def verdict(rows: list[Row]) -> str:
     for form in FORMS:
         if form != BASE:
             found = judgement(runs, form)
-            words = [
+            said = [
                 f"{word} at k = {', '.join(str(k) for k in found if found[k] == word)}"
                 for word in dict.fromkeys(found.values())
             ]
-            lines.append(f"* `{form}` against the bucket: {'; '.join(words)}.")
+            lines.append(f"* `{form}` against the bucket: {'; '.join(said)}.")
     ratios = {k: runs.against_base("unbiased", k) for k in LISTS}
     above = [str(k) for k, item in ratios.items() if item is not None and item["kl"][0] > 1]
     if above:

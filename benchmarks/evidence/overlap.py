@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import correlation
 from typing import Any, ClassVar
 
 from benchmarks.evidence.frame import SEEDS, Cell, Measure, Part, Row, Shared, quality_measures
-from benchmarks.evidence.intervals import FEWEST, NO_ROWS, Interval, ratio, shown
+from benchmarks.evidence.intervals import (
+    FEWEST,
+    NO_ROWS,
+    Interval,
+    interval,
+    judge,
+    ratio,
+    shown,
+    sorted_by,
+)
 from benchmarks.evidence.runs import more_fine_tuning, quality, run, scored
 from lopd.config.objective import Objective
 from lopd.evaluation.agreement import measure
@@ -117,6 +126,21 @@ def measures(row: Row) -> dict[str, Measure]:
     return found
 
 
+def within_seeds(rows: list[Row], name: str) -> Interval | None:
+    """The mean over seeds of Pearson's r among a seed's starts, of seeds with enough of these."""
+    runs: dict[int, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(row["seed"], []).append(row)
+    found = interval(
+        [
+            correlation([predictor(row, name) for row in each], [log_gap(row) for row in each])
+            for each in runs.values()
+            if len(each) >= FEWEST
+        ]
+    )
+    return None if found is None else (found[0], max(found[1], -1.0), min(found[2], 1.0))
+
+
 def table(rows: list[Row]) -> str:
     """Markdown: each start, and offline against live and against the control."""
     lines = [
@@ -125,7 +149,7 @@ def table(rows: list[Row]) -> str:
         f"| ---: |{' ---: |' * 8}",
     ]
     for steps in sorted(STARTS):
-        found = [row for row in rows if row["fine_tuning"] == steps]
+        found = rows_of(rows, steps)
         if not found:
             continue
 
@@ -141,14 +165,30 @@ def table(rows: list[Row]) -> str:
                 for name in ("topk_overlap", "shared_probability")
             ),
             *(middle([row[name]["kl"] for row in found]) for name in ("offline", "live")),
-            *(_ratio(found, other) for other in ("live", "control")),
+            *(shown(_ratio(found, other), ".2f") for other in ("live", "control")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
+    return "\n".join([*lines, "", *outcomes(rows)]) if len(lines) > 2 else NO_ROWS
 
 
-def _ratio(rows: list[Row], other: str) -> str:
-    return shown(ratio([math.exp(log_gap(row, other)) for row in rows]), ".2f")
+def outcomes(rows: list[Row]) -> Iterator[str]:
+    """Offline against the live run and against the control from each start, in words."""
+    for other, words in (("live", "the live run's"), ("control", "the control's")):
+        verdicts = {
+            f"{steps}": judge(_ratio(rows_of(rows, steps), other), high=1.0)
+            for steps in sorted(STARTS)
+        }
+        if said := sorted_by(verdicts, "lower", "higher"):
+            yield f"Offline's KL against {words}, by steps of fine-tuning: {said}."
+
+
+def rows_of(rows: list[Row], steps: int) -> list[Row]:
+    """The rows of a start."""
+    return [row for row in rows if row["fine_tuning"] == steps]
+
+
+def _ratio(rows: list[Row], other: str) -> Interval | None:
+    return ratio([math.exp(log_gap(row, other)) for row in rows])
 
 
 def correlations(rows: list[Row]) -> str:
@@ -157,18 +197,22 @@ def correlations(rows: list[Row]) -> str:
     if len(seeds) < FEWEST or len(rows) < 4:  # Fisher's interval takes four pairs
         return NO_ROWS
     lines = [
-        "| at the start | runs | seeds | correlation with log(offline / live) |",
-        "| --- | ---: | ---: | ---: |",
+        "| at the start | runs | seeds | correlation with log(offline / live) "
+        "| within a seed, mean over seeds |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, words in PREDICTORS.items():
         found = correlated([predictor(row, name) for row in rows], [log_gap(row) for row in rows])
-        lines.append(f"| {words} | {len(rows)} | {len(seeds)} | {shown(found, '+.2f')} |")
+        cells = [words, f"{len(rows)}", f"{len(seeds)}", shown(found, "+.2f")]
+        lines.append(f"| {' | '.join([*cells, shown(within_seeds(rows, name), '+.2f')])} |")
     return "\n".join(
         [
             *lines,
             "",
-            "Intervals are those of independent runs. The starts of one seed share their teacher",
-            "and their data, so the true intervals are wider.",
+            "The first intervals are those of independent runs. The starts of one seed share",
+            "their teacher and their data, so the true ones are wider. The last column takes the",
+            f"correlation among the starts of a seed that has {FEWEST} as one value; its interval",
+            "is over seeds.",
         ]
     )
 
@@ -181,7 +225,7 @@ def figure(rows: list[Row]) -> Any:
     names = ("topk_overlap", "shared_probability")
     for axes, name in zip(drawn.subplots(1, 2, sharey=True), names, strict=True):
         for number, steps in enumerate(sorted(STARTS)):
-            found = [row for row in rows if row["fine_tuning"] == steps]
+            found = rows_of(rows, steps)
             if not found:
                 continue
             x = [predictor(row, name) for row in found]
@@ -190,7 +234,8 @@ def figure(rows: list[Row]) -> Any:
         axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xlabel=PREDICTORS[name])
     drawn.axes[0].set_ylabel("offline's KL / live's")
-    drawn.axes[0].legend(fontsize=7)
+    handles = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(*handles, loc="outside upper center", ncols=4, fontsize=7, frameon=False)
     return drawn
 
 

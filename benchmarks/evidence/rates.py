@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from benchmarks.evidence.frame import Row
-from benchmarks.evidence.intervals import FEWEST, Values
+from benchmarks.evidence.intervals import FEWEST, Values, compare, part_of, shown
 
 Rates = Mapping[str, Sequence[float]]  # of each arm, the ones that matter most first
 Curves = dict[float, Values]  # runs of an arm, by learning rate, then by seed
@@ -63,6 +63,45 @@ def best(curves: Curves) -> float:
     return min(
         sorted(curves), key=lambda rate: mean(math.log(final_kl(r)) for r in curves[rate].values())
     )
+
+
+def held_out(curves: Curves) -> Values:
+    """Each seed's run at the rate that ends lowest on the other seeds, so not chosen by its end."""
+
+    def others(seed: int) -> Curves:
+        return {
+            rate: {other: row for other, row in runs.items() if other != seed}
+            for rate, runs in curves.items()
+        }
+
+    seeds = next(iter(curves.values()))
+    return {seed: curves[best(others(seed))][seed] for seed in seeds}
+
+
+def with_held_out_rates(
+    arms: Mapping[str, Curves],
+    base: str,
+    words: Mapping[str, str],
+    ends: Callable[[Values], Values] = lambda runs: runs,
+) -> str:
+    """KL of each arm over that of `base`, each seed's rate being chosen on the other seeds.
+
+    In words; empty if no arm has a choice of rates.
+
+    Args:
+        words: for the arms.
+        ends: makes rows of a run's KL and pass@1 from its rows.
+    """
+    if all(len(curves) == 1 for curves in arms.values()):
+        return ""
+    chosen = {arm: ends(held_out(curves)) for arm, curves in arms.items()}
+    ratios = [
+        f"{words[arm]} {shown(part_of(compare(runs, chosen[base]), 'kl'), '.2f')}"
+        for arm, runs in chosen.items()
+        if arm != base
+    ]
+    said = "With each seed's rate chosen on the other seeds instead, the ratios of the KLs are: "
+    return f"{said}{'; '.join(ratios)}."
 
 
 def best_rate(curves: Curves) -> str:

@@ -42,6 +42,7 @@ from benchmarks.evidence.rates import (
     best_rate,
     tried,
     tuned_alike,
+    with_held_out_rates,
 )
 from benchmarks.evidence.runs import more_fine_tuning
 from benchmarks.recorder import ROOT
@@ -177,6 +178,7 @@ def table(rows: list[Row]) -> str:
             *lines,
             "",
             *EXPLAINED,
+            *filter(None, [with_held_out_rates(arms, CONTROL, WORDS)]),
             f"{OPD_STEPS} steps each; ratios and points are paired by seed, with 95 % intervals.",
         ]
     )

@@ -26,7 +26,15 @@ from benchmarks.evidence.intervals import (
     ratio,
     shown,
 )
-from benchmarks.evidence.rates import EXPLAINED, arms_of, best, best_rate, tried, tuned_alike
+from benchmarks.evidence.rates import (
+    EXPLAINED,
+    arms_of,
+    best,
+    best_rate,
+    tried,
+    tuned_alike,
+    with_held_out_rates,
+)
 from benchmarks.evidence.runs import more_fine_tuning, quality
 from lopd.stages.demo.toy import OPD_SETTINGS, TOP_K
 
@@ -198,6 +206,7 @@ def table(rows: list[Row]) -> str:
             *lines,
             "",
             *EXPLAINED,
+            *filter(None, [with_held_out_rates(arms, LISTS, WORDS, _ends)]),
             "Steps are medians over seeds, interpolated between the evaluations after",
             f"{', '.join(map(str, STEPS[:-1]))} and {STEPS[-1]} steps; ratios are paired by seed, "
             "with 95 % intervals.",
@@ -227,7 +236,7 @@ def figure(rows: list[Row]) -> Any:
         axes.plot(found[0]["steps"], means, color=f"C{number}", marker="o", label=label)
     axes.set(yscale="log", xlabel="step", ylabel="KL to the teacher, nat per token")
     if arms:
-        axes.legend(fontsize=7)
+        drawn.legend(loc="outside upper center", ncols=2, fontsize=7, frameon=False)
     return drawn
 
 

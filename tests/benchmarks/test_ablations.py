@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.evidence import ablations, overlap, sampled
+from benchmarks.evidence import ablations, overlap, rates, sampled
 from lopd.config.distill import DistillConfig
 from lopd.provenance.manifest import MANIFEST_NAME
 
@@ -74,6 +74,19 @@ def test_arms_have_as_many_rates_and_are_named_if_seeds_are_missing():
     assert len({len(rates) for rates in sampled.RATES.values()}) == 1
 
 
+def test_a_rate_can_be_chosen_on_the_other_seeds():
+    """At 1 x two seeds end lower, and at 2 x the third, which so gets a rate that is bad for it."""
+    ends = {1.0: (0.1, 0.1, 0.9), 2.0: (0.2, 0.2, 0.01)}
+    runs = {f: {s: {"kl": kl, "sampled": 0.5} for s, kl in enumerate(k)} for f, k in ends.items()}
+    assert rates.best(runs) == 2.0
+    assert [row["kl"] for row in rates.held_out(runs).values()] == [0.2, 0.2, 0.9]
+    base = {1.0: {seed: {"kl": 0.1, "sampled": 0.5} for seed in (0, 1, 2)}}
+    arms, words = {"ours": runs, "base": base}, {"ours": "ours", "base": "base"}
+    assert "are: ours 3.30 [0.38, 28.56]." in rates.with_held_out_rates(arms, "base", words)
+    assert rates.with_held_out_rates({"base": base}, "base", words) == ""
+    assert "chosen on the other seeds" in sampled.table(curves())
+
+
 def test_the_figure_has_a_line_for_each_seed_and_their_mean():
     (axes,) = sampled.figure(curves()).axes
     assert len(axes.lines) == 2 * 4
@@ -104,6 +117,19 @@ def test_a_variant_is_compared_with_its_base_at_rates_and_seeds_that_both_have()
     rows += [run("jsd", seed, 2.0 * kl) for seed, kl in kls.items()]
     rows.append(run("jsd", 0, 0.001, 2.0))  # of one seed: the rate does not count
     assert "| 4 | 0.1600 | 2.00 [2.00, 2.00] |" in line_of(rows, "jsd")
+
+
+def test_variants_are_sorted_by_what_their_intervals_decide():
+    kls = {0: 0.01, 1: 0.02, 2: 0.04}
+    rows = [run("default", seed, kl) for seed, kl in kls.items()]
+    assert "Fewer than 3 seeds so far" in ablations.table([*rows[:2], *rows[:2]])
+    rows += [run("packed", seed, 0.5 * kl) for seed, kl in kls.items()]
+    rows += [run("compact", seed, 2.0 * kl) for seed, kl in kls.items()]
+    rows += [run("refresh-1", seed, kl * (1.5 - seed / 2)) for seed, kl in kls.items()]
+    said = ablations.table(rows).splitlines()[-1]
+    assert "KL is lower with `packed`, higher with `compact`, not decided with 1 more. " in said
+    assert "equal within the margin with `refresh-1`; `packed`, not decided with 1 more" in said
+    assert "3 comparisons" in said
 
 
 def test_a_held_out_run_says_which_step_it_took():
@@ -162,9 +188,27 @@ def test_the_gap_is_compared_by_start_and_correlated_with_it():
     first = overlap.table(rows).splitlines()[2]
     assert first.startswith("| 120 | 3 | 1.1052 | 0.10 | 0.90 | 0.1105 | 0.1000 |")
     assert first.endswith("| 1.11 [1.11, 1.11] | 0.50 [0.50, 0.50] |")
+    ends = overlap.table(rows).splitlines()[-2:]
+    assert ends[0].endswith(
+        "against the live run's, by steps of fine-tuning: higher with 120; 430."
+    )
+    assert ends[1].endswith("against the control's, by steps of fine-tuning: lower with 120; 430.")
     found = overlap.correlations([*rows, gap(240, 0, 0.2, 0.1, 0.4)]).splitlines()
-    assert found[2].split("|")[2].strip() == "7" and "true intervals are wider" in found[-1]
+    assert found[2].split("|")[2].strip() == "7" and "the true ones are wider" in found[-3]
     assert len(overlap.figure(rows).axes) == 2
+
+
+def test_correlations_within_seeds_leave_out_what_seeds_share():
+    """The gap falls with x in every seed, and rises with it over the seeds."""
+    rows = [
+        gap(steps, seed, math.exp(10 * seed - x), 1.0, seed + x)
+        for seed in (0, 1, 2)
+        for steps, x in ((120, 0.1), (240, 0.2), (430, 0.4))
+    ]
+    assert overlap.within_seeds(rows, "topk_overlap") == pytest.approx((-1.0, -1.0, -1.0))
+    assert overlap.within_seeds(rows[1:], "topk_overlap") is None  # two seeds of three starts
+    found = overlap.correlations(rows).splitlines()[2]
+    assert "| +0.99 [" in found and found.endswith("| -1.00 [-1.00, -1.00] |")
 
 
 def test_a_correlation_has_fishers_interval():

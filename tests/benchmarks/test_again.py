@@ -27,6 +27,7 @@ class Known:
         return f"a/seed{self.seed}"
 
     def measure(self, shared):
+        print("a stage speaks")
         kl = self.kls[self.seed]
         return {"kl": kl, "kl_interval": [0.9 * kl, 1.1 * kl], "sampled": 0.5}
 
@@ -59,7 +60,9 @@ def check(tmp_path, monkeypatch, capsys):
         command.main([PART], [*common, "--again", *flags])
         assert (tmp_path / "rows" / "one.jsonl").read_bytes() == committed
         assert [path.name for path in (tmp_path / "rows").iterdir()] == ["one.jsonl"]
-        return capsys.readouterr().out
+        found = capsys.readouterr().out
+        assert "a stage speaks" not in found
+        return found
 
     return run
 

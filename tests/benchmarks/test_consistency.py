@@ -135,6 +135,8 @@ def test_tables_hold_the_known_values():
     assert "A → B, B → A" not in gaps
     gaps = consistency_tables.gap_table([*rows(), *(run("B", "A", s, SEEDS[s]) for s in SEEDS)])
     assert "| A → B, B → A | A → A, B → B | 1.73 [1.73, 1.73] | -5.0 [-5.0, -5.0] | 3 |" in gaps
+    said = "both others: more than a quarter higher with lists, frozen, 200 steps."
+    assert gaps.endswith(said) and said not in consistency_tables.gap_table(rows())
     doses = consistency_tables.dose_table(rows()).splitlines()
     assert [line.split("|")[1].strip() for line in doses[2:6]] == ["A", "same", "half", "B"]
     assert doses[5].startswith("| B | 0.070 | 0.2000 | 3 | 0.1200 | 6.00 [6.00, 6.00] |")

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers_stages import COMMON, make_rollouts, one_line, score_argv
+from helpers_stages import COMMON, declared, make_rollouts, one_line, score_argv
 
 from lopd.cli import main
 from lopd.config.evaluate import EvalConfig
@@ -17,7 +17,6 @@ from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError
 from lopd.evaluation.accuracy import generate_answers
 from lopd.evaluation.kl import cache_kl, on_policy_kl, open_cache
-from lopd.provenance import declare
 from lopd.stages.evaluate import headline
 from lopd.store import TeacherCache
 
@@ -27,10 +26,7 @@ TEMPERATURE = 0.7
 @pytest.fixture(scope="module")
 def student_folder(student_folder, teacher_folder, tmp_path_factory):
     """The student with a statement of its teacher, as `lopd distill` requires."""
-    folder = tmp_path_factory.mktemp("declared") / "student"
-    shutil.copytree(student_folder, folder)
-    declare(folder, teacher=teacher_folder)
-    return folder
+    return declared(student_folder, teacher_folder, tmp_path_factory.mktemp("declared"))
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from helpers_artefacts import write_pipeline
 
 from lopd.engines.transformers import TransformersEngine
 from lopd.evaluation.tokens import bucket_reverse_kl, compare_tokens
 from lopd.store import TeacherCache
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def test_both_lists_and_the_divergence(pipeline):

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_artefacts import write_pipeline
-from helpers_training import SAME_UPDATE, update_error, weights
+from helpers_artefacts import trained_weights, write_pipeline
+from helpers_training import SAME_UPDATE, update_error
 
-from lopd.models.load import load_model
 from lopd.provenance import read_manifest
 
 pytest.importorskip("trl", reason="part of the extra `trl`")
@@ -73,7 +72,7 @@ def run(folder, out, size, count, processes, padding="right"):
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
     folder = write_pipeline(tmp_path / "pipeline")
-    start = weights(load_model(folder / "student", dtype="float32", device="cpu"))
+    start = trained_weights(folder / "student")
     one = run(folder, tmp_path / "one", 4, 3, 1)
     two = run(folder, tmp_path / "two", 3, 2, 2, padding="none")
     assert len(two["log"]) == 4 and two["log"] == pytest.approx(one["log"], rel=1e-4)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_artefacts import write_cache, write_model, write_pipeline
+from helpers_artefacts import write_cache, write_model
 from helpers_cache import flip
 from helpers_trl import QUIET, make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,11 +21,6 @@ pytest.importorskip("trl", reason="part of the extra `trl`")
 
 from lopd.integrations.datasets import to_dataset
 from lopd.integrations.trl import OfflineDistillationConfig, OfflineDistillationTrainer
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture

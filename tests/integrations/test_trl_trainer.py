@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_artefacts import write_cache, write_pipeline
+from helpers_artefacts import trained_weights, write_cache
 from helpers_training import SAME_UPDATE, check_overrides, make_deaf, update_error, weights
 from helpers_trl import QUIET, make_trainer
 
@@ -26,11 +26,6 @@ from trl import SFTConfig, SFTTrainer
 
 from lopd.integrations.datasets import from_dataset, to_dataset
 from lopd.integrations.trl import OfflineDistillationConfig, OfflineDistillationTrainer
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture
@@ -81,7 +76,7 @@ def test_it_takes_the_steps_of_lopd_distill(pipeline, tmp_path, cache, settings)
             **common,
         )
     )
-    expected = weights(load_model(tmp_path / "lopd", dtype="float32", device="cpu"))
+    expected = trained_weights(tmp_path / "lopd")
     assert update_error(weights(trainer.model), expected, start) < SAME_UPDATE
     found = logged(trainer)
     lines = (tmp_path / "lopd/train_log.jsonl").read_text().splitlines()
@@ -192,7 +187,7 @@ def test_it_evaluates_saves_and_resumes(pipeline, tmp_path, cache):
     expected = weights(whole.model)
     assert all((expected[name] == value).all() for name, value in weights(again.model).items())
     whole.save_model(tmp_path / "saved")
-    saved = weights(load_model(tmp_path / "saved", dtype="float32", device="cpu"))
+    saved = trained_weights(tmp_path / "saved")
     assert all((expected[name] == value).all() for name, value in saved.items())
     assert "lopd" in (tmp_path / "out/README.md").read_text()
 

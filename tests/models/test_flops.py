@@ -1,9 +1,8 @@
 """FLOPs compared with a count of the operators, and the utilisation."""
 
-import json
-
 import pytest
 import torch
+from helpers_artefacts import logged
 from helpers_training import VOCAB, make_rollouts, make_scored, options, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,7 +13,7 @@ from lopd.models.flops import FlopsMeter, mfu, pairs, peak_flops, size_of, step_
 from lopd.models.head import run_with_loss
 from lopd.models.lora import add_lora
 from lopd.training.batch import Collator, SequenceDataset
-from lopd.training.logging import LOG_NAME, line
+from lopd.training.logging import line
 from lopd.training.trainer import LopdTrainer
 
 LENGTH = 12
@@ -142,7 +141,7 @@ def test_a_run_logs_its_utilisation(tmp_path, capsys):
     lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("step ")]
     assert [text.split("  ")[0] for text in lines] == ["step 2/4", "step 4/4"]
     assert all("  mfu " in text and " tok/s" in text for text in lines)
-    records = [json.loads(text) for text in (tmp_path / LOG_NAME).read_text().splitlines()]
+    records = logged(tmp_path)
     assert all(record["mfu"] > 0 and "peak_mib" not in record for record in records)
     lengths = [len(item.rollout.tokens) for item in make_scored(make_rollouts(8))]
     epochs = 2 * step_flops(trainer.meter.size, lengths, _loss_tokens(items))

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from helpers_import import declared, distill, dump_of, run, topk_record, write
+from helpers_import import distill, dump_of, run, topk_record, write
+from helpers_stages import declared
 
 from lopd.cli import main
 from lopd.provenance import read_manifest

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from helpers_import import declared, distill, dump_of, rescore, run, topk_record, write
-from helpers_stages import one_line
+from helpers_import import distill, dump_of, rescore, run, topk_record, write
+from helpers_stages import declared, one_line
 
 from lopd.cli import main
 from lopd.errors import ConfigError

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from helpers_import import (
     PROMPTS,
-    declared,
     distill,
     dump_of,
     lists_of,
@@ -18,6 +17,7 @@ from helpers_import import (
     topk_record,
     write,
 )
+from helpers_stages import declared
 
 from lopd.cli import main
 from lopd.data.external_scores import read_dump

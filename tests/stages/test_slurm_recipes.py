@@ -8,21 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_artefacts import write_pipeline
-from helpers_training import SAME_UPDATE, update_error, weights
+from helpers_artefacts import trained_weights
+from helpers_training import SAME_UPDATE, update_error
 from torch.distributed.launcher.api import LaunchConfig
 
 from lopd import DistillConfig, ScoreConfig, distill, score
-from lopd.models.load import load_model
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "recipes").glob("*.sbatch"))
 ARRAY, TORCHRUN = (ROOT / "recipes" / f"slurm-{name}.sbatch" for name in ("array", "torchrun"))
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture
@@ -132,7 +126,7 @@ def test_two_nodes_train_as_one_process_does(pipeline, tmp_path, commands):
         GPUS_ON_NODE=1,
     )
     start, alone, two = (
-        weights(load_model(folder, dtype="float32", device="cpu"))
+        trained_weights(folder)
         for folder in (pipeline / "student", tmp_path / "alone", tmp_path / "two")
     )
     assert update_error(two, alone, start) < SAME_UPDATE

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_qwen3
-from helpers_stages import COMMON, make_rollouts, one_line, score_argv
+from helpers_stages import COMMON, declared, make_rollouts, one_line, score_argv
 
 from lopd.cli import main
 from lopd.engines.transformers import TransformersEngine
 from lopd.evaluation.agreement import measure
-from lopd.provenance import declare, read_manifest
+from lopd.provenance import read_manifest
 from lopd.store import RolloutStore, TeacherCache
 from lopd.store.size import size_bounds, work_left
 
@@ -24,10 +24,7 @@ K = 6
 
 @pytest.fixture(scope="module")
 def student(student_folder, teacher_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("declared") / "student"
-    shutil.copytree(student_folder, folder)
-    declare(folder, teacher=teacher_folder)
-    return folder
+    return declared(student_folder, teacher_folder, tmp_path_factory.mktemp("declared"))
 
 
 @pytest.fixture(scope="module")

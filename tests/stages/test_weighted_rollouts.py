@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from conftest import TEXT
-from helpers_artefacts import write_cache, write_pipeline, write_sequences
+from helpers_artefacts import write_cache, write_sequences
 
 from lopd.cli import main
 from lopd.errors import ConfigError
@@ -141,11 +141,6 @@ def test_a_choice_may_have_its_own_weights(student, tmp_path):
     found = list(RolloutStore.open(tmp_path / "out"))
     assert [(item.weight, item.reward) for item in found] == [(2.0, -1.0)] * 2
     assert found[1].token_weights.tolist() == second["token_weights"]
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.mark.parametrize(

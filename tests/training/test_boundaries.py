@@ -5,7 +5,6 @@ import json
 import pkgutil
 
 import pytest
-from helpers_artefacts import write_pipeline
 
 from lopd.provenance import manifest_digest, read_manifest
 from lopd.provenance.folder_receipt import RECEIPT_NAME
@@ -25,11 +24,6 @@ SETTINGS = {
 
 class Killed(BaseException):
     """Not an Exception, so that nothing handles it: what is on the disk stays as it is."""
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture(scope="module", autouse=True)

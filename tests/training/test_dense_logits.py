@@ -1,9 +1,8 @@
 """The fused loss against dense logits inside the same trainer: same curve, same weights."""
 
-import json
-
 import pytest
 import torch
+from helpers_artefacts import logged
 from helpers_training import (
     SAME_UPDATE,
     make_rollouts,
@@ -14,7 +13,6 @@ from helpers_training import (
 )
 
 from lopd.training.batch import SequenceDataset
-from lopd.training.logging import LOG_NAME
 from lopd.training.step import model_inputs
 from lopd.training.trainer import LopdTrainer, Objective
 
@@ -53,7 +51,7 @@ def trained(kind, out, **changes):
         max_tokens_per_batch=run.max_tokens_per_batch,
     )
     trainer.train()
-    log = [json.loads(line) for line in (out / LOG_NAME).read_text().splitlines()]
+    log = logged(out)
     return [entry["loss"] for entry in log], dict(model.named_parameters())
 
 

@@ -7,11 +7,10 @@ import math
 import random
 
 import pytest
-from helpers_artefacts import write_pipeline
-from helpers_training import largest_difference, weights
+from helpers_artefacts import trained_weights
+from helpers_training import largest_difference
 
 from lopd.errors import ConfigError
-from lopd.models.load import load_model
 from lopd.provenance.folder_receipt import check_receipt
 from lopd.stages import distill
 
@@ -115,11 +114,6 @@ ROWS = covering_array()
 IN_CI = 6
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
 @pytest.mark.parametrize(
     "row",
     [pytest.param(row, marks=[pytest.mark.slow] * (i >= IN_CI)) for i, row in enumerate(ROWS)],
@@ -130,10 +124,7 @@ def test_every_pair_of_flags_yields_a_model(pipeline, tmp_path, row):
     config = settings_of(row, {**paths, "out": str(tmp_path / "out")})
     out = distill.main(config)
     check_receipt(out)
-    start, end = (
-        weights(load_model(str(folder), dtype="float32", device="cpu"))
-        for folder in (pipeline / "student", out)
-    )
+    start, end = (trained_weights(folder) for folder in (pipeline / "student", out))
     if not config.keep_best:  # the best step may be one of the warm-up, with a rate of 0
         assert largest_difference(start, end) > 0.0
     log = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]

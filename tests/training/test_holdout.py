@@ -1,12 +1,12 @@
 """Held-out sequences: the split, their KL, early stopping, and the best checkpoint."""
 
-import json
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from helpers_artefacts import write_pipeline
+from helpers_artefacts import distill_config, logged, trained_weights
 from helpers_training import (
     largest_difference,
     make_rollouts,
@@ -19,7 +19,6 @@ from helpers_training import (
 from lopd.config.objective import Objective
 from lopd.config.training import MonitoringOptions
 from lopd.errors import ConfigError, DataError, ShardError
-from lopd.models.load import load_model
 from lopd.provenance import manifest_digest, read_manifest
 from lopd.stages import distill
 from lopd.training.batch import Collator, SequenceDataset, split_holdout
@@ -158,10 +157,10 @@ def test_evaluation_changes_no_weight_and_training_leaves_out_held_out_sequences
     assert [number for _, number in found] == [2, 4, 5]
     now = holdout_kl(evaluated.model, evaluated.holdout, Collator(), 4, 5)["holdout_kl"]
     assert found[-1][0] == now != found[0][0]
-    lines = [json.loads(line) for line in (tmp_path / "a" / LOG_NAME).read_text().splitlines()]
-    logged = [(line["holdout_kl"], line["step"]) for line in lines if "holdout_kl" in line]
+    lines = logged(tmp_path / "a")
+    shown = [(line["holdout_kl"], line["step"]) for line in lines if "holdout_kl" in line]
     fresh = holdout_kl(tiny_model(), evaluated.holdout, Collator(), 4, 0)["holdout_kl"]
-    assert logged == [(fresh, 0), *found]
+    assert shown == [(fresh, 0), *found]
 
 
 def test_evaluating_without_a_holdout_is_refused(tmp_path):
@@ -192,21 +191,10 @@ def fake_kl(monkeypatch, values):
     monkeypatch.setattr("lopd.training.trainer.holdout_kl", fake)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
 SETTINGS = {"batch_size": 4, "learning_rate": 1e-2, "device": "cpu", "log_every": 1}
 
 
-def config(pipeline, out, **changes):
-    paths = {name: str(pipeline / name) for name in ("student", "cache")}
-    return distill.DistillConfig(**{**paths, "out": str(out), **SETTINGS, **changes})
-
-
-def trained(folder):
-    return weights(load_model(str(folder), dtype="float32", device="cpu"))
+config = partial(distill_config, **SETTINGS)
 
 
 BEST = {"max_steps": 6, "holdout": 4, "eval_steps": 1, "keep_best": True}
@@ -231,15 +219,15 @@ def test_the_result_is_the_best_checkpoint(pipeline, tmp_path, monkeypatch, save
     assert "checkpoint-3" in left and len(left) <= 2
     if not save_every:
         assert left == ["checkpoint-3", "checkpoint-2"]
-    assert largest_difference(trained(out), trained(out / "checkpoint-3")) == 0.0
+    assert largest_difference(trained_weights(out), trained_weights(out / "checkpoint-3")) == 0.0
     last = distill.main(config(pipeline, tmp_path / "last", **{**BEST, "keep_best": False}))
     assert read_manifest(last).raw["holdout"]["result_step"] == 6
-    assert largest_difference(trained(out), trained(last)) > 0.0
+    assert largest_difference(trained_weights(out), trained_weights(last)) > 0.0
     short = {**BEST, "keep_best": False, "max_steps": 3}
     at_three = distill.main(
         config(pipeline, tmp_path / "three", **short, lr_scheduler_type="constant")
     )
-    assert largest_difference(trained(out), trained(at_three)) == 0.0
+    assert largest_difference(trained_weights(out), trained_weights(at_three)) == 0.0
 
 
 def test_a_missing_best_checkpoint_is_named(pipeline, tmp_path, monkeypatch):
@@ -284,7 +272,7 @@ def test_a_killed_run_resumes_with_its_evaluations(pipeline, tmp_path, monkeypat
             distill.main(config(pipeline, tmp_path / "cut", **settings))
     cut = distill.main(config(pipeline, tmp_path / "cut", **settings))
     assert read_manifest(whole).raw["holdout"]["last"]["step"] == 5
-    assert largest_difference(trained(whole), trained(cut)) == 0.0
+    assert largest_difference(trained_weights(whole), trained_weights(cut)) == 0.0
     assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
     assert read_manifest(whole).raw["stale"] == read_manifest(cut).raw["stale"]
 
@@ -305,7 +293,7 @@ def test_a_run_that_stopped_early_is_not_continued(pipeline, tmp_path, monkeypat
             distill.main(config(pipeline, tmp_path / "cut", **settings))
     cut = distill.main(config(pipeline, tmp_path / "cut", **settings))
     assert read_manifest(cut).raw["holdout"]["last"]["step"] == 2
-    assert largest_difference(trained(whole), trained(cut)) == 0.0
+    assert largest_difference(trained_weights(whole), trained_weights(cut)) == 0.0
     assert manifest_digest(read_manifest(whole)) == manifest_digest(read_manifest(cut))
 
 

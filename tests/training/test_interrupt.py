@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_artefacts import write_pipeline
-from helpers_training import flags_of, largest_difference, make_trainer, tiny_model, weights
+from helpers_artefacts import trained_weights
+from helpers_training import flags_of, largest_difference, make_trainer, tiny_model
 
 from lopd.cli import main
 from lopd.errors import Interrupted
-from lopd.models.load import load_model
 from lopd.stages import distill
 from lopd.training.checkpoints import checkpoints, unusable
 from lopd.training.trainer import LopdTrainer
@@ -20,11 +19,6 @@ from lopd.training.trainer import LopdTrainer
 pytestmark = pytest.mark.thorough
 
 SETTINGS = {"batch_size": 4, "learning_rate": 1e-2, "device": "cpu", "max_steps": 5}
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def flags(pipeline, out, **changes):
@@ -68,10 +62,7 @@ def test_a_stopped_run_keeps_its_steps_and_continues(
     assert main(["distill", *flags(pipeline, tmp_path / "cut", **changes)]) == 0
     assert "continues from checkpoint-2" in capfd.readouterr().err
     assert main(["distill", *flags(pipeline, tmp_path / "whole", **changes)]) == 0
-    whole, cut = (
-        weights(load_model(str(tmp_path / name), dtype="float32", device="cpu"))
-        for name in ("whole", "cut")
-    )
+    whole, cut = (trained_weights(tmp_path / name) for name in ("whole", "cut"))
     assert largest_difference(whole, cut) == 0.0
 
 

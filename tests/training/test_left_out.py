@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from helpers_artefacts import write_pipeline
 from helpers_training import near_rollouts, tiny_model
 
 from lopd.config.objective import Objective
@@ -91,11 +90,6 @@ def test_without_a_backward_nothing_is_left_out(case):
 def test_contradicting_settings_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         Objective(**{"name": "reverse_kl", **changes})
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def run(pipeline, out, **changes):

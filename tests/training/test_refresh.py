@@ -1,11 +1,10 @@
 """Refreshed rollouts: equality with a plain loop, resuming, and refusals."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from helpers_artefacts import COUNT, describe, write_model, write_pipeline
+from helpers_artefacts import COUNT, describe, logged, trained_weights, write_model, write_pipeline
 from helpers_cache import damaged
 from helpers_training import SAME_UPDATE, largest_difference, update_error, weights
 
@@ -15,12 +14,10 @@ from lopd.data.prompts import Prompt
 from lopd.engines.base import Sampling, sequence_seed, to_rollout
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError, DataError, ProvenanceError, ShardError
-from lopd.models.load import load_model
 from lopd.provenance import MANIFEST_NAME, manifest_digest, read_manifest
 from lopd.stages import distill
 from lopd.store import TeacherCache, scored_sequence
 from lopd.training.batch import Collator
-from lopd.training.logging import LOG_NAME
 from lopd.training.loop import train_loop
 from lopd.training.refresh import RefreshTrainer
 from lopd.training.sampler import StepSampler
@@ -38,24 +35,11 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
 def distilled(pipeline, out, every, **changes):
     paths = {name: str(pipeline / name) for name in ("student", "cache")}
     live = {"refresh_every": every, "teacher": str(pipeline / "teacher")} if every else {}
     settings = {**paths, **SETTINGS, **live, **changes}
     return distill.main(distill.DistillConfig(out=str(out), **settings))
-
-
-def trained(folder):
-    return weights(load_model(folder, dtype="float32", device="cpu"))
-
-
-def logged(folder):
-    return [json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines()]
 
 
 def by_hand(pipeline, every):
@@ -92,11 +76,11 @@ def by_hand(pipeline, every):
 def test_refreshed_training_equals_on_policy_distillation(pipeline, tmp_path, every):
     out = distilled(pipeline, tmp_path / "out", every)
     expected = by_hand(pipeline, every)
-    start = weights(load_model(pipeline / "student", dtype="float32", device="cpu"))
-    assert update_error(trained(out), expected, start) < SAME_UPDATE
+    start = trained_weights(pipeline / "student")
+    assert update_error(trained_weights(out), expected, start) < SAME_UPDATE
     assert largest_difference(start, expected) > 1e-2
     other = by_hand(pipeline, 4 - every)
-    assert largest_difference(trained(out), other) > 1e-3
+    assert largest_difference(trained_weights(out), other) > 1e-3
 
 
 @pytest.mark.thorough
@@ -104,16 +88,16 @@ def test_packing_and_checkpointing_affect_only_rounding(pipeline, tmp_path):
     plain = distilled(pipeline, tmp_path / "plain", 2)
     packed = distilled(pipeline, tmp_path / "packed", 2, max_tokens_per_batch=30)
     again = distilled(pipeline, tmp_path / "again", 2, gradient_checkpointing=True)
-    start = trained(pipeline / "student")
+    start = trained_weights(pipeline / "student")
     for other in (packed, again):
-        assert update_error(trained(other), trained(plain), start) < SAME_UPDATE
+        assert update_error(trained_weights(other), trained_weights(plain), start) < SAME_UPDATE
 
 
 def test_adapters_are_trained_on_refreshed_rollouts(pipeline, tmp_path):
     pytest.importorskip("peft")
     out = distilled(pipeline, tmp_path / "out", 2, lora_rank=2, max_steps=3)
-    start = weights(load_model(pipeline / "student", dtype="float32", device="cpu"))
-    assert largest_difference(trained(out), start) > 1e-5
+    start = trained_weights(pipeline / "student")
+    assert largest_difference(trained_weights(out), start) > 1e-5
 
 
 def kill_at(monkeypatch, step):
@@ -146,7 +130,7 @@ def test_a_killed_run_continues_to_the_same_weights(pipeline, tmp_path, monkeypa
     )
     distilled(pipeline, cut, every, **settings)
     assert renewed == ([2] if limit == 2 else [3])
-    assert largest_difference(trained(whole), trained(cut)) == 0.0
+    assert largest_difference(trained_weights(whole), trained_weights(cut)) == 0.0
     first, second = read_manifest(whole), read_manifest(cut)
     assert manifest_digest(first) == manifest_digest(second)
     assert first.raw["seconds"] != second.raw["seconds"]
@@ -256,16 +240,6 @@ def test_refreshing_restores_the_mode_and_draws_no_random_number(pipeline, tmp_p
     monkeypatch.setattr(RefreshTrainer, "renew", observed)
     distilled(pipeline, tmp_path / "out", 2, max_steps=3)
     assert found == [(True, True)] * 2
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    import transformers
-
-    def explode(*args, **kwargs):
-        raise AssertionError("a model was built")
-
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", explode)
 
 
 def test_another_teacher_is_refused(pipeline, tmp_path, no_model):

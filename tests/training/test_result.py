@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers_artefacts import write_pipeline
-from helpers_training import flags_of, largest_difference, weights
+from helpers_artefacts import distill_config, trained_weights
+from helpers_training import flags_of, largest_difference
 
 from lopd.cli import main
 from lopd.errors import ModelError, ShardError
@@ -26,14 +27,7 @@ from lopd.training.trainer import LopdTrainer
 SETTINGS = {"batch_size": 4, "learning_rate": 1e-2, "device": "cpu", "max_steps": 2}
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-def config(pipeline, out, **changes):
-    paths = {name: str(pipeline / name) for name in ("student", "cache")}
-    return distill.DistillConfig(**{**paths, "out": str(out), **SETTINGS, **changes})
+config = partial(distill_config, **SETTINGS)
 
 
 def test_the_result_has_a_receipt_of_its_files(pipeline, tmp_path, capsys):
@@ -90,10 +84,7 @@ def test_adapters_trained_in_mixed_precision_are_merged(pipeline, tmp_path, keep
     if keep_best:
         changes |= {"holdout": 3, "eval_steps": 1, "keep_best": True}
     out = distill.main(config(pipeline, tmp_path / "out", **changes))
-    start, end = (
-        weights(load_model(str(folder), dtype="float32", device="cpu"))
-        for folder in (pipeline / "student", out)
-    )
+    start, end = (trained_weights(folder) for folder in (pipeline / "student", out))
     assert largest_difference(start, end) > 1e-3
     assert all(value.dtype == torch.float32 for value in end.values())
     assert (out / "adapter" / "adapter_config.json").is_file()

@@ -2,10 +2,11 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
-from helpers_artefacts import write_cache, write_pipeline, write_sequences
+from helpers_artefacts import distill_config, write_cache, write_sequences
 from helpers_training import (
     SAME_UPDATE,
     largest_difference,
@@ -180,15 +181,7 @@ def test_contradicting_corrections_are_refused(changes, message):
         Objective(**{"name": "policy_gradient", **changes})
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-def config(pipeline, out, **changes):
-    paths = {name: str(pipeline / name) for name in ("student", "cache")}
-    settings = {"max_steps": 2, "batch_size": 4, "device": "cpu", "save_every": 0, "log_every": 1}
-    return distill.DistillConfig(**{**paths, "out": str(out), **settings, **changes})
+config = partial(distill_config, max_steps=2, batch_size=4, device="cpu", save_every=0, log_every=1)
 
 
 def test_the_flags_reach_the_loss_and_the_manifest(pipeline, tmp_path):

@@ -5,16 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers_artefacts import write_pipeline
-from helpers_training import SAME_UPDATE, flags_of, largest_difference, update_error, weights
+from helpers_artefacts import distill_config, trained_weights, write_pipeline
+from helpers_training import SAME_UPDATE, flags_of, largest_difference, update_error
 from safetensors.torch import load_file
 
 from lopd.errors import ConfigError
-from lopd.models.load import load_model
 from lopd.provenance import ModelIdentity, read_manifest
 from lopd.stages import distill
 from lopd.training.checkpoints import ADAPTER_WEIGHTS, checkpoints, unusable
@@ -53,14 +53,7 @@ sys.exit(code)
 """
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-def config(pipeline, out, **changes):
-    paths = {name: str(pipeline / name) for name in ("student", "cache")}
-    return distill.DistillConfig(**{**paths, "out": str(out), **SETTINGS, **changes})
+config = partial(distill_config, **SETTINGS)
 
 
 def in_two_processes(script, pipeline, out, killed_at=0, **changes):
@@ -112,10 +105,7 @@ def test_two_processes_equal_one_even_if_killed_and_resumed(
     done = in_two_processes(script, pipeline, out, **changes)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("continues from checkpoint-2") == 1
-    start, one, two = (
-        weights(load_model(folder, dtype="float32", device="cpu"))
-        for folder in (pipeline / "student", single, out)
-    )
+    start, one, two = (trained_weights(folder) for folder in (pipeline / "student", single, out))
     assert largest_difference(start, one) > 1e-3
     assert update_error(two, one, start) < SAME_UPDATE
     ours, theirs = log_of(single), log_of(out)
@@ -236,10 +226,7 @@ def test_a_run_with_adapters_resumes_and_ends_as_a_plain_model(
         distill.main(config(pipeline, tmp_path / "cut", **changes))
     monkeypatch.setattr(LopdTrainer, "training_step", step)
     cut = distill.main(config(pipeline, tmp_path / "cut", **changes))
-    start, one, two = (
-        weights(load_model(folder, dtype="float32", device="cpu"))
-        for folder in (pipeline / "student", whole, cut)
-    )
+    start, one, two = (trained_weights(folder) for folder in (pipeline / "student", whole, cut))
     assert largest_difference(one, two) == 0.0
     changed = {name for name in start if not torch.equal(start[name], one[name])}
     assert changed and all("proj" in name for name in changed)

@@ -1,29 +1,21 @@
 """Warnings of a stale cache, and the lowest effective sample size of a run."""
 
 import copy
-import json
+from functools import partial
 
 import pytest
-from helpers_artefacts import write_pipeline
+from helpers_artefacts import distill_config, logged
 from transformers import TrainerState
 
 from lopd.provenance import read_manifest
 from lopd.stages import distill
-from lopd.training.logging import LOG_NAME
 from lopd.training.staleness import StalenessMonitor, stale_summary
 from lopd.training.trainer import LopdTrainer
 
 SETTINGS = {"batch_size": 4, "learning_rate": 1e-2, "device": "cpu", "log_every": 1}
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-def config(pipeline, out, **changes):
-    paths = {name: str(pipeline / name) for name in ("student", "cache")}
-    return distill.DistillConfig(**{**paths, "out": str(out), **SETTINGS, **changes})
+config = partial(distill_config, **SETTINGS)
 
 
 class Metrics:
@@ -155,7 +147,7 @@ def test_a_resumed_run_reports_the_lowest_ess_of_its_log(
         patch.setattr(LopdTrainer, "compute_loss", killed)
         distill.main(config(pipeline, tmp_path, **settings))
     out = distill.main(config(pipeline, tmp_path, **settings))
-    log = [json.loads(line) for line in (out / LOG_NAME).read_text().splitlines()]
+    log = logged(out)
     ess, step = min((entry["ess_tokens"], entry["step"]) for entry in log)
     assert len(log) == 6 and step > 1
     summary = read_manifest(out).raw["stale"]

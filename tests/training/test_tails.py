@@ -1,10 +1,11 @@
 """The tails `unbiased` and `generalized`, and log-ratios, in training: gradients, logs, caches."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from helpers_artefacts import SAMPLING, write_cache, write_pipeline, write_sequences
+from helpers_artefacts import SAMPLING, distill_config, write_cache, write_sequences
 from helpers_training import near_rollouts, tiny_model
 
 from lopd.config.objective import Objective
@@ -132,15 +133,7 @@ def test_a_batch_without_rollout_logprobs_is_refused():
         step(tiny_model(), Collator()(items), FORMS["unbiased"], 1.0)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-def config(pipeline, out, **changes):
-    paths = {name: str(pipeline / name) for name in ("student", "cache")}
-    settings = {"max_steps": 2, "batch_size": 4, "device": "cpu", "save_every": 0, "log_every": 1}
-    return distill.DistillConfig(**{**paths, "out": str(out), **settings, **changes})
+config = partial(distill_config, max_steps=2, batch_size=4, device="cpu", save_every=0, log_every=1)
 
 
 def test_distill_trains_on_log_ratios(pipeline, tmp_path):

@@ -5,17 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers_artefacts import write_model, write_pipeline, write_sequences
+from helpers_artefacts import write_model, write_sequences
 
 from lopd import DistillConfig, SftConfig, distill, sft
 from lopd.training.logging import own_tracker_run
 
 SETTINGS = {"max_steps": 3, "log_every": 1, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def scalars(folder):

@@ -1,10 +1,10 @@
 """The Trainer: equality with the plain loop, batching, resuming, and refusals."""
 
 import copy
-import json
 
 import pytest
 import torch
+from helpers_artefacts import logged
 from helpers_training import (
     OBJECTIVES,
     SAME_UPDATE,
@@ -24,7 +24,6 @@ from lopd.errors import ConfigError, DataError, ModelError
 from lopd.models.head import HeadOptions, head_options
 from lopd.training.batch import Collator, SequenceDataset
 from lopd.training.holdout import Holdout
-from lopd.training.logging import LOG_NAME
 from lopd.training.loop import train_loop
 from lopd.training.trainer import LopdTrainer, Objective
 
@@ -158,8 +157,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, changes, killed_at)
     )
     assert whole.lr_scheduler.state_dict() == resumed.lr_scheduler.state_dict()
     assert whole.model.config.use_cache is True
-    logged = [json.loads(line) for line in (tmp_path / "cut" / LOG_NAME).read_text().splitlines()]
-    assert [entry["step"] for entry in logged] == [3, 6, 7]
+    log = logged(tmp_path / "cut")
+    assert [entry["step"] for entry in log] == [3, 6, 7]
 
 
 def StopAfter(steps):

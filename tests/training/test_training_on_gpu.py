@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_artefacts import write_pipeline
+from helpers_artefacts import trained_weights
 from helpers_training import (
     SAME_UPDATE,
     largest_difference,
@@ -11,11 +11,9 @@ from helpers_training import (
     tiny_model,
     tiny_window,
     update_error,
-    weights,
 )
 
 from lopd.config.objective import Objective
-from lopd.models.load import load_model
 from lopd.models.packing import check_packing, pack_attention
 from lopd.stages import distill
 from lopd.training.batch import Collator, to_device
@@ -25,18 +23,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]  # the suite has a limit; make 
 SETTINGS = {"learning_rate": 1e-2, "max_steps": 5, "log_every": 1, "save_every": 2}
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
 def distilled(pipeline, out, **changes):
     paths = {name: str(pipeline / name) for name in ("student", "cache")}
     return distill.main(distill.DistillConfig(**{**paths, "out": str(out), **SETTINGS, **changes}))
-
-
-def trained(folder):
-    return weights(load_model(folder, dtype="float32", device="cpu"))
 
 
 def gradients(model, batch):
@@ -84,9 +73,9 @@ def test_a_run_ends_with_the_weights_of_one_on_a_cpu(pipeline, tmp_path, changes
     if "lora_rank" in changes:
         pytest.importorskip("peft")
     changes = {"batch_size": 4, **changes}
-    expected = trained(distilled(pipeline, tmp_path / "cpu", device="cpu", **changes))
-    found = trained(distilled(pipeline, tmp_path / "cuda", device="cuda", **changes))
-    assert difference(found, expected, trained(pipeline / "student")) < 1e-2
+    expected = trained_weights(distilled(pipeline, tmp_path / "cpu", device="cpu", **changes))
+    found = trained_weights(distilled(pipeline, tmp_path / "cuda", device="cuda", **changes))
+    assert difference(found, expected, trained_weights(pipeline / "student")) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -110,7 +99,7 @@ def test_a_killed_run_continues(pipeline, tmp_path, monkeypatch):
     from lopd.training.trainer import LopdTrainer
 
     settings = {"device": "cuda", "batch_size": 4, "max_tokens_per_batch": 64}
-    whole = trained(distilled(pipeline, tmp_path / "whole", **settings))
+    whole = trained_weights(distilled(pipeline, tmp_path / "whole", **settings))
     training_step = LopdTrainer.training_step
 
     def killed(self, *args):
@@ -121,11 +110,11 @@ def test_a_killed_run_continues(pipeline, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LopdTrainer, "training_step", killed)
         distilled(pipeline, tmp_path / "cut", **settings)
-    cut = trained(distilled(pipeline, tmp_path / "cut", **settings))
-    assert update_error(cut, whole, trained(pipeline / "student")) < SAME_UPDATE
+    cut = trained_weights(distilled(pipeline, tmp_path / "cut", **settings))
+    assert update_error(cut, whole, trained_weights(pipeline / "student")) < SAME_UPDATE
 
 
 def test_refreshed_rollouts_are_sampled_and_scored_on_the_gpu(pipeline, tmp_path):
     live = {"refresh_every": 2, "teacher": str(pipeline / "teacher"), "batch_size": 4}
     out = distilled(pipeline, tmp_path / "out", device="cuda", **live)
-    assert largest_difference(trained(out), trained(pipeline / "student")) > 1e-3
+    assert largest_difference(trained_weights(out), trained_weights(pipeline / "student")) > 1e-3
