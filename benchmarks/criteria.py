@@ -197,5 +197,9 @@ def read(paths: Iterable[Path]) -> list[Row]:
     return [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()]
 
 
+def main(paths: list[str] | None = None) -> None:
+    print(table(read(map(Path, sys.argv[1:] if paths is None else paths))))
+
+
 if __name__ == "__main__":
-    print(table(read(map(Path, sys.argv[1:]))))
+    main()

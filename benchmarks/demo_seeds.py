@@ -25,7 +25,7 @@ from benchmarks.evidence.frame import RESULTS, Part, read
 from benchmarks.recorder import ROOT, identity
 from lopd.config.demo import DemoConfig
 from lopd.evaluation.accuracy import mean_with_interval
-from lopd.stages.demo import main
+from lopd.stages import demo
 from lopd.stages.demo.report import DISTILLED, FINE_TUNED, ONLINE
 from lopd.stages.demo.toy import EVAL_PROMPTS
 
@@ -39,7 +39,7 @@ def run(seeds: list[int], out: Path) -> list[dict[str, Any]]:
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            main(DemoConfig(out=f"{folder}/demo", seed=seed, online=True))
+            demo.main(DemoConfig(out=f"{folder}/demo", seed=seed, online=True))
             results = json.loads(Path(folder, "demo/results.json").read_text(encoding="utf-8"))
         command = f"python -m benchmarks.demo_seeds --again --seeds {seed}"
         rows += [
@@ -121,18 +121,22 @@ def against_committed(rows: list[dict[str, Any]]) -> str:
     return again.compared(part, old, {row["cell"]: row for row in new})
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--again", action="store_true", help="compare with the committed rows")
-    arguments = parser.parse_args()
-    default = Path("build/demo_seeds") if arguments.again else RESULTS
-    measured = run(arguments.seeds, arguments.out or default)
-    if arguments.again:
+    args = parser.parse_args(arguments)
+    default = Path("build/demo_seeds") if args.again else RESULTS
+    measured = run(args.seeds, args.out or default)
+    if args.again:
         print(against_committed(measured))
-        sys.exit()
+        return 0
     print(table(measured))
     failures = missed(measured)
     print("\n".join(failures) if failures else "every criterion is met on every seed")
-    sys.exit(bool(failures))
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -285,11 +285,11 @@ def byte_tokenizer() -> Any:
     )
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="model types; all by default")
     parser.add_argument("--out", help="Markdown file to write")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     tokenizer, rows = byte_tokenizer(), []
     for kind in args.families or families():
         rows.append(try_family(kind, tokenizer))

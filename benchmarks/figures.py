@@ -117,9 +117,13 @@ def draw(rows: list[Row], out: Path) -> list[Path]:
     return made
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     print(*draw(read(args.rows), args.out), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

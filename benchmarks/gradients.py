@@ -168,12 +168,16 @@ def table(measured: list[dict[str, Any]]) -> str:
     return "\n\n".join(blocks)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
     results = list(rows())
     text = "".join(json.dumps(row) + "\n" for row in results)
-    (arguments.out / NAME).write_text(text, encoding="utf-8")
+    (args.out / NAME).write_text(text, encoding="utf-8")
     print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -68,14 +68,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"After {rows[0]['steps']} steps of fine-tuning each."])
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--folder", type=Path, help="keep the models here")
-    arguments = parser.parse_args()
-    command = f"python -m benchmarks.prunings --steps {arguments.steps}"
-    record = Recorder(arguments.out / NAME, torch.device("cpu"), command)
+    args = parser.parse_args(arguments)
+    command = f"python -m benchmarks.prunings --steps {args.steps}"
+    record = Recorder(args.out / NAME, torch.device("cpu"), command)
     with tempfile.TemporaryDirectory() as temporary:
-        compare(record, arguments.folder or Path(temporary), arguments.steps)
+        compare(record, args.folder or Path(temporary), args.steps)
     print(table(record.rows))
+
+
+if __name__ == "__main__":
+    main()

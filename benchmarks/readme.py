@@ -256,6 +256,11 @@ DOCUMENTS = [
     )
 ]
 
-if __name__ == "__main__":
+
+def main() -> None:
     for path in DOCUMENTS:
         path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ import torch
 from benchmarks.evidence.intervals import interval, ratio, shown
 from benchmarks.recorder import identity
 from lopd.config.demo import DemoConfig
-from lopd.stages.demo import QUICK, TASKS, main
+from lopd.stages import demo as demos
 from lopd.stages.demo.real import DISTILLED, SAMPLED, SHOWN, UNBIASED
 from lopd.stages.demo.report import FINE_TUNED, MORE_SFT, TEACHER, kl_difference
 
@@ -39,7 +39,7 @@ def rows_of(config: DemoConfig) -> list[dict[str, Any]]:
         "eval_prompts": results["eval_prompts"],
         **identity(torch.device("cpu"), None), "threads": results["threads"],
     }  # fmt: skip
-    demo = (QUICK if config.quick else TASKS)[TASK](folder, config.seed)
+    demo = (demos.QUICK if config.quick else demos.TASKS)[TASK](folder, config.seed)
     lines = demo.prompts["eval"].read_text(encoding="utf-8").splitlines()[:QUESTIONS]
     answers = {name: demo.answers_of(name) for name in SHOWN}
     asked = [
@@ -180,18 +180,20 @@ def answers(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/demo-real"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
-    settings = DemoConfig(
-        out=str(arguments.folder), task=TASK, quick=arguments.quick, seed=arguments.seed
-    )
-    main(settings)
-    record = arguments.out / NAME
+    args = parser.parse_args(arguments)
+    settings = DemoConfig(out=str(args.folder), task=TASK, quick=args.quick, seed=args.seed)
+    demos.main(settings)
+    record = args.out / NAME
     lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
     rows = merged([json.loads(line) for line in lines], rows_of(settings))
     record.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

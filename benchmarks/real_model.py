@@ -266,7 +266,7 @@ def peak_mib(bench: Bench, variant: str) -> float:
 
 
 def _measure_peak(bench: Bench, variant: str, report: Callable[[float], None]) -> None:
-    torch.set_num_threads(1)  # a fork has none of the threads that OpenMP still counts on
+    torch.set_num_threads(1)  # a fork has none of the threads that OpenMP waits for
     prepared = bench.prepare(variant)
     prepared.restore()
     prepared.step()

@@ -91,12 +91,16 @@ def table(shape: Shape = TARGET, tflops: float = TFLOPS, tb_per_s: float = TB_PE
     return "\n".join([*lines, "", f"Memory: {sizes}."])
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tflops", type=float, default=TFLOPS)
     parser.add_argument("--tb-per-s", type=float, default=TB_PER_S)
     for name in ("rows", "hidden", "vocab", "topk"):
         parser.add_argument(f"--{name}", type=int, default=getattr(TARGET, name))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     shape = Shape(args.rows, args.hidden, args.vocab, args.topk)
     print(table(shape, args.tflops, args.tb_per_s))
+
+
+if __name__ == "__main__":
+    main()

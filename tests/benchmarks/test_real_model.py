@@ -39,6 +39,17 @@ def test_every_engine_step_runs(bench, variant):
     prepared.step()
 
 
+def test_memory_is_measured_after_steps_with_several_threads(bench):
+    """A fork that entered a parallel region would wait forever for threads that it lacks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 18).exp()  # starts the second thread
+        assert real_model.peak_mib(bench, "cross-entropy, fused") >= 0.0
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_tables_are_those_of_the_newest_rows():
     rows = [
         {

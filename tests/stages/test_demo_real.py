@@ -2,66 +2,21 @@
 
 import importlib.util
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TEMPLATE, train_bpe
+from helpers_demo import TINY, TinyRealDemo, tiny_llama
 from helpers_stages import one_line
 
+from benchmarks import real_demo
 from lopd.cli import main
 from lopd.evaluation.grading import exact_grader
 from lopd.stages import demo as demos
 from lopd.stages.demo import smollm2
 from lopd.stages.demo.driver import measures
 from lopd.stages.demo.questions import ANSWER_REGEX, all_questions, split_questions
-from lopd.stages.demo.real import DISTILLED, SHOWN, TASK, UNBIASED, RealDemo
+from lopd.stages.demo.real import DISTILLED, SHOWN, TASK, UNBIASED
 from lopd.stages.demo.report import FINE_TUNED, MORE_SFT, real_conclusion
-
-TINY = replace(
-    TASK,
-    sets={"eval": 4, "sft": 6, "opd": 4},
-    steps=2,
-    common={**TASK.common, "batch_size": 2, "warmup_steps": 1, "log_every": 1},
-    sft={**TASK.sft, "max_steps": 2},
-    opd={**TASK.opd, "max_steps": 2},
-    sampling={**TASK.sampling, "max_new_tokens": 4},
-    scoring={**TASK.scoring, "k": 8},
-    evaluation={**TASK.evaluation, "kl_k": 8},
-)
-
-
-class TinyDemo(RealDemo):
-    """The same stages with a random teacher of three layers, in the place of SmolLM2."""
-
-    task = TINY
-    dropped = (1,)
-
-    def load_teacher(self):
-        return tiny_llama(), train_bpe(TEMPLATE)
-
-
-def tiny_llama():
-    """A random model of SmolLM2's architecture, with three layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = train_bpe()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +28,7 @@ def out(tmp_path_factory):
 
 def run_tiny(folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(demos.TASKS, "smollm2", TinyDemo)
+        patch.setitem(demos.TASKS, "smollm2", TinyRealDemo)
         return main(["demo", "--task", "smollm2", "--out", str(folder), "--online"])
 
 
@@ -103,6 +58,20 @@ def test_finished_demo_prints_table_and_answers_again(out, capsys):
         assert f" {name} " in printed
     assert f"{TINY.steps} steps took the KL to the teacher from" in printed
     assert "[1/" not in printed
+
+
+@pytest.mark.thorough
+def test_the_benchmark_has_rows_and_tables_of_a_finished_demo(out, tmp_path, monkeypatch):
+    monkeypatch.setitem(demos.TASKS, "smollm2", TinyRealDemo)
+    real_demo.main(["--folder", str(out), "--out", str(tmp_path)])
+    lines = (tmp_path / real_demo.NAME).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["stage"] for row in rows} == {*TASK.costs, real_demo.ANSWERS}
+    for table in (
+        real_demo.table, real_demo.short_table, real_demo.against_control, real_demo.parts,
+        real_demo.answers,
+    ):  # fmt: skip
+        assert table(rows).count("\n|") >= 3
 
 
 @pytest.mark.thorough
