@@ -2,9 +2,9 @@
 
 A check measures into a folder of its own, models and rollouts included, and never writes to the
 committed rows. Seeds fix everything, so on the same kind of machine, with the same versions, a cell
-gives the same numbers to the digit; elsewhere rounding differs, and training amplifies it. So a
-value is held against two intervals: its row's own, over new prompts, and that of the mean over
-seeds, in which the new value takes the place of the committed one.
+gives the same numbers to the digit, apart from seconds; elsewhere rounding differs, and training
+amplifies it. So a value is held against two intervals: its row's own, over new prompts, and that of
+the mean over seeds, in which the new value takes the place of the committed one.
 """
 
 from __future__ import annotations
