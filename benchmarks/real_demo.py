@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.evidence.intervals import interval, ratio, shown
 from benchmarks.recorder import identity
 from lopd.config.demo import DemoConfig
 from lopd.stages import demo as demos
@@ -73,21 +74,25 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def short_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the KL and the right answers of each model, a column for each seed."""
-    seeds = _by_seed(rows)
-    head = [
-        *(f"KL to the teacher, seed {seed}" for seed in seeds),
-        *(f"right, sampled, seed {seed}" for seed in seeds),
+    """Markdown: KL and right answers of each model on each seed, and its KL over the control's."""
+    stages = [found for _, found in sorted(_by_seed(rows).items())]
+    lines = [
+        "| model | KL to the teacher, each seed | KL / the control's | right, sampled, each seed |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    lines = [f"| model | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
     for name in (TEACHER, FINE_TUNED, DISTILLED, SAMPLED, MORE_SFT):
-        cells = [
-            _with_interval(stages[name], key)
+        kl, right = (
+            " / ".join(f"{each[name][key] + 0.0:.2f}".replace("-0.00", "0.00") for each in stages)
             for key in ("kl", "sampled")
-            for stages in seeds.values()
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        )
+        against = "" if name in (TEACHER, MORE_SFT) else _over_control(stages, name)
+        lines.append(f"| {name} | {kl} | {against} | {right} |")
     return "\n".join(lines)
+
+
+def _over_control(stages: list[dict[str, dict[str, Any]]], name: str) -> str:
+    """KL of a model over that of the control, with its interval over seeds if they suffice."""
+    return shown(ratio([each[name]["kl"] / each[MORE_SFT]["kl"] for each in stages]), ".2f")
 
 
 def _table_of(stages: dict[str, dict[str, Any]]) -> str:
@@ -117,22 +122,24 @@ def _table_of(stages: dict[str, dict[str, Any]]) -> str:
 def against_control(rows: list[dict[str, Any]]) -> str:
     """Markdown: KLs of the distilled models minus that of as many steps of more fine-tuning."""
     seeds = _by_seed(rows)
-    head = [f"{kind}, seed {seed}" for seed in seeds for kind in ("new answers", "held-out")]
-    lines = [f"| model | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
+    head = ["model", "answers", *(f"seed {seed}" for seed in seeds), "mean over seeds"]
+    lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(seeds) + 1)}"]
     for name in (DISTILLED, UNBIASED, SAMPLED):
-        cells = [
-            _difference(stages[name], stages[MORE_SFT], key)
-            for stages in seeds.values()
-            for key in ("kl", "held_out_kl")
+        for kind, key in (("new", "kl"), ("held-out", "held_out_kl")):
+            found = [kl_difference(each[name], each[MORE_SFT], key) for each in seeds.values()]
+            assert None not in found, f"{name} has no interval"
+            differences = [each for each in found if each is not None]
+            over_seeds = interval([middle for middle, *_ in differences])
+            cells = [shown(each, "+.2f") for each in (*differences, over_seeds)]
+            lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "KL minus the control's, nat per token; below 0 is better. Intervals of a seed are",
+            "those over questions, and those of the mean are over seeds.",
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "KL minus the control's, nat per token; below 0 is better."])
-
-
-def _difference(row: dict[str, Any], base: dict[str, Any], key: str) -> str:
-    found = kl_difference(row, base, key)
-    assert found is not None, f"{row['stage']} has no interval"
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
+    )
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:

@@ -14,13 +14,19 @@ from benchmarks.evidence.consistency_tables import (
     gap_table,
     grid_table,
     measures,
+    remedy_table,
 )
 from benchmarks.evidence.frame import Part
 
 PART = Part(
     "consistency",
     cells,
-    tables={"consistency grid": grid_table, "gaps": gap_table, "doses": dose_table},
+    tables={
+        "consistency grid": grid_table,
+        "gaps": gap_table,
+        "remedies": remedy_table,
+        "doses": dose_table,
+    },
     figures={"consistency": figure},
     measures=measures,
 )

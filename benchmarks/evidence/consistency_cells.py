@@ -134,7 +134,7 @@ def of_seed(seed: int) -> Iterator[Cell]:
     for pair in FROM_B:
         yield Start(*pair, seed)
     yield from runs(FROM_B, LISTS, SHORT, LONG)
-    yield from runs(FROM_B, LISTS, SHORT, live=True)
+    yield from runs(FROM_B, LISTS, SHORT, LONG, live=True)
     yield from runs(FROM_A, SAMPLED, SHORT, LONG)
     yield from runs([("A", "B")], CALIBRATED, SHORT, LONG)
     yield from runs(FROM_A, SAMPLED, SHORT, live=True)

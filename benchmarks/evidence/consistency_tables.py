@@ -203,6 +203,25 @@ def crossings(rows: list[Row]) -> str:
     return f"KL of both crossings together, against both others: {said}." if said else ""
 
 
+def remedy_table(rows: list[Row]) -> str:
+    """Markdown: A's student distilled from B, with one thing changed."""
+    head = ["A's student, distilled from B with", "instead", "KL ratio", "pass@1, points", "seeds"]
+    body = []
+    for steps in (SHORT, LONG):
+        lists, token = Setting(LISTS, False, steps), Setting(SAMPLED, False, steps)
+        for before, after in (
+            (lists, Setting(LISTS, True, steps)),
+            (lists, Setting(CONTROL, False, steps)),
+            (token, Setting(CALIBRATED, False, steps)),
+            (token, lists),
+        ):
+            ours, base = (found(rows, "A", "B", each) for each in (after, before))
+            if (difference := compare(ours, base)) is not None:
+                seeds = str(len(both(ours, base)))
+                body.append([str(before), str(after), *columns(difference), seeds])
+    return grid(head, body, words=2) if body else NO_ROWS
+
+
 def doses(rows: Sequence[Row], fewest: int = 1) -> list[str]:
     """The teachers of A's student that have rows of so many seeds, by their disagreement with A."""
     known = [name for name in TEACHERS if len(found(rows, "A", name, None)) >= fewest]

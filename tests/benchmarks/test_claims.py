@@ -100,7 +100,7 @@ def test_the_commands_of_claims_select_the_cells_that_they_need():
         "live 'sampled/*'": 1,
         "consistency 'A-A/lists/*/600/*'": 2,
         "consistency 'A-A/lists/*/200/*' '?-B/lists/*/200/*'": 6,
-        "consistency 'A-A/lists/live/600/*' '?-B/lists/live/600/*' 'A-B/lists/live/200/*'": 3,
+        "consistency 'A-A/lists/live/600/*' '?-B/lists/live/600/*' 'A-B/lists/live/200/*'": 4,
         "consistency 'A-A/lists/frozen/600/*' '?-B/lists/frozen/600/*' 'A-B/lists/frozen/200/*'": 4,
         "objectives 'list+sampled/k2/lr1/*' 'list+sampled/k8/lr1/*'": 2,
         "sampled 'lists/*' 'sampled/*'": 8,

@@ -9,7 +9,7 @@ from benchmarks.evidence import consistency, consistency_cells, consistency_tabl
 from benchmarks.evidence.consistency_cells import CALIBRATED, LISTS, LONG, SAMPLED, SHORT, Run
 from benchmarks.evidence.consistency_tables import Setting
 from benchmarks.evidence.habits import SHARES, Habits, short
-from benchmarks.evidence.intervals import IN_PART, NOT, REPRODUCED, UNDECIDED
+from benchmarks.evidence.intervals import IN_PART, NO_ROWS, NOT, REPRODUCED, UNDECIDED
 from lopd.config.distill import DistillConfig
 from lopd.stages import distill
 from lopd.stages.demo.arithmetic import solve, write_prompts
@@ -141,6 +141,14 @@ def test_tables_hold_the_known_values():
     assert [line.split("|")[1].strip() for line in doses[2:6]] == ["A", "same", "half", "B"]
     assert doses[5].startswith("| B | 0.070 | 0.2000 | 3 | 0.1200 | 6.00 [6.00, 6.00] |")
     assert doses[-1].startswith("`half` writes half")
+
+
+def test_a_remedy_is_compared_with_what_it_replaces_on_the_same_steps():
+    live = [run("A", "B", s, 3.0 * kl, sampled=0.8, live=True) for s, kl in SEEDS.items()]
+    text = consistency_tables.remedy_table([*rows(), *live])
+    line = "| lists, frozen, 200 steps | lists, live, 200 steps | 0.50 [0.50, 0.50] | +10.0"
+    assert line in text and text.count("\n") == 2
+    assert consistency_tables.remedy_table(rows()) == NO_ROWS
 
 
 def test_means_of_too_few_seeds_are_left_blank():

@@ -23,7 +23,12 @@ def demo(monkeypatch):
         "student's rollouts": {},
         "teacher's scores": {},
         **{
-            stage: {"kl": kl, "held_out_kl": kl, "sampled": 0.5}
+            stage: {
+                "kl": kl,
+                "kl_interval": [kl - 0.5, kl + 0.5],
+                "held_out_kl": kl,
+                "sampled": 0.5,
+            }
             for stage, kl in zip(real.OF_THE_DEMO, (1.0, 4.0, 2.0), strict=True)
         },
     }
@@ -41,7 +46,7 @@ def line_of(text, words):
 
 
 def test_the_demos_own_runs_are_those_at_its_rate():
-    rows = [row("lists", 2.0, seed, 0.1) for seed in SEEDS]
+    rows = [row("lists", 0.5, seed, 0.1) for seed in SEEDS]
     text = real.table(rows)  # the others have one rate, so the second of the lists is left out
     assert line_of(text, "lists").startswith(
         "| lists of 64 | 1 | 1 | 3 | 1.00 | 1.00 / 1.00 / 1.00 | 0.50 [0.50, 0.50] |"
@@ -51,22 +56,35 @@ def test_the_demos_own_runs_are_those_at_its_rate():
 
 
 def test_each_objective_is_compared_at_its_best_rate():
-    rows = [row("lists", 2.0, seed, 3.0) for seed in SEEDS]
-    rows += [row("control", 2.0, seed, 0.5, points=0.6) for seed in SEEDS]
+    rows = [row("lists", 0.5, seed, 3.0) for seed in SEEDS]
+    rows += [row("control", 0.5, seed, 0.5, points=0.6) for seed in SEEDS]
     rows += [row("sampled", 0.5, seed, 0.25, points=0.7) for seed in SEEDS]
     text = real.table(rows)
     assert "| 0.5, 1 | 0.5 (edge) | 3 | 0.25 |" in line_of(text, "sampled token")
     assert "| 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.70 | +10.0" in line_of(text, "sampled")
-    assert "| 1, 2 | 1 (edge) | 3 | 1.00 |" in line_of(text, "lists")
+    assert "| 0.5, 1 | 1 (edge) | 3 | 1.00 |" in line_of(text, "lists")
     assert real.against(rows, "lists", "control")["kl"] == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_offline_is_compared_with_the_live_run_at_the_demos_rate():
     rows = [row("live", 1.0, seed, 0.5, cpu_seconds=60.0) for seed in SEEDS]
-    text = real.live_table([*rows, *(row("lists", 2.0, seed, 0.1) for seed in SEEDS)])
+    text = real.live_table([*rows, *(row("lists", 0.5, seed, 0.1) for seed in SEEDS)])
     assert "| 0.50 / 0.50 / 0.50 | 2.00 [2.00, 2.00] | 1.00 [1.00, 1.00] |" in line_of(text, "live")
     assert "| 0.50 [0.50, 0.50] |" in line_of(text, "control")
     assert text.endswith("offline: 2.00 (seed 1), 2.00 (seed 2).")  # 60 / (10 + 10 + 10)
+
+
+def test_the_grid_has_every_run_of_each_seed():
+    rows = [row("sampled", 0.25, 1, 3.0, kl_interval=[2.0, 4.0])]
+    text = real.grid_table(rows)
+    assert (
+        line_of(text, "sampled token | 0.25")
+        == "| sampled token | 0.25 |  | 3.00 [2.00, 4.00] |  |"
+    )
+    both = "4.00 [3.50, 4.50]"
+    assert line_of(text, "sampled token | 1") == f"| sampled token | 1 | {both} | {both} | {both} |"
+    assert text.index("| lists") < text.index("| sampled") < text.index("| control")
+    assert real.grid_table([]) == NO_ROWS
 
 
 def test_two_seeds_are_too_few():

@@ -96,13 +96,23 @@ def test_the_difference_to_the_control_has_the_interval_of_two_means():
     rows = [*demo_rows(0), *demo_rows(1, distilled=1.5)]
     text = real_demo.against_control(rows)
     # 0.3 * sqrt(2) = 0.42
-    both = "-1.00 [-1.42, -0.58] | -1.00 [-1.42, -0.58] | -0.50 [-0.92, -0.08]"
-    assert f"| {real_demo.DISTILLED} | {both}" in text
-    assert "new answers, seed 0 | held-out, seed 0 | new answers, seed 1" in text
+    each = "-1.00 [-1.42, -0.58] | -0.50 [-0.92, -0.08]"
+    assert f"| {real_demo.DISTILLED} | new | {each} |  |" in text
+    assert f"| {real_demo.DISTILLED} | held-out | {each} |  |" in text
+    three = real_demo.against_control([row for seed in (0, 1, 2) for row in demo_rows(seed)])
+    assert f"{real_demo.DISTILLED} | new | " + 3 * "-1.00 [-1.42, -0.58] | " in three
+    assert "-0.58] | -1.00 [-1.00, -1.00] |" in three
     assert "Seed 0, 4 held-out questions" in real_demo.table(rows)
     assert "Seed 1, 4 held-out questions" in real_demo.table(rows)
-    each = "1.00 [0.70, 1.30] | 1.50 [1.20, 1.80]"
-    assert f"| {real_demo.DISTILLED} | {each} | {each} |" in real_demo.short_table(rows)
+
+
+def test_the_short_table_compares_with_the_control_from_three_seeds_on():
+    rows = [*demo_rows(0), *demo_rows(1, distilled=1.5)]
+    each = "1.00 / 1.50"
+    assert f"| {real_demo.DISTILLED} | {each} |  | {each} |" in real_demo.short_table(rows)
+    three = real_demo.short_table([row for seed in (0, 1, 2) for row in demo_rows(seed)])
+    assert f"| {real_demo.DISTILLED} | 1.00 / 1.00 / 1.00 | 0.50 [0.50, 0.50] |" in three
+    assert f"| {real_demo.MORE_SFT} | 2.00 / 2.00 / 2.00 |  |" in three
 
 
 def test_the_parts_are_those_of_the_last_demo():
