@@ -33,6 +33,7 @@ from benchmarks.evidence.intervals import (
     compare,
     mean_log_kl,
 )
+from benchmarks.evidence.markdown import grid
 from benchmarks.evidence.rates import (
     EXPLAINED,
     Curves,
@@ -42,7 +43,6 @@ from benchmarks.evidence.rates import (
     best_rate,
     tried,
     tuned_alike,
-    with_held_out_rates,
 )
 from benchmarks.evidence.runs import more_fine_tuning
 from benchmarks.recorder import ROOT
@@ -146,42 +146,25 @@ def measures(row: Row) -> dict[str, Measure]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: each objective at its best rate, against the control and the lists at theirs."""
-    arms = _arms(rows, RATES)
-    if CONTROL not in arms:
+    """Markdown: lists and the sampled token against the control, each at the best of its rates."""
+    head = [
+        "objective", "its rates", "best", "the control's rates", "best", "seeds",
+        "KL / the control's", "held-out KL / the control's", "right, minus the control's, points",
+    ]  # fmt: skip
+    body = []
+    for arm in (LISTS, TOKEN):
+        arms = alike(rows, arm, CONTROL)
+        if len(arms) < 2:
+            continue
+        ours, control = (arms[each][best(arms[each])] for each in (arm, CONTROL))
+        new, points = columns(compare(ours, control))
+        held_out, _ = columns(compare(held(ours), held(control)))
+        tuning = [part for each in arms.values() for part in (tried(each), best_rate(each))]
+        body.append([WORDS[arm], *tuning, f"{len(ours)}", new, held_out, points])
+    if not body:
         return NO_ROWS
-    ends = {arm: curves[best(curves)] for arm, curves in arms.items()}
-    lines = [
-        "| objective | rates tried | rate | seeds | KL, new answers | of each seed "
-        "| KL / the control's | held-out KL / the control's | right, sampled "
-        "| minus the control's, points |",
-        f"| --- | --- |{' ---: |' * 8}",
-    ]
-    for arm, curves in arms.items():
-        ours = ends[arm]
-        new, points = columns(compare(ours, ends[CONTROL]))
-        held_out, _ = columns(compare(held(ours), held(ends[CONTROL])))
-        cells = [
-            WORDS[arm],
-            tried(curves),
-            best_rate(curves),
-            f"{len(ours)}",
-            f"{exp(mean_log_kl(ours)):.2f}",
-            " / ".join(f"{row['kl']:.2f}" for row in ours.values()),
-            *(("1", "1") if arm == CONTROL else (new, held_out)),
-            f"{mean(row['sampled'] for row in ours.values()):.2f}",
-            "0" if arm == CONTROL else points,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            *EXPLAINED,
-            *filter(None, [with_held_out_rates(arms, CONTROL, WORDS)]),
-            f"{OPD_STEPS} steps each; ratios and points are paired by seed, with 95 % intervals.",
-        ]
-    )
+    paired = f"{OPD_STEPS} steps each; paired by seed, with 95 % intervals."
+    return "\n".join([grid(head, body), "", *EXPLAINED, paired])
 
 
 def grid_table(rows: list[Row]) -> str:
@@ -222,7 +205,7 @@ def held(runs: Values) -> Values:
 
 def live_table(rows: list[Row]) -> str:
     """Markdown: offline and with a live teacher, at the demo's rate; and what either costs."""
-    ends = {arm: curves[1.0] for arm, curves in _arms(rows, ENDS).items()}
+    ends = {arm: curves[1.0] for arm, curves in alike(rows, *ENDS, rates=ENDS).items()}
     if not {LISTS, LIVE} <= ends.keys():
         return NO_ROWS
     lines = [
@@ -269,14 +252,16 @@ def live_costs(rows: list[Row]) -> dict[int, float]:
 
 def against(rows: list[Row], arm: str, base: str, rates: Rates = RATES) -> Comparison | None:
     """An arm at its best rate against another at its own; None if the seeds are too few."""
-    arms = _arms(rows, rates)
-    if arm not in arms or base not in arms:
+    arms = alike(rows, arm, base, rates=rates)
+    if len(arms) < 2:
         return None
     return compare(*(arms[each][best(arms[each])] for each in (arm, base)))
 
 
-def _arms(rows: list[Row], rates: Rates) -> dict[str, Curves]:
-    return tuned_alike(arms_of(with_the_demo(rows), rates), rates)
+def alike(rows: list[Row], *arms: str, rates: Rates = RATES) -> dict[str, Curves]:
+    """The runs of some arms, at as many rates each, whatever the others have."""
+    chosen = {arm: rates[arm] for arm in arms}
+    return tuned_alike(arms_of(with_the_demo(rows), chosen), chosen)
 
 
 def _demo() -> list[Row]:
