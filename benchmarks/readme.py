@@ -223,6 +223,7 @@ def rendered(text: str) -> str:
         "skipping": lambda: skipping.table(read_rows(skipping.NAME)),
         "real short": lambda: real_demo.short_table(read_rows(real_demo.NAME)),
         "real demo": lambda: real_demo.table(read_rows(real_demo.NAME)),
+        "real first": lambda: real_demo.table(real_demo.first_seed(read_rows(real_demo.NAME))),
         "real against control": lambda: real_demo.against_control(read_rows(real_demo.NAME)),
         "real parts": lambda: real_demo.parts(read_rows(real_demo.NAME)),
         "real answers": lambda: real_demo.answers(read_rows(real_demo.NAME)),

@@ -147,7 +147,8 @@ def _with_interval(row: dict[str, Any], key: str) -> str:
     return f"{row[key] + 0.0:.2f} [{low:.2f}, {high:.2f}]".replace("-0.00", "0.00")
 
 
-def _first_seed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def first_seed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the first seed."""
     first = min(row["seed"] for row in rows)
     return [row for row in rows if row["seed"] == first]
 
@@ -171,7 +172,7 @@ def parts(rows: list[dict[str, Any]]) -> str:
 
 def answers(rows: list[dict[str, Any]]) -> str:
     """Markdown: greedy answers before and after, of the first seed."""
-    (row,) = (row for row in _first_seed(rows) if row["stage"] == ANSWERS)
+    (row,) = (row for row in first_seed(rows) if row["stage"] == ANSWERS)
     names = dict(zip(SHOWN, ("teacher", "fine-tuned", "distilled", "control"), strict=True))
     lines = [f"| question | {' | '.join(names.values())} |", f"| --- |{' --- |' * len(names)}"]
     for each in row["answers"]:
