@@ -1,7 +1,7 @@
 """On the real model: each objective at learning rates of its own, and a live teacher.
 
-The cells continue finished demos (`lopd demo --task smollm2`), whose own runs are the ones at the
-demo's learning rate; `benchmarks.real_demo` has their rows.
+The models are those of `lopd demo --task smollm2`, whose own runs are the ones at the demo's
+learning rate; `benchmarks.real_demo` has their rows.
 """
 
 from __future__ import annotations
