@@ -49,7 +49,7 @@ from lopd.training.step import model_inputs, step
 
 NAME = "real_model.jsonl"
 MODEL = "SmolLM2-135M-Instruct"
-BUDGET_S, MIN_STEPS = 5.0, 5  # of timing per variant
+BUDGET_S, MIN_STEPS = 5.0, 3  # of timing per variant
 Loss = Callable[[Any, Batch, float], Tensor]
 
 
@@ -287,7 +287,7 @@ def run(recorder: Recorder, size: Size) -> int:
         return 1
     for variants in (TRAINING, INFERENCE):
         ready = {variant: bench.prepare(variant) for variant in variants}
-        times, failures = take_turns(ready, recorder.device, BUDGET_S, MIN_STEPS)
+        times, failures = take_turns(ready, recorder.device, BUDGET_S, min_steps=MIN_STEPS)
         for error in failures.values():
             raise error
         peaks = {variant: peak_mib(bench, variant) for variant in variants}
