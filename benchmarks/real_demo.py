@@ -104,7 +104,7 @@ def _table_of(stages: dict[str, dict[str, Any]]) -> str:
     ]
     for name in MODELS:
         row = stages[name]
-        cells = [_with_interval(row, key) for key in ("kl", "held_out_kl", "sampled", "greedy")]
+        cells = [with_interval(row, key) for key in ("kl", "held_out_kl", "sampled", "greedy")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     row = stages[FINE_TUNED]
     return "\n".join(
@@ -142,7 +142,8 @@ def against_control(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _with_interval(row: dict[str, Any], key: str) -> str:
+def with_interval(row: dict[str, Any], key: str) -> str:
+    """A value of a row with its 95 % interval over questions."""
     low, high = row[f"{key}_interval"]
     return f"{row[key] + 0.0:.2f} [{low:.2f}, {high:.2f}]".replace("-0.00", "0.00")
 

@@ -126,8 +126,8 @@ class Run:
 
 def cells() -> Sequence[Cell]:
     """Seed by seed; the runs at the demo's learning rate are the demo's own."""
-    grid = [(arm, factor) for arm, factors in RATES.items() for factor in factors if factor != 1.0]
-    return [Run(arm, factor, seed) for seed in SEEDS for arm, factor in [*grid, (LIVE, 1.0)]]
+    runs = [(arm, factor) for arm, factors in RATES.items() for factor in factors if factor != 1.0]
+    return [Run(arm, factor, seed) for seed in SEEDS for arm, factor in [*runs, (LIVE, 1.0)]]
 
 
 def with_the_demo(rows: list[Row]) -> list[Row]:
@@ -174,28 +174,21 @@ def grid_table(rows: list[Row]) -> str:
         found.setdefault((row["arm"], row["factor"]), {})[row["seed"]] = row
     if not found:
         return NO_ROWS
-    lines = [
-        f"| objective | rate | {' | '.join(f'KL, seed {seed}' for seed in SEEDS)} |",
-        f"| --- |{' ---: |' * (1 + len(SEEDS))}",
-    ]
+    head = ["objective", "rate", *(f"KL, seed {seed}" for seed in SEEDS)]
+    body = []
     for arm in WORDS:
         for factor in sorted(factor for name, factor in found if name == arm):
             runs = found[arm, factor]
-            cells = [_with_interval(runs[seed]) if seed in runs else "" for seed in SEEDS]
-            lines.append(f"| {WORDS[arm]} | {factor:g} | {' | '.join(cells)} |")
+            kls = [real_demo.with_interval(runs[s], "kl") if s in runs else "" for s in SEEDS]
+            body.append([WORDS[arm], f"{factor:g}", *kls])
     return "\n".join(
         [
-            *lines,
+            grid(head, body),
             "",
             "KL in nat per token on new answers, with 95 % intervals over questions; rates are",
             f"factors of the demo's. {OPD_STEPS} steps each.",
         ]
     )
-
-
-def _with_interval(row: Row) -> str:
-    low, high = row["kl_interval"]
-    return f"{row['kl']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def held(runs: Values) -> Values:
@@ -208,11 +201,9 @@ def live_table(rows: list[Row]) -> str:
     ends = {arm: curves[1.0] for arm, curves in alike(rows, *ENDS, rates=ENDS).items()}
     if not {LISTS, LIVE} <= ends.keys():
         return NO_ROWS
-    lines = [
-        "| run | seeds | KL, new answers | of each seed | KL, offline / it "
-        "| held-out KL, offline / it | right, sampled | offline minus it, points |",
-        f"| --- |{' ---: |' * 7}",
-    ]
+    head = ["run", "seeds", "KL, new answers", "of each seed", "KL, offline / it"]
+    head += ["held-out KL, offline / it", "right, sampled", "offline minus it, points"]
+    body = []
     for arm, runs in ends.items():
         new, points = columns(compare(ends[LISTS], runs))
         held_out, _ = columns(compare(held(ends[LISTS]), held(runs)))
@@ -225,7 +216,8 @@ def live_table(rows: list[Row]) -> str:
             f"{mean(row['sampled'] for row in runs.values()):.2f}",
             "0" if arm == LISTS else points,
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        body.append(cells)
+    lines = [grid(head, body)]
     costs = [f"{found:.2f} (seed {seed})" for seed, found in live_costs(rows).items()]
     if costs:
         lines += [
