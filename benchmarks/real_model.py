@@ -13,9 +13,10 @@ SmolLM2-135M-Instruct (`lopd demo --task smollm2` says how to install it) in flo
    `model.generate`, both at temperature 1 for a fixed number of tokens.
 
 Memory is the peak resident size of a process per variant, minus that before the step: after a first
-step, so that the optimizer's state exists. One JSON row per variant goes to
-DIR/real_model.jsonl, with its ratios to the plain variant of the same part. A fourth of each
-sequence is its prompt. `--tiny` takes a random model.
+step, so that the optimizer's state exists, and after the allocator gave back what it had kept. It
+has the gradients of all parameters and what the backward pass needs of every layer. One JSON row
+per variant goes to DIR/real_model.jsonl, with its ratios to the plain variant of the same part. A
+fourth of each sequence is its prompt. `--tiny` takes a random model.
 """
 
 from __future__ import annotations

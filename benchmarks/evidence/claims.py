@@ -196,7 +196,7 @@ def nearness(rows: list[Row]) -> Iterable[Claim]:
         )
         yield Claim(
             f"{claim}: {objective}",
-            near(means, within),
+            near(means, within, ess),
             f"mean of p / r on the rollouts it was trained on: {shown(means, '.2f')}; tokens "
             f"within a quarter of 1: {shown(share(within), '.2f')}; effective share of the tokens, "
             f"by these ratios: {shown(share(ess), '.2f')}",

@@ -149,9 +149,13 @@ def cheaper(found: Interval | None, factor: float) -> str:
     return IN_PART if verdict == NOT and judge(found, low=1.0) == REPRODUCED else verdict
 
 
-def near(means: Interval | None, within: Interval | None) -> str:
-    """Whether the mean ratio is within 0.1 of 1, and nine tokens of ten within a quarter of it."""
-    return combine(judge(means, 0.9, 1.1), judge(within, low=0.9))
+def near(means: Interval | None, within: Interval | None, ess: Interval | None) -> str:
+    """Whether the mean ratio is within 0.1 of 1, and nine tokens of ten within a quarter of it.
+
+    And at least half of the tokens must count by their ratios: a few large ones, which the others
+    make up for, would leave the mean at 1 and the share near it.
+    """
+    return combine(judge(means, 0.9, 1.1), judge(within, low=0.9), judge(ess, low=0.5))
 
 
 PART = Part(

@@ -57,9 +57,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     LIVE: {"refresh_every": 1},
 }
 RATES: Rates = {
-    LISTS: (1.0, 0.5, 2.0),
-    TOKEN: (0.5, 0.25, 1.0),
-    CONTROL: (1.0, 0.5, 2.0),
+    LISTS: (1.0, 0.5, 2.0, 0.25),
+    TOKEN: (0.5, 0.25, 1.0, 0.125),
+    CONTROL: (1.0, 0.5, 2.0, 0.25),
 }
 ENDS: Rates = {LISTS: (1.0,), LIVE: (1.0,), CONTROL: (1.0,)}  # what is compared with a live teacher
 OFFLINE = ("student's rollouts", "teacher's scores", DISTILLED)  # stages of the offline run

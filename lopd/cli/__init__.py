@@ -3,6 +3,7 @@
 import difflib
 import gc
 import importlib
+import io
 import logging
 import os
 import signal
@@ -148,6 +149,23 @@ class Messages(logging.Handler):
             print(self.format(record), file=sys.stderr)
 
 
+def complete_streams() -> None:
+    """Let every standard stream take any text.
+
+    A daemon may start a process without them: Python then has None in their place, and the next
+    file that is opened would get their numbers, and what is written to standard error. An encoding
+    such as ASCII lacks characters of the results, which are written as escapes there.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (until the process ends)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _leave_process_group() -> None:
     """Destroy the process group that accelerate opened for training under torchrun.
 
@@ -168,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = argv[0].replace("_", "-")
     prog = f"lopd {name}" if name in COMMANDS else "lopd"
     try:
+        complete_streams()
         with ending_in_order():
             job = group.main(argv, prog_name="lopd", standalone_mode=False)
             if callable(job):

@@ -21,7 +21,12 @@ OF_PROMPTS = (
     "eos_class",
     "limit",
     "columns",
+    "skip_bad_records",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
     "num_samples",
+    "batch_size",
     "judge",
     "answer_regex",
 )

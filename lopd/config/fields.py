@@ -130,6 +130,7 @@ class Settings:
             value, remedy = getattr(self, item.name), item.metadata.get("remedy", "")
             if value is None and item.default is None:
                 continue
+            check_text(item.name, value)
             if (choices := choices_of(item)) and value not in choices:
                 expected = f"one of {', '.join(choices)}"
                 raise ConfigError(f"{item.name}: found '{value}'; expected {expected}{remedy}")
@@ -138,6 +139,23 @@ class Settings:
             within = item.metadata.get("within")
             if within and value not in (allowed := parse_range(within)):
                 raise ConfigError(f"{item.name}: found {value}; expected {allowed.words}{remedy}")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Refuse text that manifests cannot hold, such as a file name in another encoding.
+
+    Raises:
+        ConfigError: its bytes are not UTF-8, which Python shows as halves of surrogate pairs.
+    """
+    texts = value.values() if isinstance(value, Mapping) else (value,)
+    for text in texts:
+        if isinstance(text, str) and not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ConfigError(
+                    f"{name}: found {text!a}, whose bytes are not UTF-8; rename the file or folder"
+                ) from None
 
 
 def choices_of(item: Field[Any]) -> tuple[str, ...]:

@@ -203,6 +203,9 @@ class SamplingOptions(EngineOptions, GenerationOptions):
             )
         if self.temperature == 0:
             refuse_unused(self, ("top_p",), "temperature 0 takes the most probable token")
+        if self.engine == "vllm":
+            why = "vllm forms its own batches; set max_num_seqs in engine_options"
+            refuse_unused(self, ("batch_size",), why)
 
 
 def parse_options(engine: str, options: dict[str, Any] | str | None) -> dict[str, Any]:

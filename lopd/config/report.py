@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lopd.config.fields import setting
 from lopd.config.inference import ScoringOptions
+from lopd.config.training import refuse_unused
 from lopd.errors import ConfigError
 
 
@@ -39,6 +40,12 @@ class ReportConfig(ScoringOptions):
     list_length: int = setting(
         8, within="[1, inf)", group="Evaluation", help="Tokens shown of each list."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.answers:
+            names = ("list_length", "tokens_per_batch")  # not those that every stage has
+            refuse_unused(self, names, "answers is 0, so no model is loaded; set answers")
 
     @property
     def folders(self) -> list[str]:

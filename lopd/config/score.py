@@ -101,3 +101,6 @@ class ScoreConfig(TeacherOptions, EngineOptions, ScoringOptions):
         parse_eos_class(self.eos_class)
         if self.engine == "vllm" and self.temperature != 1:
             raise ConfigError("engine: vllm scores at temperature 1; use transformers")
+        if self.engine == "vllm" and self.support == "teacher" and not self.extra_ids:
+            why = "vllm forms its own batches; set max_num_batched_tokens in engine_options"
+            refuse_unused(self, ("tokens_per_batch",), why)

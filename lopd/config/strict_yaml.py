@@ -24,13 +24,15 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         MissingFileError: there is no such file.
         ConfigError: it is not such YAML, or larger than `LARGEST`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; expected YAML")
-    if (size := path.stat().st_size) > LARGEST:
-        raise ConfigError(f"{path}: found {size} bytes; expected YAML of at most {LARGEST}")
     try:
-        text = path.read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:  # which may be a pipe
+            data = file.read(LARGEST + 1)
+    except (FileNotFoundError, IsADirectoryError):
+        raise MissingFileError(f"{path}: no such file; expected YAML") from None
+    if len(data) > LARGEST:
+        raise ConfigError(f"{path}: found more than {LARGEST} bytes; expected at most that many")
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not YAML ({error})") from None
     return parse_yaml(text, str(path))

@@ -6,6 +6,7 @@ from typing import Any
 
 from lopd.config.fields import setting
 from lopd.config.inference import EngineOptions, ScoringOptions
+from lopd.config.training import refuse_unused
 from lopd.errors import ConfigError
 
 _evaluation = partial(setting, group="Evaluation")
@@ -39,3 +40,6 @@ class VerifyConfig(EngineOptions, ScoringOptions):
             raise ConfigError("rescore: requires --teacher and --student, both model folders")
         if not self.rescore and (self.teacher or self.student):
             raise ConfigError("teacher, student: --teacher and --student require --rescore N")
+        if not self.rescore:
+            names = ("tokens_per_batch", "engine", "engine_options", "max_noise_share", "seed")
+            refuse_unused(self, names, "without rescore only files are checked; set rescore")

@@ -26,6 +26,8 @@ def found_at(path: str | Path) -> str:
     path = Path(path)
     if path.is_file():
         return "is a file"
+    if path.exists() and not path.is_dir():
+        return "is a pipe or a device, which can be read only once"
     if not path.is_dir():
         return f"no such file or folder{_near(path)}"
     if kind := artefact_kind(path):

@@ -103,7 +103,13 @@ def json_digest(value: Any) -> str:
 def pretty_json(value: Any) -> bytes:
     """JSON to be read by people: sorted keys, indented, one trailing newline."""
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode("utf-8")
+    try:
+        return (text + "\n").encode("utf-8")
+    except UnicodeEncodeError as error:  # of a path that was resolved
+        before = text[: error.end].rpartition("\n")[2].strip()
+        raise DataError(
+            f"{before!a}...: holds bytes that are not UTF-8; rename that file or folder"
+        ) from None
 
 
 def without_keys(value: Any, keys: Collection[str]) -> Any:

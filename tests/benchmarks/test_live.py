@@ -75,12 +75,19 @@ def test_a_cost_is_reproduced_if_the_whole_interval_reaches_the_factor():
     assert live.cheaper(None, 4.0) == UNKNOWN
 
 
-def test_a_student_is_near_if_mean_and_most_tokens_are():
-    narrow, wide = (0.94, 0.91, 0.98), (0.6, 0.4, 0.8)
-    assert live.near(narrow, (0.95, 0.94, 0.96)) == REPRODUCED
-    assert live.near(narrow, (0.5, 0.4, 0.6)) == IN_PART
-    assert live.near(wide, (0.5, 0.4, 0.6)) == NOT
-    assert live.near(narrow, (0.96, 0.87, 1.05)) == UNDECIDED
+def test_a_student_is_near_if_mean_and_most_tokens_are_and_no_few_outweigh_the_others():
+    narrow, wide, most, some = (
+        (0.94, 0.91, 0.98),
+        (0.6, 0.4, 0.8),
+        (0.95, 0.94, 0.96),
+        (0.4, 0.3, 0.45),
+    )
+    assert live.near(narrow, most, most) == REPRODUCED
+    assert live.near(narrow, (0.5, 0.4, 0.6), most) == IN_PART
+    assert live.near(narrow, most, some) == IN_PART
+    assert live.near(wide, (0.5, 0.4, 0.6), some) == NOT
+    assert live.near(narrow, (0.96, 0.87, 1.05), most) == UNDECIDED
+    assert live.near(narrow, most, (0.49, 0.0, 1.0)) == UNDECIDED
 
 
 def test_sleep_takes_time_on_the_clock_but_none_of_the_processor():

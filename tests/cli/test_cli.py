@@ -138,6 +138,48 @@ def test_a_closed_pipe_is_quiet(argv):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+WRITING = """
+import os, sys, lopd.cli
+class Stage:
+    def main(config):
+        with open(config.path, "w") as file:
+            os.write(2, b"message")
+            print(sys.stdout.isatty(), "\\u00b1 0.1")
+            print("\\u00b1", file=sys.stderr)
+            file.write("data")
+lopd.cli._stage = lambda name, quiet: Stage
+sys.exit(lopd.cli.main(["inspect", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(closed, tmp_path):
+    """As those of a daemon's children; the next open file would take their place."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", WRITING, str(out)]
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+    assert subprocess.run(shell, capture_output=True).returncode == 0
+    assert out.read_text() == "data"
+
+
+def test_characters_that_an_encoding_lacks_are_escaped(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", WRITING, str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"False \\xb1 0.1\n")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--rollouts", "r\udcff"], ["--teacher", "a=\udcff", "--teacher", "b=t"]]
+)
+def test_names_that_are_not_utf_8_are_refused_at_once(flags, built, capsys):
+    several = ["--teacher-field", "task", "--teacher", "c=t"]
+    assert main(["score", "--rollouts", "r", "--out", "o", *several, *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"{flags[0][2:]}: found '" in error and "\\udcff', whose bytes are not UTF-8" in error
+    assert not built
+
+
 EXAMPLES = [
     pytest.param(name, example, id=f"{name}-{number}")
     for name, about in COMMANDS.items()

@@ -5,8 +5,11 @@ from helpers_training import make_rollouts, make_scored, tiny_model
 from transformers import TrainingArguments
 
 from lopd.config.objective import Objective
+from lopd.config.report import ReportConfig
 from lopd.config.rollout import RolloutConfig
+from lopd.config.score import ScoreConfig
 from lopd.config.training import TrainOptions
+from lopd.config.verify import VerifyConfig
 from lopd.errors import ConfigError
 from lopd.training.batch import Collator
 from lopd.training.step import step
@@ -108,6 +111,38 @@ def test_several_greedy_answers_are_refused():
     with pytest.raises(ConfigError, match="top_p: found 0.9, which has no effect: temperature 0"):
         RolloutConfig(**paths, temperature=0.0, top_p=0.9)
     assert RolloutConfig(**paths, temperature=0.0).num_samples == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (RolloutConfig, {"student": "s", "prompts": "p", "batch_size": 8}, "batch_size: found 8"),
+        (ScoreConfig, {"teacher": "t", "rollouts": "r", "tokens_per_batch": 9}, "tokens_per_batch"),
+    ],
+)
+def test_what_vllm_decides_itself_is_refused(config, changes, message):
+    with pytest.raises(ConfigError, match=f"{message}.*, which has no effect: vllm forms its own"):
+        config(out="o", engine="vllm", **changes)
+
+
+def test_the_student_of_a_list_is_scored_in_batches_beside_vllm():
+    settings = {"teacher": "t", "rollouts": "r", "out": "o", "engine": "vllm"}
+    assert ScoreConfig(**settings, tokens_per_batch=9, support="student").tokens_per_batch == 9
+
+
+@pytest.mark.parametrize("name", ["tokens_per_batch", "seed", "max_noise_share", "engine"])
+def test_settings_of_a_rescore_are_refused_without_one(name):
+    value = {"engine": "vllm", "max_noise_share": 0.5}.get(name, 9)
+    with pytest.raises(ConfigError, match=f"{name}: found .*, which has no effect: without rescor"):
+        VerifyConfig(path="c", **{name: value})
+    models = {"teacher": "t", "student": "s"}
+    assert getattr(VerifyConfig(path="c", rescore=1, **models, **{name: value}), name) == value
+
+
+def test_settings_of_answers_are_refused_in_a_report_without_them():
+    with pytest.raises(ConfigError, match="list_length: found 9, which has no effect: answers is"):
+        ReportConfig(runs="r", answers=0, list_length=9)
+    assert ReportConfig(runs="r", answers=1, list_length=9).list_length == 9
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):

@@ -1,6 +1,8 @@
 """YAML: text stays text, and what would be guessed, repeated or expanded is refused."""
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -70,6 +72,14 @@ def test_the_bomb_is_refused_before_it_is_expanded():
     assert refused < 10 * (time.process_time() - begin)
 
 
+def test_a_pipe_is_read(tmp_path):
+    os.mkfifo(path := tmp_path / "pipe")
+    with ThreadPoolExecutor() as threads:
+        writing = threads.submit(path.write_text, "k: 8")
+        assert load_yaml(path) == {"k": "8"}
+        writing.result()
+
+
 def test_files(tmp_path):
     with pytest.raises(MissingFileError, match="no such file"):
         load_yaml(tmp_path / "absent.yaml")
@@ -78,5 +88,5 @@ def test_files(tmp_path):
     with pytest.raises(ConfigError, match=r"r.yaml: not YAML \('utf-8' codec"):
         load_yaml(path)
     path.write_text("# " + "x" * LARGEST)
-    with pytest.raises(ConfigError, match=f"found {LARGEST + 2} bytes; expected YAML of at most"):
+    with pytest.raises(ConfigError, match=f"found more than {LARGEST} bytes; expected at most"):
         load_yaml(path)

@@ -194,6 +194,10 @@ def test_a_cache_is_enough(cache_folder, student_folder, prompt_file, tmp_path, 
         ({"cache": "c", "teacher": "t"}, "teacher: found 't', which has no effect"),
         ({"cache": "c", "num_samples": 2}, "num_samples: found 2, which has no effect"),
         ({"cache": "c", "judge": "math"}, "judge: found 'math', which has no effect"),
+        ({"cache": "c", "max_new_tokens": 9}, "max_new_tokens: found 9, which has no effect"),
+        ({"cache": "c", "temperature": 0.5}, "temperature: found 0.5, which has no effect"),
+        ({"cache": "c", "top_p": 0.5}, "top_p: found 0.5, which has no effect"),
+        ({"cache": "c", "batch_size": 2}, "batch_size: found 2, which has no effect"),
     ],
 )
 def test_what_needs_prompts_is_refused_without_them(changes, message):

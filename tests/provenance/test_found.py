@@ -1,5 +1,7 @@
 """What a path is in messages, and the messages of stages that are given another thing."""
 
+import os
+
 import pytest
 from helpers_artefacts import write_pipeline
 from helpers_stages import one_line
@@ -13,6 +15,7 @@ from lopd.provenance.manifest import KINDS
 def world(tmp_path_factory):
     folder = write_pipeline(tmp_path_factory.mktemp("world"))
     (folder / "prompts.jsonl").write_text('{"prompt": "a", "answer": "1"}\n')
+    os.mkfifo(folder / "pipe")
     (folder / "empty").mkdir()
     (folder / "begun").mkdir()
     (folder / "begun" / "recipe.json").write_text("{}")
@@ -29,6 +32,7 @@ def world(tmp_path_factory):
         ("rollouts", "holds 'rollouts' of 'lopd rollout' or 'lopd import'"),
         ("cache", "holds 'cache' of 'lopd score' or 'lopd import'"),
         ("prompts.jsonl", "is a file"),
+        ("pipe", "is a pipe or a device, which can be read only once"),
         ("empty", "is an empty folder"),
         ("begun", "holds a training run that is not finished"),
         ("other", "is a folder of something else"),
