@@ -112,6 +112,22 @@ def student_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def student(student_folder, teacher_folder, tmp_path_factory) -> Path:
+    """The student, declared to be fine-tuned on the teacher's answers."""
+    from helpers_stages import declared
+
+    return declared(student_folder, teacher_folder, tmp_path_factory.mktemp("declared"))
+
+
+@pytest.fixture(scope="module")
+def dumped(teacher_folder, student):
+    """What the teacher says of made-up answers of the student, for dumps to import."""
+    from helpers_import import dump_of
+
+    return dump_of(teacher_folder, student)
+
+
+@pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
     """Teacher, student, rollouts and cache of random numbers, for tests of training."""
     from helpers_artefacts import write_pipeline

@@ -131,9 +131,13 @@ COMMANDS = {
         "import_scores",
         "ImportConfig",
         OTHER,
-        "Make a cache from another tool's scores.",
-        "scores in parquet or JSONL -> cache/",
-        ("--source scores.jsonl --format topk --teacher teacher/ --student student/ --out cache/",),
+        "Make a cache or rollouts from what another tool wrote.",
+        "scores or rollouts in parquet or JSONL -> cache/ or rollouts/",
+        (
+            "--source scores.jsonl --format topk --teacher teacher/ --student student/ "
+            "--out cache/",
+            "--source dump.jsonl --format rollouts --student student/ --out rollouts/",
+        ),
         kept=SHARDS,
     ),
     "calibrate": Command(

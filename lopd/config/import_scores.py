@@ -35,7 +35,11 @@ class ImportConfig(CodeOptions):
         help="Student that rolled out: a folder, which also provides the tokenizer, a digest of "
         "weights, or a name; for rollouts a folder.",
     )
-    out: str = setting_of(ScoreConfig, "out")
+    out: str = setting_of(
+        ScoreConfig,
+        "out",
+        help="Folder of the cache or of the rollouts; an interrupted run is continued.",
+    )
     codec: Codec = setting_of(ScoreConfig, "codec")
     temperature: float = setting_of(
         ScoreConfig, "temperature", help="Temperature at which the log-probs were computed."

@@ -9,9 +9,13 @@ from lopd.config.fields import Settings, setting
 class InspectConfig(Settings):
     """Print what an artefact folder holds (`lopd inspect`)."""
 
-    path: str = setting(help="Folder of answers, rollouts, a cache, a checkpoint or a model.")
+    path: str = setting(
+        help="Folder of answers, rollouts, a cache, a checkpoint, an evaluation or a model."
+    )
     verify: bool = setting(
-        False, group="Model and data", help="Check the hashes of every shard, or of the weights."
+        False,
+        group="Model and data",
+        help="Check the hashes of every shard, of the weights, or of an evaluation's files.",
     )
     json: bool = setting(
         False, group="Logging and checkpoints", help="Print one JSON object in place of a table."

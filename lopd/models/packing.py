@@ -36,7 +36,6 @@ from lopd.models.head import eval_mode, plain_model
 LOG = logging.getLogger(__name__)
 
 REMEDY = "this architecture cannot be packed, omit --max-tokens-per-batch (padding_free in TRL)"
-FLASH = ("flash_attention_3", "flash_attention_2")
 REGISTERED = {"varlen": "lopd_varlen", "sdpa": "lopd_sdpa"}  # name in transformers
 
 

@@ -35,7 +35,7 @@ LOG = logging.getLogger(__name__)
 
 
 def main(config: InspectConfig) -> None:
-    """Print the totals of the folder; with `verify`, hash its shards or its weights first.
+    """Print the totals of the folder; with `verify`, hash its shards, files or weights first.
 
     Raises:
         ConfigError: `verify`, and the folder has no hashes.
@@ -43,23 +43,55 @@ def main(config: InspectConfig) -> None:
         ShardError: a shard or file is unfinished or altered.
     """
     folder = Path(config.path)
-    if not (folder / MANIFEST_NAME).exists() and (folder / RECIPE_NAME).is_file():
+    has_manifest = (folder / MANIFEST_NAME).exists()
+    if not has_manifest and (folder / RECIPE_NAME).is_file():
         if config.verify:
             raise ConfigError(f"{folder}: is unfinished, and has no hashes; leave --verify out")
         from lopd.stages.unfinished import describe_run  # imports transformers
 
-        _print(describe_run(folder), config.json)
-        return
-    if not (folder / MANIFEST_NAME).exists() and is_model_folder(folder):
+        rows = describe_run(folder)
+    elif not has_manifest and is_model_folder(folder):
         if config.verify:
             raise ConfigError(f"{folder}: {NO_HASHES}; leave --verify out")
-        _print(_describe_model_folder(folder), config.json)
-        return
+        rows = _describe_model_folder(folder)
+    else:
+        rows = _describe_artefact(folder, config.verify)
+    if config.json:
+        print(json.dumps(rows, indent=1, default=str))
+    else:
+        print_fields(rows)
+
+
+def _describe_artefact(folder: Path, verify: bool) -> dict[str, Any]:
+    """What the manifest of a stage's folder says, and what the folder holds."""
     manifest = read_manifest(folder)
-    if config.verify:
-        check_digest(manifest, config.path)
-    kind = manifest.kind
-    rows: dict[str, Any] = {"kind": kind, "stage": manifest.stage}
+    if verify:
+        check_digest(manifest, folder)
+    rows, kind = _describe_manifest(manifest), manifest.kind
+    store: RolloutStore | TeacherCache | None = None
+    if kind == "cache":
+        store = TeacherCache.open(folder, support="list", allow_incomplete=True)
+    elif kind in ("rollouts", "sft_data"):
+        store = RolloutStore.open(folder, kind=kind, allow_incomplete=True)
+    if store is not None:
+        _warn_of_faults(store)
+        rows |= store.summary() | _describe_weights(store)
+    if isinstance(store, TeacherCache):
+        rows |= _describe_cache(store)
+    if verify:
+        rows["verified"] = (
+            _verify_files(folder, manifest) if store is None else _verify_shards(store)
+        )
+    if kind == "evaluation":
+        from lopd.stages.evaluate import results_of  # imports torch and transformers
+
+        rows |= results_of(folder)
+    return rows
+
+
+def _describe_manifest(manifest: Manifest) -> dict[str, Any]:
+    """The models of an artefact, how they end answers, and how they were sampled."""
+    rows: dict[str, Any] = {"kind": manifest.kind, "stage": manifest.stage}
     for role, model in _models(manifest).items():
         rows[role] = f"{model.hub or model.path} ({model.weights[:12]})"
         rows[f"{role} ends answers with"] = _describe_eos(model)
@@ -76,32 +108,7 @@ def main(config: InspectConfig) -> None:
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in settings)
     if manifest.overrides:
         rows["overrides"] = ", ".join(override.name for override in manifest.overrides)
-    if kind == "cache":
-        cache = TeacherCache.open(config.path, support="list", allow_incomplete=True)
-        _warn_of_faults(cache)
-        rows.update(cache.summary())
-        rows.update(_describe_weights(cache))
-        rows.update(_describe_cache(cache))
-        if (found := measure(cache)) is not None:
-            rows.update(found.rows() | by_teacher(cache))
-        if (warning := low_coverage(cache, found)) is not None:
-            LOG.warning(warning)
-        if config.verify:
-            rows["verified"] = _verify_shards(cache)
-    elif kind in ("rollouts", "sft_data"):
-        store = RolloutStore.open(config.path, kind=kind, allow_incomplete=True)
-        _warn_of_faults(store)
-        rows.update(store.summary())
-        rows.update(_describe_weights(store))
-        if config.verify:
-            rows["verified"] = _verify_shards(store)
-    elif config.verify:
-        rows["verified"] = _verify_weights(config.path, manifest)
-    if kind == "evaluation":
-        from lopd.stages.evaluate import results_of  # imports torch and transformers
-
-        rows.update(results_of(folder))
-    _print(rows, config.json)
+    return rows
 
 
 def _describe_model_folder(folder: Path) -> dict[str, Any]:
@@ -119,13 +126,6 @@ def _describe_model_folder(folder: Path) -> dict[str, Any]:
         "chat template": short(digest) if (digest := chat_template_digest(folder)) else "none",
         "fine-tuned on": "unknown; lopd declare records it",
     }
-
-
-def _print(rows: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1, default=str))
-    else:
-        print_fields(rows)
 
 
 def _models(manifest: Manifest) -> dict[str, ModelIdentity]:
@@ -194,24 +194,28 @@ def _verify_shards(store: RolloutStore | TeacherCache) -> str:
     return "every shard matches its receipt"
 
 
-def _verify_weights(folder: str, manifest: Manifest) -> str:
-    if manifest.kind != "checkpoint":
+def _verify_files(folder: Path, manifest: Manifest) -> str:
+    """Check a model or an evaluation; those of earlier versions have no receipt."""
+    found = []
+    if manifest.kind == "checkpoint":
+        if fingerprint_weights(folder, rehash=True) != manifest.model.weights:
+            raise ProvenanceError(
+                f"{folder}: its weights are not those that its manifest describes; restore them, "
+                "or make the checkpoint again"
+            )
+        found.append("the weights match the manifest")
+    if (folder / RECEIPT_NAME).exists():
+        found.append(f"all {len(check_receipt(folder)['files'])} files match their receipt")
+    if not found:
         raise ConfigError(
-            f"{folder}: holds '{manifest.kind}', which has no hashes; leave --verify out"
+            f"{folder}: holds '{manifest.kind}' of an earlier version, which has no hashes; leave "
+            "--verify out"
         )
-    if fingerprint_weights(folder, rehash=True) != manifest.model.weights:
-        raise ProvenanceError(
-            f"{folder}: its weights are not those that its manifest describes; restore them, or "
-            "make the checkpoint again"
-        )
-    if (Path(folder) / RECEIPT_NAME).exists():
-        files = check_receipt(Path(folder))["files"]
-        return f"the weights match the manifest, and all {len(files)} files their receipt"
-    return "the weights match the manifest"
+    return ", ".join(found)
 
 
 def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
-    """Lengths, sizes and provenance of the lists."""
+    """The lists, where they come from, and how near the student is; warns of short lists."""
     details = cache.details()
     quantiles = details["list_length_quantiles"].items()
     rows: dict[str, Any] = {
@@ -234,4 +238,8 @@ def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
         rows["one token"] = "ids " + ", ".join(map(str, manifest.scoring.eos_class))
     for name, size in details["bytes_per_token_by_array"].items():
         rows[f"bytes/token {name}"] = size
+    if (found := measure(cache)) is not None:
+        rows |= found.rows() | by_teacher(cache)
+    if (warning := low_coverage(cache, found)) is not None:
+        LOG.warning(warning)
     return rows

@@ -2,22 +2,11 @@
 
 import numpy as np
 import pytest
-from helpers_import import distill, dump_of, run, topk_record, write
-from helpers_stages import declared
+from helpers_import import distill, run, topk_record, write
 
 from lopd.cli import main
 from lopd.provenance import read_manifest
 from lopd.store import TeacherCache
-
-
-@pytest.fixture(scope="module")
-def student(student_folder, teacher_folder, tmp_path_factory):
-    return declared(student_folder, teacher_folder, tmp_path_factory.mktemp("import"))
-
-
-@pytest.fixture(scope="module")
-def dumped(teacher_folder, student):
-    return dump_of(teacher_folder, student)
 
 
 def test_bad_records_are_left_out_on_request_and_counted(

@@ -2,23 +2,13 @@
 
 import numpy as np
 import pytest
-from helpers_import import distill, dump_of, rescore, run, topk_record, write
-from helpers_stages import declared, one_line
+from helpers_import import distill, rescore, run, topk_record, write
+from helpers_stages import one_line
 
 from lopd.cli import main
 from lopd.errors import ConfigError
 from lopd.provenance import read_manifest
 from lopd.store import TeacherCache
-
-
-@pytest.fixture(scope="module")
-def student(student_folder, teacher_folder, tmp_path_factory):
-    return declared(student_folder, teacher_folder, tmp_path_factory.mktemp("import"))
-
-
-@pytest.fixture(scope="module")
-def dumped(teacher_folder, student):
-    return dump_of(teacher_folder, student)
 
 
 def renormalised(dumped):

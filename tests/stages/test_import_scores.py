@@ -10,14 +10,12 @@ import pytest
 from helpers_import import (
     PROMPTS,
     distill,
-    dump_of,
     lists_of,
     rescore,
     run,
     topk_record,
     write,
 )
-from helpers_stages import declared
 
 from lopd.cli import main
 from lopd.data.external_scores import read_dump
@@ -26,16 +24,6 @@ from lopd.errors import ConfigError, DataError
 from lopd.models.load import load_tokenizer
 from lopd.provenance import read_manifest
 from lopd.store import RolloutStore, TeacherCache
-
-
-@pytest.fixture(scope="module")
-def student(student_folder, teacher_folder, tmp_path_factory):
-    return declared(student_folder, teacher_folder, tmp_path_factory.mktemp("import"))
-
-
-@pytest.fixture(scope="module")
-def dumped(teacher_folder, student):
-    return dump_of(teacher_folder, student)
 
 
 def lightning_record(text, answer, scores):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_qwen3
-from helpers_stages import COMMON, declared, make_rollouts, one_line, score_argv
+from helpers_stages import COMMON, make_rollouts, one_line, score_argv
 
 from lopd.cli import main
 from lopd.engines.transformers import TransformersEngine
@@ -20,11 +20,6 @@ pytestmark = pytest.mark.thorough  # pipelines from prompts to trained students
 
 
 K = 6
-
-
-@pytest.fixture(scope="module")
-def student(student_folder, teacher_folder, tmp_path_factory):
-    return declared(student_folder, teacher_folder, tmp_path_factory.mktemp("declared"))
 
 
 @pytest.fixture(scope="module")

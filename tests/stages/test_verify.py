@@ -167,15 +167,20 @@ def test_altered_results_of_an_evaluation_are_found(teacher_folder, prompt_file,
     ]
     argv += ["--max-new-tokens", "4", "--num-samples", "1", "--device", "cpu"]
     assert main(argv) == 0
+    inspect = ["inspect", str(out), "--verify"]
+    assert main(inspect) == 0
+    assert "all 2 files match their receipt" in capsys.readouterr().out
     file = out / "results.json"
     results = file.read_text()
     for found, changed in ('"prompts"', '"prompus"'), ('"mean_tokens": 4.0', '"mean_tokens": 5.0'):
         assert found in results
         file.write_text(results.replace(found, changed))
         capsys.readouterr()
-        assert verify(out) == main(argv) == 2
-        assert capsys.readouterr().err.count("results.json: altered") == 2
+        assert verify(out) == main(inspect) == main(argv) == 2
+        assert capsys.readouterr().err.count("results.json: altered") == 3
     (out / "receipt.json").unlink()
+    assert main(inspect) == 2
+    assert "'evaluation' of an earlier version, which has no hashes" in one_line(capsys)
     file.write_text(results.replace('"prompts"', '"prompus"'))
     assert verify(out) == 2
     assert "torn or altered ('prompts')" in one_line(capsys)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 from conftest import TEXT
@@ -11,20 +10,12 @@ from helpers_artefacts import write_cache, write_sequences
 from lopd.cli import main
 from lopd.errors import ConfigError
 from lopd.models.load import load_tokenizer
-from lopd.provenance import MANIFEST_NAME, declare
+from lopd.provenance import MANIFEST_NAME
 from lopd.stages import distill
 from lopd.store import RolloutStore, TeacherCache
 
 ON_CPU = ["--dtype", "float32", "--device", "cpu"]
 TRAIN = ["--max-steps", "2", "--batch-size", "4", "--save-every", "0", "--log-every", "1"]
-
-
-@pytest.fixture(scope="module")
-def student(student_folder, teacher_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weighted") / "student"
-    shutil.copytree(student_folder, folder)
-    declare(folder, teacher=teacher_folder)
-    return folder
 
 
 def records(student, count=4):
