@@ -223,10 +223,8 @@ def _trained_on(model: str, cache: TeacherCache) -> bool:
     if not (Path(model) / MANIFEST_NAME).is_file():
         return False
     inputs = read_manifest(model).inputs
-    return (
-        value_at(inputs, "cache.digest") == cache.digest()
-        or value_at(inputs, "cache.rollouts") == cache.manifest.rollouts.digest
-    )
+    known = {"cache.digest": cache.digest(), "cache.rollouts": cache.manifest.rollouts.digest}
+    return any(value_at(inputs, name) == digest for name, digest in known.items())
 
 
 def _merged_ids(config: EvalConfig, teacher: str, model: Engine) -> tuple[int, ...]:
