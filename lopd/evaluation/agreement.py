@@ -176,7 +176,8 @@ def low_coverage(cache: TeacherCache, found: Agreement | None) -> str | None:
     remedy = f"score with a larger --k than {manifest.k}"
     if manifest.top_p < 1:
         remedy += f" or --top-p than {manifest.top_p:g}"
-    remedy += ", or train with --tail unbiased"
+    if found.is_kl:  # which needs what --tail unbiased needs
+        remedy += ", or train with --tail unbiased"
     if manifest.stage == "import":
         remedy = "dump longer lists"
     return (
