@@ -12,6 +12,8 @@ import lopd_kernels
 from benchmarks import readme
 from lopd import cli
 from lopd.cli.commands import COMMANDS
+from lopd.config.strict_yaml import load_yaml
+from lopd.stages import run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,6 +84,21 @@ def test_commands_in_the_documents_parse(line, monkeypatch):
     monkeypatch.setattr(cli, "_stage", lambda name, quiet: SimpleNamespace(main=seen.append))
     assert cli.main([command, *flags]) == 0
     assert isinstance(seen[0], COMMANDS[command].config_class())
+
+
+RECIPES = [
+    (name, block)
+    for name, text in TEXTS.items()
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    if "\nstages:" in block
+]
+
+
+@pytest.mark.parametrize(("name", "block"), RECIPES, ids=[name for name, _ in RECIPES])
+def test_recipes_in_the_documents_parse(name, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "local_models", lambda name: name)
+    (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+    assert "distill" in run.stage_configs(load_yaml(str(tmp_path / "recipe.yaml")), name)
 
 
 @pytest.mark.parametrize("page", [name for name in PAGES if name != "CHANGELOG.md"])
