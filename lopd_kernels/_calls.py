@@ -138,10 +138,15 @@ def in_shape(leading: torch.Size, rows: Tensor) -> Tensor:
 
 
 def mean_weights(row_weights: Tensor | None, like: Tensor) -> Tensor:
-    """[N] weights whose weighted sum is the weighted mean: w / sum(w), 0 where the sum is 0."""
+    """[N] weights whose weighted sum is the weighted mean: w / sum(w), 0 where the sum is 0.
+
+    Divided by the largest first, since neither the sum nor its inverse need be in range.
+    """
     n, dtype = like.shape[0], compute_dtype(like.dtype)
-    if row_weights is None:
+    if row_weights is None or not n:
         return torch.full((n,), 1.0 / max(n, 1), dtype=dtype, device=like.device)
-    weights = row_weights.to(dtype)
+    weights = row_weights.to(torch.promote_types(row_weights.dtype, dtype))
+    largest = weights.abs().amax()
+    weights = weights / torch.where(largest == 0.0, 1.0, largest)
     mass = weights.sum()
-    return weights * torch.where(mass == 0.0, 0.0, 1.0 / mass)
+    return torch.where(mass == 0.0, 0.0, weights / mass).to(dtype)

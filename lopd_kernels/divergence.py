@@ -125,8 +125,8 @@ def _checked_loss(
         if sample.ids is not None:
             assert sample.teacher_logprobs is not None and sample.rollout_logprobs is not None
             checks.sample(
-                ids, teacher.logprobs[:, -1], vocab, sample.ids, sample.teacher_logprobs,
-                sample.rollout_logprobs,
+                ids, teacher.logprobs[:, -1], logprobs if tail is None else tail, vocab,
+                sample.ids, sample.teacher_logprobs, sample.rollout_logprobs,
             )  # fmt: skip
         checks.weights(reduction)
         checks.finish()

@@ -111,8 +111,8 @@ def linear_logprobs(
         checks.ids("ids", ids, weight.shape[0], distinct=False)
         checks.finish()
     logprobs, entropy, *_ = ops.logprobs(*head, ids, return_entropy)
-    logprobs, entropy = in_shape(leading, logprobs), in_shape(leading, entropy)
-    return (logprobs, entropy) if return_entropy else logprobs
+    logprobs = in_shape(leading, logprobs)
+    return (logprobs, in_shape(leading, entropy)) if return_entropy else logprobs
 
 
 @torch.no_grad()

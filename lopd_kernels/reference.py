@@ -140,7 +140,7 @@ def sparse_divergence(
     for n in range(logits.shape[0]):
         listed = topk_ids[n][topk_ids[n] >= 0].long()
         p, q = logprobs[n, listed], topk_logprobs[n][topk_ids[n] >= 0].to(logits.dtype)
-        rest = torch.ones(logits.shape[1], dtype=torch.bool).index_fill(0, listed, False)
+        rest = torch.ones_like(logits[n], dtype=torch.bool).index_fill(0, listed, False)
         if not len(listed):
             losses.append(logits[n].sum() * 0.0)
         elif tail == "renormalize":
@@ -225,7 +225,7 @@ def linear_policy_gradient(
     hidden: Tensor,
     weight: Tensor,
     sampled_ids: Tensor,  # [N]
-    teacher_logprobs: Tensor | None,  # [N]
+    teacher_logprobs: Tensor | None = None,  # [N]
     *,
     advantages: Tensor | None = None,
     advantage_clip: float | None = None,
@@ -233,6 +233,7 @@ def linear_policy_gradient(
     importance: str = "none",
     importance_cap: float | None = None,
     clip_range: float | None = None,
+    ignore_index: int = -100,
     row_weights: Tensor | None = None,
     reduction: str = "mean",
     bias: Tensor | None = None,
@@ -247,6 +248,7 @@ def linear_policy_gradient(
         teacher_logprobs: [N] float, nat; A_n is the teacher's minus the student's log-prob.
         advantages: [N] float, used as A_n.
         rollout_logprobs: [N] float, nat; rho_n = exp(log p_n(y_n) - rollout_logprobs).
+        ignore_index: a sampled id; its rows have weight 0.
 
     Returns:
         [] or [N], in the dtype of `hidden`.
@@ -260,7 +262,8 @@ def linear_policy_gradient(
     [1.3863, -2.7726]
     """
     logits = linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
-    logprobs = logits.log_softmax(1).gather(1, sampled_ids.long().unsqueeze(1))[:, 0]
+    index, row_weights = _used(sampled_ids, ignore_index, row_weights, logits.dtype)
+    logprobs = logits.log_softmax(1).gather(1, index)[:, 0]
     if advantages is None:
         assert teacher_logprobs is not None
         advantages = teacher_logprobs.to(logprobs.dtype) - logprobs.detach()
@@ -305,13 +308,18 @@ def linear_cross_entropy(
     2.0794
     """
     logits = linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
-    used = labels != ignore_index
-    index = torch.where(used, labels, 0).long().unsqueeze(1)
+    index, row_weights = _used(labels, ignore_index, row_weights, logits.dtype)
     losses = -logits.log_softmax(1).gather(1, index)[:, 0]
-    weights = used.to(losses.dtype)
-    if row_weights is not None:
-        weights = weights * row_weights
-    return reduce(losses, weights, reduction)
+    return reduce(losses, row_weights, reduction)
+
+
+def _used(
+    ids: Tensor, ignore_index: int, row_weights: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Ids to gather at [N, 1], and row weights [N] that are 0 where an id is `ignore_index`."""
+    used = ids != ignore_index
+    weights = used.to(dtype) if row_weights is None else used * row_weights.to(dtype)
+    return torch.where(used, ids, 0).long().unsqueeze(1), weights
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
@@ -381,6 +389,6 @@ def linear_topk(
         )
         extra_tail = unlisted.masked_fill(is_extra > 0, -math.inf).logsumexp(1)
     if sampled_ids is not None:
-        sampled = logprobs.gather(1, sampled_ids.long().unsqueeze(1))[:, 0]
+        sampled = _pick(logprobs, sampled_ids.unsqueeze(1))[:, 0]
     tail, entropy = unlisted.logsumexp(1), _entropy(logprobs)
     return ids, top, tail, entropy, extra, extra_tail, sampled

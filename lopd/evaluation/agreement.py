@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lopd.evaluation.standard_error import standard_error
 from lopd.provenance import CacheManifest
 from lopd.store import TeacherCache, TeacherSequence
 
@@ -228,18 +229,10 @@ def _columns(
 
 
 def _mean(columns: list[np.ndarray], prompts: list[str]) -> Mean:
-    """The mean over all tokens; its error counts the answers to one prompt as one draw.
-
-    The error of a ratio of sums S / N over n prompts, to first order:
-    sqrt(n / (n - 1) sum (S_i - mean N_i)^2) / N.
-    """
-    groups = np.unique(prompts, return_inverse=True)[1]
-    sums = np.bincount(groups, [column.sum() for column in columns])
-    counts = np.bincount(groups, [len(column) for column in columns])
-    mean, n = sums.sum() / counts.sum(), len(sums)
-    squares = ((sums - mean * counts) ** 2).sum()
-    error = np.sqrt(n / (n - 1) * squares) / counts.sum() if n > 1 else None
-    return Mean(float(mean), None if error is None else float(error))
+    """The mean over all tokens, and its error."""
+    sums = np.array([column.sum() for column in columns], np.float64)
+    counts = np.array([len(column) for column in columns])
+    return Mean(float(sums.sum() / counts.sum()), standard_error(sums, counts, prompts))
 
 
 def _ess(log_ratio: np.ndarray) -> float:

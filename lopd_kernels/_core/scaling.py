@@ -40,9 +40,11 @@ def normalized_weights(
     weights = linear.hidden.new_ones(n, dtype=linear.dtype)
     largest = linear.hidden.new_ones((), dtype=linear.dtype)
     if row_weights is not None and n > 0:
-        finite = torch.where(row_weights.isfinite(), row_weights, 0.0).abs().amax()
-        largest = torch.where(finite == 0.0, 1.0, finite).to(linear.dtype)
-        weights = row_weights.to(linear.dtype) / largest
+        wide = row_weights.to(torch.promote_types(row_weights.dtype, linear.dtype))
+        finite = torch.where(wide.isfinite(), wide, 0.0).abs().amax()
+        wide_largest = torch.where(finite == 0.0, 1.0, finite)
+        weights = (wide / wide_largest).to(linear.dtype)
+        largest = wide_largest.to(linear.dtype)
     scale = largest * linear.logit_options.slope
     if is_mixed(linear.hidden) and linear.hidden.dtype == torch.float16:
         room = FP16_ROOM / bound

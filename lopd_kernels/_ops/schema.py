@@ -171,10 +171,10 @@ def save(
 
 def restore(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
     """(flat inputs, results) from `save`."""
-    count = len(ctx.constants)
-    pairs = zip(ctx.saved_tensors[:count], ctx.constants, strict=True)
+    count, saved = len(ctx.constants), ctx.saved_tensors  # read once: hooks unpack at every access
+    pairs = zip(saved[:count], ctx.constants, strict=True)
     inputs = [constant if tensor is None else tensor for tensor, constant in pairs]
-    return inputs, ctx.saved_tensors[count:]
+    return inputs, saved[count:]
 
 
 def restore_head(ctx: Any) -> tuple[HeadArgs, list[Any], tuple[Tensor, ...]]:

@@ -152,7 +152,10 @@ BATCHED = {
     "cross-entropy": lambda rows: linear_cross_entropy(
         rows(HIDDEN), WEIGHT, rows(LABELS), row_weights=rows(ROWS > 0.7), reduction="none"
     ),
-    "logprobs": lambda rows: linear_logprobs(rows(HIDDEN), WEIGHT, rows(IDS), return_entropy=True),
+    "logprobs": lambda rows: linear_logprobs(rows(HIDDEN), WEIGHT, rows(IDS)),
+    "logprobs-entropy": lambda rows: linear_logprobs(
+        rows(HIDDEN), WEIGHT, rows(IDS), return_entropy=True
+    ),
     "topk": lambda rows: linear_topk(
         rows(HIDDEN), WEIGHT, 2, extra_ids=rows(IDS), sampled_ids=rows(LABELS)
     ),

@@ -164,6 +164,26 @@ def test_validate_turns_checks_of_values_on_and_off():
     assert compiled(HIDDEN, WEIGHT, wrong, LOGPROBS).isnan()
 
 
+def test_log_probs_that_were_rounded_to_16_bits_are_named():
+    rounded = torch.full((3, 2), math.log(0.5) + 1e-3).bfloat16()
+    for tail in (None, torch.full((3,), -9.0)):
+        with pytest.raises(ValueError, match="softmax, computed in float32 and not in torch.bfl"):
+            linear_sparse_divergence(HIDDEN, WEIGHT, IDS, rounded, tail_logprobs=tail)
+    with pytest.raises(ValueError, match="of the full softmax, not logits"):
+        linear_sparse_divergence(HIDDEN, WEIGHT, IDS, rounded.float())
+
+
+def test_values_are_not_checked_where_there_are_none():
+    hidden, weight, ids, logprobs, labels = (
+        x.to("meta") for x in (HIDDEN, WEIGHT, IDS, LOGPROBS, LABELS)
+    )
+    hidden.requires_grad_()
+    linear_sparse_divergence(hidden, weight, ids, logprobs).backward()
+    linear_policy_gradient(hidden, weight, labels, logprobs[:, 0]).backward()
+    assert linear_logprobs(hidden, weight, ids).is_meta
+    assert linear_topk(hidden, weight, 2, extra_ids=ids).ids.is_meta
+
+
 RENORMALIZED = torch.tensor([[0.7, 0.3], [0.9, 0.1], [1.0, 0.0]]).log()
 
 

@@ -200,6 +200,32 @@ def test_statistics_of_inactive_rows_are_zero():
     assert stats.teacher_tail_logprobs[1:3].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(1e-40, torch.float32), (1e38, torch.float32), (1e-60, torch.float64), (1e300, torch.float64)],
+)
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_a_mean_does_not_depend_on_the_size_of_the_weights(tail, size, dtype):
+    """Neither their sum nor its inverse is in the range of fp32."""
+    case = make_case()
+    weights = torch.linspace(0.5, 1.0, 20, dtype=torch.float64)
+
+    def loss(scale, dtype):
+        return lambda h: linear_sparse_divergence(
+            h, case.weight, *case.teacher, tail=tail, row_weights=(scale * weights).to(dtype)
+        )
+
+    exact = gradients(loss(1.0, torch.float64), case.hidden)
+    assert_close(gradients(loss(size, dtype), case.hidden), exact, torch.float32)
+    total = linear_sparse_divergence(
+        case.hidden.requires_grad_(), case.weight, *case.teacher, tail=tail, reduction="sum",
+        row_weights=torch.full((20,), 1e-60, dtype=torch.float64),
+    )  # fmt: skip
+    [grad] = torch.autograd.grad(total, case.hidden)
+    assert total == 0.0
+    assert (grad == 0.0).all()
+
+
 def test_derived_floored_and_explicit_tails():
     case = make_case(rows=4, vocab=30)
     ids = torch.arange(3).repeat(4, 1)

@@ -13,6 +13,7 @@ from kernel_cases import (
 )
 from torch.autograd import gradcheck
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 from lopd_kernels import (
     linear_cross_entropy,
@@ -280,6 +281,19 @@ def test_a_retained_graph_and_an_existing_grad_add_up(name):
     (2.0 * loss).backward()
     torch.testing.assert_close(hidden.grad, 1.0 + 3.0 * once, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight.grad, 3.0 * weight_once, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fused", "rows", "logprobs", "logits"])
+def test_activation_checkpointing_changes_no_gradient(name):
+    """Its hooks refuse a second access to the saved tensors of an operator."""
+    case = make_case()
+    loss_of = losses_of(case)[name]
+    plain = gradients(loss_of, case.hidden, case.weight)
+    recomputed = gradients(
+        lambda *leaves: checkpoint(loss_of, *leaves, use_reentrant=False), case.hidden, case.weight
+    )
+    for actual, expected in zip(recomputed, plain, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_a_tied_weight_gets_both_gradients():

@@ -1,11 +1,54 @@
 """The definitions against the losses that PyTorch has."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import make_case
 
+import lopd_kernels
 from lopd_kernels import reference
+
+
+def test_the_definitions_work_on_the_device_of_their_arguments():
+    """The default device stands for a GPU's: what is made elsewhere cannot be combined with it."""
+    case = make_case(k=2)
+    labels = case.ids[:, 0]
+    expected = reference.linear_sparse_divergence(case.hidden, case.weight, *case.teacher)
+    with torch.device("meta"):
+        actual = reference.linear_sparse_divergence(case.hidden, case.weight, *case.teacher)
+        reference.linear_policy_gradient(case.hidden, case.weight, labels, case.logprobs[:, 0])
+        reference.linear_cross_entropy(case.hidden, case.weight, labels)
+        reference.linear_logprobs(case.hidden, case.weight, case.ids, return_entropy=True)
+        reference.linear_topk(case.hidden, case.weight, 2, extra_ids=case.ids, sampled_ids=labels)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", sorted(set(dir(reference)) & set(lopd_kernels.__all__)))
+def test_a_definition_takes_the_arguments_of_its_function(name):
+    public, definition = (
+        inspect.signature(getattr(module, name)).parameters for module in (lopd_kernels, reference)
+    )
+    left_out = {"workspace_bytes", "weight_grad_buffer", "validate", "return_stats"}
+    left_out |= {"dense_share", "tolerance", "seed"}
+    assert {*definition} == {*public} - left_out
+    for key, parameter in definition.items():
+        assert parameter.default == public[key].default
+        assert parameter.kind == public[key].kind
+
+
+def test_ignored_and_padded_rows_of_the_definitions():
+    case = make_case(dtype=torch.float64)
+    labels, scores = case.sampled_ids.clone(), case.sampled_logprobs
+    labels[3:5] = -100
+    expected = lopd_kernels.linear_policy_gradient(case.hidden, case.weight, labels, scores)
+    actual = reference.linear_policy_gradient(case.hidden, case.weight, labels, scores)
+    torch.testing.assert_close(actual, expected)
+    labels[3:5] = -1
+    expected = lopd_kernels.linear_topk(case.hidden, case.weight, 2, sampled_ids=labels)
+    *_, sampled = reference.linear_topk(case.hidden, case.weight, 2, sampled_ids=labels)
+    torch.testing.assert_close(sampled, expected.sampled_logprobs)
 
 
 def test_cross_entropy_equals_pytorchs():

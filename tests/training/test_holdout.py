@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -57,6 +58,26 @@ def test_the_split_depends_only_on_the_names(amount):
         assert names(fewer) == names(held_out)[1:]
     else:
         assert len(held_out) == amount
+
+
+@pytest.mark.parametrize(("amount", "expected"), [(SHARE, None), (4, 6), (6, 6)])
+def test_no_prompt_is_on_both_sides(amount, expected):
+    """Neither by several answers, nor by prompts that a file holds twice."""
+    ids = [f"{number:016x}" for number in range(6)]
+    first = make_rollouts(18)
+    rollouts = [
+        replace(rollout, prompt_id=ids[number // 3] + ("#1" if number % 3 == 2 else ""), sample=s)
+        for number, rollout in enumerate(first)
+        for s in [number % 3 % 2]
+    ]
+    training, held_out = split_holdout(SequenceDataset(rollouts), amount)
+    sides = [{name[:16] for name in names(part)} for part in (training, held_out)]
+    assert not sides[0] & sides[1] and len(training) + len(held_out) == 18
+    assert len(held_out) == 3 * len(sides[1]) == expected or expected is None
+    only_first = [replace(rollout, prompt_id=ids[i]) for i, rollout in enumerate(first[:6])]
+    if amount < 1:  # a prompt's side does not depend on how many answers it has
+        _, alone = split_holdout(SequenceDataset(only_first), amount)
+        assert {name[:16] for name in names(alone)} == sides[1]
 
 
 def test_a_share_holds_out_about_that_share():
