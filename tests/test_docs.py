@@ -116,6 +116,34 @@ def test_links_between_the_documents_lead_somewhere(page):
             assert file.exists(), f"{page} links to {target}"
 
 
+def is_there(name):
+    """Whether a dotted name leads to a module, and the rest of it stands there."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        module = ROOT.joinpath(*parts[:count])
+        for file in (module.with_suffix(".py"), module / "__init__.py"):
+            if file.exists():
+                text = file.read_text(encoding="utf-8")
+                return all(re.search(rf"\b{part}\b", text) for part in parts[count:])
+    return False
+
+
+def test_dotted_names_in_documents_and_docstrings_exist():
+    assert is_there("lopd.store.codec.CODECS") and not is_there("lopd.store.codec.CODEX")
+    code = {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for package in ("lopd", "lopd_kernels", "benchmarks", "tests")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    named = {
+        (page, name)
+        for page, text in (TEXTS | code).items()
+        for name in re.findall(r"`((?:lopd|lopd_kernels|benchmarks)(?:\.\w+)+)`", text)
+        if page != "CHANGELOG.md"  # which names what was
+    }
+    assert named and not [(page, name) for page, name in named if not is_there(name)]
+
+
 def anchors(text):
     """The anchors of a page's headings, as GitHub and the site make them."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
