@@ -63,10 +63,10 @@ def compare_tokens(
         lq = np.where(listed, sequence.topk_logprobs, -np.inf).astype(np.float64)
         order = np.argsort(-lq, axis=1, kind="stable")[:, :length]
         member = listed & np.isin(sequence.topk_ids, eos_class)
-        buckets = (as_one(values, member) for values in (lp, lq))
+        tail = sequence.tail_logprobs.astype(np.float64)
         results.append(
             TokenComparison(
-                divergence=bucket_reverse_kl(*buckets, sequence.tail_logprobs.astype(np.float64)),
+                divergence=bucket_reverse_kl(as_one(lp, member), as_one(lq, member), tail),
                 teacher_ids=np.take_along_axis(np.where(listed, sequence.topk_ids, -1), order, 1),
                 teacher_logprobs=np.take_along_axis(lq, order, 1),
                 model_ids=score.topk_ids,
