@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from numbers import Real
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, cast
 
+from lopd.config.values import choices_of, convert
 from lopd.errors import ConfigError
 
 # The groups of `--help`, in their order.
@@ -130,7 +131,6 @@ class Settings:
             value, remedy = getattr(self, item.name), item.metadata.get("remedy", "")
             if value is None and item.default is None:
                 continue
-            check_text(item.name, value)
             if (choices := choices_of(item)) and value not in choices:
                 expected = f"one of {', '.join(choices)}"
                 raise ConfigError(f"{item.name}: found '{value}'; expected {expected}{remedy}")
@@ -139,6 +139,10 @@ class Settings:
             within = item.metadata.get("within")
             if within and value not in (allowed := parse_range(within)):
                 raise ConfigError(f"{item.name}: found {value}; expected {allowed.words}{remedy}")
+            if "group" in item.metadata:
+                value = convert(item, value)
+                object.__setattr__(self, item.name, value)  # the dataclass may be frozen
+            check_text(item.name, value)
 
 
 def check_text(name: str, value: Any) -> None:
@@ -156,12 +160,6 @@ def check_text(name: str, value: Any) -> None:
                 raise ConfigError(
                     f"{name}: found {text!a}, whose bytes are not UTF-8; rename the file or folder"
                 ) from None
-
-
-def choices_of(item: Field[Any]) -> tuple[str, ...]:
-    """The strings that a field allows; empty if it declares none."""
-    literal = get_origin(item.type) is Literal
-    return get_args(item.type) if literal else item.metadata.get("choices", ())
 
 
 def defaults_of(config: Any) -> dict[str, Any]:
