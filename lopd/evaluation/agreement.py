@@ -128,6 +128,9 @@ def measure(cache: TeacherCache, teacher: str | None = None) -> Agreement | None
         return None
     means = {name: _mean(columns, prompts) for name, columns in values.items()}
     is_kl = source is not None and not unknown
+    sampled_listed = means.get("sampled_listed")
+    if manifest.stage == "import" and sampled_listed is not None and sampled_listed.value == 1:
+        sampled_listed = None  # each list has its sampled token because it was sampled, as vLLM's
     return Agreement(
         sequences=len(chosen),
         log_ratio=means.get("log_ratio"),
@@ -136,7 +139,7 @@ def measure(cache: TeacherCache, teacher: str | None = None) -> Agreement | None
         shared=means.get("shared") if is_kl else None,
         ess=_ess(np.concatenate(values["log_ratio"])) if is_kl else None,
         covered=means.get("covered"),
-        sampled_listed=means.get("sampled_listed"),
+        sampled_listed=sampled_listed,
         student_top_listed=means.get("student_top_listed"),
         truncated=cache.totals(teacher)["finish_reasons"]["length"] / len(own),
         lengths=np.array(lengths),
@@ -160,22 +163,26 @@ def low_coverage(cache: TeacherCache, found: Agreement | None) -> str | None:
 
     A list of the student's ids lacks what the teacher knows better, which the tail counts.
     """
-    if found is None or found.covered is None or found.sampled_listed is None:
+    if found is None:
         return None
     manifest = cache.manifest
-    shares = {"the sampled tokens": found.sampled_listed.value}
-    if manifest.scoring.list_of != "student":
-        shares = {"the teacher's probability": found.covered.value, **shares}
-    if min(shares.values()) >= LOW_COVERAGE:
+    means = {"the teacher's probability": found.covered, "the sampled tokens": found.sampled_listed}
+    if manifest.scoring.list_of == "student":
+        del means["the teacher's probability"]
+    shares = {name: mean.value for name, mean in means.items() if mean is not None}
+    if min(shares.values(), default=1) >= LOW_COVERAGE:
         return None
     held = " and ".join(f"{share:.1%} of {what}" for what, share in shares.items())
-    larger = f"a larger --k than {manifest.k}"
+    remedy = f"score with a larger --k than {manifest.k}"
     if manifest.top_p < 1:
-        larger += f" or --top-p than {manifest.top_p:g}"
+        remedy += f" or --top-p than {manifest.top_p:g}"
+    if found.is_kl:  # which needs what --tail unbiased needs
+        remedy += ", or train with --tail unbiased"
+    if manifest.stage == "import":
+        remedy = "dump longer lists"
     return (
         f"{cache.path}: the lists hold {held}; a loss over the lists sees all else as one outcome, "
-        f"and its KL is a lower bound that can be far too low; score with {larger}, or train with "
-        "--tail unbiased"
+        f"and its KL is a lower bound that can be far too low; {remedy}"
     )
 
 

@@ -24,8 +24,17 @@ from lopd.provenance import manifest_digest, read_manifest
 from lopd.stages import distill
 from lopd.training.batch import Collator, SequenceDataset, split_holdout
 from lopd.training.checkpoints import checkpoints
-from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl, sign
+from lopd.training.holdout import (
+    Holdout,
+    evaluation_line,
+    evaluations,
+    exhausted,
+    holdout_kl,
+    holdout_summary,
+    sign,
+)
 from lopd.training.logging import LOG_NAME
+from lopd.training.run import report
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
 
@@ -332,6 +341,28 @@ def test_evaluations_and_the_end_of_a_run_are_shown(pipeline, tmp_path, monkeypa
     ):
         assert line in errors, line
     assert "at most the whole divergence" in errors and "outside lists " in errors
+
+
+def test_a_step_that_is_worse_than_the_start_is_not_called_the_best(tmp_path):
+    objective = Objective("log_ratio")
+    history = [{"holdout_kl": 3.0, "step": 0}, {"holdout_kl": 4.0, "step": 1}]
+    assert evaluation_line(history, objective) == "held-out log_ratio 4 (3 at the start)"
+    better = [*history, {"holdout_kl": 2.0, "step": 2}]
+    assert evaluation_line(better, objective).endswith("2 (3 at the start, the best so far)")
+    later = [*better, {"holdout_kl": 3.5, "step": 3}]
+    for found, keep_best, end in (
+        (history, True, "the result is that of step 1, no better than the start"),
+        (better, True, "the result is that of step 2"),
+        (
+            [*better, {"holdout_kl": 3.5, "step": 3}],
+            False,
+            "that of step 3, no better than the start",
+        ),
+        (later, True, "the result is that of step 2"),
+    ):
+        holdout = Holdout([1], objective, 1, keep_best)
+        summary = holdout_summary(holdout, found, last_step=found[-1]["step"])
+        assert report(tmp_path, {"holdout": summary}, objective)[0].endswith(end)
 
 
 def test_only_bounds_are_shown_as_bounds():
