@@ -17,6 +17,7 @@ from benchmarks import (
     gradients,
     offline_live,
     offlist,
+    plans,
     prunings,
     real_demo,
     real_model,
@@ -228,6 +229,7 @@ def rendered(text: str) -> str:
         "real parts": lambda: real_demo.parts(read_rows(real_demo.NAME)),
         "real answers": lambda: real_demo.answers(read_rows(real_demo.NAME)),
         "real model": lambda: real_model.table(read_rows(real_model.NAME)),
+        "plans": lambda: plans.table(read_rows(plans.NAME)),
         "prunings": lambda: prunings.table(read_rows(prunings.NAME)),
         "offlist": lambda: offlist.table(read_rows(offlist.NAME)),
     }

@@ -12,6 +12,8 @@ import lopd_kernels
 from benchmarks import readme
 from lopd import cli
 from lopd.cli.commands import COMMANDS
+from lopd.config.strict_yaml import load_yaml
+from lopd.stages import run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,6 +86,21 @@ def test_commands_in_the_documents_parse(line, monkeypatch):
     assert isinstance(seen[0], COMMANDS[command].config_class())
 
 
+RECIPES = [
+    (name, block)
+    for name, text in TEXTS.items()
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    if "\nstages:" in block
+]
+
+
+@pytest.mark.parametrize(("name", "block"), RECIPES, ids=[name for name, _ in RECIPES])
+def test_recipes_in_the_documents_parse(name, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "local_models", lambda name: name)
+    (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+    assert "distill" in run.stage_configs(load_yaml(str(tmp_path / "recipe.yaml")), name)
+
+
 @pytest.mark.parametrize("page", [name for name in PAGES if name != "CHANGELOG.md"])
 def test_files_in_the_documents_exist(page):
     folders = "lopd|lopd_kernels|docs|benchmarks|tests|recipes"
@@ -97,6 +114,34 @@ def test_links_between_the_documents_lead_somewhere(page):
         file = (ROOT / page).parent / target
         if file != ROOT / "docs" / load("pages").COMMANDS_PAGE:  # which the site generates
             assert file.exists(), f"{page} links to {target}"
+
+
+def is_there(name):
+    """Whether a dotted name leads to a module, and the rest of it stands there."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        module = ROOT.joinpath(*parts[:count])
+        for file in (module.with_suffix(".py"), module / "__init__.py"):
+            if file.exists():
+                text = file.read_text(encoding="utf-8")
+                return all(re.search(rf"\b{part}\b", text) for part in parts[count:])
+    return False
+
+
+def test_dotted_names_in_documents_and_docstrings_exist():
+    assert is_there("lopd.store.codec.CODECS") and not is_there("lopd.store.codec.CODEX")
+    code = {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for package in ("lopd", "lopd_kernels", "benchmarks", "tests")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    named = {
+        (page, name)
+        for page, text in (TEXTS | code).items()
+        for name in re.findall(r"`((?:lopd|lopd_kernels|benchmarks)(?:\.\w+)+)`", text)
+        if page != "CHANGELOG.md"  # which names what was
+    }
+    assert named and not [(page, name) for page, name in named if not is_there(name)]
 
 
 def anchors(text):

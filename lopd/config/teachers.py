@@ -15,8 +15,8 @@ class TeacherOptions(Settings):
     teacher: dict[str, Any] | str = setting(
         identity=False,
         many=True,
-        help="Folder or hub id of the teacher model. With teacher_field NAME=PATH, once for each "
-        "teacher.",
+        help="Folder or hub id of the teacher model; with teacher_field once for each teacher, as "
+        "NAME=PATH.",
     )
     teacher_field: str | None = setting(
         None,

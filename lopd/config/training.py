@@ -342,7 +342,8 @@ class MonitoringOptions(TrainOptions):
     holdout: float = _monitoring(
         0.0,
         within="[0, inf)",
-        help="Sequences to hold out from training: a share below 1, or a number; 0 holds out none.",
+        help="Sequences to hold out from training, by whole prompts: a share below 1, or a number; "
+        "0 holds out none.",
     )
     eval_steps: int = _monitoring(
         100, within="[1, inf)", help="Evaluate the held-out sequences every N steps."

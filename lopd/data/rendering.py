@@ -294,10 +294,11 @@ class PromptEncoder:
     def _needs_parts(self) -> bool:
         """Whether the template writes the text of a message only if it is a list of parts."""
         outcomes = []
-        for self._takes_parts in (False, True):
+        for takes_parts in (False, True):
+            self._takes_parts = takes_parts  # which `_probe` renders by
             outcomes.append(self._probe())
             if outcomes[-1] == "written":
-                return self._takes_parts
+                return takes_parts
         if outcomes[0] == "refused":  # each record will say why
             return False
         raise DataError(

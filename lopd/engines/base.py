@@ -111,13 +111,15 @@ def check_sequences(
                 "expected at least one prompt token and one response token"
             )
         limits.check(f"sequence {i}", tokens)
-        if extra_ids is not None and (
-            extra_ids[i].ndim != 2 or len(extra_ids[i]) != len(tokens) - prompt_length
-        ):
+        if extra_ids is None:
+            continue
+        if extra_ids[i].ndim != 2 or len(extra_ids[i]) != len(tokens) - prompt_length:
             raise DataError(
                 f"sequence {i}: extra_ids are {extra_ids[i].dtype} {list(extra_ids[i].shape)}; "
                 f"expected integers [{len(tokens) - prompt_length}, E], a row per response token"
             )
+        if len(used := extra_ids[i][extra_ids[i] != -1]):
+            limits.check_vocabulary(f"sequence {i}: extra_ids", used)
 
 
 def score_rollouts(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lopd.evaluation.standard_error import standard_error
 from lopd.provenance import CacheManifest
 from lopd.store import TeacherCache, TeacherSequence
 
@@ -127,6 +128,9 @@ def measure(cache: TeacherCache, teacher: str | None = None) -> Agreement | None
         return None
     means = {name: _mean(columns, prompts) for name, columns in values.items()}
     is_kl = source is not None and not unknown
+    sampled_listed = means.get("sampled_listed")
+    if manifest.stage == "import" and sampled_listed is not None and sampled_listed.value == 1:
+        sampled_listed = None  # each list has its sampled token because it was sampled, as vLLM's
     return Agreement(
         sequences=len(chosen),
         log_ratio=means.get("log_ratio"),
@@ -135,7 +139,7 @@ def measure(cache: TeacherCache, teacher: str | None = None) -> Agreement | None
         shared=means.get("shared") if is_kl else None,
         ess=_ess(np.concatenate(values["log_ratio"])) if is_kl else None,
         covered=means.get("covered"),
-        sampled_listed=means.get("sampled_listed"),
+        sampled_listed=sampled_listed,
         student_top_listed=means.get("student_top_listed"),
         truncated=cache.totals(teacher)["finish_reasons"]["length"] / len(own),
         lengths=np.array(lengths),
@@ -159,22 +163,26 @@ def low_coverage(cache: TeacherCache, found: Agreement | None) -> str | None:
 
     A list of the student's ids lacks what the teacher knows better, which the tail counts.
     """
-    if found is None or found.covered is None or found.sampled_listed is None:
+    if found is None:
         return None
     manifest = cache.manifest
-    shares = {"the sampled tokens": found.sampled_listed.value}
-    if manifest.scoring.list_of != "student":
-        shares = {"the teacher's probability": found.covered.value, **shares}
-    if min(shares.values()) >= LOW_COVERAGE:
+    means = {"the teacher's probability": found.covered, "the sampled tokens": found.sampled_listed}
+    if manifest.scoring.list_of == "student":
+        del means["the teacher's probability"]
+    shares = {name: mean.value for name, mean in means.items() if mean is not None}
+    if min(shares.values(), default=1) >= LOW_COVERAGE:
         return None
     held = " and ".join(f"{share:.1%} of {what}" for what, share in shares.items())
-    larger = f"a larger --k than {manifest.k}"
+    remedy = f"score with a larger --k than {manifest.k}"
     if manifest.top_p < 1:
-        larger += f" or --top-p than {manifest.top_p:g}"
+        remedy += f" or --top-p than {manifest.top_p:g}"
+    if found.is_kl:  # which needs what --tail unbiased needs
+        remedy += ", or train with --tail unbiased"
+    if manifest.stage == "import":
+        remedy = "dump longer lists"
     return (
         f"{cache.path}: the lists hold {held}; a loss over the lists sees all else as one outcome, "
-        f"and its KL is a lower bound that can be far too low; score with {larger}, or train with "
-        "--tail unbiased"
+        f"and its KL is a lower bound that can be far too low; {remedy}"
     )
 
 
@@ -228,18 +236,10 @@ def _columns(
 
 
 def _mean(columns: list[np.ndarray], prompts: list[str]) -> Mean:
-    """The mean over all tokens; its error counts the answers to one prompt as one draw.
-
-    The error of a ratio of sums S / N over n prompts, to first order:
-    sqrt(n / (n - 1) sum (S_i - mean N_i)^2) / N.
-    """
-    groups = np.unique(prompts, return_inverse=True)[1]
-    sums = np.bincount(groups, [column.sum() for column in columns])
-    counts = np.bincount(groups, [len(column) for column in columns])
-    mean, n = sums.sum() / counts.sum(), len(sums)
-    squares = ((sums - mean * counts) ** 2).sum()
-    error = np.sqrt(n / (n - 1) * squares) / counts.sum() if n > 1 else None
-    return Mean(float(mean), None if error is None else float(error))
+    """The mean over all tokens, and its error."""
+    sums = np.array([column.sum() for column in columns], np.float64)
+    counts = np.array([len(column) for column in columns])
+    return Mean(float(sums.sum() / counts.sum()), standard_error(sums, counts, prompts))
 
 
 def _ess(log_ratio: np.ndarray) -> float:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lopd.store import TeacherSequence
+from lopd.store.types import prompt_name
 from lopd.training.metrics import POSITIONS
 
 SURPRISALS = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0)  # nat; where the bins begin
@@ -29,7 +30,8 @@ SURPRISALS = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0)  # nat; where the bins be
 
 def fold_of(prompt_id: str, folds: int) -> int:
     """The fold of a prompt, by a hash of its name: it depends on no other prompt."""
-    return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "big") % folds
+    name = prompt_name(prompt_id).encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % folds
 
 
 class _CrossMeans:

@@ -19,6 +19,7 @@ from lopd.engines.base import Generation, score_rollouts, to_rollout
 from lopd.engines.support import Support
 from lopd.engines.transformers import TransformersEngine
 from lopd.errors import ConfigError
+from lopd.evaluation.standard_error import standard_error
 from lopd.models.head import HeadOptions, run_with_loss
 from lopd.provenance import load_vocab, tokenizer_digest
 from lopd.provenance.gate import check_same_tokens
@@ -137,16 +138,18 @@ def reverse_kl(
     """Mean reverse KL over the loss tokens of batches of scored sequences.
 
     Returns:
-        `nats_per_token`, `standard_error` (of a mean over tokens that come in sequences; absent for
-        one sequence), `tokens`, and `outside_lists`, the mean share of the model's probability
-        outside the lists. These ids count as one, so the value is at most the KL over all ids. With
-        several teachers also `by_teacher`, the mean over the tokens of each.
+        `nats_per_token`, its `standard_error` (absent where all answers are to one prompt),
+        `tokens`, and `outside_lists`, the mean share of the model's probability outside the lists.
+        These ids count as one, so the value is at most the KL over all ids. With several teachers
+        also `by_teacher`, the mean over the tokens of each.
     """
     collate = Collator(weighted=False)
     by_sequence = []  # [S, 3]: sums of KL, probability outside the list, and tokens
     teachers: list[str | None] = []  # [S]
+    prompts: list[str] = []  # [S]
     for items in batches:
         teachers += [item.teacher_id for item in items]
+        prompts += [item.rollout.prompt_id for item in items]
         batch = to_device(collate(items), student.device)
         loss_fn = partial(_row_values, batch, objective)
         values = run_with_loss(student.model, model_inputs(batch), loss_fn)
@@ -156,8 +159,8 @@ def reverse_kl(
     sums_of = np.concatenate(by_sequence)
     total, outside, tokens = sums_of.sum(0)
     result: dict[str, Any] = {"nats_per_token": float(total / tokens)}
-    if len(sums_of) > 1:
-        result["standard_error"] = standard_error(sums_of[:, 0], sums_of[:, 2])
+    if (error := standard_error(sums_of[:, 0], sums_of[:, 2], prompts)) is not None:
+        result["standard_error"] = error
     if names := sorted({name for name in teachers if name is not None}):
         sums_by = {name: sums_of[[name == each for each in teachers]].sum(0) for name in names}
         result["by_teacher"] = {name: float(kl / count) for name, (kl, _, count) in sums_by.items()}
@@ -176,26 +179,3 @@ def _row_values(
     rows, options = head_arguments(batch, objective, hidden, bias, head)
     _, by_row = loss_of_rows(rows, weight, batch, objective, options)
     return by_row["reverse_kl"], by_row["student_tail"], torch.ones_like(by_row["reverse_kl"])
-
-
-def standard_error(
-    totals: np.ndarray,  # [S] sum over the tokens of each sequence
-    counts: np.ndarray,  # [S] tokens
-) -> float:
-    """Standard error of `totals.sum() / counts.sum()`, for independent sequences.
-
-        sqrt(S / (S - 1) sum_s (total_s - mean count_s)^2) / sum_s count_s
-
-    Tokens of one sequence depend on each other; taking them as independent would give too small
-    a value.
-
-    Source: the ratio estimator, Cochran, Sampling Techniques, 1977, section 6.4.
-
-    >>> standard_error(np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0]))
-    0.0
-    >>> round(standard_error(np.array([0.0, 2.0]), np.array([1.0, 1.0])), 3)
-    1.0
-    """
-    size, tokens = len(totals), counts.sum()
-    residuals = totals - totals.sum() / tokens * counts
-    return float(np.sqrt(size / (size - 1) * (residuals**2).sum()) / tokens)

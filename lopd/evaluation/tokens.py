@@ -15,7 +15,7 @@ class TokenComparison:
 
     Lists are sorted by probability and cut to the length that was asked for; -1 pads ids. A
     divergence is the reverse KL of model and teacher over the stored list and one bucket for all
-    other ids, in nat: at most the KL over all ids.
+    other ids, in nat: at most the KL over all ids. Ids of a class share a bucket, as in training.
     """
 
     divergence: np.ndarray  # [R] fp64
@@ -33,13 +33,16 @@ def compare_tokens(
     *,
     length: int,
     temperature: float = 1.0,
+    eos_class: Sequence[int] = (),
 ) -> list[TokenComparison]:
     """Score answers with a model and put its lists beside the stored ones of the teacher.
 
     Args:
-        sequences: of a cache that was opened with `support="list+sampled"`.
+        sequences: of a cache that was opened with `support="list+sampled"` and the model's
+            `vocab_size`.
         length: entries kept of each list.
         temperature: of the cache.
+        eos_class: ids that the cache takes as one token.
 
     Raises:
         DataError: a sequence is longer than the model's context, or has an id beyond its
@@ -59,9 +62,11 @@ def compare_tokens(
         lp = np.where(listed, score.extra_logprobs, -np.inf).astype(np.float64)
         lq = np.where(listed, sequence.topk_logprobs, -np.inf).astype(np.float64)
         order = np.argsort(-lq, axis=1, kind="stable")[:, :length]
+        member = listed & np.isin(sequence.topk_ids, eos_class)
+        tail = sequence.tail_logprobs.astype(np.float64)
         results.append(
             TokenComparison(
-                divergence=bucket_reverse_kl(lp, lq, sequence.tail_logprobs.astype(np.float64)),
+                divergence=bucket_reverse_kl(as_one(lp, member), as_one(lq, member), tail),
                 teacher_ids=np.take_along_axis(np.where(listed, sequence.topk_ids, -1), order, 1),
                 teacher_logprobs=np.take_along_axis(lq, order, 1),
                 model_ids=score.topk_ids,
@@ -71,6 +76,13 @@ def compare_tokens(
             )
         )
     return results
+
+
+def as_one(logprobs: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """Log-probs [R, K] with the mass of the members [R, K] bool of each row at its first one."""
+    mass = np.logaddexp.reduce(np.where(member, logprobs, -np.inf), axis=1, keepdims=True)
+    is_first = member & (member.cumsum(1) == 1)
+    return np.where(is_first, mass, np.where(member, -np.inf, logprobs))
 
 
 def bucket_reverse_kl(lp: np.ndarray, lq: np.ndarray, tail: np.ndarray) -> np.ndarray:

@@ -44,7 +44,14 @@ of the teacher; use models that share a tokenizer
                 f"{name}: found {len(tokens)} tokens{more}; expected at most {self.context}, the "
                 f"context of {self.model}; {self.length_remedy}"
             )
-        ids = np.asarray(tokens)
+        self.check_vocabulary(name, np.asarray(tokens))
+
+    def check_vocabulary(self, name: str, ids: np.ndarray) -> None:  # [T]
+        """Refuse ids that the model has no row for.
+
+        Raises:
+            DataError: `name`, the first such id, and the remedy.
+        """
         if self.vocab_size is None or 0 <= ids.min() <= ids.max() < self.vocab_size:
             return
         bad = int(np.flatnonzero((ids < 0) | (ids >= self.vocab_size))[0])

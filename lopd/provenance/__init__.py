@@ -8,7 +8,6 @@ Every artefact folder (`sft_data`, `checkpoint`, `rollouts`, `cache`, `evaluatio
 from lopd.provenance.behaviour import behaviour_of, chat_template_digest
 from lopd.provenance.fingerprint import (
     VOCAB_FILES,
-    VOCAB_NAME,
     config_digest,
     describe_file,
     describe_model,
@@ -20,7 +19,7 @@ from lopd.provenance.fingerprint import (
     vocab_file,
 )
 from lopd.provenance.folder import eos_ids_of, vocab_size_of
-from lopd.provenance.gate import OVERRIDES, check_distill, differing_token
+from lopd.provenance.gate import check_distill, differing_token
 from lopd.provenance.identity import (
     difference,
     digests_of,
@@ -41,9 +40,7 @@ from lopd.provenance.manifest import (
 
 __all__ = [
     "MANIFEST_NAME",
-    "OVERRIDES",
     "VOCAB_FILES",
-    "VOCAB_NAME",
     "CacheManifest",
     "Manifest",
     "ModelIdentity",

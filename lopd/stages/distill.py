@@ -77,7 +77,8 @@ def describe_inputs(config: DistillConfig) -> dict[str, Any]:
     cache = TeacherCache.open(config.cache, allow_incomplete=True)
     scorer = cache.manifest.model
     made_by = described(cache.manifest.models)
-    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), **made_by}}
+    rollouts = cache.manifest.rollouts.digest
+    inputs: dict[str, Any] = {"cache": {"digest": cache.digest(), "rollouts": rollouts, **made_by}}
     if cache.manifest.scoring.is_calibrated:
         inputs["cache"]["calibration"] = cache.manifest.raw["calibration"]
     if (template := cache.manifest.teacher_template) is not None:

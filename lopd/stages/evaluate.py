@@ -32,7 +32,6 @@ from lopd.provenance import (
     MANIFEST_NAME,
     build_manifest,
     describe_model,
-    digests_of,
     eos_ids_of,
     read_manifest,
     vocab_size_of,
@@ -42,6 +41,7 @@ from lopd.provenance import (
 from lopd.provenance.folder_receipt import RECEIPT_NAME, seal
 from lopd.provenance.io import pretty_json, storing, write_atomic
 from lopd.provenance.teachers import described
+from lopd.provenance.typed_json import value_at
 from lopd.stages.batch_size import with_batch_size
 from lopd.stages.finished import is_finished, say_finished
 from lopd.stages.model_access import loads_models
@@ -115,7 +115,7 @@ def main(config: EvalConfig) -> Path:
                 seed=config.seed,
             )
         if config.cache is not None:
-            held_out = not _trained_on(config.model, cache.digest())
+            held_out = not _trained_on(config.model, cache)
             results["cache_kl"] = cache_kl(engine, cache) | {"held_out": held_out}
         if config.teacher is not None:
             teacher = _load(config, config.teacher)
@@ -218,11 +218,13 @@ def _prompts(
     )
 
 
-def _trained_on(model: str, digest: str) -> bool:
-    """Whether the model's manifest says that it was distilled on this cache."""
+def _trained_on(model: str, cache: TeacherCache) -> bool:
+    """Whether the model's manifest says that it was distilled on this cache or its rollouts."""
     if not (Path(model) / MANIFEST_NAME).is_file():
         return False
-    return digests_of(read_manifest(model).inputs).get("cache") == digest
+    inputs = read_manifest(model).inputs
+    known = {"cache.digest": cache.digest(), "cache.rollouts": cache.manifest.rollouts.digest}
+    return any(value_at(inputs, name) == digest for name, digest in known.items())
 
 
 def _merged_ids(config: EvalConfig, teacher: str, model: Engine) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ Scores:   an engine returns `TeacherScores`; `scored_sequence` turns them into a
           without a store. Lists are ragged (`TopKLists`) until a collator pads them into a batch.
 """
 
-from lopd.store.codec import CODECS, Codec
+from lopd.store.codec import CODECS
 from lopd.store.ragged import TopKLists
 from lopd.store.reader import RolloutStore, TeacherCache
 from lopd.store.sequences import scored_sequence
@@ -22,7 +22,6 @@ __all__ = [
     "CODECS",
     "FINISH_REASONS",
     "CacheWriter",
-    "Codec",
     "Rollout",
     "RolloutStore",
     "RolloutWriter",

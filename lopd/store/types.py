@@ -1,5 +1,6 @@
 """Records of a store: rollouts, the scores of an engine, and scored rollouts."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,6 +9,7 @@ import numpy as np
 from lopd.store.ragged import TopKLists
 
 FINISH_REASONS = ("stop", "length")
+_REPEATED = re.compile(r"([0-9a-f]{16})#[1-9][0-9]*")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,18 @@ class TeacherSequence(TeacherColumns):
         for array in arrays:
             array.flags.writeable = False
         return arrays
+
+
+def prompt_name(prompt_id: str) -> str:
+    """The name of a prompt, the same for every repetition of it in a file.
+
+    `lopd.data.prompts` numbers the repetitions.
+
+    >>> prompt_name("0123456789abcdef#2"), prompt_name("task#2")
+    ('0123456789abcdef', 'task#2')
+    """
+    match = _REPEATED.fullmatch(prompt_id)
+    return match[1] if match else prompt_id
 
 
 def name_of(rollout: Rollout) -> str:

@@ -7,6 +7,7 @@ masked tokens never reach the LM head.
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +21,7 @@ from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.limits import ModelLimits
 from lopd.store import Rollout, TeacherSequence, TopKLists
+from lopd.store.types import prompt_name
 from lopd.store.validate import check_weights
 from lopd.training.metrics import POSITIONS
 from lopd.training.topk_overlap import is_overlap_position
@@ -116,6 +118,7 @@ class SequenceDataset(torch.utils.data.Dataset):
         self.source = source
         self.indices: list[int] = []
         self.names: list[str] = []
+        self.prompts: list[str] = []  # their names
         self.lengths: list[int] = []  # tokens
         sequences: Iterator[Rollout | Demonstration]
         if isinstance(source, BatchedSource):
@@ -160,6 +163,7 @@ class SequenceDataset(torch.utils.data.Dataset):
             skipped.kept += 1
             self.indices.append(index)
             self.names.append(name)
+            self.prompts.append(prompt_name(sequence.prompt_id))
             self.lengths.append(len(sequence.tokens))
         skipped.report()
         self.dropped_share = 1.0 - len(self.indices) / max(len(source), 1)
@@ -210,28 +214,35 @@ def lengths_of(dataset: SequenceDataset | Subset) -> list[int]:
 
 
 def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Subset, Subset]:
-    """Split a dataset into training and held-out sequences.
+    """Split a dataset into training and held-out sequences; the answers to a prompt stay together.
 
-    A hash of its name maps a sequence to [0, 1). The sequences below `amount` are held out or, if
-    `amount` is 1 or more, that many with the lowest hashes. The split does not depend on order or
-    seed; with a share, a sequence's side does not depend on the others.
+    A hash of the name of a prompt's first answer maps it to [0, 1). The prompts below `amount` are
+    held out or, if `amount` is 1 or more, those with the lowest hashes until that many sequences
+    are. The split does not depend on order or seed; with a share, a prompt's side does not depend
+    on the others.
 
     Raises:
         ConfigError: one of the parts would be empty.
     """
-    places = [hashlib.sha256(name.encode()).digest() for name in dataset.names]
+    answers = Counter(dataset.prompts)
+    places = {name: hashlib.sha256(f"{name}/0".encode()).digest() for name in answers}
     if amount < 1:
-        out = [int.from_bytes(place[:6], "big") < amount * 2**48 for place in places]
+        bound = amount * 2**48
+        out = {name for name in places if int.from_bytes(places[name][:6], "big") < bound}
     else:
-        lowest = set(sorted(range(len(places)), key=lambda index: places[index])[: int(amount)])
-        out = [index in lowest for index in range(len(places))]
-    if not any(out) or all(out):
+        out, count = set(), 0
+        for name in sorted(places, key=places.__getitem__):
+            if count < amount:
+                out.add(name)
+                count += answers[name]
+    held_out = [index for index, name in enumerate(dataset.prompts) if name in out]
+    training = [index for index, name in enumerate(dataset.prompts) if name not in out]
+    if not held_out or not training:
         raise ConfigError(
-            f"holdout: {amount:g} keeps {sum(out)} of {len(out)} sequences out of training; "
-            "expected at least one, and one to train on"
+            f"holdout: {amount:g} keeps {len(held_out)} of {len(dataset)} sequences out of "
+            "training; expected at least one, and one to train on (the answers to a prompt stay "
+            "together)"
         )
-    training = [index for index, held in enumerate(out) if not held]
-    held_out = [index for index, held in enumerate(out) if held]
     return Subset(dataset, training), Subset(dataset, held_out)
 
 

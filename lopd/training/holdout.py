@@ -114,7 +114,10 @@ def evaluation_line(history: History, objective: Objective) -> str:
     compared = [] if start is None or not step else [f"{start:.4g} at the start"]
     if results := evaluations(history):
         best, at = min(results)
-        compared.append("the best so far" if at == step else f"best {best:.4g} at step {at}")
+        if at != step:
+            compared.append(f"best {best:.4g} at step {at}")
+        elif start is None or kl < start:
+            compared.append("the best so far")
     return f"{words} ({', '.join(compared)})" if compared else words
 
 

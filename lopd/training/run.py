@@ -194,10 +194,12 @@ def report(out: Path, summary: Mapping[str, Any], objective: Objective) -> list[
         bound = sign(objective.held_out)
         start, best, last = holdout["start"], holdout["best"], holdout["last"]
         first = "" if start is None else f"{bound}{start:.4g} at the start, "
+        reached = best if holdout["result_step"] == best["step"] else last
+        worse = "" if start is None or reached["kl"] < start else ", no better than the start"
         lines.append(
             f"{out}: held-out {holdout['objective']} {first}{bound}{best['kl']:.4g} at step "
             f"{best['step']} (best), {bound}{last['kl']:.4g} at step {last['step']} (last); the "
-            f"result is that of step {holdout['result_step']}"
+            f"result is that of step {holdout['result_step']}{worse}"
         )
     if lowest := summary.get("stale", {}).get("lowest"):
         lines.append(

@@ -21,7 +21,6 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback, Trai
 from transformers.trainer_utils import IntervalStrategy
 
 from lopd.config.objective import Objective
-from lopd.config.training import TrainOptions
 from lopd.errors import ConfigError, DataError, Interrupted, ModelError
 from lopd.models.flops import FlopsMeter
 from lopd.models.head import plain_model
@@ -32,11 +31,9 @@ from lopd.training.interrupt import StopSignals
 from lopd.training.logging import LogAtEnds, Reporter
 from lopd.training.objective_trainer import ObjectiveTrainer
 from lopd.training.sampler import StepDataset, StepSampler
-from lopd.training.step import check_finite, step
+from lopd.training.step import check_finite
 
 LOG = logging.getLogger(__name__)
-
-__all__ = ["LopdTrainer", "Objective", "TrainOptions", "step"]
 
 
 def local_tensor(value: torch.Tensor) -> torch.Tensor:
@@ -79,6 +76,7 @@ class EvaluateAtStart(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate, unless a checkpoint is continued: its run did so when it began."""
         if state.global_step == 0:
             self.trainer.evaluate()
 
@@ -102,7 +100,7 @@ class LopdTrainer(ObjectiveTrainer):
         holdout: evaluated before the first step, every `eval_steps` and at the end; with
             `keep_best` the checkpoint of the best step is not removed.
         max_tokens_per_batch: tokens per pack; None for padded micro-batches.
-        attention: for packs, one of `lopd.models.packing.PATHS`.
+        attention: for packs, one of `lopd.config.training.ATTENTION`.
         run_id: identity of the run; of the checkpoints in the output folder, only those with the
             same identity are counted and removed.
 
@@ -115,6 +113,7 @@ class LopdTrainer(ObjectiveTrainer):
     >>> import tempfile
     >>> import numpy as np
     >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from lopd.config.training import TrainOptions
     >>> from lopd.data.demonstrations import Demonstration
     >>> from lopd.training.batch import SequenceDataset
     >>> sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}

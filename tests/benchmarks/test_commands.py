@@ -15,7 +15,9 @@ from benchmarks import (
     figures,
     gradients,
     objectives,
+    plans,
     prunings,
+    qwen3,
     readme,
     real_model,
     roofline,
@@ -77,6 +79,19 @@ def test_a_live_teacher_and_its_student_are_those_of_the_demo(tmp_path, monkeypa
     live = bench.run(bench.score(bench.roll_out("rollouts", size.prompts), "cache"), "live", 1)
     assert live.renewed["windows"] == size.steps
     assert read_manifest(bench.student).raw["stage"] == "sft"
+
+
+@pytest.mark.thorough
+def test_memory_is_planned(tmp_path, monkeypatch, capsys):
+    toy = replace(qwen3.MODELS["0.6B"], **qwen3.TOY)
+    monkeypatch.setattr(plans, "MODELS", {"toy": toy})
+    plans.main(["--out", str(tmp_path)])
+    adamw, adafactor, lora = rows_of(tmp_path / plans.NAME)
+    frozen = 2 * (lora["weights"] - lora["gradients"])  # in the bytes of float32
+    assert frozen == pytest.approx(adamw["weights"], rel=0.01)  # buffers stay in float32
+    assert adamw["weights"] == adafactor["weights"]
+    assert adamw["optimizer"] > adafactor["optimizer"] > 0 < lora["optimizer"]
+    assert f"| Qwen3-toy | {adamw['total'] / plans.GIB:.1f} |" in capsys.readouterr().out
 
 
 def test_gradients_are_enumerated(tmp_path, monkeypatch, capsys):

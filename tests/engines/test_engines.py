@@ -212,6 +212,15 @@ def test_extra_ids_of_other_rows_are_refused(engine, sequences):
         engine.score(sequences, LENGTHS, 4, extra_ids=extra)
 
 
+def test_extra_ids_beyond_the_vocabulary_are_refused(engine, sequences):
+    extra = [
+        np.full((len(tokens) - n, 2), -1) for tokens, n in zip(sequences, LENGTHS, strict=True)
+    ]
+    extra[1][0, 1] = engine.vocab_size
+    with pytest.raises(DataError, match="sequence 1: extra_ids: token 0 has id .*; expected ids"):
+        engine.score(sequences, LENGTHS, 4, extra_ids=extra)
+
+
 class FixedIds:
     """An engine that records what is asked and lists the ids 0 to k - 1."""
 

@@ -172,7 +172,15 @@ def test_inspect_has_the_values_and_warns_of_lists_that_hold_little(tmp_path, ca
     covered = f"{rows['teacher_in_lists']:.1%} of the teacher's probability"
     assert rows["teacher_in_lists"] < LOW_COVERAGE and covered in err
     assert f"{rows['sampled_in_lists']:.1%} of the sampled tokens" in err
-    assert f"a larger --k than {K}" in err
+    assert f"score with a larger --k than {K}, or train with --tail unbiased" in err
+
+
+def test_no_loss_is_advised_that_the_cache_does_not_admit(tmp_path):
+    p, q = make_distributions(4, 5)
+    write(tmp_path, p, q, samples=2, rollouts={"sampling": {"temperature": 1.0, "top_p": 0.9}})
+    cache = TeacherCache.open(tmp_path, support="list")
+    warning = low_coverage(cache, measure(cache))
+    assert warning.endswith(f"score with a larger --k than {K}")
 
 
 def test_lists_that_hold_nearly_all_are_not_warned_of(tmp_path):

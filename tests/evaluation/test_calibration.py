@@ -135,6 +135,12 @@ def test_an_id_that_the_other_folds_lack_has_no_mean_of_its_own():
     assert np.isfinite(values).all() and (values[mask] != rare.teacher_logprobs[mask]).any()
 
 
+def test_a_prompt_that_a_file_holds_twice_is_in_one_fold():
+    names = [f"{number:016x}" for number in range(50)]
+    assert [fold_of(f"{name}#1", FOLDS) for name in names] == [fold_of(n, FOLDS) for n in names]
+    assert len({fold_of(f"task#{number}", FOLDS) for number in range(50)}) == FOLDS
+
+
 def test_folds_are_of_about_equal_size():
     counts = np.bincount([fold_of(f"p{i}", FOLDS) for i in range(2000)], minlength=FOLDS)
     assert counts.min() > 340 and counts.max() < 460

@@ -66,9 +66,16 @@ def test_kl_on_a_cache_equals_that_of_dense_logits(
     student, teacher = load(student_folder, tokens_per_batch=tokens_per_batch), load(teacher_folder)
     result = cache_kl(student, open_cache(cache_folder, student_folder, student))
     rollouts = list(TeacherCache.open(cache_folder).rollouts())
-    total = sum(dense_kl(student, teacher, rollout, 6) for rollout in rollouts)
-    tokens = sum(int(rollout.loss_mask.sum()) for rollout in rollouts)
+    totals = [dense_kl(student, teacher, rollout, 6) for rollout in rollouts]
+    counts = [int(rollout.loss_mask.sum()) for rollout in rollouts]
+    total, tokens = sum(totals), sum(counts)
     assert result["nats_per_token"] == pytest.approx(total / tokens, rel=1e-4)
+    pairs = [*zip(rollouts[::2], rollouts[1::2], strict=True)]  # the two answers to each prompt
+    assert all(one.prompt_id == other.prompt_id for one, other in pairs)
+    residuals = np.array(totals) - total / tokens * np.array(counts)
+    squares = ((residuals[::2] + residuals[1::2]) ** 2).sum()
+    expected = np.sqrt(10 / 9 * squares) / tokens
+    assert result["standard_error"] == pytest.approx(expected, rel=1e-3)
     assert (result["tokens"], result["sequences"]) == (tokens, 20)
     assert result["temperature"] == TEMPERATURE
 
@@ -149,19 +156,23 @@ def test_model_with_another_tokenizer_is_refused(
     assert "leave --cache out" in one_line(capsys)
 
 
-@pytest.mark.parametrize("trained_on", [False, True])
+@pytest.mark.parametrize("trained_on", ["", "the cache", "another cache of its rollouts"])
 def test_eval_reports_whether_the_cache_was_held_out(
-    cache_folder, student_folder, prompt_file, tmp_path, capsys, trained_on
+    cache_folder, teacher_folder, student_folder, prompt_file, tmp_path, capsys, trained_on
 ):
     model = student_folder
     if trained_on:
-        model = tmp_path / "model"
-        argv = ["distill", "--student", student_folder, "--cache", cache_folder, "--out", model]
+        model, cache = tmp_path / "model", cache_folder
+        if trained_on != "the cache":
+            cache = tmp_path / "cache"
+            scoring = score_argv(teacher_folder, cache_folder.parent / "rollouts", cache)
+            assert main([*scoring, "--extra-ids", "2"]) == 0
+        argv = ["distill", "--student", student_folder, "--cache", cache, "--out", model]
         assert main(list(map(str, [*argv, "--max-steps", 1, "--save-every", 0, *COMMON]))) == 0
     assert main(eval_argv(model, cache_folder, prompt_file, tmp_path / "out")) == 0
     result = json.loads((tmp_path / "out/results.json").read_text())["cache_kl"]
-    assert result["held_out"] is not trained_on and result["nats_per_token"] > 0
-    assert ("which the model was trained on" in capsys.readouterr().out) == trained_on
+    assert result["held_out"] is not bool(trained_on) and result["nats_per_token"] > 0
+    assert ("which the model was trained on" in capsys.readouterr().out) == bool(trained_on)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["inputs"]["cache"]["digest"] == TeacherCache.open(cache_folder).digest()
 

@@ -36,6 +36,24 @@ def test_both_lists_and_the_divergence(pipeline):
             assert found.divergence[t] == pytest.approx(exact, abs=1e-5)
 
 
+def test_a_class_of_ids_is_one_token(pipeline):
+    engine = TransformersEngine.load(pipeline / "student", dtype="float32", device="cpu")
+    cache = TeacherCache.open(pipeline / "cache")
+    members = cache[0].topk_ids[0][:3].tolist()
+    (found,) = compare_tokens(engine, [cache[0]], length=4, eos_class=members)
+    (apart,) = compare_tokens(engine, [cache[0]], length=4)
+    ids, stored = (values[0] for values in (cache[0].topk_ids, cache[0].topk_logprobs))
+    assert found.teacher_ids[0].tolist() == apart.teacher_ids[0].tolist()
+    rollout = cache[0].rollout
+    with torch.no_grad():
+        tokens = torch.from_numpy(rollout.tokens.astype(np.int64))[None]
+        logits = engine.model(tokens).logits[0, rollout.prompt_length - 1].double()
+    p, q = logits.softmax(-1).numpy()[ids], np.exp(stored.astype(np.float64))
+    p, q = (np.concatenate([[x[:3].sum()], x[3:], [1 - x.sum()]]) for x in (p, q))
+    assert found.divergence[0] == pytest.approx((p * np.log(p / q)).sum(), abs=1e-5)
+    assert abs(found.divergence[0] - apart.divergence[0]) > 1e-4
+
+
 def test_a_list_of_all_ids_has_no_tail():
     lp, lq = np.log([[0.25, 0.75]]), np.log([[0.5, 0.5]])
     exact = 0.25 * np.log(0.5) + 0.75 * np.log(1.5)

@@ -94,8 +94,11 @@ def test_an_imported_cache_trains_and_says_what_it_does_not_know(
     assert "advantage" in log and "log_ratio_to_rollout" not in log
     capsys.readouterr()
     assert main(["inspect", "--path", str(cache), "--verify"]) == 0
-    printed = capsys.readouterr().out
+    printed, warning = capsys.readouterr()
     assert "on trust" in printed
+    # A dump has the sampled token in each list because it was sampled, which says nothing.
+    assert "teacher_in_lists" in printed and "sampled_in_lists" not in printed
+    assert "of the teacher's probability; a loss over" in warning and "dump longer" in warning
     assert "tail derived, entropy derived, rollout_logprobs absent" in printed
 
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from helpers_artefacts import describe, write_cache, write_pipeline
+from helpers_artefacts import VOCAB, describe, distill_config, write_cache, write_pipeline
 
 import lopd
 from lopd.cli import main
@@ -168,6 +168,21 @@ def test_memory_is_planned_for_the_longest_sequence_of_the_cache(runs):
     assert memory_of(run, 32, 4).planned["activations"] > planned["activations"]
     broken = replace(run, settings={**run.settings, "batch_size": "many"})
     assert memory_of(broken, 16, 4) is None
+
+
+def test_ids_that_the_model_has_no_row_for_count_as_others(tmp_path):
+    """Teachers often have more rows of padding than their students."""
+    folder, rows = write_pipeline(tmp_path), VOCAB + 40
+    file = folder / "teacher/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": rows}))
+    write_cache(folder / "wide", folder / "teacher", folder / "rollouts", vocab=rows)
+    settings = {"max_steps": 1, "save_every": 0, "device": "cpu", "allow_teacher_mismatch": True}
+    config = distill_config(folder, folder / "one", cache=str(folder / "wide"), **settings)
+    lopd.distill(config)
+    page = Page(report(folder, "one", answers=2))
+    first = json.loads(page.scripts[0])[0]
+    assert max(map(len, first["teacher"])) <= 5  # the top 4 and the sampled token
+    assert not any(f"id {token}" in str(first) for token in range(VOCAB, rows))
 
 
 def test_ends_of_the_cached_answers_are_counted(runs):

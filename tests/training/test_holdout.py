@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -23,8 +24,17 @@ from lopd.provenance import manifest_digest, read_manifest
 from lopd.stages import distill
 from lopd.training.batch import Collator, SequenceDataset, split_holdout
 from lopd.training.checkpoints import checkpoints
-from lopd.training.holdout import Holdout, evaluations, exhausted, holdout_kl, sign
+from lopd.training.holdout import (
+    Holdout,
+    evaluation_line,
+    evaluations,
+    exhausted,
+    holdout_kl,
+    holdout_summary,
+    sign,
+)
 from lopd.training.logging import LOG_NAME
+from lopd.training.run import report
 from lopd.training.step import step
 from lopd.training.trainer import LopdTrainer
 
@@ -57,6 +67,26 @@ def test_the_split_depends_only_on_the_names(amount):
         assert names(fewer) == names(held_out)[1:]
     else:
         assert len(held_out) == amount
+
+
+@pytest.mark.parametrize(("amount", "expected"), [(SHARE, None), (4, 6), (6, 6)])
+def test_no_prompt_is_on_both_sides(amount, expected):
+    """Neither by several answers, nor by prompts that a file holds twice."""
+    ids = [f"{number:016x}" for number in range(6)]
+    first = make_rollouts(18)
+    rollouts = [
+        replace(rollout, prompt_id=ids[number // 3] + ("#1" if number % 3 == 2 else ""), sample=s)
+        for number, rollout in enumerate(first)
+        for s in [number % 3 % 2]
+    ]
+    training, held_out = split_holdout(SequenceDataset(rollouts), amount)
+    sides = [{name[:16] for name in names(part)} for part in (training, held_out)]
+    assert not sides[0] & sides[1] and len(training) + len(held_out) == 18
+    assert len(held_out) == 3 * len(sides[1]) == expected or expected is None
+    only_first = [replace(rollout, prompt_id=ids[i]) for i, rollout in enumerate(first[:6])]
+    if amount < 1:  # a prompt's side does not depend on how many answers it has
+        _, alone = split_holdout(SequenceDataset(only_first), amount)
+        assert {name[:16] for name in names(alone)} == sides[1]
 
 
 def test_a_share_holds_out_about_that_share():
@@ -311,6 +341,28 @@ def test_evaluations_and_the_end_of_a_run_are_shown(pipeline, tmp_path, monkeypa
     ):
         assert line in errors, line
     assert "at most the whole divergence" in errors and "outside lists " in errors
+
+
+def test_a_step_that_is_worse_than_the_start_is_not_called_the_best(tmp_path):
+    objective = Objective("log_ratio")
+    history = [{"holdout_kl": 3.0, "step": 0}, {"holdout_kl": 4.0, "step": 1}]
+    assert evaluation_line(history, objective) == "held-out log_ratio 4 (3 at the start)"
+    better = [*history, {"holdout_kl": 2.0, "step": 2}]
+    assert evaluation_line(better, objective).endswith("2 (3 at the start, the best so far)")
+    later = [*better, {"holdout_kl": 3.5, "step": 3}]
+    for found, keep_best, end in (
+        (history, True, "the result is that of step 1, no better than the start"),
+        (better, True, "the result is that of step 2"),
+        (
+            [*better, {"holdout_kl": 3.5, "step": 3}],
+            False,
+            "that of step 3, no better than the start",
+        ),
+        (later, True, "the result is that of step 2"),
+    ):
+        holdout = Holdout([1], objective, 1, keep_best)
+        summary = holdout_summary(holdout, found, last_step=found[-1]["step"])
+        assert report(tmp_path, {"holdout": summary}, objective)[0].endswith(end)
 
 
 def test_only_bounds_are_shown_as_bounds():

@@ -60,7 +60,7 @@ def _cache(run: Run) -> TeacherCache | None:
             "%s: its cache %s is not there, nor %s; no answers", run.folder, run.cache, beside
         )
         return None
-    cache = TeacherCache.open(folder)
+    cache = TeacherCache.open(folder, vocab_size=run.vocab_size)
     if run.cache_digest not in (None, cache.digest()):
         logger.warning("%s: was trained on another cache than %s; no answers", run.folder, folder)
         return None
@@ -136,6 +136,7 @@ def _answers(
             sequences,
             length=config.list_length,
             temperature=cache.manifest.temperature,
+            eos_class=cache.manifest.scoring.eos_class,
         )
         for sequence, tokens in zip(sequences, compared, strict=True):
             answers.append(describe_answer(run, sequence, tokens, engine.tokenizer))

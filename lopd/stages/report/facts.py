@@ -64,6 +64,7 @@ class Run:
     folder: str
     stage: str
     weights: str
+    vocab_size: int | None  # rows of the model's head; None in runs of earlier versions
     base: str | None  # weights of the student that it began from
     created: str
     cache: str | None
@@ -111,6 +112,7 @@ def read_run(folder: str) -> Run:
         folder=folder,
         stage=manifest.stage,
         weights=manifest.model.weights,
+        vocab_size=manifest.model.vocab_size,
         base=None if manifest.base is None else manifest.base.weights,
         created=str(raw.get("created", "unknown")),
         cache=None if cache is None else str(cache),
