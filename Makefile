@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 OLDER := .triton36/.ready
 HUB := .hub-kernels/.ready
 KERNELS := tests/kernels
-LOSSES := $(addprefix $(KERNELS)/test_,divergence.py logprobs.py numerics.py ops.py policy.py)
+LOSSES := $(addprefix $(KERNELS)/test_,combinations.py divergence.py logprobs.py numerics.py ops.py policy.py)
 VLLM := .venv-vllm/bin/python
 
 .PHONY: demo demo-real test test-ci test-all test-ptx test-gpu test-vllm torture compat \

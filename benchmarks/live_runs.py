@@ -62,9 +62,8 @@ class Size:
     eval_prompts: int
     seeds: tuple[int, ...]
     every: tuple[int, ...]
-    shapes: dict[str, dict[str, Any]] | None = (
-        None  # of random models; None: train those of the demo
-    )
+    # Of random models; None: train those of the demo.
+    shapes: dict[str, dict[str, Any]] | None = None
 
     @property
     def epoch(self) -> int:

@@ -464,7 +464,7 @@ def sparse_divergence(
 
     Args:
         logits: [N, V] or [B, T, V] float, the student's, after scale and softcap. -inf marks an
-            id without mass.
+            id without mass; a row in which every id is marked has a loss of NaN.
 
     The other arguments are those of `linear_sparse_divergence`.
 

@@ -116,7 +116,7 @@ def prepare(
         done = module.main(built)
         _leave_process_group()
         if done is not None:
-            logging.getLogger("lopd").info("%s: output in %s", prog, done)
+            logging.getLogger("lopd").info(f"{prog}: output in {done}")
 
     return run
 

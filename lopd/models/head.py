@@ -154,9 +154,12 @@ def plain_model(model: Any) -> Any:
         else:
             break
     if not isinstance(inner, PreTrainedModel):
+        remedy = "pass the model itself"
+        if hasattr(inner, "_orig_mod"):  # torch.compile would trace another forward every time
+            remedy += ", without torch_compile, and compile its layers (layer.compile())"
         raise ModelError(
             f"{type(inner).__name__}: expected a transformers causal LM, not wrapped or wrapped in "
-            "DistributedDataParallel, fully_shard (FSDP2) or PEFT only; pass the model itself"
+            f"DistributedDataParallel, fully_shard (FSDP2) or PEFT only; {remedy}"
         )
     return inner
 
@@ -186,9 +189,10 @@ def _head_module(plain: Any) -> Any:
     if hasattr(head, "lora_A"):
         _check_lora(head, name)
         return head
+    copied = hasattr(head, "modules_to_save")
     raise ModelError(
         f"{name}: its output head is {type(head).__name__}; expected a torch.nn.Linear, or a LoRA "
-        "on one; use a causal LM"
+        f"on one; {'leave it out of modules_to_save' if copied else 'use a causal LM'}"
     )
 
 

@@ -25,6 +25,7 @@ from lopd.data.skipped import Skipped
 from lopd.errors import ConfigError, DataError
 from lopd.models.load import load_tokenizer
 from lopd.provenance import (
+    CacheManifest,
     ModelIdentity,
     build_manifest,
     describe_model,
@@ -112,39 +113,7 @@ def import_cache(config: ImportConfig) -> Path:
             break
     skipped.report()
     _print_notes(config.source, survey)
-    source = describe_data(config.source)
-    full, rest = divmod(survey.sequences, config.shard_size)
-    manifest = build_manifest(
-        "cache",
-        stage="import",
-        config=asdict(config),
-        model=teacher,
-        inputs={
-            "source": {
-                **source,
-                "format": config.format,
-                **{name: getattr(survey, name) for name in _COUNTS if getattr(survey, name)},
-            },
-            "rollouts": {
-                "digest": source["sha256"],
-                "model": student,
-                "lineage": lineage_of(config.student) if tokenizer is not None else None,
-                "sampling": None,
-            },
-        },
-        plan={"shards": [config.shard_size] * full + [rest] * bool(rest)},
-        k=survey.longest if config.support == "student" else survey.shortest,
-        top_p=1.0,
-        codec=config.codec,
-        temperature=config.temperature,
-        declared=True,
-        scoring={
-            "tail": "renormalized" if survey.renormalized else "derived",
-            "entropy": "derived",
-            "rollout_logprobs": "computed" if survey.known_rollouts else "absent",
-            "support": {"ids": "as imported", "list_of": config.support, "extra_ids": 0},
-        },
-    )
+    manifest = _manifest(config, survey, student, teacher)
     with CacheWriter.create(config.out, manifest) as writer:
         missing = writer.missing()
         if not missing:
@@ -161,6 +130,44 @@ def import_cache(config: ImportConfig) -> Path:
                 writer.write(shard, list(scored))
         writer.finish()
     return Path(config.out)
+
+
+def _manifest(
+    config: ImportConfig, survey: Survey, student: ModelIdentity, teacher: ModelIdentity
+) -> CacheManifest:
+    source = describe_data(config.source)
+    full, rest = divmod(survey.sequences, config.shard_size)
+    return build_manifest(
+        "cache",
+        stage="import",
+        config=asdict(config),
+        model=teacher,
+        inputs={
+            "source": {
+                **source,
+                "format": config.format,
+                **{name: getattr(survey, name) for name in _COUNTS if getattr(survey, name)},
+            },
+            "rollouts": {
+                "digest": source["sha256"],
+                "model": student,
+                "lineage": lineage_of(config.student) if Path(config.student).is_dir() else None,
+                "sampling": None,
+            },
+        },
+        plan={"shards": [config.shard_size] * full + [rest] * bool(rest)},
+        k=survey.longest if config.support == "student" else survey.shortest,
+        top_p=1.0,
+        codec=config.codec,
+        temperature=config.temperature,
+        declared=True,
+        scoring={
+            "tail": "renormalized" if survey.renormalized else "derived",
+            "entropy": "derived",
+            "rollout_logprobs": "computed" if survey.known_rollouts else "absent",
+            "support": {"ids": "as imported", "list_of": config.support, "extra_ids": 0},
+        },
+    )
 
 
 def _describe_models(*names: str) -> list[ModelIdentity]:

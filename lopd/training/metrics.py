@@ -25,9 +25,8 @@ ESS = {
 }
 # Pairs of sums whose ratio is logged, [2] or [2, len(POSITIONS)].
 RATIOS = ("topk_overlap", "divergence_from")
-OF_TEACHER = (
-    "divergence/"  # and a name: such a pair [2] over the records of one of several teachers
-)
+# Followed by a name: such a pair [2] over the records of one of several teachers.
+OF_TEACHER = "divergence/"
 POSITIONS = (0, 16, 64, 256, 1024, 4096, 16384)  # first positions of the parts of an answer
 
 Gather = Callable[[Any], list[Any]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,10 @@ def logits_loss(
             loss.rule, logit_options, want_entropy, stats[part], grad[part] if want_grad else None,
             inf_masks=True,
         )  # fmt: skip
+    no_mass = stats[:, 1:2].isneginf()  # every id masked: no distribution
+    stats.masked_fill_(no_mass, math.nan)
+    if want_grad:  # one entry is enough to be seen, and costs no pass over the gradient
+        grad[:, :1].masked_fill_(no_mass, math.nan)
     return stats, grad
 
 

@@ -103,6 +103,22 @@ def test_a_bias_of_minus_infinity_removes_an_id_from_the_vocabulary():
     assert_close(masked, [x.double() for x in cut], torch.float32)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("tail", [tail for tail in TAILS if tail != "unbiased"])
+def test_a_row_of_logits_without_any_mass_is_nan_like_its_softmax(tail, divergence):
+    case = make_case()
+    logits = case.hidden @ case.weight.t()
+    logits[3] = -math.inf
+    loss, grad = gradients(
+        lambda z: sparse_divergence(
+            z, *case.teacher, tail=tail, divergence=divergence, reduction="none"
+        ),
+        logits,
+    )
+    assert loss.isnan().nonzero().tolist() == [[3]]
+    assert grad.isnan().any(1).nonzero().tolist() == [[3]]
+
+
 def test_a_row_of_weight_zero_ignores_a_nan_in_the_weight():
     case = make_case()
     weight = case.weight.clone()

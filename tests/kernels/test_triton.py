@@ -271,6 +271,13 @@ def test_minus_infinity_in_logits_masks_an_id(device):
     torch.testing.assert_close(ours[0].double(), cut[0], rtol=1e-5, atol=1e-5)
     assert relative_error(ours[1][:, :100], cut[1]) < 1e-5
     assert (ours[1][:, 100:] == 0.0).all()
+    logits[3:5] = -math.inf
+    weights = torch.ones(20).index_fill(0, torch.tensor([4]), 0.0)
+    loss, grad = gradients(
+        lambda z: sparse_divergence(z, ids, logprobs, row_weights=weights, reduction="none"), logits
+    )
+    assert loss.isnan().nonzero().tolist() == [[3]]
+    assert grad.isnan().any(1).nonzero().tolist() == [[3]]
 
 
 LISTED = pairwise(rows=[1, 7], width=[24, 300], k=[1, 5, 40], vocab=[50, 211], unused=[False, True])

@@ -146,6 +146,19 @@ def test_wrappers_and_strange_heads_are_refused():
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(ModelError, match="head is Sequential"):
         run_with_loss(model, batch(), dense_logits)
+    copied = adapted(tiny_model(), ["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ModelError, match="leave it out of modules_to_save"):
+        run_with_loss(copied, batch(), dense_logits)
+
+
+def test_layers_may_be_compiled_but_not_the_model_around_them():
+    model, inputs = tiny_model(), batch()
+    expected = run_with_loss(model, inputs, dense_logits)
+    for layer in model.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(run_with_loss(model, inputs, dense_logits), expected)
+    with pytest.raises(ModelError, match=r"without torch_compile, and compile its layers"):
+        run_with_loss(torch.compile(model, backend="eager"), inputs, dense_logits)
 
 
 def adapted(model, targets, **changes):

@@ -293,9 +293,8 @@ def _read_progress(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     file = out / PROGRESS
     progress: dict[str, Any] = {**identity, "rows": []}
     if file.is_file():
-        progress = {"task": "arithmetic", "quick": False} | read_json_object(
-            file
-        )  # as earlier versions wrote it
+        # Earlier versions, which had one task, recorded neither it nor `quick`.
+        progress = {"task": "arithmetic", "quick": False} | read_json_object(file)
         if {"seed", "rows"} - progress.keys():
             raise DataError(f"{file} is not a demo's; restore it, or remove {out}")
     recorded = {name: progress[name] for name in identity}

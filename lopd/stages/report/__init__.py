@@ -18,7 +18,7 @@ from lopd.stages.report.memory import memory_of
 from lopd.stages.report.page import render
 from lopd.store import TeacherCache
 
-logger = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 TITLE = 50  # characters of a prompt's end by which an answer is known
 
 
@@ -56,13 +56,11 @@ def _cache(run: Run) -> TeacherCache | None:
     beside = Path(run.folder).resolve().parent / Path(run.cache).name
     folder = next((f for f in (Path(run.cache), beside) if artefact_kind(f) == "cache"), None)
     if folder is None:
-        logger.warning(
-            "%s: its cache %s is not there, nor %s; no answers", run.folder, run.cache, beside
-        )
+        LOG.warning(f"{run.folder}: its cache {run.cache} is not there, nor {beside}; no answers")
         return None
     cache = TeacherCache.open(folder, vocab_size=run.vocab_size)
     if run.cache_digest not in (None, cache.digest()):
-        logger.warning("%s: was trained on another cache than %s; no answers", run.folder, folder)
+        LOG.warning(f"{run.folder}: was trained on another cache than {folder}; no answers")
         return None
     return cache
 
@@ -90,7 +88,7 @@ def _evaluations(runs: list[Run], config: ReportConfig) -> list[Evaluation]:
         evaluations = [read_evaluation(folder) for folder in config.eval_folders]
         for evaluation in evaluations:
             if evaluation.weights not in known:
-                logger.warning("%s: is of a model that is none of the runs'", evaluation.folder)
+                LOG.warning(f"{evaluation.folder}: is of a model that is none of the runs'")
         return evaluations
     parents = dict.fromkeys(Path(run.folder).resolve().parent for run in runs)
     found = []
@@ -104,7 +102,7 @@ def _evaluations(runs: list[Run], config: ReportConfig) -> list[Evaluation]:
             if artefact_kind(folder) == "evaluation":
                 found.append(read_evaluation(str(folder)))
         except LopdError as error:
-            logger.warning("%s; left out", error)
+            LOG.warning(f"{error}; left out")
     own = [evaluation for evaluation in found if evaluation.weights in known]
     bases = {run.base for run in runs}
     return sorted(own, key=lambda evaluation: evaluation.weights not in bases)  # before, then after
@@ -119,10 +117,10 @@ def _answers(
         if cache is None:
             continue
         if cache.manifest.scoring.tail == "renormalized":
-            logger.warning("%s: its lists are renormalised; no answers are shown", run.cache)
+            LOG.warning(f"{run.cache}: its lists are renormalised; no answers are shown")
             continue
         if cache.manifest.scoring.is_calibrated:
-            logger.warning("%s: its log-probs are calibrated; no answers are shown", run.cache)
+            LOG.warning(f"{run.cache}: its log-probs are calibrated; no answers are shown")
             continue
         engine = TransformersEngine.load(
             run.folder,

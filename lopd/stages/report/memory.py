@@ -10,7 +10,7 @@ from lopd.stages.report.facts import Run
 from lopd.training.dry_run import meta_model
 from lopd.training.memory import MemoryPlanner
 
-logger = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 MEASURED = "peak_mib"  # of the log; a CPU's is not measured
 
 
@@ -42,7 +42,7 @@ def memory_of(run: Run, longest: int, k: int) -> Memory | None:
         planner = MemoryPlanner(meta_model(run.folder, settings.dtype, settings))
         estimate = planner.estimate(settings)
     except (LopdError, TypeError, ValueError) as error:  # settings of another version
-        logger.warning("%s: its memory cannot be planned (%s)", run.folder, error)
+        LOG.warning(f"{run.folder}: its memory cannot be planned ({error})")
         return None
     peaks = [value for _, value in run.curves.get(MEASURED, [])]
     planned = {**vars(estimate), "total": estimate.total}
