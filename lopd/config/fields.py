@@ -146,20 +146,25 @@ class Settings:
 
 
 def check_text(name: str, value: Any) -> None:
-    """Refuse text that manifests cannot hold, such as a file name in another encoding.
+    """Refuse text that a stage would take for another file or folder than is meant.
 
     Raises:
-        ConfigError: its bytes are not UTF-8, which Python shows as halves of surrogate pairs.
+        ConfigError: it begins with `~`, which would be a folder of that name, or ends with the
+            carriage return of a script with line ends of Windows; or its bytes are not UTF-8, which
+            Python shows as halves of surrogate pairs and manifests cannot hold.
     """
-    texts = value.values() if isinstance(value, Mapping) else (value,)
-    for text in texts:
-        if isinstance(text, str) and not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                raise ConfigError(
-                    f"{name}: found {text!a}, whose bytes are not UTF-8; rename the file or folder"
-                ) from None
+    for text in value.values() if isinstance(value, Mapping) else (value,):
+        if not isinstance(text, str):
+            continue
+        fault = None
+        if text.startswith("~/") or text == "~":
+            fault = "which is a folder named ~ here: only shells expand it; write the whole path"
+        elif text.endswith("\r"):
+            fault = "which ends with a carriage return; give the script line ends of Unix"
+        elif text != text.encode("utf-8", "replace").decode():
+            fault = "whose bytes are not UTF-8; rename the file or folder"
+        if fault is not None:
+            raise ConfigError(f"{name}: found {text!a}, {fault}")
 
 
 def defaults_of(config: Any) -> dict[str, Any]:
