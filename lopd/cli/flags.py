@@ -10,9 +10,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from lopd.cli.commands import COMMANDS, Command
-from lopd.config.fields import GROUPS, choices_of
+from lopd.config.fields import GROUPS
 from lopd.config.parse import flag
-from lopd.config.values import kinds_of
+from lopd.config.values import choices_of, kinds_of
 
 # Both spellings are accepted, the one with dashes is shown.
 CONTEXT: dict[str, Any] = {

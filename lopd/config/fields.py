@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from numbers import Real
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, cast
 
+from lopd.config.values import choices_of, convert
 from lopd.errors import ConfigError
 
 # The groups of `--help`, in their order.
@@ -130,7 +131,6 @@ class Settings:
             value, remedy = getattr(self, item.name), item.metadata.get("remedy", "")
             if value is None and item.default is None:
                 continue
-            check_text(item.name, value)
             if (choices := choices_of(item)) and value not in choices:
                 expected = f"one of {', '.join(choices)}"
                 raise ConfigError(f"{item.name}: found '{value}'; expected {expected}{remedy}")
@@ -139,29 +139,32 @@ class Settings:
             within = item.metadata.get("within")
             if within and value not in (allowed := parse_range(within)):
                 raise ConfigError(f"{item.name}: found {value}; expected {allowed.words}{remedy}")
+            if "group" in item.metadata:
+                value = convert(item, value)
+                object.__setattr__(self, item.name, value)  # the dataclass may be frozen
+            check_text(item.name, value)
 
 
 def check_text(name: str, value: Any) -> None:
-    """Refuse text that manifests cannot hold, such as a file name in another encoding.
+    """Refuse text that a stage would take for another file or folder than is meant.
 
     Raises:
-        ConfigError: its bytes are not UTF-8, which Python shows as halves of surrogate pairs.
+        ConfigError: it begins with `~`, which would be a folder of that name, or ends with the
+            carriage return of a script with line ends of Windows; or its bytes are not UTF-8, which
+            Python shows as halves of surrogate pairs and manifests cannot hold.
     """
-    texts = value.values() if isinstance(value, Mapping) else (value,)
-    for text in texts:
-        if isinstance(text, str) and not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                raise ConfigError(
-                    f"{name}: found {text!a}, whose bytes are not UTF-8; rename the file or folder"
-                ) from None
-
-
-def choices_of(item: Field[Any]) -> tuple[str, ...]:
-    """The strings that a field allows; empty if it declares none."""
-    literal = get_origin(item.type) is Literal
-    return get_args(item.type) if literal else item.metadata.get("choices", ())
+    for text in value.values() if isinstance(value, Mapping) else (value,):
+        if not isinstance(text, str):
+            continue
+        fault = None
+        if text.startswith("~/") or text == "~":
+            fault = "which is a folder named ~ here: only shells expand it; write the whole path"
+        elif text.endswith("\r"):
+            fault = "which ends with a carriage return; give the script line ends of Unix"
+        elif text != text.encode("utf-8", "replace").decode():
+            fault = "whose bytes are not UTF-8; rename the file or folder"
+        if fault is not None:
+            raise ConfigError(f"{name}: found {text!a}, {fault}")
 
 
 def defaults_of(config: Any) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""Values of settings, from the text of a flag or of YAML, by the types of their fields."""
+"""Values of settings by the types of their fields: from flags, YAML and Python."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import Field
+from numbers import Number
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from lopd.config.fields import choices_of
 from lopd.errors import ConfigError
 
 _WORDS = {
@@ -15,6 +16,12 @@ _WORDS = {
     str: "text",
     dict: "a mapping",
 }
+
+
+def choices_of(item: Field[Any]) -> tuple[str, ...]:
+    """The strings that a field allows; empty if it declares none."""
+    literal = get_origin(item.type) is Literal
+    return get_args(item.type) if literal else item.metadata.get("choices", ())
 
 
 def kinds_of(item: Field[Any]) -> tuple[type, ...]:
@@ -38,7 +45,7 @@ def convert(item: Field[Any], value: Any) -> Any:
     """A setting's value in the type of its field.
 
     Args:
-        value: text, or what is such a value already.
+        value: text, or what is such a value already; also a path, or a number of numpy.
 
     Raises:
         ConfigError: the value has another type, or is empty text, as that of an unset shell
@@ -83,8 +90,14 @@ def typed(kinds: Sequence[type], value: Any) -> Any:
     >>> typed((int, float), "010"), typed((int, float), "8e-5"), typed((bool,), "yes")
     (10, 8e-05, None)
     """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if isinstance(value, str):
         return next((found for kind in kinds if (found := _read(kind, value)) is not None), None)
+    if isinstance(value, Mapping) and dict in kinds:
+        return dict(value)
+    if isinstance(value, Number) and hasattr(value, "item"):  # of numpy
+        value = value.item()
     if type(value) is int and int not in kinds and float in kinds:
         return float(value)
     return value if type(value) in kinds else None

@@ -36,8 +36,6 @@ from lopd.stages.privileged import view_of_cache
 from lopd.stages.table import print_fields
 from lopd.store import RolloutStore, TeacherCache, TeacherSequence
 from lopd.store.validate import (
-    LOSSY_MASS_TOLERANCE,
-    MASS_TOLERANCE,
     check_rollout,
     check_scored_sequence,
 )
@@ -172,10 +170,8 @@ def _check_files(folder: Path) -> dict[str, str]:
 
 def _check_store(folder: Path, manifest: Manifest) -> dict[str, str]:
     store: RolloutStore | TeacherCache
-    tolerance = 0.0
     if isinstance(manifest, CacheManifest):
         store = TeacherCache.open(folder, support="list")
-        tolerance = MASS_TOLERANCE if manifest.codec == "exact" else LOSSY_MASS_TOLERANCE
     else:
         store = RolloutStore.open(folder, kind=manifest.kind)
     store.verify()
@@ -186,7 +182,9 @@ def _check_store(folder: Path, manifest: Manifest) -> dict[str, str]:
         check_rollout(rollout, rows, has_logprobs=has_logprobs)
         names.add((rollout.prompt_id, rollout.sample))
         if isinstance(item, TeacherSequence):
-            check_scored_sequence(item, tolerance, calibrated=manifest.scoring.is_calibrated)
+            assert isinstance(manifest, CacheManifest)
+            calibrated = manifest.scoring.is_calibrated
+            check_scored_sequence(item, manifest.codec, calibrated=calibrated)
     if len(names) != len(store):
         raise DataError(f"{folder}: {len(store) - len(names)} sequences occur twice")
     return {

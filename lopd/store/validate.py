@@ -12,6 +12,8 @@ MASS_TOLERANCE = 1e-3
 LOSSY_MASS_TOLERANCE = 5e-3
 # The log-prob of a sampled token and its entry in the list may differ by this many nat.
 AGREEMENT_NATS = 0.05
+# Relative errors of listed log-probs by the codec that stores them: half a step of the mantissa.
+LIST_ROUNDING = {"exact": 0.0, "packed": 2.0**-11, "compact": 2.0**-5}
 # Of weights, which are stored as fp32.
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -236,12 +238,14 @@ def _form(values: np.ndarray) -> str:
     return f"{values.dtype} {list(values.shape)}"
 
 
-def check_scored_sequence(
-    item: TeacherSequence, tolerance: float, *, calibrated: bool = False
-) -> None:
+def check_scored_sequence(item: TeacherSequence, codec: str, *, calibrated: bool = False) -> None:
     """Check that every token has a distribution that agrees with its teacher_logprobs.
 
     Those that are `calibrated` have to be finite only.
+
+    Args:
+        codec: that the sequence was stored with. Readers shift a rounded list, with the exact
+            log-prob of the sampled token in it, by no more than its largest rounding error.
 
     Raises:
         DataError: names the sequence, the response token and what it lacks.
@@ -256,7 +260,11 @@ def check_scored_sequence(
     sampled = rollout.tokens[rollout.prompt_length :]
     is_sampled = lists.ids == sampled[lists.rows]
     entry = lists.row_sums(np.where(is_sampled, lists.logprobs, 0.0))
-    listed, agrees = lists.contains(sampled), np.abs(entry - logprobs) < AGREEMENT_NATS
+    lowest = np.zeros(len(logprobs))
+    np.minimum.at(lowest, lists.rows, lists.logprobs)
+    rounding = LIST_ROUNDING[codec] * -lowest
+    listed, agrees = lists.contains(sampled), np.abs(entry - logprobs) < AGREEMENT_NATS + rounding
+    tolerance = MASS_TOLERANCE if codec == "exact" else LOSSY_MASS_TOLERANCE
     checks = {
         "valid teacher_logprobs": np.isfinite(logprobs) & (logprobs <= MASS_TOLERANCE),
         "a mass of list and tail of 1": np.abs(mass - 1) <= tolerance,

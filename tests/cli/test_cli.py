@@ -170,14 +170,18 @@ def test_characters_that_an_encoding_lacks_are_escaped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--rollouts", "r\udcff"], ["--teacher", "a=\udcff", "--teacher", "b=t"]]
+    ("flags", "message"),
+    [
+        (["--rollouts", "r\udcff"], "rollouts: found 'r\\udcff', whose bytes are not UTF-8"),
+        (["--teacher", "a=\udcff", "--teacher", "b=t"], "teacher: found '\\udcff', whose bytes"),
+        (["--out=~/o"], "out: found '~/o', which is a folder named ~ here: only shells"),
+        (["--out", "o\r"], "out: found 'o\\r', which ends with a carriage return; give the scr"),
+    ],
 )
-def test_names_that_are_not_utf_8_are_refused_at_once(flags, built, capsys):
+def test_names_of_what_is_not_meant_are_refused_at_once(flags, message, built, capsys):
     several = ["--teacher-field", "task", "--teacher", "c=t"]
     assert main(["score", "--rollouts", "r", "--out", "o", *several, *flags]) == 2
-    error = capsys.readouterr().err
-    assert f"{flags[0][2:]}: found '" in error and "\\udcff', whose bytes are not UTF-8" in error
-    assert not built
+    assert message in capsys.readouterr().err and not built
 
 
 EXAMPLES = [

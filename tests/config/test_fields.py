@@ -3,8 +3,10 @@
 import json
 import math
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import pytest
 
 from lopd.cli.commands import COMMANDS
@@ -12,13 +14,17 @@ from lopd.config.distill import DistillConfig
 from lopd.config.evaluate import EvalConfig
 from lopd.config.fields import (
     GROUPS,
+    MOST,
     Settings,
     identity_of,
     parse_range,
     setting,
     setting_of,
 )
+from lopd.config.inference import Sampling
 from lopd.config.sft import SftConfig
+from lopd.config.training import TrainOptions
+from lopd.config.values import kinds_of
 from lopd.errors import ConfigError
 from lopd.provenance.identity import difference, settings_identity
 from lopd.training import run as runs
@@ -60,7 +66,8 @@ def test_every_number_has_a_range_that_is_checked(config, item):
     outside = [math.nan, math.inf, -math.inf]
     for bound, away in ((allowed.low, -math.inf), (allowed.high, math.inf)):
         outside.append(math.nextafter(bound, away))
-        setattr(good, item.name, bound)
+        whole = int(max(-MOST, min(bound, MOST)))
+        setattr(good, item.name, bound if float in kinds_of(item) else whole)
         Settings.__post_init__(good)
     for value in outside:
         setattr(good, item.name, value)
@@ -119,6 +126,32 @@ class Example(Settings):
 def test_messages_state_name_value_and_expectation(changes, message):
     with pytest.raises(ConfigError) as error:
         Example(path="p", **changes)
+    assert str(error.value) == message
+
+
+def test_values_of_python_take_the_types_of_their_fields():
+    """Manifests hold JSON, which knows no paths and no numbers of numpy."""
+    found = Example(path=Path("p"), count=np.int64(3), limit=np.uint8(2), kind="b")
+    assert found == Example(path="p", count=3, limit=2, kind="b")
+    assert [type(value) for value in vars(found).values()] == [str, int, int, str, str]
+    rate = TrainOptions(learning_rate=np.float32(0.5), adam_beta1=0).learning_rate
+    assert (type(rate), rate) == (float, 0.5)
+    assert Sampling(max_new_tokens=np.int32(3)).max_new_tokens.bit_length() == 2  # it is frozen
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": None}, "path: found 'None'; expected text"),
+        ({"path": ["p"]}, "path: found a list; expected text"),
+        ({"path": b"p"}, "path: found 'b'p''; expected text"),
+        ({"count": 1.0}, "count: found '1.0'; expected a whole number"),
+        ({"count": True}, "count: found 'True'; expected a whole number"),
+    ],
+)
+def test_values_of_other_types_are_refused(changes, message):
+    with pytest.raises(ConfigError) as error:
+        Example(**{"path": "p", **changes})
     assert str(error.value) == message
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import save_qwen3
-from helpers_cache import edit_receipt, flip
+from helpers_cache import edit_receipt, flip, make_manifest, write_cache
 from helpers_stages import make_rollouts, one_line, score_argv
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -55,6 +55,19 @@ def test_complete_artefacts_pass(teacher_folder, rollouts, cache, capsys):
     rows = shown(capsys)
     assert rows["shards"] == "4, all match their receipts"
     assert rows["vocabulary"] == "matches the manifest"
+
+
+@pytest.mark.parametrize("codec", ["exact", "packed", "compact"])
+def test_lists_that_are_as_flat_as_can_be_pass(tmp_path, codec):
+    """Their log-probs are low and alike, so that rounding moves them all in one direction."""
+    write_cache(tmp_path, make_manifest(codec=codec, k=150, vocab_size=300), spread=0.01)
+    gaps = [
+        np.abs(item.lists.logprobs - item.teacher_logprobs[item.lists.rows])[listed]
+        for item in TeacherCache.open(tmp_path)
+        for listed in [item.lists.ids == item.rollout.tokens[3:][item.lists.rows]]
+    ]
+    assert np.concatenate(gaps).max() > 0.05 or codec != "compact"
+    assert verify(tmp_path) == 0
 
 
 @pytest.mark.parametrize("name", ["cache", "rollouts"])
