@@ -6,7 +6,9 @@ import torch
 
 from lopd_kernels import _checks
 from lopd_kernels._core.types import LARGEST_SHARE, Skip
-from lopd_kernels._core.workspace import Needs, Sizes, allocated
+from lopd_kernels._core.workspace import Needs, Sizes, WorkspaceError, allocated
+
+__all__ = ["WorkspaceError", "workspace_needed"]
 
 
 def workspace_needed(
@@ -45,8 +47,9 @@ def workspace_needed(
         The number of bytes, forward and backward together at their peak.
 
     Raises:
-        ValueError: no schedule fits in `workspace_bytes`; the message names the smallest bound.
-            Or an invalid argument.
+        WorkspaceError: no schedule fits in `workspace_bytes`; the message names the smallest
+            bound. The losses raise it too; it is a ValueError.
+        ValueError: an invalid argument; the message names it.
 
     >>> workspace_needed(8192, 151936, 4096, 64, dtype=torch.bfloat16) >> 20
     3731

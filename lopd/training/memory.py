@@ -28,7 +28,7 @@ from lopd.training.dry_run import (
     optimizer_bytes,
     storage_bytes,
 )
-from lopd_kernels.workspace import workspace_needed
+from lopd_kernels.workspace import WorkspaceError, workspace_needed
 
 LOG = logging.getLogger(__name__)
 
@@ -125,8 +125,8 @@ def loss_bytes(model: Any, config: MemorySettings) -> int:
             tolerance=config.tolerance or 0.0,
             workspace_bytes=config.workspace,
         )
-    except ValueError as error:
-        raise ConfigError(f"workspace_bytes: {error}") from error
+    except WorkspaceError as error:
+        raise ConfigError(str(error)) from error
 
 
 def proposals(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lopd.config.objective import Objective
-from lopd.errors import DataError
+from lopd.errors import ConfigError, DataError
 from lopd.models.head import HeadOptions, run_with_loss, run_with_loss_and_router
 from lopd.models.packing import pack_kwargs
 from lopd.training.batch import Batch
@@ -19,6 +19,7 @@ from lopd.training.metrics import by_position, by_teacher, drift_moments
 from lopd.training.row_losses import loss_of_rows
 from lopd.training.token_weights import RULES, weigh_tokens
 from lopd.training.topk_overlap import topk_overlap
+from lopd_kernels.workspace import WorkspaceError
 
 
 def step(
@@ -45,6 +46,7 @@ def step(
     Raises:
         DataError: num_items is not positive, or the batch has no teacher scores or rollout
             log-probs and the objective needs them.
+        ConfigError: the loss does not fit in `objective.workspace_bytes`.
 
     >>> import numpy as np
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -82,10 +84,13 @@ def step(
 
     inputs = model_inputs(batch)
     router: Tensor | None = None
-    if torch.is_grad_enabled():
-        (loss, stats), router = run_with_loss_and_router(model, inputs, loss_fn)
-    else:  # the router's loss belongs to training only
-        loss, stats = run_with_loss(model, inputs, loss_fn)
+    try:
+        if torch.is_grad_enabled():
+            (loss, stats), router = run_with_loss_and_router(model, inputs, loss_fn)
+        else:  # the router's loss belongs to training only
+            loss, stats = run_with_loss(model, inputs, loss_fn)
+    except WorkspaceError as error:
+        raise ConfigError(str(error)) from error
     loss = loss / num_items
     if router is not None:
         router = router * batch["row_weights"].sum() / num_items

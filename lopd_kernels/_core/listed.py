@@ -25,7 +25,7 @@ from lopd_kernels._core.listed_ids import (
 )
 from lopd_kernels._core.rules import RowLoss, Rule
 from lopd_kernels._core.types import STATS, LogitOptions, Needs, RowState
-from lopd_kernels._core.workspace import BOOKKEEPING, SORT_WORDS, gather_rows
+from lopd_kernels._core.workspace import BOOKKEEPING, SORT_WORDS, WorkspaceError, gather_rows
 
 
 def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int | None) -> int:
@@ -47,7 +47,7 @@ def gathered_rows(linear: Linear, needs: Needs, width: int, workspace_bytes: int
     )
     smallest = fixed + per_row
     if workspace_bytes < smallest:
-        raise ValueError(
+        raise WorkspaceError(
             f"workspace_bytes is {workspace_bytes}, but the gather of {width} rows of a weight "
             f"with {d} columns needs at least {smallest}; pass workspace_bytes={smallest} or more"
         )

@@ -208,8 +208,12 @@ def _largest(bound: int, high: int, size: Callable[[int], int]) -> int:
     return low
 
 
-def _too_small(workspace_bytes: int, smallest: int, sizes: Sizes) -> ValueError:
-    return ValueError(
+class WorkspaceError(ValueError):
+    """Raised when a call does not fit in its `workspace_bytes`; it names the smallest bound."""
+
+
+def _too_small(workspace_bytes: int, smallest: int, sizes: Sizes) -> WorkspaceError:
+    return WorkspaceError(
         f"workspace_bytes is {workspace_bytes}, but hidden [{sizes.n}, {sizes.d}] and weight "
         f"[{sizes.v}, {sizes.d}] need at least {smallest}; pass workspace_bytes={smallest} or more"
     )

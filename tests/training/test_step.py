@@ -17,7 +17,7 @@ from helpers_training import (
 )
 
 from lopd.config.objective import WEIGHT_SETTINGS, Objective
-from lopd.errors import DataError
+from lopd.errors import ConfigError, DataError
 from lopd.models.head import run_with_loss_and_router
 from lopd.training.batch import Collator
 from lopd.training.metrics import MetricsAccumulator
@@ -193,3 +193,13 @@ def test_the_routers_loss_is_weighted_by_the_micro_batchs_share_in_training():
     gates = [p.grad for n, p in model.named_parameters() if n.endswith("mlp.gate.weight")]
     assert gates and all(grad.abs().max() > 0 for grad in gates)
     assert not stats["router_loss"].requires_grad
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+def test_a_workspace_that_is_too_small_is_the_callers_error(objective):
+    model, batch = tiny_model(), Collator()(scored())
+    small = replace(objective, workspace_bytes=1000)
+    with pytest.raises(ConfigError, match="^workspace_bytes is 1000, .* need.* at least"):
+        step(model, batch, small, 8.0)
+    with torch.no_grad(), pytest.raises(ConfigError, match="^workspace_bytes is 1000"):
+        step(model, batch, small, 8.0)
