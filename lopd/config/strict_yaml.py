@@ -27,7 +27,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         with Path(path).open("rb") as file:  # which may be a pipe
             data = file.read(LARGEST + 1)
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise MissingFileError(f"{path}: no such file; expected YAML") from None
     if len(data) > LARGEST:
         raise ConfigError(f"{path}: found more than {LARGEST} bytes; expected at most that many")

@@ -85,6 +85,9 @@ def test_files(tmp_path):
         load_yaml(tmp_path / "absent.yaml")
     path = tmp_path / "r.yaml"
     path.write_bytes(b"a: \xff")
+    for folder in (tmp_path, path / "x.yaml"):
+        with pytest.raises(MissingFileError, match="no such file"):
+            load_yaml(folder)
     with pytest.raises(ConfigError, match=r"r.yaml: not YAML \('utf-8' codec"):
         load_yaml(path)
     path.write_text("# " + "x" * LARGEST)

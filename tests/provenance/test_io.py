@@ -6,7 +6,15 @@ import pytest
 from helpers_artefacts import write_pipeline
 
 from lopd.cli import main
-from lopd.provenance.io import remove_dead_writers, write_atomic
+from lopd.errors import DataError
+from lopd.provenance.io import pretty_json, remove_dead_writers, write_atomic
+
+
+def test_a_path_that_is_not_utf_8_is_named():
+    """As one that was resolved, through a folder that nobody named."""
+    assert pretty_json({"path": "/ü"}) == '{\n  "path": "/ü"\n}\n'.encode()
+    with pytest.raises(DataError, match=r"/mnt/\\udcff.*: holds bytes that are not UTF-8"):
+        pretty_json({"a": 1, "path": "/mnt/\udcff/x"})
 
 
 def test_only_the_files_of_dead_writers_of_the_same_name_are_removed(tmp_path):
