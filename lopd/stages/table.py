@@ -60,7 +60,8 @@ def print_fields(fields: Mapping[str, Any]) -> None:
 
 def terminal_columns() -> int | None:
     """The width of the terminal that stdout writes to; None if it is a file or a pipe."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if is_terminal else None
 
 
 def _words(value: Any) -> str:

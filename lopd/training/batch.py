@@ -238,10 +238,10 @@ def split_holdout(dataset: SequenceDataset, amount: float) -> tuple[Subset, Subs
     held_out = [index for index, name in enumerate(dataset.prompts) if name in out]
     training = [index for index, name in enumerate(dataset.prompts) if name not in out]
     if not held_out or not training:
+        several = " (the answers to a prompt stay together)" if len(answers) < len(dataset) else ""
         raise ConfigError(
             f"holdout: {amount:g} keeps {len(held_out)} of {len(dataset)} sequences out of "
-            "training; expected at least one, and one to train on (the answers to a prompt stay "
-            "together)"
+            f"training; expected at least one, and one to train on{several}"
         )
     return Subset(dataset, training), Subset(dataset, held_out)
 
