@@ -18,7 +18,7 @@ LEAST_LISTED = 1e-4  # no list ends at this probability and has nothing beyond i
 
 
 def checks_values(validate: bool | None, like: Tensor) -> bool:
-    """`validate`; None checks values, but on the meta device, while compiling and capturing."""
+    """`validate`; None checks values, except on the meta device, compiling or capturing."""
     if validate is not None:
         return validate
     if torch.compiler.is_compiling() or like.is_meta:
