@@ -58,7 +58,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 RATES: Rates = {
     LISTS: (1.0, 0.5, 2.0, 0.25),
-    TOKEN: (0.5, 0.25, 1.0, 0.125),
+    TOKEN: (0.5, 0.25, 0.125, 0.0625, 1.0),  # the demo's is far too high for it
     CONTROL: (1.0, 0.5, 2.0, 0.25),
 }
 ENDS: Rates = {LISTS: (1.0,), LIVE: (1.0,), CONTROL: (1.0,)}  # what is compared with a live teacher

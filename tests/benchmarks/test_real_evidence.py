@@ -93,6 +93,6 @@ def test_two_seeds_are_too_few():
 
 def test_a_cell_is_a_run_that_the_demo_has_not():
     names = [cell.name for cell in real.cells()]
-    assert len(set(names)) == len(names) == 3 * 10
+    assert len(set(names)) == len(names) == 3 * 11
     assert not any("/lr1/" in name for name in names if not name.startswith("live"))
     assert set(real.OF_THE_DEMO.values()) == set(real.RATES) and DISTILLED in real.OF_THE_DEMO
