@@ -191,7 +191,7 @@ def gradient_table(rows: list[Row]) -> str:
         chosen = [row["gradients"] for row in measured if row["at"] == at]
         if not chosen:
             continue
-        seeds = ", ".join(str(row["seed"]) for row in measured if row["at"] == at)
+        seeds = ", ".join(map(str, sorted(row["seed"] for row in measured if row["at"] == at)))
 
         def cells(key: str, chosen: list[Row] = chosen) -> list[str]:
             value: Callable[[str], float] = lambda x: mean(row[key][x] for row in chosen)  # noqa: E731

@@ -55,6 +55,8 @@ def convert(item: Field[Any], value: Any) -> Any:
     found = typed(kinds, value)
     if found is None:
         expected = " or ".join(_WORDS[kind] for kind in kinds)
+        if value == "" and str in kinds:
+            expected += "; for none, leave the setting out"
         raise ConfigError(f"{item.name}: found {_shown(value)}; expected {expected}")
     return found
 

@@ -49,12 +49,15 @@ def test_values_take_the_type_of_their_field(name, value, expected):
     assert found == expected and type(found) is type(expected)
 
 
+NONE = "; for none, leave the setting out"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("count", "0x10", "count: found '0x10'; expected a whole number"),
-        ("more", "", "more: found ''; expected a mapping or text"),
-        ("size", "", "size: found ''; expected a whole number or text"),
+        ("more", "", f"more: found ''; expected a mapping or text{NONE}"),
+        ("size", "", f"size: found ''; expected a whole number or text{NONE}"),
         ("count", "1e3", "count: found '1e3'; expected a whole number"),
         ("count", True, "count: found 'True'; expected a whole number"),
         ("count", 1.0, "count: found '1.0'; expected a whole number"),

@@ -109,7 +109,7 @@ def test_a_merge_that_changes_the_model_is_refused(monkeypatch):
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"lora_targets": "q_proj,,v_proj"}, "commas"),
-        ({"lora_targets": ""}, "commas"),
+        ({"lora_targets": ""}, "found ''; expected text; for none, leave the setting out"),
         ({"lora_targets": "w_qkv"}, "no layer 'w_qkv'; expected all-linear or some of down_proj"),
     ],
 )

@@ -330,8 +330,12 @@ def test_changed_weights_are_detected(finished_run, tmp_path, capsys):
     file.write_bytes(data)
     assert main(["inspect", "--path", str(copy), "--verify"]) == 2
     assert "its weights are not those" in capsys.readouterr().err
-    evaluation = str(Path(finished_run[1]["out"]) / "eval")
-    assert main(["inspect", "--path", evaluation, "--verify"]) == 2
+    evaluation = tmp_path / "eval"
+    shutil.copytree(Path(finished_run[1]["out"]) / "eval", evaluation)
+    assert main(["inspect", "--path", str(evaluation), "--verify"]) == 0
+    (evaluation / "results.json").write_bytes(b"{}")
+    assert main(["inspect", "--path", str(evaluation), "--verify"]) == 2
+    assert "results.json" in capsys.readouterr().err
 
 
 def test_artefacts_can_be_inspected(finished_run, capsys):
