@@ -315,9 +315,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for variant, part in PARTS.items():
         row, plain = newest[variant], newest[f"{part}, transformers"]["median_ms"]
         scatter = f"{row['p10_ms'] / plain:.2f} to {row['p90_ms'] / plain:.2f}"
-        # Scoring and sampling reuse the memory that an earlier step has left.
-        memory = f"{row['memory_ratio']:.2f}" if variant in TRAINING else ""
-        lines.append(f"| {variant} | {row['time_ratio']:.2f} | {scatter} | {memory} |")
+        ratios = f"{row['time_ratio']:.2f} | {scatter} | {row['memory_ratio']:.2f}"
+        lines.append(f"| {variant} | {ratios} |")
     return "\n".join(
         [
             "{model}, {sequences} sequences of {length} tokens ({prompt} of them the prompt), "
